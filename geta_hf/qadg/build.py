@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,42 +10,81 @@ from torch import nn
 from geta_hf.errors import GETAError
 from geta_hf.qadg.families import find_families
 from geta_hf.qadg.flow import Flow
+from geta_hf.qadg.graph import Node
 from geta_hf.qadg.groups import PruningSpace
+from geta_hf.qadg.policy import apply_policy
 from geta_hf.qadg.propagate import analyse
+from geta_hf.qadg.verify import verify_space
 
 
-def build_space(model: nn.Module, batch: Mapping[str, Any]) -> PruningSpace:
+def build_space(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    prune: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    verify: bool = False,
+) -> PruningSpace:
     """Find what may be removed from `model`: the quantization-aware dependency graph (paper Sec. 4, Alg. 1).
 
     The forward runs once, without computing with the parameters, which may lie on any device or on meta; the model is
-    as before afterwards. Quantizers, own or foreign, change nothing about the groups.
+    as before afterwards. Quantizers, own or foreign, change nothing about the groups. Caches are switched off.
 
     Args:
         model: a Hugging Face model, or any module that `model(**batch)` runs.
         batch: one batch of real inputs; one or two rows will do, with padding if training has it.
+        prune: kinds, couplings or name patterns to make prunable beside heads and channels; see `apply_policy`.
+        keep: kinds, couplings or name patterns to keep whole.
+        verify: whether to let the space pass all gates (`verify_space`, and the surgery on the model itself).
 
     Returns:
-        Every family found, those that the default policy lets QASSO prune (attention heads and MLP channels) with
-        `prunable` set and the others with the reason why not, and the operators that no rule covers.
+        Every family found, those that the policy lets QASSO prune with `prunable` set and the others with the reason
+        why not, the operators that no rule covers, and the parameters that nothing read.
 
     Raises:
-        GETAError: the model cannot run the batch, returns no tensor, or nothing in it may be pruned.
+        GETAError: the model cannot run the batch, returns no tensor, nothing in it may be pruned, an entry of `prune`
+            or `keep` matches nothing, or a gate failed.
     """
     flow = analyse(model, batch)
-    families = find_families(flow)
-    shapes = {name: value.shape for value in flow.graph.values if value.names for name in value.names[:1]}
-    named = {member.tensor for family in families for member in family.members}
-    space = PruningSpace(families, {name: shapes[name] for name in shapes if name in named}, flow.frozen)
+    space = space_of(flow, prune, keep)
     if not space.prunable:
-        raise GETAError(_nothing_prunable(type(model).__name__, space, flow))
+        raise GETAError(_nothing_prunable(type(model).__name__, space))
+    if verify:
+        verify_space(model, batch, space)
     return space
 
 
-def _nothing_prunable(model: str, space: PruningSpace, flow: Flow) -> str:
+def space_of(flow: Flow, prune: Sequence[str] = (), keep: Sequence[str] = ()) -> PruningSpace:
+    """The pruning space of a propagated graph; it may hold nothing prunable.
+
+    Raises:
+        GETAError: an entry of `prune` or `keep` matches nothing.
+    """
+    families = find_families(flow)
+    parameters = {p: value for p, value in enumerate(flow.graph.values) if value.kind == "parameter"}
+    named = {member.tensor for family in families for member in family.members}
+    shapes = {value.names[0]: value.shape for value in flow.graph.values if value.names and value.names[0] in named}
+    read = {ref for node in flow.graph.nodes for ref in _reads(node)}
+    space = PruningSpace(
+        families,
+        shapes,
+        flow.frozen,
+        untouched=tuple(value.names[0] for position, value in parameters.items() if position not in read),
+        matrix_parameters=sum(value.elements for value in parameters.values() if len(value.shape) > 1),
+    )
+    return apply_policy(space, prune, keep)
+
+
+def _reads(node: Node) -> Iterator[int]:
+    for inner in (node, *node.body):
+        yield from inner.refs()
+
+
+def _nothing_prunable(model: str, space: PruningSpace) -> str:
     frozen = "; ".join(f"{f.operator} in {f.module or model} ({f.reason}, {f.count}x)" for f in space.frozen)
     refused = "; ".join(f"{family.name}: {family.reason}" for family in space.families[:8])
     return (
         f"nothing in {model} may be pruned. Operators without a rule: {frozen or 'none'}. "
-        f"Families found but not prunable: {refused or 'none'}. Whatever the model returns keeps its shape, so ask "
-        "it for no attentions or hidden states"
+        f"Families found but not prunable: {refused or 'none'}. Name kinds, couplings or families in `prune` to switch "
+        "them on. Whatever the model returns keeps its shape, so ask it for no attentions or hidden states"
     )

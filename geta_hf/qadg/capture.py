@@ -11,18 +11,37 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
 from geta_hf.qadg.graph import Graph, Node, Ref, Value, map_nested
 
+_SETTINGS = {"use_cache": False, "_experts_implementation_internal": "batched_mm"}
+"""Of every config while recording: a cache is no output, and the experts' fused kernel has no meta version."""
+
+_CHOOSING = frozenset({"index", "index_put", "index_put_", "masked_scatter", "_unsafe_index"})
+"""Operators whose effect on ids depends on the content of an input; it is kept where no parameter had a part in it."""
+
+
+_RESTRIDES = frozenset({torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_.default})
+
+_CHOICES = frozenset({"index", "index_select", "_unsafe_index"})
+
 
 class _Recorder(TorchDispatchMode):
-    """Writes every operator call into a graph; tensors are known by identity, so all of them are kept alive."""
+    """Writes every operator call into a graph; tensors are known by identity, so all of them are kept alive.
 
-    def __init__(self, graph: Graph) -> None:
+    Args:
+        graph: to write to.
+        real: whether to compute with the parameters, too; what they decide is then kept.
+    """
+
+    def __init__(self, graph: Graph, real: bool = False) -> None:
         super().__init__()
         self.graph = graph
+        self.real = real
         self.module = [""]
         self._position: dict[int, int] = {}
         self._stand_in: dict[int, torch.Tensor] = {}
@@ -49,8 +68,12 @@ class _Recorder(TorchDispatchMode):
         return self.add(tensor, Value(tuple(tensor.shape), tensor.dtype, "constant", data=data))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _RESTRIDES and _same_layout(*args):
+            func, args = torch.ops.aten.alias.default, args[:1]
         arguments = _bind(func, args, kwargs or {})
         inputs = {name: map_nested(self._to_ref, argument) for name, argument in arguments.items()}
+        if func.overloadpacket.__name__ in _CHOOSING:
+            self._keep_content(args)
         result = self._run(func, args, kwargs or {})
         results = result if isinstance(result, list | tuple) else (result,)
         tensors = [item for item in results if isinstance(item, torch.Tensor)]
@@ -63,15 +86,27 @@ class _Recorder(TorchDispatchMode):
             return Ref(self.value_of(item))
         return torch.device("cpu") if isinstance(item, torch.device) else item
 
+    def _keep_content(self, args: Any) -> None:
+        for item in (inner for argument in args for inner in (argument if isinstance(argument, list) else [argument])):
+            if isinstance(item, torch.Tensor) and not item.is_meta and not item.is_floating_point():
+                value = self.graph.values[self.value_of(item)]
+                value.content = None if value.from_parameter else item.detach().clone()
+
     def _record(self, func: Any, inputs: dict[str, Any], tensors: list[torch.Tensor]) -> None:
         values = self.graph.values
         node = Node(func.overloadpacket.__name__, func, inputs, (), self.module[-1])
         sources = [values[position] for position in node.refs()]
         from_parameter = any(source.from_parameter for source in sources)
         from_input = any(source.from_input for source in sources)
+        if node.op in _CHOICES and sources[0].weight_like and len(sources[0].shape) > 2:
+            from_input = False  # a choice among matrices, the weights of experts, is still a weight
         for tensor in tensors:
             if id(tensor) not in self._position:
                 self.add(tensor, Value(tuple(tensor.shape), tensor.dtype, "result"))
+        if self.real and from_parameter:
+            for tensor in tensors:
+                if not (tensor.is_floating_point() or tensor.is_complex()):
+                    values[self._position[id(tensor)]].data = tensor.detach().clone()
         outputs = tuple(self._position[id(tensor)] for tensor in tensors)
         touched = [values[position] for position in outputs] + (sources[:1] if node.writes else [])
         for value in touched:
@@ -98,6 +133,26 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **{name: map_nested(_to_meta, argument) for name, argument in kwargs.items()})
 
 
+class _KeptContent(TorchFunctionMode):
+    """Makes tensors of numbers and lists off meta, where their content would be lost."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            places = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(isinstance(place, list) for place in places):
+                places = tuple(torch.tensor(place) if isinstance(place, list) else place for place in places)
+                args = (args[0], places, *args[2:])
+        if func in (torch.tensor, torch.as_tensor) and kwargs and kwargs.get("device") is not None:
+            kwargs = kwargs | {"device": "cpu"}
+        return func(*args, **(kwargs or {}))
+
+
+def _same_layout(tensor: torch.Tensor, size: Any, stride: Any, offset: int | None = None) -> bool:
+    """Whether striding a tensor anew changes nothing but the strides of dims of one element."""
+    same = all(n == 1 or old == new for n, old, new in zip(size, tensor.stride(), stride, strict=False))
+    return tuple(size) == tuple(tensor.shape) and same and offset in (None, tensor.storage_offset())
+
+
 def _to_meta(item: Any) -> Any:
     if isinstance(item, torch.Tensor) and not item.is_meta:
         return torch.empty_like(item, device="meta")
@@ -121,7 +176,8 @@ def capture(model: nn.Module, batch: Mapping[str, Any]) -> Graph:
     The model is as before afterwards: parameters, buffers, tying, training flags.
 
     Args:
-        model: any module that returns tensors, tuples, lists or mappings of them (a `ModelOutput` is one).
+        model: any module that returns tensors, tuples, lists or mappings of them (a `ModelOutput` is one). Of a
+            mapping, what a part of the model made on the way is no output: nested mappings and `encoder_*`.
         batch: the keyword arguments of its forward; tensors of any device.
 
     Returns:
@@ -132,23 +188,34 @@ def capture(model: nn.Module, batch: Mapping[str, Any]) -> Graph:
     """
     if not isinstance(batch, Mapping):
         raise GETAError(f"batch is a {type(batch).__name__}; pass a dict of the model's keyword arguments instead")
+    try:
+        return _record(model, batch, real=False)
+    except GETAError:
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise
+        # Control flow may depend on the parameters, as in the routing of some mixtures of experts.
+        return _record(model, batch, real=True)
+
+
+def _record(model: nn.Module, batch: Mapping[str, Any], real: bool) -> Graph:
     graph = Graph()
-    recorder = _Recorder(graph)
+    recorder = _Recorder(graph, real)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(_unchanged(model))
+        stack.enter_context(_recordable(model))
         model.eval()
         _swap_in_stand_ins(model, recorder)
         stack.enter_context(_module_paths(model, recorder))
         inputs = {name: _input(name, item, recorder) for name, item in batch.items()}
         try:
             # The maths path is made of plain operators, which need no attention rule of their own.
-            with sdpa_kernel(SDPBackend.MATH), recorder:
+            with sdpa_kernel(SDPBackend.MATH), recorder, _KeptContent():
                 output = model(**inputs)
         except Exception as error:
             raise GETAError(_failed_forward(model, batch, error)) from error
-        graph.outputs = tuple(dict.fromkeys(recorder.value_of(tensor) for tensor in _tensors(output)))
+        graph.outputs = tuple(dict.fromkeys(recorder.value_of(tensor) for tensor in _main_tensors(output)))
     if not graph.outputs:
         raise GETAError(
             f"{type(model).__name__} returned a {type(output).__name__} without a tensor; "
@@ -175,6 +242,17 @@ def _input(name: str, item: Any, recorder: _Recorder) -> Any:
     return tensor
 
 
+def _main_tensors(output: Any) -> list[torch.Tensor]:
+    """What the model is there for; all tensors when that leaves none."""
+    if isinstance(output, Mapping):
+        main = {name: item for name, item in output.items() if not name.startswith("encoder_")}
+        own = {name: item for name, item in main.items() if not isinstance(item, Mapping)}
+        for fields in (own, main):
+            if found := list(_tensors(fields)):
+                return found
+    return list(_tensors(output))
+
+
 def _tensors(output: Any) -> Iterator[torch.Tensor]:
     if isinstance(output, torch.Tensor):
         yield output
@@ -183,6 +261,23 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
     elif isinstance(output, list | tuple):
         for item in output:
             yield from _tensors(item)
+
+
+@contextmanager
+def _recordable(model: nn.Module) -> Iterator[None]:
+    """Change what can't be recorded, in configs and in torch, for a while."""
+    configs = {id(m.config): vars(m.config) for m in model.modules() if isinstance(m, PreTrainedModel)}
+    before = [(fields, {name: fields[name] for name in _SETTINGS if name in fields}) for fields in configs.values()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        for fields, old in before:
+            fields.update({name: _SETTINGS[name] for name in old})
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for fields, old in before:
+            fields.update(old)
 
 
 @contextmanager
@@ -228,7 +323,7 @@ def _swap_in_stand_ins(model: nn.Module, recorder: _Recorder) -> None:
             names.setdefault(id(tensor), []).append(name)
             originals[id(tensor)] = tensor
         for key, original in originals.items():
-            stand_in = _parameter_stand_in(original) if kind == "parameter" else _copy(original)
+            stand_in = _parameter_stand_in(original, recorder.real) if kind == "parameter" else _copy(original)
             data = None if kind == "parameter" or original.is_meta else _copy(original)
             value = Value(tuple(original.shape), original.dtype, kind, tuple(names[key]), data)
             value.from_parameter = kind == "parameter"
@@ -244,8 +339,8 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().clone() if tensor.is_meta else tensor.detach().cpu().clone()
 
 
-def _parameter_stand_in(parameter: torch.Tensor) -> nn.Parameter:
+def _parameter_stand_in(parameter: torch.Tensor, real: bool) -> nn.Parameter:
     """On meta; only one of a single element (a quantizer's step size, say) has no dims to track and stays real."""
-    if parameter.numel() == 1 and not parameter.is_meta:
+    if real or (parameter.numel() == 1 and not parameter.is_meta):
         return nn.Parameter(_copy(parameter), requires_grad=parameter.requires_grad)
     return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)

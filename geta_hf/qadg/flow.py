@@ -10,7 +10,7 @@ import numpy as np
 
 from geta_hf.qadg.graph import Graph, Node, Ref, Value
 from geta_hf.qadg.groups import Frozen
-from geta_hf.qadg.terms import Ids, Terms
+from geta_hf.qadg.terms import FROZEN, Ids, Terms
 
 Dim = Ids | None
 """The ids along one dim; None when it has one element or all of it is frozen."""
@@ -23,6 +23,7 @@ class Flow:
         self.graph = graph
         self.terms = Terms()
         self._dims: dict[int, list[Dim]] = {}
+        self.contractions: list[tuple[int, tuple[Dim, ...]]] = []
         self._unknown: Counter[tuple[str, str, str]] = Counter()
 
     def value(self, ref: Ref) -> Value:
@@ -32,6 +33,15 @@ class Flow:
     def shape(self, ref: Ref) -> tuple[int, ...]:
         """The shape of a referenced tensor."""
         return self.value(ref).shape
+
+    def stream(self, value: int) -> bool:
+        """Whether parameters made a value that is more than a vector: an activation or an embedding, not a bias."""
+        known = self.graph.values[value]
+        return known.from_parameter and sum(n > 1 for n in known.shape) > 1
+
+    def count_macs(self, macs: int, dims: tuple[Dim, ...]) -> None:
+        """Note the multiply-accumulates of an operator, and the dims that they shrink with."""
+        self.contractions.append((macs, dims))
 
     def known(self, value: int) -> bool:
         """Whether any operator has touched the value."""
@@ -58,6 +68,13 @@ class Flow:
         for dim in dims:
             if dim is not None:
                 self.terms.freeze(dim)
+
+    def hold(self, node: Node, dims: Iterable[Dim], reason: str) -> None:
+        """Freeze dims for what an operator does with them, and report it where something could have left."""
+        live = [dim for dim in dims if dim is not None and (self.terms.atoms(dim) != FROZEN).any()]
+        if live:
+            self.freeze(live)
+            self._unknown[node.op, node.module, reason] += 1
 
     def mark(self, flag: str, dim: Dim) -> None:
         """Flag the atoms of a dim."""
@@ -105,9 +122,9 @@ class Flow:
         """The ids of several dims viewed as one."""
         if all(dim is None for dim in dims):
             return None
-        merged = np.zeros(1, np.int64)
+        merged = np.zeros(1, np.int32)
         for dim, size in zip(dims, sizes, strict=True):
-            merged = self.terms.product(merged, np.zeros(size, np.int64) if dim is None else dim)
+            merged = self.terms.product(merged, np.zeros(size, np.int32) if dim is None else dim)
         return merged
 
     def split(self, dim: Dim, sizes: Sequence[int]) -> list[Dim]:

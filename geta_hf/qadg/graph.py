@@ -24,7 +24,9 @@ class Value:
         kind: `parameter`, `buffer`, `input`, `constant` or `result`.
         names: the `state_dict()` names of a parameter or buffer (several when tied, the canonical one first), or
             the name of an input.
-        data: the content of a buffer, input or constant, on CPU; None for parameters and results.
+        data: the content of a buffer, input or constant, on CPU, and of a decision (an integer or boolean result
+            that parameters had a part in) where those were computed with; None for the rest.
+        content: of a mask or an index that an operator chooses by, when no parameter had a part in it.
         from_parameter: whether a parameter had a part in it.
         from_input: whether an input of the model had a part in it.
     """
@@ -34,6 +36,7 @@ class Value:
     kind: str
     names: tuple[str, ...] = ()
     data: torch.Tensor | None = None
+    content: torch.Tensor | None = None
     from_parameter: bool = False
     from_input: bool = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -9,6 +10,13 @@ import torch
 from torch import nn
 
 from geta_hf.errors import GETAError
+
+KINDS = ("heads", "query_heads", "channels", "head_dim", "residual", "other")
+"""Attention heads (with grouped queries: a key-value head and its query heads); query heads evenly across those; MLP,
+expert and convolution channels; dims within heads; the residual stream's width; the rest."""
+
+COUPLINGS = ("norm", "tied", "output")
+"""A normalisation or a mean over the dim; a tensor tied across the model; a layer that makes an output."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +40,14 @@ class Family:
 
     Attributes:
         name: module path and kind, such as `encoder.layer.3.attention:heads`; unique in its space.
-        kind: `heads`, `channels`, `head_dim`, `residual` or `other`.
+        kind: one of `KINDS`.
         members: every (tensor, dim) that a group cuts; all have the same number of groups.
         prunable: whether the policy lets QASSO remove groups of this family.
         reason: why not, when not prunable; otherwise empty.
         excludes: names of families that cut the same indices and must not be pruned together with this one.
+        couplings: which of `COUPLINGS` it has.
+        parameters: elements of parameters that leave with one group.
+        macs: multiply-accumulates of the batch it was built with that leave with one group, on average.
     """
 
     name: str
@@ -45,6 +56,9 @@ class Family:
     prunable: bool
     reason: str = ""
     excludes: tuple[str, ...] = ()
+    couplings: tuple[str, ...] = ()
+    parameters: int = 0
+    macs: int = 0
 
     @property
     def size(self) -> int:
@@ -70,11 +84,15 @@ class PruningSpace:
         families: every family found, prunable or not.
         shapes: the full shape of every tensor that a member names, to check a model against.
         frozen: operators that no rule covers.
+        untouched: parameters that no operator read; they can't be pruned.
+        matrix_parameters: elements of all parameters of two or more dims.
     """
 
     families: tuple[Family, ...]
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     frozen: tuple[Frozen, ...] = ()
+    untouched: tuple[str, ...] = ()
+    matrix_parameters: int = 0
 
     @property
     def prunable(self) -> tuple[Family, ...]:
@@ -85,6 +103,21 @@ class PruningSpace:
     def num_groups(self) -> int:
         """The number of prunable groups, |G| in the paper."""
         return sum(family.size for family in self.prunable)
+
+    def coverage(self, prunable_only: bool = False) -> float:
+        """The share of the matrix parameters' elements that some family cuts, 0 to 1."""
+        cut: dict[tuple[str, int], torch.Tensor] = {}
+        for family in self.prunable if prunable_only else self.families:
+            for member in family.members:
+                size = self.shapes[member.tensor][member.dim]
+                hit = cut.setdefault((member.tensor, member.dim), torch.zeros(size, dtype=torch.bool))
+                hit[member.index.flatten()] = True
+        left: dict[str, float] = {}
+        for (tensor, _), hit in cut.items():
+            left[tensor] = left.get(tensor, 1.0) * (1.0 - float(hit.float().mean()))
+        matrices = {name: math.prod(shape) for name, shape in self.shapes.items() if len(shape) > 1}
+        covered = sum(matrices[name] * (1.0 - rest) for name, rest in left.items() if name in matrices)
+        return covered / self.matrix_parameters if self.matrix_parameters else 0.0
 
 
 def zero_groups(model: nn.Module, space: PruningSpace) -> dict[str, torch.Tensor]:

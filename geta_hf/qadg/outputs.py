@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from geta_hf.qadg.graph import Graph, Node
+from geta_hf.qadg.rules_index import INDEX_RULES
 from geta_hf.qadg.rules_shape import SHAPE_RULES
 
-_CONTRACTIONS = frozenset({"mm", "addmm", "bmm", "baddbmm"})
+_CONTRACTIONS = frozenset({"mm", "addmm", "bmm", "baddbmm", "convolution"})
 
 
 def output_weights(graph: Graph) -> set[int]:
@@ -37,7 +38,7 @@ def _is_activation(graph: Graph, value: int) -> bool:
 
 
 def _passes(node: Node) -> bool:
-    return node.pointwise or node.op in SHAPE_RULES or node.op in ("inserted", "_log_softmax", "_softmax")
+    return node.pointwise or node.op in SHAPE_RULES or node.op in INDEX_RULES or node.op == "inserted"
 
 
 def _parameters(graph: Graph, made: dict[int, int], node: Node) -> Iterator[int]:

@@ -12,9 +12,11 @@ from geta_hf.qadg.flow import Flow
 from geta_hf.qadg.graph import Graph, Node
 from geta_hf.qadg.merge import merge_branches
 from geta_hf.qadg.rules_compute import COMPUTE_RULES, pointwise
+from geta_hf.qadg.rules_conv import CONV_RULES
+from geta_hf.qadg.rules_index import INDEX_RULES
 from geta_hf.qadg.rules_shape import SHAPE_RULES, Rule
 
-RULES: dict[str, Rule] = SHAPE_RULES | COMPUTE_RULES
+RULES: dict[str, Rule] = SHAPE_RULES | INDEX_RULES | COMPUTE_RULES | CONV_RULES
 """Operator name to rule. An operator with more than an elementwise effect on ids needs an entry here to pass them."""
 
 

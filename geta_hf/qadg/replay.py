@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from geta_hf.qadg.flow import Flow
 from geta_hf.qadg.graph import Node, Ref, map_nested
+from geta_hf.qadg.rules_compute import reduced
+from geta_hf.qadg.rules_index import single_pick
 from geta_hf.qadg.rules_shape import FACTORIES
 
 Tensors = dict[int, torch.Tensor]
@@ -21,18 +23,21 @@ class ReplayError(RuntimeError):
 
 
 class Replay:
-    """One forward of the graph on sliced tensors.
+    """One forward of the graph on sliced tensors, or on full ones of which the slices are zero.
 
     Args:
         flow: the propagated graph.
         removed: for every id, whether it is an atom that leaves; shape (ids,). None removes nothing.
+        zeroed: keep every shape; means and norms run over what stays, with its count as their divisor.
     """
 
-    def __init__(self, flow: Flow, removed: NDArray[np.bool_] | None = None) -> None:
+    def __init__(self, flow: Flow, removed: NDArray[np.bool_] | None = None, zeroed: bool = False) -> None:
         self.flow = flow
         self.removed = removed
+        self.zeroed = zeroed
         self._kept: dict[int, tuple[Any, torch.Tensor | None]] = {}
         self._env: Tensors = {}
+        self._read = {ref for node in flow.graph.nodes for ref in _reads(node)}
 
     def run(self, weights: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
         """The model's outputs for the given parameters and buffers (already sliced), inputs and constants as recorded.
@@ -54,7 +59,11 @@ class Replay:
             return [self._tensor(value) for value in graph.outputs]
 
     def kept(self, value: int, dim: int) -> torch.Tensor | None:
-        """The indices that stay along a dim; None when all do."""
+        """The indices that a tensor still has along a dim; None when all of them."""
+        return None if self.zeroed else self.staying(value, dim)
+
+    def staying(self, value: int, dim: int) -> torch.Tensor | None:
+        """The indices that do not leave along a dim; None when none does."""
         ids = self.flow.dims(value)[dim]
         if ids is None or self.removed is None:
             return None
@@ -91,7 +100,9 @@ class Replay:
     def _step(self, node: Node) -> None:
         where = f"{node.op} in {node.module or 'the model'}"
         try:
-            if node.body:
+            if all(self._decided(value) for value in node.outputs):
+                self._env.update({value: self._tensor(value) for value in node.outputs})
+            elif node.body:
                 for inner in node.body:
                     self._store(inner, self._call(inner))
             else:
@@ -99,13 +110,21 @@ class Replay:
         except (RuntimeError, IndexError) as error:
             raise error if isinstance(error, ReplayError) else ReplayError(f"{where}: {error}") from error
         for value in node.outputs:
-            self._assert_shape(value, self._env[value], where)
+            # Kernels differ in what they return besides, such as the saved mean of a batch norm.
+            if value in self._read or value in self.flow.graph.outputs:
+                self._assert_shape(value, self._env[value], where)
 
     def _store(self, node: Node, result: Any) -> None:
         results = result if isinstance(result, list | tuple) else (result,)
         tensors = [item for item in results if isinstance(item, torch.Tensor)]
         for value, tensor in zip(node.outputs, tensors, strict=True):
-            self._env[value] = double(tensor)
+            if not self._decided(value):
+                self._env[value] = double(tensor)
+
+    def _decided(self, value: int) -> bool:
+        """Whether a result is replayed as it was recorded, since other parameters would decide otherwise."""
+        known = self.flow.graph.values[value]
+        return known.kind == "result" and known.data is not None
 
     def _call(self, node: Node) -> Any:
         inputs = {name: map_nested(self._resolve, argument) for name, argument in node.inputs.items()}
@@ -120,7 +139,9 @@ class Replay:
     def _resolve(self, item: Any) -> Any:
         if isinstance(item, Ref):
             return self._tensor(item.value)
-        return torch.float64 if isinstance(item, torch.dtype) and item.is_floating_point else item
+        if isinstance(item, torch.dtype):
+            return torch.float64 if item.is_floating_point else torch.complex128 if item.is_complex else item
+        return item
 
     def _assert_shape(self, value: int, tensor: torch.Tensor, what: str) -> None:
         if tuple(tensor.shape) != self.shape(value):
@@ -132,7 +153,9 @@ def _reads(node: Node) -> list[int]:
 
 
 def double(tensor: torch.Tensor) -> torch.Tensor:
-    """In double precision when it is a floating-point tensor at all."""
+    """In double precision when it is a floating-point or complex tensor at all."""
+    if tensor.is_complex():
+        return tensor.to(torch.complex128)
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
@@ -170,19 +193,94 @@ def _split(replay: Replay, node: Node, inputs: dict[str, Any]) -> Any:
     return torch.split(inputs["self"], [replay.shape(value)[dim] for value in node.outputs], dim)
 
 
+def _index(replay: Replay, node: Node, inputs: dict[str, Any]) -> Any:
+    """Places known beforehand are counted anew among what is left."""
+    picked = single_pick(replay.flow, node)
+    kept = None if picked is None else replay.kept(node.inputs["self"].value, picked[0])
+    if picked is None or kept is None:
+        return node.call(inputs)
+    places = torch.from_numpy(picked[1])
+    return inputs["self"].index_select(picked[0], torch.searchsorted(kept, places[torch.isin(places, kept)]))
+
+
+def _convolution(replay: Replay, node: Node, inputs: dict[str, Any]) -> Any:
+    if inputs["groups"] > 1:
+        transposed = inputs.get("transposed", False)
+        wide = replay.shape(node.outputs[0])[1] if transposed else inputs["input"].shape[1]
+        inputs = inputs | {"groups": wide // inputs["weight"].shape[1]}
+    return node.call(inputs)
+
+
 def _layer_norm(replay: Replay, node: Node, inputs: dict[str, Any]) -> Any:
-    count = len(inputs["normalized_shape"])
-    return node.call(inputs | {"normalized_shape": list(inputs["input"].shape[-count:])})
+    source = inputs["input"]
+    over = range(source.dim() - len(inputs["normalized_shape"]), source.dim())
+    staying = _staying(replay, node.inputs["input"].value, over)
+    narrow = dict(inputs, input=_narrow(source, staying))
+    for name in ("weight", "bias"):
+        if inputs.get(name) is not None:
+            narrow[name] = _narrow(inputs[name], {dim - over.start: kept for dim, kept in staying.items()})
+    narrow["normalized_shape"] = list(narrow["input"].shape[over.start :])
+    return _widen(node.call(narrow), source.shape, staying)
+
+
+def _group_norm(replay: Replay, node: Node, inputs: dict[str, Any]) -> Any:
+    """Zero groups stay as they are, since each is normalised for itself."""
+    source, each = inputs["input"], inputs["C"] // inputs["group"]
+    kept = replay.staying(node.inputs["input"].value, 1)
+    if kept is None:
+        return node.call(inputs)
+    groups = len(torch.unique(kept // each))
+    if replay.zeroed and len(kept) == groups * each:
+        return node.call(inputs)
+    staying = _staying(replay, node.inputs["input"].value, [1])
+    narrow = dict(inputs, input=_narrow(source, staying).contiguous(), C=len(kept), group=groups)
+    for name in ("weight", "bias"):
+        if inputs[name] is not None:
+            narrow[name] = _narrow(inputs[name], {0: staying[1]} if staying else {})
+    return _widen(node.call(narrow), source.shape, staying)
+
+
+def _mean(replay: Replay, node: Node, inputs: dict[str, Any]) -> Any:
+    source = inputs["self"]
+    over, _ = reduced(replay.flow, node)
+    staying = _staying(replay, node.inputs["self"].value, over)
+    return node.call(inputs | {"self": _narrow(source, staying)})
+
+
+def _staying(replay: Replay, value: int, dims: Iterable[int]) -> dict[int, torch.Tensor]:
+    """For a replay on zeroed tensors: what stays along the dims of which something leaves."""
+    found = {dim: replay.staying(value, dim) for dim in dims} if replay.zeroed else {}
+    return {dim: kept for dim, kept in found.items() if kept is not None}
+
+
+def _narrow(tensor: torch.Tensor, staying: dict[int, torch.Tensor]) -> torch.Tensor:
+    for dim, kept in staying.items():
+        tensor = tensor.index_select(dim, kept)
+    return tensor
+
+
+def _widen(result: Any, shape: torch.Size, staying: dict[int, torch.Tensor]) -> Any:
+    """The first result at its full shape again, with zeros where something leaves."""
+    results = result if isinstance(result, tuple) else (result,)
+    full = results[0]
+    for dim, kept in staying.items():
+        wide = full.new_zeros([*full.shape[:dim], shape[dim], *full.shape[dim + 1 :]])
+        full = wide.index_copy(dim, kept, full)
+    return (full, *results[1:])
 
 
 Adapter = Callable[[Replay, Node, dict[str, Any]], Any]
 
 ADAPTERS: dict[str, Adapter] = {
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), _view),
-    **dict.fromkeys(("split", "split_with_sizes"), _split),
+    **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"), _split),
     "expand": _expand,
     "slice": _slice,
     "select": _select,
-    "native_layer_norm": _layer_norm,
+    **dict.fromkeys(("index", "_unsafe_index"), _index),
+    **dict.fromkeys(("convolution", "_convolution"), _convolution),
+    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), _layer_norm),
+    "native_group_norm": _group_norm,
+    **dict.fromkeys(("mean", "var", "std", "var_mean", "std_mean"), _mean),
 }
-"""Operators whose arguments hold sizes or positions, which change when slices leave."""
+"""Operators whose arguments hold sizes or positions, which change when slices leave, or that divide by a count."""

@@ -1,6 +1,8 @@
-"""Operators that compute: ids are unified (pointwise, contractions), marked (norms, means) or frozen (softmax dims)."""
+"""Operators that compute: ids are unified (pointwise, contractions), marked (sums, means) or frozen (choices)."""
 
 from __future__ import annotations
+
+import math
 
 from geta_hf.qadg.flow import Dim, Flow
 from geta_hf.qadg.graph import Node, Ref
@@ -10,6 +12,9 @@ from geta_hf.qadg.rules_shape import Rule
 def pointwise(flow: Flow, node: Node) -> None:
     """Elementwise: operands of the same element leave together."""
     dims = flow.broadcast(node.refs(), flow.graph.values[node.outputs[0]].shape)
+    if node.op in ("add", "add_", "sub") and sum(map(flow.stream, set(node.refs()))) > 1:
+        for dim in dims:
+            flow.mark("sum", dim)
     for value in node.outputs:
         flow.put(value, dims)
 
@@ -22,16 +27,41 @@ def _contract(flow: Flow, left: Ref, right: Ref) -> list[Dim]:
         if flow.value(ref).weight_like:
             flow.mark("row", row)
             flow.mark("column", column)
+    macs = math.prod(flow.shape(left)) * flow.shape(right)[-1]
     if len(a) == 2:
+        flow.count_macs(macs, (a[0], a[1], b[1]))
         return [a[0], b[1]]
     batch = flow.unify(a[0], b[0])
     if flow.value(left).from_input and flow.value(right).from_input:
         flow.mark("head", batch)
+        for dim in (a[1], a[2], b[2]):
+            flow.mark("attended", dim)
+    flow.count_macs(macs, (batch, a[1], a[2], b[2]))
     return [batch, a[1], b[2]]
 
 
 def _matmul(flow: Flow, node: Node) -> None:
     flow.put(node.outputs[0], _contract(flow, node.inputs["self"], node.inputs["mat2"]))
+
+
+def _matvec(flow: Flow, node: Node) -> None:
+    matrix, vector = flow.dims(node.inputs["self"]), flow.dims(node.inputs["vec"])
+    flow.unify(matrix[1], vector[0])
+    flow.put(node.outputs[0], matrix[:1])
+
+
+def _dot(flow: Flow, node: Node) -> None:
+    flow.unify(flow.dims(node.inputs["self"])[0], flow.dims(node.inputs["tensor"])[0])
+    flow.put(node.outputs[0], [])
+
+
+def _solve(flow: Flow, node: Node) -> None:
+    """Every unknown depends on every equation, so those stay; the right-hand sides pass."""
+    matrix, right = flow.dims(node.inputs["self"]), flow.dims(node.inputs["B"])
+    solved = right[-2] if node.inputs["left"] else right[-1]
+    flow.hold(node, [*matrix[-2:], solved], "every unknown depends on every equation")
+    batch = [flow.unify(a, b) for a, b in zip(matrix[:-2], right[:-2], strict=True)]
+    flow.put(node.outputs[0], [*batch, *right[-2:]])
 
 
 def _add_matmul(flow: Flow, node: Node) -> None:
@@ -40,27 +70,7 @@ def _add_matmul(flow: Flow, node: Node) -> None:
     flow.broadcast((node.outputs[0], node.inputs["self"]), flow.graph.values[node.outputs[0]].shape)
 
 
-def _layer_norm(flow: Flow, node: Node) -> None:
-    source = node.inputs["input"]
-    dims = flow.dims(source)
-    count = len(node.inputs["normalized_shape"])
-    for name in ("weight", "bias"):
-        if node.inputs[name] is not None:
-            flow.broadcast((source, node.inputs[name]), flow.shape(source))
-    for dim in dims[-count:]:
-        flow.mark("norm", dim)
-    flow.put(node.outputs[0], dims)
-    for value in node.outputs[1:]:
-        flow.put(value, dims[:-count] + [None] * count)
-
-
-def _softmax(flow: Flow, node: Node) -> None:
-    dims = flow.dims(node.inputs["self"])
-    flow.freeze([dims[node.inputs["dim"]]] if dims else [])
-    flow.put(node.outputs[0], dims)
-
-
-def _reduced(flow: Flow, node: Node) -> tuple[set[int], list[Dim]]:
+def reduced(flow: Flow, node: Node) -> tuple[set[int], list[Dim]]:
     """Which dims a reduction runs over, and the dims it reads."""
     dims = flow.dims(node.inputs["self"])
     chosen = node.inputs.get("dim")
@@ -78,7 +88,7 @@ def _put_reduced(flow: Flow, node: Node, over: set[int], dims: list[Dim]) -> Non
 
 def _sum(flow: Flow, node: Node) -> None:
     """Removal changes a sum or a mean unless what leaves is zero just there, so the dim counts as normalised."""
-    over, dims = _reduced(flow, node)
+    over, dims = reduced(flow, node)
     for position in over:
         flow.mark("norm", dims[position])
     _put_reduced(flow, node, over, dims)
@@ -86,8 +96,8 @@ def _sum(flow: Flow, node: Node) -> None:
 
 def _order(flow: Flow, node: Node) -> None:
     """Reductions that choose: what they run over stays."""
-    over, dims = _reduced(flow, node)
-    flow.freeze(dims[position] for position in over)
+    over, dims = reduced(flow, node)
+    flow.hold(node, [dims[position] for position in over], "it chooses among the elements along the dim")
     _put_reduced(flow, node, over, dims)
 
 
@@ -99,14 +109,20 @@ def _loss(flow: Flow, node: Node) -> None:
         flow.put(value, [None] * len(flow.graph.values[value].shape))
 
 
+_ORDERS = ("amax", "amin", "aminmax", "max", "min", "any", "all", "argmax", "argmin", "median", "prod", "logsumexp")
+
+_ELEMENTWISE = ("attached", "inserted", "copy", "copy_", "fill", "fill_", "native_dropout", "polar", "complex")
+_ELEMENTWISE += ("masked_fill", "masked_fill_", "log_sigmoid_forward")
+
 COMPUTE_RULES: dict[str, Rule] = {
     **dict.fromkeys(("mm", "bmm"), _matmul),
+    "mv": _matvec,
+    "dot": _dot,
+    "linalg_solve_triangular": _solve,
     **dict.fromkeys(("addmm", "baddbmm"), _add_matmul),
-    **dict.fromkeys(("_softmax", "_safe_softmax", "_log_softmax", "cumsum", "flip"), _softmax),
-    **dict.fromkeys(("sum", "mean", "var", "std", "linalg_vector_norm"), _sum),
-    **dict.fromkeys(("amax", "amin", "max", "min", "any", "all", "argmax", "argmin", "prod", "logsumexp"), _order),
+    **dict.fromkeys(("sum", "nansum", "mean", "var", "std", "var_mean", "std_mean", "linalg_vector_norm"), _sum),
+    **dict.fromkeys(_ORDERS, _order),
     **dict.fromkeys(("nll_loss_forward", "nll_loss2d_forward", "mse_loss"), _loss),
     # Elementwise by what they do, though torch does not tag them so; a merged quantizer branch is elementwise too.
-    **dict.fromkeys(("attached", "inserted", "copy_", "fill_", "native_dropout"), pointwise),
-    "native_layer_norm": _layer_norm,
+    **dict.fromkeys(_ELEMENTWISE, pointwise),
 }

@@ -1,11 +1,10 @@
-"""Operators that move elements about: ids pass, multiply (views) or freeze (indexed dims)."""
+"""Operators that move whole dims about: ids pass or multiply (views)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
 from geta_hf.qadg.flow import Dim, Flow
 from geta_hf.qadg.graph import Node
@@ -129,7 +128,7 @@ def _cat(flow: Flow, node: Node) -> None:
             result.append(None)
         else:
             sizes = [flow.shape(ref)[dim] for ref in parts]
-            filled = [np.zeros(n, np.int64) if i is None else i for i, n in zip(column, sizes, strict=True)]
+            filled = [np.zeros(n, np.int32) if i is None else i for i, n in zip(column, sizes, strict=True)]
             result.append(np.concatenate(filled))
     flow.put(node.outputs[0], result)
 
@@ -141,58 +140,26 @@ def _stack(flow: Flow, node: Node) -> None:
     flow.put(node.outputs[0], dims)
 
 
-def _embedding(flow: Flow, node: Node) -> None:
-    rows, columns = flow.dims(node.inputs["weight"])
-    flow.freeze([rows])
-    flow.put(node.outputs[0], [*flow.dims(node.inputs["indices"]), columns])
-
-
-def _gather(flow: Flow, node: Node) -> None:
-    source, index, dim = node.inputs["self"], node.inputs["index"], node.inputs["dim"]
-    ids, chosen = flow.dims(source), flow.dims(index)
-    if not ids:
-        return flow.put(node.outputs[0], [])
-    flow.freeze([ids[dim]])
-    for position, (n, m) in enumerate(zip(flow.shape(source), flow.shape(index), strict=True)):
-        if position == dim % len(ids):
-            continue
-        if n == m:
-            chosen[position] = flow.unify(ids[position], chosen[position])
-        else:
-            flow.freeze([ids[position], chosen[position]])
-            chosen[position] = None
-    flow.put(node.outputs[0], chosen)
-
-
-def _index(flow: Flow, node: Node) -> None:
-    source, indices = node.inputs["self"], node.inputs["indices"]
-    used = {position: ref for position, ref in enumerate(indices) if ref is not None}
-    if any(flow.value(ref).dtype in (torch.bool, torch.uint8) for ref in used.values()):
-        return flow.unknown(node, "selects by a mask")
-    dims = flow.dims(source)
-    for position, ref in used.items():
-        flow.freeze([dims[position], *flow.dims(ref)])
-    chosen: list[Dim] = [None] * max(len(flow.shape(ref)) for ref in used.values())
-    first, last = min(used), max(used)
-    if last - first + 1 == len(used):
-        return flow.put(node.outputs[0], dims[:first] + chosen + dims[last + 1 :])
-    rest = [ids for position, ids in enumerate(dims) if position not in used]
-    flow.put(node.outputs[0], chosen + rest)
-
-
-def _index_select(flow: Flow, node: Node) -> None:
-    dims, dim = flow.dims(node.inputs["self"]), node.inputs["dim"]
-    flow.freeze([dims[dim], *flow.dims(node.inputs["index"])])
-    dims[dim] = None
+def _view_as_complex(flow: Flow, node: Node) -> None:
+    """The last dim, real and imaginary part, stays."""
+    dims = flow.dims(node.inputs["self"])
+    flow.freeze([dims.pop()])
     flow.put(node.outputs[0], dims)
 
 
-def _pad(flow: Flow, node: Node) -> None:
-    dims, pad = flow.dims(node.inputs["self"]), node.inputs["pad"]
-    for back in range(len(pad) // 2):
-        if pad[2 * back] or pad[2 * back + 1]:
-            flow.freeze([dims[-1 - back]])
-            dims[-1 - back] = None
+def _view_as_real(flow: Flow, node: Node) -> None:
+    flow.put(node.outputs[0], [*flow.dims(node.inputs["self"]), None])
+
+
+def _glu(flow: Flow, node: Node) -> None:
+    """One half of the dim gates the other."""
+    dims, dim = flow.dims(node.inputs["self"]), node.inputs["dim"]
+    ids = dims[dim]
+    if ids is not None:
+        first, second = np.split(ids, 2)
+        flow.unify(first, second)
+        dims[dim] = first
+        _freeze_single(flow, first)
     flow.put(node.outputs[0], dims)
 
 
@@ -209,12 +176,15 @@ SHAPE_RULES: dict[str, Rule] = {
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), _view),
     **dict.fromkeys(("clone", "detach", "alias", "lift_fresh", "lift_fresh_copy", "contiguous", "_to_copy"), _same),
     **dict.fromkeys(("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"), _same),
-    **dict.fromkeys(("t", "transpose"), _transpose),
+    **dict.fromkeys(("t", "transpose", "transpose_"), _transpose),
     **dict.fromkeys(FACTORIES, _factory),
-    **dict.fromkeys(("split", "split_with_sizes"), _split),
+    **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"), _split),
     "permute": _permute,
-    "unsqueeze": _unsqueeze,
-    "squeeze": _squeeze,
+    **dict.fromkeys(("unsqueeze", "unsqueeze_"), _unsqueeze),
+    **dict.fromkeys(("squeeze", "squeeze_"), _squeeze),
+    "view_as_complex": _view_as_complex,
+    "view_as_real": _view_as_real,
+    "glu": _glu,
     "expand": _expand,
     "repeat": _repeat,
     "slice": _slice,
@@ -222,9 +192,4 @@ SHAPE_RULES: dict[str, Rule] = {
     "unbind": _unbind,
     "cat": _cat,
     "stack": _stack,
-    "embedding": _embedding,
-    "gather": _gather,
-    "index": _index,
-    "index_select": _index_select,
-    "constant_pad_nd": _pad,
 }

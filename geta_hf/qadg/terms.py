@@ -1,4 +1,4 @@
-"""Union-find over element ids with product terms, vectorised over int64 arrays.
+"""Union-find over element ids with product terms, vectorised over int32 arrays.
 
 Every element of every dim carries an id. An id is *frozen* (0: it never leaves), an *atom* (what leaves as one), or a
 *term*: a product of two ids, outer and inner, whose element leaves as soon as either does. An atom that turns out to be
@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-Ids = NDArray[np.int64]
+Ids = NDArray[np.int32]
 
 FROZEN = 0
 _UNBOUND = -1
@@ -21,20 +21,20 @@ class Terms:
 
     def __init__(self) -> None:
         self.count = 1
-        self._parent = np.zeros(1, np.int64)
-        self._outer = np.full(1, _UNBOUND)
-        self._inner = np.full(1, _UNBOUND)
+        self._parent = np.zeros(1, np.int32)
+        self._outer = np.full(1, _UNBOUND, np.int32)
+        self._inner = np.full(1, _UNBOUND, np.int32)
         self._marks: dict[str, list[Ids]] = {}
 
     def fresh(self, n: int) -> Ids:
         """`n` new atoms."""
-        ids = np.arange(self.count, self.count + n)
+        ids: Ids = np.arange(self.count, self.count + n, dtype=np.int32)
         self.count += n
         if self.count > len(self._parent):
-            grow = max(self.count, 2 * len(self._parent)) - len(self._parent)
-            self._parent = np.concatenate([self._parent, np.zeros(grow, np.int64)])
-            self._outer = np.concatenate([self._outer, np.full(grow, _UNBOUND)])
-            self._inner = np.concatenate([self._inner, np.full(grow, _UNBOUND)])
+            grow = max(self.count, len(self._parent) * 5 // 4) - len(self._parent)
+            self._parent = np.append(self._parent, np.zeros(grow, np.int32))
+            self._outer = np.append(self._outer, np.full(grow, _UNBOUND, np.int32))
+            self._inner = np.append(self._inner, np.full(grow, _UNBOUND, np.int32))
         self._parent[ids] = ids
         return ids
 
@@ -118,12 +118,31 @@ class Terms:
         """Rows with fewer atoms on one side: bind a lone atom to the product, else join all atoms of the row."""
         lone = (short[:, 1:] == FROZEN).all(axis=1) & ~(short[:, :1] == long).any(axis=1)
         if lone.any():
-            self._bind(short[lone, 0], long[lone])
+            if not self._freeze_contradictions(short[lone, 0], long[lone]):
+                self._bind(short[lone, 0], long[lone])
             return
         rows = np.concatenate([short, long], axis=1)
         first = np.repeat(rows[:, 0], rows.shape[1])
         present = rows.ravel() != FROZEN
         self._union(first[present], rows.ravel()[present])
+
+    def _freeze_contradictions(self, atoms: Ids, terms: Ids) -> bool:
+        """An atom that is to be several products at once is what they have in common; the rest stays. Whether any.
+
+        So the factor of a stretched dim, merged with another before it met the frozen dim that it runs along, goes.
+        """
+        if len(np.unique(atoms)) == len(atoms):
+            return False
+        rows = np.unique(np.concatenate([atoms[:, None], np.sort(terms, axis=1)], axis=1), axis=0)
+        owner, times = np.unique(rows[:, 0], return_counts=True)
+        if (times == 1).all():
+            return False
+        pairs = np.stack([np.repeat(rows[:, 0], rows.shape[1] - 1), rows[:, 1:].ravel()])
+        (x, atom), count = np.unique(pairs[:, pairs[1] != FROZEN], axis=1, return_counts=True)
+        common = count == times[np.searchsorted(owner, x)]
+        doomed = ~common & np.isin(x, x[common])
+        self._parent[atom[doomed]] = FROZEN
+        return bool(doomed.any())
 
     def _different(self, left: Ids, right: Ids) -> tuple[Ids, Ids]:
         """The atoms of the rows whose two sides are not the same set, both padded to one width."""

@@ -100,16 +100,15 @@ class _Bench:
         Raises:
             _GateError: a gate failed.
         """
-        removed = np.zeros(self.flow.terms.count, np.bool_)
-        for name, mask in removal.items():
-            removed[self.atoms[name][mask.numpy()]] = True
-        removed[FROZEN] = False
+        removed = self._removed(removal)
         kept = kept_indices(self.space, removal)
         try:
             sliced = Replay(self.flow, removed).run(self._cut(kept, zero=False))
         except ReplayError as error:
             raise _GateError(f"gate 2 (completeness: the slices of a group must be all that leave): {error}") from error
-        zeroed = Replay(self.flow).run(self._cut(kept, zero=True))
+        coupled = {family.name for family in self.space.prunable if "norm" in family.couplings}
+        divisors = self._removed({name: mask for name, mask in removal.items() if name in coupled})
+        zeroed = Replay(self.flow, divisors, zeroed=True).run(self._cut(kept, zero=True))
         for position, (left, right) in enumerate(zip(sliced, zeroed, strict=True)):
             difference = _difference(left, right)
             if not difference <= TOLERANCE:
@@ -117,6 +116,14 @@ class _Bench:
                     "gate 3 (alignment: sliced groups must act like zero groups): "
                     f"output {position} differs by {difference:.1e} of its scale"
                 )
+
+    def _removed(self, removal: Removal) -> NDArray[np.bool_]:
+        """For every id, whether it is an atom that leaves."""
+        removed = np.zeros(self.flow.terms.count, np.bool_)
+        for name, mask in removal.items():
+            removed[self.atoms[name][mask.numpy()]] = True
+        removed[FROZEN] = False
+        return removed
 
     def _cut(self, kept: dict[str, dict[int, torch.Tensor]], zero: bool) -> dict[int, torch.Tensor]:
         """The weights without the removed slices, or with zeros there."""

@@ -99,9 +99,13 @@ def test_an_unrelated_slice_fails_completeness(kind, bert, batch):
         verify_space(bert, batch, space)
 
 
-def test_the_residual_stream_fails_alignment_if_made_prunable(bert, batch):
-    space = build_space(bert, batch)
-    families = [replace(f, prunable=f.kind == "residual") for f in space.families]
+def test_the_residual_stream_passes_with_corrected_divisors(bert, batch):
+    verify_space(bert, batch, build_space(bert, batch, prune=["residual"]))
+
+
+def test_the_residual_stream_fails_alignment_if_its_coupling_to_norms_is_forgotten(bert, batch):
+    space = build_space(bert, batch, prune=["residual"], keep=["heads", "channels"])
+    families = [replace(family, couplings=()) for family in space.families]
     with pytest.raises(GETAError, match=r"residual fails gate 3"):
         verify_space(bert, batch, replace(space, families=tuple(families)))
 
