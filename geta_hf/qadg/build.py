@@ -27,8 +27,8 @@ def build_space(
 ) -> PruningSpace:
     """Find what may be removed from `model`: the quantization-aware dependency graph (paper Sec. 4, Alg. 1).
 
-    The forward runs once, without computing with the parameters, which may lie on any device or on meta; the model is
-    as before afterwards. Quantizers, own or foreign, change nothing about the groups. Caches are switched off.
+    The forward runs twice, to see whether it takes the same path, without computing with the parameters, which may lie
+    on any device or on meta; the model is as before afterwards. Quantizers, own or foreign, change nothing about the groups. Caches are switched off.
 
     Args:
         model: a Hugging Face model, or any module that `model(**batch)` runs.
@@ -45,7 +45,7 @@ def build_space(
         GETAError: the model cannot run the batch, returns no tensor, nothing in it may be pruned, an entry of `prune`
             or `keep` matches nothing, or a gate failed.
     """
-    flow = analyse(model, batch)
+    flow = analyse(model, batch, times=2)
     space = space_of(flow, prune, keep)
     if not space.prunable:
         raise GETAError(_nothing_prunable(type(model).__name__, space))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -101,12 +102,12 @@ class _Recorder(TorchDispatchMode):
         if node.op in _CHOICES and sources[0].weight_like and len(sources[0].shape) > 2:
             from_input = False  # a choice among matrices, the weights of experts, is still a weight
         for tensor in tensors:
-            if id(tensor) not in self._position:
+            if id(tensor) not in self._position or torch.Tag.inplace_view in func.tags:
                 self.add(tensor, Value(tuple(tensor.shape), tensor.dtype, "result"))
-        if self.real and from_parameter:
-            for tensor in tensors:
-                if not (tensor.is_floating_point() or tensor.is_complex()):
-                    values[self._position[id(tensor)]].data = tensor.detach().clone()
+        for tensor in tensors:
+            decided = self.real and from_parameter and not (tensor.is_floating_point() or tensor.is_complex())
+            if (decided or node.random) and not tensor.is_meta:
+                values[self._position[id(tensor)]].data = tensor.detach().clone()
         outputs = tuple(self._position[id(tensor)] for tensor in tensors)
         touched = [values[position] for position in outputs] + (sources[:1] if node.writes else [])
         for value in touched:
@@ -170,31 +171,47 @@ def _bind(func: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     return bound
 
 
-def capture(model: nn.Module, batch: Mapping[str, Any]) -> Graph:
+def capture(model: nn.Module, batch: Mapping[str, Any], times: int = 1) -> Graph:
     """Record `model(**batch)` in evaluation mode, without gradients and without computing with the parameters.
 
-    The model is as before afterwards: parameters, buffers, tying, training flags.
+    Where that fails and the parameters are real, they are computed with after all: in some mixtures of experts the
+    control flow depends on them. The model is as before afterwards: parameters, buffers, tying, hooks, training flags.
 
     Args:
         model: any module that returns tensors, tuples, lists or mappings of them (a `ModelOutput` is one). Of a
             mapping, what a part of the model made on the way is no output: nested mappings and `encoder_*`.
         batch: the keyword arguments of its forward; tensors of any device.
+        times: how often to record, to see that the operators are the same every time.
 
     Returns:
         The graph. Values come in the order: parameters (as `named_parameters()`), buffers, inputs, the rest.
 
     Raises:
-        GETAError: the batch is not a mapping, the forward raises, or its output holds no tensor.
+        GETAError: the batch is not a mapping, the forward raises, its output holds no tensor, or the operators were
+            not the same every time.
     """
     if not isinstance(batch, Mapping):
         raise GETAError(f"batch is a {type(batch).__name__}; pass a dict of the model's keyword arguments instead")
     try:
-        return _record(model, batch, real=False)
+        graph, real = _record(model, batch, real=False), False
     except GETAError:
         if any(parameter.is_meta for parameter in model.parameters()):
             raise
-        # Control flow may depend on the parameters, as in the routing of some mixtures of experts.
-        return _record(model, batch, real=True)
+        graph, real = _record(model, batch, real=True), True
+    for _ in range(times - 1):
+        _check_same_path(model, graph.nodes, _record(model, batch, real).nodes)
+    return graph
+
+
+def _check_same_path(model: nn.Module, first: list[Node], second: list[Node]) -> None:
+    for one, other in zip_longest(first, second):
+        if one is None or other is None or (one.op, one.module, one.outputs) != (other.op, other.module, other.outputs):
+            node = one or other
+            raise GETAError(
+                f"{type(model).__name__} took another path when it ran the same batch a second time, first at "
+                f"{node.op} in {node.module or 'the model'}; its control flow depends on a state of its own or on "
+                "chance. Make its forward take the same path every time"
+            )
 
 
 def _record(model: nn.Module, batch: Mapping[str, Any], real: bool) -> Graph:
@@ -205,7 +222,7 @@ def _record(model: nn.Module, batch: Mapping[str, Any], real: bool) -> Graph:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(_unchanged(model))
         stack.enter_context(_recordable(model))
-        model.eval()
+        model.train().eval()  # both, since what a model cached in evaluation mode is dropped in training mode alone
         _swap_in_stand_ins(model, recorder)
         stack.enter_context(_module_paths(model, recorder))
         inputs = {name: _input(name, item, recorder) for name, item in batch.items()}
@@ -269,12 +286,14 @@ def _recordable(model: nn.Module) -> Iterator[None]:
     configs = {id(m.config): vars(m.config) for m in model.modules() if isinstance(m, PreTrainedModel)}
     before = [(fields, {name: fields[name] for name in _SETTINGS if name in fields}) for fields in configs.values()]
     fast = torch.backends.mha.get_fastpath_enabled()
+    fused = torch.backends.mkldnn.set_flags(_enabled=False)[0]
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         for fields, old in before:
             fields.update({name: _SETTINGS[name] for name in old})
         yield
     finally:
+        torch.backends.mkldnn.set_flags(_enabled=fused)
         torch.backends.mha.set_fastpath_enabled(fast)
         for fields, old in before:
             fields.update(old)
@@ -282,17 +301,22 @@ def _recordable(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Leave every module's attributes, parameters, buffers and training flag as they were."""
-    before = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    """Leave every module's attributes, parameters, buffers, hooks and training flag as they were."""
+    before = [(module, dict(module.__dict__), _containers(module)) for module in model.modules()]
     try:
         yield
     finally:
-        for module, attributes, parameters, buffers in before:
+        for module, attributes, containers in before:
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            for slot, original in ((module._parameters, parameters), (module._buffers, buffers)):
-                slot.clear()
-                slot.update(original)  # type: ignore[arg-type]
+            for container, content in containers:
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(content)
+
+
+def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
+    """The dicts and lists among a module's attributes, each with a copy: parameters, buffers, hooks, own caches."""
+    return [(item, item.copy()) for item in module.__dict__.values() if isinstance(item, dict | list)]
 
 
 @contextmanager

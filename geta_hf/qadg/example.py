@@ -12,6 +12,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
@@ -39,7 +40,10 @@ _TASKS = (
     modeling_auto.MODEL_MAPPING,
 )
 
-_PIXELS = 64  # side of an image where the configuration names none: every common stride divides it
+_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+_HUGE = 2**26  # elements; no buffer is that large
+
+_PIXELS = (64, 256)  # side of an image where the configuration names none: every common stride divides it
 _SAMPLES = 4000  # a quarter of a second of sound at 16 kHz
 _FRAMES = 64  # and as many of its spectra as common strides divide
 
@@ -59,16 +63,35 @@ def empty_model(source: str | PreTrainedConfig) -> PreTrainedModel:
         The model in evaluation mode, tied as usual: parameters on meta, buffers real, on CPU.
 
     Raises:
-        GETAError: the configuration cannot be found or reached, or transformers has no class for it.
+        GETAError: the configuration cannot be found or reached, transformers has no class for it, or the class needs
+            a package that is not there.
     """
     config = copy.deepcopy(source) if isinstance(source, PreTrainedConfig) else _load_config(source)
     model_class = _model_class(config)
     # Tensors are made on CPU, where buffers get their content, and a parameter goes to meta as soon as a module holds
-    # it. Memory that is never written costs nothing.
-    with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = model_class._from_config(config)
+    # it. Memory that is never written costs nothing, as long as the system grants it.
+    try:
+        with _HugeOnMeta(), no_init_weights(), init_empty_weights(include_buffers=False):
+            model = model_class._from_config(config)
+    except (ImportError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise GETAError(
+            f"{model_class.__name__} cannot be built from its {type(config).__name__}: {' '.join(str(error).split())} "
+            "Install what is missing, or correct the configuration"
+        ) from error
     model.tie_weights()
     return model.eval()
+
+
+class _HugeOnMeta(TorchFunctionMode):
+    """Makes tensors that are too large for a buffer on meta: all experts of a layer are more than memory may hold."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _FACTORIES and kwargs.get("device") is None:
+            outline = func(*args, **kwargs | {"device": "meta"})
+            if outline.numel() > _HUGE:
+                return outline
+        return func(*args, **kwargs)
 
 
 def _load_config(source: str) -> PreTrainedConfig:
@@ -100,7 +123,9 @@ def example_batch(model: PreTrainedModel, rows: int = 2, length: int = 8) -> Bat
     """Make inputs that `model(**batch)` runs with, from what the model says of itself.
 
     What is needed follows from `main_input_name`, `input_modalities` and the forward's signature; sizes follow from
-    the configuration. Token ids are random but no special tokens; the last row of text ends in padding.
+    the configuration; where that leaves several layouts of pictures or sound, they are tried in turn, without computing
+    with the parameters. Token ids are random but no special tokens; the last row of text ends in padding. A language
+    model whose pictures come in no layout known here gets text alone, and what sees stays untouched.
 
     Args:
         model: any Hugging Face model, on any device or meta.
@@ -133,7 +158,7 @@ class _Maker:
         batch = self.text() | self.series()
         if self.config.is_encoder_decoder and "decoder_input_ids" in self.arguments:
             batch["decoder_input_ids"] = self.token_ids(self.length)
-        batch = self.first_that_runs([*self.with_pictures(batch), *self.with_sound(batch), batch])
+        batch = self.with_pictures(batch) or self.first_that_runs([*self.with_sound(batch), batch])
         missing = [name for name, p in self.arguments.items() if _required(p) and name not in batch]
         if missing or not batch:
             raise GETAError(
@@ -143,13 +168,11 @@ class _Maker:
         return batch
 
     def first_that_runs(self, candidates: list[Batch]) -> Batch:
-        """The first batch that the forward takes; the last is not tried, nor is one that the model would ignore."""
+        """The first batch that the forward takes, or else the first with all it needs; an only one is not tried."""
         required = {name for name, p in self.arguments.items() if _required(p)}
         candidates = [c for c in candidates if required <= c.keys() and (self.main in c or not self.wants(self.main))]
-        for candidate in candidates[:-1]:
-            if _runs(self.model, candidate) is not None:
-                return candidate
-        return candidates[-1] if candidates else {}
+        running = (c for c in candidates if len(candidates) == 1 or _runs(self.model, c) is not None)
+        return next(running, _first(candidates, {}))
 
     def wants(self, name: str) -> bool:
         """Whether the forward cannot do without this argument."""
@@ -195,22 +218,23 @@ class _Maker:
         """Normal noise in the model's dtype."""
         return torch.randn(*shape, generator=self.generator).to(self.model.dtype)
 
-    def with_pictures(self, text: Batch) -> Iterator[Batch]:
-        """The text with pictures or clips in every layout that models take, likelier ones first."""
-        if self.takes("pixel_values_videos", "video") and self.main == "pixel_values_videos":
-            yield text | {"pixel_values_videos": self.noise(self.rows, self.frames(), *self.picture())}
+    def with_pictures(self, text: Batch) -> Batch:
+        """The text with pictures or clips in the first layout that the model takes; nothing where there is none."""
+        if self.main == "pixel_values_videos":
+            return text | {self.main: self.noise(self.rows, self.frames(), self.channels(), *self.sizes()[0])}
         if not self.takes("pixel_values", "image"):
-            return
+            return {}
         tokens = _settings(self.config, "image_token_id", "image_token_index")
-        for pictures in self.pictures():
-            if not tokens:
-                yield text | pictures
-            elif (count := self.tokens_per_picture(pictures)) is not None:
-                yield self.with_image_tokens(text, tokens[0], count) | pictures
+        if not tokens:
+            return self.first_that_runs([*(text | pictures for pictures in self.pictures([])), text])
+        for pictures in self.pictures([1, 2, 3, 5]):
+            if (count := self.tokens_per_picture(pictures)) is not None:
+                return self.with_image_tokens(text, tokens[0], count) | pictures
+        return text
 
-    def pictures(self) -> Iterator[Batch]:
-        """Layouts of pictures."""
-        channels, height, width = self.picture()
+    def pictures(self, several: list[int]) -> Iterator[Batch]:
+        """Layouts of pictures: as patches, alone, as clips, and with so many tiles each."""
+        channels = self.channels()
         patch = _first([size for size in _settings(self.config, "patch_size") if isinstance(size, int)], 1)
         if "image_grid_thw" in self.arguments:
             side = 2 * _first(_settings(self.config, "spatial_merge_size", "merge_size"), 1)
@@ -226,19 +250,18 @@ class _Maker:
                 "spatial_shapes": torch.tensor([[4, 4]] * self.rows),
             }
         clips = [self.frames()] if _settings(self.config, "num_frames") or "video" in self.modalities else []
-        several = [1, 2, 3, 5] if self.modalities >= {"image", "text"} else []
-        for frames in [[], *([count] for count in clips + several)]:
+        for frames, (height, width) in itertools.product([[], *([count] for count in clips + several)], self.sizes()):
             batch = {"pixel_values": self.noise(self.rows, *frames, channels, height, width)}
-            if "image_sizes" in self.arguments:
-                batch["image_sizes"] = torch.tensor([[height, width]] * self.rows)
             yield batch
+            if "image_sizes" in self.arguments:
+                yield batch | {"image_sizes": torch.tensor([[height, width]] * self.rows)}
 
     def tokens_per_picture(self, pictures: Batch) -> int | None:
         """How many image tokens the text must hold for each picture; None when this layout does not fit."""
         shapes = _runs(_ImageFeatures(self.model), pictures)
         if shapes is None:
             return None
-        return sum(shape.numel() for shape in shapes) // (self.rows * self.config.get_text_config().hidden_size)
+        return sum(shape[:-1].numel() for shape in shapes) // self.rows
 
     def with_image_tokens(self, text: Batch, token: int, count: int) -> Batch:
         """The text with `count` image tokens in front of every row."""
@@ -255,23 +278,33 @@ class _Maker:
         """How many frames a clip has."""
         return _first(_settings(self.config, "num_frames", "frames_per_clip"), 4)
 
-    def picture(self) -> tuple[int, int, int]:
-        """Channels, height and width."""
-        size = _first(_settings(self.config, "image_size", "crop_size"), _PIXELS)
+    def channels(self) -> int:
+        """How many colours a picture has."""
+        return _first(_settings(self.config, "num_channels", "in_channels", "in_chans"), 3)
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Heights and widths to try."""
+        size = _first(_settings(self.config, "image_size", "crop_size"), None)
+        if size is None:
+            return [(pixels, pixels) for pixels in _PIXELS]
         if isinstance(size, Mapping):
-            size = (size["height"], size["width"])
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        return _first(_settings(self.config, "num_channels", "in_channels", "in_chans"), 3), height, width
+            return [(size["height"], size["width"])]
+        return [(size[0], size[1]) if isinstance(size, list | tuple) else (size, size)]
 
     def with_sound(self, text: Batch) -> Iterator[Batch]:
         """The text with spectra or waves in every layout that models take."""
         if self.wants("input_features"):
-            yield from (text | {"input_features": self.noise(self.rows, *shape)} for shape in self.spectra())
+            masks = self.arguments.keys() & {"input_features_mask", "feature_attention_mask"}
+            for shape in self.spectra():
+                sound = {"input_features": self.noise(self.rows, *shape)}
+                for time in shape if masks else ():
+                    yield text | sound | {mask: torch.ones(self.rows, time, dtype=torch.long) for mask in masks}
+                yield text | sound
         if self.wants("input_values"):
-            channels = _settings(self.config, "audio_channels")
-            waves = [(_SAMPLES,), *((count, _SAMPLES) for count in channels), (1, _SAMPLES)]
-            for shape in itertools.chain(self.spectra(), waves):
-                yield text | {"input_values": self.noise(self.rows, *shape)}
+            channels = [*_settings(self.config, "audio_channels"), 1]
+            waves: list[tuple[int, ...]] = [(_SAMPLES,), *((count, _SAMPLES) for count in channels)]
+            for layout in [*self.spectra(), *waves]:
+                yield text | {"input_values": self.noise(self.rows, *layout)}
 
     def spectra(self) -> Iterator[tuple[int, int]]:
         """Layouts of spectra: time x bins and bins x time, as long as we like or as the model insists."""
@@ -300,7 +333,8 @@ class _ImageFeatures(nn.Module):
         self.model = model
 
     def forward(self, **pictures: Tensor) -> Any:
-        features: Any = self.model.get_image_features(**pictures)  # type: ignore[operator]
+        owner: Any = self.model if "get_image_features" in dir(type(self.model)) else self.model.base_model
+        features = owner.get_image_features(**pictures)
         return features["pooler_output"] if isinstance(features, ModelOutput) else features
 
 

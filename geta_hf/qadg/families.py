@@ -25,7 +25,7 @@ def find_families(flow: Flow) -> tuple[Family, ...]:
     drafts = find_drafts(slots, flow.terms.count)
     family = family_of_atoms(drafts, flow.terms.count)
     excludes = find_excludes(slots, family)
-    kinds = find_kinds(flow, slots, drafts, excludes)
+    kinds = find_kinds(flow, drafts, excludes)
     names, couplings = find_names(drafts, kinds), find_couplings(flow, drafts)
     macs = macs_per_group(flow, drafts, family)
     return tuple(

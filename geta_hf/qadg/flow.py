@@ -23,6 +23,8 @@ class Flow:
         self.graph = graph
         self.terms = Terms()
         self._dims: dict[int, list[Dim]] = {}
+        self.readers, self.makers = graph.consumers(), graph.producers()
+        self.nonnegative: set[int] = set()
         self.contractions: list[tuple[int, tuple[Dim, ...]]] = []
         self._unknown: Counter[tuple[str, str, str]] = Counter()
 
@@ -38,6 +40,34 @@ class Flow:
         """Whether parameters made a value that is more than a vector: an activation or an embedding, not a bias."""
         known = self.graph.values[value]
         return known.from_parameter and sum(n > 1 for n in known.shape) > 1
+
+    def scales_itself(self, node: Node) -> bool:
+        """Whether what a node draws from a tensor goes, elementwise, into this very tensor again and nowhere else."""
+        source = node.inputs["self"].value
+        origin, drawn, pending = self._origin(source), set(node.outputs), list(node.outputs)
+        values = self.graph.values
+        while pending:
+            for position in self.readers.get(pending.pop(), []):
+                reader = self.graph.nodes[position]
+                if all(values[value].elements < values[source].elements for value in reader.outputs):
+                    pending += [value for value in reader.outputs if value not in drawn]
+                    drawn.update(reader.outputs)
+                    continue
+                wide = {ref for ref in reader.refs() if ref not in drawn and values[ref].elements > 1}
+                if not reader.pointwise or any(self._origin(ref) != origin for ref in wide):
+                    return False
+        return True
+
+    def _origin(self, value: int) -> int:
+        """Up through elementwise operators, to what a tensor was made of by them."""
+        shape = self.graph.values[value].shape
+        while value in self.makers:
+            maker = self.graph.nodes[self.makers[value]]
+            wide = [ref for ref in dict.fromkeys(maker.refs()) if self.graph.values[ref].shape == shape]
+            if len(wide) != 1 or not (maker.pointwise or maker.op in ("detach", "alias", "clone", "_to_copy")):
+                break
+            value = wide[0]
+        return value
 
     def count_macs(self, macs: int, dims: tuple[Dim, ...]) -> None:
         """Note the multiply-accumulates of an operator, and the dims that they shrink with."""
@@ -72,8 +102,8 @@ class Flow:
     def hold(self, node: Node, dims: Iterable[Dim], reason: str) -> None:
         """Freeze dims for what an operator does with them, and report it where something could have left."""
         live = [dim for dim in dims if dim is not None and (self.terms.atoms(dim) != FROZEN).any()]
-        if live:
-            self.freeze(live)
+        self.freeze(live)
+        if live and any(self.graph.values[value].from_parameter for value in node.refs()):
             self._unknown[node.op, node.module, reason] += 1
 
     def mark(self, flag: str, dim: Dim) -> None:

@@ -84,6 +84,11 @@ class Node:
         return self.func is not None and torch.Tag.pointwise in self.func.tags
 
     @property
+    def random(self) -> bool:
+        """Whether it draws random numbers."""
+        return self.func is not None and torch.Tag.nondeterministic_seeded in self.func.tags
+
+    @property
     def writes(self) -> bool:
         """Whether it changes one of its inputs in place."""
         return self.func is not None and self.func._schema.is_mutable

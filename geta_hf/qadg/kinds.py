@@ -23,17 +23,12 @@ def family_of_atoms(drafts: Sequence[Draft], count: int) -> Ids:
     return family
 
 
-def find_kinds(flow: Flow, slots: Sequence[Slot], drafts: Sequence[Draft], excludes: dict[int, set[int]]) -> list[str]:
+def find_kinds(flow: Flow, drafts: Sequence[Draft], excludes: dict[int, set[int]]) -> list[str]:
     """The kind of every draft."""
     terms = flow.terms
     head = terms.marked("head") & terms.marked("split")
     added, linked = terms.marked("sum"), terms.marked("row") & terms.marked("column")
-    flags = {
-        "heads": head,
-        "head_dim": _beside(slots, head) & terms.marked("attended"),
-        "residual": added,
-        "channels": linked,
-    }
+    flags = {"heads": head, "head_dim": terms.marked("attended"), "residual": added, "channels": linked}
     kinds = []
     for draft in drafts:
         found = [kind for kind, flag in flags.items() if flag[draft.atoms].any()]
@@ -41,17 +36,6 @@ def find_kinds(flow: Flow, slots: Sequence[Slot], drafts: Sequence[Draft], exclu
             found.remove("residual")
         kinds.append(found[0] if found else "other")
     return [_query_heads(position, kinds, drafts, excludes) for position in range(len(drafts))]
-
-
-def _beside(slots: Sequence[Slot], head: Mask) -> Mask:
-    """The atoms that share an element with a head."""
-    beside = np.zeros(len(head), np.bool_)
-    for slot in slots:
-        if slot.table.shape[1] > 1:
-            rows = head[slot.table].any(axis=1)
-            beside[slot.table[rows]] = True
-    beside[FROZEN] = False
-    return beside & ~head
 
 
 def _spans(draft: Draft) -> bool:

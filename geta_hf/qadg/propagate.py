@@ -20,9 +20,12 @@ RULES: dict[str, Rule] = SHAPE_RULES | INDEX_RULES | COMPUTE_RULES | CONV_RULES
 """Operator name to rule. An operator with more than an elementwise effect on ids needs an entry here to pass them."""
 
 
-def analyse(model: nn.Module, batch: Mapping[str, Any]) -> Flow:
-    """Record the model on the batch, merge quantizer branches, and propagate ids (paper Alg. 1, lines 1-14)."""
-    return propagate(merge_branches(capture(model, batch)))
+def analyse(model: nn.Module, batch: Mapping[str, Any], times: int = 1) -> Flow:
+    """Record the model on the batch, merge quantizer branches, and propagate ids (paper Alg. 1, lines 1-14).
+
+    With `times` above one the recording is repeated, and an error tells when it is not the same every time.
+    """
+    return propagate(merge_branches(capture(model, batch, times)))
 
 
 def propagate(graph: Graph) -> Flow:

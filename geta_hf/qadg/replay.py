@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from geta_hf.qadg.flow import Flow
 from geta_hf.qadg.graph import Node, Ref, map_nested
-from geta_hf.qadg.rules_compute import reduced
+from geta_hf.qadg.rules_compute import FAKE_QUANTIZERS, reduced
+from geta_hf.qadg.rules_conv import batch_statistics
 from geta_hf.qadg.rules_index import single_pick
 from geta_hf.qadg.rules_shape import FACTORIES
 
@@ -64,8 +65,10 @@ class Replay:
 
     def staying(self, value: int, dim: int) -> torch.Tensor | None:
         """The indices that do not leave along a dim; None when none does."""
+        if self.removed is None or not self.flow.known(value):
+            return None
         ids = self.flow.dims(value)[dim]
-        if ids is None or self.removed is None:
+        if ids is None:
             return None
         if id(ids) not in self._kept:
             stays = ~self.removed[self.flow.terms.atoms(ids)].any(axis=1)
@@ -118,8 +121,7 @@ class Replay:
         results = result if isinstance(result, list | tuple) else (result,)
         tensors = [item for item in results if isinstance(item, torch.Tensor)]
         for value, tensor in zip(node.outputs, tensors, strict=True):
-            if not self._decided(value):
-                self._env[value] = double(tensor)
+            self._env[value] = self._tensor(value) if self._decided(value) else double(tensor)
 
     def _decided(self, value: int) -> bool:
         """Whether a result is replayed as it was recorded, since other parameters would decide otherwise."""
@@ -131,10 +133,20 @@ class Replay:
         adapter = ADAPTERS.get(node.op)
         if adapter is not None:
             return adapter(self, node, inputs)
+        if node.random:
+            return self._noise(node, inputs)
         result = node.call(inputs)
         if node.op in FACTORIES or not any(True for _ in node.refs()):
             return self.sliced(node.outputs[0], result)
         return result
+
+    def _noise(self, node: Node, inputs: dict[str, Any]) -> torch.Tensor:
+        """The same noise in every replay, cut where the graph says so."""
+        value = node.outputs[0]
+        full = {name: torch.empty(self.flow.graph.values[value].shape) for name in inputs if name == "self"}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(value)
+            return self.sliced(value, node.call(inputs | full))
 
     def _resolve(self, item: Any) -> Any:
         if isinstance(item, Ref):
@@ -240,6 +252,30 @@ def _group_norm(replay: Replay, node: Node, inputs: dict[str, Any]) -> Any:
     return _widen(node.call(narrow), source.shape, staying)
 
 
+def _batch_norm(replay: Replay, node: Node, inputs: dict[str, Any]) -> Any:
+    """With statistics of the batch itself, all dims but the channels count."""
+    source = inputs["input"]
+    over = [dim for dim in range(source.dim()) if dim != 1] if batch_statistics(node) else []
+    staying = _staying(replay, node.inputs["input"].value, over)
+    narrow = inputs | {"input": _narrow(source, staying)}
+    result = node.call(narrow)
+    return _widen(result, source.shape, staying) if staying else result
+
+
+def _weight_norm(replay: Replay, node: Node, inputs: dict[str, Any]) -> Any:
+    """Zero slices of a weight stay zero, where the operator itself would divide zero by zero."""
+    staying = _staying(replay, node.inputs["v"].value, [inputs["dim"]])
+    narrow = inputs | {name: _narrow(inputs[name], staying) for name in ("v", "g")}
+    weight, norm = node.call(narrow)
+    return _widen(weight, inputs["v"].shape, staying), _widen(norm, inputs["g"].shape, staying)
+
+
+def _fake_quantize(replay: Replay, node: Node, inputs: dict[str, Any]) -> Any:
+    """Its kernel takes the scale in single precision alone."""
+    scale = inputs["scale"]
+    return node.call(inputs | {"scale": scale.float() if isinstance(scale, torch.Tensor) else scale})
+
+
 def _mean(replay: Replay, node: Node, inputs: dict[str, Any]) -> Any:
     source = inputs["self"]
     over, _ = reduced(replay.flow, node)
@@ -266,7 +302,7 @@ def _widen(result: Any, shape: torch.Size, staying: dict[int, torch.Tensor]) -> 
     for dim, kept in staying.items():
         wide = full.new_zeros([*full.shape[:dim], shape[dim], *full.shape[dim + 1 :]])
         full = wide.index_copy(dim, kept, full)
-    return (full, *results[1:])
+    return (full, *results[1:]) if isinstance(result, tuple) else full
 
 
 Adapter = Callable[[Replay, Node, dict[str, Any]], Any]
@@ -281,6 +317,9 @@ ADAPTERS: dict[str, Adapter] = {
     **dict.fromkeys(("convolution", "_convolution"), _convolution),
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), _layer_norm),
     "native_group_norm": _group_norm,
+    **dict.fromkeys(FAKE_QUANTIZERS, _fake_quantize),
+    "_weight_norm_interface": _weight_norm,
+    **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit"), _batch_norm),
     **dict.fromkeys(("mean", "var", "std", "var_mean", "std_mean"), _mean),
 }
 """Operators whose arguments hold sizes or positions, which change when slices leave, or that divide by a count."""

@@ -11,6 +11,8 @@ from geta_hf.qadg.rules_shape import Rule
 
 def pointwise(flow: Flow, node: Node) -> None:
     """Elementwise: operands of the same element leave together."""
+    if node.op in ("abs", "relu", "sigmoid", "exp", "square") or (node.op == "pow" and node.inputs["exponent"] == 2):
+        flow.nonnegative.update(node.outputs)
     dims = flow.broadcast(node.refs(), flow.graph.values[node.outputs[0]].shape)
     if node.op in ("add", "add_", "sub") and sum(map(flow.stream, set(node.refs()))) > 1:
         for dim in dims:
@@ -101,6 +103,45 @@ def _order(flow: Flow, node: Node) -> None:
     _put_reduced(flow, node, over, dims)
 
 
+def _extreme(flow: Flow, node: Node) -> None:
+    """The largest or smallest element: zeros that leave change nothing where zero is within the range for sure.
+
+    So it is for the largest of what is never negative and for the range of a weight; and a range that serves to scale
+    the very tensor that it was taken of is a quantizer's, which zeros inside the range pass unharmed.
+    """
+    source = node.inputs["self"].value
+    within = node.op in ("amax", "max") and source in flow.nonnegative
+    within = within or flow.graph.values[source].weight_like or flow.scales_itself(node)
+    if (len(node.outputs) > 1 and node.op != "aminmax") or not within:
+        return _order(flow, node)
+    over, dims = reduced(flow, node)
+    _put_reduced(flow, node, over, dims)
+
+
+def _check(flow: Flow, node: Node) -> None:
+    """Asks whether something holds of any or of every element; the dims that it runs over say nothing themselves."""
+    over, dims = reduced(flow, node)
+    _put_reduced(flow, node, over, dims)
+
+
+def _distance(flow: Flow, node: Node) -> None:
+    """Between the rows of two matrices: a slice of zeros in both adds nothing."""
+    left, right = flow.dims(node.inputs["x1"]), flow.dims(node.inputs["x2"])
+    flow.unify(left[-1], right[-1])
+    batch = [flow.unify(a, b) for a, b in zip(left[:-2], right[:-2], strict=True)]
+    flow.put(node.outputs[0], [*batch, left[-2], right[-2]])
+
+
+def _fake_quantize(flow: Flow, node: Node) -> None:
+    """Elementwise in what is quantized; with a scale per channel, along that axis in the scale as well."""
+    dims = flow.dims(node.inputs["self"])
+    axis = node.inputs.get("axis")
+    for name in ("scale", "zero_point") if axis is not None else ():
+        dims[axis] = flow.unify(dims[axis], flow.dims(node.inputs[name])[0])
+    for value in node.outputs:
+        flow.put(value, dims)
+
+
 def _loss(flow: Flow, node: Node) -> None:
     """A loss of logits and labels: the classes stay, and nothing that leaves passes through it."""
     for value in node.refs():
@@ -109,10 +150,18 @@ def _loss(flow: Flow, node: Node) -> None:
         flow.put(value, [None] * len(flow.graph.values[value].shape))
 
 
-_ORDERS = ("amax", "amin", "aminmax", "max", "min", "any", "all", "argmax", "argmin", "median", "prod", "logsumexp")
+FAKE_QUANTIZERS = (
+    "fake_quantize_per_tensor_affine_cachemask",
+    "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
+    "_fake_quantize_learnable_per_tensor_affine",
+    "fake_quantize_per_channel_affine_cachemask",
+    "_fake_quantize_learnable_per_channel_affine",
+)
+_EXTREMES = ("amax", "amin", "aminmax", "max", "min")
+_ORDERS = ("argmax", "argmin", "median", "nanmedian", "mode", "kthvalue", "prod", "logsumexp")
 
 _ELEMENTWISE = ("attached", "inserted", "copy", "copy_", "fill", "fill_", "native_dropout", "polar", "complex")
-_ELEMENTWISE += ("masked_fill", "masked_fill_", "log_sigmoid_forward")
+_ELEMENTWISE += ("masked_fill", "masked_fill_", "log_sigmoid_forward", "hardswish", "hardswish_", "_prelu_kernel")
 
 COMPUTE_RULES: dict[str, Rule] = {
     **dict.fromkeys(("mm", "bmm"), _matmul),
@@ -121,7 +170,11 @@ COMPUTE_RULES: dict[str, Rule] = {
     "linalg_solve_triangular": _solve,
     **dict.fromkeys(("addmm", "baddbmm"), _add_matmul),
     **dict.fromkeys(("sum", "nansum", "mean", "var", "std", "var_mean", "std_mean", "linalg_vector_norm"), _sum),
+    **dict.fromkeys(_EXTREMES, _extreme),
     **dict.fromkeys(_ORDERS, _order),
+    **dict.fromkeys(("any", "all", "_is_all_true", "_is_any_true"), _check),
+    **dict.fromkeys(("_euclidean_dist", "_cdist_forward"), _distance),
+    **dict.fromkeys(FAKE_QUANTIZERS, _fake_quantize),
     **dict.fromkeys(("nll_loss_forward", "nll_loss2d_forward", "mse_loss"), _loss),
     # Elementwise by what they do, though torch does not tag them so; a merged quantizer branch is elementwise too.
     **dict.fromkeys(_ELEMENTWISE, pointwise),

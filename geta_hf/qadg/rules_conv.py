@@ -59,9 +59,17 @@ def _grouped(flow: Flow, node: Node, channels: Dim) -> tuple[Dim, Dim, Dim]:
     return first, first, second
 
 
+def batch_statistics(node: Node) -> bool:
+    """Whether a batch norm takes its statistics from what it normalises, not from buffers."""
+    return bool(node.inputs.get("training", False)) or node.inputs.get("running_mean") is None
+
+
 def _batch_norm(flow: Flow, node: Node) -> None:
-    """Every channel for itself."""
+    """Every channel for itself; with the batch's own statistics, the other dims are normalised together."""
     dims = flow.dims(node.inputs["input"])
+    if batch_statistics(node):
+        for dim in (dims[0], *dims[2:]):
+            flow.mark("norm", dim)
     for name in ("weight", "bias", "running_mean", "running_var"):
         if node.inputs.get(name) is not None:
             dims[1] = flow.unify(dims[1], flow.dims(node.inputs[name])[0])
@@ -103,9 +111,10 @@ def _layer_norm(flow: Flow, node: Node) -> None:
 
 
 def _weight_norm(flow: Flow, node: Node) -> None:
-    """weight = g · v / ‖v‖ along every dim but one; along that one a slice of zeros would give 0 / 0, so it stays."""
+    """weight = g · v / ‖v‖ over all dims but one; along that one a slice of zeros is 0 / 0, so it counts as a norm."""
     dims, dim = flow.dims(node.inputs["v"]), node.inputs["dim"]
-    flow.hold(node, [dims[dim], flow.dims(node.inputs["g"])[dim]], "a slice of zeros has no direction")
+    dims[dim] = flow.unify(dims[dim], flow.dims(node.inputs["g"])[dim])
+    flow.mark("norm", dims[dim])
     flow.put(node.outputs[0], dims)
     for value in node.outputs[1:]:
         flow.put(value, flow.dims(node.inputs["g"]))
@@ -124,9 +133,9 @@ def _places(flow: Flow, node: Node) -> None:
 
 def _resample(flow: Flow, node: Node) -> None:
     """Places are taken from a grid, which stays."""
-    dims = flow.dims(node.inputs["input"])
-    flow.freeze([*dims[2:], *flow.dims(node.inputs["grid"])])
-    flow.put(node.outputs[0], [*dims[:2], *[None] * (len(dims) - 2)])
+    dims, grid = flow.dims(node.inputs["input"]), flow.dims(node.inputs["grid"])
+    flow.freeze([*dims[2:], *grid[1:]])
+    flow.put(node.outputs[0], [flow.unify(dims[0], grid[0]), dims[1], *[None] * (len(dims) - 2)])
 
 
 def _im2col(flow: Flow, node: Node) -> None:

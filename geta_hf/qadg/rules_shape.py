@@ -174,7 +174,10 @@ FACTORIES = frozenset({"new_zeros", "new_ones", "new_empty", "new_full"})
 
 SHAPE_RULES: dict[str, Rule] = {
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), _view),
-    **dict.fromkeys(("clone", "detach", "alias", "lift_fresh", "lift_fresh_copy", "contiguous", "_to_copy"), _same),
+    **dict.fromkeys(
+        ("clone", "detach", "alias", "lift_fresh", "lift_fresh_copy", "contiguous", "_to_copy", "_conj", "_neg_view"),
+        _same,
+    ),
     **dict.fromkeys(("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"), _same),
     **dict.fromkeys(("t", "transpose", "transpose_"), _transpose),
     **dict.fromkeys(FACTORIES, _factory),

@@ -31,7 +31,7 @@ class Terms:
         ids: Ids = np.arange(self.count, self.count + n, dtype=np.int32)
         self.count += n
         if self.count > len(self._parent):
-            grow = max(self.count, len(self._parent) * 5 // 4) - len(self._parent)
+            grow = max(self.count, len(self._parent) * 3 // 2) - len(self._parent)
             self._parent = np.append(self._parent, np.zeros(grow, np.int32))
             self._outer = np.append(self._outer, np.full(grow, _UNBOUND, np.int32))
             self._inner = np.append(self._inner, np.full(grow, _UNBOUND, np.int32))
@@ -147,9 +147,11 @@ class Terms:
     def _different(self, left: Ids, right: Ids) -> tuple[Ids, Ids]:
         """The atoms of the rows whose two sides are not the same set, both padded to one width."""
         a, b = self.atoms(left), self.atoms(right)
+        if a.shape[1] == b.shape[1] == 1:
+            rows = a[:, 0] != b[:, 0]
+            return a[rows], b[rows]
         width = max(a.shape[1], b.shape[1])
-        a = np.pad(a, ((0, 0), (0, width - a.shape[1])))
-        b = np.pad(b, ((0, 0), (0, width - b.shape[1])))
+        a, b = (np.hstack([x, np.zeros((len(x), width - x.shape[1]), np.int32)]) for x in (a, b))
         rows = (np.sort(a, axis=1) != np.sort(b, axis=1)).any(axis=1)
         return a[rows], b[rows]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from geta_hf.errors import GETAError
+from geta_hf.qadg.families import find_families
 from geta_hf.qadg.flow import Flow
 from geta_hf.qadg.graph import Value
 from geta_hf.qadg.groups import Family, PruningSpace, kept_indices
 from geta_hf.qadg.propagate import analyse
 from geta_hf.qadg.replay import Replay, ReplayError, double
 from geta_hf.qadg.terms import FROZEN
+from geta_hf.qadg.variants import variants
 
 TOLERANCE = 1e-9
 """Largest difference of outputs in double precision, relative to the largest output."""
@@ -175,32 +177,75 @@ def _difference(left: torch.Tensor, right: torch.Tensor) -> float:
     return float(error.max())
 
 
-def verify_space(model: nn.Module, batch: Mapping[str, Any], space: PruningSpace, seed: int = 0) -> None:
+def verify_space(
+    model: nn.Module, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]], space: PruningSpace, seed: int = 0
+) -> None:
     """Let a space pass gates 2 and 3: its groups are complete, and removing them is the same as zeroing them.
 
     The recorded forward runs on a copy of the weights with random content, in double precision on CPU. Parts of all
     prunable families leave together, in several combinations; every group leaves at least once and stays at least once.
     Gate 2: every operator accepts the sliced tensors and gives the shape that the dependency graph says. Gate 3: the
-    outputs equal those of the full model with the slices zeroed, to 1e-9 of their scale. The model itself is left
-    alone, and no family loses its last group.
+    outputs equal those of the full model with the slices zeroed, to 1e-9 of their scale; where a family is coupled to
+    a norm, its means then run over what stays. The model itself is left alone, and no family loses its last group.
 
     Args:
         model: the model that the space was built for.
-        batch: one batch of real inputs; a small one with padding will do.
+        batch: a batch of real inputs, or several of different shapes. To a single one, others are added which the model
+            runs as well: with other rows, and shorter text with padding. Each is recorded anew, and must give the same
+            prunable families.
         space: what to check; only its prunable families are.
         seed: for the random weights and removals.
 
     Raises:
-        GETAError: a gate failed (names the family and the gate), or the space belongs to another model.
+        GETAError: a gate failed (names the family and the gate), the families differ from batch to batch, or the space
+            belongs to another model.
     """
-    bench = _Bench(analyse(model, batch), model, space, seed)
-    for removal in bench.removals():
+    first: dict[str, Family] = {}
+    for flow in _flows(model, batch):
+        found = {family.name: family for family in find_families(flow)}
+        first = first or found
+        _check_same_families([first[f.name] for f in space.prunable if f.name in first], found, flow)
+        bench = _Bench(flow, model, space, seed)
+        for removal in bench.removals():
+            try:
+                bench.check(removal)
+            except _GateError as failure:
+                name, reason = _blame(bench, removal) or (" with ".join(removal), failure)
+                remedy = "mark it unprunable, or correct the rule of that operator"
+                raise GETAError(f"{name} fails {reason}; {remedy}") from None
+
+
+def _flows(model: nn.Module, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Iterator[Flow]:
+    if not isinstance(batch, Mapping):
+        yield from (analyse(model, item) for item in batch)
+        return
+    yield analyse(model, batch)
+    for other in variants(model, batch):
         try:
-            bench.check(removal)
-        except _GateError as failure:
-            name, reason = _blame(bench, removal) or (" with ".join(removal), failure)
-            remedy = "mark it unprunable, or correct the rule of that operator"
-            raise GETAError(f"{name} fails {reason}; {remedy}") from None
+            flow = analyse(model, other)
+        except GETAError:
+            continue  # not every model runs every shape
+        yield flow
+
+
+def _check_same_families(expected: Sequence[Family], found: Mapping[str, Family], flow: Flow) -> None:
+    """A family must be found in every recording whose operators touch its tensors."""
+    read = {name for position, v in enumerate(flow.graph.values) if flow.known(position) for name in v.names}
+    for family in expected:
+        other = found.get(family.name)
+        if other is not None and _same_members(family, other):
+            continue
+        if any(member.tensor in read for member in family.members):
+            raise GETAError(
+                f"{family.name} is not found again, or with other members, when the forward is recorded anew: its "
+                "control flow changes from call to call, or with the content or shape of the batch. Make the forward "
+                "take one path"
+            )
+
+
+def _same_members(left: Family, right: Family) -> bool:
+    ours, theirs = ({(m.tensor, m.dim): m.index for m in family.members} for family in (left, right))
+    return ours.keys() == theirs.keys() and all(torch.equal(index, theirs[key]) for key, index in ours.items())
 
 
 def _blame(bench: _Bench, removal: Removal) -> tuple[str, _GateError] | None:

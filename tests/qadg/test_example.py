@@ -15,6 +15,7 @@ from transformers import (
     CLIPConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
     PreTrainedModel,
     ResNetConfig,
     T5Config,
@@ -75,6 +76,13 @@ def test_eight_billion_parameters_take_no_time_and_no_memory() -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) > 8e9
 
 
+def test_experts_that_no_memory_would_hold() -> None:
+    config = MixtralConfig(num_hidden_layers=1, num_local_experts=100_000)
+    model = empty_model(config)
+    assert max(parameter.numel() for parameter in model.parameters()) > 1e13
+    assert example_batch(model).keys() == {"input_ids", "attention_mask"}
+
+
 @pytest.mark.parametrize("part", ["", "config.json"])
 def test_a_folder_or_file_gives_the_class_that_was_saved(tmp_path: Path, part: str) -> None:
     config = tiny_bert_config(architectures=["BertForTokenClassification"])
@@ -107,6 +115,12 @@ def test_what_cannot_be_found_is_said(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "of-the-future"}))
     with pytest.raises(GETAError, match="of-the-future"):
         empty_model(str(tmp_path))
+
+
+def test_what_cannot_be_built_is_said() -> None:
+    config = tiny_bert_config(hidden_size=30)
+    with pytest.raises(GETAError, match=r"BertForMaskedLM cannot be built from its BertConfig: .*hidden size"):
+        empty_model(config)
 
 
 def test_text_is_ordinary_tokens_with_padding_at_the_end() -> None:

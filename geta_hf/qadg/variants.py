@@ -1,0 +1,58 @@
+"""Other batches made of one: another number of rows, another length, padding."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batch = dict[str, Any]
+
+
+def variants(model: nn.Module, batch: Mapping[str, Any]) -> list[Batch]:
+    """Batches of other shapes than `batch`, with padding where the model takes an attention mask.
+
+    Not every model runs every one: pictures may have to come with so many tokens, tables may be of fixed length.
+
+    Args:
+        model: tells by its forward's signature whether there is an attention mask.
+        batch: what the model runs.
+
+    Returns:
+        With another number of rows, and, where there is text, shorter with the last row padded.
+    """
+    found = [_other_rows(batch)]
+    text = {name: item for name, item in batch.items() if _is_text(item)}
+    if text:
+        found.append(_shorter(batch, text, "attention_mask" in inspect.signature(model.forward).parameters))
+    return found
+
+
+def _is_text(item: Any) -> bool:
+    return isinstance(item, Tensor) and item.dim() == 2 and not item.is_floating_point() and item.shape[1] > 2
+
+
+def _other_rows(batch: Mapping[str, Any]) -> Batch:
+    """Its first row alone, or twice when that is all."""
+    rows = {item.shape[0] for item in batch.values() if isinstance(item, Tensor) and item.dim()}
+    if len(rows) != 1:
+        return dict(batch)
+    index = torch.tensor([0, 0] if rows == {1} else [0])
+    return {
+        name: item.index_select(0, index.to(item.device)) if isinstance(item, Tensor) and item.dim() else item
+        for name, item in batch.items()
+    }
+
+
+def _shorter(batch: Mapping[str, Any], text: Mapping[str, Tensor], masked: bool) -> Batch:
+    """All text without its last third, and the last row padded."""
+    short = {name: item[:, : max(2, item.shape[1] - item.shape[1] // 3)].clone() for name, item in text.items()}
+    first = next(iter(short.values()))
+    if masked and ("attention_mask" not in batch or "attention_mask" in short):
+        mask = short.get("attention_mask", torch.ones_like(first))
+        mask[-1, -max(1, mask.shape[1] // 3) :] = 0
+        short["attention_mask"] = mask
+    return dict(batch) | short
