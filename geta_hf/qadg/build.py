@@ -28,7 +28,8 @@ def build_space(
     """Find what may be removed from `model`: the quantization-aware dependency graph (paper Sec. 4, Alg. 1).
 
     The forward runs twice, to see whether it takes the same path, without computing with the parameters, which may lie
-    on any device or on meta; the model is as before afterwards. Quantizers, own or foreign, change nothing about the groups. Caches are switched off.
+    on any device or on meta; the model is as before afterwards. Quantizers, own or foreign, change nothing about the
+    groups. Caches are switched off.
 
     Args:
         model: a Hugging Face model, or any module that `model(**batch)` runs.
@@ -70,6 +71,7 @@ def space_of(flow: Flow, prune: Sequence[str] = (), keep: Sequence[str] = ()) ->
         shapes,
         flow.frozen,
         untouched=tuple(value.names[0] for position, value in parameters.items() if position not in read),
+        buffers=tuple(v.names[0] for v in flow.graph.values if v.kind == "buffer" and v.names[0] in shapes),
         matrix_parameters=sum(value.elements for value in parameters.values() if len(value.shape) > 1),
     )
     return apply_policy(space, prune, keep)

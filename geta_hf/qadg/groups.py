@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from geta_hf.errors import GETAError
 
@@ -85,6 +88,7 @@ class PruningSpace:
         shapes: the full shape of every tensor that a member names, to check a model against.
         frozen: operators that no rule covers.
         untouched: parameters that no operator read; they can't be pruned.
+        buffers: those of the tensors in `shapes` that are buffers.
         matrix_parameters: elements of all parameters of two or more dims.
     """
 
@@ -92,6 +96,7 @@ class PruningSpace:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     frozen: tuple[Frozen, ...] = ()
     untouched: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
     matrix_parameters: int = 0
 
     @property
@@ -104,6 +109,67 @@ class PruningSpace:
         """The number of prunable groups, |G| in the paper."""
         return sum(family.size for family in self.prunable)
 
+    @classmethod
+    def from_config(
+        cls,
+        source: str | PreTrainedConfig,
+        batch: Mapping[str, Any] | None = None,
+        *,
+        prune: Sequence[str] = (),
+        keep: Sequence[str] = (),
+    ) -> PruningSpace:
+        """The space of a model of which only the configuration is at hand: no weights are read or stored.
+
+        Args:
+            source: a Hub name, a local folder, a `config.json`, or a configuration.
+            batch: what the model runs; made from the configuration when None.
+            prune: see `build_space`.
+            keep: see `build_space`.
+
+        Raises:
+            GETAError: there is no such configuration, no batch can be made from it, or as `build_space`.
+        """
+        from geta_hf.qadg.build import build_space
+        from geta_hf.qadg.example import empty_model, example_batch
+
+        model = empty_model(source)
+        return build_space(model, example_batch(model) if batch is None else batch, prune=prune, keep=keep)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the space into a folder, as JSON and safetensors."""
+        from geta_hf.qadg.storage import save_space
+
+        save_space(self, folder)
+
+    @classmethod
+    def load(cls, folder: str | Path, model: nn.Module | None = None) -> PruningSpace:
+        """Read what `save` wrote.
+
+        Args:
+            folder: where it is.
+            model: what it is to fit; checked by names and shapes.
+
+        Raises:
+            GETAError: no space, a damaged one, or one of another model.
+        """
+        from geta_hf.qadg.storage import load_space
+
+        space = load_space(folder)
+        if model is not None:
+            space.check(model)
+        return space
+
+    def check(self, model: nn.Module) -> None:
+        """Check that a model has all tensors that the families cut, in their full shapes.
+
+        Raises:
+            GETAError: naming the first tensor that is missing or has another shape.
+        """
+        tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        tensors |= dict(model.named_buffers(remove_duplicate=False))
+        for name in self.shapes:
+            _check_shape(name, tensors.get(name), self)
+
     def coverage(self, prunable_only: bool = False) -> float:
         """The share of the matrix parameters' elements that some family cuts, 0 to 1."""
         cut: dict[tuple[str, int], torch.Tensor] = {}
@@ -115,7 +181,8 @@ class PruningSpace:
         left: dict[str, float] = {}
         for (tensor, _), hit in cut.items():
             left[tensor] = left.get(tensor, 1.0) * (1.0 - float(hit.float().mean()))
-        matrices = {name: math.prod(shape) for name, shape in self.shapes.items() if len(shape) > 1}
+        parameters = self.shapes.keys() - set(self.buffers)
+        matrices = {name: math.prod(self.shapes[name]) for name in parameters if len(self.shapes[name]) > 1}
         covered = sum(matrices[name] * (1.0 - rest) for name, rest in left.items() if name in matrices)
         return covered / self.matrix_parameters if self.matrix_parameters else 0.0
 

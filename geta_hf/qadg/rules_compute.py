@@ -36,7 +36,7 @@ def _contract(flow: Flow, left: Ref, right: Ref) -> list[Dim]:
     batch = flow.unify(a[0], b[0])
     if flow.value(left).from_input and flow.value(right).from_input:
         flow.mark("head", batch)
-        for dim in (a[1], a[2], b[2]):
+        for dim in (a[2], b[2]):
             flow.mark("attended", dim)
     flow.count_macs(macs, (batch, a[1], a[2], b[2]))
     return [batch, a[1], b[2]]

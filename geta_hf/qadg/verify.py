@@ -48,7 +48,9 @@ class _Bench:
             for name, position in self.positions.items()
             if flow.known(position)
         }
-        self.atoms = {family.name: self._atoms(family) for family in space.prunable}
+        # What this recording did not touch, such as an expert that no token went to, cannot be tried on it.
+        self.families = [f for f in space.prunable if any(self.positions[m.tensor] in self.weights for m in f.members)]
+        self.atoms = {family.name: self._atoms(family) for family in self.families}
 
     def _check_names(self) -> None:
         for family in self.space.families:
@@ -83,7 +85,8 @@ class _Bench:
         """For every group the atom that most of its elements carry."""
         cells = []
         for member in family.members:
-            ids = self.flow.dims(self.positions[member.tensor])[member.dim]
+            position = self.positions[member.tensor]
+            ids = self.flow.dims(position)[member.dim] if position in self.weights else None
             if ids is not None:
                 cells.append(self.flow.terms.atoms(ids)[member.index.numpy()].reshape(family.size, -1))
         if not cells:
@@ -131,6 +134,8 @@ class _Bench:
         """The weights without the removed slices, or with zeros there."""
         weights = dict(self.weights)
         for name, dims in kept.items():
+            if self.positions[name] not in weights:
+                continue
             tensor = weights[self.positions[name]]
             for dim, indices in dims.items():
                 if zero:
@@ -157,7 +162,7 @@ class _Bench:
     def _compatible(self) -> list[Family]:
         """Prunable families in random order, without those that exclude an earlier one."""
         chosen: dict[str, Family] = {}
-        families = self.space.prunable
+        families = self.families
         for position in torch.randperm(len(families), generator=self.generator).tolist():
             family = families[position]
             if family.size > 1 and not chosen.keys() & set(family.excludes):

@@ -1,0 +1,169 @@
+"""The console command `geta-hf`: one function for each sub-command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from geta_hf.errors import GETAError
+from geta_hf.page import gather, gather_frozen, pattern, span, write_page
+from geta_hf.qadg.build import space_of
+from geta_hf.qadg.example import empty_model, example_batch
+from geta_hf.qadg.groups import Family, PruningSpace
+from geta_hf.qadg.propagate import analyse
+
+_UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `geta-hf`.
+
+    Args:
+        argv: the arguments after the command's name; those of the process by default.
+
+    Returns:
+        The exit code: 0, or 2 when the input cannot be honoured, with the reason on stderr. As argparse does, bad
+        usage and `--help` raise SystemExit.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (GETAError, OSError) as error:
+        print(f"geta-hf: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("geta-hf", description="Joint structured pruning and quantization.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("inspect", help="what may be removed from a model; no weights are read")
+    command.add_argument("model", metavar="MODEL", help="a Hub name, a folder, or a config.json")
+    command.add_argument("--html", type=Path, metavar="FILE", help="also draw the dependency graph, as one HTML page")
+    switch = "a kind, a coupling (norm, tied, output) or a pattern of family names; may be repeated"
+    command.add_argument("--prune", action="append", default=[], metavar="WHAT", help=f"make prunable: {switch}")
+    command.add_argument("--keep", action="append", default=[], metavar="WHAT", help=f"keep whole: {switch}")
+    command.set_defaults(run=inspect)
+    return parser
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """Print the families of a model, what is frozen and why, and how much of it they cover.
+
+    Args:
+        arguments: `model`, `html` (a path or None), `prune` and `keep`, as the parser gives them.
+
+    Raises:
+        GETAError: no such model, no example batch fits it, or an entry of `prune` or `keep` matches nothing.
+    """
+    start = time.perf_counter()
+    model = empty_model(arguments.model)
+    batch = example_batch(model)
+    flow = analyse(model, batch)
+    space = space_of(flow, arguments.prune, arguments.keep)
+    seconds = time.perf_counter() - start
+    sections = [_headline(model, batch, len(flow.graph.nodes)), family_table(space.families), *_remarks(space)]
+    print("\n\n".join((*sections, f"{_coverage(space)}; {seconds:.1f} s")))
+    if arguments.html:
+        write_page(flow, space, arguments.html, arguments.model)
+        print(f"wrote {arguments.html}")
+
+
+def _headline(model: nn.Module, batch: Mapping[str, Tensor], operators: int) -> str:
+    tensors = list(model.parameters())
+    size = _short(sum(tensor.numel() for tensor in tensors))
+    inputs = ", ".join(f"{name} {'x'.join(map(str, tensor.shape))}" for name, tensor in batch.items())
+    return (
+        f"{type(model).__name__}: {size} parameters in {len(tensors)} tensors, {operators:,} operators\n"
+        f"run on {inputs}; MACs are those of this batch"
+    )
+
+
+def family_table(families: Iterable[Family]) -> str:
+    """Families as text, those alike in all layers on one line: `model.layers.{0..31}.mlp:channels`.
+
+    Args:
+        families: in any order; prunable ones come first.
+
+    Returns:
+        Lines under a heading: name, how many families, kind, groups in each, parameters and MACs of one group, and
+        whether it is prunable or why not; what it excludes stands on a line below.
+    """
+    alike: dict[tuple[object, ...], list[Family]] = {}
+    for family in families:
+        alike.setdefault(_likeness(family), []).append(family)
+    if not alike:
+        return "no families"
+    blocks = sorted(alike.values(), key=lambda block: not block[0].prunable)
+    head = ("family", "families", "kind", "groups", "parameters", "MACs", "prunable")
+    lines = _aligned([head, *(_cells(block) for block in blocks)], right={1, 3, 4, 5})
+    notes = [f"  excludes {other}" if (other := _excluded(block)) else "" for block in blocks]
+    return "\n".join(line for pair in zip(lines, ["", *notes], strict=True) for line in pair if line)
+
+
+def _likeness(family: Family) -> tuple[object, ...]:
+    size = (family.size, family.parameters, family.macs)
+    return pattern(family.name), size, family.prunable, pattern(family.reason), frozenset(map(pattern, family.excludes))
+
+
+def _cells(block: Sequence[Family]) -> tuple[str, ...]:
+    first = block[0]
+    verdict = "yes" if first.prunable else f"no: {pattern(first.reason)}"
+    sizes = (str(first.size), _short(first.parameters), _short(first.macs))
+    return span([family.name for family in block]), str(len(block)), first.kind, *sizes, verdict
+
+
+def _excluded(block: Sequence[Family]) -> str:
+    return ", ".join(gather(other for family in block for other in family.excludes))
+
+
+def _aligned(rows: Sequence[Sequence[str]], right: set[int]) -> list[str]:
+    """Columns two spaces apart; those in `right` flush right, the last one ragged."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(row: Sequence[str]) -> Iterator[str]:
+        for position, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            yield cell.rjust(width) if position in right else cell.ljust(width)
+
+    return ["  ".join(line(row)).rstrip() for row in rows]
+
+
+def _remarks(space: PruningSpace) -> Iterator[str]:
+    """What is frozen and what nothing reads, if anything."""
+    if space.frozen:
+        yield "\n".join(("frozen: what these operators read keeps its shape", *_indented(_frozen_table(space))))
+    if space.untouched:
+        yield "\n".join(("untouched: no operator reads these parameters", *_indented(gather(space.untouched))))
+
+
+def _frozen_table(space: PruningSpace) -> list[str]:
+    rows = [
+        (one.operator, modules or "the model", f"{one.count}x", one.reason) for one, modules in gather_frozen(space)
+    ]
+    return _aligned(rows, right={2})
+
+
+def _indented(lines: Iterable[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
+
+
+def _coverage(space: PruningSpace) -> str:
+    every, prunable = space.coverage(), space.coverage(prunable_only=True)
+    return (
+        f"{len(space.families)} families cover {every:.1%} of the matrix parameters; "
+        f"{len(space.prunable)} prunable ones with {space.num_groups:,} groups cover {prunable:.1%}"
+    )
+
+
+def _short(number: int) -> str:
+    """Three digits and a unit, 8.03 G; below ten thousand exactly."""
+    if number < 10_000:
+        return f"{number:,}"
+    unit, letter = next(pair for pair in _UNITS if number >= pair[0])
+    scaled = number / unit
+    return f"{scaled:.3g} {letter}" if scaled < 100 else f"{scaled:,.0f} {letter}"

@@ -1,0 +1,152 @@
+"""A pruning space on disk: its tables as JSON, its indices as safetensors; no pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from geta_hf.errors import GETAError
+from geta_hf.qadg.groups import COUPLINGS, KINDS, Family, Frozen, Member, PruningSpace
+
+FORMAT_VERSION = 1
+TABLES = "pruning_space.json"
+INDICES = "pruning_space.safetensors"
+
+
+def save_space(space: PruningSpace, folder: str | Path) -> None:
+    """Write `pruning_space.json` and `pruning_space.safetensors` into a folder, which is made if need be.
+
+    Each file is written beside its place and then renamed; the tables hold a digest of the indices, so that two files
+    of different spaces are never taken for one.
+    """
+    indices = {
+        f"{position}.{place}": member.index.contiguous()
+        for position, family in enumerate(space.families)
+        for place, member in enumerate(family.members)
+    }
+    content = save(indices)
+    tables = {
+        "format_version": FORMAT_VERSION,
+        "indices_sha256": hashlib.sha256(content).hexdigest(),
+        "families": [_family_table(family) for family in space.families],
+        "shapes": {name: list(shape) for name, shape in space.shapes.items()},
+        "frozen": [asdict(frozen) for frozen in space.frozen],
+        "untouched": list(space.untouched),
+        "buffers": list(space.buffers),
+        "matrix_parameters": space.matrix_parameters,
+    }
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    _replace(target / INDICES, content)
+    _replace(target / TABLES, (json.dumps(tables, indent=1) + "\n").encode())
+
+
+def _family_table(family: Family) -> dict[str, Any]:
+    table = {name: value for name, value in vars(family).items() if name != "members"}
+    return table | {"members": [{"tensor": member.tensor, "dim": member.dim} for member in family.members]}
+
+
+def _replace(target: Path, content: bytes) -> None:
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_space(folder: str | Path) -> PruningSpace:
+    """Read what `save_space` wrote, and check that it is a pruning space.
+
+    Raises:
+        GETAError: a file is missing, damaged, of another space or of an unknown version, or its content is no pruning
+            space; names the file and the key.
+    """
+    tables_file, indices_file = Path(folder) / TABLES, Path(folder) / INDICES
+    for file in (tables_file, indices_file):
+        if not file.is_file():
+            raise GETAError(f"{file} is missing; a pruning space is {TABLES} beside {INDICES}")
+    with _complaints(tables_file):
+        tables = json.loads(tables_file.read_bytes())
+        if tables["format_version"] != FORMAT_VERSION:
+            raise GETAError(f"{tables_file} has format_version {tables['format_version']!r}; this is {FORMAT_VERSION}")
+    content = indices_file.read_bytes()
+    with _complaints(tables_file):
+        if hashlib.sha256(content).hexdigest() != tables["indices_sha256"]:
+            raise GETAError(f"{indices_file} is damaged or belongs to another space than {tables_file}")
+    with _complaints(indices_file):
+        indices = load(content)
+    with _complaints(tables_file):
+        space = _space(tables, indices)
+        _check_space(space)
+    return space
+
+
+@contextmanager
+def _complaints(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except GETAError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
+        raise GETAError(f"{file} is no pruning space: {type(error).__name__}: {error}; save the space again") from error
+
+
+def _space(tables: dict[str, Any], indices: dict[str, torch.Tensor]) -> PruningSpace:
+    families = []
+    for position, table in enumerate(tables["families"]):
+        members = tuple(
+            Member(str(member["tensor"]), int(member["dim"]), indices[f"{position}.{place}"])
+            for place, member in enumerate(table["members"])
+        )
+        plain = {name: value for name, value in table.items() if name != "members"}
+        plain |= {name: tuple(plain[name]) for name in ("excludes", "couplings")}
+        families.append(Family(members=members, **plain))
+    return PruningSpace(
+        families=tuple(families),
+        shapes={name: tuple(int(n) for n in shape) for name, shape in tables["shapes"].items()},
+        frozen=tuple(Frozen(**frozen) for frozen in tables["frozen"]),
+        untouched=tuple(map(str, tables["untouched"])),
+        buffers=tuple(map(str, tables["buffers"])),
+        matrix_parameters=int(tables["matrix_parameters"]),
+    )
+
+
+def _check_space(space: PruningSpace) -> None:
+    names = {family.name for family in space.families}
+    _expect(len(names) == len(space.families), "two families have one name")
+    for family in space.families:
+        _expect(family.kind in KINDS, f"{family.name} is of the unknown kind {family.kind!r}")
+        _expect(set(family.couplings) <= set(COUPLINGS), f"{family.name} has unknown couplings {family.couplings}")
+        _expect(set(family.excludes) <= names, f"{family.name} excludes families that are not there")
+        _expect(isinstance(family.prunable, bool), f"prunable of {family.name} is {family.prunable!r}")
+        _expect(len(family.members) > 0, f"{family.name} has no members")
+        for member in family.members:
+            _check_member(family, member, space.shapes)
+
+
+def _check_member(family: Family, member: Member, shapes: dict[str, tuple[int, ...]]) -> None:
+    where = f"{family.name}, {member.tensor} dim {member.dim}"
+    shape, index = shapes.get(member.tensor), member.index
+    _expect(shape is not None and 0 <= member.dim < len(shape), f"{where}: no such dim of shape {shape}")
+    assert shape is not None
+    fits = index.dtype == torch.int64 and index.dim() == 2 and index.numel() > 0
+    _expect(fits and index.shape[0] == family.size, f"{where}: index is {index.dtype} of shape {tuple(index.shape)}")
+    flat = index.flatten()
+    _expect(int(flat.min()) >= 0 and int(flat.max()) < shape[member.dim], f"{where}: indices beyond {shape}")
+    _expect(len(flat.unique()) == len(flat), f"{where}: an index is in two groups")
+
+
+def _expect(holds: bool, complaint: str) -> None:
+    if not holds:
+        raise ValueError(complaint)
