@@ -51,6 +51,8 @@ class GETAConfig:
         saliency_decay: decay of the saliency's moving average, in [0, 1).
         eta, xi, epsilon: η and ξ of Eqs. 13-14, in (0, 1), and the magnitude below which a group counts as forgotten.
         include, exclude: regular expressions over module names that choose the layers to quantize.
+        prune, keep: families to make prunable beside heads and channels, and families to keep whole: kinds (`residual`),
+            couplings (`norm`) or patterns of names (`*.layers.0.*`); see `geta_hf.qadg.apply_policy`.
     """
 
     target_sparsity: float = 0.5
@@ -74,12 +76,14 @@ class GETAConfig:
     epsilon: float = 1e-8
     include: list[str] | None = None
     exclude: list[str] = dataclasses.field(default_factory=list)
+    prune: list[str] = dataclasses.field(default_factory=list)
+    keep: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._check_types()
         self.bits = (self.bits[0], self.bits[1])
         self.include = None if self.include is None else list(self.include)
-        self.exclude = list(self.exclude)
+        self.exclude, self.prune, self.keep = list(self.exclude), list(self.prune), list(self.keep)
         self._check_bits()
         _check(0 <= self.target_sparsity < 1, "target_sparsity", self.target_sparsity, "in [0, 1)")
         _check(self.projection_periods >= 1, "projection_periods", self.projection_periods, "at least 1")
@@ -101,10 +105,11 @@ class GETAConfig:
             _check(isinstance(value, int | float) and not isinstance(value, bool), name, value, "a number")
         pair = isinstance(self.bits, list | tuple) and len(self.bits) == 2
         _check(pair, "bits", self.bits, "a pair (b_l, b_u)")
-        for name in ("include", "exclude"):
+        for name in ("include", "exclude", "prune", "keep"):
             value = getattr(self, name)
             listed = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
-            _check(listed or (name == "include" and value is None), name, value, "a list of regular expressions")
+            kind = "a list of regular expressions" if "clude" in name else "a list of kinds, couplings or patterns"
+            _check(listed or (name == "include" and value is None), name, value, kind)
 
     def _check_bits(self) -> None:
         lower, upper = self.bits

@@ -100,7 +100,7 @@ class GETATrainer(Trainer):
 
     def _build_space(self) -> PruningSpace:
         model, batch = self._plain_model, self._sample_batch()
-        found = build_space(model, batch)
+        found = build_space(model, batch, prune=self.geta_config.prune, keep=self.geta_config.keep)
         found = _without_untrained(found, model)
         space = rehearse(model, found, batch) if isinstance(model, PreTrainedModel) else found
         target_groups(self.geta_config.target_sparsity, [family.size for family in space.prunable])

@@ -11,7 +11,7 @@ from geta_hf.errors import GETAError
 @pytest.mark.parametrize("name", ["geta_config.json", "geta.yaml"])
 @pytest.mark.parametrize(
     "config",
-    [GETAConfig(), GETAConfig(0.3, (3, 6), warmup="1.5 epochs", include=["query"]), GETAConfig.paper(eta=0.9)],
+    [GETAConfig(), GETAConfig(0.3, (3, 6), warmup="1.5 epochs", include=["query"], prune=["residual"], keep=["*.0.*"]), GETAConfig.paper(eta=0.9)],
 )
 def test_saved_and_read_back_equal(tmp_path, name: str, config: GETAConfig) -> None:
     config.save(tmp_path / name)
@@ -62,6 +62,8 @@ def test_the_reduction_ends_at_the_upper_bits() -> None:
         ({"epsilon": float("nan")}, "epsilon"),
         ({"exclude": "pooler"}, "exclude = 'pooler' must be a list"),
         ({"include": [1]}, "include"),
+        ({"prune": "residual"}, "prune = 'residual' must be a list of kinds"),
+        ({"keep": [None]}, "keep"),
     ],
 )
 def test_what_cannot_be_met_is_refused(changes: dict, message: str) -> None:

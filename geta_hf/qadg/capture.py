@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
@@ -134,8 +134,15 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **{name: map_nested(_to_meta, argument) for name, argument in kwargs.items()})
 
 
+_RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+
+
 class _KeptContent(TorchFunctionMode):
-    """Makes tensors of numbers and lists off meta, where their content would be lost."""
+    """Makes tensors of numbers and lists off meta, where their content would be lost, before operators see them."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
@@ -145,7 +152,19 @@ class _KeptContent(TorchFunctionMode):
                 args = (args[0], places, *args[2:])
         if func in (torch.tensor, torch.as_tensor) and kwargs and kwargs.get("device") is not None:
             kwargs = kwargs | {"device": "cpu"}
+        if getattr(func, "__name__", "") in _RECURRENT and not self.recorder.real:
+            args = [map_nested(self._on_meta, argument) for argument in args]
         return func(*args, **(kwargs or {}))
+
+    def _on_meta(self, item: Any) -> Any:
+        """Recurrent layers compare devices before any operator runs."""
+        if not isinstance(item, torch.Tensor) or item.is_meta:
+            return item
+        self.recorder.value_of(item)
+        with _disable_current_modes():
+            outline = torch.empty_like(item, device="meta")
+        self.recorder.substitute(outline, item)
+        return outline
 
 
 def _same_layout(tensor: torch.Tensor, size: Any, stride: Any, offset: int | None = None) -> bool:
@@ -199,19 +218,27 @@ def capture(model: nn.Module, batch: Mapping[str, Any], times: int = 1) -> Graph
             raise
         graph, real = _record(model, batch, real=True), True
     for _ in range(times - 1):
-        _check_same_path(model, graph.nodes, _record(model, batch, real).nodes)
+        _check_same_path(model, graph, _record(model, batch, real))
     return graph
 
 
-def _check_same_path(model: nn.Module, first: list[Node], second: list[Node]) -> None:
-    for one, other in zip_longest(first, second):
-        if one is None or other is None or (one.op, one.module, one.outputs) != (other.op, other.module, other.outputs):
-            node = one or other
+def _check_same_path(model: nn.Module, first: Graph, second: Graph) -> None:
+    for one, other in zip_longest(_steps(first), _steps(second)):
+        if one != other:
+            step = one or other
+            assert step is not None
             raise GETAError(
                 f"{type(model).__name__} took another path when it ran the same batch a second time, first at "
-                f"{node.op} in {node.module or 'the model'}; its control flow depends on a state of its own or on "
+                f"{step[0]} in {step[1] or 'the model'}; its control flow depends on a state of its own or on "
                 "chance. Make its forward take the same path every time"
             )
+
+
+def _steps(graph: Graph) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """What is done with parameters; the rest, such as a table of positions, may come from a cache another time."""
+    for node in graph.nodes:
+        if node.outputs and graph.values[node.outputs[0]].from_parameter:
+            yield node.op, node.module, graph.values[node.outputs[0]].shape
 
 
 def _record(model: nn.Module, batch: Mapping[str, Any], real: bool) -> Graph:
@@ -228,7 +255,7 @@ def _record(model: nn.Module, batch: Mapping[str, Any], real: bool) -> Graph:
         inputs = {name: _input(name, item, recorder) for name, item in batch.items()}
         try:
             # The maths path is made of plain operators, which need no attention rule of their own.
-            with sdpa_kernel(SDPBackend.MATH), recorder, _KeptContent():
+            with sdpa_kernel(SDPBackend.MATH), recorder, _KeptContent(recorder):
                 output = model(**inputs)
         except Exception as error:
             raise GETAError(_failed_forward(model, batch, error)) from error
