@@ -1,4 +1,4 @@
-.PHONY: demo test test-slow quality style clean
+.PHONY: demo test test-slow zoo quality style clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,6 +13,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# Every architecture through every gate, into docs/architectures.md; about half an hour on one core.
+zoo: $(READY)
+	$(BIN)/python -m benchmarks.zoo
 
 quality: $(READY)
 	$(BIN)/ruff check .

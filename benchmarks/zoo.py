@@ -19,9 +19,11 @@ from pathlib import Path
 import torch
 import transformers
 
-from geta_hf.export import verify_surgery
+from geta_hf import GETAError
+from geta_hf.export import rehearse, verify_surgery
 from geta_hf.qadg import PruningSpace, verify_space
 from geta_hf.qadg.build import space_of
+from geta_hf.qadg.policy import apply_policy
 from geta_hf.qadg.propagate import analyse
 from tests.architectures import ARCHITECTURES, build
 
@@ -33,27 +35,43 @@ HEADER = (
     "prunable",
     "groups tested",
     "gates 1-3",
+    "with all switched on",
     "gate 4",
-    "frozen, and why",
+    "frozen, untouched or refused, and why",
     "seconds",
 )
-STEPS = ("capture", "gates 2-3", "gate 4")
+STEPS = ("capture", "gates 2-3", "all switched on", "gate 4")
+EVERYTHING = (("residual", "norm", "tied", "output", "other"), ("query_heads",), ("head_dim",))
+"""Policies that together make every family prunable; those of one row do not exclude each other."""
 
 
 @dataclass
 class Result:
-    """What became of one architecture: how far it came, and why no further."""
+    """What became of one architecture: how far it came, and why no further.
+
+    Attributes:
+        name: of the architecture.
+        model: its class.
+        space: under the default policy, without what the model's own code can't follow; with norm-coupled families
+            switched on where the default leaves nothing.
+        norms: whether they were.
+        refused: families that the model's own code can't follow, by reason.
+        failures: step to error.
+        seconds: for all steps.
+    """
 
     name: str
     model: str = ""
     space: PruningSpace = field(default_factory=lambda: PruningSpace(()))
+    norms: bool = False
+    refused: Counter[str] = field(default_factory=Counter)
     failures: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
     def passed(self, step: str) -> str:
         if "capture" in self.failures:
             return ""
-        if not self.space.prunable:
+        if not self.space.prunable and step != "all switched on":
             return "nothing to prune"
         return "no" if step in self.failures else "yes"
 
@@ -76,17 +94,43 @@ def examine(name: str) -> Result:
         except Exception as error:  # a survey goes on
             result.failures[step] = f"{type(error).__name__}: {error}" if str(error) else repr(error)
 
-    def find() -> None:
-        model, batch = build(name)
-        result.space = space_of(analyse(model, batch))
-
-    attempt("capture", find)
-    if result.space.prunable:
-        model, batch = build(name)
-        attempt("gates 2-3", lambda: verify_space(model, batch, result.space))
-        attempt("gate 4", lambda: verify_surgery(model, batch, result.space))
+    attempt("capture", lambda: _find(result))
+    if "capture" not in result.failures:
+        attempt("gates 2-3", lambda: _verify(result, [()]))
+        attempt("all switched on", lambda: _verify(result, EVERYTHING))
+        attempt("gate 4", lambda: _cut(result))
     result.seconds = time.perf_counter() - start
     return result
+
+
+def _find(result: Result) -> None:
+    model, batch = build(result.name)
+    space = space_of(analyse(model, batch, times=2))
+    result.norms = not space.prunable
+    result.space = apply_policy(space, prune=("norm",)) if result.norms else space
+
+
+def _verify(result: Result, policies: Sequence[Sequence[str]]) -> None:
+    model, batch = build(result.name)
+    for policy in policies:
+        space = apply_policy(result.space, prune=policy) if policy else result.space
+        if space.prunable:
+            verify_space(model, batch, space)
+
+
+def _cut(result: Result) -> None:
+    model, batch = build(result.name)
+    before = {family.name for family in result.space.prunable}
+    if not before:
+        return
+    try:
+        result.space = rehearse(model, result.space, batch)
+    except GETAError as error:
+        result.refused[str(error)] += len(before)
+        result.space = apply_policy(result.space, keep=("*",))
+        return
+    result.refused.update(f.reason for f in result.space.families if f.name in before and not f.prunable)
+    verify_surgery(model, batch, result.space)
 
 
 def row(result: Result) -> tuple[str, ...]:
@@ -95,28 +139,32 @@ def row(result: Result) -> tuple[str, ...]:
     return (
         result.name,
         result.model,
-        _families(space),
+        families_found(space),
         f"{100 * space.coverage():.0f} %",
         f"{100 * space.coverage(prunable_only=True):.0f} %",
         str(sum(family.size for family in space.prunable if family.size > 1)),
-        result.passed("gates 2-3"),
+        result.passed("gates 2-3") + (" (norm-coupled switched on)" if result.norms else ""),
+        result.passed("all switched on"),
         result.passed("gate 4"),
-        _frozen(space),
+        _remarks(result),
         f"{result.seconds:.1f}",
     )
 
 
-def _families(space: PruningSpace) -> str:
+def families_found(space: PruningSpace) -> str:
+    """Kinds with how many of their families are prunable, and how many there are."""
     found = Counter(family.kind for family in space.families)
     prunable = Counter(family.kind for family in space.prunable)
     return ", ".join(f"{kind} {prunable[kind]} / {count}" for kind, count in sorted(found.items()))
 
 
-def _frozen(space: PruningSpace) -> str:
+def _remarks(result: Result) -> str:
+    space = result.space
     counts: Counter[str] = Counter()
     for frozen in space.frozen:
         counts[f"{frozen.operator}: {frozen.reason}"] += frozen.count
     parts = [f"{what} ({count}x)" for what, count in counts.most_common()]
+    parts += [f"{count} families refused: {_one_line(why, 200)}" for why, count in result.refused.most_common(2)]
     if space.untouched:
         parts.append(f"{len(space.untouched)} parameters that no operator reads, such as {space.untouched[0]}")
     return "; ".join(parts)
@@ -127,9 +175,11 @@ def summary(results: Sequence[Result]) -> str:
     pruned = [result for result in results if result.space.prunable]
     lines = [f"{len(results)} architectures, of which"]
     for step in STEPS:
-        among = results if step == "capture" else pruned
+        among = pruned if step in ("gates 2-3", "gate 4") else results
         lines.append(f"- {sum(step not in r.failures for r in among)} of {len(among)} pass {step}")
-    lines.append(f"- {len(results) - len(pruned)} have nothing that the default policy prunes or could not be captured")
+    lines.append(f"- {sum(r.norms for r in results)} have families coupled to norms alone, which were switched on")
+    lines.append(f"- {sum(bool(r.refused) for r in results)} have families that the model's own code can't follow")
+    lines.append(f"- {len(results) - len(pruned)} end with nothing to prune")
     lines.append(f"- {sum(not r.space.frozen for r in results)} have no frozen operator")
     if pruned:
         found = sum(r.space.coverage() for r in pruned) / len(pruned)
@@ -149,8 +199,11 @@ def page(results: Sequence[Result]) -> str:
         "# Architectures\n\n"
         "Made by `make zoo`: tiny configurations with random weights, the default policy, transformers "
         f"{transformers.__version__}, torch {torch.__version__}. Gate 1 freezes what no rule covers, gate 2 is "
-        "completeness, gate 3 alignment, gate 4 the real model after surgery. The seconds are those of capture, "
-        "propagation and all gates together, on one core.\n\n"
+        "completeness, gate 3 alignment, gate 4 the real model after surgery: cut with other counts in every layer, "
+        "eager and sdpa, other shapes, generation with and without cache. Gates 2 and 3 run on the batch, with other "
+        "rows, and shorter with padding where the model runs those. *With all switched on* repeats them for residual "
+        "width, norm-coupled, tied and output-facing families, query heads and head dims. The seconds are those of "
+        "everything together, on one core.\n\n"
         f"{summary(results)}\n\n{_table(HEADER, [row(result) for result in results])}\n\n"
         "## Failures\n\n" + ("\n".join(failures) or "None.") + "\n\n"
         "## Found, but not prunable by default\n\n" + _table(("families", "reason"), _reasons(results)) + "\n"
@@ -168,9 +221,9 @@ def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, ("---",) * len(header), *rows))
 
 
-def _one_line(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 600 else f"{text[:600]} ..."
+def _one_line(text: str, limit: int = 600) -> str:
+    text = " ".join(text.split()).replace("|", "/")
+    return text if len(text) <= limit else f"{text[:limit]} ..."
 
 
 def main() -> None:

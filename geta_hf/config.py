@@ -51,8 +51,8 @@ class GETAConfig:
         saliency_decay: decay of the saliency's moving average, in [0, 1).
         eta, xi, epsilon: η and ξ of Eqs. 13-14, in (0, 1), and the magnitude below which a group counts as forgotten.
         include, exclude: regular expressions over module names that choose the layers to quantize.
-        prune, keep: families to make prunable beside heads and channels, and families to keep whole: kinds (`residual`),
-            couplings (`norm`) or patterns of names (`*.layers.0.*`); see `geta_hf.qadg.apply_policy`.
+        prune, keep: families to make prunable beside heads and channels, and families to keep whole: kinds
+            (`residual`), couplings (`norm`) or patterns of names (`*.layers.0.*`); see `geta_hf.qadg.apply_policy`.
     """
 
     target_sparsity: float = 0.5

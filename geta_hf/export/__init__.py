@@ -1,7 +1,8 @@
 """Make it small and keep it loadable. Importing this package lets transformers read exported folders."""
 
 from geta_hf.export.export import ExportReport, export
+from geta_hf.export.gate import verify_surgery
 from geta_hf.export.hf_quantizer import GETAHfQuantizer, GETAQuantizationConfig
 from geta_hf.export.rehearsal import rehearse
 
-__all__ = ["ExportReport", "GETAHfQuantizer", "GETAQuantizationConfig", "export", "rehearse"]
+__all__ = ["ExportReport", "GETAHfQuantizer", "GETAQuantizationConfig", "export", "rehearse", "verify_surgery"]

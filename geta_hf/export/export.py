@@ -17,12 +17,17 @@ from transformers import PreTrainedModel
 
 from geta_hf.config import CONFIG_NAME
 from geta_hf.errors import GETAError
+from geta_hf.export.equations import WANTED
 from geta_hf.export.fixes import Fixes
 from geta_hf.export.folder import check_target, write_folder
+from geta_hf.export.gate import norm_coupled, prove_replay
 from geta_hf.export.hf_quantizer import attach_quantizer, has_quantizer
 from geta_hf.export.packed import pack_layer, packed_layers
 from geta_hf.export.packing import MAX_BITS, MIN_BITS
+from geta_hf.export.record import record
+from geta_hf.export.solve import solve
 from geta_hf.export.surgery import slice_model
+from geta_hf.export.trace import trace
 from geta_hf.export.verify import attention_outputs, prove_equal
 from geta_hf.qadg import build_space
 from geta_hf.qadg.groups import PruningSpace, kept_indices, zero_groups
@@ -83,6 +88,7 @@ def export(
     Groups whose trained slices are all exactly zero are cut away (a family keeps at least one group), every quantized
     weight is stored at its own bit width, everything else in its own dtype. Before the folder appears it is reloaded,
     and the trained, the cut and the reloaded model must give the same outputs, with eager and with sdpa attention.
+    Where a norm runs over what was cut, the trained model's recorded graph on what is left takes its place.
 
     Args:
         model: trained, with its quantizers attached and their bits snapped to integers; left unchanged.
@@ -107,8 +113,12 @@ def export(
     removed = _removed_groups(model, space, expected_zero_groups)
     reference = attention_outputs(model, batch)
     kept = {name: (int((~gone).sum()), gone.numel()) for name, gone in removed.items()}
-    small = compress(model, space, removed)
-    difference = prove_equal(reference, attention_outputs(small, batch), model.dtype, "cut")
+    small = compress(model, space, removed, batch)
+    if norm_coupled(space, removed):
+        difference = _prove_norms(model, small, kept_indices(space, removed), batch)
+        reference = attention_outputs(small, batch)
+    else:
+        difference = prove_equal(reference, attention_outputs(small, batch), model.dtype, "cut")
 
     def fill(folder: Path) -> None:
         nonlocal difference
@@ -120,6 +130,18 @@ def export(
 
     write_folder(target, fill)
     return _report(target, small, kept, difference)
+
+
+def _prove_norms(
+    model: PreTrainedModel,
+    small: PreTrainedModel,
+    kept: Mapping[str, Mapping[int, Tensor]],
+    batch: Mapping[str, Tensor],
+) -> float:
+    """The proof where a norm runs over what was cut: the recorded graph without quantizers, on the packed weights."""
+    plain = copy.deepcopy(model)
+    detach_quantizers(plain)
+    return prove_replay(trace(plain, batch, WANTED), kept, small, batch)
 
 
 def _check_model(model: PreTrainedModel) -> None:
@@ -154,19 +176,24 @@ def _removed_groups(model: PreTrainedModel, space: PruningSpace, expected: int |
     return removed
 
 
-def compress(model: PreTrainedModel, space: PruningSpace, removed: dict[str, Tensor]) -> PreTrainedModel:
+def compress(
+    model: PreTrainedModel, space: PruningSpace, removed: dict[str, Tensor], batch: Mapping[str, Tensor]
+) -> PreTrainedModel:
     """A cut and packed copy of a trained model, which `save_pretrained` writes in the format of an export.
 
     Args:
         model: as in `export`.
         space: as in `export`.
         removed: family name -> bool (groups,), the groups to cut away.
+        batch: what the forward is recorded on, to find the attributes that a cut changes.
 
     Raises:
         GETAError: bits that are not whole, tied quantized weights, codes beyond their bit width, a cut that cannot be.
     """
+    kept = kept_indices(space, removed)
+    values = solve(record(model, batch), kept) if kept else {}
     small = copy.deepcopy(model)
-    _pack_weights(small, slice_model(small, kept_indices(space, removed)))
+    _pack_weights(small, slice_model(small, kept, values))
     return small
 
 

@@ -1,22 +1,34 @@
 """What surgery changed, as plain data that makes a freshly built model small again before its weights are loaded.
 
-A fix list is JSON: `{"version": 1, "shapes": {tensor: shape}, "attrs": {module path: {attribute: value}}}`. It names
-only what changed. It may come from a stranger's folder, so it is checked before it is used, and applying it can only
+A fix list is JSON and names only what changed:
+
+    {"version": 2,
+     "shapes": {tensor: shape},
+     "keep": {buffer that is not saved: {dim: indices that stay}},
+     "attrs": {module path: {attribute: value}}}
+
+An attribute may be dotted (`config.num_heads`: in this module's own view of the configuration) and indexed
+(`split[1]`). A list may come from a stranger's folder, so it is checked before it is used, and applying it can only
 shrink what the model's own constructor built.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any, TypedDict
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from geta_hf.errors import GETAError
+from geta_hf.export.config_view import ConfigView, is_config, view_of
 
-FIXES_VERSION = 1
+FIXES_VERSION = 2
+
+_BATCH_NORM = (nn.modules.batchnorm._BatchNorm,)
 
 
 class Fixes(TypedDict):
@@ -24,40 +36,61 @@ class Fixes(TypedDict):
 
     version: int
     shapes: dict[str, list[int]]
+    keep: dict[str, dict[str, list[int]]]
     attrs: dict[str, dict[str, Any]]
 
 
 def no_fixes() -> Fixes:
     """The fix list of a model from which nothing was cut."""
-    return {"version": FIXES_VERSION, "shapes": {}, "attrs": {}}
+    return {"version": FIXES_VERSION, "shapes": {}, "keep": {}, "attrs": {}}
 
 
-def check_fixes(fixes: Any, where: str) -> None:
-    """Refuse anything that is not a fix list, before any of it is used.
+def read_fixes(fixes: Any, where: str) -> Fixes:
+    """A fix list from a source that is not trusted, refused unless it is one, before any of it is used.
+
+    Lists of version 1, which knew no `keep`, are read too.
 
     Args:
-        fixes: parsed JSON from a source that is not trusted.
+        fixes: parsed JSON.
         where: how to call it in errors.
 
     Raises:
         GETAError: naming the key and the value.
     """
-    if not isinstance(fixes, dict) or set(fixes) != {"version", "shapes", "attrs"}:
-        raise GETAError(f"{where} must hold exactly version, shapes and attrs, not {_shorten(fixes)}")
+    if isinstance(fixes, dict) and set(fixes) == {"version", "shapes", "attrs"} and fixes["version"] == 1:
+        fixes = {**fixes, "version": FIXES_VERSION, "keep": {}}
+    if not isinstance(fixes, dict) or set(fixes) != set(no_fixes()):
+        raise GETAError(f"{where} must hold exactly version, shapes, keep and attrs, not {_shorten(fixes)}")
     if fixes["version"] != FIXES_VERSION:
-        raise GETAError(f"{where}.version is {_shorten(fixes['version'])}; this release reads {FIXES_VERSION}")
-    for part in ("shapes", "attrs"):
+        raise GETAError(f"{where}.version is {_shorten(fixes['version'])}; this release reads up to {FIXES_VERSION}")
+    for part in ("shapes", "keep", "attrs"):
         if not isinstance(fixes[part], dict):
             raise GETAError(f"{where}.{part} must be an object, not {_shorten(fixes[part])}")
     for name, shape in fixes["shapes"].items():
         if not _is_size_list(shape):
             raise GETAError(f"{where}.shapes[{name!r}] is {_shorten(shape)}, not a list of positive integers")
+    for part in ("keep", "attrs"):
+        for path, entries in fixes[part].items():
+            if not isinstance(entries, dict):
+                raise GETAError(f"{where}.{part}[{path!r}] must be an object, not {_shorten(entries)}")
+    for name, dims in fixes["keep"].items():
+        for dim, indices in dims.items():
+            if not dim.isdecimal() or not _is_index_list(indices):
+                raise GETAError(
+                    f"{where}.keep[{name!r}][{dim!r}] is {_shorten(indices)}, not ascending indices of a dim"
+                )
     for path, attributes in fixes["attrs"].items():
-        if not isinstance(attributes, dict):
-            raise GETAError(f"{where}.attrs[{path!r}] must be an object, not {_shorten(attributes)}")
         for attribute, value in attributes.items():
             if not (_is_size(value) or _is_size_list(value)):
                 raise GETAError(f"{where}.attrs[{path!r}][{attribute!r}] is {_shorten(value)}, not a positive integer")
+    return {"version": FIXES_VERSION, "shapes": fixes["shapes"], "keep": fixes["keep"], "attrs": fixes["attrs"]}
+
+
+def _is_index_list(value: Any) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    plain = all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in value)
+    return plain and all(low < high for low, high in pairwise(value))
 
 
 def _is_size(value: Any) -> bool:
@@ -93,24 +126,96 @@ def shrink_tensor(model: nn.Module, name: str, shape: list[int]) -> None:
     store[leaf] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
 
 
+def shrink_buffer(model: nn.Module, name: str, dims: dict[str, list[int]]) -> None:
+    """Cut a buffer that folders do not hold, once the model has made its whole content.
+
+    Raises:
+        GETAError: no such buffer, one that is saved with the model, or indices that it does not have.
+    """
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    buffer = module._buffers.get(leaf)
+    if buffer is None or leaf not in module._non_persistent_buffers_set:
+        raise GETAError(f"the fix list cuts {name}, which is no unsaved buffer of {type(model).__name__}")
+    for dim, indices in dims.items():
+        if int(dim) >= buffer.dim() or indices[-1] >= buffer.shape[int(dim)]:
+            raise GETAError(f"the fix list keeps indices of dim {dim} of {name} beyond its shape {tuple(buffer.shape)}")
+        buffer = buffer.index_select(int(dim), torch.tensor(indices, device=buffer.device))
+    module._buffers[leaf] = buffer
+
+
 def shrink_attribute(path: str, module: nn.Module, attribute: str, value: int | list[int]) -> None:
     """Set one size attribute of a module to a smaller value of the same form.
 
     Raises:
         GETAError: the module has no such size of its own, or the value does not shrink it.
     """
-    old = vars(module).get(attribute)
+    old = read_attribute(module, attribute)
     new = tuple(value) if isinstance(value, list) else (value,)
     sizes = old if isinstance(old, tuple) else (old,)
-    if (
-        attribute.startswith("_")
-        or not all(_is_size(size) for size in sizes)
-        or isinstance(old, tuple) != isinstance(value, list)
-    ):
+    if not all(_is_size(size) for size in sizes) or isinstance(old, tuple) != isinstance(value, list):
         raise GETAError(f"the fix list sets {path}.{attribute}, which is not such a size in this model")
     if len(new) != len(sizes) or any(n > o for n, o in zip(new, sizes, strict=True)):
         raise GETAError(f"the fix list sets {path}.{attribute} to {value}, which does not shrink {old}")
-    setattr(module, attribute, tuple(value) if isinstance(value, list) else value)
+    write_attribute(module, attribute, tuple(value) if isinstance(value, list) else value)
+
+
+def _parts(attribute: str) -> tuple[list[str], str, int | None]:
+    """`config.text.split[1]` as the configurations on the way, the attribute and the place within it."""
+    *configs, leaf = attribute.split(".")
+    name, bracket, place = leaf.removesuffix("]").partition("[")
+    return configs, name, int(place) if bracket and place.isdecimal() else None
+
+
+def read_attribute(module: nn.Module, attribute: str) -> Any:
+    """What a module holds under a dotted and indexed name; None for whatever is not plain data of its own."""
+    configs, name, place = _parts(attribute)
+    if any(part.startswith("_") for part in (*configs, name)):
+        return None
+    holder: Any = module
+    for part in configs:
+        holder = vars(holder).get(part) if holder is module else getattr(holder, part, None)
+        if not is_config(holder):
+            return None
+    value = getattr(holder, name, None) if configs else vars(module).get(name)
+    if place is None:
+        return value
+    return value[place] if isinstance(value, list | tuple) and place < len(value) else None
+
+
+def write_attribute(module: nn.Module, attribute: str, value: Any) -> None:
+    """Set what `read_attribute` reads; a configuration is changed in the eyes of this module alone."""
+    configs, name, place = _parts(attribute)
+    if place is not None:
+        whole = read_attribute(module, attribute.removesuffix(f"[{place}]"))
+        value = type(whole)(value if position == place else item for position, item in enumerate(whole))
+    holder: Any = module
+    for part in configs:
+        view = view_of(getattr(holder, part))
+        _put(holder, part, view)
+        holder = view
+    _put(holder, name, value)
+
+
+def _put(holder: Any, name: str, value: Any) -> None:
+    if type(holder) is ConfigView:
+        holder.override(name, value)
+    else:
+        setattr(holder, name, value)
+
+
+def settle_experts(model: PreTrainedModel, fixes: Fixes) -> None:
+    """Choose a kernel for the experts of a mixture that runs on what is left of their weights.
+
+    The grouped one wants rows of whole 16 bytes, which cut weights may not have; any model has the eager one.
+    """
+    tensors = model.state_dict()
+    stacked = [tensors[name] for name in fixes["shapes"] if name in tensors and tensors[name].dim() == 3]
+    if (
+        any(size * t.element_size() % 16 for t in stacked for size in t.shape[1:])
+        and model._can_set_experts_implementation()
+    ):
+        model.set_experts_implementation("eager")
 
 
 def check_attributes(model: nn.Module, tensors: Iterable[str]) -> None:
@@ -120,28 +225,41 @@ def check_attributes(model: nn.Module, tensors: Iterable[str]) -> None:
         model: after the list was applied, before any layer is packed.
         tensors: names of the tensors that were cut.
     """
-    for path in dict.fromkeys(name.rpartition(".")[0] for name in tensors):
+    for path in dict.fromkeys(owner(name.rpartition(".")[0]) for name in tensors):
         module = model.get_submodule(path)
         for attribute, value in shape_attributes(path, module).items():
             if (found := getattr(module, attribute)) != value:
                 raise GETAError(f"the fix list leaves {path}.{attribute} at {found}, but the weight needs {value}")
 
 
+def owner(path: str) -> str:
+    """The module that a tensor's own module serves: a parametrization holds the weight of the layer around it."""
+    return path.partition(".parametrizations.")[0]
+
+
 def shape_attributes(path: str, module: nn.Module) -> dict[str, Any]:
-    """The size attributes that a module of torch.nn, or Conv1D, must have given its weight; none for other modules.
+    """The size attributes that a module of torch.nn, or Conv1D, must have given its tensors; none for other modules.
 
     Raises:
         GETAError: a module of torch.nn whose attributes do not follow from its weight alone.
     """
-    weight: Any = module._parameters.get("weight")
+    weight: Any = getattr(module, "running_mean" if isinstance(module, _BATCH_NORM) else "weight", None)
+    if weight is None and isinstance(module, (*_BATCH_NORM, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)):
+        return {}
     if isinstance(module, nn.Linear):
         return {"out_features": weight.shape[0], "in_features": weight.shape[1]}
     if isinstance(module, Conv1D):
         return {"nx": weight.shape[0], "nf": weight.shape[1]}
-    if isinstance(module, nn.Conv2d) and module.groups == 1:
-        return {"out_channels": weight.shape[0], "in_channels": weight.shape[1]}
-    if isinstance(module, nn.LayerNorm):
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return {"in_channels": weight.shape[0], "out_channels": weight.shape[1] * module.groups}
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return {"out_channels": weight.shape[0], "in_channels": weight.shape[1] * module.groups}
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return {"normalized_shape": tuple(weight.shape)}
+    if isinstance(module, nn.GroupNorm):
+        return {"num_channels": weight.shape[0]}
+    if isinstance(module, _BATCH_NORM):
+        return {"num_features": weight.shape[0]}
     if isinstance(module, nn.Embedding):
         return {"num_embeddings": weight.shape[0], "embedding_dim": weight.shape[1]}
     if type(module).__module__.startswith("torch.nn."):

@@ -17,12 +17,23 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from geta_hf.errors import GETAError
-from geta_hf.export.fixes import Fixes, check_attributes, check_fixes, no_fixes, shrink_attribute, shrink_tensor
+from geta_hf.export.fixes import (
+    Fixes,
+    check_attributes,
+    no_fixes,
+    read_fixes,
+    settle_experts,
+    shrink_attribute,
+    shrink_buffer,
+    shrink_tensor,
+)
 from geta_hf.export.packed import PackedLayer, decode_loaded, packed_layers, reserve_packed
 from geta_hf.export.packing import MAX_BITS, MIN_BITS
 
 QUANT_METHOD = "geta"
 FORMAT_VERSION = 1
+
+_WHERE = "quantization_config in config.json:"
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -49,11 +60,11 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
         self.quant_method = quant_method  # type: ignore[assignment]
         self.format_version = format_version
         self.bits = {} if bits is None else bits
-        self.fixes = no_fixes() if fixes is None else fixes
         self._validate(unknown)
+        self.fixes = no_fixes() if fixes is None else read_fixes(fixes, f"{_WHERE} fixes")
 
     def _validate(self, unknown: dict[str, Any]) -> None:
-        where = "quantization_config in config.json:"
+        where = _WHERE
         if self.format_version != FORMAT_VERSION:
             raise GETAError(
                 f"{where} format_version is {self.format_version!r}, but this release of geta_hf reads "
@@ -66,7 +77,6 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
         for name, bits in self.bits.items():
             if not isinstance(bits, int) or isinstance(bits, bool) or not MIN_BITS <= bits <= MAX_BITS:
                 raise GETAError(f"{where} bits[{name!r}] is {bits!r}, not a whole number of {MIN_BITS} to {MAX_BITS}")
-        check_fixes(self.fixes, f"{where} fixes")
 
 
 @register_quantizer(QUANT_METHOD)
@@ -109,6 +119,9 @@ class GETAHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _check_complete(model)
         _check_shapes(model, self._shapes)
+        for name, dims in self.quantization_config.fixes["keep"].items():
+            if (buffer := _find_tensor(model, name)) is not None:
+                shrink_buffer(model, buffer, dims)
         for name, layer in packed_layers(model).items():
             decode_loaded(name, layer)
         for module in model.modules():
@@ -149,6 +162,7 @@ def _apply_fixes(model: PreTrainedModel, fixes: Fixes) -> None:
             for attribute, value in attributes.items():
                 shrink_attribute(path, model.get_submodule(path), attribute, value)
     check_attributes(model, cut)
+    settle_experts(model, fixes)
 
 
 def _find_module(model: PreTrainedModel, name: str) -> str | None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -12,9 +11,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from geta_hf.errors import GETAError
-from geta_hf.export.surgery import slice_model
-from geta_hf.export.verify import attention_outputs, prove_equal
-from geta_hf.qadg.groups import Family, PruningSpace, kept_indices
+from geta_hf.export.gate import Bench, Removal
+from geta_hf.qadg.groups import Family, PruningSpace
 
 logger = logging.get_logger(__name__)
 
@@ -28,52 +26,47 @@ def rehearse(model: PreTrainedModel, space: PruningSpace, batch: Mapping[str, Te
         batch: inputs to compare on.
 
     Returns:
-        The space; families of a kind that the model cannot follow are no longer prunable, with the reason.
+        The space; families that the model cannot follow are no longer prunable, with the reason.
 
     Raises:
         GETAError: no prunable family is left.
     """
-    if _refusal(model, space, batch, space.prunable) is None:
+    bench = Bench(model, batch, space, thorough=False)
+    reason = bench.refusal(_one_of_each(space.prunable))
+    if reason is None:
         return space
-    refused: dict[str, str] = {}
-    for kind in dict.fromkeys(family.kind for family in space.prunable):
-        reason = _refusal(model, space, batch, [family for family in space.prunable if family.kind == kind])
-        if reason is not None:
-            refused[kind] = f"the model does not follow when {kind} are cut away: {reason}"
-            logger.warning("not pruned: %s", refused[kind])
+    refused = _refused(bench, space.prunable)
     families = tuple(
-        dataclasses.replace(family, prunable=False, reason=refused[family.kind])
-        if family.prunable and family.kind in refused
-        else family
+        dataclasses.replace(family, prunable=False, reason=refused[family.name]) if family.name in refused else family
         for family in space.families
     )
     left = dataclasses.replace(space, families=families)
-    if not left.prunable or not refused:
-        reasons = "; ".join(refused.values()) or "families of different kinds can't be cut together"
-        raise GETAError(f"nothing in {type(model).__name__} can be cut away: {reasons}")
+    if left.prunable:
+        reason = bench.refusal(_one_of_each(left.prunable))
+    if reason is not None:
+        raise GETAError(f"nothing in {type(model).__name__} can be cut away: {reason}")
+    for text in dict.fromkeys(refused.values()):
+        logger.warning("%d families are not pruned: %s", list(refused.values()).count(text), text)
     return left
 
 
-@torch.no_grad()
-def _refusal(
-    model: PreTrainedModel, space: PruningSpace, batch: Mapping[str, Tensor], families: Sequence[Family]
-) -> str | None:
-    """Why one group of each family can't be cut away; None where it can."""
-    masked = copy.deepcopy(model)
-    tensors = masked.state_dict()
-    removed = {family.name: torch.zeros(family.size, dtype=torch.bool) for family in space.prunable}
+def _refused(bench: Bench, families: Iterable[Family]) -> dict[str, str]:
+    """The families that cannot be cut away, with the reason; those of a kind that can be are not tried one by one."""
+    refused = {}
+    for kind in dict.fromkeys(family.kind for family in families):
+        alike = [family for family in families if family.kind == kind]
+        reason = bench.refusal(_one_of_each(alike))
+        for family in alike if reason is not None else ():
+            own = bench.refusal(_one_of_each([family]))
+            if own is not None:
+                refused[family.name] = f"the model does not follow when {kind} are cut away: {own}"
+    return refused
+
+
+def _one_of_each(families: Iterable[Family]) -> Removal:
+    """One group of each family; not the last one, whose removal hides shifted indices."""
+    removal = {}
     for family in families:
-        if family.size < 2:
-            continue
-        group = (family.size - 1) // 2  # not the last one, whose removal hides shifted indices
-        removed[family.name][group] = True
-        for member in family.members:
-            index = member.index[group].to(tensors[member.tensor].device)
-            tensors[member.tensor].index_fill_(member.dim, index, 0)
-    reference = attention_outputs(masked, batch)
-    try:
-        slice_model(masked, kept_indices(space, removed))
-        prove_equal(reference, attention_outputs(masked, batch), model.dtype, "cut")
-    except GETAError as error:
-        return str(error)
-    return None
+        if family.size > 1:
+            removal[family.name] = torch.arange(family.size) == (family.size - 1) // 2
+    return removal

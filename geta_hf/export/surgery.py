@@ -7,21 +7,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
-from geta_hf.export.fixes import FIXES_VERSION, Fixes, shape_attributes
+from geta_hf.export.fixes import Fixes, no_fixes, owner, settle_experts, shape_attributes, write_attribute
+from geta_hf.export.tagged import Attribute
 
 Kept = Mapping[str, Mapping[int, Tensor]]
 
 
-def slice_model(model: nn.Module, kept: Kept) -> Fixes:
-    """Cut parameters and buffers down to the kept indices, in place, with torch.nn's own attributes in step.
+def slice_model(model: nn.Module, kept: Kept, values: Mapping[Attribute, int] | None = None) -> Fixes:
+    """Cut parameters and buffers down to the kept indices, in place, with the modules' attributes in step.
 
-    A tied tensor is cut once, stays tied, and is listed under each of its names.
+    A tied tensor is cut once, stays tied, and is listed under each of its names. What a module outside torch.nn had
+    derived from its tensors and put aside is dropped.
 
     Args:
         model: a model with real tensors.
         kept: tensor name -> dim -> int64 indices that stay, in order.
+        values: attributes of other modules to change, as `geta_hf.export.solve.solve` finds them.
 
     Returns:
         The fix list.
@@ -30,22 +34,40 @@ def slice_model(model: nn.Module, kept: Kept) -> Fixes:
         GETAError: a name the model lacks, indices out of range or none at all, two names of one tied tensor that
             disagree, or a module whose attributes cannot follow its tensors.
     """
+    fixes = no_fixes()
     names = _tensor_names(model)
     cut = _cut_tensors(model, names, kept)
-    shapes: dict[str, list[int]] = {}
+    saved = model.state_dict(keep_vars=True)
     for name, tensor in names.items():
         if id(tensor) in cut:
-            shapes[name] = list(cut[id(tensor)].shape)
-    attrs: dict[str, dict[str, Any]] = {}
-    for path, module in model.named_modules():
-        if _replace(module, cut) and (changed := _follow_shapes(path, module)):
-            attrs[path] = changed
-    return {"version": FIXES_VERSION, "shapes": shapes, "attrs": attrs}
+            if name in saved:
+                fixes["shapes"][name] = list(cut[id(tensor)].shape)
+            else:
+                fixes["keep"][name] = {str(dim): index.tolist() for dim, index in kept[name].items()}
+    for attribute, value in (values or {}).items():
+        write_attribute(model.get_submodule(attribute.module), attribute.name, value)
+        fixes["attrs"].setdefault(attribute.module, {})[attribute.name] = value
+    replaced = [owner(path) for path, module in model.named_modules() if _replace(module, cut)]
+    for path in dict.fromkeys(replaced):
+        if changed := _follow_shapes(path, model.get_submodule(path)):
+            fixes["attrs"].setdefault(path, {}).update(changed)
+    _drop_derived(model)
+    if isinstance(model, PreTrainedModel):
+        settle_experts(model, fixes)
+    return fixes
 
 
 def _tensor_names(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer by each of its names, tied ones included."""
-    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
+    """Every parameter and buffer by each of its names, tied ones included."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _drop_derived(model: nn.Module) -> None:
+    """Empty the caches of tensors that modules keep as plain dicts: they were computed from the tensors before."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if not name.startswith("_") and type(value) is dict and any(isinstance(v, Tensor) for v in value.values()):
+                value.clear()
 
 
 def _cut_tensors(model: nn.Module, names: Mapping[str, Tensor], kept: Kept) -> dict[int, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_encoders import CLASSES, some_batch, tiny_model, train_by_hand
+from tiny_encoders import CLASSES, some_batch, tiny_bloom, tiny_model, train_by_hand
 from torch import nn
 from transformers import AutoModelForQuestionAnswering, BertTokenizer, PreTrainedModel
 
@@ -18,6 +18,7 @@ from geta_hf.errors import GETAError
 from geta_hf.export import ExportReport, export
 from geta_hf.export.export import compress, whole_bits
 from geta_hf.export.packed import packed_layers
+from geta_hf.export.surgery import slice_model
 from geta_hf.qadg import PruningSpace, build_space, zero_groups
 from geta_hf.quantization import attach_quantizers, quantized_layers, step_size
 
@@ -43,11 +44,9 @@ def logits(model: PreTrainedModel, implementation: str) -> torch.Tensor:
 def test_masked_sliced_and_reloaded_agree(kind: str, tmp_path: Path) -> None:
     model = tiny_model(kind)
     space = build_space(model, some_batch())
-    if kind == "mpnet":  # its heads are refused, see below
-        space = PruningSpace(tuple(f for f in space.families if f.kind != "heads"), space.shapes)
     kept = train_by_hand(model, space)
     report = run((model, space), tmp_path / "out")
-    sliced = compress(model, space, zero_groups(model, space))
+    sliced = compress(model, space, zero_groups(model, space), some_batch())
     reloaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out")
     assert type(reloaded) is type(model)
     for implementation in ("eager", "sdpa"):
@@ -74,11 +73,11 @@ def test_layer_differs_from_layer_in_heads_channels_and_bits(trained: Trained, t
     assert sorted(report.bits.values()) == sorted(2 + (5 * place) % 15 for place in range(12))
 
 
-def test_heads_that_the_forward_counts_itself_are_refused(tmp_path: Path) -> None:
-    model = tiny_model("mpnet")
+def test_heads_whose_positions_are_computed_as_the_model_runs_are_refused(tmp_path: Path) -> None:
+    model = tiny_bloom()
     space = build_space(model, some_batch())
     train_by_hand(model, space)
-    with pytest.raises(GETAError, match="MPNetForQuestionAnswering cannot run the batch"):
+    with pytest.raises(GETAError, match=r"arange at modeling_bloom.py:\d+: its content cannot lose"):
         run((model, space), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -256,6 +255,24 @@ def test_wrong_cut_is_caught_before_anything_is_written(
         return kept
 
     monkeypatch.setattr(export_module, "kept_indices", mutated)
+    with pytest.raises(GETAError, match=r"cannot be cut to the indices asked for"):
+        run(trained, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("leaf", ["attention.self.key", "attention.output.dense", "intermediate.dense"])
+def test_wrong_slices_are_caught_before_anything_is_written(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leaf: str
+) -> None:
+    """A mutation: the right indices are asked for, but one tensor is cut at others."""
+
+    def mutated(model: nn.Module, kept: Any, values: Any) -> Any:
+        name = f"bert.encoder.layer.0.{leaf}.weight"
+        size = {dim: model.get_parameter(name).shape[dim] for dim in kept[name]}
+        shifted = {dim: (index + 1) % size[dim] for dim, index in kept[name].items()}
+        return slice_model(model, {**kept, name: shifted}, values)
+
+    monkeypatch.setattr(export_module, "slice_model", mutated)
     with pytest.raises(GETAError, match=r"the cut model's start_logits \(eager attention\) differs by"):
         run(trained, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

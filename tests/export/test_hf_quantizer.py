@@ -230,7 +230,7 @@ def bits_of(value: Any, name: str = QUERY) -> Callable[[dict[str, Any]], Any]:
         (attribute_of(1, QUERY, "forward"), "not such a size"),
         (attribute_of(1, QUERY, "__class__"), "not such a size"),
         (lambda config: config["fixes"].update(version=9), "version is 9"),
-        (lambda config: config.update(fixes=[]), "exactly version, shapes and attrs"),
+        (lambda config: config.update(fixes=[]), "exactly version, shapes, keep and attrs"),
     ],
 )
 def test_edited_config_is_refused_with_its_key(

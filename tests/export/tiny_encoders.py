@@ -8,6 +8,8 @@ from transformers import (
     AlbertForQuestionAnswering,
     BertConfig,
     BertForQuestionAnswering,
+    BloomConfig,
+    BloomForCausalLM,
     DistilBertConfig,
     DistilBertForQuestionAnswering,
     ElectraConfig,
@@ -52,6 +54,12 @@ def tiny_model(kind: str = "bert", hidden: int = 32, layers: int = 2) -> PreTrai
     return model
 
 
+def tiny_bloom() -> PreTrainedModel:
+    """A decoder that computes a slope for each of its heads as it runs (ALiBi)."""
+    torch.manual_seed(0)
+    return BloomForCausalLM(BloomConfig(vocab_size=60, hidden_size=32, n_layer=2, n_head=HEADS, use_cache=False)).eval()
+
+
 @torch.no_grad()
 def train_by_hand(model: PreTrainedModel, space: PruningSpace, quantize: bool = True) -> dict[str, int]:
     """Attach quantizers of 2 to 16 whole bits and set a different number of groups of each family to zero.
@@ -61,7 +69,7 @@ def train_by_hand(model: PreTrainedModel, space: PruningSpace, quantize: bool = 
     kept = {}
     tensors = model.state_dict()
     for place, family in enumerate(space.prunable):
-        chosen = torch.randperm(family.size)[: 1 + (place % 3) * family.size // 4]
+        chosen = torch.randperm(family.size)[: min(family.size - 1, 1 + (place % 3) * family.size // 4)]
         for member in family.members:
             tensors[member.tensor].index_fill_(member.dim, member.index[chosen].flatten(), 0.0)
         kept[family.name] = family.size - len(chosen)

@@ -1,0 +1,86 @@
+"""Every architecture passes every gate, with the families that the documentation lists."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+from benchmarks.zoo import STEPS, Result, examine, families_found
+from tests.architectures import ARCHITECTURES
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
+
+QUICK = frozenset(
+    {
+        "bert",
+        "roberta",
+        "distilbert",
+        "albert",
+        "electra",
+        "deberta-v2",
+        "deberta",
+        "longformer",
+        "gpt2",
+        "gpt_neox",
+        "gptj",
+        "opt",
+        "bloom",
+        "phi",
+        "phi3",
+        "llama",
+        "mistral",
+        "qwen2",
+        "olmo",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "glm",
+        "falcon",
+        "mixtral",
+        "qwen2_moe",
+        "mamba",
+        "t5",
+        "bart",
+        "marian",
+        "whisper",
+        "vit",
+        "deit",
+        "dinov2",
+        "swin",
+        "pvt_v2",
+        "resnet",
+        "convnext",
+        "regnet",
+        "clip",
+        "wav2vec2",
+    }
+)
+"""One of every structure; the others take part in the slow tests."""
+
+
+def documented() -> dict[str, list[str]]:
+    """The cells of every architecture's row, by its name."""
+    rows = [line.strip("| \n").split(" | ") for line in DOCUMENT.read_text().splitlines() if line.startswith("| ")]
+    return {row[0]: row for row in rows if row[0] in ARCHITECTURES}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
+)
+def test_architecture_passes_all_gates_with_the_families_documented(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the models' own code warns of is not ours to judge
+        result: Result = examine(name)
+    assert not result.failures
+    assert documented()[name][2] == families_found(result.space)
+    assert all(result.passed(step) in ("yes", "nothing to prune") for step in STEPS)
+
+
+def test_the_document_is_whole() -> None:
+    assert documented().keys() == ARCHITECTURES.keys()
+    assert len(QUICK) == 42 and set(QUICK) < set(ARCHITECTURES)
+    assert re.search(rf"^{len(ARCHITECTURES)} architectures", DOCUMENT.read_text(), re.MULTILINE)
