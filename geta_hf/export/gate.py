@@ -123,7 +123,7 @@ def prove_replay(trace: Trace, kept: Mapping[str, Mapping[int, Tensor]], small: 
     """
     tensors = dict(small.named_parameters()) | dict(small.named_buffers())
     values = [(place, v) for place, v in enumerate(trace.flow.graph.values) if v.kind in ("parameter", "buffer")]
-    weights = {place: double(tensors[value.names[0]]).cpu() for place, value in values if trace.flow.known(place)}
+    weights = {place: partial(_wide, tensors[value.names[0]]) for place, value in values if trace.flow.known(place)}
     try:
         expected = Replay(trace.flow, Cut(trace, kept).removed).run(weights)
     except ReplayError as error:
@@ -139,6 +139,10 @@ def prove_replay(trace: Trace, kept: Mapping[str, Mapping[int, Tensor]], small: 
     if not differences:
         raise GETAError(f"no output of {type(small).__name__} has the shape that the recorded graph gives it")
     return max(differences)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return double(tensor).cpu()
 
 
 def norm_coupled(space: PruningSpace, removal: Mapping[str, Tensor]) -> bool:

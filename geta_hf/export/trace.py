@@ -17,11 +17,12 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from geta_hf.errors import GETAError
 from geta_hf.export.config_view import ConfigView, is_config
 from geta_hf.export.tagged import Attribute, Log, Size, TaggedInt, location
-from geta_hf.qadg.capture import _Recorder, capture
+from geta_hf.qadg.capture import capture
 from geta_hf.qadg.flow import Flow
 from geta_hf.qadg.graph import Ref
 from geta_hf.qadg.merge import merge_branches
 from geta_hf.qadg.propagate import propagate
+from geta_hf.qadg.recorder import Recorder
 
 UNKNOWN = Ref(-1)
 """Stands for a tensor that no recorded operator made."""
@@ -65,12 +66,12 @@ class _SizeMode(TorchFunctionMode):
         super().__init__()
         self.names, self.log = names, log
         self.calls: list[Call] = []
-        self.recorder: _Recorder | None = None
+        self.recorder: Recorder | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         recorder = _get_current_dispatch_mode()
-        if not isinstance(recorder, _Recorder):
+        if not isinstance(recorder, Recorder):
             return result
         if recorder is not self.recorder:  # a capture that failed is begun anew
             self.recorder = recorder
@@ -83,7 +84,7 @@ class _SizeMode(TorchFunctionMode):
             self._record(recorder, name, args, kwargs or {}, result)
         return result
 
-    def _tagged(self, recorder: _Recorder, args: Any, kwargs: Any, result: Any) -> Any:
+    def _tagged(self, recorder: Recorder, args: Any, kwargs: Any, result: Any) -> Any:
         value = _position(recorder, args[0])
         if value is None:
             return result
@@ -94,7 +95,7 @@ class _SizeMode(TorchFunctionMode):
         dim = args[1] if len(args) > 1 else kwargs["dim"]
         return TaggedInt(result, Size(value, int(dim) % args[0].dim()), self.log, self.log.run)
 
-    def _record(self, recorder: _Recorder, name: str, args: Any, kwargs: Any, result: Any) -> None:
+    def _record(self, recorder: Recorder, name: str, args: Any, kwargs: Any, result: Any) -> None:
         def reference(item: Any) -> Any:
             if isinstance(item, Tensor):
                 value = _position(recorder, item)
@@ -116,9 +117,9 @@ class _SizeMode(TorchFunctionMode):
             self.calls.append(Call(name, reference(args), named, outputs, recorder.module[-1], location()))
 
 
-def _position(recorder: _Recorder, tensor: Tensor) -> int | None:
+def _position(recorder: Recorder, tensor: Tensor) -> int | None:
     """Which recorded value a tensor is; none when it was reshaped in place since."""
-    value = recorder._position.get(id(tensor))
+    value = recorder.find(tensor)
     known = value is not None and recorder.graph.values[value].shape == tuple(tensor.shape)
     return value if known else None
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
 from geta_hf.qadg.families import find_families
@@ -36,7 +37,8 @@ def build_space(
         batch: one batch of real inputs; one or two rows will do, with padding if training has it.
         prune: kinds, couplings or name patterns to make prunable beside heads and channels; see `apply_policy`.
         keep: kinds, couplings or name patterns to keep whole.
-        verify: whether to let the space pass all gates (`verify_space`, and the surgery on the model itself).
+        verify: whether to let the space pass all gates: `verify_space`, then, for a Hugging Face model with weights,
+            `geta_hf.export.verify_surgery`; families that the model's own code can't follow become unprunable.
 
     Returns:
         Every family found, those that the policy lets QASSO prune with `prunable` set and the others with the reason
@@ -50,8 +52,20 @@ def build_space(
     space = space_of(flow, prune, keep)
     if not space.prunable:
         raise GETAError(_nothing_prunable(type(model).__name__, space))
-    if verify:
-        verify_space(model, batch, space)
+    if not verify:
+        return space
+    verify_space(model, batch, space)
+    return _verify_surgery(model, batch, space)
+
+
+def _verify_surgery(model: nn.Module, batch: Mapping[str, Any], space: PruningSpace) -> PruningSpace:
+    """Gate 4, where there is a Hugging Face model with weights to cut; without what its own code can't follow."""
+    from geta_hf.export import rehearse, verify_surgery  # the one step against the way of the data, on demand alone
+
+    if not isinstance(model, PreTrainedModel) or any(parameter.is_meta for parameter in model.parameters()):
+        return space
+    space = rehearse(model, space, batch)
+    verify_surgery(model, batch, space)
     return space
 
 

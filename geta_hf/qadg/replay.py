@@ -16,7 +16,8 @@ from geta_hf.qadg.rules_conv import batch_statistics
 from geta_hf.qadg.rules_index import single_pick
 from geta_hf.qadg.rules_shape import FACTORIES
 
-Tensors = dict[int, torch.Tensor]
+Weights = Mapping[int, Callable[[], torch.Tensor]]
+"""Makes a parameter or buffer when the replay comes to it; it is dropped after its last use."""
 
 
 class ReplayError(RuntimeError):
@@ -37,10 +38,11 @@ class Replay:
         self.removed = removed
         self.zeroed = zeroed
         self._kept: dict[int, tuple[Any, torch.Tensor | None]] = {}
-        self._env: Tensors = {}
+        self._env: dict[int, torch.Tensor] = {}
+        self._weights: Weights = {}
         self._read = {ref for node in flow.graph.nodes for ref in _reads(node)}
 
-    def run(self, weights: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
+    def run(self, weights: Weights) -> list[torch.Tensor]:
         """The model's outputs for the given parameters and buffers (already sliced), inputs and constants as recorded.
 
         Raises:
@@ -48,9 +50,7 @@ class Replay:
         """
         graph = self.flow.graph
         last_use = {ref: position for position, node in enumerate(graph.nodes) for ref in _reads(node)}
-        self._env = dict(weights)
-        for position, tensor in weights.items():
-            self._assert_shape(position, tensor, f"the slices of {graph.values[position].names[0]}")
+        self._env, self._weights = {}, weights
         with torch.no_grad():
             for position, node in enumerate(graph.nodes):
                 self._step(node)
@@ -93,6 +93,9 @@ class Replay:
         return tensor
 
     def _tensor(self, value: int) -> torch.Tensor:
+        if value not in self._env and value in self._weights:
+            self._env[value] = self._weights[value]()
+            self._assert_shape(value, self._env[value], f"the slices of {self.flow.graph.values[value].names[0]}")
         if value not in self._env:
             data = self.flow.graph.values[value].data
             if data is None:

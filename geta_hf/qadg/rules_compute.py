@@ -135,8 +135,8 @@ def _distance(flow: Flow, node: Node) -> None:
 def _fake_quantize(flow: Flow, node: Node) -> None:
     """Elementwise in what is quantized; with a scale per channel, along that axis in the scale as well."""
     dims = flow.dims(node.inputs["self"])
-    axis = node.inputs.get("axis")
-    for name in ("scale", "zero_point") if axis is not None else ():
+    for name in ("scale", "zero_point") if "axis" in node.inputs else ():
+        axis: int = node.inputs["axis"]
         dims[axis] = flow.unify(dims[axis], flow.dims(node.inputs[name])[0])
     for value in node.outputs:
         flow.put(value, dims)
@@ -160,8 +160,10 @@ FAKE_QUANTIZERS = (
 _EXTREMES = ("amax", "amin", "aminmax", "max", "min")
 _ORDERS = ("argmax", "argmin", "median", "nanmedian", "mode", "kthvalue", "prod", "logsumexp")
 
-_ELEMENTWISE = ("attached", "inserted", "copy", "copy_", "fill", "fill_", "native_dropout", "polar", "complex")
-_ELEMENTWISE += ("masked_fill", "masked_fill_", "log_sigmoid_forward", "hardswish", "hardswish_", "_prelu_kernel")
+_ELEMENTWISE = (
+    *("attached", "inserted", "copy", "copy_", "fill", "fill_", "native_dropout", "polar", "complex"),
+    *("masked_fill", "masked_fill_", "log_sigmoid_forward", "hardswish", "hardswish_", "_prelu_kernel"),
+)
 
 COMPUTE_RULES: dict[str, Rule] = {
     **dict.fromkeys(("mm", "bmm"), _matmul),

@@ -174,7 +174,7 @@ def _masked_scatter(flow: Flow, node: Node) -> None:
 
 
 def _pad(flow: Flow, node: Node) -> None:
-    dims, pad = flow.dims(node.inputs["self"]), node.inputs.get("pad", node.inputs.get("padding"))
+    dims, pad = flow.dims(node.inputs["self"]), node.inputs["pad" if "pad" in node.inputs else "padding"]
     for back in range(len(pad) // 2):
         if pad[2 * back] or pad[2 * back + 1]:
             flow.freeze([dims[-1 - back]])

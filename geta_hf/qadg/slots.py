@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from geta_hf.qadg.flow import Flow
 from geta_hf.qadg.graph import Value
@@ -79,7 +80,8 @@ def _count(atom: Ids) -> tuple[Ids, Ids]:
         return atom, np.ones(len(atom), np.int32)
     low, high = int(atom.min()), int(atom.max())
     if high - low > 8 * len(atom):
-        return np.unique(atom, return_counts=True)
+        atoms, width = np.unique(atom, return_counts=True)
+        return atoms, width.astype(np.int32)
     count = np.bincount(atom - low)
     present = np.flatnonzero(count).astype(np.int32)
     return present + np.int32(low), count[present].astype(np.int32)
@@ -99,7 +101,7 @@ def find_drafts(slots: Sequence[Slot], count: int) -> list[Draft]:
     return list(drafts.values())
 
 
-def _parts(slot: Slot, labels: Ids) -> list[tuple[int, Ids]]:
+def _parts(slot: Slot, labels: Ids) -> list[tuple[int, NDArray[np.intp]]]:
     """The places of each label in a slot, ordered by atom and then by index."""
     if (labels == labels[0]).all() and (np.diff(slot.atom) > 0).all():
         return [(int(labels[0]), np.arange(len(labels)))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,9 @@ from torch import nn
 from geta_hf.errors import GETAError
 from geta_hf.qadg.families import find_families
 from geta_hf.qadg.flow import Flow
-from geta_hf.qadg.graph import Value
 from geta_hf.qadg.groups import Family, PruningSpace, kept_indices
 from geta_hf.qadg.propagate import analyse
-from geta_hf.qadg.replay import Replay, ReplayError, double
+from geta_hf.qadg.replay import Replay, ReplayError, Weights, double
 from geta_hf.qadg.terms import FROZEN
 from geta_hf.qadg.variants import variants
 
@@ -37,20 +37,18 @@ class _Bench:
     """A recorded model with random weights, on which removals are tried."""
 
     def __init__(self, flow: Flow, model: nn.Module, space: PruningSpace, seed: int) -> None:
-        self.flow, self.space = flow, space
+        self.flow, self.space, self.seed = flow, space, seed
         self.generator = torch.Generator().manual_seed(seed)
         self.positions = {v.names[0]: p for p, v in enumerate(flow.graph.values) if v.kind in ("parameter", "buffer")}
         self._check_names()
-        cut = {member.tensor for family in space.families for member in family.members}
-        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-        self.weights = {
-            position: self._random(tensors[name], flow.graph.values[position], name in cut)
-            for name, position in self.positions.items()
-            if flow.known(position)
-        }
+        self.cut = {member.tensor for family in space.families for member in family.members}
+        self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         # What this recording did not touch, such as an expert that no token went to, cannot be tried on it.
-        self.families = [f for f in space.prunable if any(self.positions[m.tensor] in self.weights for m in f.members)]
+        self.families = [f for f in space.prunable if any(self._touched(member.tensor) for member in f.members)]
         self.atoms = {family.name: self._atoms(family) for family in self.families}
+
+    def _touched(self, name: str) -> bool:
+        return self.flow.known(self.positions[name])
 
     def _check_names(self) -> None:
         for family in self.space.families:
@@ -70,23 +68,27 @@ class _Bench:
                         f"{member.index.shape[0]} groups of {family.size}, but the dim has {shape[member.dim]}"
                     )
 
-    def _random(self, tensor: torch.Tensor, value: Value, cut: bool) -> torch.Tensor:
-        """Noise of the tensor's own scale; biases and norm weights away from 0 and 1; quantizers as they are."""
-        floating = tensor.is_floating_point()
-        if tensor.numel() == 1 or not floating or (value.kind == "buffer" and not cut):
+    def _random(self, name: str) -> torch.Tensor:
+        """Noise of the tensor's own scale; biases and norm weights away from 0 and 1; quantizers as they are.
+
+        The same at every call, so that a weight need not be kept.
+        """
+        tensor, position = self.tensors[name], self.positions[name]
+        buffer = self.flow.graph.values[position].kind == "buffer"
+        if tensor.numel() == 1 or not tensor.is_floating_point() or (buffer and name not in self.cut):
             return torch.ones(tensor.shape).double() if tensor.is_meta else double(tensor.detach().cpu())
+        noise = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(self.seed + position)).double()
         if tensor.dim() == 1:
-            return 0.5 + torch.rand(tensor.shape, generator=self.generator, dtype=torch.float64)
+            return noise + 0.5
         scale = 0.0 if tensor.is_meta else float(tensor.detach().float().std())
         scale = scale if 0 < scale < float("inf") else tensor.shape[-1] ** -0.5
-        return scale * torch.randn(tensor.shape, generator=self.generator, dtype=torch.float64)
+        return (noise - 0.5) * (scale * 12**0.5)
 
     def _atoms(self, family: Family) -> NDArray[np.int64]:
         """For every group the atom that most of its elements carry."""
         cells = []
         for member in family.members:
-            position = self.positions[member.tensor]
-            ids = self.flow.dims(position)[member.dim] if position in self.weights else None
+            ids = self.flow.dims(self.positions[member.tensor])[member.dim] if self._touched(member.tensor) else None
             if ids is not None:
                 cells.append(self.flow.terms.atoms(ids)[member.index.numpy()].reshape(family.size, -1))
         if not cells:
@@ -130,23 +132,26 @@ class _Bench:
         removed[FROZEN] = False
         return removed
 
-    def _cut(self, kept: dict[str, dict[int, torch.Tensor]], zero: bool) -> dict[int, torch.Tensor]:
+    def _cut(self, kept: dict[str, dict[int, torch.Tensor]], zero: bool) -> Weights:
         """The weights without the removed slices, or with zeros there."""
-        weights = dict(self.weights)
-        for name, dims in kept.items():
-            if self.positions[name] not in weights:
-                continue
-            tensor = weights[self.positions[name]]
-            for dim, indices in dims.items():
+
+        def make(name: str) -> torch.Tensor:
+            tensor = self._random(name)
+            for dim, indices in kept.get(name, {}).items():
                 if zero:
                     gone = torch.ones(tensor.shape[dim], dtype=torch.bool).index_fill(0, indices, False)
-                    tensor = tensor.index_fill(dim, torch.nonzero(gone).flatten(), 0.0)
+                    tensor.index_fill_(dim, torch.nonzero(gone).flatten(), 0.0)
                 else:
                     tensor = tensor.index_select(dim, indices)
-            weights[self.positions[name]] = tensor
-        return weights
+            return tensor
 
-    def removals(self) -> Iterator[Removal]:
+        return {p: partial(make, name) for name, p in self.positions.items() if self._touched(name)}
+
+    def possible(self, removal: Removal) -> Removal:
+        """What of a removal this recording touches."""
+        return {name: mask for name, mask in removal.items() if name in self.atoms and mask.any()}
+
+    def removals(self, rounds: int) -> Iterator[Removal]:
         """Parts of every prunable family at once: in round r the groups whose code has bit r set.
 
         Codes are dealt out at random from 1 to 2^rounds - 2. So every group leaves at least once and stays at least
@@ -155,7 +160,7 @@ class _Bench:
         codes = {}
         for family in self._compatible():
             codes[family.name] = 1 + torch.randperm(family.size, generator=self.generator) % (2**_ROUNDS - 2)
-        for bit in range(_ROUNDS):
+        for bit in range(rounds):
             masks = {name: (code >> bit) % 2 == 1 for name, code in codes.items()}
             yield {name: mask for name, mask in masks.items() if mask.any()}
 
@@ -183,12 +188,17 @@ def _difference(left: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def verify_space(
-    model: nn.Module, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]], space: PruningSpace, seed: int = 0
+    model: nn.Module,
+    batch: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    space: PruningSpace,
+    seed: int = 0,
+    removal: Removal | None = None,
 ) -> None:
     """Let a space pass gates 2 and 3: its groups are complete, and removing them is the same as zeroing them.
 
-    The recorded forward runs on a copy of the weights with random content, in double precision on CPU. Parts of all
-    prunable families leave together, in several combinations; every group leaves at least once and stays at least once.
+    The recorded forward runs on random weights, in double precision on CPU, and holds one weight at a time. Parts of
+    all prunable families leave together, in four combinations for the first batch and one for every other; every group
+    leaves at least once and stays at least once.
     Gate 2: every operator accepts the sliced tensors and gives the shape that the dependency graph says. Gate 3: the
     outputs equal those of the full model with the slices zeroed, to 1e-9 of their scale; where a family is coupled to
     a norm, its means then run over what stays. The model itself is left alone, and no family loses its last group.
@@ -200,6 +210,7 @@ def verify_space(
             prunable families.
         space: what to check; only its prunable families are.
         seed: for the random weights and removals.
+        removal: the only one to try instead: family name to bool, shape (groups,), True for the groups that leave.
 
     Raises:
         GETAError: a gate failed (names the family and the gate), the families differ from batch to batch, or the space
@@ -211,11 +222,12 @@ def verify_space(
         first = first or found
         _check_same_families([first[f.name] for f in space.prunable if f.name in first], found, flow)
         bench = _Bench(flow, model, space, seed)
-        for removal in bench.removals():
+        rounds = bench.removals(_ROUNDS if first is found else 1) if removal is None else [bench.possible(removal)]
+        for trial in rounds:
             try:
-                bench.check(removal)
+                bench.check(trial)
             except _GateError as failure:
-                name, reason = _blame(bench, removal) or (" with ".join(removal), failure)
+                name, reason = _blame(bench, trial) or (" with ".join(trial), failure)
                 remedy = "mark it unprunable, or correct the rule of that operator"
                 raise GETAError(f"{name} fails {reason}; {remedy}") from None
 
