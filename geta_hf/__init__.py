@@ -6,8 +6,8 @@ Importing the package lets `AutoModelForX.from_pretrained` read folders that it 
 from geta_hf.config import GETAConfig
 from geta_hf.cost import Costs, measure_costs
 from geta_hf.errors import GETAError
-from geta_hf.export import export
-from geta_hf.qadg import PruningSpace, build_space, verify_space
+from geta_hf.export import export, verify_surgery
+from geta_hf.qadg import PruningSpace, apply_policy, build_space, verify_space
 from geta_hf.qasso import QASSO, Schedule
 from geta_hf.quantization import attach_quantizers, detach_quantizers
 from geta_hf.trainer import GETATrainer
@@ -22,10 +22,12 @@ __all__ = [
     "GETATrainer",
     "PruningSpace",
     "Schedule",
+    "apply_policy",
     "attach_quantizers",
     "build_space",
     "detach_quantizers",
     "export",
     "measure_costs",
     "verify_space",
+    "verify_surgery",
 ]

@@ -29,7 +29,7 @@ from geta_hf.export.solve import solve
 from geta_hf.export.surgery import slice_model
 from geta_hf.export.trace import trace
 from geta_hf.export.verify import attention_outputs, prove_equal
-from geta_hf.qadg import build_space
+from geta_hf.qadg import build_space, verify_space
 from geta_hf.qadg.groups import PruningSpace, kept_indices, zero_groups
 from geta_hf.quantization import detach_quantizers, quantized_layers
 
@@ -86,8 +86,9 @@ def export(
     """Write a trained model as a small folder that `AutoModelForX.from_pretrained` reads once geta_hf is imported.
 
     Groups whose trained slices are all exactly zero are cut away (a family keeps at least one group), every quantized
-    weight is stored at its own bit width, everything else in its own dtype. Before the folder appears it is reloaded,
-    and the trained, the cut and the reloaded model must give the same outputs, with eager and with sdpa attention.
+    weight is stored at its own bit width, everything else in its own dtype. What is cut passes gates 2 and 3 first
+    (`verify_space`). Before the folder appears it is reloaded, and the trained, the cut and the reloaded model must
+    give the same outputs, with eager and with sdpa attention (gate 4).
     Where a norm runs over what was cut, the trained model's recorded graph on what is left takes its place.
 
     Args:
@@ -112,6 +113,8 @@ def export(
         space = build_space(model, batch)
     removed = _removed_groups(model, space, expected_zero_groups)
     reference = attention_outputs(model, batch)
+    if removed:
+        verify_space(model, [batch], space, removal=removed)
     kept = {name: (int((~gone).sum()), gone.numel()) for name, gone in removed.items()}
     small = compress(model, space, removed, batch)
     if norm_coupled(space, removed):

@@ -2,6 +2,7 @@
 
 from geta_hf.qadg.build import build_space
 from geta_hf.qadg.groups import Family, Frozen, Member, PruningSpace, kept_indices, zero_groups
+from geta_hf.qadg.policy import apply_policy
 from geta_hf.qadg.verify import verify_space
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "Frozen",
     "Member",
     "PruningSpace",
+    "apply_policy",
     "build_space",
     "kept_indices",
     "verify_space",

@@ -39,7 +39,8 @@ class Flow:
     def stream(self, value: int) -> bool:
         """Whether parameters made a value that is more than a vector: an activation or an embedding, not a bias."""
         known = self.graph.values[value]
-        return known.from_parameter and sum(n > 1 for n in known.shape) > 1
+        wide = len(known.shape) if known.from_input else sum(n > 1 for n in known.shape)
+        return known.from_parameter and wide > 1
 
     def scales_itself(self, node: Node) -> bool:
         """Whether what a node draws from a tensor goes, elementwise, into this very tensor again and nowhere else."""

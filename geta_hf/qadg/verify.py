@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ TOLERANCE = 1e-9
 """Largest difference of outputs in double precision, relative to the largest output."""
 
 _ROUNDS = 4
+_NOISE = 4_194_301  # a prime, so that the rows of a longer weight do not repeat
 _HUGE = 1e30  # masked scores hold the lowest float, which must not set the scale of a comparison
 
 Removal = dict[str, torch.Tensor]
@@ -41,6 +42,8 @@ class _Bench:
         self.generator = torch.Generator().manual_seed(seed)
         self.positions = {v.names[0]: p for p, v in enumerate(flow.graph.values) if v.kind in ("parameter", "buffer")}
         self._check_names()
+        self.noise = torch.rand(_NOISE, generator=self.generator, dtype=torch.float64) - 0.5
+        self.scales: dict[str, float] = {}
         self.cut = {member.tensor for family in space.families for member in family.members}
         self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         # What this recording did not touch, such as an expert that no token went to, cannot be tried on it.
@@ -73,16 +76,23 @@ class _Bench:
 
         The same at every call, so that a weight need not be kept.
         """
-        tensor, position = self.tensors[name], self.positions[name]
-        buffer = self.flow.graph.values[position].kind == "buffer"
+        tensor = self.tensors[name]
+        buffer = self.flow.graph.values[self.positions[name]].kind == "buffer"
         if tensor.numel() == 1 or not tensor.is_floating_point() or (buffer and name not in self.cut):
             return torch.ones(tensor.shape).double() if tensor.is_meta else double(tensor.detach().cpu())
-        noise = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(self.seed + position)).double()
-        if tensor.dim() == 1:
-            return noise + 0.5
-        scale = 0.0 if tensor.is_meta else float(tensor.detach().float().std())
-        scale = scale if 0 < scale < float("inf") else tensor.shape[-1] ** -0.5
-        return (noise - 0.5) * (scale * 12**0.5)
+        if name not in self.scales:
+            scale = 0.0 if tensor.is_meta else float(tensor.detach().float().std())
+            self.scales[name] = scale if 0 < scale < float("inf") else tensor.shape[-1] ** -0.5
+        noise = self._noise(tensor.numel(), self.positions[name]).view(tensor.shape)
+        return noise.add_(1.0) if tensor.dim() == 1 else noise.mul_(self.scales[name] * 12**0.5)
+
+    def _noise(self, count: int, start: int) -> torch.Tensor:
+        """A copy of a stretch of the noise, from -0.5 to 0.5, over and over; another one for every start."""
+        start = start * 7919 % len(self.noise)
+        parts = [self.noise[start : start + count]]
+        count -= len(parts[0])
+        parts += [self.noise] * (count // len(self.noise)) + [self.noise[: count % len(self.noise)]]
+        return torch.cat(parts)
 
     def _atoms(self, family: Family) -> NDArray[np.int64]:
         """For every group the atom that most of its elements carry."""
@@ -123,6 +133,14 @@ class _Bench:
                     "gate 3 (alignment: sliced groups must act like zero groups): "
                     f"output {position} differs by {difference:.1e} of its scale"
                 )
+
+    def runs(self) -> bool:
+        """Whether the recorded forward runs at all with nothing removed."""
+        try:
+            Replay(self.flow).run(self._cut({}, zero=False))
+        except ReplayError:
+            return False
+        return True
 
     def _removed(self, removal: Removal) -> NDArray[np.bool_]:
         """For every id, whether it is an atom that leaves."""
@@ -216,17 +234,23 @@ def verify_space(
         GETAError: a gate failed (names the family and the gate), the families differ from batch to batch, or the space
             belongs to another model.
     """
-    first: dict[str, Family] = {}
+    expected: list[Family] | None = None
     for flow in _flows(model, batch):
-        found = {family.name: family for family in find_families(flow)}
-        first = first or found
-        _check_same_families([first[f.name] for f in space.prunable if f.name in first], found, flow)
+        found, first = find_families(flow), expected is None
+        if expected is None:
+            names = {family.name for family in space.prunable}
+            expected = [family for family in found if family.name in names]
+        _check_same_families(expected, found, flow)
         bench = _Bench(flow, model, space, seed)
-        rounds = bench.removals(_ROUNDS if first is found else 1) if removal is None else [bench.possible(removal)]
+        rounds = bench.removals(_ROUNDS if first else 1) if removal is None else [bench.possible(removal)]
         for trial in rounds:
             try:
                 bench.check(trial)
             except _GateError as failure:
+                if not bench.runs():
+                    if first or not isinstance(batch, Mapping):
+                        raise GETAError(f"{type(model).__name__} cannot run the batch: {failure}") from None
+                    break  # a made-up batch that the model cannot run, as a real forward would have told
                 name, reason = _blame(bench, trial) or (" with ".join(trial), failure)
                 remedy = "mark it unprunable, or correct the rule of that operator"
                 raise GETAError(f"{name} fails {reason}; {remedy}") from None
@@ -245,12 +269,14 @@ def _flows(model: nn.Module, batch: Mapping[str, Any] | Sequence[Mapping[str, An
         yield flow
 
 
-def _check_same_families(expected: Sequence[Family], found: Mapping[str, Family], flow: Flow) -> None:
-    """A family must be found in every recording whose operators touch its tensors."""
+def _check_same_families(expected: Iterable[Family], found: Iterable[Family], flow: Flow) -> None:
+    """A family must be found in every recording whose operators touch its tensors, whatever it is called there."""
+    by_slots: dict[frozenset[tuple[str, int]], list[Family]] = {}
+    for family in found:
+        by_slots.setdefault(_slots_of(family), []).append(family)
     read = {name for position, v in enumerate(flow.graph.values) if flow.known(position) for name in v.names}
     for family in expected:
-        other = found.get(family.name)
-        if other is not None and _same_members(family, other):
+        if any(_same_members(family, other) for other in by_slots.get(_slots_of(family), ())):
             continue
         if any(member.tensor in read for member in family.members):
             raise GETAError(
@@ -260,9 +286,13 @@ def _check_same_families(expected: Sequence[Family], found: Mapping[str, Family]
             )
 
 
+def _slots_of(family: Family) -> frozenset[tuple[str, int]]:
+    return frozenset((member.tensor, member.dim) for member in family.members)
+
+
 def _same_members(left: Family, right: Family) -> bool:
-    ours, theirs = ({(m.tensor, m.dim): m.index for m in family.members} for family in (left, right))
-    return ours.keys() == theirs.keys() and all(torch.equal(index, theirs[key]) for key, index in ours.items())
+    theirs = {(m.tensor, m.dim): m.index for m in right.members}
+    return all(torch.equal(m.index, theirs[m.tensor, m.dim]) for m in left.members)
 
 
 def _blame(bench: _Bench, removal: Removal) -> tuple[str, _GateError] | None:

@@ -174,3 +174,10 @@ def test_a_space_of_another_model_is_refused(bert, batch):
 def test_a_single_row_batch_without_padding_passes(bert):
     batch = {"input_ids": torch.arange(5)[None] + 5}
     verify_space(bert, batch, build_space(bert, batch), seed=3)
+
+
+def test_ids_beyond_the_vocabulary_are_the_batch_s_fault(bert):
+    batch = {"input_ids": torch.full((1, 5), 1000)}
+    space = build_space(bert, batch)  # on meta nothing looks a token up
+    with pytest.raises(GETAError, match=r"cannot run the batch: .*embedding.*index out of range"):
+        verify_space(bert, batch, space)
