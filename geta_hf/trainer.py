@@ -119,6 +119,9 @@ class GETATrainer(Trainer):
         random.setstate(states[0])
         np.random.set_state(states[1])
         known = inspect.signature(self._plain_model.forward).parameters
+        if "decoder_input_ids" in known and "decoder_input_ids" not in batch and "labels" in batch:
+            # Of labels alone the model would make them by itself, but the graph is recorded without a loss.
+            batch["decoder_input_ids"] = batch["labels"].clamp(min=0)
         return {
             name: value[:2].to(self.args.device)
             for name, value in batch.items()

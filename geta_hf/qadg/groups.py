@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,14 @@ class PruningSpace:
     def prunable(self) -> tuple[Family, ...]:
         """The families that QASSO may choose from."""
         return tuple(family for family in self.families if family.prunable)
+
+    @property
+    def trainable(self) -> tuple[Family, ...]:
+        """The prunable families with their parameters alone: no optimizer touches a buffer."""
+        return tuple(
+            replace(family, members=tuple(member for member in family.members if member.tensor not in self.buffers))
+            for family in self.prunable
+        )
 
     @property
     def num_groups(self) -> int:

@@ -60,7 +60,7 @@ class QASSO(torch.optim.Optimizer):
     ) -> None:
         super().__init__(base.param_groups, {})
         self.base, self.schedule, self.config = base, schedule, config
-        self.families: tuple[Family, ...] = space.prunable
+        self.families: tuple[Family, ...] = space.trainable
         self.quantizers = dict(quantizers)
         self._follow_base()
         for group in self.param_groups:
