@@ -41,8 +41,8 @@ HEADER = (
     "seconds",
 )
 STEPS = ("capture", "gates 2-3", "all switched on", "gate 4")
-EVERYTHING = (("residual", "norm", "tied", "output", "other"), ("query_heads",), ("head_dim",))
-"""Policies that together make every family prunable; those of one row do not exclude each other."""
+EVERYTHING = (("residual", "norm", "tied", "output"), ("query_heads",), ("head_dim",))
+"""Policies that together make every family prunable but those of kind `other`, such as rows of a table of positions."""
 
 
 @dataclass
