@@ -181,6 +181,9 @@ def _last_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def _tokens(cached: bool) -> Callable[[PreTrainedModel, Batch], Tensor]:
     def run(model: PreTrainedModel, batch: Batch) -> Tensor:
+        if "attention_mask" in batch and not model.config.is_encoder_decoder:
+            # Tokens go on at the right, where a training batch is padded.
+            batch = {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
         tokens = model.generate(**batch, max_new_tokens=_NEW_TOKENS, do_sample=False, use_cache=cached)  # type: ignore[operator]
         return tokens.double()
 
