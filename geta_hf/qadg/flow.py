@@ -23,7 +23,7 @@ class Flow:
         self.graph = graph
         self.terms = Terms()
         self._dims: dict[int, list[Dim]] = {}
-        self.readers, self.makers = graph.consumers(), graph.producers()
+        self.readers = graph.consumers()
         self.nonnegative: set[int] = set()
         self.contractions: list[tuple[int, tuple[Dim, ...]]] = []
         self._unknown: Counter[tuple[str, str, str]] = Counter()
@@ -42,33 +42,15 @@ class Flow:
         wide = len(known.shape) if known.from_input else sum(n > 1 for n in known.shape)
         return known.from_parameter and wide > 1
 
-    def scales_itself(self, node: Node) -> bool:
-        """Whether what a node draws from a tensor goes, elementwise, into this very tensor again and nowhere else."""
-        source = node.inputs["self"].value
-        origin, drawn, pending = self._origin(source), set(node.outputs), list(node.outputs)
-        values = self.graph.values
-        while pending:
-            for position in self.readers.get(pending.pop(), []):
-                reader = self.graph.nodes[position]
-                if all(values[value].elements < values[source].elements for value in reader.outputs):
-                    pending += [value for value in reader.outputs if value not in drawn]
-                    drawn.update(reader.outputs)
-                    continue
-                wide = {ref for ref in reader.refs() if ref not in drawn and values[ref].elements > 1}
-                if not reader.pointwise or any(self._origin(ref) != origin for ref in wide):
-                    return False
-        return True
+    def reaches_zero(self, node: Node) -> bool:
+        """Whether what a node draws from a tensor is widened to zero by all that read it, as a quantizer's range is."""
+        readers = [self.graph.nodes[position] for value in node.outputs for position in self.readers.get(value, [])]
+        return bool(readers) and all(self._at_zero(reader) for reader in readers)
 
-    def _origin(self, value: int) -> int:
-        """Up through elementwise operators, to what a tensor was made of by them."""
-        shape = self.graph.values[value].shape
-        while value in self.makers:
-            maker = self.graph.nodes[self.makers[value]]
-            wide = [ref for ref in dict.fromkeys(maker.refs()) if self.graph.values[ref].shape == shape]
-            if len(wide) != 1 or not (maker.pointwise or maker.op in ("detach", "alias", "clone", "_to_copy")):
-                break
-            value = wide[0]
-        return value
+    def _at_zero(self, node: Node) -> bool:
+        if node.op in ("minimum", "maximum"):
+            return any(not self.graph.values[ref].from_parameter for ref in node.refs())
+        return node.op in ("clamp", "clamp_min", "clamp_max") and 0 in (node.inputs.get("min"), node.inputs.get("max"))
 
     def count_macs(self, macs: int, dims: tuple[Dim, ...]) -> None:
         """Note the multiply-accumulates of an operator, and the dims that they shrink with."""

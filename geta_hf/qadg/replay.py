@@ -218,6 +218,11 @@ def _index(replay: Replay, node: Node, inputs: dict[str, Any]) -> Any:
     return inputs["self"].index_select(picked[0], torch.searchsorted(kept, places[torch.isin(places, kept)]))
 
 
+def _complex(replay: Replay, node: Node, inputs: dict[str, Any]) -> Any:
+    """Pairs have to lie side by side, which a cut tensor's rows need not keep."""
+    return node.call(inputs | {"self": inputs["self"].contiguous()})
+
+
 def _convolution(replay: Replay, node: Node, inputs: dict[str, Any]) -> Any:
     if inputs["groups"] > 1:
         transposed = inputs.get("transposed", False)
@@ -317,6 +322,7 @@ ADAPTERS: dict[str, Adapter] = {
     "slice": _slice,
     "select": _select,
     **dict.fromkeys(("index", "_unsafe_index"), _index),
+    "view_as_complex": _complex,
     **dict.fromkeys(("convolution", "_convolution"), _convolution),
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), _layer_norm),
     "native_group_norm": _group_norm,

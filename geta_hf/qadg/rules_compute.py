@@ -7,11 +7,13 @@ import math
 from geta_hf.qadg.flow import Dim, Flow
 from geta_hf.qadg.graph import Node, Ref
 from geta_hf.qadg.rules_shape import Rule
+from geta_hf.qadg.rules_zeros import where_removed
 
 
 def pointwise(flow: Flow, node: Node) -> None:
     """Elementwise: operands of the same element leave together."""
-    if node.op in ("abs", "relu", "sigmoid", "exp", "square") or (node.op == "pow" and node.inputs["exponent"] == 2):
+    flow.nonnegative.difference_update(node.outputs)  # what an operator in place makes of it is another matter
+    if node.op in ("abs", "relu", "relu_", "square") or (node.op == "pow" and node.inputs["exponent"] == 2):
         flow.nonnegative.update(node.outputs)
     dims = flow.broadcast(node.refs(), flow.graph.values[node.outputs[0]].shape)
     if node.op in ("add", "add_", "sub") and sum(map(flow.stream, set(node.refs()))) > 1:
@@ -106,12 +108,14 @@ def _order(flow: Flow, node: Node) -> None:
 def _extreme(flow: Flow, node: Node) -> None:
     """The largest or smallest element: zeros that leave change nothing where zero is within the range for sure.
 
-    So it is for the largest of what is never negative and for the range of a weight; and a range that serves to scale
-    the very tensor that it was taken of is a quantizer's, which zeros inside the range pass unharmed.
+    So it is for the largest of what is never negative, for the range of a weight, and for one that is widened to zero
+    before it serves, as a quantizer's is. But operators before may have made other numbers of the zeros.
     """
     source = node.inputs["self"].value
-    within = node.op in ("amax", "max") and source in flow.nonnegative
-    within = within or flow.graph.values[source].weight_like or flow.scales_itself(node)
+    number, positive = where_removed(flow, source, node), source in flow.nonnegative
+    largest = number == 0 and positive and node.op in ("amax", "max")
+    outside = bool(number) or (positive and node.op in ("amin", "min"))
+    within = largest or (not outside and (flow.graph.values[source].weight_like or flow.reaches_zero(node)))
     if (len(node.outputs) > 1 and node.op != "aminmax") or not within:
         return _order(flow, node)
     over, dims = reduced(flow, node)
@@ -119,7 +123,9 @@ def _extreme(flow: Flow, node: Node) -> None:
 
 
 def _check(flow: Flow, node: Node) -> None:
-    """Asks whether something holds of any or of every element; the dims that it runs over say nothing themselves."""
+    """Asks whether something holds of any or of every element; it passes where what leaves has no say in that."""
+    if where_removed(flow, node.inputs["self"].value, node) != float(node.op in ("all", "_is_all_true")):
+        return _order(flow, node)
     over, dims = reduced(flow, node)
     _put_reduced(flow, node, over, dims)
 

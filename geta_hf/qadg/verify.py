@@ -135,12 +135,12 @@ class _Bench:
                 )
 
     def runs(self) -> bool:
-        """Whether the recorded forward runs at all with nothing removed."""
+        """Whether the recorded forward runs at all, and to finite numbers, with nothing removed."""
         try:
-            Replay(self.flow).run(self._cut({}, zero=False))
+            outputs = Replay(self.flow).run(self._cut({}, zero=False))
         except ReplayError:
             return False
-        return True
+        return not any(bool(output.isnan().any()) for output in outputs)
 
     def _removed(self, removal: Removal) -> NDArray[np.bool_]:
         """For every id, whether it is an atom that leaves."""
