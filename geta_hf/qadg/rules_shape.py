@@ -179,6 +179,7 @@ SHAPE_RULES: dict[str, Rule] = {
         _same,
     ),
     **dict.fromkeys(("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"), _same),
+    **dict.fromkeys(("bernoulli_", "uniform_", "normal_", "exponential_"), _same),
     **dict.fromkeys(("t", "transpose", "transpose_"), _transpose),
     **dict.fromkeys(FACTORIES, _factory),
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"), _split),
