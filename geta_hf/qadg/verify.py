@@ -134,13 +134,15 @@ class _Bench:
                     f"output {position} differs by {difference:.1e} of its scale"
                 )
 
-    def runs(self) -> bool:
-        """Whether the recorded forward runs at all, and to finite numbers, with nothing removed."""
+    def trouble(self) -> str:
+        """Why the recorded forward does not even run with nothing removed; empty when it does."""
         try:
             outputs = Replay(self.flow).run(self._cut({}, zero=False))
-        except ReplayError:
-            return False
-        return not any(bool(output.isnan().any()) for output in outputs)
+        except ReplayError as error:
+            return f"cannot run the batch: {error}"
+        if any(bool(output.isnan().any()) for output in outputs):
+            return "gives NaN on random weights, on which gates 2 and 3 run, so they can prove nothing of it"
+        return ""
 
     def _removed(self, removal: Removal) -> NDArray[np.bool_]:
         """For every id, whether it is an atom that leaves."""
@@ -247,9 +249,9 @@ def verify_space(
             try:
                 bench.check(trial)
             except _GateError as failure:
-                if not bench.runs():
+                if trouble := bench.trouble():
                     if first or not isinstance(batch, Mapping):
-                        raise GETAError(f"{type(model).__name__} cannot run the batch: {failure}") from None
+                        raise GETAError(f"{type(model).__name__} {trouble}") from None
                     break  # a made-up batch that the model cannot run, as a real forward would have told
                 name, reason = _blame(bench, trial) or (" with ".join(trial), failure)
                 remedy = "mark it unprunable, or correct the rule of that operator"
