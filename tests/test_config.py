@@ -11,7 +11,12 @@ from geta_hf.errors import GETAError
 @pytest.mark.parametrize("name", ["geta_config.json", "geta.yaml"])
 @pytest.mark.parametrize(
     "config",
-    [GETAConfig(), GETAConfig(0.3, (3, 6), warmup="1.5 epochs", include=["query"], prune=["residual"], keep=["*.0.*"]), GETAConfig.paper(eta=0.9)],
+    [
+        GETAConfig(),
+        GETAConfig(0.3, (3, 6), warmup="1.5 epochs", include=["query"]),
+        GETAConfig(prune=["residual"], keep=["*.0.*"]),
+        GETAConfig.paper(eta=0.9),
+    ],
 )
 def test_saved_and_read_back_equal(tmp_path, name: str, config: GETAConfig) -> None:
     config.save(tmp_path / name)

@@ -92,10 +92,17 @@ def _put_reduced(flow: Flow, node: Node, over: set[int], dims: list[Dim]) -> Non
 
 def _sum(flow: Flow, node: Node) -> None:
     """Removal changes a sum or a mean unless what leaves is zero just there, so the dim counts as normalised."""
+    if node.op not in _CORRECTED and (where_removed(flow, node.inputs["self"].value, node) or _smallest(node)):
+        return _order(flow, node)
     over, dims = reduced(flow, node)
     for position in over:
         flow.mark("norm", dims[position])
     _put_reduced(flow, node, over, dims)
+
+
+def _smallest(node: Node) -> bool:
+    """Whether it is a norm to which zeros add something, such as the one of minus infinity."""
+    return node.op == "linalg_vector_norm" and node.inputs["ord"] < 0
 
 
 def _order(flow: Flow, node: Node) -> None:
@@ -163,6 +170,8 @@ FAKE_QUANTIZERS = (
     "fake_quantize_per_channel_affine_cachemask",
     "_fake_quantize_learnable_per_channel_affine",
 )
+_CORRECTED = frozenset({"mean", "var", "std", "var_mean", "std_mean"})
+"""Their divisors can be corrected, so that they run over what stays whatever stands in the rest."""
 _EXTREMES = ("amax", "amin", "aminmax", "max", "min")
 _ORDERS = ("argmax", "argmin", "median", "nanmedian", "mode", "kthvalue", "prod", "logsumexp")
 

@@ -201,6 +201,14 @@ def _last_two(flow: Flow, node: Node) -> None:
     flow.put(node.outputs[0], [*dims[:-2], None, None])
 
 
+def _unfold(flow: Flow, node: Node) -> None:
+    """Overlapping windows along a dim, whose places get a dim of their own at the end."""
+    dims, dim = flow.dims(node.inputs["self"]), node.inputs["dimension"]
+    flow.hold(node, [dims[dim]], "the place along the dim decides about the result")
+    dims[dim] = None
+    flow.put(node.outputs[0], [*dims, None])
+
+
 def _look_up(flow: Flow, node: Node) -> None:
     """The boundaries stay; the values that are looked up pass."""
     names = ("sorted_sequence", "self") if node.op == "searchsorted" else ("boundaries", "self")
@@ -224,7 +232,9 @@ INDEX_RULES: dict[str, Rule] = {
         ("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d"), _pad
     ),
     **dict.fromkeys(("_softmax", "_safe_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp"), _along),
+    **dict.fromkeys(("cummax", "cummin"), _along),
     **dict.fromkeys(("flip", "roll", "sort", "topk", "argsort", "_fft_r2c", "_fft_c2c", "_fft_c2r"), _along),
     **dict.fromkeys(("triu", "tril"), _last_two),
+    "unfold": _unfold,
     **dict.fromkeys(("searchsorted", "bucketize"), _look_up),
 }

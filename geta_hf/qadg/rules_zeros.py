@@ -6,7 +6,7 @@ nothing to them. It depends on the operators before: a sigmoid makes a half of a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,8 +28,8 @@ _CONTRACTIONS = {"mm": ("self", "mat2", ""), "bmm": ("self", "mat2", ""), "addmm
 _CONTRACTIONS |= {"baddbmm": ("batch1", "batch2", "self"), "convolution": ("input", "weight", "bias")}
 _NORMS = frozenset({"native_layer_norm", "_fused_rms_norm", "native_batch_norm", "native_group_norm"})
 _NORMS |= {"_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "_batch_norm_no_update"}
-_PROBES = (0.7316, -1.379)
-"""For what is unknown: a result that is the same for both depends on neither."""
+_PROBES = ((0.73, -1.38, 0.21), (-1.17, 0.59, 2.3), (1.9, 0.4, -0.8), (-0.3, -2.2, 1.1))
+"""For what is unknown, by operand, in every combination of signs: a result that stays the same depends on none."""
 
 
 def where_removed(flow: Flow, value: int, node: Node) -> Number:
@@ -124,8 +124,10 @@ class Numbers:
         results = {self._probe(node, shape, live, unknown) for unknown in _PROBES} if live else {None}
         return results.pop() if len(results) == 1 else None
 
-    def _probe(self, node: Node, shape: tuple[int, ...], live: list[int], unknown: float) -> Number:
+    def _probe(self, node: Node, shape: tuple[int, ...], live: list[int], unknown: Sequence[float]) -> Number:
         """The result for one element that leaves; an operand that does not reach along all of those dims is unknown."""
+
+        probes = dict(zip(dict.fromkeys(node.refs()), unknown, strict=False))
 
         def resolve(item: object) -> object:
             if not isinstance(item, Ref):
@@ -135,12 +137,13 @@ class Numbers:
                 return value.data.reshape(())
             number = self._known.get(item.value)
             if number is None or any(len(own) < back or own[-back] != shape[-back] for back in live):
-                number = unknown if value.dtype.is_floating_point else float(unknown > 0)
+                probe = probes[item.value]
+                number = probe if value.dtype.is_floating_point else float(probe > 0)
             return torch.tensor(number).to(value.dtype)
 
         try:
             result = node.call({name: map_nested(resolve, argument) for name, argument in node.inputs.items()})
-        except (RuntimeError, TypeError):
+        except (RuntimeError, TypeError, KeyError):
             return None
         if not isinstance(result, torch.Tensor) or result.is_complex() or bool(result.isnan().any()):
             return None

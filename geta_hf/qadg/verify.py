@@ -165,7 +165,7 @@ class _Bench:
                     tensor = tensor.index_select(dim, indices)
             return tensor
 
-        return {p: partial(make, name) for name, p in self.positions.items() if self._touched(name)}
+        return {position: partial(make, name) for name, position in self.positions.items()}
 
     def possible(self, removal: Removal) -> Removal:
         """What of a removal this recording touches."""

@@ -117,6 +117,17 @@ def test_halves_that_meet_leave_together(gate: Callable[[Tensor], Tensor]):
     assert cuts(*linears(gate, read=4)) == [{"up.weight:0": pairs, "up.bias:0": pairs, "down.weight:1": singles(4)}]
 
 
+def test_rotated_halves_keep_pairs_together():
+    """Rotary positions: element i turns with element i + D / 2."""
+
+    def turn(h: Tensor) -> Tensor:
+        first, second = h[..., :4], h[..., 4:]
+        return h * 0.6 + torch.cat([-second, first], dim=-1) * 0.8
+
+    pairs = [[index, index + 4] for index in range(4)]
+    assert cuts(*linears(turn)) == [{"up.weight:0": pairs, "up.bias:0": pairs, "down.weight:1": pairs}]
+
+
 def test_concatenated_layers_are_cut_in_their_own_columns():
     class Two(nn.Module):
         def __init__(self) -> None:
