@@ -24,6 +24,8 @@ class Slot:
         index: the element that each of `atom` belongs to, shape (n,).
         atoms: the distinct atoms, ascending.
         width: how many elements each of `atoms` has.
+        column: the first column of `table` that each of `atoms` stands in, since atoms that meet in one element are no
+            two groups of one family, however alike they cut.
     """
 
     position: int
@@ -34,6 +36,7 @@ class Slot:
     index: Ids
     atoms: Ids
     width: Ids
+    column: Ids
 
 
 @dataclass
@@ -71,7 +74,12 @@ def _slot(position: int, value: Value, dim: int, table: Ids) -> Slot | None:
     if not len(index):
         return None
     atom = table[index, column]
-    return Slot(position, value, dim, table, atom, index, *_count(atom))
+    atoms, width = _count(atom)
+    first = np.zeros(len(atoms), np.int32)
+    if table.shape[1] > 1:
+        first += table.shape[1]
+        np.minimum.at(first, np.searchsorted(atoms, atom), column)
+    return Slot(position, value, dim, table, atom, index, atoms, width, first)
 
 
 def _count(atom: Ids) -> tuple[Ids, Ids]:
@@ -116,11 +124,12 @@ def _signatures(slots: Sequence[Slot], count: int) -> Ids:
     last = 1
     for slot in slots:
         known = signature[slot.atoms]
-        if (known == known[0]).all() and (slot.width == slot.width[0]).all():
+        shape = slot.width.astype(np.int64) * slot.table.shape[1] + slot.column
+        if (known == known[0]).all() and (shape == shape[0]).all():
             signature[slot.atoms] = last
             last += 1
             continue
-        keys, label = np.unique(known.astype(np.int64) * (int(slot.width.max()) + 1) + slot.width, return_inverse=True)
+        keys, label = np.unique(known.astype(np.int64) * (int(shape.max()) + 1) + shape, return_inverse=True)
         signature[slot.atoms] = last + label.ravel()
         last += len(keys)
     return signature

@@ -134,3 +134,21 @@ def test_verify_on_meta_stops_before_the_model_itself():
 
     model = empty_model(config)
     assert len(build_space(model, example_batch(model), verify=True).prunable) == 2
+
+
+def test_factors_of_one_dim_are_two_families_however_alike_they_cut():
+    """Four groups of four channels: removing groups and removing channels of every group cut as many places alike."""
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Conv2d(3, 16, 1), torch.nn.Conv2d(16, 5, 1)
+            self.norm = torch.nn.GroupNorm(4, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.norm(self.first(x)))
+
+    space = build_space(Net(), {"x": torch.rand(2, 3, 4, 4)}, prune=["channels"])
+    cut = [f for f in space.families if f.members[0].tensor == "first.weight"]
+    assert [f.size for f in cut] == [4, 4] and cut[0].excludes == (cut[1].name,)
+    assert sum(f.prunable for f in cut) == 1
