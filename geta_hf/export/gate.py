@@ -67,18 +67,17 @@ class Bench:
         model: left unchanged.
         batch: one batch of real inputs.
         space: the pruning space of the model.
-        thorough: whether to run another shape and generation, too.
 
     Raises:
         GETAError: the model cannot run the batch.
     """
 
-    def __init__(self, model: PreTrainedModel, batch: Batch, space: PruningSpace, thorough: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, batch: Batch, space: PruningSpace) -> None:
         self.model, self.families, self.space = model, {family.name: family for family in space.families}, space
-        self.batches, self.generates = [_cast(batch, model.dtype)], thorough and model.can_generate()
+        self.batches, self.generates = [_cast(batch, model.dtype)], model.can_generate()
         self.traces = record(model, self.batches[0])
         other = other_shape(model, self.batches[0])
-        if thorough and _attempt(lambda: attention_outputs(model, other)) is not None:
+        if _attempt(lambda: attention_outputs(model, other)) is not None:
             self.batches.append(other)
 
     def refusal(self, removal: Removal) -> str | None:
