@@ -76,10 +76,12 @@ def test_architecture_passes_all_gates_with_the_families_documented(name: str) -
         warnings.simplefilter("ignore")  # what the models' own code warns of is not ours to judge
         result: Result = examine(name)
     assert not result.failures
-    assert documented()[name][2] == families_found(result.space)
+    if DOCUMENT.exists():  # made by `make zoo`
+        assert documented()[name][2] == families_found(result.space)
     assert all(result.passed(step) in ("yes", "nothing to prune") for step in STEPS)
 
 
+@pytest.mark.skipif(not DOCUMENT.exists(), reason="made by `make zoo`")
 def test_the_document_is_whole() -> None:
     assert documented().keys() == ARCHITECTURES.keys()
     assert len(QUICK) == 42 and set(QUICK) < set(ARCHITECTURES)
