@@ -1,80 +1,189 @@
-"""What a training step under GETA costs relative to plain fine-tuning, by stage.
+"""What a training step under GETA costs relative to plain fine-tuning, by stage, in time and in peak memory.
 
-    python benchmarks/train_step.py [--layers 4] [--batch 8] [--length 128] [--steps 12] [--paper]
+    python benchmarks/train_step.py [--device cpu|cuda] [--size NAME ...] [--steps 12] [--paper]
+        [--cpu-time] [--no-memory]
 
-Both models take turns in one process on the same batches with the same fused AdamW; the table gives the median of the
-ratios, so that a noisy machine disturbs both alike.
+Time: both models take turns in one process on the same batches with the same fused AdamW; the table gives the median
+of the ratios, so that a noisy machine disturbs both alike. Memory: each runs alone in a process of its own, from
+building the model to the last stage, and the highest level above the one after imports counts.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import json
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
-from transformers import BertConfig, BertForQuestionAnswering
+from torch import nn
+from transformers import BertConfig, BertForQuestionAnswering, PhiConfig, PhiForCausalLM
 
 from geta_hf import QASSO, GETAConfig, Schedule, attach_quantizers, build_space
 from geta_hf.qasso import STAGES
 from geta_hf.quantization import quantizer_prefixes
 from geta_hf.report import format_table
 
+Batch = dict[str, torch.Tensor]
+METHODS = ("plain", "geta")
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and a batch; `weights` is the parameters' dtype, `autocast` whether the model runs in bfloat16."""
+
+    what: str
+    family: str
+    layers: int
+    batch: int
+    length: int
+    weights: torch.dtype = torch.float32
+    autocast: bool = False
+
+
+SIZES = {
+    "bert4-8x128": Size("BERT-base with 4 layers, fp32", "bert", 4, 8, 128),
+    "bert4-32x128": Size("BERT-base with 4 layers, fp32", "bert", 4, 32, 128),
+    "bert-32x384": Size("BERT-base, bf16 autocast", "bert", 12, 32, 384, autocast=True),
+    "phi-4x1024": Size("Phi-like 1.3 B, bf16", "phi", 24, 4, 1024, weights=torch.bfloat16),
+}
+DEFAULT_SIZES = {"cpu": ("bert4-8x128", "bert4-32x128"), "cuda": ("bert-32x384", "phi-4x1024")}
+
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--device", choices=DEFAULT_SIZES, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", nargs="+", choices=SIZES, help="default: those of the device")
     parser.add_argument("--steps", type=int, default=12, help="steps timed in each stage")
     parser.add_argument("--paper", action="store_true", help="the paper's rules instead of the defaults")
+    parser.add_argument("--cpu-time", action="store_true", help="of the process, for a machine others use too")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="time alone")
+    parser.add_argument("--alone", choices=METHODS, help=argparse.SUPPRESS)  # what a memory process is told
     return parser.parse_args()
 
 
-def make_optimizer(model: torch.nn.Module, space, config: GETAConfig, steps: int) -> QASSO:
+def make_model(size: Size) -> nn.Module:
+    torch.manual_seed(0)
+    if size.family == "bert":
+        return BertForQuestionAnswering(BertConfig(num_hidden_layers=size.layers)).to(size.weights).train()
+    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32}
+    return PhiForCausalLM(PhiConfig(num_hidden_layers=size.layers, **shape)).to(size.weights).train()
+
+
+def make_batch(size: Size, device: str) -> Batch:
+    ids = torch.randint(0, 30000, (size.batch, size.length), device=device)
+    if size.family == "phi":
+        return {"input_ids": ids, "labels": ids}
+    return {"input_ids": ids, "start_positions": ids[:, 0] % size.length, "end_positions": ids[:, 1] % size.length}
+
+
+def plain_optimizer(parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+
+
+def geta_optimizer(model: nn.Module, batch: Batch, steps: int, paper: bool) -> QASSO:
+    """Quantizers on the model, and QASSO with as many steps in every stage."""
+    stages = {"warmup": steps, "projection": steps, "joint": steps}
+    config = (GETAConfig.paper if paper else GETAConfig)(**stages, projection_periods=2, pruning_periods=2)
+    space = build_space(model, {"input_ids": batch["input_ids"][:2, :128].cpu()})
     attach_quantizers(model, learn_t=config.learn_exponent, clipping=config.clipping)
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    base = torch.optim.AdamW(list(names), lr=1e-5, fused=True)
-    return QASSO(base, names, space, quantizer_prefixes(model), Schedule.from_config(config, steps, steps), config)
+    schedule = Schedule.from_config(config, 4 * steps, 4 * steps)
+    return QASSO(plain_optimizer(list(names)), names, space, quantizer_prefixes(model), schedule, config)
 
 
-def timed_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor]) -> float:
-    start = time.perf_counter()
+def timed_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, size: Size, cpu_time: bool = False
+) -> float:
+    clock = time.process_time if cpu_time else time.perf_counter
+    device = batch["input_ids"].device.type
+    start = clock()
     optimizer.zero_grad()
-    model(**batch).loss.backward()
+    with torch.autocast(device, torch.bfloat16) if size.autocast else contextlib.nullcontext():
+        loss = model(**batch).loss
+    loss.backward()
     optimizer.step()
-    return time.perf_counter() - start
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def time_both(size: Size, chosen: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
+    """Seconds (plain, GETA) of every step by stage, without the first step of each stage."""
+    plain, batch = make_model(size), make_batch(size, chosen.device)
+    geta = copy.deepcopy(plain).to(chosen.device)
+    plain.to(chosen.device)
+    ours, theirs = geta_optimizer(geta, batch, chosen.steps, chosen.paper), plain_optimizer(plain.parameters())
+    timed_step(plain, theirs, batch, size)  # the first step allocates Adam's state
+    seconds = defaultdict(list)
+    for _ in range(4 * chosen.steps):
+        stage = ours.phase.stage
+        pair = [timed_step(*each, batch, size, chosen.cpu_time) for each in ((plain, theirs), (geta, ours))]
+        seconds[stage].append((pair[0], pair[1]))
+    return {stage: times[1:] for stage, times in seconds.items()}
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def peak_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def run_alone(size: Size, chosen: argparse.Namespace) -> int:
+    """Peak bytes of a few steps of one method in this process, above what the imports took."""
+    before = peak_bytes(chosen.device)
+    model, batch = make_model(size).to(chosen.device), make_batch(size, chosen.device)
+    plain = chosen.alone == "plain"
+    steps = 2
+    optimizer = plain_optimizer(model.parameters()) if plain else geta_optimizer(model, batch, steps, chosen.paper)
+    for _ in range(4 * steps):
+        timed_step(model, optimizer, batch, size)
+    return peak_bytes(chosen.device) - before
+
+
+def peak_of(method: str, name: str, chosen: argparse.Namespace) -> int:
+    command = [sys.executable, __file__, "--alone", method, "--size", name, "--device", chosen.device]
+    done = subprocess.run(command + ["--paper"] * chosen.paper, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def show(name: str, chosen: argparse.Namespace) -> None:
+    size = SIZES[name]
+    where = torch.cuda.get_device_name() if chosen.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"\n{size.what}, batch {size.batch}x{size.length}, {where}", flush=True)
+    rows = []
+    # Before the time is measured, since on a GPU two processes would share the memory.
+    peaks = [peak_of(method, name, chosen) for method in METHODS] if chosen.memory else []
+    for stage, times in time_both(size, chosen).items():
+        plain_ms, geta_ms = (1000 * statistics.median(column) for column in zip(*times, strict=True))
+        ratio = statistics.median(ours / theirs for theirs, ours in times)
+        rows.append((stage, f"{plain_ms:.0f} ms", f"{geta_ms:.0f} ms", f"{ratio:.3f}"))
+    rows.sort(key=lambda row: STAGES.index(row[0]))
+    if peaks:
+        rows.append(("peak memory", *(f"{peak / 2**20:.0f} MiB" for peak in peaks), f"{peaks[1] / peaks[0]:.3f}"))
+    print(format_table(("", "plain", "GETA", "ratio (median)"), rows), flush=True)
 
 
 def main() -> None:
     chosen = options()
-    torch.manual_seed(0)
-    plain = BertForQuestionAnswering(BertConfig(num_hidden_layers=chosen.layers)).train()
-    ids = torch.randint(0, 30000, (chosen.batch, chosen.length))
-    batch = {"input_ids": ids, "start_positions": ids[:, 0] % chosen.length, "end_positions": ids[:, 1] % chosen.length}
-    geta = copy.deepcopy(plain)
-    stages = {"warmup": chosen.steps, "projection": chosen.steps, "joint": chosen.steps}
-    config = (GETAConfig.paper if chosen.paper else GETAConfig)(**stages, projection_periods=2, pruning_periods=2)
-    space = build_space(geta, {"input_ids": ids[:2]})
-    optimizer = make_optimizer(geta, space, config, 4 * chosen.steps)
-    adamw = torch.optim.AdamW(plain.parameters(), lr=1e-5, fused=True)
-    seconds: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    timed_step(plain, adamw, batch)  # the first step allocates Adam's state
-    for _ in range(4 * chosen.steps):
-        stage = optimizer.phase.stage
-        seconds[stage].append((timed_step(plain, adamw, batch), timed_step(geta, optimizer, batch)))
-    rows = []
-    for stage in STAGES:
-        times = seconds[stage][1:]
-        ratio = statistics.median(ours / theirs for theirs, ours in times)
-        plain_ms, geta_ms = (1000 * statistics.median(column) for column in zip(*times, strict=True))
-        rows.append((stage, f"{plain_ms:.0f}", f"{geta_ms:.0f}", f"{ratio:.2f}"))
-    print(
-        f"{chosen.layers} layers of BERT-base, batch {chosen.batch}x{chosen.length}, {torch.get_num_threads()} threads"
-    )
-    print(format_table(("stage", "plain, ms", "GETA, ms", "ratio (median)"), rows))
+    sizes = chosen.size or DEFAULT_SIZES[chosen.device]
+    if chosen.alone:
+        print(json.dumps(run_alone(SIZES[sizes[0]], chosen)))
+        return
+    for name in sizes:
+        show(name, chosen)
 
 
 if __name__ == "__main__":

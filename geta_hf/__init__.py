@@ -7,9 +7,10 @@ from geta_hf.config import GETAConfig
 from geta_hf.cost import Costs, measure_costs
 from geta_hf.errors import GETAError
 from geta_hf.export import export, verify_surgery
+from geta_hf.plan import Plan
 from geta_hf.qadg import PruningSpace, apply_policy, build_space, verify_space
 from geta_hf.qasso import QASSO, Schedule
-from geta_hf.quantization import attach_quantizers, detach_quantizers
+from geta_hf.quantization import attach_input_quantizers, attach_quantizers, detach_quantizers
 from geta_hf.trainer import GETATrainer
 
 __version__ = "0.1.0.dev0"
@@ -20,9 +21,11 @@ __all__ = [
     "GETAConfig",
     "GETAError",
     "GETATrainer",
+    "Plan",
     "PruningSpace",
     "Schedule",
     "apply_policy",
+    "attach_input_quantizers",
     "attach_quantizers",
     "build_space",
     "detach_quantizers",

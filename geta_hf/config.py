@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from geta_hf.errors import GETAError
+from geta_hf.files import write_whole
 
 CONFIG_NAME = "geta_config.json"
 
@@ -20,20 +23,95 @@ Duration = int | float | str
 _CHOICES = {
     "saliency": ("taylor", "hesso"),
     "forgetting": ("uniform", "paper"),
-    "bit_rule": ("ppsg", "paper"),
+    "bit_rule": ("sensitivity", "ppsg", "paper"),
     "clipping": ("mse", "max"),
 }
+
+
+_PRUNING = ("target_sparsity", "target_parameters")
+_SIZES = ("target_bops", "target_bytes")
+_RANGES: list[tuple[str, float, float]] = [
+    ("target_sparsity", 0, 1),
+    ("target_parameters", 0, 1),
+    ("target_bytes", 1, math.inf),
+    ("projection_periods", 1, math.inf),
+    ("pruning_periods", 1, math.inf),
+    ("calibration_batches", 1, math.inf),
+    ("multiple_of", 1, math.inf),
+    ("bit_reduction", 0, math.inf),
+    ("quantizer_learning_rate", 0, math.inf),
+    ("saliency_decay", 0, 1),
+    ("epsilon", 0, 1),
+    ("distill_logits", 0, math.inf),
+    ("distill_hidden", 0, math.inf),
+]
+_SHARES = ("eta", "xi", "target_bops")
+
+
+class _Kind(NamedTuple):
+    holds: Callable[[Any], bool]
+    wanted: str
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(_whole(b) and 2 <= b <= 16 for b in value)
+
+
+def _list_of(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple) and all(type(item) is kind for item in value)
+
+
+_WHOLE, _REAL = _Kind(_whole, "a whole number"), _Kind(_real, "a number")
+_PAIR, _FLAG = _Kind(_pair, "a pair (b_l, b_u) of whole numbers in 2..16"), _Kind(lambda v: type(v) is bool, "a bool")
+_PATTERNS = _Kind(_list_of(str), "a list of regular expressions")
+_POLICY = _Kind(_list_of(str), "a list of kinds, couplings or patterns")
+_KINDS: dict[str, _Kind] = {
+    **dict.fromkeys(("projection_periods", "pruning_periods", "initial_bits"), _WHOLE),
+    **dict.fromkeys(("target_bytes", "multiple_of", "calibration_batches"), _WHOLE),
+    **dict.fromkeys(("target_sparsity", "target_parameters", "target_bops", "mean_bits", "bit_reduction"), _REAL),
+    **dict.fromkeys(("quantizer_learning_rate", "saliency_decay", "eta", "xi", "epsilon", "min_kept"), _REAL),
+    **dict.fromkeys(("distill_logits", "distill_hidden", "distill_temperature"), _REAL),
+    **dict.fromkeys(("bits", "activation_bits"), _PAIR),
+    **dict.fromkeys(("per_channel", "uniform", "learn_exponent"), _FLAG),
+    **dict.fromkeys(("include", "exclude"), _PATTERNS),
+    **dict.fromkeys(("prune", "keep"), _POLICY),
+    "bit_choices": _Kind(_list_of(int), "a list of whole numbers"),
+}
+_OPTIONAL = frozenset((*_PRUNING, *_SIZES, "mean_bits", "bit_choices", "activation_bits", "bit_reduction", "include"))
 
 
 @dataclass
 class GETAConfig:
     """Limits, stages and rules of one compression run.
 
-    `target_sparsity` and `bits` are enough; everything else has a default.
+    How much to prune is said by `target_sparsity` or `target_parameters`, how small the model shall be by
+    `target_bops` or `target_bytes`, and the widths by `bits` and `mean_bits`. What is left out is solved for before
+    training (`geta_hf.plan`); of pruning, size and `mean_bits` at most two are given. Without any target half of the
+    groups go.
 
     Attributes:
         target_sparsity: share of the prunable groups to remove, in [0, 1); K = round(share · groups) in the paper.
         bits: (b_l, b_u), the widths that every quantized layer must end within, each in 2..16.
+        target_parameters: share of the parameters in prunable groups to remove, in [0, 1).
+        target_bops: BOPs of the quantized layers, relative to the dense model at 32 · 32 bits, in (0, 1).
+        target_bytes: bytes of the exported model.safetensors.
+        mean_bits: mean width over the weights that stay. None is the middle of `bits` for the `sensitivity` rule
+            where no size is asked for, and whatever the rule learns for the others.
+        bit_choices: the only widths allowed, such as [4, 8], inside `bits`; None allows every whole number.
+        activation_bits: (b_l, b_u) of the quantizers on the layers' inputs; None leaves activations float.
+        per_channel: one (d, q_m) an output channel instead of one a layer.
+        calibration_batches: batches that the clipping values of activations are measured on.
+        min_kept: what every family keeps at least: a count, or below 1 a share.
+        multiple_of: kept channels of every family are a multiple of this.
+        uniform: remove equally many groups from every family of like kind and size.
         initial_bits: width before the projection stage, at least b_u.
         bit_reduction: b_r, bits taken off the upper bound in each projection period. None spreads
             initial_bits - b_u over the periods; a number of your own must end inside `bits`.
@@ -43,20 +121,36 @@ class GETAConfig:
         pruning_periods: P, periods of the joint stage.
         saliency: `taylor` ranks groups by sqrt(EMA of <g, x>²) per parameter removed, `hesso` by the paper's score.
         forgetting: `uniform` shrinks redundant groups by γ = 1 / (steps left), `paper` by Eq. 13.
-        bit_rule: `ppsg` learns d under projection alone, which in practice leaves layers at or near b_u; `paper` sets d
-            by Eq. 14 in the joint stage, which sends most layers that lose groups to b_l.
+        bit_rule: who decides the widths. `sensitivity` spends `mean_bits`, or the size asked for, where one more bit
+            lowers the expected loss most, at the joint stage's end. `ppsg` learns d under projection alone, which in
+            practice leaves layers at or near b_u; `paper` sets d by Eq. 14 in the joint stage, which sends most layers
+            that lose groups to b_l. Widths that these two learned are moved together where a target asks for others.
         clipping: where q_m starts: `mse` for least squared error at b_u bits, `max` for max|W|.
         learn_exponent: train t; otherwise t = 1.
         quantizer_learning_rate: relative step of (d, q_m, t), under the run's own scheduler. At most 3e-3 is advised.
         saliency_decay: decay of the saliency's moving average, in [0, 1).
         eta, xi, epsilon: η and ξ of Eqs. 13-14, in (0, 1), and the magnitude below which a group counts as forgotten.
+        distill_logits, distill_hidden: weights of the teacher's logits and hidden states in the loss; see
+            `geta_hf.distillation`.
+        distill_temperature: softens both distributions, above 0.
         include, exclude: regular expressions over module names that choose the layers to quantize.
         prune, keep: families to make prunable beside heads and channels, and families to keep whole: kinds
             (`residual`), couplings (`norm`) or patterns of names (`*.layers.0.*`); see `geta_hf.qadg.apply_policy`.
     """
 
-    target_sparsity: float = 0.5
+    target_sparsity: float | None = None
     bits: tuple[int, int] = (4, 8)
+    target_parameters: float | None = None
+    target_bops: float | None = None
+    target_bytes: int | None = None
+    mean_bits: float | None = None
+    bit_choices: list[int] | None = None
+    activation_bits: tuple[int, int] | None = None
+    per_channel: bool = False
+    calibration_batches: int = 8
+    min_kept: float = 1
+    multiple_of: int = 1
+    uniform: bool = False
     initial_bits: int = 16
     bit_reduction: float | None = None
     warmup: Duration = 0.1
@@ -66,7 +160,7 @@ class GETAConfig:
     pruning_periods: int = 5
     saliency: str = "taylor"
     forgetting: str = "uniform"
-    bit_rule: str = "ppsg"
+    bit_rule: str = "sensitivity"
     clipping: str = "mse"
     learn_exponent: bool = False
     quantizer_learning_rate: float = 1e-3
@@ -74,6 +168,9 @@ class GETAConfig:
     eta: float = 0.999
     xi: float = 0.999
     epsilon: float = 1e-8
+    distill_logits: float = 0.0
+    distill_hidden: float = 0.0
+    distill_temperature: float = 2.0
     include: list[str] | None = None
     exclude: list[str] = dataclasses.field(default_factory=list)
     prune: list[str] = dataclasses.field(default_factory=list)
@@ -84,41 +181,58 @@ class GETAConfig:
         self.bits = (self.bits[0], self.bits[1])
         self.include = None if self.include is None else list(self.include)
         self.exclude, self.prune, self.keep = list(self.exclude), list(self.prune), list(self.keep)
+        if not any(getattr(self, name) is not None for name in (*_PRUNING, *_SIZES)):
+            self.target_sparsity = 0.5
         self._check_bits()
-        _check(0 <= self.target_sparsity < 1, "target_sparsity", self.target_sparsity, "in [0, 1)")
-        _check(self.projection_periods >= 1, "projection_periods", self.projection_periods, "at least 1")
-        _check(self.pruning_periods >= 1, "pruning_periods", self.pruning_periods, "at least 1")
-        _check(self.quantizer_learning_rate >= 0, "quantizer_learning_rate", self.quantizer_learning_rate, "at least 0")
-        _check(0 <= self.saliency_decay < 1, "saliency_decay", self.saliency_decay, "in [0, 1)")
-        _check(0 < self.eta < 1, "eta", self.eta, "in (0, 1)")
-        _check(0 < self.xi < 1, "xi", self.xi, "in (0, 1)")
-        _check(0 <= self.epsilon < 1, "epsilon", self.epsilon, "in [0, 1)")
+        self._check_targets()
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            _check(value is None or low <= value < high, name, value, f"in [{low}, {high})")
+        for name in _SHARES:
+            value = getattr(self, name)
+            _check(value is None or 0 < value < 1, name, value, "in (0, 1)")
         for name, choices in _CHOICES.items():
             _check(getattr(self, name) in choices, name, getattr(self, name), f"one of {', '.join(choices)}")
+        _check(self.min_kept > 0, "min_kept", self.min_kept, "a count of at least 1, or a share above 0")
+        whole = self.min_kept < 1 or float(self.min_kept).is_integer()
+        _check(whole, "min_kept", self.min_kept, "a whole count, or a share below 1")
+        _check(self.distill_temperature > 0, "distill_temperature", self.distill_temperature, "above 0")
 
     def _check_types(self) -> None:
         """Tuples become lists and back through JSON, so both are taken; text never stands for a number or a list."""
-        for name in ("projection_periods", "pruning_periods", "initial_bits"):
-            _check(type(getattr(self, name)) is int, name, getattr(self, name), "a whole number")
-        for name in ("target_sparsity", "quantizer_learning_rate", "saliency_decay", "eta", "xi", "epsilon"):
-            value = getattr(self, name)
-            _check(isinstance(value, int | float) and not isinstance(value, bool), name, value, "a number")
-        pair = isinstance(self.bits, list | tuple) and len(self.bits) == 2
-        _check(pair, "bits", self.bits, "a pair (b_l, b_u)")
-        for name in ("include", "exclude", "prune", "keep"):
-            value = getattr(self, name)
-            listed = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
-            kind = "a list of regular expressions" if "clude" in name else "a list of kinds, couplings or patterns"
-            _check(listed or (name == "include" and value is None), name, value, kind)
+        for name, value in vars(self).items():
+            kind = _KINDS.get(name)
+            if kind is not None and not (value is None and name in _OPTIONAL):
+                _check(kind.holds(value), name, value, kind.wanted)
+
+    def _check_targets(self) -> None:
+        """At most one way to say how much is pruned and one to say how small the model is, and no contradiction."""
+        given = [[name for name in names if getattr(self, name) is not None] for names in (_PRUNING, _SIZES)]
+        for names in given:
+            if len(names) > 1:
+                raise GETAError(f"{' and '.join(names)} say the same thing twice; leave one of them out")
+        if all(given) and self.mean_bits is not None:
+            raise GETAError(
+                f"{given[0][0]}, {given[1][0]} and mean_bits can't all hold; leave one out, and it is solved for"
+            )
 
     def _check_bits(self) -> None:
         lower, upper = self.bits
-        _check(all(isinstance(b, int) and 2 <= b <= 16 for b in self.bits), "bits", self.bits, "two integers in 2..16")
         _check(lower <= upper, "bits", self.bits, "(b_l, b_u) with b_l <= b_u")
         _check(upper <= self.initial_bits <= 16, "initial_bits", self.initial_bits, f"in {upper}..16")
+        if self.mean_bits is not None:
+            _check(lower <= self.mean_bits <= upper, "mean_bits", self.mean_bits, f"in {lower}..{upper}, as `bits`")
+        if self.bit_choices is not None:
+            inside = bool(self.bit_choices) and all(lower <= b <= upper for b in self.bit_choices)
+            _check(inside, "bit_choices", self.bit_choices, f"widths in {lower}..{upper}, as `bits`")
+            self.bit_choices = sorted(set(self.bit_choices))
+        if self.activation_bits is not None:
+            low, high = self.activation_bits
+            self.activation_bits = (low, high)
+            fits = low <= high <= self.initial_bits
+            _check(fits, "activation_bits", self.activation_bits, f"(b_l, b_u) with b_l <= b_u <= {self.initial_bits}")
         if self.bit_reduction is None:
             return
-        _check(self.bit_reduction >= 0, "bit_reduction", self.bit_reduction, "at least 0")
         end = self.final_upper_bits
         sum_text = f"{self.initial_bits} - {self.projection_periods} · {self.bit_reduction} = {end}"
         if end < lower:
@@ -127,6 +241,21 @@ class GETAConfig:
             )
         if end > upper:
             raise GETAError(f"b_u - B·b_r = {sum_text} stays above the {upper} bits asked for; raise bit_reduction")
+
+    @property
+    def widths(self) -> list[int]:
+        """The whole widths that a layer may end with, ascending."""
+        if self.bit_choices is not None:
+            return self.bit_choices
+        return list(range(self.bits[0], self.bits[1] + 1))
+
+    @property
+    def wanted_mean_bits(self) -> float | None:
+        """`mean_bits`, or the middle of `bits` where the rule needs one and no size is asked for."""
+        sized = self.target_bops is not None or self.target_bytes is not None
+        if self.mean_bits is not None or sized or self.bit_rule != "sensitivity":
+            return self.mean_bits
+        return (self.widths[0] + self.widths[-1]) / 2
 
     @property
     def reduction(self) -> float:
@@ -154,7 +283,8 @@ class GETAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` gives an equal config back."""
-        return {**dataclasses.asdict(self), "bits": list(self.bits)}
+        pairs = {"bits": list(self.bits), "activation_bits": self.activation_bits and list(self.activation_bits)}
+        return {**dataclasses.asdict(self), **pairs}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GETAConfig:
@@ -163,7 +293,7 @@ class GETAConfig:
         unknown = sorted(set(values) - fields)
         if unknown:
             raise GETAError(f"unknown GETAConfig keys {unknown}; known are {sorted(fields)}")
-        numbers = {f.name for f in dataclasses.fields(cls) if isinstance(f.default, float) and f.type == "float"}
+        numbers = {name for name, kind in _KINDS.items() if kind is _REAL}
         # YAML 1.1 reads `1e-8`, without a dot, as text.
         plain: dict[str, Any] = {k: _number(v) if k in numbers else v for k, v in values.items()}
         return cls(**plain)
@@ -172,9 +302,7 @@ class GETAConfig:
         """Write JSON or YAML, by the file's ending; written beside and renamed, so never half a file."""
         target = Path(path)
         text = json.dumps(self.to_dict(), indent=2) + "\n" if target.suffix == ".json" else _yaml(self.to_dict())
-        beside = target.with_name(target.name + ".tmp")
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(target)
+        write_whole(target, text)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> GETAConfig:

@@ -8,9 +8,8 @@ embedding table; all that is not quantized at 32 · 32.
 from __future__ import annotations
 
 import copy
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
-from geta_hf.qadg import PruningSpace, kept_indices
 from geta_hf.quantization import quantized_layers
 
 FLOAT_BITS = 32
@@ -35,11 +33,13 @@ class LayerCost:
         name: module path.
         weights: elements of its weight that are left; MACs a token for a linear.
         bits: width of the weight; 32 where it is float.
+        input_bits: width of the layer's input; 32 where it is float.
     """
 
     name: str
     weights: int
     bits: float
+    input_bits: float = FLOAT_BITS
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Costs:
 
 
 def linear_bops(layers: Sequence[LayerCost], tokens: int = 1) -> float:
-    """The paper's BOPs: Σ weights · tokens · b_w · 32, activations being float."""
-    return sum(layer.weights * tokens * layer.bits * FLOAT_BITS for layer in layers)
+    """The paper's BOPs: Σ weights · tokens · b_w · b_a."""
+    return sum(layer.weights * tokens * layer.bits * layer.input_bits for layer in layers)
 
 
 def mean_bits(layers: Sequence[LayerCost]) -> float:
@@ -84,30 +84,24 @@ def layer_costs(model: nn.Module, names: Sequence[str] | None = None) -> tuple[L
         model: with quantizers attached, or loaded from an exported folder, or dense.
         names: the layers to count for a dense model, at 32 bits.
     """
-    bits: Mapping[str, float] = {
-        name: float(layer.weight_quantizer.bits()) for name, layer in quantized_layers(model).items()
-    }
+    bits, inputs = _trained_bits(model)
     if not bits:
         stored: Any = getattr(getattr(model, "config", None), "quantization_config", None)
         exported = stored is not None and getattr(stored, "quant_method", None) == "geta"
         bits = stored.bits if exported else dict.fromkeys(names or (), FLOAT_BITS)
-    return tuple(LayerCost(name, model.get_parameter(f"{name}.weight").numel(), width) for name, width in bits.items())
+        inputs = stored.activation_bits if exported else {}
+    return tuple(
+        LayerCost(name, model.get_parameter(f"{name}.weight").numel(), width, inputs.get(name, FLOAT_BITS))
+        for name, width in bits.items()
+    )
 
 
-def masked_layer_costs(model: nn.Module, space: PruningSpace, removed: Mapping[str, Tensor]) -> tuple[LayerCost, ...]:
-    """`layer_costs` of a model being trained, counting only what the removed groups leave.
-
-    Args:
-        removed: family name -> bool (groups,), True for a removed group.
-    """
-    kept = kept_indices(space, dict(removed))
-    layers = []
-    for layer in layer_costs(model):
-        shape = list(model.get_parameter(f"{layer.name}.weight").shape)
-        for dim, indices in kept.get(f"{layer.name}.weight", {}).items():
-            shape[dim] = len(indices)
-        layers.append(LayerCost(layer.name, math.prod(shape), layer.bits))
-    return tuple(layers)
+def _trained_bits(model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
+    """Present widths of weights and of inputs by layer; over output channels their mean."""
+    layers = quantized_layers(model)
+    bits = {name: float(layer.weight_quantizer.bits().mean()) for name, layer in layers.items()}
+    quantizers = {name: layer.input_quantizer for name, layer in layers.items()}
+    return bits, {name: float(own.bits()) for name, own in quantizers.items() if own is not None}
 
 
 @torch.no_grad()
@@ -127,7 +121,7 @@ def measure_costs(model: PreTrainedModel, tokens: int = 384, names: Sequence[str
     with FlopCounterMode(display=False) as counter:
         eager(torch.zeros(1, tokens, dtype=torch.long, device=model.device))
     macs = counter.get_total_flops() // 2
-    linear = sum(executed[layer.name] * layer.bits * FLOAT_BITS for layer in layers)
+    linear = sum(executed[layer.name] * layer.bits * layer.input_bits for layer in layers)
     rest = macs - sum(executed.values()) + sum(looked_up)
     return Costs(
         tokens=tokens,

@@ -9,7 +9,6 @@ import html
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from geta_hf.errors import GETAError
+from geta_hf.files import write_whole
 from geta_hf.qadg.flow import Dim, Flow
 from geta_hf.qadg.graph import Graph, Node
 from geta_hf.qadg.groups import Family, Frozen, Member, PruningSpace
@@ -95,7 +95,7 @@ def write_page(flow: Flow, space: PruningSpace, path: str | os.PathLike[str], ti
         "data": _embedded(page_data(flow, space, title)),
         "script": "\n".join(_packaged(name) for name in _SCRIPTS),
     }
-    _replace(target, re.sub(r"{{(\w+)}}", lambda hole: parts[hole[1]], _packaged("page.html")))
+    write_whole(target, re.sub(r"{{(\w+)}}", lambda hole: parts[hole[1]], _packaged("page.html")))
 
 
 def _packaged(name: str) -> str:
@@ -106,19 +106,6 @@ def _embedded(data: dict[str, Any]) -> str:
     """JSON that cannot end the script element it stands in, whatever names it holds."""
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _replace(target: Path, text: str) -> None:
-    """Write beside the target first, so that no reader ever meets half a page."""
-    handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(draft, 0o644)
-        os.replace(draft, target)
-    except BaseException:
-        os.unlink(draft)
-        raise
 
 
 def page_data(flow: Flow, space: PruningSpace, title: str) -> dict[str, Any]:

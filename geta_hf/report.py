@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,12 @@ class Structure:
     Attributes:
         kept: family -> (groups kept, groups before), in model order.
         bits: module path -> bits of its packed weight, in model order.
+        activation_bits: module path -> bits of its input, for the layers that round it; in model order.
     """
 
     kept: dict[str, tuple[int, int]]
     bits: dict[str, int]
+    activation_bits: dict[str, int] = field(default_factory=dict)
 
     def of_kind(self, kind: str) -> list[tuple[int, int]]:
         """(kept, before) of every family of a kind, such as `heads`, in model order."""
@@ -45,7 +47,8 @@ def read_structure(folder: str | os.PathLike[str]) -> Structure:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         kept = {name: (int(left), int(before)) for name, (left, before) in stored["kept"].items()}
-        return Structure(kept, {name: int(bits) for name, bits in stored["bits"].items()})
+        widths = (stored["bits"], stored.get("activation_bits", {}))  # a folder of before has no such key
+        return Structure(kept, *({name: int(bits) for name, bits in part.items()} for part in widths))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise GETAError(f"{path} can't be read ({error}); is {folder} an exported folder?") from error
 
@@ -118,6 +121,9 @@ def _structure_rows(structure: Structure) -> list[tuple[str, str, str]]:
     total = sum(before for _, before in structure.kept.values())
     left = sum(kept for kept, _ in structure.kept.values())
     rows.append(("groups", f"{total:,}", f"{left:,} ({left / max(total, 1):.1%})"))
+    if rounded := structure.activation_bits:
+        mean, share = statistics.mean(rounded.values()), f"{len(rounded)} of {len(structure.bits)} layers"
+        rows.append(("mean bits of inputs", "32.00", f"{mean:.2f} ({share})"))
     return rows
 
 
@@ -155,8 +161,10 @@ def plot_structure(compressed_dir: str | os.PathLike[str], path: str | os.PathLi
 
     structure = read_structure(compressed_dir)
     kinds = list(dict.fromkeys(name.rpartition(":")[2] for name in structure.kept))
-    figure = Figure(figsize=(max(6.0, 0.28 * len(structure.bits) + 3), 2.2 * (len(kinds) + 1)), layout="constrained")
-    axes = figure.subplots(len(kinds) + 1, 1, squeeze=False)[:, 0]
+    widths = {"bits": structure.bits} | ({"bits of inputs": a} if (a := structure.activation_bits) else {})
+    rows = len(kinds) + len(widths)
+    figure = Figure(figsize=(max(6.0, 0.28 * len(structure.bits) + 3), 2.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
     for axis, kind in zip(axes, kinds, strict=False):
         counts = structure.of_kind(kind)
         axis.bar(range(len(counts)), [before for _, before in counts], color="#dddddd", label="before")
@@ -164,16 +172,17 @@ def plot_structure(compressed_dir: str | os.PathLike[str], path: str | os.PathLi
         axis.bar_label(bars, fontsize=7)
         axis.set(ylabel=kind, xlabel="layer", xticks=range(len(counts)))
         axis.legend(fontsize=7, loc="lower right")
-    _plot_bits(axes[-1], structure.bits)
+    for axis, (label, bits) in zip(axes[len(kinds) :], widths.items(), strict=True):
+        _plot_bits(axis, label, bits)
     beside = Path(path).with_name(f".{Path(path).name}")
     figure.savefig(beside, dpi=120, format=Path(path).suffix.removeprefix("."))
     return beside.replace(path)
 
 
-def _plot_bits(axis: Any, bits: Mapping[str, int]) -> None:
+def _plot_bits(axis: Any, label: str, bits: Mapping[str, int]) -> None:
     bars = axis.bar(range(len(bits)), list(bits.values()), color="#c9733b")
     axis.bar_label(bars, fontsize=6)
-    axis.set(ylabel="bits", ylim=(0, 1.15 * max(bits.values(), default=1)))
+    axis.set(ylabel=label, ylim=(0, 1.15 * max(bits.values(), default=1)))
     axis.set_xticks(range(len(bits)), [_short(name) for name in bits], rotation=90, fontsize=6)
 
 

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
+import itertools
 import math
 import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
+from geta_hf.checkpoints import check_checkpoint, write_world
 from geta_hf.config import CONFIG_NAME, GETAConfig
-from geta_hf.cost import FLOAT_BITS, LayerCost, layer_costs, linear_bops, masked_layer_costs, mean_bits
+from geta_hf.distillation import Distiller, dense_copy
 from geta_hf.errors import GETAError
 from geta_hf.export import ExportReport, export, rehearse
-from geta_hf.qadg import Family, PruningSpace, build_space
-from geta_hf.qasso import QASSO, STAGES, Schedule, target_groups
-from geta_hf.quantization import attach_quantizers, detach_quantizers, quantized_layers, quantizer_prefixes
+from geta_hf.plan import Plan, channel_dims, layer_uses, make_ledger, make_plan, quantized_inputs
+from geta_hf.preparation import (
+    SeededByEpoch,
+    attach,
+    empty_copy,
+    own_group,
+    quantizer_parameters,
+    refuse_shared_quantizers,
+    without_untrained,
+)
+from geta_hf.qadg import PruningSpace, build_space
+from geta_hf.qasso import COOLDOWN, QASSO, STAGES, Schedule
+from geta_hf.qasso.ledger import FLOAT_BITS
+from geta_hf.quantization import attach_input_quantizers, detach_quantizers, quantizer_prefixes, select_layers
 from geta_hf.quantization.quantizer import Quantizer
 
 logger = logging.get_logger(__name__)
@@ -37,19 +45,23 @@ logger = logging.get_logger(__name__)
 class GETATrainer(Trainer):
     """Compresses a model while it is fine-tuned.
 
-    Quantizers are put on the model and the pruning space is built from a real batch as soon as the trainer is made,
-    so a model or a limit that can't work fails before training.
+    Quantizers are put on the model, the pruning space is built from a real batch and the targets are solved as soon as
+    the trainer is made, so a model or a limit that can't work fails before training.
 
     Args:
         model: the model to train, changed in place.
         args: Trainer's own arguments, as all other keyword arguments.
-        geta_config: limits, stages and rules; the defaults remove half of all groups at 4 to 8 bits.
+        geta_config: limits, stages and rules; the defaults remove half of all groups at 6 bits on average.
+        teacher: whose outputs the model is trained towards, where the config gives distillation a weight. By default
+            a copy of `model` as it is now, which takes its weights' memory once more.
 
     Attributes:
         space: the pruning space.
+        plan: what the run is to end with; printed when the trainer is made.
 
     Raises:
-        GETAError: no layer to quantize, no group to prune, an unreachable target, a batch that the model can't run.
+        GETAError: no layer to quantize, no group to prune, an unreachable target, a batch that the model can't run, a
+            teacher that does not fit, an option of Trainer that can't be kept.
     """
 
     def __init__(
@@ -58,32 +70,41 @@ class GETATrainer(Trainer):
         args: Any = None,
         *,
         geta_config: GETAConfig | None = None,
+        teacher: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
         if model is None:
             raise GETAError("GETATrainer needs `model`; `model_init` would make models that QASSO has never seen")
-        self.geta_config = geta_config or GETAConfig()
+        self.geta_config = config = geta_config or GETAConfig()
         self.qasso: QASSO | None = None
-        _attach(model, self.geta_config)
+        select_layers(model, config.include, config.exclude)  # nothing to quantize fails first
+        super().__init__(model=model, args=args, **kwargs)
+        self._check_supported()
+        # Kept, since later on not every process may draw from the loader, which all of them share.
+        self._batch = {name: value[:2] for name, value in self._sample_batches(1)[0].items()}
+        self.space = self._build_space()
+        self.distiller = self._make_distiller(model, teacher)  # copies the model as it is before quantizers
         try:
-            super().__init__(model=model, args=args, **kwargs)
-            self._check_supported(model)
-            self.space = self._build_space()
+            attach(model, config)
+            refuse_shared_quantizers(model)
+            if config.activation_bits is not None:
+                self._calibrate(config.activation_bits[1])
+            self._ledger = make_ledger(model, self.space, layer_uses(model, self._batch))
+            self.plan: Plan = make_plan(config, self.space, self._ledger)
         except BaseException:
             detach_quantizers(model)  # so that the same model can be tried again under another config
             raise
+        self._skeleton = empty_copy(model) if self.is_fsdp_enabled else None
         self._bad_loss = torch.zeros((), dtype=torch.bool, device=self.args.device)
-        self._dense_bops = linear_bops(
-            [LayerCost(c.name, c.weights, FLOAT_BITS) for c in layer_costs(self._plain_model)]
-        )
-        logger.info("%d prunable groups in %d families", self.space.num_groups, len(self.space.prunable))
+        self._frozen = False
+        if self.is_world_process_zero():
+            print(self.plan)
 
     @property
     def _plain_model(self) -> PreTrainedModel:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
-    def _check_supported(self, model: nn.Module) -> None:
-        _refuse_shared_quantizers(model)
+    def _check_supported(self) -> None:
         if self.lr_scheduler is not None:
             raise GETAError("a ready-made scheduler does not know the quantizers; pass optimizers=(optimizer, None)")
         if self.args.auto_find_batch_size:
@@ -93,37 +114,76 @@ class GETATrainer(Trainer):
                 "load_best_model_at_end would bring back a checkpoint from before groups and bits were removed; "
                 "turn it off, the last checkpoint is the compressed one"
             )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise GETAError("GETATrainer runs in one process or under DDP; FSDP and DeepSpeed are not supported yet")
+        self._check_launch()
+
+    def _check_launch(self) -> None:
+        """Raises GETAError for a way of training in which QASSO can't see whole groups."""
+        if self.is_deepspeed_enabled:
+            raise GETAError(
+                "DeepSpeed keeps its own optimizer and flat parameters, where groups can't be found; use DDP or FSDP2"
+            )
+        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+            raise GETAError("FSDP 1 flattens parameters, where groups can't be found; set fsdp_version: 2")
+        parallel = getattr(self.accelerator, "parallelism_config", None)
+        if (parallel is not None and parallel.tp_enabled) or getattr(self.model, "tp_size", None):
+            raise GETAError("tensor parallelism splits heads over processes; use DDP or FSDP2, or one process")
+
+    def _make_distiller(self, model: nn.Module, teacher: nn.Module | None) -> Distiller | None:
+        config = self.geta_config
+        if not (config.distill_logits or config.distill_hidden):
+            if teacher is not None:
+                raise GETAError("a teacher is given, but distill_logits and distill_hidden are 0; give one a weight")
+            return None
+        return Distiller(
+            model,
+            dense_copy(model) if teacher is None else teacher,
+            logits=config.distill_logits,
+            hidden=config.distill_hidden,
+            temperature=config.distill_temperature,
+            device=self.args.device,
+        )
 
     # --- the pruning space ----------------------------------------------------------------------------------------
 
     def _build_space(self) -> PruningSpace:
-        model, batch = self._plain_model, self._sample_batch()
+        model, batch = self._plain_model, self._batch
         found = build_space(model, batch, prune=self.geta_config.prune, keep=self.geta_config.keep)
-        found = _without_untrained(found, model)
-        space = rehearse(model, found, batch) if isinstance(model, PreTrainedModel) else found
-        target_groups(self.geta_config.target_sparsity, [family.size for family in space.prunable])
-        return space
+        found = without_untrained(found, model)
+        return rehearse(model, found, batch) if isinstance(model, PreTrainedModel) else found
 
-    def _sample_batch(self) -> dict[str, Tensor]:
-        """Two rows of a real batch without labels, on the model's device; random states are left as they were."""
+    def _calibrate(self, target_bits: int) -> None:
+        """Put quantizers on the inputs of the quantized layers, their ranges found on real batches."""
+        attach_input_quantizers(
+            self._plain_model,
+            self._sample_batches(self.geta_config.calibration_batches),
+            initial_bits=self.geta_config.initial_bits,
+            target_bits=target_bits,
+            clipping=self.geta_config.clipping,
+        )
+
+    def _sample_batches(self, count: int) -> list[dict[str, Tensor]]:
+        """The first batches without labels, on the model's device; random states are left as they were."""
         if self.train_dataset is None:
             raise GETAError("GETATrainer needs `train_dataset`: the pruning space is built from a batch of it")
         states = random.getstate(), np.random.get_state()
         with torch.random.fork_rng():
             try:
-                batch = next(iter(self.get_train_dataloader()))
+                batches = list(itertools.islice(self.get_train_dataloader(), count))
             except (StopIteration, ValueError) as error:
                 raise GETAError(f"no batch can be made of train_dataset ({error or 'it is empty'})") from error
         random.setstate(states[0])
         np.random.set_state(states[1])
+        if not batches:
+            raise GETAError("no batch can be made of train_dataset (it is empty)")
+        return [self._inputs_of(batch) for batch in batches]
+
+    def _inputs_of(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         known = inspect.signature(self._plain_model.forward).parameters
         if "decoder_input_ids" in known and "decoder_input_ids" not in batch and "labels" in batch:
             # Of labels alone the model would make them by itself, but the graph is recorded without a loss.
             batch["decoder_input_ids"] = batch["labels"].clamp(min=0)
         return {
-            name: value[:2].to(self.args.device)
+            name: value.to(self.args.device)
             for name, value in batch.items()
             if isinstance(value, Tensor) and name in known and name not in self.label_names
         }
@@ -132,7 +192,7 @@ class GETATrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Trainer's choice without the quantizers, whose scale must not shrink."""
-        own = _quantizer_parameters(model)
+        own = quantizer_parameters(model)
         return [name for name in super().get_decay_parameter_names(model) if name not in own]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -146,11 +206,22 @@ class GETATrainer(Trainer):
             raise GETAError(
                 "the optimizer holds a parameter that the model lacks; make it from this model's parameters"
             )
-        _own_group(base, _quantizer_parameters(opt_model), self.geta_config.quantizer_learning_rate)
+        own_group(base, quantizer_parameters(opt_model), self.geta_config.quantizer_learning_rate)
         schedule = Schedule.from_config(self.geta_config, self.state.max_steps, self._steps_per_epoch())
-        self.qasso = QASSO(base, names, self.space, quantizer_prefixes(self._plain_model), schedule, self.geta_config)
+        model = self._plain_model
+        self.qasso = QASSO(
+            base,
+            names,
+            self.space,
+            quantizer_prefixes(model),
+            schedule,
+            self.geta_config,
+            input_quantizers=quantized_inputs(model),
+            ledger=self._ledger,
+            channel_dims=channel_dims(model),
+        )
         self.optimizer = self.qasso
-        logger.info("%s; K = %d groups", schedule, self.qasso.target)
+        logger.info("%s", schedule)
         return self.optimizer
 
     def _steps_per_epoch(self) -> float:
@@ -168,7 +239,7 @@ class GETATrainer(Trainer):
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return _SeededByEpoch(sampler, seed)
+        return SeededByEpoch(sampler, seed)
 
     # --- training and logging -------------------------------------------------------------------------------------
 
@@ -188,11 +259,45 @@ class GETATrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Trainer's step; remembers, without waiting for the device, whether a loss was not finite."""
+        self._freeze_quantizers()
         loss = super().training_step(*args, **kwargs)
         self._bad_loss = self._bad_loss | ~torch.isfinite(loss.detach())
         return loss
 
+    def _freeze_quantizers(self) -> None:
+        """In cool-down (d, q_m, t) stand still, so their gradients are not computed any more."""
+        cooling = self.qasso is not None and self.qasso.phase.stage == COOLDOWN
+        if cooling != self._frozen:
+            for module in self._plain_model.modules():
+                if isinstance(module, Quantizer):
+                    module.frozen = cooling
+            self._frozen = cooling
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Trainer's loss, with the distillation term added in training."""
+        if self.distiller is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        asked = self.distiller.student_inputs(inputs)
+        loss, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
+        items = num_items_in_batch
+        if items is not None and self.args.average_tokens_across_devices:
+            items = items / self.accelerator.num_processes  # Trainer's count is the sum over processes
+        with self.accelerator.autocast():  # Accelerate puts autocast around the student's forward alone
+            term = self.distiller.loss(inputs, outputs, items)
+        if items is None and self.compute_loss_func is not None:
+            term = term / self.current_gradient_accumulation_steps  # else Trainer divides the sum
+        loss = loss + term
+        return (loss, outputs) if return_outputs else loss
+
     def _check_finite(self) -> None:
+        if self.qasso is not None:
+            self.qasso.check_finite()
         if bool(self._bad_loss):
             raise GETAError(
                 f"the loss was NaN or infinite by step {self.state.global_step}; the last checkpoint is intact. "
@@ -211,17 +316,23 @@ class GETATrainer(Trainer):
         prunable groups, bits, BOPs of the quantized layers relative to dense, and the mean γ."""
         if self.qasso is None:
             raise GETAError("training has not started, so there is no compression state")
-        layers = masked_layer_costs(self._plain_model, self.space, self.qasso.removed)
-        bits = [layer.bits for layer in layers]
-        return {
+        gone, ledger = self.qasso.gone, self._ledger
+        widths = list(self.qasso.bits().values())
+        bits, inputs = widths[: len(ledger.layers)], widths[len(ledger.layers) :]
+        input_bits = torch.tensor(inputs, dtype=torch.float64) if inputs else float(FLOAT_BITS)
+        weights, per_layer = ledger.weights(gone), torch.tensor(bits, dtype=torch.float64)
+        state = {
             "stage": STAGES.index(self.qasso.phase.stage) + 1,
             "sparsity": round(self.qasso.removed_groups / self.space.num_groups, 4),
-            "mean_bits": round(mean_bits(layers), 3),
+            "mean_bits": round(float((weights * per_layer).sum() / weights.sum()), 3),
             "min_bits": round(min(bits), 3),
             "max_bits": round(max(bits), 3),
-            "relative_bops": round(linear_bops(layers) / self._dense_bops, 5),
+            "relative_bops": round(ledger.relative_bops(gone, per_layer, input_bits), 5),
             "gamma": self.qasso.mean_gamma(),
         }
+        if inputs:
+            state["mean_input_bits"] = round(sum(inputs) / len(inputs), 3)
+        return state
 
     # --- checkpoints and export -----------------------------------------------------------------------------------
 
@@ -229,31 +340,19 @@ class GETATrainer(Trainer):
         self._check_finite()
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            self.geta_config.save(Path(str(output_dir or self.args.output_dir)) / CONFIG_NAME)
+            folder = Path(str(output_dir or self.args.output_dir))
+            self.geta_config.save(folder / CONFIG_NAME)
+            write_world(folder, self.args.world_size, self.is_fsdp_enabled)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._check_checkpoint(Path(resume_from_checkpoint))
+        check_checkpoint(
+            Path(resume_from_checkpoint),
+            self.geta_config,
+            self._plain_model,
+            self.args.world_size,
+            self.is_fsdp_enabled,
+        )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _check_checkpoint(self, folder: Path) -> None:
-        """Raises GETAError unless the checkpoint is of this config and this model."""
-        if not (folder / CONFIG_NAME).is_file():
-            raise GETAError(f"{folder} has no {CONFIG_NAME}: it is not a checkpoint of GETATrainer")
-        for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
-            if not (folder / name).is_file():
-                raise GETAError(f"{folder} has no {name}, without which stages can't go on; turn save_only_model off")
-        theirs, ours = GETAConfig.load(folder / CONFIG_NAME).to_dict(), self.geta_config.to_dict()
-        changed = {name: (theirs[name], ours[name]) for name in ours if theirs[name] != ours[name]}
-        if changed:
-            text = ", ".join(f"{name}: {old!r} there, {new!r} here" for name, (old, new) in changed.items())
-            raise GETAError(f"{folder} was written under another GETAConfig ({text}); resume with the same")
-        shapes = {name: tuple(tensor.shape) for name, tensor in self._plain_model.state_dict().items()}
-        for name, shape in _stored_shapes(folder).items():
-            if shapes.get(name) != shape:
-                raise GETAError(
-                    f"{folder} holds {name} of shape {shape}, this model has {shapes.get(name, 'no such tensor')}; "
-                    f"it is a checkpoint of another model"
-                )
 
     def export_model(self, directory: str | os.PathLike[str], overwrite: bool = False) -> ExportReport | None:
         """Write the small folder: zero groups sliced away, weights packed at their bits, tokenizer and config beside.
@@ -262,115 +361,36 @@ class GETATrainer(Trainer):
             directory: must not exist unless `overwrite`.
 
         Returns:
-            What was written; None on processes other than the first.
+            What was written; None on processes other than the first. All processes have to call it.
 
         Raises:
             GETAError: training has not reached its target, or the reloaded folder disagrees with the model.
         """
-        if self.qasso is None or self.qasso.removed_groups < self.qasso.target:
-            done = 0 if self.qasso is None else self.qasso.removed_groups
-            target = "K" if self.qasso is None else self.qasso.target
+        if self.qasso is None or not self.qasso.finished:
+            step = 0 if self.qasso is None else self.qasso.step_count
             raise GETAError(
-                f"{done} of {target} groups are zero; train to the end of the joint stage before exporting "
-                f"(steps that an fp16 scaler skipped do not count)"
+                f"training is at step {step}, before the end of the joint stage, where the last groups become zero; "
+                f"train on before exporting (steps that an fp16 scaler skipped do not count)"
             )
+        model = self._whole_model()
         if not self.is_world_process_zero():
             return None
         return export(
-            self._plain_model,
+            model,
             directory,
             space=self.space,
-            batch=self._sample_batch(),
+            batch={name: value.to(model.device) for name, value in self._batch.items()},
             config=self.geta_config,
             processing_class=self.processing_class,
-            expected_zero_groups=self.qasso.target,
+            expected_zero_groups=self.qasso.removed_groups,
             overwrite=overwrite,
         )
 
-
-class _SeededByEpoch(Sampler[int]):
-    """A sampler whose order depends on seed and epoch alone."""
-
-    def __init__(self, inner: LengthGroupedSampler, seed: int) -> None:
-        self.inner, self.seed, self.epoch = inner, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def __iter__(self) -> Iterator[int]:
-        self.inner.generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(self.inner)
-
-
-def _attach(model: nn.Module, config: GETAConfig) -> None:
-    attach_quantizers(
-        model,
-        include=config.include,
-        exclude=config.exclude,
-        initial_bits=config.initial_bits,
-        target_bits=config.bits[1],
-        clipping=config.clipping,
-        learn_t=config.learn_exponent,
-    )
-
-
-def _refuse_shared_quantizers(model: nn.Module) -> None:
-    first: dict[int, str] = {}
-    for name, layer in quantized_layers(model).items():
-        other = first.setdefault(id(layer.weight_quantizer), name)
-        if other != name:
-            raise GETAError(
-                f"{name}.weight is tied to {other}.weight, which can't be saved packed; exclude one of them"
-            )
-
-
-def _without_untrained(space: PruningSpace, model: nn.Module) -> PruningSpace:
-    """The space with families that cut a frozen parameter no longer prunable."""
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-
-    def follow(family: Family) -> Family:
-        held = [member.tensor for member in family.members if member.tensor in frozen]
-        if not family.prunable or not held:
-            return family
-        logger.warning("not pruned: %s, since %s is not trained", family.name, held[0])
-        return dataclasses.replace(family, prunable=False, reason=f"{held[0]} is not trained")
-
-    left = dataclasses.replace(space, families=tuple(follow(family) for family in space.families))
-    if not left.prunable:
-        raise GETAError("every prunable group has a parameter that is not trained; set requires_grad of some")
-    return left
-
-
-def _quantizer_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable quantizer parameters by name."""
-    return {
-        f"{name}.{leaf}": parameter
-        for name, module in model.named_modules()
-        if isinstance(module, Quantizer)
-        for leaf, parameter in module.named_parameters(recurse=False)
-        if parameter.requires_grad
-    }
-
-
-def _own_group(base: torch.optim.Optimizer, quantizers: dict[str, nn.Parameter], learning_rate: float) -> None:
-    """Move the quantizers into a parameter group of their own: their learning rate, no weight decay."""
-    own = {id(parameter) for parameter in quantizers.values()}
-    for group in base.param_groups:
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
-        group.pop("param_names", None)  # QASSO names all groups itself
-    group = {"params": list(quantizers.values()), "lr": learning_rate, "weight_decay": 0.0}
-    base.add_param_group(group)
-
-
-def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  safe_open is not a mapping
-                shapes[name] = tuple(tensors.get_slice(name).get_shape())
-    if not shapes:
-        raise GETAError(f"{folder} holds no .safetensors file to resume from")
-    return shapes
+    def _whole_model(self) -> PreTrainedModel:
+        """The trained model as one process has it; under FSDP2 gathered on the CPU, which takes all processes."""
+        if self._skeleton is None:
+            return self._plain_model
+        state = self.accelerator.get_state_dict(self.model)
+        if self.is_world_process_zero():
+            self._skeleton.load_state_dict(state, assign=True)
+        return self._skeleton

@@ -262,7 +262,8 @@ def run(arguments: Arguments) -> dict[str, Any]:
     seconds = time.perf_counter() - seconds
 
     trained = None
-    if data.evaluate_before_export and trainer.is_world_process_zero():
+    whole = not trainer.is_fsdp_enabled  # of a sharded model no process holds all that it would take
+    if data.evaluate_before_export and whole and trainer.is_world_process_zero():
         trained = evaluate(arguments, trainer.accelerator.unwrap_model(trainer.model), tokenizer, eval_questions)
     export(trainer, tokenizer, output / "export")
     trainer.accelerator.wait_for_everyone()

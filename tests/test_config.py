@@ -28,7 +28,8 @@ def test_paper_is_the_papers_rules_and_defaults_are_ours() -> None:
     paper, ours = GETAConfig.paper(target_sparsity=0.3), GETAConfig()
     assert (paper.saliency, paper.forgetting, paper.bit_rule, paper.clipping) == ("hesso", "paper", "paper", "max")
     assert paper.learn_exponent and paper.target_sparsity == 0.3
-    assert (ours.saliency, ours.forgetting, ours.bit_rule, ours.clipping) == ("taylor", "uniform", "ppsg", "mse")
+    assert (ours.target_sparsity, ours.wanted_mean_bits, paper.wanted_mean_bits) == (0.5, 6, None)
+    assert (ours.saliency, ours.forgetting, ours.bit_rule, ours.clipping) == ("taylor", "uniform", "sensitivity", "mse")
 
 
 def test_tuples_and_numbers_written_as_text_are_taken() -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from transformers import AlbertConfig, AlbertForQuestionAnswering
 
-from geta_hf import attach_quantizers, build_space, measure_costs
-from geta_hf.cost import LayerCost, bytes_on_disk, layer_costs, linear_bops, masked_layer_costs, mean_bits
+from geta_hf import attach_quantizers, measure_costs
+from geta_hf.cost import LayerCost, bytes_on_disk, layer_costs, linear_bops, mean_bits
 from geta_hf.errors import GETAError
-from geta_hf.quantization import select_layers
+from geta_hf.quantization import attach_input_quantizers, select_layers
 
 HIDDEN, MLP, LAYERS, TOKENS = 32, 48, 2, 20
 LINEAR = LAYERS * (4 * HIDDEN * HIDDEN + 2 * HIDDEN * MLP)
@@ -42,17 +41,13 @@ def test_bits_of_a_model_in_training_are_averaged_by_weights(bert) -> None:
         mean_bits([])
 
 
-def test_removed_groups_take_rows_and_columns_out_of_the_count(bert, batch) -> None:
-    space = build_space(bert, batch)
-    attach_quantizers(bert)
-    removed = {family.name: torch.zeros(family.size, dtype=torch.bool) for family in space.prunable}
-    full = sum(layer.weights for layer in masked_layer_costs(bert, space, removed))
-    heads = next(family for family in space.prunable if family.kind == "heads")
-    channels = next(family for family in space.prunable if family.kind == "channels")
-    removed[heads.name][:3] = True
-    removed[channels.name][:10] = True
-    left = sum(layer.weights for layer in masked_layer_costs(bert, space, removed))
-    assert full == LINEAR and full - left == 4 * (3 * 8) * HIDDEN + 2 * 10 * HIDDEN
+def test_inputs_of_few_bits_count(bert, batch) -> None:
+    attach_quantizers(bert, initial_bits=8, clipping="max", per_channel=True)
+    attach_input_quantizers(bert, [batch], initial_bits=6, exclude=["layer.0"])
+    layers = layer_costs(bert)
+    assert [layer.bits for layer in layers] == pytest.approx([8.0] * 12, abs=1e-4)
+    assert [round(layer.input_bits) for layer in layers] == [32] * 6 + [6] * 6
+    assert linear_bops(layers) == pytest.approx(LINEAR / 2 * 8 * (32 + 6), rel=1e-4)
 
 
 def test_a_shared_layer_counts_each_time_it_runs() -> None:

@@ -9,6 +9,7 @@ import pytest
 from geta_hf import build_space, export
 from geta_hf.cost import bytes_on_disk
 from geta_hf.errors import GETAError
+from geta_hf.quantization import attach_input_quantizers, step_size
 from geta_hf.report import STRUCTURE_NAME, compare, format_table, load_model, plot_structure, read_structure
 from tests.export.tiny_encoders import train_by_hand
 
@@ -62,3 +63,27 @@ def test_folders_that_are_no_export_are_refused(folders) -> None:
     (folders[0] / "config.json").write_text(json.dumps({**config, "architectures": None}))
     with pytest.raises(GETAError, match="names no architecture"):
         load_model(folders[0])
+
+
+def test_rounded_inputs_are_reported(bert, batch, tmp_path) -> None:
+    bert.save_pretrained(tmp_path / "dense")
+    space = build_space(bert, batch)
+    train_by_hand(bert, space, per_channel=True)
+    for place, layer in enumerate(attach_input_quantizers(bert, [batch], exclude=["value$"]).values()):
+        quantizer = layer.input_quantizer
+        quantizer.d.data.copy_(step_size(4 if place % 2 else 8, quantizer.q_m, quantizer.t).detach())
+    export(bert, tmp_path / "small", space=space, batch=batch)
+    structure = read_structure(tmp_path / "small")
+    assert sorted(structure.activation_bits.values()) == [4] * 5 + [8] * 5
+    table = compare(tmp_path / "dense", tmp_path / "small", tokens=16)
+    assert "6.00 (10 of 12 layers)" in next(row for row in table.splitlines() if "mean bits of inputs" in row)
+    assert plot_structure(tmp_path / "small", tmp_path / "picture.png").stat().st_size > 5000
+
+
+def test_a_folder_from_before_inputs_were_rounded_reads_as_float(folders) -> None:
+    file = folders[1] / STRUCTURE_NAME
+    stored = json.loads(file.read_text())
+    assert stored.pop("activation_bits") == {}
+    file.write_text(json.dumps(stored))
+    assert read_structure(folders[1]).activation_bits == {}
+    assert "bits of inputs" not in compare(*folders, tokens=16)

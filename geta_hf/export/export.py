@@ -18,11 +18,10 @@ from transformers import PreTrainedModel
 from geta_hf.config import CONFIG_NAME
 from geta_hf.errors import GETAError
 from geta_hf.export.equations import WANTED
-from geta_hf.export.fixes import Fixes
 from geta_hf.export.folder import check_target, write_folder
 from geta_hf.export.gate import norm_coupled, prove_replay
 from geta_hf.export.hf_quantizer import attach_quantizer, has_quantizer
-from geta_hf.export.packed import pack_layer, packed_layers
+from geta_hf.export.packed import activation_bits, pack_layer, packed_layers, weight_bits
 from geta_hf.export.packing import MAX_BITS, MIN_BITS
 from geta_hf.export.record import record
 from geta_hf.export.solve import solve
@@ -31,7 +30,14 @@ from geta_hf.export.trace import trace
 from geta_hf.export.verify import attention_outputs, prove_equal
 from geta_hf.qadg import build_space, verify_space
 from geta_hf.qadg.groups import PruningSpace, kept_indices, zero_groups
-from geta_hf.quantization import detach_quantizers, quantized_layers
+from geta_hf.quantization import (
+    FixedQuantizer,
+    QuantizedLayer,
+    cut_quantizers,
+    detach_quantizers,
+    float_inputs,
+    quantized_layers,
+)
 
 STRUCTURE_NAME = "geta_structure.json"
 STRUCTURE_VERSION = 1
@@ -59,6 +65,7 @@ class ExportReport:
         file_bytes: bytes of model.safetensors, header included.
         packed_bits: bits of all codes, Σ numel · b over the packed weights.
         bits: module path -> bits of its packed weight.
+        activation_bits: module path -> bits of its input, for the layers that round it.
         kept: family -> (groups kept, groups before).
         difference: largest absolute difference of any output, trained against cut and against reloaded.
     """
@@ -68,6 +75,7 @@ class ExportReport:
     file_bytes: int
     packed_bits: int
     bits: dict[str, int]
+    activation_bits: dict[str, int]
     kept: dict[str, tuple[int, int]]
     difference: float
 
@@ -89,7 +97,9 @@ def export(
     weight is stored at its own bit width, everything else in its own dtype. What is cut passes gates 2 and 3 first
     (`verify_space`). Before the folder appears it is reloaded, and the trained, the cut and the reloaded model must
     give the same outputs, with eager and with sdpa attention (gate 4).
-    Where a norm runs over what was cut, the trained model's recorded graph on what is left takes its place.
+    Where a norm runs over what was cut, the trained model's recorded graph on what is left takes its place. Layers that
+    round their inputs do so in the folder with the same values; what was trained and what was cut are compared without,
+    since the last bit of a sum may decide which way an activation is rounded.
 
     Args:
         model: trained, with its quantizers attached and their bits snapped to integers; left unchanged.
@@ -112,16 +122,18 @@ def export(
     if space is None:
         space = build_space(model, batch)
     removed = _removed_groups(model, space, expected_zero_groups)
-    reference = attention_outputs(model, batch)
-    if removed:
-        verify_space(model, [batch], space, removal=removed)
+    with float_inputs(model):
+        trained = attention_outputs(model, batch)
+        if removed:
+            verify_space(model, [batch], space, removal=removed)
     kept = {name: (int((~gone).sum()), gone.numel()) for name, gone in removed.items()}
     small = compress(model, space, removed, batch)
-    if norm_coupled(space, removed):
-        difference = _prove_norms(model, small, kept_indices(space, removed), batch)
-        reference = attention_outputs(small, batch)
-    else:
-        difference = prove_equal(reference, attention_outputs(small, batch), model.dtype, "cut")
+    with float_inputs(small):
+        if norm_coupled(space, removed):
+            difference = _prove_norms(model, small, kept_indices(space, removed), batch)
+        else:
+            difference = prove_equal(trained, attention_outputs(small, batch), model.dtype, "cut")
+    reference = attention_outputs(small, batch)
 
     def fill(folder: Path) -> None:
         nonlocal difference
@@ -196,25 +208,31 @@ def compress(
     kept = kept_indices(space, removed)
     values = solve(record(model, batch), kept) if kept else {}
     small = copy.deepcopy(model)
-    _pack_weights(small, slice_model(small, kept, values))
+    fixes = slice_model(small, kept, values)
+    cut_quantizers(small, kept)
+    _pack_weights(small)
+    attach_quantizer(small, fixes)
     return small
 
 
 @torch.no_grad()
-def _pack_weights(model: PreTrainedModel, fixes: Fixes) -> None:
+def _pack_weights(model: PreTrainedModel) -> None:
     layers = quantized_layers(model)
     weights: dict[int, str] = {}
     for name, layer in layers.items():
         if (first := weights.setdefault(id(layer.weight), name)) != name:
             raise GETAError(f"{name}.weight is tied to {first}.weight; tied weights cannot be packed, quantize neither")
-    packed = {}
-    for name, layer in layers.items():
-        quantizer = layer.weight_quantizer
-        packed[name] = (quantizer.codes(layer.weight), whole_bits(name, quantizer.bits()), quantizer.d.item())
+    packed = {name: _packed(name, layer) for name, layer in layers.items()}
     detach_quantizers(model)
-    for name, (codes, bits, step_size) in packed.items():
-        pack_layer(name, model.get_submodule(name), codes, bits, step_size)
-    attach_quantizer(model, {name: bits for name, (_, bits, _) in packed.items()}, fixes)
+    for name, parts in packed.items():
+        pack_layer(name, model.get_submodule(name), *parts)
+
+
+def _packed(name: str, layer: QuantizedLayer) -> tuple[Tensor, int, Tensor, FixedQuantizer | None]:
+    """Codes, bits and step size of a layer's weight, and what rounds its input."""
+    weight, inputs = layer.weight_quantizer, layer.input_quantizer
+    fixed = None if inputs is None else FixedQuantizer.of(inputs, whole_bits(f"the input of {name}", inputs.bits()))
+    return weight.codes(layer.weight), whole_bits(name, weight.bits()), weight.d, fixed
 
 
 def whole_bits(name: str, bits: Tensor) -> int:
@@ -222,19 +240,22 @@ def whole_bits(name: str, bits: Tensor) -> int:
 
     Args:
         name: path of the layer, for the error.
-        bits: shape (1,).
+        bits: shape (1,), or (channels,), which must agree: a layer is stored at one width.
 
     Raises:
-        GETAError: not within 1e-3 of an integer, or not of 2 to 16.
+        GETAError: not within 1e-3 of an integer, not of 2 to 16, or another one for another channel.
     """
-    value = float(bits)
-    if not MIN_BITS - 1e-3 <= value <= MAX_BITS + 1e-3:
-        raise GETAError(f"{name} has {value:.4g} bits; a packed weight has {MIN_BITS} to {MAX_BITS}")
-    if abs(value - round(value)) > 1e-3:
-        raise GETAError(
-            f"{name} has {value:.4f} bits, which is not whole; the cool-down must snap bits before an export"
-        )
-    return round(value)
+    values = bits.unique().tolist()
+    for value in values:
+        if not MIN_BITS - 1e-3 <= value <= MAX_BITS + 1e-3:
+            raise GETAError(f"{name} has {value:.4g} bits; what is exported has {MIN_BITS} to {MAX_BITS}")
+        if abs(value - round(value)) > 1e-3:
+            raise GETAError(
+                f"{name} has {value:.4f} bits, which is not whole; the cool-down must snap bits before an export"
+            )
+    if len(widths := sorted(set(map(round, values)))) > 1:
+        raise GETAError(f"{name} has channels of {widths} bits, but a layer is stored at one width; give all the same")
+    return widths[0]
 
 
 def _save(
@@ -245,8 +266,8 @@ def _save(
     kept: Mapping[str, tuple[int, int]],
 ) -> None:
     model.save_pretrained(folder)
-    bits = {name: layer.bits for name, layer in packed_layers(model).items()}
-    _write_json(folder / STRUCTURE_NAME, {"version": STRUCTURE_VERSION, "kept": kept, "bits": bits})
+    structure = {"version": STRUCTURE_VERSION, "kept": kept, "bits": weight_bits(model)}
+    _write_json(folder / STRUCTURE_NAME, structure | {"activation_bits": activation_bits(model)})
     if processing_class is not None:
         processing_class.save_pretrained(str(folder))
     if config is not None:
@@ -265,7 +286,8 @@ def _report(target: Path, model: PreTrainedModel, kept: dict[str, tuple[int, int
         tensor_bytes=sum(_tensor_bytes(file) for file in files),
         file_bytes=sum(file.stat().st_size for file in files),
         packed_bits=sum(layer.weight.numel() * layer.bits for layer in layers.values()),
-        bits={name: layer.bits for name, layer in layers.items()},
+        bits=weight_bits(model),
+        activation_bits=activation_bits(model),
         kept=kept,
         difference=difference,
     )

@@ -49,7 +49,7 @@ def verify_surgery(model: PreTrainedModel, batch: Batch, space: PruningSpace, se
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise GETAError(f"gate 4 runs {type(model).__name__} itself, but it is on meta; pass a model with real tensors")
     generator = torch.Generator().manual_seed(seed)
-    bench = Bench(_randomized(model, batch, space, generator), batch, space)
+    bench = Bench(_randomized(model, batch, space, seed), batch, space)
     for removal in _removals(space.prunable, generator):
         reason = bench.refusal(removal)
         if reason is None:
@@ -91,18 +91,25 @@ class Bench:
     def _check(self, removal: Removal) -> None:
         kept = kept_indices(self.space, removal)
         values = solve(self.traces, kept)
-        small = copy.deepcopy(self.model)
+        small = _copied(self.model)
         slice_model(small, kept, values)
         if norm_coupled(self.space, removal):
             prove_replay(self.traces[0], kept, small, self.batches[0])
             return
-        masked = copy.deepcopy(self.model)
+        masked = _copied(self.model, kept)
         mask_groups(masked, self.families.values(), removal)
         for batch in self.batches:
             reference = attention_outputs(masked, batch)
             prove_equal(reference, attention_outputs(small, batch), self.model.dtype, "cut")
         if self.generates:
             _check_generation(masked, small, self.batches[0])
+
+
+def _copied(model: PreTrainedModel, own: Iterable[str] = ()) -> PreTrainedModel:
+    """A copy that shares its parameters with the model, but for those of the given names."""
+    names = dict(model.named_parameters(remove_duplicate=False))
+    copied = {id(names[name]) for name in own if name in names}
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in copied})
 
 
 def prove_replay(trace: Trace, kept: Mapping[str, Mapping[int, Tensor]], small: PreTrainedModel, batch: Batch) -> float:
@@ -202,10 +209,17 @@ def _cast(batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _randomized(
-    model: PreTrainedModel, batch: Batch, space: PruningSpace, generator: torch.Generator
-) -> PreTrainedModel:
+def _randomized(model: PreTrainedModel, batch: Batch, space: PruningSpace, seed: int) -> PreTrainedModel:
     """A copy with random weights, in double precision where the model runs in it."""
+    wide = _with_random_weights(model, space, seed).double()
+    outputs = _attempt(lambda: attention_outputs(wide, _cast(batch, wide.dtype))) or {}
+    # A filler that single precision rounds to its lowest number may be beyond it here, and make NaN.
+    sound = [not tensor.isnan().any() for tensors in outputs.values() for tensor in tensors.values()]
+    return wide if sound and all(sound) else _with_random_weights(model, space, seed)
+
+
+def _with_random_weights(model: PreTrainedModel, space: PruningSpace, seed: int) -> PreTrainedModel:
+    generator = torch.Generator().manual_seed(seed)
     copied = copy.deepcopy(model)
     cut = {member.tensor for family in space.families for member in family.members}
     buffers = [buffer for name, buffer in copied.named_buffers() if name in cut and buffer.is_floating_point()]
@@ -215,11 +229,7 @@ def _randomized(
         elif tensor.numel() > 1:
             # Large enough for attention that is far from even, where a wrong head would not show.
             tensor.copy_(torch.randn(tensor.shape, generator=generator) / math.prod(tensor.shape[1:]) ** 0.5)
-    wide = copy.deepcopy(copied).double()
-    outputs = _attempt(lambda: attention_outputs(wide, _cast(batch, wide.dtype))) or {}
-    # A filler that single precision rounds to its lowest number may be beyond it here, and make NaN.
-    sound = [not tensor.isnan().any() for tensors in outputs.values() for tensor in tensors.values()]
-    return wide if sound and all(sound) else copied
+    return copied
 
 
 def _removals(families: Iterable[Family], generator: torch.Generator) -> Iterator[Removal]:

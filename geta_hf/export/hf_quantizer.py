@@ -1,12 +1,14 @@
 """The plug-in through which transformers saves and loads a compressed model: `quant_method: "geta"`.
 
 Importing this module registers it, so `AutoModelForX.from_pretrained(folder)` works. config.json keeps the original
-architecture; `quantization_config` holds the bit width of every packed layer and the fix list (`geta_hf.export.fixes`).
+architecture; `quantization_config` holds the bit width of every packed layer, that of its input where it rounds it, and
+the fix list (`geta_hf.export.fixes`).
 Everything in a folder is verified, and a tensor that a folder lacks is an error: transformers would draw it at random.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,7 +29,16 @@ from geta_hf.export.fixes import (
     shrink_buffer,
     shrink_tensor,
 )
-from geta_hf.export.packed import PackedLayer, decode_loaded, packed_layers, reserve_packed
+from geta_hf.export.packed import (
+    INPUT_SCALE,
+    LEAVES,
+    PackedLayer,
+    activation_bits,
+    decode_loaded,
+    packed_layers,
+    reserve_packed,
+    weight_bits,
+)
 from geta_hf.export.packing import MAX_BITS, MIN_BITS
 
 QUANT_METHOD = "geta"
@@ -44,6 +55,8 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
         bits: module path -> bits of its packed weight, 2 to 16.
         fixes: the fix list, None for a model from which nothing was cut.
         format_version: of the folder's layout.
+        activation_bits: module path -> bits of its input, 2 to 16, for the packed layers that round it. Left out of
+            config.json when there are none.
 
     Raises:
         GETAError: an unknown version or key, or a value that no export writes.
@@ -55,11 +68,13 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
         fixes: Fixes | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
+        activation_bits: dict[str, int] | None = None,
         **unknown: Any,
     ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
         self.format_version = format_version
         self.bits = {} if bits is None else bits
+        self.activation_bits = {} if activation_bits is None else activation_bits
         self._validate(unknown)
         self.fixes = no_fixes() if fixes is None else read_fixes(fixes, f"{_WHERE} fixes")
 
@@ -72,11 +87,24 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
             )
         if unknown:
             raise GETAError(f"{where} unknown keys {sorted(unknown)}")
-        if not isinstance(self.bits, dict):
-            raise GETAError(f"{where} bits must be an object of module names, not {self.bits!r}")
-        for name, bits in self.bits.items():
-            if not isinstance(bits, int) or isinstance(bits, bool) or not MIN_BITS <= bits <= MAX_BITS:
-                raise GETAError(f"{where} bits[{name!r}] is {bits!r}, not a whole number of {MIN_BITS} to {MAX_BITS}")
+        _check_widths("bits", self.bits)
+        _check_widths("activation_bits", self.activation_bits)
+        for name in self.activation_bits:
+            if name not in self.bits:
+                raise GETAError(f"{where} activation_bits names {name!r}, which is not in bits; only such layers round")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in config.json; a model on float activations reads as it did before these could be rounded."""
+        values = super().to_dict()
+        return values if self.activation_bits else {k: v for k, v in values.items() if k != "activation_bits"}
+
+
+def _check_widths(key: str, widths: Any) -> None:
+    if not isinstance(widths, dict):
+        raise GETAError(f"{_WHERE} {key} must be an object of module names, not {widths!r}")
+    for name, bits in widths.items():
+        if not isinstance(bits, int) or isinstance(bits, bool) or not MIN_BITS <= bits <= MAX_BITS:
+            raise GETAError(f"{_WHERE} {key}[{name!r}] is {bits!r}, not a whole number of {MIN_BITS} to {MAX_BITS}")
 
 
 @register_quantizer(QUANT_METHOD)
@@ -100,19 +128,21 @@ class GETAHfQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """True for packed data, whose size is then left to `decode_loaded`, which names it in its error."""
         path, _, leaf = param_name.rpartition(".")
-        return leaf in ("weight", "weight_scale") and isinstance(model.get_submodule(path), PackedLayer)
+        return leaf in LEAVES and isinstance(model.get_submodule(path), PackedLayer)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """None (no cast) for a stream, so that data of another type is refused rather than rounded to bytes."""
         return None if dtype == torch.uint8 else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        config, names = self.quantization_config, list[str]()
         for file in kwargs.get("checkpoint_files") or ():
-            _check_file(file, {f"{name}.weight" for name in self.quantization_config.bits})
-        _apply_fixes(model, self.quantization_config.fixes)
-        for name, bits in self.quantization_config.bits.items():
+            names += _checked_names(file, config.bits)
+        _apply_fixes(model, config.fixes)
+        for name, bits in config.bits.items():
             if (path := _find_module(model, name)) is not None:
-                reserve_packed(path, model.get_submodule(path), bits)
+                reserve_packed(path, model.get_submodule(path), bits, config.activation_bits.get(name))
+        _check_inputs(model, names)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         return model
 
@@ -137,18 +167,32 @@ class GETAHfQuantizer(HfQuantizer):
         return state, {}
 
 
-def _check_file(file: str, packed: set[str]) -> None:
-    """Raise unless the file can be read and every packed weight in it is bytes, before anything casts it."""
+def _checked_names(file: str, packed: Iterable[str]) -> list[str]:
+    """The tensors of a file, once it can be read and those of packed layers have their types, before anything casts."""
     if not file.endswith(".safetensors"):
-        return
+        return []
     try:
         with safe_open(file, framework="pt") as tensors:
-            types = {name: tensors.get_slice(name).get_dtype() for name in packed.intersection(tensors.keys())}
+            names = list(tensors.keys())
+            ours = {f"{path}.{leaf}" for path in packed for leaf in LEAVES}.intersection(names)
+            types = {name: tensors.get_slice(name).get_dtype() for name in ours}
     except (SafetensorError, OSError) as error:
         raise GETAError(f"{file} is damaged or cut short ({error}); copy or export the folder again") from error
     for name, kind in types.items():
-        if kind != "U8":
-            raise GETAError(f"{file}: {name}: its values are {kind}, not a uint8 stream; export the folder again")
+        wanted, words = ("U8", "a uint8 stream") if name.endswith(".weight") else ("F32", "float32")
+        if kind != wanted:
+            raise GETAError(f"{file}: {name}: its values are {kind}, not {words}; export the folder again")
+    return names
+
+
+def _check_inputs(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Raise if the folder has the scale of a packed layer's input that config.json says nothing of: it stayed float."""
+    layers = packed_layers(model)
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        found = next((layers[place] for place in _places(model, path) if place in layers), None)
+        if leaf == INPUT_SCALE and found is not None and INPUT_SCALE not in found._buffers:
+            raise GETAError(f"{_WHERE} activation_bits lacks {path}, but the folder has {name}; export it again")
 
 
 def _apply_fixes(model: PreTrainedModel, fixes: Fixes) -> None:
@@ -172,13 +216,17 @@ def _find_module(model: PreTrainedModel, name: str) -> str | None:
     may be loaded into the other.
     """
     modules = dict(model.named_modules())
-    prefix = f"{model.base_model_prefix}."
-    for path in (name, name.removeprefix(prefix), prefix + name):
+    for path in _places(model, name):
         if path in modules:
             return path
-    if not name.startswith(prefix) and not _is_own_folder(model):
+    if not name.startswith(f"{model.base_model_prefix}.") and not _is_own_folder(model):
         return None
     raise GETAError(f"quantization_config in config.json names the module {name!r}, absent in {type(model).__name__}")
+
+
+def _places(model: PreTrainedModel, name: str) -> tuple[str, str, str]:
+    prefix = f"{model.base_model_prefix}."
+    return name, name.removeprefix(prefix), prefix + name
 
 
 def _find_tensor(model: PreTrainedModel, name: str) -> str | None:
@@ -211,7 +259,7 @@ def _check_complete(model: PreTrainedModel) -> None:
 
 def _check_shapes(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raise if a plain tensor has another shape or type than the model: some releases load it all the same."""
-    packed = {f"{path}.{leaf}" for path in packed_layers(model) for leaf in ("weight", "weight_scale")}
+    packed = {f"{path}.{leaf}" for path in packed_layers(model) for leaf in LEAVES}
     for name, tensor in model.state_dict().items():
         if name in packed:
             continue  # `decode_loaded` verifies these
@@ -222,9 +270,9 @@ def _check_shapes(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) ->
             )
 
 
-def attach_quantizer(model: PreTrainedModel, bits: dict[str, int], fixes: Fixes) -> None:
+def attach_quantizer(model: PreTrainedModel, fixes: Fixes) -> None:
     """Make a model whose layers were packed in memory save itself as a loaded one does."""
-    config = GETAQuantizationConfig(bits=bits, fixes=fixes)
+    config = GETAQuantizationConfig(bits=weight_bits(model), fixes=fixes, activation_bits=activation_bits(model))
     model.config.quantization_config = config
     model.hf_quantizer = GETAHfQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
 

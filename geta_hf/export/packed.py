@@ -1,8 +1,10 @@
 """Packed layers: the original layer whose weight is stored as b-bit codes and used as the dense d * n.
 
-On disk `<module>.weight` is the uint8 bit stream and `<module>.weight_scale` the step size d, fp32, shape (1,). A
-reader that does not know the format meets a one-dimensional weight and fails on its size. In memory the weight is
-decoded once, so the forward pass is the original class's own; the stream is kept on the CPU and is what gets saved.
+On disk `<module>.weight` is the uint8 bit stream and `<module>.weight_scale` the step size d, fp32: shape (1,), or
+(channels,) with one for each output channel. A reader that does not know the format meets a one-dimensional weight and
+fails on its size. In memory the weight is decoded once, so the forward pass is the original class's own; the stream is
+kept on the CPU and is what gets saved. A layer that rounds its input has `<module>.input_scale` too: see
+`FixedQuantizer`.
 """
 
 from __future__ import annotations
@@ -17,24 +19,35 @@ from transformers.pytorch_utils import Conv1D
 
 from geta_hf.errors import GETAError
 from geta_hf.export.packing import pack, stream_length, unpack
-from geta_hf.quantization.layers import base_type
+from geta_hf.quantization.layers import InputQuantizedLayer, base_type, output_dim
+from geta_hf.quantization.quantizer import FixedQuantizer
+
+WEIGHT_SCALE, INPUT_SCALE = "weight_scale", "input_scale"
+LEAVES = ("weight", WEIGHT_SCALE, INPUT_SCALE)
+"""What a file holds of a packed layer, beside its bias."""
 
 
-class PackedLayer(nn.Module):
+class PackedLayer(InputQuantizedLayer):
     """Mixin of every packed layer.
 
     Attributes:
         bits: width of each code.
         dense_shape: shape of the decoded weight.
         stream: the codes as `packing.pack` gives them, on CPU whatever the device of the layer.
-        step_size: d. A Python float, which no cast of the layer can round.
+        step_size: d, fp32, shape (1,) or (channels,), on CPU and out of reach of any cast of the layer.
+        input_quantizer: rounds the input as in training; None where the input stays float.
     """
 
     weight: Any  # each plain layer class declares its own type
     bits: int
     dense_shape: tuple[int, ...]
     stream: Tensor
-    step_size: float
+    step_size: Tensor
+    input_quantizer: FixedQuantizer | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The original layer's own forward, on the rounded input."""
+        return super().forward(self.quantized_input(input))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}".removeprefix(", ")
@@ -42,9 +55,11 @@ class PackedLayer(nn.Module):
     def decoded(self) -> Tensor:
         """The fp32 weight d * n, of shape `dense_shape`, on CPU."""
         codes = unpack(self.stream, self.bits, math.prod(self.dense_shape))
-        return (codes.to(torch.float32) * torch.tensor(self.step_size, dtype=torch.float32)).view(self.dense_shape)
+        shape = [1] * len(self.dense_shape)
+        shape[output_dim(self)] = -1
+        return codes.view(self.dense_shape).to(torch.float32) * self.step_size.view(shape)
 
-    def set_stream(self, stream: Tensor, step_size: float, dtype: torch.dtype, device: torch.device) -> None:
+    def set_stream(self, stream: Tensor, step_size: Tensor, dtype: torch.dtype, device: torch.device) -> None:
         """Take `stream` for the truth and make the dense weight from it, of the given dtype, on the given device."""
         self.stream, self.step_size = stream, step_size
         self.weight = nn.Parameter(self.decoded().to(device=device, dtype=dtype), requires_grad=False)
@@ -65,8 +80,10 @@ class PackedLayer(nn.Module):
                 f"{name}.weight was changed after it was decoded, and its codes no longer describe it; train the model "
                 f"before the export, not after"
             )
-        scale = torch.tensor([self.step_size], dtype=torch.float32)
-        return {f"{name}.weight": self.stream, f"{name}.weight_scale": scale}
+        tensors = {"weight": self.stream, WEIGHT_SCALE: self.step_size}
+        if self.input_quantizer is not None:
+            tensors[INPUT_SCALE] = self.input_quantizer.scale
+        return {f"{name}.{leaf}": tensor for leaf, tensor in tensors.items()}
 
 
 class PackedLinear(PackedLayer, nn.Linear):
@@ -93,7 +110,25 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
 
 
-def pack_layer(name: str, layer: nn.Module, codes: Tensor, bits: int, step_size: float) -> None:
+def weight_bits(model: nn.Module) -> dict[str, int]:
+    """Module path -> bits of its packed weight."""
+    return {name: layer.bits for name, layer in packed_layers(model).items()}
+
+
+def activation_bits(model: nn.Module) -> dict[str, int]:
+    """Module path -> bits of its input, for the packed layers that round it."""
+    inputs = {name: layer.input_quantizer for name, layer in packed_layers(model).items()}
+    return {name: quantizer.bits for name, quantizer in inputs.items() if quantizer is not None}
+
+
+def pack_layer(
+    name: str,
+    layer: nn.Module,
+    codes: Tensor,
+    bits: int,
+    step_size: float | Tensor,
+    input_quantizer: FixedQuantizer | None = None,
+) -> None:
     """Turn a plain layer into its packed kind, in place.
 
     Args:
@@ -101,7 +136,8 @@ def pack_layer(name: str, layer: nn.Module, codes: Tensor, bits: int, step_size:
         layer: an nn.Linear, Conv1D or nn.Conv2d.
         codes: integers n, the shape of the layer's weight.
         bits: 2 to 16.
-        step_size: d.
+        step_size: d, a number or of shape (1,) or (channels,).
+        input_quantizer: rounds the layer's input; None leaves it float.
 
     Raises:
         GETAError: the layer's class has no packed kind, or a code does not fit.
@@ -111,13 +147,21 @@ def pack_layer(name: str, layer: nn.Module, codes: Tensor, bits: int, step_size:
     except GETAError as error:
         raise GETAError(f"{name}: {error}; its clipping value, step size and bit width disagree") from error
     packed = _become_packed(name, layer, bits)
-    packed.set_stream(stream, step_size, packed.weight.dtype, packed.weight.device)
+    packed.input_quantizer = input_quantizer
+    scale = torch.as_tensor(step_size, dtype=torch.float32).detach().cpu().reshape(-1)
+    packed.set_stream(stream, scale, packed.weight.dtype, packed.weight.device)
 
 
-def reserve_packed(name: str, layer: nn.Module, bits: int) -> None:
-    """Turn a plain layer into its packed kind with empty storage for a stream and a scale, to be loaded into.
+def reserve_packed(name: str, layer: nn.Module, bits: int, activation_bits: int | None = None) -> None:
+    """Turn a plain layer into its packed kind with empty storage for a stream and scales, to be loaded into.
 
     The dtype the weight is declared in is the one it will be decoded to. Follow with `decode_loaded`.
+
+    Args:
+        name: path of the layer, for errors.
+        layer: an nn.Linear, Conv1D or nn.Conv2d.
+        bits: of the weight.
+        activation_bits: of the input, None where it stays float.
 
     Raises:
         GETAError: the layer's class has no packed kind.
@@ -126,8 +170,9 @@ def reserve_packed(name: str, layer: nn.Module, bits: int) -> None:
     dtype, device = packed.weight.dtype, packed.weight.device
     length = stream_length(math.prod(packed.dense_shape), bits)
     packed.weight = nn.Parameter(torch.empty(length, dtype=torch.uint8, device=device), requires_grad=False)
-    packed.register_buffer("weight_scale", torch.empty(1, dtype=torch.float32, device=device))
-    packed.__dict__["_compute_dtype"] = dtype
+    for leaf in (WEIGHT_SCALE,) if activation_bits is None else (WEIGHT_SCALE, INPUT_SCALE):
+        packed.register_buffer(leaf, torch.empty(1, dtype=torch.float32, device=device))
+    packed.__dict__["_compute_dtype"], packed.__dict__["_activation_bits"] = dtype, activation_bits
     # Or transformers would draw a random stream where the file has none, before the gap can be reported.
     packed.__dict__["_is_hf_initialized"] = True
 
@@ -136,19 +181,34 @@ def decode_loaded(name: str, layer: PackedLayer) -> None:
     """Verify what was loaded into the storage of `reserve_packed` and decode it to the dense weight, in place.
 
     Raises:
-        GETAError: wrong type or length of the stream, a scale that is not one positive finite number, a damaged code.
+        GETAError: wrong type or length of the stream, a scale that is not as many positive finite numbers as it should
+            be, a damaged code.
     """
-    stream, scale = layer.weight.detach(), layer.get_buffer("weight_scale")
-    if scale.dtype != torch.float32 or tuple(scale.shape) != (1,):
-        raise GETAError(f"{name}.weight_scale is {scale.dtype} of shape {tuple(scale.shape)}, not one float32")
-    step_size = float(scale)
-    if not 0.0 < step_size < math.inf:
-        raise GETAError(f"{name}.weight_scale is {step_size}; a step size is positive and finite")
-    del layer._buffers["weight_scale"]
+    stream = layer.weight.detach()
+    step_size = _taken_scale(name, layer, WEIGHT_SCALE, "each output channel", layer.dense_shape[output_dim(layer)])
+    activation_bits = layer.__dict__.pop("_activation_bits")
+    if activation_bits is not None:
+        scale = _taken_scale(name, layer, INPUT_SCALE, "d and one for t", 2)
+        layer.input_quantizer = FixedQuantizer(scale, activation_bits).to(stream.device)
     try:
         layer.set_stream(stream.cpu(), step_size, layer.__dict__.pop("_compute_dtype"), stream.device)
     except GETAError as error:
         raise GETAError(f"{name}.weight: {error}") from error
+
+
+def _taken_scale(name: str, layer: PackedLayer, leaf: str, several: str, count: int) -> Tensor:
+    """A scale taken out of its buffer: one number, or `count` for `several`."""
+    scale = layer.get_buffer(leaf).detach().cpu()
+    if scale.dtype != torch.float32 or tuple(scale.shape) not in ((1,), (count,)):
+        raise GETAError(
+            f"{name}.{leaf} is {scale.dtype} of shape {tuple(scale.shape)}, not one float32, nor one for {several} "
+            f"({count}); export the folder again"
+        )
+    wrong = scale[~((scale > 0) & (scale < math.inf))]
+    if wrong.numel():
+        raise GETAError(f"{name}.{leaf} is {float(wrong[0])}; a step size is positive and finite")
+    del layer._buffers[leaf]
+    return scale
 
 
 def _become_packed(name: str, layer: nn.Module, bits: int) -> PackedLayer:
@@ -158,7 +218,7 @@ def _become_packed(name: str, layer: nn.Module, bits: int) -> PackedLayer:
         raise GETAError(f"{name or 'the model'} is a {type(layer).__name__}, but only {kinds} can be packed")
     layer.__class__ = _packed_class(type(layer), plain)  # type: ignore[arg-type]
     packed: PackedLayer = layer  # type: ignore[assignment]
-    packed.bits, packed.dense_shape = bits, tuple(packed.weight.shape)
+    packed.bits, packed.dense_shape, packed.input_quantizer = bits, tuple(packed.weight.shape), None
     return packed
 
 

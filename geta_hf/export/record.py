@@ -69,7 +69,6 @@ def other_shape(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
 @contextmanager
 def stepping(model: PreTrainedModel) -> Iterator[None]:
     """Let the forward of a generating model run all tokens but the last, and then the last alone with the cache."""
-
     whole = type(model).forward
     accepted = inspect.signature(whole).parameters
 
@@ -83,13 +82,14 @@ def stepping(model: PreTrainedModel) -> Iterator[None]:
         cache = {name: value for name, value in past.items() if name in accepted and name not in inputs}
         return whole(model, **{**inputs, **cache, tokens: ids[:, -1:]}, use_cache=True).logits
 
-    before = dict(vars(model))
-    model.__dict__["forward"] = forward
+    own = vars(model).pop("forward", None)
+    vars(model)["forward"] = forward
     try:
         yield
     finally:
-        del model.__dict__["forward"]
-        model.__dict__.update({name: before[name] for name in ("forward",) if name in before})
+        del vars(model)["forward"]
+        if own is not None:
+            vars(model)["forward"] = own
 
 
 def _masks_tokens(inputs: Mapping[str, Any], tokens: str, ids: Tensor) -> bool:

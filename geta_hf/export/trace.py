@@ -23,6 +23,7 @@ from geta_hf.qadg.graph import Ref
 from geta_hf.qadg.merge import merge_branches
 from geta_hf.qadg.propagate import propagate
 from geta_hf.qadg.recorder import Recorder
+from geta_hf.qadg.staying import Staying
 
 UNKNOWN = Ref(-1)
 """Stands for a tensor that no recorded operator made."""
@@ -228,8 +229,8 @@ class Cut:
     def __init__(self, trace: Trace, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
         self.trace, self.flow = trace, trace.flow
         self._linked: NDArray[np.bool_] | None = None
-        self._masks: dict[int, tuple[Any, NDArray[np.bool_]]] = {}
         self.removed = _removed_atoms(self.flow, kept)
+        self._staying = Staying(self.flow, self.removed)
         self._check(kept)
 
     def _check(self, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
@@ -249,14 +250,7 @@ class Cut:
 
     def mask(self, ref: Ref, dim: int) -> NDArray[np.bool_] | None:
         """Which elements along a dim stay; None when all do."""
-        ids = self.flow.dims(ref)[dim] if self.flow.known(ref.value) else None
-        if ids is None:
-            return None
-        if id(ids) not in self._masks:
-            stays = np.logical_not(self.removed[self.flow.terms.atoms(ids)].any(axis=1))
-            self._masks[id(ids)] = (ids, stays)
-        mask = self._masks[id(ids)][1]
-        return None if mask.all() else mask
+        return self._staying.mask(ref.value, dim)
 
     def free(self, ref: Ref, dim: int) -> bool:
         """Whether no parameter has a part in a dim, so that its size may be any: nothing reads it in this forward."""

@@ -74,15 +74,20 @@ def _outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor], implementatio
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients; training flags and the attention implementation are then as before."""
+    """Evaluation mode without gradients; training flags and the attention implementation are then as before.
+
+    What a module cached of its weights in evaluation mode is dropped on both sides: they may have changed before, and
+    may change again. Modules drop it as they enter training mode.
+    """
     modes = [(module, module.training) for module in model.modules()]
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     implementations = [(config, config._attn_implementation) for config in configs]
-    model.eval()
+    model.train().eval()
     try:
         with torch.no_grad():
             yield
     finally:
+        model.train()
         for module, training in modes:
             module.training = training
         for config, implementation in implementations:

@@ -17,7 +17,16 @@ Dim = Ids | None
 
 
 class Flow:
-    """Ids on the way through a graph."""
+    """Ids on the way through a graph.
+
+    Attributes:
+        graph: the recorded forward pass.
+        terms: what the ids stand for.
+        readers: for every value, the positions of the nodes that read it.
+        nonnegative: values without an element below zero.
+        contractions: multiply-accumulates of the operators, with the dims that they shrink with.
+        numbers: what values hold where elements leave, for the first `numbered` nodes; see `rules_zeros`.
+    """
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -26,6 +35,9 @@ class Flow:
         self.readers = graph.consumers()
         self.nonnegative: set[int] = set()
         self.contractions: list[tuple[int, tuple[Dim, ...]]] = []
+        parameters = (position for position, value in enumerate(graph.values) if value.kind == "parameter")
+        self.numbers: dict[int, float | None] = dict.fromkeys(parameters, 0.0)
+        self.numbered = 0
         self._unknown: Counter[tuple[str, str, str]] = Counter()
 
     def value(self, ref: Ref) -> Value:

@@ -15,6 +15,7 @@ from geta_hf.qadg.rules_compute import FAKE_QUANTIZERS, reduced
 from geta_hf.qadg.rules_conv import batch_statistics
 from geta_hf.qadg.rules_index import single_pick
 from geta_hf.qadg.rules_shape import FACTORIES
+from geta_hf.qadg.staying import Staying
 
 Weights = Mapping[int, Callable[[], torch.Tensor]]
 """Makes a parameter or buffer when the replay comes to it; it is dropped after its last use."""
@@ -35,9 +36,8 @@ class Replay:
 
     def __init__(self, flow: Flow, removed: NDArray[np.bool_] | None = None, zeroed: bool = False) -> None:
         self.flow = flow
-        self.removed = removed
         self.zeroed = zeroed
-        self._kept: dict[int, tuple[Any, torch.Tensor | None]] = {}
+        self._staying = Staying(flow, removed)
         self._env: dict[int, torch.Tensor] = {}
         self._weights: Weights = {}
         self._read = {ref for node in flow.graph.nodes for ref in _reads(node)}
@@ -65,15 +65,8 @@ class Replay:
 
     def staying(self, value: int, dim: int) -> torch.Tensor | None:
         """The indices that do not leave along a dim; None when none does."""
-        if self.removed is None or not self.flow.known(value):
-            return None
-        ids = self.flow.dims(value)[dim]
-        if ids is None:
-            return None
-        if id(ids) not in self._kept:
-            stays = ~self.removed[self.flow.terms.atoms(ids)].any(axis=1)
-            self._kept[id(ids)] = (ids, None if stays.all() else torch.from_numpy(np.flatnonzero(stays)))
-        return self._kept[id(ids)][1]
+        mask = self._staying.mask(value, dim)
+        return None if mask is None else torch.from_numpy(np.flatnonzero(mask))
 
     def shape(self, value: int) -> tuple[int, ...]:
         """The shape that a value must have with the atoms removed."""

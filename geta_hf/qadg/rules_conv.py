@@ -140,36 +140,38 @@ def _resample(flow: Flow, node: Node) -> None:
 
 def _im2col(flow: Flow, node: Node) -> None:
     """(batch, channels, height, width) to (batch, channels · kernel, blocks)."""
-    dims = flow.dims(node.inputs["self"])
-    flow.freeze(dims[-2:])
-    channels = flow.shape(node.inputs["self"])[-3]
-    size = math.prod(node.inputs["kernel_size"])
-    flow.put(node.outputs[0], [*dims[:-3], flow.merge((dims[-3], None), (channels, size)), None])
+    _into_channels(flow, node, math.prod(node.inputs["kernel_size"]))
 
 
 def _col2im(flow: Flow, node: Node) -> None:
-    dims = flow.dims(node.inputs["self"])
-    size = math.prod(node.inputs["kernel_size"])
-    flow.freeze(dims[-1:])
-    outer, inner = flow.split(dims[-2], (flow.shape(node.inputs["self"])[-2] // size, size))
-    flow.freeze([inner])
-    flow.put(node.outputs[0], [*dims[:-2], outer, None, None])
+    _out_of_channels(flow, node, -2, math.prod(node.inputs["kernel_size"]))
 
 
 def _pixel_shuffle(flow: Flow, node: Node) -> None:
     """(…, channels · r², height, width) to (…, channels, height · r, width · r)."""
-    dims, square = flow.dims(node.inputs["self"]), node.inputs["upscale_factor"] ** 2
-    flow.freeze(dims[-2:])
-    outer, inner = flow.split(dims[-3], (flow.shape(node.inputs["self"])[-3] // square, square))
-    flow.freeze([inner])
-    flow.put(node.outputs[0], [*dims[:-3], outer, None, None])
+    _out_of_channels(flow, node, -3, node.inputs["upscale_factor"] ** 2)
 
 
 def _pixel_unshuffle(flow: Flow, node: Node) -> None:
-    dims, square = flow.dims(node.inputs["self"]), node.inputs["downscale_factor"] ** 2
+    _into_channels(flow, node, node.inputs["downscale_factor"] ** 2)
+
+
+def _into_channels(flow: Flow, node: Node, count: int) -> None:
+    """Places, which stay, become `count` channels of every channel."""
+    dims, shape = flow.dims(node.inputs["self"]), flow.shape(node.inputs["self"])
     flow.freeze(dims[-2:])
-    channels = flow.shape(node.inputs["self"])[-3]
-    flow.put(node.outputs[0], [*dims[:-3], flow.merge((dims[-3], None), (channels, square)), None, None])
+    result = [*dims[:-3], flow.merge((dims[-3], None), (shape[-3], count))]
+    places = len(flow.graph.values[node.outputs[0]].shape) - len(result)
+    flow.put(node.outputs[0], [*result, *[None] * places])
+
+
+def _out_of_channels(flow: Flow, node: Node, dim: int, count: int) -> None:
+    """Every `count` channels along `dim`, which leave together, become places of one."""
+    dims, shape = flow.dims(node.inputs["self"]), flow.shape(node.inputs["self"])
+    flow.freeze(dims[dim + 1 :])
+    outer, inner = flow.split(dims[dim], (shape[dim] // count, count))
+    flow.freeze([inner])
+    flow.put(node.outputs[0], [*dims[:dim], outer, None, None])
 
 
 _POOLS = (

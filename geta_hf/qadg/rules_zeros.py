@@ -7,7 +7,6 @@ nothing to them. It depends on the operators before: a sigmoid makes a half of a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -34,29 +33,25 @@ _PROBES = ((0.73, -1.38, 0.21), (-1.17, 0.59, 2.3), (1.9, 0.4, -0.8), (-0.3, -2.
 
 def where_removed(flow: Flow, value: int, node: Node) -> Number:
     """What `value` holds, when `node` reads it, wherever an element leaves; None when that is not known."""
-    if flow not in _numbers:
-        _numbers[flow] = Numbers(flow)
-    return _numbers[flow].before(node).get(value)
+    return _Numbers(flow).before(node).get(value)
 
 
-class Numbers:
-    """The numbers of a flow's values, found in the order of execution as far as they are asked for."""
+class _Numbers:
+    """The numbers of a flow's values, found in the order of execution as far as they are asked for.
+
+    The flow keeps them from one question to the next.
+    """
 
     def __init__(self, flow: Flow) -> None:
-        self._flow = flow
-        self._graph = flow.graph
-        self._next = 0
-        values = enumerate(flow.graph.values)
-        self._known: dict[int, Number] = {position: 0.0 for position, v in values if v.kind == "parameter"}
+        self._flow, self._graph, self._known = flow, flow.graph, flow.numbers
 
     def before(self, node: Node) -> dict[int, Number]:
         """The numbers when everything before `node` has run."""
-        nodes = self._graph.nodes
-        while nodes[self._next] is not node:
-            step = nodes[self._next]
-            number = self._step(step)
-            self._known.update(dict.fromkeys(step.outputs, number))
-            self._next += 1
+        nodes, flow = self._graph.nodes, self._flow
+        while nodes[flow.numbered] is not node:
+            step = nodes[flow.numbered]
+            self._known.update(dict.fromkeys(step.outputs, self._step(step)))
+            flow.numbered += 1
         return self._known
 
     def _step(self, node: Node) -> Number:
@@ -148,6 +143,3 @@ class Numbers:
         if not isinstance(result, torch.Tensor) or result.is_complex() or bool(result.isnan().any()):
             return None
         return float(result)
-
-
-_numbers: WeakKeyDictionary[Flow, Numbers] = WeakKeyDictionary()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from geta_hf.errors import GETAError
+from geta_hf.files import write_whole
 from geta_hf.qadg.groups import COUPLINGS, KINDS, Family, Frozen, Member, PruningSpace
 
 FORMAT_VERSION = 1
@@ -47,22 +47,13 @@ def save_space(space: PruningSpace, folder: str | Path) -> None:
     }
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    _replace(target / INDICES, content)
-    _replace(target / TABLES, (json.dumps(tables, indent=1) + "\n").encode())
+    write_whole(target / INDICES, content)
+    write_whole(target / TABLES, json.dumps(tables, indent=1) + "\n")
 
 
 def _family_table(family: Family) -> dict[str, Any]:
     table = {name: value for name, value in vars(family).items() if name != "members"}
     return table | {"members": [{"tensor": member.tensor, "dim": member.dim} for member in family.members]}
-
-
-def _replace(target: Path, content: bytes) -> None:
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def load_space(folder: str | Path) -> PruningSpace:

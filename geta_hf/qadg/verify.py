@@ -38,7 +38,7 @@ class _Bench:
     """A recorded model with random weights, on which removals are tried."""
 
     def __init__(self, flow: Flow, model: nn.Module, space: PruningSpace, seed: int) -> None:
-        self.flow, self.space, self.seed = flow, space, seed
+        self.flow, self.space = flow, space
         self.generator = torch.Generator().manual_seed(seed)
         self.positions = {v.names[0]: p for p, v in enumerate(flow.graph.values) if v.kind in ("parameter", "buffer")}
         self._check_names()

@@ -42,26 +42,33 @@ def forget_rate(
 
 
 def joint_step_size(
-    rate: Tensor, grad_res: Tensor, grad_step: Tensor, d_min: Tensor, d_max: Tensor, eta: float, xi: float
+    rate: Tensor,
+    family: Tensor,
+    grad_res: Tensor,
+    grad_step: Tensor,
+    bounds: tuple[Tensor, Tensor],
+    eta: float,
+    xi: float,
 ) -> tuple[Tensor, Tensor]:
-    """d by Eq. 14 for the layers of one family, inside each layer's own bounds.
+    """d by Eq. 14 for the layers that lose groups, inside each layer's own bounds.
 
     Args:
-        rate: γ of the family, 0-d.
+        rate: γ of every family, shape (families,).
+        family: int64, shape (layers,): the family that cuts each layer.
         grad_res, grad_step: ⟨g_l, res_l⟩ and ⟨g_l, u_l⟩ over the redundant slices of each layer, shape (layers,).
-        d_min, d_max: step sizes of b_u and b_l bits, shape (layers,).
+        bounds: d_min and d_max, the step sizes of b_u and b_l bits, shape (layers,) each.
         eta, xi: η and ξ in (0, 1).
 
     Returns:
-        (γ, d): γ shrunk by powers of SHRINK where the formula fell below d_min (Appendix C), d of shape (layers,).
+        (γ, d): γ shrunk by powers of SHRINK where the formula fell below a d_min (Appendix C), d of shape (layers,).
         Where ⟨g_l, res_l⟩ >= 0 rounding helps the descent and d is d_max, b_l bits. d means nothing where γ is 0.
     """
-    helps = grad_res >= 0
+    d_min, d_max = bounds
     numerator = xi * eta * grad_step.clamp_min(0)
     # γ · d may be at most this for the layer's share of the descent to survive.
-    budget = torch.where(helps, torch.full_like(d_max, math.inf), numerator / grad_res.abs().clamp_min(1e-38))
-    largest = (budget / d_min).min()
+    budget = torch.where(grad_res >= 0, math.inf, numerator / grad_res.abs().clamp_min(1e-38))
+    largest = torch.full_like(rate, math.inf).scatter_reduce(0, family, budget / d_min, "amin")
     powers = torch.ceil(torch.log(largest / rate.clamp_min(1e-38)) / math.log(SHRINK)).clamp_min(0)
     rate = torch.where(largest >= rate, rate, rate * SHRINK**powers)
-    formula = budget / rate.clamp_min(1e-38)
+    formula = budget / rate[family].clamp_min(1e-38)
     return rate, torch.minimum(formula, d_max).clamp_min(d_min)

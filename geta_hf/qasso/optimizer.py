@@ -1,16 +1,16 @@
 """QASSO (paper Alg. 2): a wrapper around any torch optimizer, and one itself.
 
 All per-step logic sits in `step`, where gradients are clipped, accumulated and unscaled, once per update. The base
-optimizer owns `param_groups` and `state`; what QASSO adds is one counter in `param_groups[0]` and, per family, two
-tensors that travel in the state of the family's first parameter, so a checkpoint holds plain tensors and numbers only.
+optimizer owns `param_groups` and `state`; what QASSO adds are numbers in `param_groups[0]` and three vectors over all
+groups and layers that travel in the state of one parameter, so a checkpoint holds plain tensors and numbers only.
 Parameters are found by the names in `param_groups[i]["param_names"]` at every step: Accelerate may replace the tensors.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,19 +19,28 @@ from torch import Tensor
 from geta_hf.config import GETAConfig
 from geta_hf.errors import GETAError
 from geta_hf.qadg.groups import Family, PruningSpace
+from geta_hf.qasso import finish
+from geta_hf.qasso.cuts import Cut, family_of_group, family_starts
+from geta_hf.qasso.health import note_bad, refuse_bad
+from geta_hf.qasso.ledger import LayerEntry, Ledger
 from geta_hf.qasso.projection import project_step_size, relative_step
+from geta_hf.qasso.redundant import Pairs, Redundant, find_pairs
 from geta_hf.qasso.saliency import group_sums, hesso_scores, taylor_scores
 from geta_hf.qasso.schedule import COOLDOWN, JOINT, PROJECTION, WARMUP, Phase, Schedule
-from geta_hf.qasso.selection import select_redundant, target_groups
-from geta_hf.qasso.slices import Slice, build_slices, decide, forget, mean_clip, measure, remember, zero_slices
-from geta_hf.quantization.functional import bit_width, step_size
+from geta_hf.qasso.selection import Limits, find_chunks, take_count, take_until
+from geta_hf.qasso.shards import agree, local
+from geta_hf.qasso.slices import Slice, build_slices, remember, zero_slices
+from geta_hf.qasso.state import put_vectors, take_vectors
+from geta_hf.qasso.target import GROUPS, Target, solve_target
+from geta_hf.qasso.widths import Quantizers
 
 IMPORTANT, REDUNDANT, REMOVED = 0, 1, 2
 _STEP = "qasso_step"
 _SCHEDULE = "qasso_schedule"
-_PREFIX = "qasso."
+_VECTORS = ("status", "mean_square", "curvature", "bad_step")
 
 Named = dict[str, Tensor]
+Values = tuple[Tensor, Tensor, Tensor]
 
 
 class QASSO(torch.optim.Optimizer):
@@ -44,9 +53,16 @@ class QASSO(torch.optim.Optimizer):
         quantizers: prefix of the quantizer of each quantized weight: {"…query.weight": "…query.weight_quantizer"}.
         schedule: the stages in steps.
         config: rules and limits.
+        input_quantizers: prefixes of the quantizers of layers' inputs.
+        ledger: sizes of the whole model; by default of what is in `base`, which is enough for all targets but bytes.
+        channel_dims: prefix -> the weight's dimension along which its quantizer has a step size each.
+
+    Attributes:
+        goal: what the run shall end with.
+        gamma: forgetting rates of the latest joint step, shape (families,); NaN where a family lost no group.
 
     Raises:
-        GETAError: K can't be reached, a member of a prunable family or a quantizer is not in `base`.
+        GETAError: a target that can't be reached, a member of a prunable family or a quantizer that is not in `base`.
     """
 
     def __init__(
@@ -57,21 +73,31 @@ class QASSO(torch.optim.Optimizer):
         quantizers: Mapping[str, str],
         schedule: Schedule,
         config: GETAConfig,
+        *,
+        input_quantizers: Sequence[str] = (),
+        ledger: Ledger | None = None,
+        channel_dims: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__(base.param_groups, {})
         self.base, self.schedule, self.config = base, schedule, config
         self.families: tuple[Family, ...] = space.trainable
-        self.quantizers = dict(quantizers)
         self._follow_base()
         for group in self.param_groups:
             group["param_names"] = [names[parameter] for parameter in group["params"]]
         self.param_groups[0].setdefault(_STEP, 0)
         self.param_groups[0][_SCHEDULE] = list(dataclasses.astuple(schedule))
-        self._check_covered()
-        self.target = target_groups(config.target_sparsity, [family.size for family in self.families])
-        self.status = [torch.zeros(family.size, dtype=torch.uint8) for family in self.families]
-        self.mean_square = [torch.zeros(family.size) for family in self.families]
-        self.gamma: list[Tensor] = []
+        named = self._named()
+        self._check_covered(named, quantizers, input_quantizers)
+        self.quantizers = Quantizers(quantizers, input_quantizers, named, channel_dims)
+        self.ledger = ledger or _ledger_of(self.families, named, self.quantizers)
+        self.goal: Target = solve_target(config, self.families, self.ledger)
+        groups, layers = self.ledger.groups, len(self.quantizers.prefixes)
+        self.status = torch.zeros(groups, dtype=torch.uint8)
+        self.mean_square = torch.zeros(groups)
+        self.curvature = torch.zeros(self.quantizers.weight_layers)
+        self.bad_step = torch.full((2, layers), -1, dtype=torch.int64)
+        self.gamma: Tensor | None = None
+        self._family = family_of_group(self.families)
         self._forget_index()
 
     def _follow_base(self) -> None:
@@ -80,22 +106,26 @@ class QASSO(torch.optim.Optimizer):
 
     def _forget_index(self) -> None:
         """Drop everything derived from `status` and devices; it is rebuilt at the next step."""
-        self._slices: list[Slice] | None = None
-        self._removed: list[Slice] | None = None
-        self._indices: dict[tuple[str, int], Tensor] = {}
+        self._cuts: list[Cut] | None = None
+        self._drop_slices()
 
-    def _check_covered(self) -> None:
-        known = {name for group in self.param_groups for name in group["param_names"]}
+    def _drop_slices(self) -> None:
+        self._redundant: list[Slice] | None = None
+        self._removed: list[Slice] = []
+        self._pairs: Pairs | None = None
+
+    def _check_covered(self, named: Named, quantizers: Mapping[str, str], inputs: Sequence[str]) -> None:
         for family in self.families:
             for member in family.members:
-                if member.tensor not in known:
+                if member.tensor not in named:
                     raise GETAError(
                         f"{family.name} cuts {member.tensor}, which is not trained; "
                         f"set its requires_grad or mark the family unprunable"
                     )
-        for weight, prefix in self.quantizers.items():
-            if f"{prefix}.d" not in known or f"{prefix}.q_m" not in known:
-                raise GETAError(f"the quantizer of {weight} is not in the base optimizer; add {prefix}.d and .q_m")
+        owners = {**{prefix: weight for weight, prefix in quantizers.items()}, **{prefix: prefix for prefix in inputs}}
+        for prefix, owner in owners.items():
+            if f"{prefix}.d" not in named or f"{prefix}.q_m" not in named:
+                raise GETAError(f"the quantizer of {owner} is not in the base optimizer; add {prefix}.d and .q_m")
 
     # --- one step -------------------------------------------------------------------------------------------------
 
@@ -110,14 +140,23 @@ class QASSO(torch.optim.Optimizer):
         return self.schedule.at(self.step_count)
 
     @property
+    def finished(self) -> bool:
+        """Whether the joint stage is over: all groups that were to go are zero, and widths are whole."""
+        return self.phase.stage == COOLDOWN
+
+    @property
     def bit_bounds(self) -> tuple[float, float]:
-        """(b_l, b_u) in force at the next step."""
-        lower, phase = self.config.bits[0], self.phase
-        if phase.stage == WARMUP:
-            return lower, self.config.initial_bits
-        if phase.stage == PROJECTION:
-            return lower, self.config.initial_bits - (phase.period + 1) * self.config.reduction
-        return lower, self.config.final_upper_bits
+        """(b_l, b_u) of weights in force at the next step."""
+        return self._bounds(self.config.bits)
+
+    def _bounds(self, limits: tuple[int, int]) -> tuple[float, float]:
+        """The part of the way from the initial bits to `limits` that lies behind, in even steps (Alg. 3)."""
+        config, phase = self.config, self.phase
+        periods = {WARMUP: 0, PROJECTION: phase.period + 1}.get(phase.stage, config.projection_periods)
+        # A b_r of the user's own is for weights; activations reach their bound in as many even steps.
+        ours = limits == config.bits
+        reduction = config.reduction if ours else (config.initial_bits - limits[1]) / config.projection_periods
+        return limits[0], config.initial_bits - periods * reduction
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -126,27 +165,21 @@ class QASSO(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        phase, named = self.phase, self._named()
-        if phase.stage != COOLDOWN and (phase.starts or self.schedule.at(self.step_count + 1).stage == COOLDOWN):
-            self._check_finite(named)
-        self._measure_saliency(phase, named)
-        if phase.stage == JOINT and phase.starts:
-            self._partition(phase, named)
-        removed, slices = self._removed_slices(named), self._redundant_slices(named)
-        for piece in removed:
-            zero_slices([named[piece.tensor].grad], piece.dim, piece.index)
-        remember(slices, named)
-        before = self._prepare_quantizers(phase, named)
+        phase, named, self.gamma = self.phase, self._named(), None
+        self._prepare(phase, named)
+        remember(self._redundant or [], named)
+        values, before = self._scale_gradients(phase, named)
         self.base.step()
-        for name, old in before.items():
-            named[name].copy_(relative_step(old, named[name]))
-        if phase.stage != COOLDOWN:
-            self._project(named)
-        self._forget(phase, named, slices)
-        self._hold_zero(phase, named, removed, slices)
+        self._step_quantizers(phase, named, values, before)
+        if phase.stage == JOINT:
+            self._forget(phase, named)
+        zero_slices(self._removed, named)
+        if phase.stage == JOINT and phase.ends:
+            self._remove(named)
         self.param_groups[0][_STEP] += 1
-        if phase.stage != COOLDOWN and self.phase.stage == COOLDOWN:
-            self._snap_bits(named)
+        if phase.stage != COOLDOWN and self.finished and self.quantizers.prefixes:
+            self.check_finite()
+            finish.settle_widths(self, named)
         return loss
 
     def _named(self) -> Named:
@@ -156,190 +189,194 @@ class QASSO(torch.optim.Optimizer):
             for name, parameter in zip(group["param_names"], group["params"], strict=True)
         }
 
+    def _prepare(self, phase: Phase, named: Named) -> None:
+        """What is measured and chosen before the base step."""
+        if self._cuts is None:
+            self._move(local(next(iter(named.values()))).device)
+        if phase.stage != COOLDOWN:
+            self._measure(phase, named)
+            if phase.starts:
+                self.check_finite()
+        if phase.stage == JOINT and phase.starts:
+            self._partition(phase, named)
+        if self._redundant is None:
+            self._index(named)
+
+    def _move(self, device: torch.device) -> None:
+        self._cuts = [
+            replace(cut, label=cut.label.to(device)) for cut in self.ledger.cuts if cut.tensor in self._trained
+        ]
+        self.quantizers.to(device)
+        self.mean_square = self.mean_square.to(device)
+        self.curvature, self.bad_step = self.curvature.to(device), self.bad_step.to(device)
+
+    @property
+    def _trained(self) -> set[str]:
+        return {name for group in self.param_groups for name in group["param_names"]}
+
+    def _index(self, named: Named) -> None:
+        assert self._cuts is not None
+        self._redundant = build_slices(self._cuts, self.status == REDUNDANT, self._family, named)
+        self._removed = build_slices(self._cuts, self.status == REMOVED, self._family, named)
+        if self.config.bit_rule == "paper":
+            self._pairs = find_pairs(self._redundant, len(self.families), self.quantizers)
+
     # --- saliency and partition -----------------------------------------------------------------------------------
 
-    def _index(self, family: Family, named: Named) -> list[Tensor]:
-        for member in family.members:
-            key = (member.tensor, member.dim)
-            if key not in self._indices:
-                self._indices[key] = member.index.to(named[member.tensor].device)
-        return [self._indices[member.tensor, member.dim] for member in family.members]
-
-    def _sums(self, family: Family, named: Named, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Σ over each group of product(x, g); a parameter without a gradient counts as g = 0."""
-        tensors = [named[member.tensor] for member in family.members]
-        values = [product(x, x.grad if x.grad is not None else torch.zeros_like(x)) for x in tensors]
-        return group_sums(values, [member.dim for member in family.members], self._index(family, named))
-
-    def _measure_saliency(self, phase: Phase, named: Named) -> None:
-        """Update the moving average of ⟨g, x⟩², from the projection stage to the last partition."""
-        last_period = phase.stage == JOINT and phase.period == self.schedule.pruning_periods - 1
-        done = phase.stage == COOLDOWN or (last_period and not phase.starts)
-        if self.config.saliency != "taylor" or phase.stage == WARMUP or done:
-            return
+    def _measure(self, phase: Phase, named: Named) -> None:
+        """Update the moving averages of ⟨g, x⟩² and ‖g‖², and note the first step at which a layer was not finite."""
+        last = phase.stage == JOINT and phase.period == self.schedule.pruning_periods - 1
         decay = self.config.saliency_decay
-        for position, family in enumerate(self.families):
-            inner = self._sums(family, named, torch.mul)
-            old = self.mean_square[position].to(inner.device)
-            self.mean_square[position] = decay * old + (1 - decay) * inner**2
+        if self.config.saliency == "taylor" and phase.stage != WARMUP and not (last and not phase.starts):
+            inner = self._sums(named, torch.mul)
+            self.mean_square.mul_(decay).add_(inner**2, alpha=1 - decay)
+        if not self.quantizers.prefixes:
+            return
+        if last and self.config.bit_rule == "sensitivity":
+            self.curvature.mul_(decay).add_(finish.squared_gradients(self.quantizers, named), alpha=1 - decay)
+        self.bad_step = note_bad(self.bad_step, self.step_count, self.quantizers, named)
 
-    def _scores(self, named: Named) -> list[Tensor]:
-        costs = [self._sums(family, named, lambda x, g: torch.ones_like(x)) for family in self.families]
+    def check_finite(self) -> None:
+        """Raises GETAError when a gradient or a quantizer was NaN or infinite; waits for the device."""
+        refuse_bad(self.bad_step, self.quantizers.prefixes)
+
+    def _sums(self, named: Named, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Σ over each group of product(x, g); a parameter without a gradient counts as g = 0."""
+        assert self._cuts is not None
+        return group_sums(self._cuts, named, self.ledger.groups, product)
+
+    def _scores(self, named: Named) -> Tensor:
+        cost = self._sums(named, lambda x, g: torch.ones_like(x))
         if self.config.saliency == "taylor":
-            return [taylor_scores(mean, cost) for mean, cost in zip(self.mean_square, costs, strict=True)]
+            return taylor_scores(self.mean_square, cost)
         inner, grad_square, square = (
-            torch.cat([self._sums(family, named, product) for family in self.families])
-            for product in (torch.mul, lambda x, g: g * g, lambda x, g: x * x)
+            self._sums(named, product) for product in (torch.mul, lambda x, g: g * g, lambda x, g: x * x)
         )
-        scores = hesso_scores(inner, grad_square, square, torch.cat(costs))
-        return list(scores.split([family.size for family in self.families]))
+        return hesso_scores(inner, grad_square, square, cost)
 
     def _partition(self, phase: Phase, named: Named) -> None:
-        """Choose redundant groups so that K·(p+1)/P are gone at the period's end; a host sync once a period."""
+        """Choose redundant groups so that (p+1)/P of the way is gone at the period's end; a host sync once a period."""
         if not self.families:
             return
-        gone = list(self.removed.values())
-        due = (self.target * (phase.period + 1)) // self.schedule.pruning_periods
-        scores = self._scores(named)
-        for family, score in zip(self.families, scores, strict=True):
-            if not bool(torch.isfinite(score).all()):
-                raise GETAError(
-                    f"the saliency of {family.name} is not finite at step {self.step_count}: its weights or gradients "
-                    f"are NaN or infinite; go back to the last checkpoint with a lower learning rate"
-                )
-        chosen = select_redundant(scores, gone, due - sum(int(mask.sum()) for mask in gone))
-        for status, mask in zip(self.status, chosen, strict=True):
-            status[mask] = REDUNDANT
-        self._slices = self._removed = None
+        scores = agree(self._scores(named)).cpu()
+        if not bool(torch.isfinite(scores).all()):
+            worst = self.families[int(self._family[int(torch.isfinite(scores).logical_not().nonzero()[0])])]
+            raise GETAError(
+                f"the saliency of {worst.name} is not finite at step {self.step_count}: its weights or gradients "
+                f"are NaN or infinite; go back to the last checkpoint with a lower learning rate"
+            )
+        self.status[self._choose(phase, scores)] = REDUNDANT
+        self._drop_slices()
 
-    def _check_finite(self, named: Named) -> None:
-        for weight, prefix in self.quantizers.items():
-            for part in ("d", "q_m", "t"):
-                value = float(named.get(f"{prefix}.{part}", 1.0))
-                if not math.isfinite(value):
-                    raise GETAError(
-                        f"{part} of the quantizer of {weight} is {value} at step {self.step_count}; "
-                        f"go back to the last checkpoint with a lower learning rate"
-                    )
-
-    def _slices_of(self, kind: int, named: Named) -> list[Slice]:
-        return build_slices(self.families, [status == kind for status in self.status], named)
-
-    def _redundant_slices(self, named: Named) -> list[Slice]:
-        if self._slices is None:
-            self._slices = self._slices_of(REDUNDANT, named)
-        return self._slices
-
-    def _removed_slices(self, named: Named) -> list[Slice]:
-        if self._removed is None:
-            self._removed = self._slices_of(REMOVED, named)
-        return self._removed
+    def _choose(self, phase: Phase, scores: Tensor) -> list[int]:
+        gone = self.gone
+        chunks = find_chunks(self.families, scores, gone, Limits.of(self.config))
+        done, periods = phase.period + 1, self.schedule.pruning_periods
+        whole = self.goal.left(self.ledger, self.ledger.nothing)
+        if self.goal.unit == GROUPS:
+            due = (int(whole - self.goal.amount) * done) // periods
+            return take_count(chunks, due - int(gone.sum()), exact=done == periods)
+        goal = whole + (self.goal.amount - whole) * done / periods
+        return take_until(chunks, gone, lambda mask: self.goal.left(self.ledger, mask), goal)
 
     # --- quantizers -----------------------------------------------------------------------------------------------
 
-    def _prepare_quantizers(self, phase: Phase, named: Named) -> dict[str, Tensor]:
+    def _quantizer_tensors(self, named: Named) -> list[Tensor]:
+        """All trained (d, q_m, t) that have a gradient."""
+        names = [name for leaf in ("d", "q_m", "t") for name in self.quantizers.names[leaf]]
+        leaves = [named[name] for name in names if name in named]
+        return [leaf for leaf in leaves if leaf.grad is not None]
+
+    def _scale_gradients(self, phase: Phase, named: Named) -> tuple[list[Tensor], Tensor | None]:
         """Make gradients those of log p and return p as it is; in cool-down take them away, which freezes p."""
-        before = {}
-        for prefix in set(self.quantizers.values()):
-            for name in (f"{prefix}.d", f"{prefix}.q_m", f"{prefix}.t"):
-                parameter = named.get(name)
-                if parameter is None or parameter.grad is None:
-                    continue
-                if phase.stage == COOLDOWN:
-                    parameter.grad = None
-                else:
-                    parameter.grad.mul_(parameter)
-                    before[name] = parameter.detach().clone()
-        return before
+        parameters = self._quantizer_tensors(named)
+        if phase.stage == COOLDOWN:
+            for parameter in parameters:
+                parameter.grad = None
+            return [], None
+        values = [local(parameter.detach()) for parameter in parameters]
+        if not values:
+            return [], None
+        torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], values)
+        return values, torch.cat(values)
 
-    def _project(self, named: Named) -> None:
-        """Put every d inside its own layer's bounds (Eq. 4c)."""
-        lower, upper = self.bit_bounds
-        for prefix in self.quantizers.values():
-            d, q_m, t = self._quantizer(prefix, named)
-            d.copy_(project_step_size(d, q_m, t, lower, upper))
+    def _step_quantizers(self, phase: Phase, named: Named, values: list[Tensor], before: Tensor | None) -> None:
+        """Turn the base step of (d, q_m, t) into one of their logarithms, then put d inside its bounds (Eq. 4c)."""
+        if before is not None:
+            stepped = relative_step(before, torch.cat(values))
+            torch._foreach_copy_(values, stepped.split([value.numel() for value in values]))
+        if phase.stage != COOLDOWN:
+            d, q_m, t = self.quantizers.read(named)
+            self.quantizers.write_step_sizes(project_step_size(d, q_m, t, *self._entry_bounds()), named)
 
-    def _quantizer(self, prefix: str, named: Named) -> tuple[Tensor, Tensor, Tensor]:
-        d, q_m = named[f"{prefix}.d"], named[f"{prefix}.q_m"]
-        return d, q_m, named.get(f"{prefix}.t", torch.ones_like(d))
-
-    def _snap_bits(self, named: Named) -> None:
-        """Whole bits inside [b_l, b_u], d recomputed; from here on (d, q_m, t) stand still."""
-        lower, upper = self.config.bits[0], math.floor(self.config.final_upper_bits + 1e-6)
-        for prefix in self.quantizers.values():
-            d, q_m, t = self._quantizer(prefix, named)
-            bits = bit_width(d, q_m, t).round().clamp(lower, upper)
-            d.copy_(step_size(bits, q_m, t))
+    def _entry_bounds(self) -> tuple[Tensor, Tensor]:
+        """(b_l, b_u) of every entry, shape (entries,)."""
+        ours, theirs = self.bit_bounds, self._bounds(self.config.activation_bits or self.config.bits)
+        of_input = self.quantizers.layer >= self.quantizers.weight_layers
+        lower, upper = (torch.where(of_input, theirs[i], ours[i]) for i in (0, 1))
+        return lower, upper
 
     # --- forgetting -----------------------------------------------------------------------------------------------
 
-    def _forget(self, phase: Phase, named: Named, slices: Sequence[Slice]) -> None:
+    def _forget(self, phase: Phase, named: Named) -> None:
         """Eqs. 13-14 on every family with redundant groups, by the rules of the config."""
-        self.gamma = []
-        if phase.stage != JOINT:
-            return
-        for family in sorted({piece.family for piece in slices}):
-            pieces = [piece for piece in slices if piece.family == family]
-            parts = [measure(piece, named, self.quantizers) for piece in pieces]
-            magnitude = mean_clip(parts)
-            rate, sizes = decide(parts, magnitude, named, phase.length - phase.step, self.bit_bounds, self.config)
-            forget(parts, magnitude <= self.config.epsilon, named, rate, sizes)
-            for prefix, size in sizes.items():
-                named[f"{prefix}.d"].copy_(size)
-            self.gamma.append(rate)
+        if self._redundant:
+            d = self.quantizers.read(named)
+            redundant = Redundant(self._redundant, self._pairs, len(self.families), self.quantizers)
+            self.gamma = redundant.forget(named, d, phase.length - phase.step, self.bit_bounds, self.config)
 
-    def _hold_zero(self, phase: Phase, named: Named, removed: Sequence[Slice], slices: Sequence[Slice]) -> None:
-        """Keep removed groups at zero; at a period's end the redundant ones join them, optimizer state included."""
-        for piece in removed:
-            zero_slices([named[piece.tensor]], piece.dim, piece.index)
-        if phase.stage != JOINT or not phase.ends:
-            return
-        for piece in slices:
+    def _remove(self, named: Named) -> None:
+        """At a period's end redundant groups are exactly zero for good, with the base optimizer's state of them."""
+        zero_slices(self._redundant or [], named)
+        for piece in self._redundant or []:
             parameter = named[piece.tensor]
-            zero_slices([parameter, *self._like(parameter)], piece.dim, piece.index)
-        for status in self.status:
-            status[status == REDUNDANT] = REMOVED
-        self._slices = self._removed = None
-
-    def _like(self, parameter: Tensor) -> list[Tensor]:
-        """The base optimizer's state tensors that have the parameter's shape: moments and momentum."""
-        values = self.state.get(parameter, {}).values()
-        return [value for value in values if isinstance(value, Tensor) and value.shape == parameter.shape]
+            for value in self.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:  # moments and momentum
+                    local(value).index_fill_(piece.dim, piece.index, 0)
+        self.status[self.status == REDUNDANT] = REMOVED
+        self._drop_slices()
 
     # --- what is logged -------------------------------------------------------------------------------------------
 
     @property
+    def gone(self) -> Tensor:
+        """bool, shape (groups,), on CPU: which groups are exactly zero for good."""
+        return self.status == REMOVED
+
+    @property
     def removed(self) -> dict[str, Tensor]:
         """Per family, bool (groups,): which groups are exactly zero for good."""
-        return {family.name: status == REMOVED for family, status in zip(self.families, self.status, strict=True)}
+        starts = family_starts(self.families)
+        return {f.name: self.gone[start : start + f.size] for f, start in zip(self.families, starts, strict=True)}
 
     @property
     def removed_groups(self) -> int:
         """How many groups are exactly zero for good."""
-        return sum(int(mask.sum()) for mask in self.removed.values())
+        return int(self.gone.sum())
+
+    @property
+    def target_groups(self) -> int | None:
+        """K; None where the target is not a number of groups."""
+        return self.ledger.groups - int(self.goal.amount) if self.goal.unit == GROUPS else None
+
+    def bits(self) -> dict[str, float]:
+        """Present width of every quantizer, by its prefix; weights' first, inputs' after. Waits for the device."""
+        named = self._named()
+        self.quantizers.to(local(next(iter(named.values()))).device)
+        return dict(zip(self.quantizers.prefixes, self.quantizers.bits(named).tolist(), strict=True))
 
     def mean_gamma(self) -> float:
-        """Mean forgetting rate of the latest step over families with redundant groups; 0 where there is none."""
-        return float(torch.stack(self.gamma).mean()) if self.gamma else 0.0
+        """Mean forgetting rate of the latest step over families that had redundant groups; 0 where none had."""
+        if self.gamma is None:
+            return 0.0
+        active = torch.isfinite(self.gamma)
+        return float(self.gamma[active].mean())
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
-    def _anchors(self) -> list[int]:
-        """Position of each family's first parameter in the packed state, where the family's tensors travel."""
-        names = [name for group in self.param_groups for name in group["param_names"]]
-        return [names.index(family.members[0].tensor) for family in self.families]
-
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state with two tensors a family added."""
-        packed = self.base.state_dict()
-        state = {position: dict(values) for position, values in packed["state"].items()}
-        for anchor, family, status, mean in zip(
-            self._anchors(), self.families, self.status, self.mean_square, strict=True
-        ):
-            values = state.setdefault(anchor, {})
-            values[f"{_PREFIX}status.{family.name}"] = status.clone()
-            values[f"{_PREFIX}mean_square.{family.name}"] = mean.clone()
-        return {**packed, "state": state}
+        """The base optimizer's state with QASSO's vectors in that of the first parameter."""
+        return put_vectors(self.base.state_dict(), {name: getattr(self, name) for name in _VECTORS})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore exactly. Raises GETAError when the checkpoint is not of this space."""
@@ -349,22 +386,15 @@ class QASSO(torch.optim.Optimizer):
                 f"the optimizer state has stages {theirs}, this run {ours} (warm-up, projection, joint, total steps, "
                 f"periods); resume with the same length of training and the same stages"
             )
-        state = {position: dict(values) for position, values in state_dict["state"].items()}
-        for position, (anchor, family) in enumerate(zip(self._anchors(), self.families, strict=True)):
-            values = state.get(anchor, {})
-            for kind, store in (("status", self.status), ("mean_square", self.mean_square)):
-                key = f"{_PREFIX}{kind}.{family.name}"
-                if key not in values or values[key].shape != (family.size,):
-                    raise GETAError(
-                        f"the optimizer state lacks {key} of {family.size} groups: it is of another model or config"
-                    )
-                store[position] = values.pop(key).clone()
-            self.status[position] = self.status[position].cpu()
-        leftover = [key for values in state.values() for key in values if str(key).startswith(_PREFIX)]
-        if leftover:
-            raise GETAError(f"the optimizer state has {leftover[0]}, which this pruning space lacks")
-        # What the base holds for an anchor alone would look like an initialised parameter to it.
-        state = {position: values for position, values in state.items() if values}
-        self.base.load_state_dict({**state_dict, "state": state})
+        rest, vectors = take_vectors(state_dict, {name: getattr(self, name) for name in _VECTORS})
+        self.base.load_state_dict(rest)
+        for name, value in vectors.items():
+            setattr(self, name, value)
         self._follow_base()
         self._forget_index()
+
+
+def _ledger_of(families: Sequence[Family], named: Named, quantizers: Quantizers) -> Ledger:
+    shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
+    layers = [LayerEntry(weight) for weight in quantizers.own_weights]
+    return Ledger.of(families, shapes, layers)

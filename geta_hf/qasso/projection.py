@@ -7,7 +7,9 @@ from torch import Tensor
 from geta_hf.quantization import functional
 
 
-def project_step_size(d: Tensor, q_m: Tensor, t: Tensor, lower_bits: float, upper_bits: float) -> Tensor:
+def project_step_size(
+    d: Tensor, q_m: Tensor, t: Tensor, lower_bits: Tensor | float, upper_bits: Tensor | float
+) -> Tensor:
     """Move d alone onto [d_min, d_max] of its own layer, so that lower_bits <= b <= upper_bits (Eq. 4c, Alg. 3)."""
     d_min = functional.step_size(upper_bits, q_m, t)
     d_max = functional.step_size(lower_bits, q_m, t)

@@ -1,33 +1,50 @@
-"""How much a group is worth: sums over all members of a group, and the two scores made of them.
+"""How much a group is worth: sums over all that leaves with it, and the two scores made of them.
 
-A group's vector [x]_g is every slice that leaves with it, in all members. All functions return one value a group.
+A group's vector [x]_g is every slice that leaves with it, in all tensors. All functions return one value a group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from geta_hf.qasso.cuts import Cut
+from geta_hf.qasso.shards import Shard, add_up, local, shard_of
 
-def group_sums(values: Sequence[Tensor], dims: Sequence[int], indices: Sequence[Tensor]) -> Tensor:
-    """Σ over a group's slices of elementwise values.
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+def group_sums(cuts: Sequence[Cut], named: Mapping[str, Tensor], groups: int, product: Product) -> Tensor:
+    """Σ of product(x, g) over each group's slices, fp32, shape (groups,).
 
     Args:
-        values: one tensor a member, the member's full shape.
-        dims: the dim each member is cut along.
-        indices: int64 (groups, width) each, on the device of the values.
-
-    Returns:
-        fp32, shape (groups,).
+        cuts: what the groups cut; labels may be on the parameters' device.
+        named: parameters by name. A parameter without a gradient counts as g = 0.
+        groups: number of groups.
+        product: elementwise, of a parameter and its gradient.
     """
-    total = torch.zeros(indices[0].shape[0], dtype=torch.float32, device=values[0].device)
-    for value, dim, index in zip(values, dims, indices, strict=True):
-        others = [other for other in range(value.dim()) if other != dim]
-        per_slice = value.float().sum(others) if others else value.float()
-        total += per_slice[index].sum(1)
-    return total
+    device = local(next(iter(named.values()))).device
+    whole, split = torch.zeros(2, groups + 1, device=device)
+    held: Shard | None = None
+    for cut in cuts:
+        parameter = named[cut.tensor]
+        x = local(parameter.detach())
+        g = torch.zeros_like(x) if parameter.grad is None else local(parameter.grad)
+        per_slice = _sum_others(product(x, g).float(), cut.dim)
+        shard = shard_of(parameter, cut.tensor)
+        if shard is None:
+            whole.index_add_(0, cut.label, per_slice)
+        else:
+            split.index_add_(0, shard.part(cut.label, cut.dim), per_slice)
+            held = shard
+    return (whole + add_up(split, held))[:groups]
+
+
+def _sum_others(values: Tensor, dim: int) -> Tensor:
+    others = [other for other in range(values.dim()) if other != dim]
+    return values.sum(others) if others else values
 
 
 def taylor_scores(mean_square: Tensor, cost: Tensor) -> Tensor:

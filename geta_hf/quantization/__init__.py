@@ -2,26 +2,36 @@
 
 from geta_hf.quantization.attach import (
     attach_quantizers,
+    cut_quantizers,
     detach_quantizers,
+    float_inputs,
+    input_quantizer_prefixes,
     quantized_layers,
     quantizer_prefixes,
     select_layers,
 )
+from geta_hf.quantization.calibration import attach_input_quantizers
 from geta_hf.quantization.functional import bit_width, fake_quantize, integer_codes, quantize, step_size
 from geta_hf.quantization.layers import QuantConv1D, QuantConv2d, QuantizedLayer, QuantLinear
-from geta_hf.quantization.quantizer import Quantizer, clipping_value
+from geta_hf.quantization.quantizer import FixedQuantizer, Quantizer, channel_clipping_values, clipping_value
 
 __all__ = [
+    "FixedQuantizer",
     "QuantConv1D",
     "QuantConv2d",
     "QuantLinear",
     "QuantizedLayer",
     "Quantizer",
+    "attach_input_quantizers",
     "attach_quantizers",
     "bit_width",
+    "channel_clipping_values",
     "clipping_value",
+    "cut_quantizers",
     "detach_quantizers",
     "fake_quantize",
+    "float_inputs",
+    "input_quantizer_prefixes",
     "integer_codes",
     "quantize",
     "quantized_layers",

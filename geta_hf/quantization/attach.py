@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from geta_hf.errors import GETAError
-from geta_hf.quantization.layers import LAYER_TYPES, QuantizedLayer, check_convertible, convert, revert
-from geta_hf.quantization.quantizer import Quantizer, clipping_value
+from geta_hf.quantization.layers import (
+    LAYER_TYPES,
+    InputQuantizedLayer,
+    QuantizedLayer,
+    check_convertible,
+    convert,
+    output_dim,
+    revert,
+)
+from geta_hf.quantization.quantizer import Quantizer, channel_clipping_values, clipping_value
 
 Layers = dict[str, nn.Module]
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def select_layers(model: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] = ()) -> Layers:
@@ -30,8 +41,8 @@ def select_layers(model: nn.Module, include: Sequence[str] | None = None, exclud
     """
     supported = tuple(LAYER_TYPES)
     layers: Layers = {name: module for name, module in model.named_modules() if isinstance(module, supported)}
-    chosen = _in_blocks(model, layers) if include is None else _matching(layers, include)
-    excluded = _matching(layers, exclude)
+    chosen = _in_blocks(model, layers) if include is None else matching(layers, include)
+    excluded = matching(layers, exclude)
     chosen = {name: module for name, module in chosen.items() if name not in excluded}
     if not chosen:
         raise GETAError(
@@ -50,7 +61,12 @@ def _in_blocks(model: nn.Module, layers: Layers) -> Layers:
     return {name: layer for name, layer in layers.items() if id(layer) in in_block}
 
 
-def _matching(layers: Layers, patterns: Sequence[str]) -> Layers:
+def matching(layers: Mapping[str, Layer], patterns: Sequence[str]) -> dict[str, Layer]:
+    """The layers in whose name any of the regular expressions is found.
+
+    Raises:
+        GETAError: a pattern that matches none, or a string in place of the list.
+    """
     if isinstance(patterns, str):
         raise GETAError(f"patterns must be a list of regular expressions, not the string {patterns!r}")
     for pattern in patterns:
@@ -71,6 +87,7 @@ def attach_quantizers(
     target_bits: int = 8,
     clipping: str = "mse",
     learn_t: bool = False,
+    per_channel: bool = False,
 ) -> Layers:
     """Put a learnable weight quantizer on the chosen layers, in place. Layers whose weight is tied share one.
 
@@ -81,6 +98,7 @@ def attach_quantizers(
         target_bits: width for which `clipping="mse"` chooses q_m.
         clipping: `mse` or the paper's `max`, see `clipping_value`.
         learn_t: train the exponent t (the paper's nonlinear quantizer).
+        per_channel: one (d, q_m) for every output channel of a layer instead of one for all of it; t is still one.
 
     Returns:
         The quantized layers by name.
@@ -96,13 +114,20 @@ def attach_quantizers(
         check_convertible(layer, name)
         weight: torch.Tensor = layer.weight  # type: ignore[assignment]
         if id(weight) not in by_weight:
-            q_m = clipping_value(weight, target_bits, clipping, f"{name}.weight")
-            by_weight[id(weight)] = Quantizer(q_m, initial_bits, learn_t, weight.device)
+            dim = output_dim(layer) if per_channel else None
+            q_m = _start(weight, target_bits, clipping, f"{name}.weight", dim)
+            by_weight[id(weight)] = Quantizer(q_m, initial_bits, learn_t, weight.device, dim)
     for layer in chosen.values():  # only once nothing can fail, so that no model is left half converted
         quantizer = by_weight[id(layer.weight)]
         convert(layer, quantizer)
         quantizer.train(layer.training)
     return chosen
+
+
+def _start(weight: Tensor, bits: int, clipping: str, name: str, dim: int | None) -> float | Tensor:
+    if dim is None:
+        return clipping_value(weight, bits, clipping, name)
+    return channel_clipping_values(weight, bits, clipping, name, dim)
 
 
 def _refuse_foreign_ties(model: nn.Module, chosen: Layers) -> None:
@@ -118,7 +143,7 @@ def _refuse_foreign_ties(model: nn.Module, chosen: Layers) -> None:
 
 
 def detach_quantizers(model: nn.Module) -> nn.Module:
-    """Give the plain model back, in place: original classes, no quantizer parameters, weights as trained."""
+    """Give the plain model back, in place: original classes, no quantizer of weights or inputs, weights as trained."""
     for layer in quantized_layers(model).values():
         revert(layer)
     return model
@@ -133,6 +158,39 @@ def quantizer_prefixes(model: nn.Module) -> dict[str, str]:
     }
 
 
+def input_quantizer_prefixes(model: nn.Module) -> dict[str, str]:
+    """Layer name -> prefix of the parameters of its input quantizer, for the layers that have one."""
+    layers = quantized_layers(model)
+    return {name: f"{name}.input_quantizer" for name, layer in layers.items() if layer.input_quantizer is not None}
+
+
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """The quantized layers of a model by name, in module order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def cut_quantizers(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
+    """Let per-channel quantizers follow weights that were cut, in place; those that fit their weight stay as they are.
+
+    Args:
+        model: with quantizers, its weights cut already.
+        kept: tensor name -> dim -> int64 indices that stayed, as `geta_hf.qadg.groups.kept_indices` gives them.
+    """
+    for name, layer in quantized_layers(model).items():
+        quantizer, dim = layer.weight_quantizer, layer.weight_quantizer.channel_dim
+        if dim is not None and quantizer.d.numel() != layer.weight.shape[dim]:
+            quantizer.keep_channels(kept[f"{name}.weight"][dim])
+
+
+@contextmanager
+def float_inputs(model: nn.Module) -> Iterator[None]:
+    """Let no layer of a model, being trained or exported, quantize its input for a while."""
+    layers = [module for module in model.modules() if isinstance(module, InputQuantizedLayer)]
+    before = [layer.input_quantizer for layer in layers]
+    for layer in layers:
+        layer.input_quantizer = None
+    try:
+        yield
+    finally:
+        for layer, quantizer in zip(layers, before, strict=True):
+            layer.input_quantizer = quantizer

@@ -1,4 +1,4 @@
-"""Quantized layers: the original layer's class behaviour with a quantizer in front of its weight.
+"""Quantized layers: the original layer's class behaviour with a quantizer in front of its weight, and of its input.
 
 A layer is converted in place by switching its class, so its parameters keep their names, identity, dtype, device,
 requires_grad and tying, its hooks stay, and `isinstance(layer, nn.Linear)` stays true.
@@ -17,7 +17,17 @@ from geta_hf.errors import GETAError
 from geta_hf.quantization.quantizer import Quantizer
 
 
-class QuantizedLayer(nn.Module):
+class InputQuantizedLayer(nn.Module):
+    """Mixin of a layer that may quantize what comes in; `input_quantizer` is a module, or None where it does not."""
+
+    input_quantizer: Any
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """x^Q of the input, differentiable; x itself where activations stay float."""
+        return x if self.input_quantizer is None else self.input_quantizer(x)
+
+
+class QuantizedLayer(InputQuantizedLayer):
     """Mixin of every quantized layer; `weight_quantizer` is the quantizer of `weight`."""
 
     weight: Any  # each plain layer class declares its own type
@@ -32,21 +42,21 @@ class QuantLinear(QuantizedLayer, nn.Linear):
     """nn.Linear on the quantized weight."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.quantized_weight(), self.bias)
+        return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
 class QuantConv1D(QuantizedLayer, Conv1D):
     """transformers' Conv1D, a linear whose weight is (in, out), on the quantized weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.quantized_weight().t(), self.bias)
+        return F.linear(self.quantized_input(x), self.quantized_weight().t(), self.bias)
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """nn.Conv2d on the quantized weight."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.quantized_weight(), self.bias)
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
 LAYER_TYPES: dict[type[nn.Module], type[nn.Module]] = {
@@ -62,6 +72,11 @@ def base_type(layer: nn.Module) -> type[nn.Module] | None:
         if isinstance(layer, plain) and type(layer).forward is plain.forward:
             return plain
     return None
+
+
+def output_dim(layer: nn.Module) -> int:
+    """The dim of a layer's weight that its output channels run along."""
+    return 1 if isinstance(layer, Conv1D) else 0
 
 
 @cache
@@ -88,9 +103,10 @@ def convert(layer: nn.Module, quantizer: Quantizer) -> None:
     layer.__dict__["_plain_class"] = type(layer)
     layer.__class__ = _quantized_class(type(layer), base_type(layer))  # type: ignore[arg-type]
     layer.weight_quantizer = quantizer
+    layer.input_quantizer = None  # type: ignore[assignment]
 
 
 def revert(layer: nn.Module) -> None:
     """Turn a quantized layer back into what it was, in place; the weight keeps its unquantized value."""
-    del layer.weight_quantizer
+    del layer.weight_quantizer, layer.input_quantizer
     layer.__class__ = layer.__dict__.pop("_plain_class")

@@ -2,26 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from geta_hf.errors import GETAError
 from geta_hf.quantization import functional
 
+# Candidates for q_m, as shares of the largest magnitude.
+_SHARES = torch.linspace(0.1, 1.0, 91)
+_BINS = 4096
+# Elements, or bins, handled at once: their places and counts are int64.
+_CHUNK = 1 << 22
 
-class Quantizer(nn.Module):
-    """Learnable (d, q_m, t), each of shape (1,) and fp32 whatever the dtype of the weight.
+
+class _SinglePrecision(nn.Module):
+    """Stays fp32 when the model around it is cast: half precision would round a step size by bits."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep, recurse)
+
+
+class Quantizer(_SinglePrecision):
+    """Learnable (d, q_m, t), fp32 whatever the dtype of the tensor (paper Sec. 3).
+
+    `t` has shape (1,); `d` and `q_m` have shape (1,), or (channels,) where each output channel has its own.
+
+    Attributes:
+        channel_dim: the dim of the tensor that `d` and `q_m` run along; None for one pair for all of it.
+        frozen: whether (d, q_m, t) stand still, so that no gradient is computed for them; False at first.
 
     Args:
-        q_m: clipping value to start from, positive.
+        q_m: clipping values to start from, positive: a number, or a tensor of the shape above.
         bits: bit width to start from; sets d.
         learn_t: whether the exponent t is trained. Otherwise t stays exactly 1 and the linear path is taken.
+        device: of the parameters.
+        channel_dim: see above.
     """
 
-    def __init__(self, q_m: float, bits: float, learn_t: bool = False, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        q_m: float | Tensor,
+        bits: float,
+        learn_t: bool = False,
+        device: torch.device | None = None,
+        channel_dim: int | None = None,
+    ) -> None:
         super().__init__()
-        self.learn_t = learn_t
-        self.q_m = nn.Parameter(torch.tensor([q_m], dtype=torch.float32, device=device))
+        self.learn_t, self.channel_dim, self.frozen = learn_t, channel_dim, False
+        start = torch.as_tensor(q_m, dtype=torch.float32, device=device).detach().reshape(-1)
+        self.q_m = nn.Parameter(start.clone())
         self.t = nn.Parameter(torch.ones(1, dtype=torch.float32, device=device), requires_grad=learn_t)
         self.d = nn.Parameter(functional.step_size(bits, self.q_m.detach(), self.t.detach()))
 
@@ -32,23 +68,80 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x^Q with straight-through gradients; shape and dtype of x."""
-        return functional.fake_quantize(x, self.d, self.q_m, self.exponent)
+        return functional.fake_quantize(x, *self.along(x), self.exponent, self.frozen)
 
     @torch.no_grad()
     def bits(self) -> Tensor:
-        """The present bit width, real, shape (1,)."""
+        """The present bit width, real, the shape of d."""
         return functional.bit_width(self.d, self.q_m, self.t)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """The integers n with x^Q = d · n, int32, shape of x."""
-        return functional.integer_codes(x, self.d, self.q_m, self.exponent)
+        return functional.integer_codes(x, *self.along(x), self.exponent)
+
+    def along(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """d and q_m as they are broadcast over x."""
+        if self.channel_dim is None:
+            return self.d, self.q_m
+        shape = [1] * x.dim()
+        shape[self.channel_dim] = -1
+        return self.d.view(shape), self.q_m.view(shape)
+
+    def keep_channels(self, index: Tensor) -> None:
+        """Let only the channels of `index` (int64, shape (kept,)) stay, in place."""
+        for leaf in ("d", "q_m"):
+            old: nn.Parameter = getattr(self, leaf)
+            kept = old.detach().index_select(0, index.to(old.device))
+            setattr(self, leaf, nn.Parameter(kept, requires_grad=old.requires_grad))
 
     def extra_repr(self) -> str:
-        return f"learn_t={self.learn_t}"
+        along = "" if self.channel_dim is None else f", channels={self.d.numel()}"
+        return f"learn_t={self.learn_t}{along}"
 
 
-@torch.no_grad()
+class FixedQuantizer(_SinglePrecision):
+    """A quantizer after training: whole bits, and nothing to learn or to save in a state dict.
+
+    It gives what the `Quantizer` gave that it was made from, since only d, the exponent and the largest integer,
+    2^(bits-1) - 1, have a part in that.
+
+    Args:
+        scale: what a file holds of it: d, fp32, shape (1,), or d and a learned t, shape (2,).
+        bits: bit width, 2 to 16.
+    """
+
+    d: Tensor
+    q_m: Tensor
+    t: Tensor | None
+
+    def __init__(self, scale: Tensor, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        d, t = scale.detach()[:1].clone(), scale.detach()[1:].clone() if scale.numel() > 1 else None
+        q_m = d * float(2 ** (bits - 1) - 1)
+        for name, value in {"d": d, "q_m": q_m if t is None else q_m ** (1 / t), "t": t}.items():
+            self.register_buffer(name, value, persistent=False)
+
+    @classmethod
+    def of(cls, quantizer: Quantizer, bits: int) -> FixedQuantizer:
+        """What `quantizer` has become, at its whole width `bits`."""
+        parts = (quantizer.d,) if quantizer.exponent is None else (quantizer.d, quantizer.t)
+        return cls(torch.cat(parts), bits)
+
+    @property
+    def scale(self) -> Tensor:
+        """What a file holds of it, on CPU."""
+        return (self.d if self.t is None else torch.cat((self.d, self.t))).cpu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x^Q, with a straight-through gradient for x; shape and dtype of x."""
+        return functional.fake_quantize(x, self.d, self.q_m, self.t)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}"
+
+
 def clipping_value(weight: Tensor, bits: int, method: str = "mse", name: str = "weight") -> float:
     """q_m to start from.
 
@@ -58,19 +151,83 @@ def clipping_value(weight: Tensor, bits: int, method: str = "mse", name: str = "
         method: `max` is the paper's max|W|; `mse` the clipping value of least squared error at `bits`, searched on a
             histogram of |W| so that its cost does not grow with the tensor.
         name: what to call the tensor in an error.
+
+    Raises:
+        GETAError: an unknown method, or a tensor that is all zero or not finite.
     """
-    magnitude = weight.detach().float().abs().flatten()
-    largest = float(magnitude.max()) if magnitude.numel() else 0.0
-    if not 0.0 < largest < float("inf"):
-        raise GETAError(f"{name}: max|W| is {largest}; a quantizer needs a finite tensor that is not all zero")
-    if method == "max":
-        return largest
-    if method != "mse":
+    return float(_clipping(weight.reshape(1, -1), bits, method, name))
+
+
+def channel_clipping_values(
+    weight: Tensor, bits: int, method: str = "mse", name: str = "weight", channel_dim: int = 0
+) -> Tensor:
+    """`clipping_value` of every channel: fp32, shape (channels,).
+
+    A channel that is all zero has no range of its own and gets the value of the whole tensor.
+
+    Raises:
+        GETAError: as `clipping_value`, for the whole tensor.
+    """
+    rows = weight.transpose(0, channel_dim).flatten(1)
+    return _clipping(rows, bits, method, name)
+
+
+@torch.no_grad()
+def _clipping(rows: Tensor, bits: int, method: str, name: str) -> Tensor:
+    """q_m of every row, shape (rows,)."""
+    magnitude = rows.detach().float().abs()
+    largest = magnitude.amax(dim=1) if magnitude.numel() else magnitude.new_zeros(1)
+    whole = float(largest.max())
+    if not 0.0 < whole < float("inf"):
+        raise GETAError(f"{name}: max|W| is {whole}; a quantizer needs a finite tensor that is not all zero")
+    check_clipping(method)
+    values = largest
+    if method == "mse":
+        parts = zip(*(tensor.split(max(1, _CHUNK // _BINS)) for tensor in (magnitude, largest)), strict=True)
+        values = largest * torch.cat([best_share(count_magnitudes(part, top), bits) for part, top in parts])
+    empty = largest == 0
+    return torch.where(empty, clipping_value(rows, bits, method, name), values) if bool(empty.any()) else values
+
+
+def check_clipping(method: str) -> None:
+    """Raise GETAError unless `method` is one of `mse` and `max`."""
+    if method not in ("mse", "max"):
         raise GETAError(f"unknown clipping method {method!r}; choose 'mse' or 'max'")
-    bins = 4096
-    counts = torch.histc(magnitude.cpu(), bins=bins, min=0.0, max=largest)
-    centres = (torch.arange(bins) + 0.5) * (largest / bins)
-    candidates = torch.linspace(0.1, 1.0, 91)[:, None] * largest
+
+
+def count_magnitudes(magnitude: Tensor, largest: Tensor) -> Tensor:
+    """A histogram of every row from 0 to its `largest`.
+
+    Args:
+        magnitude: not negative, shape (rows, n).
+        largest: shape (rows,), at least the row's maximum.
+
+    Returns:
+        How many elements fall into each bin, fp32, shape (rows, bins).
+    """
+    rows = magnitude.shape[0]
+    factor = (_BINS / torch.where(largest > 0, largest, 1.0))[:, None]
+    first = torch.arange(rows, device=magnitude.device)[:, None] * _BINS
+    counts = torch.zeros(rows * _BINS, dtype=torch.int64, device=magnitude.device)
+    for part in magnitude.split(max(1, _CHUNK // rows), dim=1):
+        places = (part * factor).long().clamp_(max=_BINS - 1).add_(first)
+        counts += torch.bincount(places.flatten(), minlength=rows * _BINS)
+    return counts.view(rows, _BINS).float()
+
+
+def best_share(counts: Tensor, bits: int) -> Tensor:
+    """The clipping value of least squared error at `bits` bits.
+
+    Args:
+        counts: histograms as `count_magnitudes` gives them, shape (rows, bins).
+        bits: the width.
+
+    Returns:
+        For every row, the clipping value as a share of the histogram's range, shape (rows,).
+    """
+    bins = counts.shape[1]
+    centres = (torch.arange(bins, device=counts.device) + 0.5) / bins
+    candidates = _SHARES.to(counts.device)[:, None]
     step = candidates / (2 ** (bits - 1) - 1)
-    error = (torch.round(torch.minimum(centres, candidates) / step) * step - centres) ** 2 @ counts
-    return float(candidates[int(error.argmin())])
+    error = (torch.round(torch.minimum(centres, candidates) / step) * step - centres) ** 2
+    return candidates.flatten()[(counts @ error.t()).argmin(dim=1)]

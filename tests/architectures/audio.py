@@ -12,6 +12,7 @@ from tests.architectures.base import (
     LAYERS,
     SIZES,
     SPEECH,
+    TOWERS,
     VOCABULARY,
     WIDTH,
     Architecture,
@@ -37,15 +38,9 @@ _CODEC = {
     "codebook_dim": 16,
     "num_lstm_layers": 1,
 }
-_SEAMLESS = {
+_SEAMLESS = TOWERS | {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
-    "encoder_layers": LAYERS,
-    "decoder_layers": LAYERS,
-    "encoder_attention_heads": HEADS,
-    "decoder_attention_heads": HEADS,
-    "encoder_ffn_dim": CHANNELS,
-    "decoder_ffn_dim": CHANNELS,
     "speech_encoder_layers": 1,
     "speech_encoder_attention_heads": HEADS,
     "speech_encoder_intermediate_size": CHANNELS,

@@ -51,15 +51,17 @@ GPT: Settings = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-BART: Settings = {
-    "vocab_size": VOCABULARY,
-    "d_model": WIDTH,
+TOWERS: Settings = {
     "encoder_layers": LAYERS,
     "decoder_layers": LAYERS,
     "encoder_attention_heads": HEADS,
     "decoder_attention_heads": HEADS,
     "encoder_ffn_dim": CHANNELS,
     "decoder_ffn_dim": CHANNELS,
+}
+BART: Settings = TOWERS | {
+    "vocab_size": VOCABULARY,
+    "d_model": WIDTH,
     "max_position_embeddings": 64,
     "pad_token_id": 1,
     "bos_token_id": 0,
@@ -76,6 +78,17 @@ T5: Settings = {
     "decoder_start_token_id": 0,
 }
 VIT: Settings = SIZES | {"image_size": 32, "patch_size": 8}
+CLIP_VISION: Settings = VIT | {"model_type": "clip_vision_model", "projection_dim": 16}
+SWIN: Settings = {
+    "image_size": 32,
+    "patch_size": 2,
+    "embed_dim": 16,
+    "depths": [2, 2],
+    "num_heads": [2, 4],
+    "window_size": 4,
+}
+STAGES: Settings = {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1]}
+ATTENDING_STAGES: Settings = STAGES | {"num_attention_heads": [1, 2, 2, 4]}
 SPEECH: Settings = SIZES | {
     "vocab_size": VOCABULARY,
     "conv_dim": [16, 16],

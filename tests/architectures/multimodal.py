@@ -6,6 +6,7 @@ import torch
 
 from tests.architectures.base import (
     CHANNELS,
+    CLIP_VISION,
     DECODER,
     ENCODER,
     HEADS,
@@ -21,7 +22,6 @@ from tests.architectures.base import (
 
 _TEXT = ENCODER | {"max_position_embeddings": 32, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
 _PAIR = {"text_config": _TEXT, "vision_config": VIT, "projection_dim": 16}
-_CLIP_VISION = VIT | {"model_type": "clip_vision_model", "projection_dim": 16}
 _BLIP_TEXT = _TEXT | {"encoder_hidden_size": WIDTH, "projection_dim": 16, "bos_token_id": 3, "sep_token_id": 2}
 _PIX2STRUCT_TEXT = {
     "initializer_range": 0.02,
@@ -36,7 +36,7 @@ _PIX2STRUCT_TEXT = {
 
 MULTIMODAL = {
     "clip": Architecture("CLIPModel", _PAIR),
-    "clip-vision": Architecture("CLIPVisionModelWithProjection", _CLIP_VISION),
+    "clip-vision": Architecture("CLIPVisionModelWithProjection", CLIP_VISION),
     "clip-text": Architecture("CLIPTextModelWithProjection", _TEXT | {"projection_dim": 16}),
     "siglip": Architecture("SiglipModel", {"text_config": _TEXT, "vision_config": VIT}),
     "siglip2": Architecture(

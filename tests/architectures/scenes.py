@@ -5,10 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.architectures.base import CHANNELS, HEADS, LAYERS, SIZES, VIT, WIDTH, Architecture, noise
+from tests.architectures.base import (
+    ATTENDING_STAGES,
+    CHANNELS,
+    SIZES,
+    STAGES,
+    SWIN,
+    TOWERS,
+    VIT,
+    WIDTH,
+    Architecture,
+    noise,
+)
 
-_SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
-_STAGES = {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1]}
 _RESNET = {
     "model_type": "resnet",
     "embedding_size": 16,
@@ -22,14 +31,8 @@ _RESNET_3 = _RESNET | {
     "out_features": ["stage1", "stage2", "stage3"],
 }
 _VIT_BACKBONE = VIT | {"model_type": "dinov2", "out_indices": [1, 2], "reshape_hidden_states": False}
-_DETR = {
+_DETR = TOWERS | {
     "d_model": WIDTH,
-    "encoder_layers": LAYERS,
-    "decoder_layers": LAYERS,
-    "encoder_attention_heads": HEADS,
-    "decoder_attention_heads": HEADS,
-    "encoder_ffn_dim": CHANNELS,
-    "decoder_ffn_dim": CHANNELS,
     "num_queries": 6,
     "use_timm_backbone": False,
     "use_pretrained_backbone": False,
@@ -86,16 +89,11 @@ def _points() -> dict[str, Tensor]:
 
 SCENES = {
     "swin2sr": Architecture(
-        "Swin2SRForImageSuperResolution", _SWIN | {"patch_size": 1, "num_channels": 3, "upscale": 2, "image_size": 16}
+        "Swin2SRForImageSuperResolution", SWIN | {"patch_size": 1, "num_channels": 3, "upscale": 2, "image_size": 16}
     ),
     "segformer": Architecture(
         "SegformerForSemanticSegmentation",
-        {
-            "hidden_sizes": [8, 16, 16, 32],
-            "depths": [1, 1, 1, 1],
-            "num_attention_heads": [1, 2, 2, 4],
-            "decoder_hidden_size": 16,
-        },
+        ATTENDING_STAGES | {"decoder_hidden_size": 16},
     ),
     "dpt": Architecture(
         "DPTForDepthEstimation",
@@ -122,12 +120,7 @@ SCENES = {
     ),
     "glpn": Architecture(
         "GLPNForDepthEstimation",
-        {
-            "hidden_sizes": [8, 16, 16, 32],
-            "depths": [1, 1, 1, 1],
-            "num_attention_heads": [1, 2, 2, 4],
-            "decoder_hidden_size": 16,
-        },
+        ATTENDING_STAGES | {"decoder_hidden_size": 16},
     ),
     "zoedepth": Architecture(
         "ZoeDepthForDepthEstimation",
@@ -157,7 +150,7 @@ SCENES = {
         {
             "backbone_config": {
                 "model_type": "convnext",
-                **_STAGES,
+                **STAGES,
                 "out_features": ["stage1", "stage2", "stage3", "stage4"],
             },
             "hidden_size": 16,

@@ -7,6 +7,7 @@ import torch
 from tests.architectures.base import (
     BART,
     CHANNELS,
+    CLIP_VISION,
     DECODER,
     GQA,
     HEAD_DIM,
@@ -23,7 +24,6 @@ from tests.architectures.base import (
 
 _LLAMA = GQA | {"model_type": "llama"}
 _QWEN = GQA | {"model_type": "qwen2"}
-_CLIP_VISION = VIT | {"model_type": "clip_vision_model", "projection_dim": 16}
 _SIGLIP_VISION = VIT | {"model_type": "siglip_vision_model"}
 _IMAGE_TOKEN = {"image_token_id": 90, "image_token_index": 90}
 _MROPE = HEAD_DIM | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
@@ -83,17 +83,17 @@ SEEING = {
     "git": Architecture("GitForCausalLM", DECODER | {"vision_config": VIT}),
     "llava": Architecture(
         "LlavaForConditionalGeneration",
-        {"text_config": _LLAMA, "vision_config": _CLIP_VISION, **_IMAGE_TOKEN, "vision_feature_layer": -1},
+        {"text_config": _LLAMA, "vision_config": CLIP_VISION, **_IMAGE_TOKEN, "vision_feature_layer": -1},
     ),
     "vipllava": Architecture(
         "VipLlavaForConditionalGeneration",
-        {"text_config": _LLAMA, "vision_config": _CLIP_VISION, **_IMAGE_TOKEN, "vision_feature_layers": [-1, -2]},
+        {"text_config": _LLAMA, "vision_config": CLIP_VISION, **_IMAGE_TOKEN, "vision_feature_layers": [-1, -2]},
     ),
     "llava_next": Architecture(
         "LlavaNextForConditionalGeneration",
         {
             "text_config": _LLAMA,
-            "vision_config": _CLIP_VISION,
+            "vision_config": CLIP_VISION,
             **_IMAGE_TOKEN,
             "image_grid_pinpoints": [[32, 32]],
             "vision_feature_layer": -1,
@@ -280,7 +280,7 @@ SEEING = {
         "VideoLlavaForConditionalGeneration",
         {
             "text_config": _LLAMA,
-            "vision_config": _CLIP_VISION,
+            "vision_config": CLIP_VISION,
             "image_token_index": 90,
             "video_token_index": 91,
             "vision_feature_layer": -1,
@@ -372,7 +372,7 @@ SEEING = {
         "LlavaNextVideoForConditionalGeneration",
         {
             "text_config": _LLAMA,
-            "vision_config": _CLIP_VISION,
+            "vision_config": CLIP_VISION,
             "image_grid_pinpoints": [[32, 32]],
             "vision_feature_layer": -1,
             "video_token_index": 91,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.architectures.base import CHANNELS, HEADS, LAYERS, WIDTH, Architecture
+from tests.architectures.base import CHANNELS, HEADS, LAYERS, TOWERS, WIDTH, Architecture
 
 _PATCHES = {
     "num_input_channels": 3,
@@ -18,18 +18,12 @@ _PATCHES = {
     "ffn_dim": CHANNELS,
     "prediction_length": 4,
 }
-_FORECAST = {
+_FORECAST = TOWERS | {
     "prediction_length": 4,
     "context_length": 8,
     "lags_sequence": [1, 2],
     "num_time_features": 2,
     "d_model": WIDTH,
-    "encoder_layers": LAYERS,
-    "decoder_layers": LAYERS,
-    "encoder_attention_heads": HEADS,
-    "decoder_attention_heads": HEADS,
-    "encoder_ffn_dim": CHANNELS,
-    "decoder_ffn_dim": CHANNELS,
 }
 
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from tests.architectures.base import SIZES, VIT, Architecture
-
-_SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
-_STAGES = {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1]}
-
+from tests.architectures.base import ATTENDING_STAGES, SIZES, STAGES, SWIN, VIT, Architecture
 
 VISION = {
     "vit": Architecture("ViTForImageClassification", VIT),
     "deit": Architecture("DeiTForImageClassification", VIT),
     "dinov2": Architecture("Dinov2ForImageClassification", VIT),
-    "swin": Architecture("SwinForImageClassification", _SWIN),
+    "swin": Architecture("SwinForImageClassification", SWIN),
     "pvt_v2": Architecture(
         "PvtV2ForImageClassification",
         {
@@ -25,7 +21,7 @@ VISION = {
     "resnet": Architecture(
         "ResNetForImageClassification", {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}
     ),
-    "convnext": Architecture("ConvNextForImageClassification", _STAGES),
+    "convnext": Architecture("ConvNextForImageClassification", STAGES),
     "regnet": Architecture(
         "RegNetForImageClassification",
         {"embedding_size": 16, "hidden_sizes": [16, 32, 32, 32], "depths": [1, 1, 1, 1], "groups_width": 8},
@@ -55,7 +51,7 @@ VISION = {
         "Dinov2WithRegistersForImageClassification", VIT | {"num_register_tokens": 2}
     ),
     "dinov3_vit": Architecture("DINOv3ViTModel", VIT | {"num_register_tokens": 2}),
-    "dinov3_convnext": Architecture("DINOv3ConvNextModel", _STAGES),
+    "dinov3_convnext": Architecture("DINOv3ConvNextModel", STAGES),
     "ijepa": Architecture("IJepaForImageClassification", VIT),
     "beit": Architecture("BeitForImageClassification", VIT | {"use_relative_position_bias": True}),
     "beit-shared": Architecture(
@@ -79,13 +75,13 @@ VISION = {
             "masked_unit_size": [4, 4],
         },
     ),
-    "swinv2": Architecture("Swinv2ForImageClassification", _SWIN),
-    "donut-swin": Architecture("DonutSwinForImageClassification", _SWIN),
+    "swinv2": Architecture("Swinv2ForImageClassification", SWIN),
+    "donut-swin": Architecture("DonutSwinForImageClassification", SWIN),
     "focalnet": Architecture(
         "FocalNetForImageClassification",
         {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "focal_levels": [2, 2]},
     ),
-    "convnextv2": Architecture("ConvNextV2ForImageClassification", _STAGES),
+    "convnextv2": Architecture("ConvNextV2ForImageClassification", STAGES),
     "mobilevit": Architecture(
         "MobileViTForImageClassification",
         {
@@ -126,21 +122,14 @@ VISION = {
             "patch_size": 16,
         },
     ),
-    "poolformer": Architecture(
-        "PoolFormerForImageClassification", {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1]}
-    ),
+    "poolformer": Architecture("PoolFormerForImageClassification", STAGES),
     "segformer-classifier": Architecture(
         "SegformerForImageClassification",
-        {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 4]},
+        ATTENDING_STAGES,
     ),
     "pvt": Architecture(
         "PvtForImageClassification",
-        {
-            "image_size": 64,
-            "hidden_sizes": [8, 16, 16, 32],
-            "depths": [1, 1, 1, 1],
-            "num_attention_heads": [1, 2, 2, 4],
-        },
+        ATTENDING_STAGES | {"image_size": 64},
     ),
     "cvt": Architecture(
         "CvtForImageClassification",

@@ -36,12 +36,41 @@ def test_cut_differently_in_every_layer(name: str) -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_a_model_that_ran_before_keeps_nothing_of_its_old_weights() -> None:
+    """Levit gathers its biases of attention once for as long as it is in evaluation mode."""
+    model, batch = build("levit")
+    with torch.no_grad():
+        model(**batch)
+    verify_surgery(model, batch, build_space(model, batch))
+
+
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
 def test_the_residual_stream_is_compared_with_the_graph_on_what_is_left(name: str) -> None:
     model, batch = build(name)
     space = with_kinds(build_space(model, batch), "residual")
     assert space.num_groups > 1
     verify_surgery(model, batch, space)
+
+
+def test_a_trial_copies_what_is_cut_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[nn.Module] = []
+
+    def noted(change: Any) -> Any:
+        return lambda copied, *rest: tried.append(copied) or change(copied, *rest)
+
+    model, batch = build("gpt2")
+    space = with_kinds(build_space(model, batch), "channels")
+    bench = gate.Bench(model, batch, space)
+    for step in ("slice_model", "mask_groups"):
+        monkeypatch.setattr(gate, step, noted(getattr(gate, step)))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert bench.refusal({family.name: torch.arange(family.size) < 5 for family in space.prunable}) is None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    cut = {member.tensor for family in space.prunable for member in family.members}
+    assert len(tried) == 2 and cut
+    for copied in tried:
+        theirs = dict(copied.named_parameters())
+        assert {name for name, tensor in model.named_parameters() if theirs[name] is not tensor} == cut
 
 
 @pytest.mark.parametrize(

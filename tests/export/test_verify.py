@@ -6,6 +6,7 @@ from tiny_encoders import some_batch, tiny_model
 
 from geta_hf.errors import GETAError
 from geta_hf.export.verify import attention_outputs, prove_equal
+from tests.architectures import build
 
 
 def test_outputs_cover_both_attentions_and_leave_the_model_as_it_was() -> None:
@@ -20,6 +21,25 @@ def test_outputs_cover_both_attentions_and_leave_the_model_as_it_was() -> None:
     assert model.training
     assert not model.bert.encoder.layer[0].training
     assert model.config._attn_implementation == implementation
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_a_model_derived_from_its_weights_does_not_outlive_them(training: bool) -> None:
+    """Levit keeps the biases of attention, gathered in evaluation mode, until it is in training mode."""
+    model, batch = build("levit")
+    biases = model.get_parameter("levit.encoder.stages.0.layers.0.module.attention_biases")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+        model.train(training)
+        before = attention_outputs(model, batch)["own"]["logits"]
+        biases.normal_(std=3)
+        after = model.eval()(**batch).logits  # as whoever goes on with the model sees it
+        biases.copy_(biases.flip(1))
+        flipped = attention_outputs(model, batch)["own"]["logits"]
+    assert not torch.allclose(before, after)
+    assert not torch.allclose(after, flipped)
 
 
 def test_same_model_is_proved_and_a_changed_one_is_named() -> None:

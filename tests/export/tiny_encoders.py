@@ -61,7 +61,13 @@ def tiny_bloom() -> PreTrainedModel:
 
 
 @torch.no_grad()
-def train_by_hand(model: PreTrainedModel, space: PruningSpace, quantize: bool = True) -> dict[str, int]:
+def train_by_hand(
+    model: PreTrainedModel,
+    space: PruningSpace,
+    quantize: bool = True,
+    per_channel: bool = False,
+    include: list[str] | None = None,
+) -> dict[str, int]:
     """Attach quantizers of 2 to 16 whole bits and set a different number of groups of each family to zero.
 
     Returns the number of groups that stay, by family.
@@ -74,7 +80,7 @@ def train_by_hand(model: PreTrainedModel, space: PruningSpace, quantize: bool = 
             tensors[member.tensor].index_fill_(member.dim, member.index[chosen].flatten(), 0.0)
         kept[family.name] = family.size - len(chosen)
     if quantize:
-        attach_quantizers(model)
+        attach_quantizers(model, per_channel=per_channel, include=include)
     for place, layer in enumerate(quantized_layers(model).values()):
         quantizer = layer.weight_quantizer
         quantizer.d.copy_(step_size(2 + (5 * place) % 15, quantizer.q_m, quantizer.t))

@@ -1,4 +1,4 @@
-"""Every architecture passes every gate, with the families that the documentation lists."""
+"""Every architecture passes every gate or is refused as expected, with the families that the documentation lists."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.zoo import STEPS, Result, examine, families_found
+from benchmarks.zoo import Result, examine, families_found
 from tests.architectures import ARCHITECTURES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -61,6 +61,23 @@ QUICK = frozenset(
 )
 """One of every structure; the others take part in the slow tests."""
 
+_TWO_PATHS = (
+    "is not found again, or with other members, when the forward is recorded anew: its control flow changes from call "
+    "to call, or with the content or shape of the batch. Make the forward take one path"
+)
+REFUSED = {
+    "ibert-quantized": "IBertForSequenceClassification gives NaN on random weights, on which gates 2 and 3 run, so "
+    "they can prove nothing of it",
+    "switch_transformers": f"residual {_TWO_PATHS}",
+    "speech-encoder-decoder": f"residual#2 {_TWO_PATHS}",
+}
+"""What is refused once every family is switched on, in these words and no others; all else passes every gate."""
+
+
+def refusals(name: str) -> dict[str, str]:
+    """The failures to expect of an architecture, by step."""
+    return {"all switched on": f"GETAError: {REFUSED[name]}"} if name in REFUSED else {}
+
 
 def documented() -> dict[str, list[str]]:
     """The cells of every architecture's row, by its name."""
@@ -71,14 +88,13 @@ def documented() -> dict[str, list[str]]:
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
 )
-def test_architecture_passes_all_gates_with_the_families_documented(name: str) -> None:
+def test_architecture_passes_all_gates_but_for_known_refusals_with_the_families_documented(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the models' own code warns of is not ours to judge
         result: Result = examine(name)
-    assert not result.failures
+    assert result.failures == refusals(name)
     if DOCUMENT.exists():  # made by `make zoo`
         assert documented()[name][2] == families_found(result.space)
-    assert all(result.passed(step) in ("yes", "nothing to prune") for step in STEPS)
 
 
 @pytest.mark.skipif(not DOCUMENT.exists(), reason="made by `make zoo`")
@@ -86,3 +102,5 @@ def test_the_document_is_whole() -> None:
     assert documented().keys() == ARCHITECTURES.keys()
     assert len(QUICK) == 42 and set(QUICK) < set(ARCHITECTURES)
     assert re.search(rf"^{len(ARCHITECTURES)} architectures", DOCUMENT.read_text(), re.MULTILINE)
+    listed = re.findall(r"^- \*\*(.+)\*\*, (.+?): (.+)$", DOCUMENT.read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted((name, *failure) for name in REFUSED for failure in refusals(name).items())

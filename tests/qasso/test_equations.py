@@ -1,4 +1,4 @@
-"""Schedule, selection, saliency, projection and Eqs. 13-14 as pure functions."""
+"""Schedule, saliency, projection and Eqs. 13-14 as pure functions."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 
 from geta_hf.config import GETAConfig
 from geta_hf.errors import GETAError
+from geta_hf.qasso.cuts import Cut, find_cuts
 from geta_hf.qasso.forgetting import SHRINK, forget_rate, joint_step_size, quantized_parts
 from geta_hf.qasso.projection import project_step_size, relative_step
 from geta_hf.qasso.saliency import group_sums, hesso_scores, taylor_scores
 from geta_hf.qasso.schedule import Schedule, resolve_duration
-from geta_hf.qasso.selection import select_redundant, target_groups
 from geta_hf.quantization.functional import bit_width, quantize, step_size
+from tests.qasso.toy import Toy, toy_space
 
 # --- schedule ---------------------------------------------------------------------------------------------------------
 
@@ -65,41 +66,33 @@ def test_stages_longer_than_training_and_too_few_steps_are_refused() -> None:
         Schedule.from_config(GETAConfig(warmup=1, projection=10, joint=2), 50, 50)
 
 
-# --- selection --------------------------------------------------------------------------------------------------------
-
-
-def test_exact_count_and_no_family_loses_its_last_group() -> None:
-    scores = [torch.tensor([0.1, 0.2, 0.3]), torch.tensor([5.0, 6.0, 7.0, 8.0])]
-    gone = [torch.zeros(3, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)]
-    chosen = select_redundant(scores, gone, 4)
-    assert [mask.tolist() for mask in chosen] == [[True, True, False], [True, True, False, False]]
-    gone = [mask | more for mask, more in zip(gone, chosen, strict=True)]
-    chosen = select_redundant(scores, gone, 1)
-    assert [mask.tolist() for mask in chosen] == [[False] * 3, [False, False, True, False]]
-    with pytest.raises(GETAError, match="too few groups"):
-        select_redundant(scores, [gone[0], gone[1] | chosen[1]], 1)
-
-
-def test_nan_scores_are_refused() -> None:
-    with pytest.raises(GETAError, match="not finite"):
-        select_redundant([torch.full((3,), math.nan)], [torch.zeros(3, dtype=torch.bool)], 2)
-
-
-def test_target_counts_groups_and_names_the_reachable_share() -> None:
-    assert target_groups(0.5, [4, 6]) == 5 and target_groups(0.8, [4, 6]) == 8
-    with pytest.raises(GETAError, match=r"K = 9 of 10 groups.*at most 8.*0\.8"):
-        target_groups(0.9, [4, 6])
-
-
 # --- saliency ---------------------------------------------------------------------------------------------------------
 
 
 def test_group_sums_add_all_members_on_their_own_rows() -> None:
-    weight = torch.arange(12.0).view(4, 3)
-    bias = torch.tensor([100.0, 200.0, 300.0, 400.0])
-    rows = torch.tensor([[3, 0], [1, 2]])
-    sums = group_sums([weight, bias, weight.t()], [0, 0, 1], [rows, rows, rows])
+    weight = torch.arange(15.0).view(5, 3)
+    bias = torch.tensor([100.0, 200.0, 300.0, 400.0, 1e6])
+    label = torch.tensor([0, 1, 1, 0, 2])  # the last row leaves with no group
+    named = {"up": weight, "bias": bias, "down": weight.t().contiguous()}
+    cuts = [Cut("up", 0, label), Cut("bias", 0, label), Cut("down", 1, label)]
+    sums = group_sums(cuts, named, 2, lambda x, g: x)
     assert sums.tolist() == [2 * (30 + 3) + 500, 2 * (12 + 21) + 500]
+    assert group_sums(cuts, named, 2, torch.mul).tolist() == [0, 0]  # without a gradient
+
+
+def test_labels_number_the_groups_of_all_families() -> None:
+    families = toy_space().families
+    shapes = {name: tuple(p.shape) for name, p in Toy().named_parameters()}
+    found = {(cut.tensor, cut.dim): cut.label.tolist() for cut in find_cuts(families, shapes)}
+    heads, channels = [3] * 3 + [2] * 3 + [1] * 3 + [0] * 3, [4, 5, 6, 7, 8, 9]
+    assert found == {
+        ("layers.0.weight", 0): heads,
+        ("layers.0.bias", 0): heads,
+        ("layers.1.weight", 1): heads,
+        ("layers.2.weight", 0): channels,
+        ("layers.2.bias", 0): channels,
+        ("layers.3.weight", 1): channels,
+    }
 
 
 def test_hesso_follows_its_formula_and_taylor_divides_by_cost() -> None:
@@ -162,17 +155,18 @@ def test_eq_13_is_the_papers_letter_for_sgd() -> None:
 
 
 def test_each_branch_of_eq_14() -> None:
-    d_min, d_max = torch.tensor([0.1, 0.1, 0.1]), torch.tensor([1.0, 1.0, 1.0])
-    rate, d = joint_step_size(
-        torch.tensor(0.5), torch.tensor([1.0, -2.0, -2.0]), torch.tensor([1.0, 0.5, 9.0]), d_min, d_max, 0.9, 0.8
-    )
+    bounds = torch.tensor([0.1, 0.1, 0.1]), torch.tensor([1.0, 1.0, 1.0])
+    grad_res, grad_step = torch.tensor([1.0, -2.0, -2.0]), torch.tensor([1.0, 0.5, 9.0])
+    rate, d = joint_step_size(torch.tensor([0.5]), torch.zeros(3).long(), grad_res, grad_step, bounds, 0.9, 0.8)
     assert rate.item() == 0.5
     assert d.tolist() == pytest.approx([1.0, 0.72 * 0.5 / (0.5 * 2), 1.0])  # b_l bits; formula; formula capped at d_max
 
 
 def test_appendix_c_shrinks_gamma_until_d_is_feasible() -> None:
     d_min, d_max = torch.tensor([0.2]), torch.tensor([1.0])
-    rate, d = joint_step_size(torch.tensor(0.5), torch.tensor([-2.0]), torch.tensor([0.1]), d_min, d_max, 0.9, 0.8)
+    rate, d = joint_step_size(
+        torch.tensor([0.5]), torch.tensor([0]), torch.tensor([-2.0]), torch.tensor([0.1]), (d_min, d_max), 0.9, 0.8
+    )
     shrinks = math.log(rate.item() / 0.5) / math.log(SHRINK)
     assert shrinks == pytest.approx(round(shrinks), abs=1e-4) and shrinks > 0
     assert d_min.item() <= d.item() <= d_max.item()
@@ -180,16 +174,31 @@ def test_appendix_c_shrinks_gamma_until_d_is_feasible() -> None:
 
 
 def test_no_descent_to_spend_means_no_forgetting() -> None:
+    bounds = torch.tensor([0.2]), torch.tensor([1.0])
     rate, d = joint_step_size(
-        torch.tensor(0.5),
-        torch.tensor([-2.0]),
-        torch.tensor([-1.0]),
-        torch.tensor([0.2]),
-        torch.tensor([1.0]),
-        0.9,
-        0.8,
+        torch.tensor([0.5]), torch.tensor([0]), torch.tensor([-2.0]), torch.tensor([-1.0]), bounds, 0.9, 0.8
     )
     assert rate.item() == 0 and torch.isfinite(d).all()
+
+
+def test_families_do_not_mix_in_eq_14() -> None:
+    """Two families at once are what each of them is alone."""
+    rate, family = torch.tensor([0.5, 0.3]), torch.tensor([0, 1, 1])
+    grad_res, grad_step = torch.tensor([-2.0, 1.0, -3.0]), torch.tensor([0.1, 1.0, 0.5])
+    bounds = torch.full((3,), 0.2), torch.ones(3)
+    both, sizes = joint_step_size(rate, family, grad_res, grad_step, bounds, 0.9, 0.8)
+    for f in (0, 1):
+        own = family == f
+        alone, d = joint_step_size(
+            rate[f : f + 1],
+            torch.zeros(int(own.sum())).long(),
+            grad_res[own],
+            grad_step[own],
+            (bounds[0][own], bounds[1][own]),
+            0.9,
+            0.8,
+        )
+        assert both[f] == alone[0] and torch.equal(sizes[own], d)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -203,11 +212,11 @@ def test_proposition_5_1_the_update_is_a_descent_direction(seed: int) -> None:
     grad_clip = sum(a @ clip for a, (clip, _) in zip(g, parts, strict=True))
     grad_step = torch.stack([alpha * a @ a for a in g])
     grad_res = torch.stack([a @ res for a, (_, res) in zip(g, parts, strict=True)])
-    rate = forget_rate(grad_clip[None], grad_step.sum()[None], torch.ones(1), 5, eta, 1e-8)[0]
-    d_min, d_max = step_size(8, q_m, t).expand(3), step_size(4, q_m, t).expand(3)
-    rate, d = joint_step_size(rate, grad_res, grad_step, d_min, d_max, eta, xi)
+    rate = forget_rate(grad_clip[None], grad_step.sum()[None], torch.ones(1), 5, eta, 1e-8)
+    bounds = step_size(8, q_m, t).expand(3), step_size(4, q_m, t).expand(3)
+    rate, d = joint_step_size(rate, torch.zeros(3).long(), grad_res, grad_step, bounds, eta, xi)
     descent = sum(
         a @ (alpha * a + rate * (clip + size * res)) for a, (clip, res), size in zip(g, parts, d, strict=True)
     )
     assert rate > 0 and descent > 0
-    assert ((d >= d_min) & (d <= d_max)).all()
+    assert ((d >= bounds[0]) & (d <= bounds[1])).all()

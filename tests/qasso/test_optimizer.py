@@ -11,7 +11,7 @@ import torch
 
 from geta_hf.config import GETAConfig
 from geta_hf.errors import GETAError
-from tests.qasso.toy import STEPS, adamw, bits_of, make, small_config, toy_space, train_step, wrap
+from tests.qasso.toy import STEPS, adamw, batch_at, bits_of, make, small_config, status_of, toy_space, train_step, wrap
 
 PAPER = {"eta": 0.9, "xi": 0.9}
 RULES = {
@@ -50,7 +50,7 @@ def zero_masks(model) -> list[list[bool]]:
 def test_exactly_k_groups_are_zero_and_no_other_row(rules: str, base: str) -> None:
     model, optimizer = run(RULES[rules](target_sparsity=0.5), BASES[base])
     zero = zero_masks(model)
-    assert sum(map(sum, zero)) == 5 == optimizer.target == optimizer.removed_groups
+    assert sum(map(sum, zero)) == 5 == optimizer.target_groups == optimizer.removed_groups
     assert [mask.tolist() for mask in optimizer.removed.values()] == zero
     dead_rows = (model.layers[0].weight == 0).all(1).sum().item() + (model.layers[2].weight == 0).all(1).sum().item()
     assert dead_rows == 3 * sum(zero[0]) + sum(zero[1])  # no row outside a group went with it
@@ -67,7 +67,7 @@ def test_k_is_exact_at_every_period(rules: str, sparsity: float) -> None:
     _, optimizer = run(RULES[rules](target_sparsity=sparsity), watch=watch)
     for removed, phase in seen.values():
         if phase.stage == "joint" and phase.ends:
-            assert removed == optimizer.target * (phase.period + 1) // 5
+            assert removed == optimizer.target_groups * (phase.period + 1) // 5
     assert seen[STEPS - 1][0] == round(10 * sparsity)
 
 
@@ -137,7 +137,7 @@ def test_uniform_forgetting_shrinks_smoothly_to_the_periods_end() -> None:
         phase = optimizer.schedule.at(step)
         if phase.stage == "joint":
             mask = torch.zeros(12, dtype=torch.bool)
-            mask[toy_space().families[0].members[0].index[optimizer.status[0] > 0].flatten()] = True
+            mask[toy_space().families[0].members[0].index[status_of(optimizer)[0] > 0].flatten()] = True
             norms.append(model.layers[0].weight[mask].norm().item())
 
     run(config, lambda groups: torch.optim.SGD(groups, lr=0.0), watch=watch)  # forgetting alone moves the weights
@@ -227,10 +227,52 @@ def test_replaced_parameters_are_followed_by_name() -> None:
     assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), whole.parameters(), strict=True))
 
 
+def test_a_bad_gradient_is_named_with_its_layer_and_step_by_the_next_boundary() -> None:
+    model, optimizer = run(small_config(), steps=10)
+    x, y = batch_at(10)
+    optimizer.zero_grad()
+    (model(x) - y).square().mean().backward()
+    model.layers[1].weight_quantizer.d.grad.fill_(float("inf"))
+    optimizer.step()  # no boundary, so nothing waits for the device here
+    with pytest.raises(GETAError, match=r"^the gradient of layers\.1\.weight_quantizer.* at step 10; .* intact"):
+        for step in range(11, 14):
+            train_step(model, optimizer, step)
+
+
+def test_one_bad_element_of_a_weights_gradient_shows_in_that_of_d() -> None:
+    model, _ = make(small_config())
+    layer = model.layers[1]
+    out = layer(torch.randn(4, 12))
+    poison = torch.zeros_like(out)
+    poison[2, 5] = float("nan")
+    out.backward(poison)
+    assert not torch.isfinite(layer.weight_quantizer.d.grad).any()
+
+
 def test_a_closure_is_evaluated_with_gradients() -> None:
     model, optimizer = make(small_config())
     loss = optimizer.step(lambda: (model(torch.ones(2, 8)).sum().backward(), 1.5)[1])
     assert loss == 1.5 and model.layers[0].weight.grad is not None
+
+
+def test_steps_that_a_scaler_skips_do_not_advance_the_schedule() -> None:
+    """fp16: an overflow costs a step of training, not one of the stages, and changes nothing."""
+    model, optimizer = make(small_config())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    skipped = {3, 7, 20}
+    for attempt in range(STEPS):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        count = optimizer.step_count
+        x, y = batch_at(attempt)
+        optimizer.zero_grad()
+        scaler.scale((model(x) - y).square().mean()).backward()
+        if attempt in skipped:
+            model.layers[0].weight.grad[0, 0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        same = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert same == (attempt in skipped) and optimizer.step_count == count + (attempt not in skipped)
+    assert optimizer.step_count == STEPS - 3 and optimizer.finished and optimizer.removed_groups == 5
 
 
 def test_a_learning_rate_scheduler_accepts_it() -> None:
@@ -266,13 +308,14 @@ def test_nan_in_a_quantizer_is_named_at_the_next_boundary(stop: int) -> None:
     """Step 13 starts the joint stage, step 43 ends it."""
     model, optimizer = run(small_config(), steps=stop)
     model.layers[1].weight_quantizer.q_m.data.fill_(float("nan"))
-    with pytest.raises(GETAError, match=rf"q_m of the quantizer of layers\.1\.weight is nan at step {stop}"):
+    with pytest.raises(GETAError, match=rf"^d, q_m or t of layers\.1\.weight_quantizer .* at step {stop}"):
         train_step(model, optimizer, stop)
 
 
-def test_no_host_synchronisation_between_period_boundaries(monkeypatch) -> None:
+@pytest.mark.parametrize("rules", RULES)
+def test_no_host_synchronisation_between_period_boundaries(monkeypatch, rules: str) -> None:
     # SGD, since torch's single-tensor Adam reads its own step counter on the host.
-    model, optimizer = make(small_config(), lambda groups: torch.optim.SGD(groups, lr=1e-3, momentum=0.9))
+    model, optimizer = make(RULES[rules](), lambda groups: torch.optim.SGD(groups, lr=1e-3, momentum=0.9))
     boundaries = {s for s in range(STEPS) if optimizer.schedule.at(s).starts or optimizer.schedule.at(s).ends}
 
     def forbidden(*_args, **_kwargs):

@@ -95,3 +95,8 @@ def train_step(model: Toy, optimizer: torch.optim.Optimizer, step: int) -> float
 
 def bits_of(model: Toy) -> list[float]:
     return [float(layer.weight_quantizer.bits()) for layer in quantized_layers(model).values()]
+
+
+def status_of(optimizer: QASSO) -> list[torch.Tensor]:
+    """The status of every group, family by family."""
+    return list(optimizer.status.split([family.size for family in optimizer.families]))

@@ -17,8 +17,10 @@ from geta_hf.quantization import (
     QuantLinear,
     attach_quantizers,
     clipping_value,
+    cut_quantizers,
     detach_quantizers,
     quantized_layers,
+    quantizer_prefixes,
     select_layers,
 )
 
@@ -170,3 +172,61 @@ def test_clipping_by_squared_error_beats_the_maximum(bits: int) -> None:
     assert error(chosen) < error(clipping_value(weight, bits, "max"))
     best = min(error(q) for q in torch.linspace(0.3, 12, 400).tolist())
     assert error(chosen) <= best * 1.05
+
+
+def test_per_channel_gives_every_output_channel_its_own_start() -> None:
+    torch.manual_seed(0)
+    linear, conv1d, conv2d = nn.Linear(6, 4), Conv1D(5, 6), nn.Conv2d(4, 6, 3, groups=2)
+    model = in_list(linear, conv1d, conv2d)
+    conv1d.weight.data[:, 3] *= 100
+    attach_quantizers(model, per_channel=True, clipping="max", initial_bits=5)
+    assert [tuple(layer.weight_quantizer.d.shape) for layer in model.layers] == [(4,), (5,), (6,)]
+    assert torch.equal(conv1d.weight_quantizer.q_m, conv1d.weight.abs().amax(dim=0))
+    assert torch.equal(conv2d.weight_quantizer.q_m, conv2d.weight.abs().amax(dim=(1, 2, 3)))
+    for layer in model.layers:
+        assert layer.weight_quantizer.t.shape == (1,)
+        torch.testing.assert_close(layer.weight_quantizer.bits(), torch.full_like(layer.weight_quantizer.d, 5.0))
+
+
+def test_one_step_size_a_channel_is_closer_than_one_for_all() -> None:
+    torch.manual_seed(0)
+    errors = []
+    for per_channel in (False, True):
+        layer = nn.Linear(64, 8)
+        nn.init.normal_(layer.weight)
+        layer.weight.data *= torch.logspace(-2, 0, 8)[:, None]
+        attach_quantizers(in_list(layer), per_channel=per_channel, initial_bits=4, target_bits=4)
+        error = (layer.quantized_weight() - layer.weight).detach()
+        errors.append(float((error / layer.weight.detach().norm(dim=1, keepdim=True)).norm()))
+    assert errors[1] < errors[0] / 3
+
+
+def test_tied_weights_share_one_quantizer_of_channels() -> None:
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.weight = first.weight
+    model = in_list(first, second)
+    attach_quantizers(model, per_channel=True)
+    assert second.weight_quantizer is first.weight_quantizer
+    assert set(quantizer_prefixes(model).values()) == {"layers.0.weight_quantizer"}
+
+
+def test_quantizers_of_channels_follow_weights_that_were_cut() -> None:
+    linear, conv1d, whole = nn.Linear(6, 4), Conv1D(5, 6), nn.Linear(6, 4)
+    model = in_list(linear, conv1d, whole)
+    attach_quantizers(model, per_channel=True)
+    before = [layer.weight_quantizer.d.detach().clone() for layer in model.layers]
+    rows, columns = torch.tensor([0, 3]), torch.tensor([1, 2, 4])
+    kept = {
+        "layers.0.weight": {0: rows},
+        "layers.1.weight": {1: columns, 0: torch.arange(2)},
+        "layers.2.weight": {1: torch.arange(3)},
+    }
+    linear.weight = nn.Parameter(linear.weight[rows])
+    conv1d.weight = nn.Parameter(conv1d.weight[:2, columns])
+    whole.weight = nn.Parameter(whole.weight[:, :3])
+    for _ in range(2):  # a second time changes nothing
+        cut_quantizers(model, kept)
+        after = [layer.weight_quantizer.d for layer in model.layers]
+        wanted = [before[0][rows], before[1][columns], before[2]]
+        assert all(torch.equal(a, b) for a, b in zip(after, wanted, strict=True))
+        assert [tuple(layer.quantized_weight().shape) for layer in model.layers] == [(2, 6), (2, 3), (4, 3)]

@@ -117,3 +117,58 @@ def test_only_the_input_is_saved_for_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda value: saved.append(value.data_ptr()) or value, lambda v: v):
         functional.fake_quantize(x, d, q_m)
     assert [pointer for pointer in saved if pointer not in (d.data_ptr(), q_m.data_ptr())] == [x.data_ptr()]
+
+
+def test_a_quantizer_a_channel_is_each_channel_by_itself() -> None:
+    torch.manual_seed(0)
+    x, weights = torch.randn(4, 30), torch.randn(4, 30)
+    q_m, t = torch.rand(4, 1) + 0.7, torch.tensor([1.2])
+    d = step_size(4, q_m, t)
+    leaves = [value.clone().requires_grad_() for value in (x, d, q_m, t)]
+    (fake_quantize(*leaves) * weights).sum().backward()
+    for channel in range(4):
+        rows = slice(channel, channel + 1)
+        alone = [value.clone().requires_grad_() for value in (x[rows], d[rows, 0], q_m[rows, 0])]
+        (fake_quantize(*alone, t) * weights[rows]).sum().backward()
+        for leaf, single in zip(leaves, alone, strict=False):
+            assert torch.allclose(leaf.grad[rows].view(-1), single.grad.view(-1), rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_a_channel_under_one_clipping_value() -> None:
+    """d and q_m may have different shapes; each gradient is summed over what its own is broadcast along."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 30)
+    d, q_m = torch.rand(4, 1) * 0.1 + 0.05, torch.tensor([1.0])
+    leaves = [value.clone().requires_grad_() for value in (x, d, q_m)]
+    wide = [value.clone().requires_grad_() for value in (x, d, q_m.expand(4, 1))]
+    for values in (leaves, wide):
+        fake_quantize(*values).sum().backward()
+    assert torch.allclose(leaves[1].grad, wide[1].grad) and leaves[2].grad.shape == (1,)
+    assert torch.allclose(leaves[2].grad, wide[2].grad.sum().view(1))
+
+
+@pytest.mark.parametrize("shape", [(1,), (10, 1)])
+def test_frozen_quantizers_get_zeros_and_the_weight_its_gradient(shape: tuple[int, ...]) -> None:
+    """Zeros, since data parallel training waits for every parameter's gradient."""
+    torch.manual_seed(0)
+    x, q_m, t = torch.randn(10, 7), torch.full(shape, 0.9), torch.tensor([1.2])
+    d = step_size(4, q_m, t)
+    free, still = ([value.clone().requires_grad_() for value in (x, d, q_m, t)] for _ in range(2))
+    outs = fake_quantize(*free), fake_quantize(*still, frozen=True)
+    assert torch.equal(*outs)
+    for out in outs:
+        out.square().sum().backward()
+    assert torch.equal(free[0].grad, still[0].grad)
+    assert all(leaf.grad.shape == leaf.shape and not leaf.grad.any() for leaf in still[1:])
+    assert all(leaf.grad.any() for leaf in free[1:])
+
+
+@pytest.mark.parametrize("t", [None, 1.2])
+def test_nan_in_a_weight_or_a_gradient_reaches_the_gradient_of_d(t: float | None) -> None:
+    d, q_m, e = quantizer(4, 1.0, 1.2)
+    x, grad = torch.linspace(-2, 2, 9), torch.ones(9)
+    for poisoned in (x, grad):
+        kept = poisoned.clone()
+        poisoned[2] = float("nan")
+        assert torch.isnan(functional.gradients(grad, x, d, q_m, None if t is None else e)[1]).all()
+        poisoned.copy_(kept)

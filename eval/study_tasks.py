@@ -1,0 +1,334 @@
+"""What rules are compared on: a question answering model, and a small language model that learns from plain text.
+
+A task knows its dense model, its training data and its score; `dense_model` trains it once and keeps it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+
+from eval import squad
+from eval.squad_features import load_questions, sample, training_features
+from geta_hf import GETAError
+
+HEAD_DIM = 32
+SAVE_EVERY = 200  # steps of the dense training between checkpoints
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """One training: optimizer steps, sequences a step, and the peak learning rate."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """One model, its data and its score.
+
+    Attributes:
+        name: of the study, in results and tables.
+        metrics: keys of what `score` returns, the one that decides first.
+        larger_is_better: of that metric.
+        start: makes the model that the dense training starts from.
+        load: reads a saved model.
+        features: training examples.
+        collator: makes a batch of them.
+        score: from a trained model to its metrics.
+        dense: length of the dense training.
+        settings: everything else that the dense model depends on, as plain data.
+        tokenizer: saved beside the dense model.
+        arguments: further `TrainingArguments`.
+    """
+
+    name: str
+    metrics: tuple[str, ...]
+    larger_is_better: bool
+    start: Callable[[], PreTrainedModel]
+    load: Callable[[Path], PreTrainedModel]
+    features: Any
+    collator: Callable[[list[Any]], dict[str, Any]]
+    score: Callable[[PreTrainedModel], dict[str, float]]
+    dense: Lengths
+    settings: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def training_arguments(task: Task, folder: Path, lengths: Lengths, seed: int, **changes: Any) -> TrainingArguments:
+    """Linear decay after a short warm-up; the same for the dense model, its control and every cell."""
+    values: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": lengths.steps,
+        "per_device_train_batch_size": lengths.batch_size,
+        "learning_rate": lengths.learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0.06,
+        "weight_decay": 0.01,
+        "logging_steps": 50,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_drop_last": True,
+        "use_cpu": not torch.accelerator.is_available(),
+        "seed": seed,
+    }
+    return TrainingArguments(**{**values, **task.arguments, **changes})
+
+
+def dense_model(task: Task, work: Path) -> Path:
+    """The folder of the trained dense model: as it stands, or trained now, from the last checkpoint where there is one.
+
+    Args:
+        task: what to train.
+        work: holds a folder for each task.
+
+    Raises:
+        GETAError: the folder holds a model of another training.
+    """
+    folder, note = work / task.name / "dense", work / task.name / "dense.json"
+    settings = json.loads(json.dumps({**task.settings, **vars(task.dense)}))
+    if note.is_file() and json.loads(note.read_text(encoding="utf-8")) != settings:
+        raise GETAError(
+            f"{folder} was trained with other settings, see {note}; give another folder or the same settings"
+        )
+    if (folder / "config.json").is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    _train_dense(task, folder)
+    return folder
+
+
+def _train_dense(task: Task, folder: Path) -> None:
+    checkpoints = folder.with_name("dense_checkpoints")
+    set_seed(0)
+    saving = {"save_strategy": "steps", "save_steps": SAVE_EVERY, "save_total_limit": 1}
+    arguments = training_arguments(task, checkpoints, task.dense, 0, **saving)
+    trainer = Trainer(task.start(), arguments, train_dataset=task.features, data_collator=task.collator)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    beside = folder.with_name("dense_unfinished")  # renamed once whole, so that half a model is never taken for one
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(beside)
+    if task.tokenizer is not None:
+        task.tokenizer.save_pretrained(beside)
+    folder.rmdir()
+    beside.rename(folder)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------ question answering
+
+
+@dataclass(frozen=True)
+class QuestionOptions:
+    """Where the model and the questions are, and how much of them to use.
+
+    Attributes:
+        model: a folder or a Hub name, fine-tuned or not.
+        train_file, eval_file: SQuAD v1.1, .json or .json.gz.
+        train_questions, eval_questions: random samples of so many; None takes all.
+        max_length, eval_max_length: tokens a window.
+        doc_stride, eval_doc_stride: tokens that neighbouring windows share.
+        bf16: run under bfloat16 autocast.
+    """
+
+    model: str
+    train_file: str
+    eval_file: str
+    train_questions: int | None = 12000
+    eval_questions: int | None = 1000
+    max_length: int = 192
+    eval_max_length: int = 320
+    doc_stride: int = 64
+    eval_doc_stride: int = 128
+    bf16: bool = False
+
+
+def question_task(options: QuestionOptions, dense: Lengths, name: str) -> Task:
+    """Fine-tuning on SQuAD; the score is EM and F1 on a fixed sample of the evaluation questions."""
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    asked = sample(load_questions(options.eval_file), options.eval_questions)
+    known = sample(load_questions(options.train_file), options.train_questions)
+    features, _ = training_features(tokenizer, known, options.max_length, options.doc_stride)
+
+    def score(model: PreTrainedModel) -> dict[str, float]:
+        predictions = squad.predict(
+            model,
+            tokenizer,
+            asked,
+            max_length=options.eval_max_length,
+            doc_stride=options.eval_doc_stride,
+            bf16=options.bf16,
+            progress=False,
+        )
+        return {key: squad.score(predictions, asked)[key] for key in ("f1", "em")}
+
+    return Task(
+        name=name,
+        metrics=("f1", "em"),
+        larger_is_better=True,
+        start=lambda: AutoModelForQuestionAnswering.from_pretrained(options.model),
+        load=AutoModelForQuestionAnswering.from_pretrained,
+        features=features,
+        collator=DataCollatorWithPadding(tokenizer),
+        score=score,
+        dense=dense,
+        settings={
+            "windows": len(features),
+            "max_length": options.max_length,
+            "doc_stride": options.doc_stride,
+            "bf16": options.bf16,
+        },
+        tokenizer=tokenizer,
+        arguments={"bf16": options.bf16, "train_sampling_strategy": "group_by_length"},
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- language model
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """The text and the language model that learns it.
+
+    Attributes:
+        texts: plain text files; the end of the last one is held out.
+        tokenizer: a folder or a Hub name; None reads bytes.
+        layers, hidden: of a Llama with heads of 32 and 8/3 as many MLP channels.
+        block: tokens a sequence.
+        eval_blocks: sequences held out to be scored.
+        bf16: train under bfloat16 autocast; the score is float32.
+    """
+
+    texts: Sequence[str]
+    tokenizer: str | None = None
+    layers: int = 4
+    hidden: int = 192
+    block: int = 128
+    eval_blocks: int = 400
+    bf16: bool = False
+
+
+class Blocks(Dataset):
+    """Sequences of one length that are their own labels.
+
+    Args:
+        tokens: int64, shape (sequences, block).
+    """
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        return {"input_ids": self.tokens[position], "labels": self.tokens[position]}
+
+
+def text_task(options: TextOptions, dense: Lengths, name: str) -> Task:
+    """Next-token prediction; the score is nats per token on text that was held out."""
+    tokenizer = None if options.tokenizer is None else AutoTokenizer.from_pretrained(options.tokenizer)
+    tokens = read_blocks(options.texts, tokenizer, options.block)
+    if len(tokens) <= options.eval_blocks:
+        raise GETAError(f"the text has {len(tokens)} blocks, but {options.eval_blocks} are to be held out; give more")
+    vocabulary = 256 if tokenizer is None else len(tokenizer)
+    held_out = tokens[-options.eval_blocks :]
+    return Task(
+        name=name,
+        metrics=("nats",),
+        larger_is_better=False,
+        start=lambda: LlamaForCausalLM(llama_config(options, vocabulary)),
+        load=AutoModelForCausalLM.from_pretrained,
+        features=Blocks(tokens[: -options.eval_blocks]),
+        collator=default_data_collator,
+        score=lambda model: {"nats": nats_per_token(model, held_out)},
+        dense=dense,
+        settings={
+            "blocks": len(tokens),
+            "block": options.block,
+            "vocabulary": vocabulary,
+            "layers": options.layers,
+            "hidden": options.hidden,
+            "bf16": options.bf16,
+        },
+        tokenizer=tokenizer,
+        arguments={"bf16": options.bf16},
+    )
+
+
+def read_blocks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, block: int) -> Tensor:
+    """All texts one after the other, cut into sequences: int64, shape (sequences, block); the rest is dropped."""
+    pieces = []
+    for path in texts:
+        if not Path(path).is_file():
+            raise GETAError(f"{path}: no such file; give plain text files")
+        data = Path(path).read_bytes()
+        if tokenizer is None:
+            pieces.append(np.frombuffer(data, dtype=np.uint8).astype(np.int64))
+        else:
+            encoded = tokenizer(data.decode("utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+            pieces.append(np.array(encoded, dtype=np.int64))
+    tokens = torch.from_numpy(np.concatenate(pieces))
+    return tokens[: len(tokens) // block * block].view(-1, block)
+
+
+def llama_config(options: TextOptions, vocabulary: int) -> LlamaConfig:
+    """A Llama with tied embeddings. Raises GETAError for a width that heads of 32 do not divide."""
+    if options.hidden % HEAD_DIM:
+        raise GETAError(f"hidden = {options.hidden} must be a multiple of {HEAD_DIM}, the width of a head")
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=options.hidden,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.hidden // HEAD_DIM,
+        intermediate_size=options.hidden * 8 // 3,
+        max_position_embeddings=max(options.block, 128),
+        tie_word_embeddings=True,
+    )
+
+
+@torch.no_grad()
+def nats_per_token(model: PreTrainedModel, tokens: Tensor, batch_size: int = 32) -> float:
+    """Mean cross-entropy of every token but a sequence's first.
+
+    Args:
+        model: a causal language model; left in its own mode.
+        tokens: int64, shape (sequences, block).
+        batch_size: sequences a forward pass.
+    """
+    training = model.training
+    model.eval()
+    total = 0.0
+    for batch in tokens.split(batch_size):
+        batch = batch.to(model.device)
+        total += float(model(input_ids=batch, labels=batch).loss) * len(batch)
+    model.train(training)
+    return total / len(tokens)

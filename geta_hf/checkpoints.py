@@ -1,0 +1,89 @@
+"""What a folder must hold before training goes on from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import nn
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+
+from geta_hf.config import CONFIG_NAME, GETAConfig
+from geta_hf.errors import GETAError
+from geta_hf.files import write_whole
+
+WORLD_NAME = "geta_world.json"
+
+
+def write_world(folder: Path, processes: int, sharded: bool) -> None:
+    """Note how many processes wrote a checkpoint, and whether each held a part of the model."""
+    write_whole(folder / WORLD_NAME, json.dumps({"processes": processes, "sharded": sharded}) + "\n")
+
+
+def check_checkpoint(folder: Path, config: GETAConfig, model: nn.Module, processes: int, sharded: bool) -> None:
+    """Raises GETAError unless the folder is a whole checkpoint of this config and this model.
+
+    Args:
+        folder: what to resume from.
+        config: the run's own.
+        model: the run's own, with its quantizers.
+        processes: how many train now.
+        sharded: whether each of them holds a part of the model (FSDP2).
+    """
+    if not (folder / CONFIG_NAME).is_file():
+        raise GETAError(f"{folder} has no {CONFIG_NAME}: it is not a checkpoint of GETATrainer")
+    _check_world(folder, processes, sharded)
+    for name in (SCHEDULER_NAME,) if sharded else (OPTIMIZER_NAME, SCHEDULER_NAME):
+        if not (folder / name).is_file():
+            raise GETAError(f"{folder} has no {name}, without which stages can't go on; turn save_only_model off")
+    _check_config(folder, config)
+    if not sharded:
+        _check_shapes(folder, model)
+
+
+def _check_world(folder: Path, processes: int, sharded: bool) -> None:
+    """DDP replicas are alike, so their number may change; under FSDP2 sums and data order change with it."""
+    try:
+        world = json.loads((folder / WORLD_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        world = {"processes": processes, "sharded": sharded}  # written before this was noted
+    if world["sharded"] != sharded:
+        names = {True: "under FSDP", False: "without FSDP"}
+        raise GETAError(
+            f"{folder} was written {names[world['sharded']]}, this run trains {names[sharded]}; resume the same way"
+        )
+    if sharded and world["processes"] != processes:
+        raise GETAError(
+            f"{folder} was written by {world['processes']} processes under FSDP, this run has {processes}; shards and "
+            f"the order of data would differ, so resume with {world['processes']}"
+        )
+
+
+def _check_config(folder: Path, config: GETAConfig) -> None:
+    theirs, ours = GETAConfig.load(folder / CONFIG_NAME).to_dict(), config.to_dict()
+    changed = {name: (theirs[name], ours[name]) for name in ours if theirs[name] != ours[name]}
+    if changed:
+        text = ", ".join(f"{name}: {old!r} there, {new!r} here" for name, (old, new) in changed.items())
+        raise GETAError(f"{folder} was written under another GETAConfig ({text}); resume with the same")
+
+
+def _check_shapes(folder: Path, model: nn.Module) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, shape in _stored_shapes(folder).items():
+        if shapes.get(name) != shape:
+            raise GETAError(
+                f"{folder} holds {name} of shape {shape}, this model has {shapes.get(name, 'no such tensor')}; "
+                f"it is a checkpoint of another model"
+            )
+
+
+def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  safe_open is not a mapping
+                shapes[name] = tuple(tensors.get_slice(name).get_shape())
+    if not shapes:
+        raise GETAError(f"{folder} holds no .safetensors file to resume from")
+    return shapes

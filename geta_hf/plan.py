@@ -1,0 +1,172 @@
+"""The plan of a run, made before training: what would leave, at which widths, and what that comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geta_hf.config import GETAConfig
+from geta_hf.qadg import PruningSpace
+from geta_hf.qasso.cuts import family_starts
+from geta_hf.qasso.ledger import LayerEntry, Ledger
+from geta_hf.qasso.selection import Limits
+from geta_hf.qasso.target import BYTES, GROUPS, Target, even_removal, solve_target
+from geta_hf.quantization import input_quantizer_prefixes, quantized_layers
+from geta_hf.quantization.quantizer import Quantizer
+from geta_hf.report import format_table
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """Families that are alike.
+
+    Attributes:
+        kind: such as `heads`.
+        families: how many there are.
+        groups: groups of each.
+        removed: groups that each would lose if all lost the same share.
+    """
+
+    kind: str
+    families: int
+    groups: int
+    removed: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is to end with.
+
+    Attributes:
+        rows: the prunable families. Training chooses which of them lose more and which less.
+        target: the goals as amounts.
+        removed_groups: exact where the target counts groups, otherwise as if all families lost the same share.
+        groups: prunable groups.
+        kept_parameters: share of the prunable parameters that would be left.
+        mean_bits: planned mean width of the weights; None where it is learned without a budget.
+        relative_bops: of the quantized layers, against 32 · 32 bits.
+        bytes: of the exported model.safetensors.
+    """
+
+    rows: tuple[PlanRow, ...]
+    target: Target
+    removed_groups: int
+    groups: int
+    kept_parameters: float
+    mean_bits: float | None
+    relative_bops: float
+    bytes: int
+
+    def __str__(self) -> str:
+        header = ("families", "number", "groups of each", "to remove if even", "kept")
+        table = [(r.kind, f"{r.families}", f"{r.groups}", f"{r.removed}", f"{r.groups - r.removed}") for r in self.rows]
+        bits = "learned" if self.mean_bits is None else f"{self.mean_bits:.2f}"
+        exact = "" if self.target.unit == GROUPS else "about "
+        lines = [
+            format_table(header, table),
+            f"groups to remove: {exact}{self.removed_groups:,} of {self.groups:,}; prunable parameters kept: "
+            f"{self.kept_parameters:.1%}",
+            f"mean bits: {bits}; relative BOPs: {self.relative_bops:.2%}; exported model: {self.bytes / 1e6:,.2f} MB",
+        ]
+        return "\n".join(lines)
+
+
+def make_plan(config: GETAConfig, space: PruningSpace, ledger: Ledger) -> Plan:
+    """Solve the targets of a config for a model.
+
+    Raises:
+        GETAError: a target that can't be reached; says what can.
+    """
+    families = space.trainable
+    target = solve_target(config, families, ledger)
+    gone = even_removal(target, families, ledger, Limits.of(config))
+    removed = ledger.groups - int(target.amount) if target.unit == GROUPS else int(gone.sum())
+    whole = ledger.prunable_parameters(ledger.nothing)
+    return Plan(
+        rows=_rows(space, gone),
+        target=target,
+        removed_groups=removed,
+        groups=ledger.groups,
+        kept_parameters=ledger.prunable_parameters(gone) / max(whole, 1),
+        mean_bits=None if target.budget_unit is None else target.bits,
+        relative_bops=ledger.relative_bops(gone, target.bits, target.input_bits),
+        bytes=int(target.spent(BYTES, ledger, gone, target.bits)),
+    )
+
+
+def _rows(space: PruningSpace, gone: Tensor) -> tuple[PlanRow, ...]:
+    counts: dict[tuple[str, int, int], int] = {}
+    for start, family in zip(family_starts(space.trainable), space.trainable, strict=True):
+        key = (family.kind, family.size, int(gone[start : start + family.size].sum()))
+        counts[key] = counts.get(key, 0) + 1
+    return tuple(PlanRow(kind, number, size, removed) for (kind, size, removed), number in counts.items())
+
+
+def make_ledger(model: nn.Module, space: PruningSpace, uses: Mapping[str, float] | None = None) -> Ledger:
+    """Everything that an export would store of a model that is about to be trained.
+
+    Args:
+        model: with its quantizers attached, whole in this process.
+        space: its pruning space.
+        uses: of `layer_uses`; by default every weight is used equally often.
+    """
+    own = {f"{n}.{leaf}" for n, m in model.named_modules() if isinstance(m, Quantizer) for leaf in ("d", "q_m", "t")}
+    shapes, item_bytes, seen = {}, {}, set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in own and id(tensor) not in seen:
+            seen.add(id(tensor))
+            shapes[name], item_bytes[name] = tuple(tensor.shape), tensor.element_size()
+    layers = []
+    for name, layer in quantized_layers(model).items():
+        if f"{name}.weight" in shapes:
+            dim = layer.weight_quantizer.channel_dim
+            layers.append(LayerEntry(f"{name}.weight", (uses or {}).get(name, 1.0), dim))
+    # Groups are counted over parameters and buffers alike, since an export cuts both.
+    return Ledger.of(space.prunable, shapes, layers, item_bytes, space.buffers)
+
+
+def channel_dims(model: nn.Module) -> dict[str, int]:
+    """Prefix of each quantizer with a step size an output channel -> the weight's dimension it runs along."""
+    dims = {}
+    for name, layer in quantized_layers(model).items():
+        if (dim := layer.weight_quantizer.channel_dim) is not None:
+            dims[f"{name}.weight_quantizer"] = dim
+    return dims
+
+
+@torch.no_grad()
+def layer_uses(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, float]:
+    """How often each quantized weight is used in one forward pass, relative to the one that is used most.
+
+    A linear layer uses its weight once a token, a convolution once a position. Layers that the batch does not reach,
+    such as experts, count as 1.
+    """
+    uses: dict[str, int] = {}
+    layers = quantized_layers(model)
+
+    def count(name: str, layer: nn.Module, output: Tensor) -> None:
+        channels = output.shape[1 if isinstance(layer, nn.Conv2d) else -1]
+        uses[name] = uses.get(name, 0) + output.numel() // channels
+
+    hooks = [
+        layer.register_forward_hook(lambda m, _inputs, output, name=name: count(name, m, output))
+        for name, layer in layers.items()
+    ]
+    training = model.training
+    try:
+        model.eval()(**batch)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    most = max(uses.values(), default=1)
+    return {name: uses.get(name, most) / most for name in layers}
+
+
+def quantized_inputs(model: nn.Module) -> list[str]:
+    """Prefixes of the quantizers of layers' inputs."""
+    return list(input_quantizer_prefixes(model).values())

@@ -1,0 +1,190 @@
+"""What a run shall end with, solved before training: how much leaves, in which unit, and what the widths may spend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from geta_hf.config import GETAConfig
+from geta_hf.errors import GETAError
+from geta_hf.qadg.groups import Family
+from geta_hf.qasso.cuts import family_starts
+from geta_hf.qasso.ledger import FLOAT_BITS, Ledger
+from geta_hf.qasso.selection import Limits
+
+GROUPS, PARAMETERS, BOPS, BYTES, MEAN_BITS = "groups", "parameters", "bops", "bytes", "mean bits"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Goals of one run; amounts are what is left at the end.
+
+    Attributes:
+        unit: GROUPS, PARAMETERS, BOPS or BYTES: what pruning is counted in.
+        amount: how much of it is left; for GROUPS exact, otherwise at most.
+        bits: mean width that `amount` was solved for.
+        budget_unit: MEAN_BITS, BOPS or BYTES: what widths may spend; None where they are as learned.
+        budget: how much of it, at most.
+        input_bits: width of the layers' inputs that BOPs are planned with.
+    """
+
+    unit: str
+    amount: float
+    bits: float
+    budget_unit: str | None = None
+    budget: float = math.inf
+    input_bits: float = FLOAT_BITS
+
+    def left(self, ledger: Ledger, gone: Tensor) -> float:
+        """What is left of the model once the groups of `gone`, bool (groups,), have left, in `unit`."""
+        if self.unit == GROUPS:
+            return int((~gone).sum())
+        if self.unit == PARAMETERS:
+            return ledger.prunable_parameters(gone)
+        return self.spent(self.unit, ledger, gone, self.bits)
+
+    def spent(
+        self, unit: str, ledger: Ledger, gone: Tensor, bits: Tensor | float, input_bits: Tensor | None = None
+    ) -> float:
+        """What a model of these groups and widths has of BOPS, BYTES or MEAN_BITS; by default with planned inputs."""
+        if unit == BOPS:
+            return ledger.relative_bops(gone, bits, self.input_bits if input_bits is None else input_bits)
+        if unit == BYTES:
+            return ledger.stored_bytes(gone, bits, self.input_bits < FLOAT_BITS)
+        weights = ledger.weights(gone)
+        return float((weights * bits).sum() / weights.sum())
+
+
+def most_removed(families: Sequence[Family], limits: Limits, share: float = 1.0) -> Tensor:
+    """bool (groups,): about `share` of every family gone, or as much as its limits allow; the last groups of each."""
+    gone = torch.zeros(sum(family.size for family in families), dtype=torch.bool)
+    for start, family in zip(family_starts(families), families, strict=True):
+        removed, goal = 0, share * family.size
+        for size in limits.chunks(family, family.size):
+            if removed + size / 2 > goal:
+                break
+            removed += size
+        gone[start + family.size - removed : start + family.size] = True
+    return gone
+
+
+def solve_target(config: GETAConfig, families: Sequence[Family], ledger: Ledger) -> Target:
+    """Turn the targets of a config into amounts.
+
+    Args:
+        families: those that may lose groups.
+
+    Raises:
+        GETAError: a target below what the bit range and the least that families keep allow; says what is reachable.
+    """
+    size_unit, size = _size(config)
+    input_bits = config.activation_bits[1] if config.activation_bits else FLOAT_BITS
+    blank = Target(GROUPS, ledger.groups, float(config.widths[-1]), input_bits=input_bits)
+    if size_unit is not None and config.target_sparsity is None and config.target_parameters is None:
+        return _solve_size(replace(blank, unit=size_unit, amount=size), config, families, ledger)
+    target = _solve_pruning(blank, config, families, ledger)
+    if size_unit is None:
+        mean = config.wanted_mean_bits
+        return target if mean is None else replace(target, bits=mean, budget_unit=MEAN_BITS, budget=mean)
+    return _solve_widths(replace(target, budget_unit=size_unit, budget=size), config, families, ledger)
+
+
+def _size(config: GETAConfig) -> tuple[str | None, float]:
+    if config.target_bops is not None:
+        return BOPS, config.target_bops
+    return (None, math.inf) if config.target_bytes is None else (BYTES, config.target_bytes)
+
+
+def _solve_pruning(blank: Target, config: GETAConfig, families: Sequence[Family], ledger: Ledger) -> Target:
+    """The share of groups or of parameters that was asked for, as an amount."""
+    least = most_removed(families, Limits.of(config))
+    if config.target_parameters is None:
+        share = config.target_sparsity or 0.0
+        removed = math.floor(share * ledger.groups + 0.5)
+        reachable = int(least.sum())
+        if removed > reachable:
+            best = math.floor(1000 * reachable / max(ledger.groups, 1)) / 1000
+            raise GETAError(
+                f"target_sparsity = {share} asks for K = {removed} of {ledger.groups} groups, but every one of the "
+                f"{len(families)} families keeps its least, so at most {reachable} can go: lower target_sparsity to "
+                f"{best}, or min_kept"
+            )
+        return replace(blank, amount=ledger.groups - removed)
+    whole, rest = ledger.prunable_parameters(ledger.nothing), ledger.prunable_parameters(least)
+    amount = (1 - config.target_parameters) * whole
+    if amount < rest:
+        best = math.floor(1000 * (1 - rest / whole)) / 1000
+        raise GETAError(
+            f"target_parameters = {config.target_parameters} leaves {amount:,.0f} of {whole:,} prunable parameters, "
+            f"but families that keep their least hold {rest:,}: lower it to {best}"
+        )
+    return replace(blank, unit=PARAMETERS, amount=amount)
+
+
+def _solve_size(target: Target, config: GETAConfig, families: Sequence[Family], ledger: Ledger) -> Target:
+    """A size alone, or with a mean width: the widths it is pruned for. Half of the groups before narrower widths."""
+    lowest, least = float(config.widths[0]), most_removed(families, Limits.of(config))
+    bits = config.mean_bits or (config.widths[0] + config.widths[-1]) / 2
+    if config.mean_bits is None:
+        half = most_removed(families, Limits.of(config), 0.5)
+        bits = _widest(target, ledger, half, lowest, bits)
+    narrowest = config.mean_bits or lowest
+    reachable = target.spent(target.unit, ledger, least, narrowest)
+    if reachable > target.amount:
+        raise GETAError(
+            f"{_named(target.unit, target.amount)} can't be reached: with families at their least and {narrowest:g} "
+            f"bits it is {_figure(target.unit, reachable)}; raise it, or lower bits, mean_bits or min_kept"
+        )
+    return replace(target, bits=bits, budget_unit=target.unit, budget=target.amount)
+
+
+def _solve_widths(target: Target, config: GETAConfig, families: Sequence[Family], ledger: Ledger) -> Target:
+    """A share to prune and a size: the mean width that is left for it, if all layers lose the same share."""
+    gone = even_removal(target, families, ledger, Limits.of(config))
+    assert target.budget_unit is not None
+    lowest, highest = float(config.widths[0]), float(config.widths[-1])
+    reachable = target.spent(target.budget_unit, ledger, gone, lowest)
+    if reachable > target.budget:
+        raise GETAError(
+            f"{_named(target.budget_unit, target.budget)} can't be reached with what is to be pruned: at {lowest:g} "
+            f"bits it is {_figure(target.budget_unit, reachable)}; raise it, prune more, or lower bits"
+        )
+    sized = replace(target, unit=target.budget_unit, amount=target.budget)
+    return replace(target, bits=_widest(sized, ledger, gone, lowest, highest))
+
+
+def _widest(target: Target, ledger: Ledger, gone: Tensor, lowest: float, highest: float) -> float:
+    """The widest mean in [lowest, highest] at which a removal meets the amount; `lowest` where none does."""
+    for _ in range(40):
+        middle = (lowest + highest) / 2
+        if target.spent(target.unit, ledger, gone, highest) <= target.amount:
+            return highest
+        if target.spent(target.unit, ledger, gone, middle) <= target.amount:
+            lowest = middle
+        else:
+            highest = middle
+    return lowest
+
+
+def even_removal(target: Target, families: Sequence[Family], ledger: Ledger, limits: Limits) -> Tensor:
+    """bool (groups,): the groups gone if every family loses the same share and the target is met; for the plan."""
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        if target.left(ledger, most_removed(families, limits, middle)) <= target.amount:
+            high = middle
+        else:
+            low = middle
+    return most_removed(families, limits, high)
+
+
+def _named(unit: str, amount: float) -> str:
+    return f"target_{unit} = {_figure(unit, amount)}"
+
+
+def _figure(unit: str, amount: float) -> str:
+    return f"{amount:,.0f}" if unit == BYTES else f"{amount:.4g}"

@@ -1,0 +1,177 @@
+"""Quantizers on the inputs of layers: their ranges come from real batches (calibration)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from geta_hf.errors import GETAError
+from geta_hf.quantization.attach import matching, quantized_layers
+from geta_hf.quantization.layers import QuantizedLayer
+from geta_hf.quantization.quantizer import Quantizer, best_share, check_clipping, count_magnitudes
+
+
+class _Range:
+    """A histogram of magnitudes that widens as larger ones come."""
+
+    def __init__(self) -> None:
+        self.largest = self.top = 0.0
+        self.counts: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        """Count the elements of one more tensor, of any shape."""
+        magnitude = x.detach().float().abs().reshape(1, -1)
+        largest = float(magnitude.max()) if magnitude.numel() else 0.0
+        self.largest = largest if math.isnan(largest) else max(self.largest, largest)
+        if not 0.0 < self.largest < math.inf:
+            return
+        self.top = self.top or largest
+        while self.top < largest:  # twice the range: pairs of bins become one
+            self.top *= 2
+            if self.counts is not None:
+                pairs = self.counts.view(1, -1, 2).sum(dim=2)
+                self.counts = torch.cat([pairs, torch.zeros_like(pairs)], dim=1)
+        counts = count_magnitudes(magnitude, torch.tensor([self.top], device=magnitude.device))
+        self.counts = counts if self.counts is None else self.counts + counts
+
+    def clipping_value(self, bits: int, method: str) -> float:
+        """q_m: the largest magnitude, or the one of least squared error at `bits` bits."""
+        if method == "max":
+            return self.largest
+        assert self.counts is not None
+        bins = self.counts.shape[1]
+        used = math.ceil(self.largest / self.top * bins)
+        return min(self.largest, float(best_share(self.counts[:, :used], bits)) * self.top * used / bins)
+
+
+def attach_input_quantizers(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    initial_bits: float = 16,
+    target_bits: int = 8,
+    clipping: str = "mse",
+    learn_t: bool = False,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+) -> dict[str, QuantizedLayer]:
+    """Put a learnable quantizer on the inputs of quantized layers, in place, its range found on real batches.
+
+    The model runs the batches in evaluation mode as it is, its weights quantized at their present bits; its training
+    flags, hooks and random state are as before afterwards. Every layer gets a quantizer of its own, also where weights
+    are tied. Training then keeps one tensor more for each such layer, its input before it was rounded, beside the
+    rounded one that the layer itself keeps for its backward pass (paper Sec. 3).
+
+    Args:
+        model: with weight quantizers attached by `attach_quantizers`.
+        batches: keyword arguments of the model's forward, one mapping a batch; moved to the model's device.
+        initial_bits: width that sets the first d.
+        target_bits: width for which `clipping="mse"` chooses q_m.
+        clipping: `max` for the largest magnitude seen, `mse` for the least squared error at `target_bits`.
+        learn_t: train the exponent t; otherwise t = 1.
+        include: regular expressions searched in the names of quantized layers; None takes them all.
+        exclude: regular expressions that take layers out again.
+
+    Returns:
+        The layers that now quantize their input, by name.
+
+    Raises:
+        GETAError: no batch or one that the model cannot run, no quantized layer, one that quantizes its input already,
+            that no batch reached, or whose input is not finite or all zero. No layer is changed then.
+    """
+    check_clipping(clipping)
+    layers = _chosen(model, include, exclude)
+    ranges = _calibrate(model, layers, batches)
+    values = {name: _checked(name, found).clipping_value(target_bits, clipping) for name, found in ranges.items()}
+    for name, layer in layers.items():  # only once nothing can fail
+        layer.input_quantizer = Quantizer(values[name], initial_bits, learn_t, layer.weight.device)
+        layer.input_quantizer.train(layer.training)
+    return layers
+
+
+def _chosen(model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str]) -> dict[str, QuantizedLayer]:
+    layers = quantized_layers(model)
+    chosen = layers if include is None else matching(layers, include)
+    excluded = matching(layers, exclude)
+    chosen = {name: layer for name, layer in chosen.items() if name not in excluded}
+    if not chosen:
+        raise GETAError(f"{type(model).__name__} has no quantized layer to choose from; call attach_quantizers first")
+    for name, layer in chosen.items():
+        if layer.input_quantizer is not None:
+            raise GETAError(f"{name} quantizes its input already; call detach_quantizers first")
+    return chosen
+
+
+def _calibrate(
+    model: nn.Module, layers: Mapping[str, QuantizedLayer], batches: Iterable[Mapping[str, Any]]
+) -> dict[str, _Range]:
+    """What came into every layer while the model ran the batches."""
+    ranges = {name: _Range() for name in layers}
+    if isinstance(batches, Mapping):
+        raise GETAError("batches must be several batches, not one mapping; pass [batch]")
+    ran = 0
+    with ExitStack() as stack:
+        stack.enter_context(_evaluating(model))
+        for name, layer in layers.items():
+            stack.enter_context(_watching(layer, ranges[name]))
+        for batch in batches:
+            _run(model, batch)
+            ran += 1
+    if not ran:
+        raise GETAError("no batch to find the range of activations on; pass at least one in batches")
+    return ranges
+
+
+def _run(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    device = next(model.parameters()).device
+    inputs = {name: item.to(device) if isinstance(item, Tensor) else item for name, item in batch.items()}
+    try:
+        model(**inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+        raise GETAError(
+            f"{type(model).__name__} cannot run the calibration batch with {sorted(inputs)}: {error}"
+        ) from error
+
+
+def _checked(name: str, found: _Range) -> _Range:
+    """Raise unless a quantizer can be made for the range."""
+    if not math.isfinite(found.largest):
+        raise GETAError(
+            f"the input of {name} reaches {found.largest} on the calibration batches; check the model and its batches"
+        )
+    if found.largest == 0.0:
+        raise GETAError(
+            f"no calibration batch reached {name} with anything but zeros; pass batches that do, or exclude the layer"
+        )
+    return found
+
+
+@contextmanager
+def _watching(layer: nn.Module, found: _Range) -> Iterator[None]:
+    def watch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.add(args[0] if args else next(iter(kwargs.values())))
+
+    handle = layer.register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; training flags and random state are then as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices, key=str)):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

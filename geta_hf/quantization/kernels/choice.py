@@ -1,0 +1,110 @@
+"""Which kernel a tensor gets.
+
+| kernel | where | what |
+|---|---|---|
+| eager | anywhere | the pure functions; what torch.compile, captures of the graph and tensor subclasses see |
+| blocked | CPU | the pure functions on one block after the other, so that temporaries stay in the cache |
+| compiled | CPU, large tensors | the pure functions through torch.compile; needs a C++ compiler |
+| triton | CUDA and ROCm | one pass forward, one pass backward |
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from geta_hf.errors import GETAError
+from geta_hf.quantization.kernels.blocked import BLOCK, blocked
+from geta_hf.quantization.kernels.compiled import compiled
+from geta_hf.quantization.kernels.kernel import Kernel
+
+NAMES = ("eager", "blocked", "compiled", "triton")
+_VARIABLE = "GETA_KERNEL"
+# Compiling takes some 10 s where nothing is cached: it pays where a step takes as long as one of such a tensor does.
+COMPILE_FROM = 2**17
+_forced: list[str] = []
+
+
+def choose(x: Tensor, eager: Kernel) -> Kernel:
+    """The kernel for x.
+
+    Args:
+        x: what is to be quantized.
+        eager: the pure functions, from which the other kernels are made.
+
+    Raises:
+        GETAError: the environment variable GETA_KERNEL names no kernel.
+    """
+    if must_stay_plain(x):
+        return eager
+    return _make(_wanted() or _fastest(x), eager)
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Force one of `NAMES` for every forward inside, and for their backwards; before GETA_KERNEL, which does the same.
+
+    Raises:
+        GETAError: there is no such kernel.
+    """
+    _forced.append(_known(name))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def must_stay_plain(*tensors: Tensor) -> bool:
+    """Whether only ordinary operators will do: torch.compile or a capture reads along, or a tensor is no plain data.
+
+    No plain data are meta and fake tensors, distributed ones and every other subclass.
+    """
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return True
+    return any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta for x in tensors)
+
+
+def _wanted() -> str | None:
+    if _forced:
+        return _forced[-1]
+    return _known(os.environ[_VARIABLE]) if os.environ.get(_VARIABLE) else None
+
+
+def _known(name: str) -> str:
+    if name not in NAMES:
+        raise GETAError(f"there is no kernel {name!r} (using() or {_VARIABLE}); choose one of {', '.join(NAMES)}")
+    return name
+
+
+def _fastest(x: Tensor) -> str:
+    if x.is_cuda:
+        return "triton" if _has_triton() else "eager"
+    if x.device.type != "cpu" or x.numel() <= BLOCK:
+        return "eager"
+    return "compiled" if x.numel() >= COMPILE_FROM else "blocked"
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _make(name: str, eager: Kernel) -> Kernel:
+    if name == "blocked":
+        return blocked(eager)
+    if name == "compiled":
+        return compiled(eager, otherwise=blocked(eager))
+    if name == "triton":
+        # Imported only here, since triton is an optional dependency.
+        from geta_hf.quantization.kernels.triton_quantizer import triton_kernel
+
+        return triton_kernel(eager)
+    return eager

@@ -1,0 +1,76 @@
+"""The pure functions through torch.compile: one pass over memory forward, one backward.
+
+Compiling takes seconds to tens of seconds in a process's first step, the less the more of it is in inductor's cache on
+disk. Where there is no C++ compiler, or torch.compile fails for another reason, the blocked kernel takes over.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geta_hf.quantization.kernels.kernel import Gradients, Kernel
+
+logger = logging.getLogger(__name__)
+
+
+def compiled(eager: Kernel, otherwise: Kernel) -> Kernel:
+    """The kernel that runs `eager` compiled, and `otherwise` from the first failure to compile on."""
+    run_quantize = _Attempt(eager.quantize, otherwise.quantize)
+    run_gradients = _Attempt(eager.gradients, otherwise.gradients)
+    run_straight_through = _Attempt(eager.straight_through, otherwise.straight_through)
+
+    def quantize(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None) -> Tensor:
+        return run_quantize(_flat(x, d, q_m), d, q_m, t).view(x.shape)
+
+    def gradients(grad: Tensor, x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None) -> Gradients:
+        grad_x, *others = run_gradients(_flat(grad, d, q_m), _flat(x, d, q_m), d, q_m, t)
+        return grad_x.view(x.shape), *others
+
+    def straight_through(grad: Tensor, x: Tensor, q_m: Tensor) -> Tensor:
+        return run_straight_through(_flat(grad, q_m), _flat(x, q_m), q_m).view(x.shape)
+
+    return Kernel("compiled", quantize, gradients, straight_through)
+
+
+def _flat(x: Tensor, *scales: Tensor) -> Tensor:
+    """x contiguous, and as a vector where one quantizer serves it all: then one compilation serves every shape."""
+    x = x.detach().contiguous()
+    return x.view(-1) if all(scale.numel() == 1 for scale in scales) else x
+
+
+class _Attempt:
+    """A compiled function, replaced for good by another one where it can't be compiled."""
+
+    broken = False  # of the class: one failure speaks for every function
+
+    def __init__(self, function: Callable[..., Any], otherwise: Callable[..., Any]) -> None:
+        self.function, self.otherwise = function, otherwise
+        self.compiled: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Tensor | None) -> Any:
+        args = tuple(value if value is None else value.detach() for value in args)
+        if self.compiled is not None:
+            return self.compiled(*args)
+        return self.otherwise(*args) if self.broken else self._try(args)
+
+    def _try(self, args: tuple[Tensor | None, ...]) -> Any:
+        expected = self.otherwise(*args)  # also raises what is wrong with the input itself
+        logger.info("compiling the quantizer's kernels; GETA_KERNEL=blocked avoids it")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # deprecations inside torch's own compiler
+                function = torch.compile(self.function, dynamic=True)
+                result = function(*args)
+        except Exception as error:  # a broken tool chain can raise anything
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            warnings.warn(f"torch.compile failed ({reason}); quantizers take a slower path", stacklevel=2)
+            _Attempt.broken = True
+            return expected
+        self.compiled = function
+        return result

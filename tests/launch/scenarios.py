@@ -1,0 +1,127 @@
+"""What one process of a launch does: runs of GETATrainer, whose results it writes into files. For `test_launch`.
+
+torchrun --nproc_per_node 2 -m tests.launch.scenarios FOLDER (ddp | fsdp2) NAME...
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering, TrainerCallback, TrainingArguments
+
+from geta_hf import GETAConfig, GETATrainer
+from tests.conftest import tiny_bert_config
+
+STEPS, GLOBAL_BATCH = 24, 8
+SMALL = {"warmup": 2, "projection": 4, "joint": 12, "projection_periods": 2, "pruning_periods": 3}
+RULES = {"default": GETAConfig(**SMALL), "paper": GETAConfig.paper(**SMALL)}
+
+
+class Stop(TrainerCallback):
+    """Ends training after some steps, as an interruption would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = control.should_training_stop or state.global_step >= self.step
+        control.should_save = control.should_save or state.global_step == self.step
+
+
+def rows(count: int = 64) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(count):
+        ids = torch.randint(4, 60, (12,), generator=generator)
+        where = torch.tensor(int(ids[0]) % 9)
+        found.append({"input_ids": ids, "start_positions": where, "end_positions": where})
+    return found
+
+
+def make(folder: Path, rules: str, processes: int, fsdp: bool = False, **changes: object) -> GETATrainer:
+    values: dict = {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": GLOBAL_BATCH // processes,
+        "learning_rate": 1e-3,
+        "logging_steps": 6,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+        **({"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": "BertLayer"}} if fsdp else {}),
+        **changes,
+    }
+    torch.manual_seed(0)
+    model = BertForQuestionAnswering(tiny_bert_config())
+    return GETATrainer(model, TrainingArguments(**values), geta_config=RULES[rules], train_dataset=rows())
+
+
+def outcome(trainer: GETATrainer) -> dict[str, object]:
+    """Weights whole, groups removed, and bits."""
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    assert trainer.qasso is not None
+    weights = {n: (v.full_tensor() if isinstance(v, DTensor) else v).clone() for n, v in state.items()}
+    return {"weights": weights, "gone": trainer.qasso.gone.clone(), "bits": trainer.qasso.bits()}
+
+
+def whole_run(folder: Path, rules: str, processes: int, fsdp: bool = False, **changes: object) -> dict[str, object]:
+    trainer = make(folder, rules, processes, fsdp, **changes)
+    trainer.train()
+    report = trainer.export_model(folder / "small")
+    found = outcome(trainer)
+    if report is not None:
+        small = AutoModelForQuestionAnswering.from_pretrained(report.path)
+        found["exported_parameters"] = sum(parameter.numel() for parameter in small.parameters())
+    return found
+
+
+def stopped_run(folder: Path, rules: str, processes: int, fsdp: bool = False, stop: int = 9) -> dict[str, object]:
+    trainer = make(folder, rules, processes, fsdp)
+    trainer.add_callback(Stop(stop))
+    trainer.train()
+    return outcome(trainer)
+
+
+def resumed_run(folder: Path, rules: str, processes: int, fsdp: bool = False, stop: int = 9) -> dict[str, object]:
+    stopped_run(folder, rules, processes, fsdp, stop)
+    second = make(folder, rules, processes, fsdp)
+    second.train(resume_from_checkpoint=str(folder / f"checkpoint-{stop}"))
+    return outcome(second)
+
+
+def offer_fsdp_on_cpu() -> None:
+    """Accelerate gives FSDP to accelerators alone, though torch runs it on CPUs: let it take gloo for one of them."""
+    plain = PartialState.__init__
+
+    def init(self, *args, **kwargs):
+        plain(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_XPU
+
+    PartialState.__init__ = init
+
+
+def main(folder: Path, launch: str, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    state = PartialState(cpu=True)
+    fsdp, processes = launch == "fsdp2", state.num_processes
+    if fsdp:
+        offer_fsdp_on_cpu()
+    for name in names:
+        kind, rules = name.split("-")
+        run = {"whole": whole_run, "stopped": stopped_run, "resumed": resumed_run}[kind]
+        found = run(folder / launch / name, rules, processes, fsdp)
+        if state.process_index == 0:
+            torch.save(found, folder / f"{launch}-{name}.pt")
+        AcceleratorState._reset_state()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

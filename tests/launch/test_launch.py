@@ -1,0 +1,91 @@
+"""Two gloo processes against one on the same global batch: DDP and FSDP2 end with the same groups, bits and weights,
+also when they were interrupted in the joint stage."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForQuestionAnswering
+
+from geta_hf import GETAConfig
+from geta_hf.checkpoints import check_checkpoint, write_world
+from geta_hf.errors import GETAError
+from tests.launch.scenarios import RULES, make, outcome, whole_run
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ["resumed-default", "whole-paper"]
+# The loss does not depend on these: their gradients are rounding errors, of which Adam makes whole steps.
+IDLE = ("key.bias", "layer.1.output.LayerNorm.bias", "qa_outputs.bias")
+
+
+def launch(folder: Path, how: str, *names: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
+    command += ["--rdzv_endpoint", "localhost:0", "-m", "tests.launch.scenarios", str(folder), how, *names]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict[str, dict]:
+    """What one process ends with, by rules."""
+    return {rules: whole_run(tmp_path_factory.mktemp(rules), rules, 1) for rules in RULES}
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def launched(request, tmp_path_factory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    launch(folder, request.param, *NAMES)
+    return request.param, folder
+
+
+def differences(found: dict, wanted: dict) -> float:
+    """The largest difference of any weight that matters."""
+    assert found["weights"].keys() == wanted["weights"].keys()
+    names = [name for name in wanted["weights"] if not name.endswith(IDLE)]
+    assert len(names) == len(wanted["weights"]) - 4
+    return max(float((found["weights"][name] - wanted["weights"][name]).abs().max()) for name in names)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_end_like_one(launched, alone, name: str) -> None:
+    how, folder = launched
+    found, wanted = torch.load(folder / f"{how}-{name}.pt"), alone[name.split("-")[1]]
+    assert torch.equal(found["gone"], wanted["gone"]) and int(found["gone"].sum()) == 52
+    assert found["bits"] == pytest.approx(wanted["bits"], abs=1e-3)
+    assert differences(found, wanted) < 1e-4
+
+
+def test_the_first_process_exports_the_whole_model(launched, alone) -> None:
+    how, folder = launched
+    small = AutoModelForQuestionAnswering.from_pretrained(folder / how / "whole-paper" / "small")
+    left = sum(parameter.numel() for parameter in small.parameters())
+    assert left == alone["paper"]["exported_parameters"]
+
+
+def test_a_checkpoint_of_two_processes_is_resumed_by_one(launched, alone, tmp_path) -> None:
+    """Replicas are alike under DDP, so the number of processes may change when the global batch does not."""
+    how, folder = launched
+    again = make(tmp_path, "default", 1)
+    checkpoint = str(folder / how / "resumed-default" / "checkpoint-9")
+    if how == "fsdp2":
+        with pytest.raises(GETAError, match="written under FSDP, this run trains without FSDP"):
+            again.train(resume_from_checkpoint=checkpoint)
+        return
+    again.train(resume_from_checkpoint=checkpoint)
+    found = outcome(again)
+    assert torch.equal(found["gone"], alone["default"]["gone"])
+    assert differences(found, alone["default"]) < 1e-4
+
+
+def test_a_changed_number_of_shards_is_refused(tmp_path) -> None:
+    GETAConfig().save(tmp_path / "geta_config.json")
+    write_world(tmp_path, 4, sharded=True)
+    with pytest.raises(GETAError, match=r"written by 4 processes under FSDP, this run has 2.*resume with 4"):
+        check_checkpoint(tmp_path, GETAConfig(), torch.nn.Linear(1, 1), processes=2, sharded=True)

@@ -1,0 +1,148 @@
+"""The quantizer as a module: one pair (d, q_m) or one a channel, where they start, and what is left after training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from geta_hf.errors import GETAError
+from geta_hf.quantization import (
+    FixedQuantizer,
+    Quantizer,
+    channel_clipping_values,
+    clipping_value,
+    functional,
+    step_size,
+)
+
+LAYERS = {"linear": nn.Linear(6, 4), "conv1d": Conv1D(4, 6), "conv2d": nn.Conv2d(3, 4, 3)}
+DIM = {"linear": 0, "conv1d": 1, "conv2d": 0}
+
+
+def weight_of(kind: str) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(LAYERS[kind].weight.shape, requires_grad=True)
+
+
+@pytest.mark.parametrize("learn_t", [False, True])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_channels_are_quantized_and_differentiated_each_for_itself(kind: str, learn_t: bool) -> None:
+    weight, dim = weight_of(kind), DIM[kind]
+    q_m = torch.tensor([0.5, 0.9, 1.3, 1.7])
+    whole = Quantizer(q_m, 4, learn_t, channel_dim=dim)
+    seed = torch.randn(weight.shape)
+    whole(weight).backward(seed)
+    exponents = []
+    for channel in range(4):
+        row = weight.detach().select(dim, channel).clone().requires_grad_()
+        one = Quantizer(float(q_m[channel]), 4, learn_t)
+        found = one(row)
+        found.backward(seed.select(dim, channel))
+        exponents.append(one.t.grad)
+        assert torch.equal(whole(weight).select(dim, channel), found)
+        assert torch.equal(whole.codes(weight).select(dim, channel), one.codes(row))
+        torch.testing.assert_close(weight.grad.select(dim, channel), row.grad)
+        torch.testing.assert_close(whole.d.grad[channel], one.d.grad[0])
+        torch.testing.assert_close(whole.q_m.grad[channel], one.q_m.grad[0])
+    if learn_t:
+        torch.testing.assert_close(whole.t.grad, torch.stack(exponents).sum(dim=0))
+    assert whole.d.grad.unique().numel() == 4
+    torch.testing.assert_close(whole.bits(), torch.full((4,), 4.0))
+
+
+def test_a_frozen_quantizer_passes_gradients_to_the_tensor_alone() -> None:
+    weight = weight_of("linear")
+    quantizer = Quantizer(0.5, 4, channel_dim=0)
+    assert quantizer.frozen is False and quantizer.t.shape == (1,)
+    quantizer.frozen = True
+    quantizer(weight).sum().backward()
+    assert torch.equal(weight.grad, (weight.abs() <= 0.5).float())
+    assert not any(p.grad is not None and p.grad.any() for p in quantizer.parameters())
+
+
+@pytest.mark.parametrize("learn_t", [False, True])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_fixed_quantizer_gives_the_very_values_of_the_trained_one(bits: int, learn_t: bool) -> None:
+    torch.manual_seed(0)
+    trained = Quantizer(1.1, 8, learn_t)
+    with torch.no_grad():
+        trained.t.copy_(torch.tensor([1.3 if learn_t else 1.0]))
+        trained.d.copy_(step_size(bits, trained.q_m, trained.t))
+    fixed = FixedQuantizer.of(trained, bits)
+    x = torch.cat([torch.randn(2000), trained.q_m.detach() * torch.tensor([1.0, -1.0, 1 - 1e-6, 5.0])])
+    assert torch.equal(fixed(x), trained(x))
+    assert fixed.scale.shape == ((2,) if learn_t else (1,))
+    assert torch.equal(FixedQuantizer(fixed.scale, bits)(x), trained(x))
+    assert not list(fixed.parameters()) and not fixed.state_dict()
+    x.requires_grad_()
+    fixed(x).sum().backward()
+    assert x.grad.unique().tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("kind", ["trained", "fixed"])
+def test_no_cast_of_the_model_rounds_a_step_size(kind: str) -> None:
+    quantizer = Quantizer(0.7, 8)
+    module = quantizer if kind == "trained" else FixedQuantizer.of(quantizer, 8)
+    before = [module.d.clone(), module.q_m.clone()]
+    model = nn.Sequential(nn.Linear(2, 2), module).to(torch.bfloat16).half().double()
+    assert model[0].weight.dtype == torch.float64
+    assert all(torch.equal(a, b) for a, b in zip(before, [module.d, module.q_m], strict=True))
+
+
+def test_channels_that_leave_take_their_scales_along() -> None:
+    quantizer = Quantizer(torch.tensor([1.0, 2.0, 3.0]), 4, channel_dim=0)
+    quantizer.q_m.requires_grad_(False)
+    old = quantizer.d.detach().clone()
+    quantizer.keep_channels(torch.tensor([0, 2]))
+    assert torch.equal(quantizer.q_m, torch.tensor([1.0, 3.0])) and torch.equal(quantizer.d, old[[0, 2]])
+    assert quantizer.d.requires_grad and not quantizer.q_m.requires_grad
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_every_channel_starts_near_its_own_best_clipping_value(kind: str, bits: int) -> None:
+    torch.manual_seed(1)
+    weight, dim = torch.randn(8, 400), DIM[kind]
+    weight *= torch.logspace(-3, 1, 8)[:, None]
+    weight[:, 0] *= 9
+    if kind != "linear":
+        weight = weight.t() if dim else weight.view(8, 4, 10, 10)
+    found = channel_clipping_values(weight, bits, channel_dim=dim)
+
+    def error(row: Tensor, q_m: float) -> float:
+        d, top = torch.tensor([q_m / (2 ** (bits - 1) - 1)]), torch.tensor([q_m])
+        return float((functional.quantize(row, d, top) - row).square().sum())
+
+    for channel, q_m in enumerate(found.tolist()):
+        row = weight.select(dim, channel)
+        best = min(error(row, share * float(row.abs().max())) for share in torch.linspace(0.1, 1, 91).tolist())
+        assert error(row, q_m) <= 1.02 * best
+        assert clipping_value(row, bits, "max") == float(row.abs().max())
+    largest = torch.stack([weight.select(dim, channel).abs().max() for channel in range(8)])
+    assert torch.equal(channel_clipping_values(weight, bits, "max", channel_dim=dim), largest)
+
+
+def test_a_channel_of_zeros_gets_the_range_of_its_layer() -> None:
+    weight = torch.randn(4, 50)
+    weight[2] = 0
+    for method in ("mse", "max"):
+        found = channel_clipping_values(weight, 4, method)
+        assert found[2] == clipping_value(weight, 4, method) and (found > 0).all()
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_a_tensor_without_a_range_is_refused(value: float) -> None:
+    for weight in (torch.full((3, 3), value), torch.empty(0, 3)):
+        with pytest.raises(GETAError, match=r"some: max\|W\| is"):
+            channel_clipping_values(weight, 4, name="some")
+    with pytest.raises(GETAError, match="'mse' or 'max'"):
+        clipping_value(torch.ones(3), 4, "best")
+
+
+def test_counting_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(5, 333, generator=torch.Generator().manual_seed(0))
+    whole = channel_clipping_values(weight, 4)
+    monkeypatch.setattr("geta_hf.quantization.quantizer._CHUNK", 64)
+    assert torch.equal(channel_clipping_values(weight, 4), whole)
