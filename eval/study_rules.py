@@ -177,7 +177,8 @@ def run_study(
     Raises:
         GETAError: an unknown name, or results of this study under other settings.
     """
-    settings = json.loads(json.dumps({**vars(lengths), **vars(limits), "dense": {**task.settings, **vars(task.dense)}}))
+    dense = {**task.settings, **vars(task.dense)}
+    settings = json.loads(json.dumps({**vars(lengths), **vars(limits), "dense": dense, "scored": task.scored}))
     done = [line for line in read_results(work) if line["study"] == task.name]
     if any(line["settings"] != settings for line in done):
         raise GETAError(f"{work} holds results of {task.name} under other settings; give another --work or --name")

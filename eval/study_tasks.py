@@ -64,6 +64,7 @@ class Task:
         score: from a trained model to its metrics.
         dense: length of the dense training.
         settings: everything else that the dense model depends on, as plain data.
+        scored: what the score depends on, as plain data.
         tokenizer: saved beside the dense model.
         arguments: further `TrainingArguments`.
     """
@@ -78,6 +79,7 @@ class Task:
     score: Callable[[PreTrainedModel], dict[str, float]]
     dense: Lengths
     settings: dict[str, Any]
+    scored: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -197,7 +199,7 @@ def question_task(options: QuestionOptions, dense: Lengths, name: str) -> Task:
         start=lambda: AutoModelForQuestionAnswering.from_pretrained(options.model),
         load=AutoModelForQuestionAnswering.from_pretrained,
         features=features,
-        collator=DataCollatorWithPadding(tokenizer),
+        collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=16),  # few shapes, so that few kernels are kept
         score=score,
         dense=dense,
         settings={
@@ -205,6 +207,11 @@ def question_task(options: QuestionOptions, dense: Lengths, name: str) -> Task:
             "max_length": options.max_length,
             "doc_stride": options.doc_stride,
             "bf16": options.bf16,
+        },
+        scored={
+            "questions": len(asked),
+            "max_length": options.eval_max_length,
+            "doc_stride": options.eval_doc_stride,
         },
         tokenizer=tokenizer,
         arguments={"bf16": options.bf16, "train_sampling_strategy": "group_by_length"},
@@ -219,15 +226,17 @@ class TextOptions:
     """The text and the language model that learns it.
 
     Attributes:
-        texts: plain text files; the end of the last one is held out.
+        texts: plain text files to learn from.
+        eval_texts: plain text files to be scored on; None holds out the end of `texts`.
         tokenizer: a folder or a Hub name; None reads bytes.
         layers, hidden: of a Llama with heads of 32 and 8/3 as many MLP channels.
         block: tokens a sequence.
-        eval_blocks: sequences held out to be scored.
+        eval_blocks: sequences to be scored, spread evenly over `eval_texts`.
         bf16: train under bfloat16 autocast; the score is float32.
     """
 
     texts: Sequence[str]
+    eval_texts: Sequence[str] | None = None
     tokenizer: str | None = None
     layers: int = 4
     hidden: int = 192
@@ -256,18 +265,15 @@ class Blocks(Dataset):
 def text_task(options: TextOptions, dense: Lengths, name: str) -> Task:
     """Next-token prediction; the score is nats per token on text that was held out."""
     tokenizer = None if options.tokenizer is None else AutoTokenizer.from_pretrained(options.tokenizer)
-    tokens = read_blocks(options.texts, tokenizer, options.block)
-    if len(tokens) <= options.eval_blocks:
-        raise GETAError(f"the text has {len(tokens)} blocks, but {options.eval_blocks} are to be held out; give more")
+    tokens, held_out = split_blocks(options, tokenizer)
     vocabulary = 256 if tokenizer is None else len(tokenizer)
-    held_out = tokens[-options.eval_blocks :]
     return Task(
         name=name,
         metrics=("nats",),
         larger_is_better=False,
         start=lambda: LlamaForCausalLM(llama_config(options, vocabulary)),
         load=AutoModelForCausalLM.from_pretrained,
-        features=Blocks(tokens[: -options.eval_blocks]),
+        features=Blocks(tokens),
         collator=default_data_collator,
         score=lambda model: {"nats": nats_per_token(model, held_out)},
         dense=dense,
@@ -279,9 +285,25 @@ def text_task(options: TextOptions, dense: Lengths, name: str) -> Task:
             "hidden": options.hidden,
             "bf16": options.bf16,
         },
+        scored={"blocks": len(held_out), "held_out": options.eval_texts is None},
         tokenizer=tokenizer,
         arguments={"bf16": options.bf16},
     )
+
+
+def split_blocks(options: TextOptions, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Tensor, Tensor]:
+    """Sequences to learn from and to be scored on, int64, shape (sequences, block) each.
+
+    Raises:
+        GETAError: too little text.
+    """
+    tokens, count = read_blocks(options.texts, tokenizer, options.block), options.eval_blocks
+    other = tokens if options.eval_texts is None else read_blocks(options.eval_texts, tokenizer, options.block)
+    if not 0 < count < len(other):
+        raise GETAError(f"{count} of {len(other)} blocks of text are to be scored; give more text, or fewer blocks")
+    if options.eval_texts is None:
+        return tokens[:-count], tokens[-count:]
+    return tokens, other[torch.arange(count) * len(other) // count]
 
 
 def read_blocks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, block: int) -> Tensor:

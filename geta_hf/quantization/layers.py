@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from geta_hf.errors import GETAError
+from geta_hf.quantization.linear import quantized_linear
 from geta_hf.quantization.quantizer import Quantizer
 
 
@@ -39,10 +40,11 @@ class QuantizedLayer(InputQuantizedLayer):
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
-    """nn.Linear on the quantized weight."""
+    """nn.Linear on the quantized weight, of which no copy is kept for backward."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
+        x, own = self.quantized_input(input), self.weight_quantizer
+        return quantized_linear(x, self.weight, self.bias, *own.along(self.weight), own.exponent, own.frozen)
 
 
 class QuantConv1D(QuantizedLayer, Conv1D):

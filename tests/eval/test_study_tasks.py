@@ -48,8 +48,17 @@ def test_held_out_text_is_not_trained_on(text: TextOptions) -> None:
     blocks = study_tasks.read_blocks(text.texts, None, text.block)
     assert len(task.features) == len(blocks) - text.eval_blocks
     assert torch.equal(task.features[len(task.features) - 1]["labels"], blocks[-text.eval_blocks - 1])
-    with pytest.raises(GETAError, match="held out"):
-        study_tasks.text_task(replace(text, eval_blocks=len(blocks)), DENSE, "t")
+    for count in (0, len(blocks)):
+        with pytest.raises(GETAError, match="blocks of text are to be scored"):
+            study_tasks.text_task(replace(text, eval_blocks=count), DENSE, "t")
+
+
+def test_other_text_is_scored_all_along(text: TextOptions, tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("".join(letter * 16 for letter in "abcdefgh"))
+    options = replace(text, eval_texts=[str(tmp_path / "other.txt")])
+    tokens, scored = study_tasks.split_blocks(options, None)
+    assert torch.equal(tokens, study_tasks.read_blocks(text.texts, None, 16))
+    assert "".join(chr(row[0]) for row in scored.tolist()) == "aceg"
 
 
 def test_a_width_that_heads_do_not_divide_is_refused() -> None:
