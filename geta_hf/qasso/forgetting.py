@@ -12,15 +12,13 @@ import math
 import torch
 from torch import Tensor
 
-from geta_hf.quantization import functional
-
 SHRINK = 0.8  # Appendix C: γ is multiplied by this until every d is feasible
 
 
-def quantized_parts(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
-    """clip and res of a tensor, so that x^Q = clip + d · res; shapes of x, fp32."""
-    clip = functional.clip_power(x.float(), q_m, t)
-    return clip, torch.round(clip / d) - clip / d
+def rounding_residue(clip: Tensor, d: Tensor) -> Tensor:
+    """res of clip, so that x^Q = clip + d · res; shape of clip."""
+    scaled = clip / d
+    return torch.round(scaled) - scaled
 
 
 def forget_rate(

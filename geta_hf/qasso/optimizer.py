@@ -24,7 +24,7 @@ from geta_hf.qasso.cuts import Cut, family_of_group, family_starts
 from geta_hf.qasso.health import note_bad, refuse_bad
 from geta_hf.qasso.ledger import LayerEntry, Ledger
 from geta_hf.qasso.projection import project_step_size, relative_step
-from geta_hf.qasso.redundant import Pairs, Redundant, find_pairs
+from geta_hf.qasso.redundant import Pairs, Redundant, find_pairs, needs_gradients
 from geta_hf.qasso.saliency import group_sums, hesso_scores, taylor_scores
 from geta_hf.qasso.schedule import COOLDOWN, JOINT, PROJECTION, WARMUP, Phase, Schedule
 from geta_hf.qasso.selection import Limits, find_chunks, take_count, take_until
@@ -167,7 +167,7 @@ class QASSO(torch.optim.Optimizer):
                 loss = closure()
         phase, named, self.gamma = self.phase, self._named(), None
         self._prepare(phase, named)
-        remember(self._redundant or [], named)
+        remember(self._redundant or [], named, needs_gradients(self.config))
         values, before = self._scale_gradients(phase, named)
         self.base.step()
         self._step_quantizers(phase, named, values, before)
@@ -332,7 +332,7 @@ class QASSO(torch.optim.Optimizer):
             parameter = named[piece.tensor]
             for value in self.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:  # moments and momentum
-                    local(value).index_fill_(piece.dim, piece.index, 0)
+                    piece.clear(local(value))
         self.status[self.status == REDUNDANT] = REMOVED
         self._drop_slices()
 

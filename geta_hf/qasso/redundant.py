@@ -21,42 +21,72 @@ from geta_hf.quantization import functional
 
 @dataclass
 class Part:
-    """One slice with all that Eqs. 13-14 need: fp32, shapes of the slice.
+    """One slice after the base step: fp32, shapes of the slice.
 
     Attributes:
-        clip: sgn(x) · min(|x|, q_m)^t, and x where nothing is quantized.
-        res: the rounding residue; None where nothing is quantized.
+        after: the values that the base optimizer stepped to.
+        clip: sgn(x) · min(|x|, q_m)^t of the values before, and x itself where nothing is quantized.
         layer: position of the weight's quantizer; -1 where nothing is quantized.
+        d: its step size, which may be multiplied with the slice.
+        res: the rounding residue; None where nothing is quantized or no rule asks for it.
+        grad, step: g and u; None where no rule asks for them.
     """
 
     piece: Slice
-    x: Tensor
-    grad: Tensor
-    step: Tensor
+    after: Tensor
     clip: Tensor
-    res: Tensor | None
-    layer: int
+    layer: int = -1
+    d: Tensor | None = None
+    res: Tensor | None = None
+    grad: Tensor | None = None
+    step: Tensor | None = None
+
+    def quantized(self, size: Tensor | None) -> Tensor:
+        """x^Q = clip + d · res, with d = `size` where Eq. 14 set one."""
+        if self.d is None:
+            return self.clip
+        if size is not None and self.res is not None:
+            return self.clip + size * self.res
+        return (self.clip / self.d).round_().mul_(self.d)
 
 
-def measure(piece: Slice, named: Named, quantizers: Quantizers, values: Values) -> Part:
-    """u, clip and res of one remembered slice, after the base step; `values` are the flat (d, q_m, t)."""
-    assert piece.x is not None and piece.grad is not None
-    after = local(named[piece.tensor].detach()).index_select(piece.dim, piece.index)
-    x, grad = piece.x.float(), piece.grad.float()
+def measure(piece: Slice, named: Named, quantizers: Quantizers, values: Values, descent: bool) -> Part:
+    """What the rules need of one remembered slice, after the base step.
+
+    Args:
+        values: flat (d, q_m, t).
+        descent: whether Eqs. 13-14 are to be computed, which take g, u and res as well.
+    """
+    assert piece.x is not None
+    after, x = piece.take(local(named[piece.tensor].detach())).float(), piece.x.float()
     prefix = quantizers.weights.get(piece.tensor)
-    if prefix is None:
-        return Part(piece, x, grad, x - after.float(), x, None, -1)
-    d, q_m, t = (piece.inside(quantizers.along(prefix, value, x.dim())) for value in values)
-    clip, res = forgetting.quantized_parts(x, d, q_m, t if f"{prefix}.t" in named else None)
-    return Part(piece, x, grad, x - after.float(), clip, res, quantizers.position(piece.tensor))
+    part = Part(piece, after, x)
+    if prefix is not None:
+        d, q_m, t = (piece.inside(quantizers.along(prefix, value, x.dim())) for value in values)
+        exponent = t if f"{prefix}.t" in named else None
+        part = Part(piece, after, functional.clip_power(x, q_m, exponent), quantizers.position(piece.tensor), d)
+        part.res = forgetting.rounding_residue(part.clip, d) if descent else None
+    if descent:
+        assert piece.grad is not None
+        part.grad, part.step = piece.grad.float(), x - after
+    return part
 
 
 def family_sums(parts: Sequence[Part], families: int) -> Tensor:
-    """Σ over each family's slices of |clip|, g · clip, g · u and of ones, over all processes; shape (4, families)."""
-    total = torch.zeros(4, families, device=parts[0].x.device)
+    """Σ over each family's slices and all processes of |clip|, of ones, and, where measured, of g · clip and g · u.
+
+    Returns:
+        Shape (4, families); zeros for what was not measured.
+    """
+    total = torch.zeros(4, families, device=parts[0].after.device)
     for part in parts:
-        values = (part.clip.abs(), part.grad * part.clip, part.grad * part.step, torch.ones_like(part.clip))
-        total.index_add_(1, part.piece.family, torch.stack([part.piece.sums(value) for value in values]))
+        piece, family = part.piece, part.piece.family
+        total[0].index_add_(0, family, piece.sums(part.clip.abs()))
+        elements = part.clip.numel() // max(len(family), 1)
+        total[1].index_add_(0, family, torch.full(family.shape, float(elements), device=family.device))
+        if part.grad is not None and part.step is not None:
+            total[2].index_add_(0, family, piece.sums(part.grad * part.clip))
+            total[3].index_add_(0, family, piece.sums(part.grad * part.step))
     return add_up(total, parts[0].piece.shard)
 
 
@@ -94,9 +124,9 @@ def pair_positions(part: Part, pairs: Pairs, families: int) -> Tensor:
 
 def pair_sums(parts: Sequence[Part], pairs: Pairs, families: int) -> Tensor:
     """⟨g_l, res_l⟩ and ⟨g_l, u_l⟩ of every pair over its redundant slices and all processes, shape (2, pairs)."""
-    total = torch.zeros(2, len(pairs.key), device=parts[0].x.device)
+    total = torch.zeros(2, len(pairs.key), device=parts[0].after.device)
     for part in parts:
-        if part.res is not None:
+        if part.res is not None and part.grad is not None and part.step is not None:
             sums = torch.stack([part.piece.sums(part.grad * value) for value in (part.res, part.step)])
             total.index_add_(1, pair_positions(part, pairs, families), sums)
     return add_up(total, parts[0].piece.shard)
@@ -109,12 +139,12 @@ def forget_rates(sums: Tensor, steps_left: int, config: GETAConfig) -> tuple[Ten
         sums: of `family_sums`.
         steps_left: K_p - k, at least 1.
     """
-    magnitude = sums[0] / sums[3].clamp_min(1)
+    magnitude = sums[0] / sums[1].clamp_min(1)
     forgotten = magnitude <= config.epsilon
     if config.forgetting == "uniform":
         rate = torch.where(forgotten, 0.0, 1.0 / steps_left)
     else:
-        rate = forgetting.forget_rate(sums[1], sums[2], magnitude, steps_left, config.eta, config.epsilon)
+        rate = forgetting.forget_rate(sums[2], sums[3], magnitude, steps_left, config.eta, config.epsilon)
     return rate, forgotten
 
 
@@ -140,14 +170,13 @@ def forget(part: Part, rate: Tensor, forgotten: Tensor, size: Tensor | None, nam
 
     Args:
         rate, forgotten: shape (families,).
-        size: d, which may be multiplied with the slice; None where nothing is quantized.
+        size: d by Eq. 14, which may be multiplied with the slice; None where it is not set.
     """
-    piece, dims = part.piece, part.x.dim()
-    quantized = part.clip if part.res is None or size is None else part.clip + size * part.res
-    value = part.x - part.step - piece.along(rate[piece.family], dims) * quantized
-    value = value.masked_fill(piece.along(forgotten[piece.family], dims), 0.0)
+    piece, dims = part.piece, part.after.dim()
+    value = part.after - part.quantized(size) * piece.along(rate[piece.family], dims)
+    value = value.masked_fill_(piece.along(forgotten[piece.family], dims), 0.0)
     parameter = local(named[piece.tensor].detach())
-    parameter.index_copy_(piece.dim, piece.index, value.to(parameter.dtype))
+    piece.put(parameter, value.to(parameter.dtype))
 
 
 @dataclass
@@ -178,7 +207,8 @@ class Redundant:
         Returns:
             γ, shape (families,); NaN where a family has no redundant group.
         """
-        parts = [measure(piece, named, self.quantizers, values) for piece in self.slices]
+        descent = needs_gradients(config)
+        parts = [measure(piece, named, self.quantizers, values, descent) for piece in self.slices]
         sums = family_sums(parts, self.families)
         rate, forgotten = forget_rates(sums, steps_left, config)
         sizes = None
@@ -188,14 +218,16 @@ class Redundant:
             last = self.pairs.last
             self.quantizers.write_step_sizes(values[0].index_copy(0, self.pairs.layer[last], sizes[last]), named)
         for part in parts:
-            forget(part, rate, forgotten, self._step_size(part, values[0], sizes), named)
-        return torch.where(sums[3] > 0, rate, torch.nan)
+            forget(part, rate, forgotten, self._step_size(part, sizes), named)
+        return torch.where(sums[1] > 0, rate, torch.nan)
 
-    def _step_size(self, part: Part, d: Tensor, sizes: Tensor | None) -> Tensor | None:
-        """The d that x^Q of a slice is taken with."""
-        if part.layer < 0:
+    def _step_size(self, part: Part, sizes: Tensor | None) -> Tensor | None:
+        """The d of Eq. 14 for each position of a slice."""
+        if part.layer < 0 or sizes is None or self.pairs is None:
             return None
-        if sizes is None or self.pairs is None:
-            prefix = self.quantizers.prefixes[part.layer]
-            return part.piece.inside(self.quantizers.along(prefix, d, part.x.dim()))
-        return part.piece.along(sizes[pair_positions(part, self.pairs, self.families)], part.x.dim())
+        return part.piece.along(sizes[pair_positions(part, self.pairs, self.families)], part.after.dim())
+
+
+def needs_gradients(config: GETAConfig) -> bool:
+    """Whether a rule of the config asks for g and u of redundant slices."""
+    return config.forgetting == "paper" or config.bit_rule == "paper"

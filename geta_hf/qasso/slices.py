@@ -1,4 +1,4 @@
-"""The slices of redundant groups, gathered once a step: one index_select and one index_copy a (tensor, dim).
+"""The slices of redundant groups, gathered and written once a step for each (tensor, dim).
 
 Indices are listed at a period's start; between period boundaries nothing here waits for the device. All of them are
 positions in what this process holds.
@@ -29,6 +29,7 @@ class Slice:
         families: all families that cut here, on every process alike.
         shard: how the tensor is split over processes.
         x, grad: the values and gradients before the base step.
+        keep: 0 at `index` and 1 elsewhere along `dim`; made when it is first needed.
     """
 
     tensor: str
@@ -39,11 +40,41 @@ class Slice:
     shard: Shard | None = None
     x: Tensor | None = None
     grad: Tensor | None = None
+    keep: Tensor | None = None
 
     def sums(self, value: Tensor) -> Tensor:
         """Σ of a value of the slice's shape over all but the cut dimension."""
         others = [other for other in range(value.dim()) if other != self.dim]
         return value.sum(others) if others else value
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """A copy of the slice of a tensor that is split as the parameter is."""
+        if self.dim == 0:
+            return tensor.index_select(0, self.index)
+        return tensor.gather(self.dim, self._everywhere(tensor))  # several times faster than index_select there
+
+    def put(self, tensor: Tensor, value: Tensor) -> None:
+        """Write the slice of such a tensor, in place."""
+        if self.dim == 0:
+            tensor.index_copy_(0, self.index, value)
+        else:
+            tensor.scatter_(self.dim, self._everywhere(tensor), value)
+
+    def clear(self, tensor: Tensor) -> None:
+        """Set the slice of such a tensor to zero, in place."""
+        if self.dim == 0:
+            tensor.index_fill_(0, self.index, 0)
+            return
+        if self.keep is None or self.keep.dtype != tensor.dtype:
+            ones = torch.ones(tensor.shape[self.dim], dtype=tensor.dtype, device=tensor.device)
+            self.keep = ones.index_fill_(0, self.index, 0)
+        tensor.mul_(self.along(self.keep, tensor.dim()))
+
+    def _everywhere(self, tensor: Tensor) -> Tensor:
+        """The index, repeated along all other dimensions without a copy."""
+        shape = list(tensor.shape)
+        shape[self.dim] = len(self.index)
+        return self.along(self.index, tensor.dim()).expand(shape)
 
     def along(self, vector: Tensor, dims: int) -> Tensor:
         """A vector over `index`, shaped to multiply the slice."""
@@ -87,13 +118,13 @@ def build_slices(cuts: Sequence[Cut], mask: Tensor, family: Tensor, named: Named
 def zero_slices(slices: Sequence[Slice], named: Named) -> None:
     """Set the slices of parameters to zero, in place."""
     for piece in slices:
-        local(named[piece.tensor].detach()).index_fill_(piece.dim, piece.index, 0)
+        piece.clear(local(named[piece.tensor].detach()))
 
 
-def remember(slices: Sequence[Slice], named: Named) -> None:
-    """Keep x and g of every slice as they are before the base step."""
+def remember(slices: Sequence[Slice], named: Named, gradients: bool) -> None:
+    """Keep x, and where asked for g, of every slice as they are before the base step."""
     for piece in slices:
         parameter = named[piece.tensor]
-        piece.x = local(parameter.detach()).index_select(piece.dim, piece.index)
-        grad = parameter.grad
-        piece.grad = torch.zeros_like(piece.x) if grad is None else local(grad).index_select(piece.dim, piece.index)
+        piece.x, grad = piece.take(local(parameter.detach())), parameter.grad
+        if gradients:
+            piece.grad = torch.zeros_like(piece.x) if grad is None else piece.take(local(grad))

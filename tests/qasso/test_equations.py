@@ -10,12 +10,19 @@ import torch
 from geta_hf.config import GETAConfig
 from geta_hf.errors import GETAError
 from geta_hf.qasso.cuts import Cut, find_cuts
-from geta_hf.qasso.forgetting import SHRINK, forget_rate, joint_step_size, quantized_parts
+from geta_hf.qasso.forgetting import SHRINK, forget_rate, joint_step_size, rounding_residue
 from geta_hf.qasso.projection import project_step_size, relative_step
 from geta_hf.qasso.saliency import group_sums, hesso_scores, taylor_scores
 from geta_hf.qasso.schedule import Schedule, resolve_duration
-from geta_hf.quantization.functional import bit_width, quantize, step_size
+from geta_hf.quantization.functional import bit_width, clip_power, quantize, step_size
 from tests.qasso.toy import Toy, toy_space
+
+
+def parts_of(x: torch.Tensor, d: torch.Tensor, q_m: torch.Tensor, t: torch.Tensor | None):
+    """clip and res."""
+    clip = clip_power(x, q_m, t)
+    return clip, rounding_residue(clip, d)
+
 
 # --- schedule ---------------------------------------------------------------------------------------------------------
 
@@ -130,7 +137,7 @@ def test_clip_plus_d_res_is_the_quantized_value() -> None:
     x, q_m = torch.randn(500), torch.tensor([1.3])
     for t in (None, torch.tensor([1.4])):
         d = step_size(4, q_m, torch.ones(1) if t is None else t)
-        clip, res = quantized_parts(x, d, q_m, t)
+        clip, res = parts_of(x, d, q_m, t)
         assert torch.allclose(clip + d * res, quantize(x, d, q_m, t), atol=1e-6)
 
 
@@ -208,7 +215,7 @@ def test_proposition_5_1_the_update_is_a_descent_direction(seed: int) -> None:
     q_m, t, alpha, eta, xi = torch.tensor([1.0]), torch.tensor([1.0]), 0.1, 0.9, 0.9
     x = [torch.randn(30, generator=generator) for _ in range(3)]
     g = [torch.randn(30, generator=generator) - seed % 3 * layer for layer in x]
-    parts = [quantized_parts(layer, step_size(4 + i, q_m, t), q_m, None) for i, layer in enumerate(x)]
+    parts = [parts_of(layer, step_size(4 + i, q_m, t), q_m, None) for i, layer in enumerate(x)]
     grad_clip = sum(a @ clip for a, (clip, _) in zip(g, parts, strict=True))
     grad_step = torch.stack([alpha * a @ a for a in g])
     grad_res = torch.stack([a @ res for a, (_, res) in zip(g, parts, strict=True)])
