@@ -28,8 +28,8 @@ from torch import nn
 from transformers import BertConfig, BertForQuestionAnswering, PhiConfig, PhiForCausalLM
 
 from geta_hf import QASSO, GETAConfig, Schedule, attach_quantizers, build_space
-from geta_hf.qasso import STAGES
-from geta_hf.quantization import quantizer_prefixes
+from geta_hf.qasso import COOLDOWN, STAGES
+from geta_hf.quantization import freeze_quantizers, quantizer_prefixes
 from geta_hf.report import format_table
 
 Batch = dict[str, torch.Tensor]
@@ -92,7 +92,7 @@ def plain_optimizer(parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer
 def geta_optimizer(model: nn.Module, batch: Batch, steps: int, paper: bool) -> QASSO:
     """Quantizers on the model, and QASSO with as many steps in every stage."""
     stages = {"warmup": steps, "projection": steps, "joint": steps}
-    config = (GETAConfig.paper if paper else GETAConfig)(**stages, projection_periods=2, pruning_periods=2)
+    config = (GETAConfig.paper if paper else GETAConfig)(**stages)
     space = build_space(model, {"input_ids": batch["input_ids"][:2, :128].cpu()})
     attach_quantizers(model, learn_t=config.learn_exponent, clipping=config.clipping)
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -126,6 +126,7 @@ def time_both(size: Size, chosen: argparse.Namespace) -> dict[str, list[tuple[fl
     seconds = defaultdict(list)
     for _ in range(4 * chosen.steps):
         stage = ours.phase.stage
+        freeze_quantizers(geta, stage == COOLDOWN)  # as GETATrainer does
         pair = [timed_step(*each, batch, size, chosen.cpu_time) for each in ((plain, theirs), (geta, ours))]
         seconds[stage].append((pair[0], pair[1]))
     return {stage: times[1:] for stage, times in seconds.items()}
@@ -146,7 +147,7 @@ def run_alone(size: Size, chosen: argparse.Namespace) -> int:
     before = peak_bytes(chosen.device)
     model, batch = make_model(size).to(chosen.device), make_batch(size, chosen.device)
     plain = chosen.alone == "plain"
-    steps = 2
+    steps = 5  # a period of the joint stage takes one at least
     optimizer = plain_optimizer(model.parameters()) if plain else geta_optimizer(model, batch, steps, chosen.paper)
     for _ in range(4 * steps):
         timed_step(model, optimizer, batch, size)

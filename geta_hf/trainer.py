@@ -36,8 +36,13 @@ from geta_hf.preparation import (
 from geta_hf.qadg import PruningSpace, build_space
 from geta_hf.qasso import COOLDOWN, QASSO, STAGES, Schedule
 from geta_hf.qasso.ledger import FLOAT_BITS
-from geta_hf.quantization import attach_input_quantizers, detach_quantizers, quantizer_prefixes, select_layers
-from geta_hf.quantization.quantizer import Quantizer
+from geta_hf.quantization import (
+    attach_input_quantizers,
+    detach_quantizers,
+    freeze_quantizers,
+    quantizer_prefixes,
+    select_layers,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -268,9 +273,7 @@ class GETATrainer(Trainer):
         """In cool-down (d, q_m, t) stand still, so their gradients are not computed any more."""
         cooling = self.qasso is not None and self.qasso.phase.stage == COOLDOWN
         if cooling != self._frozen:
-            for module in self._plain_model.modules():
-                if isinstance(module, Quantizer):
-                    module.frozen = cooling
+            freeze_quantizers(self._plain_model, cooling)
             self._frozen = cooling
 
     def compute_loss(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from geta_hf.qasso import sensitivity
 from geta_hf.qasso.ledger import FLOAT_BITS, Ledger
-from geta_hf.qasso.shards import add_up, agree, local, shard_of
+from geta_hf.qasso.shards import agree, local, shard_of
 from geta_hf.qasso.target import BOPS, BYTES, Target
 from geta_hf.qasso.widths import Named, Quantizers
 from geta_hf.quantization.functional import clip_power, step_size
@@ -22,16 +22,6 @@ if TYPE_CHECKING:
     from geta_hf.qasso.optimizer import QASSO
 
 logger = logging.getLogger(__name__)
-
-
-def squared_gradients(quantizers: Quantizers, named: Named) -> Tensor:
-    """‖g‖² of every quantized weight, over all processes, shape (layers,); 0 where a weight is not trained."""
-    weights = [named.get(weight) for weight in quantizers.own_weights]
-    nothing = torch.zeros(1, device=quantizers.layer.device)
-    gradients = [nothing if w is None or w.grad is None else local(w.grad) for w in weights]
-    total = torch.stack(torch._foreach_norm(gradients)).float() ** 2
-    held = next((w for w in weights if w is not None), None)
-    return total if held is None else add_up(total, shard_of(held))
 
 
 def settle_widths(qasso: QASSO, named: Named) -> None:

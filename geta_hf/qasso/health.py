@@ -8,24 +8,39 @@ import torch
 from torch import Tensor
 
 from geta_hf.errors import GETAError
+from geta_hf.qasso.shards import add_up, local, shard_of
 from geta_hf.qasso.widths import Named, Quantizers
 
 _KINDS = ("d, q_m or t", "the gradient")
 
 
-def note_bad(bad_step: Tensor, step: int, quantizers: Quantizers, named: Named) -> Tensor:
+def note_bad(bad_step: Tensor, step: int, quantizers: Quantizers, named: Named, frozen: bool = False) -> Tensor:
     """The first step at which a layer's quantizer, or its gradient, was not finite; -1 where none was.
-
-    A gradient of d sums over the whole weight's, so that one bad value there shows.
 
     Args:
         bad_step: what is known so far, int64, shape (2, layers): quantizers and gradients.
         step: the present one.
+        frozen: whether quantizers stand still and have no gradient.
     """
-    gradient = torch.isfinite(quantizers.gather("d", named, 0.0, gradient=True))
     d, q_m, t = (torch.isfinite(value) for value in quantizers.read(named))
-    bad = torch.stack([quantizers.by_layer((~ok).float()) > 0 for ok in (d & q_m & t, gradient)])
+    # A gradient of d sums over the whole weight's, so that one bad value there shows.
+    gradient = (
+        quantizers.of_weights(squared_gradients(quantizers, named))
+        if frozen
+        else quantizers.gather("d", named, 0.0, gradient=True)
+    )
+    bad = torch.stack([quantizers.by_layer((~ok).float()) > 0 for ok in (d & q_m & t, torch.isfinite(gradient))])
     return torch.where(bad & (bad_step < 0), step, bad_step)
+
+
+def squared_gradients(quantizers: Quantizers, named: Named) -> Tensor:
+    """‖g‖² of every quantized weight, over all processes, shape (layers,); 0 where a weight is not trained."""
+    weights = [named.get(weight) for weight in quantizers.own_weights]
+    nothing = torch.zeros(1, device=quantizers.layer.device)
+    gradients = [nothing if w is None or w.grad is None else local(w.grad) for w in weights]
+    total = torch.stack(torch._foreach_norm(gradients)).float() ** 2
+    held = next((w for w in weights if w is not None), None)
+    return total if held is None else add_up(total, shard_of(held))
 
 
 def refuse_bad(bad_step: Tensor, prefixes: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from geta_hf.errors import GETAError
 from geta_hf.qadg.groups import Family, PruningSpace
 from geta_hf.qasso import finish
 from geta_hf.qasso.cuts import Cut, family_of_group, family_starts
-from geta_hf.qasso.health import note_bad, refuse_bad
+from geta_hf.qasso.health import note_bad, refuse_bad, squared_gradients
 from geta_hf.qasso.ledger import LayerEntry, Ledger
 from geta_hf.qasso.projection import project_step_size, relative_step
 from geta_hf.qasso.redundant import Pairs, Redundant, find_pairs, needs_gradients
@@ -193,10 +193,13 @@ class QASSO(torch.optim.Optimizer):
         """What is measured and chosen before the base step."""
         if self._cuts is None:
             self._move(local(next(iter(named.values()))).device)
-        if phase.stage != COOLDOWN:
+        cooling = phase.stage == COOLDOWN
+        if not cooling:
             self._measure(phase, named)
-            if phase.starts:
-                self.check_finite()
+        if self.quantizers.prefixes:
+            self.bad_step = note_bad(self.bad_step, self.step_count, self.quantizers, named, cooling)
+        if phase.starts:
+            self.check_finite()
         if phase.stage == JOINT and phase.starts:
             self._partition(phase, named)
         if self._redundant is None:
@@ -224,17 +227,14 @@ class QASSO(torch.optim.Optimizer):
     # --- saliency and partition -----------------------------------------------------------------------------------
 
     def _measure(self, phase: Phase, named: Named) -> None:
-        """Update the moving averages of ⟨g, x⟩² and ‖g‖², and note the first step at which a layer was not finite."""
+        """Update the moving averages of ⟨g, x⟩² of groups and of ‖g‖² of layers."""
         last = phase.stage == JOINT and phase.period == self.schedule.pruning_periods - 1
         decay = self.config.saliency_decay
         if self.config.saliency == "taylor" and phase.stage != WARMUP and not (last and not phase.starts):
             inner = self._sums(named, torch.mul)
             self.mean_square.mul_(decay).add_(inner**2, alpha=1 - decay)
-        if not self.quantizers.prefixes:
-            return
-        if last and self.config.bit_rule == "sensitivity":
-            self.curvature.mul_(decay).add_(finish.squared_gradients(self.quantizers, named), alpha=1 - decay)
-        self.bad_step = note_bad(self.bad_step, self.step_count, self.quantizers, named)
+        if last and self.config.bit_rule == "sensitivity" and self.quantizers.prefixes:
+            self.curvature.mul_(decay).add_(squared_gradients(self.quantizers, named), alpha=1 - decay)
 
     def check_finite(self) -> None:
         """Raises GETAError when a gradient or a quantizer was NaN or infinite; waits for the device."""

@@ -128,6 +128,10 @@ class Quantizers:
         shape[self.channel_dims[prefix]] = -1
         return values.view(shape)
 
+    def of_weights(self, values: Tensor) -> Tensor:
+        """Values of weights' layers, shape (weight_layers,), for every entry; 0 for those of activations."""
+        return torch.cat([values, values.new_zeros(len(self.prefixes) - self.weight_layers)])[self.layer]
+
     def by_layer(self, entries: Tensor) -> Tensor:
         """Mean over each layer's entries, shape (layers,)."""
         total = torch.zeros(len(self.prefixes), device=entries.device).index_add_(0, self.layer, entries)

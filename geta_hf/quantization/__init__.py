@@ -13,7 +13,13 @@ from geta_hf.quantization.attach import (
 from geta_hf.quantization.calibration import attach_input_quantizers
 from geta_hf.quantization.functional import bit_width, fake_quantize, integer_codes, quantize, step_size
 from geta_hf.quantization.layers import QuantConv1D, QuantConv2d, QuantizedLayer, QuantLinear
-from geta_hf.quantization.quantizer import FixedQuantizer, Quantizer, channel_clipping_values, clipping_value
+from geta_hf.quantization.quantizer import (
+    FixedQuantizer,
+    Quantizer,
+    channel_clipping_values,
+    clipping_value,
+    freeze_quantizers,
+)
 
 __all__ = [
     "FixedQuantizer",
@@ -31,6 +37,7 @@ __all__ = [
     "detach_quantizers",
     "fake_quantize",
     "float_inputs",
+    "freeze_quantizers",
     "input_quantizer_prefixes",
     "integer_codes",
     "quantize",

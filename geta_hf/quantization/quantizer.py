@@ -100,6 +100,13 @@ class Quantizer(_SinglePrecision):
         return f"learn_t={self.learn_t}{along}"
 
 
+def freeze_quantizers(model: nn.Module, frozen: bool = True) -> None:
+    """Let (d, q_m, t) of a model stand still, as in cool-down: their gradients are zero and cost nothing."""
+    for module in model.modules():
+        if isinstance(module, Quantizer):
+            module.frozen = frozen
+
+
 class FixedQuantizer(_SinglePrecision):
     """A quantizer after training: whole bits, and nothing to learn or to save in a state dict.
 

@@ -239,6 +239,17 @@ def test_a_bad_gradient_is_named_with_its_layer_and_step_by_the_next_boundary() 
             train_step(model, optimizer, step)
 
 
+def test_a_bad_gradient_in_cool_down_is_named_too() -> None:
+    model, optimizer = run(small_config(), steps=50)
+    x, y = batch_at(50)
+    optimizer.zero_grad()
+    (model(x) - y).square().mean().backward()
+    model.layers[3].weight.grad[1, 2] = float("nan")
+    optimizer.step()
+    with pytest.raises(GETAError, match=r"^the gradient of layers\.3\.weight_quantizer .* at step 50"):
+        optimizer.check_finite()
+
+
 def test_one_bad_element_of_a_weights_gradient_shows_in_that_of_d() -> None:
     model, _ = make(small_config())
     layer = model.layers[1]
