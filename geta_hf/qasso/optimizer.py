@@ -20,6 +20,7 @@ from geta_hf.config import GETAConfig
 from geta_hf.errors import GETAError
 from geta_hf.qadg.groups import Family, PruningSpace
 from geta_hf.qasso import finish
+from geta_hf.qasso.checks import check_base, check_covered
 from geta_hf.qasso.cuts import Cut, family_of_group, family_starts
 from geta_hf.qasso.health import note_bad, refuse_bad, squared_gradients
 from geta_hf.qasso.ledger import LayerEntry, Ledger
@@ -62,7 +63,8 @@ class QASSO(torch.optim.Optimizer):
         gamma: forgetting rates of the latest joint step, shape (families,); NaN where a family lost no group.
 
     Raises:
-        GETAError: a target that can't be reached, a member of a prunable family or a quantizer that is not in `base`.
+        GETAError: a target that can't be reached, a member of a prunable family or a quantizer that is not in `base`, a
+            base optimizer or a kind of parameter that can't be wrapped.
     """
 
     def __init__(
@@ -87,7 +89,8 @@ class QASSO(torch.optim.Optimizer):
         self.param_groups[0].setdefault(_STEP, 0)
         self.param_groups[0][_SCHEDULE] = list(dataclasses.astuple(schedule))
         named = self._named()
-        self._check_covered(named, quantizers, input_quantizers)
+        check_base(base, named)
+        check_covered(named, self.families, quantizers, input_quantizers)
         self.quantizers = Quantizers(quantizers, input_quantizers, named, channel_dims)
         self.ledger = ledger or _ledger_of(self.families, named, self.quantizers)
         self.goal: Target = solve_target(config, self.families, self.ledger)
@@ -113,19 +116,6 @@ class QASSO(torch.optim.Optimizer):
         self._redundant: list[Slice] | None = None
         self._removed: list[Slice] = []
         self._pairs: Pairs | None = None
-
-    def _check_covered(self, named: Named, quantizers: Mapping[str, str], inputs: Sequence[str]) -> None:
-        for family in self.families:
-            for member in family.members:
-                if member.tensor not in named:
-                    raise GETAError(
-                        f"{family.name} cuts {member.tensor}, which is not trained; "
-                        f"set its requires_grad or mark the family unprunable"
-                    )
-        owners = {**{prefix: weight for weight, prefix in quantizers.items()}, **{prefix: prefix for prefix in inputs}}
-        for prefix, owner in owners.items():
-            if f"{prefix}.d" not in named or f"{prefix}.q_m" not in named:
-                raise GETAError(f"the quantizer of {owner} is not in the base optimizer; add {prefix}.d and .q_m")
 
     # --- one step -------------------------------------------------------------------------------------------------
 

@@ -314,6 +314,23 @@ def test_parameters_that_are_not_trained_are_refused() -> None:
         wrap(model, small_config())
 
 
+def test_base_optimizers_and_parameters_that_cannot_be_wrapped() -> None:
+    with pytest.raises(GETAError, match="LBFGS evaluates the loss several times"):
+        make(small_config(), lambda groups: torch.optim.LBFGS([p for g in groups for p in g["params"]]))
+    with pytest.raises(GETAError, match="SparseAdam takes sparse gradients"):
+        make(small_config(), lambda groups: torch.optim.SparseAdam([p for g in groups for p in g["params"]]))
+    model, optimizer = make(small_config())
+    with pytest.raises(GETAError, match="is a QASSO already"):
+        wrap(model, small_config(), lambda _: optimizer)
+
+    def with_complex_numbers(groups: list) -> torch.optim.Optimizer:
+        groups[0]["params"][0].data = groups[0]["params"][0].data.to(torch.complex64)
+        return torch.optim.SGD(groups, lr=1e-3)
+
+    with pytest.raises(GETAError, match=r"layers\.0\.weight is torch\.complex64; only floating-point"):
+        wrap(model, small_config(), with_complex_numbers)
+
+
 @pytest.mark.parametrize("stop", [13, 43])
 def test_nan_in_a_quantizer_is_named_at_the_next_boundary(stop: int) -> None:
     """Step 13 starts the joint stage, step 43 ends it."""
