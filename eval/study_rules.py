@@ -43,7 +43,7 @@ from geta_hf import GETAConfig, GETAError, GETATrainer, PruningSpace
 from geta_hf.qadg import kept_indices, zero_groups
 
 RULES = {
-    "saliency": ("taylor", "hesso"),
+    "saliency": ("fisher", "taylor", "hesso"),
     "forgetting": ("uniform", "paper"),
     "bit_rule": ("sensitivity", "ppsg", "paper"),
 }

@@ -21,7 +21,7 @@ CONFIG_NAME = "geta_config.json"
 Duration = int | float | str
 
 _CHOICES = {
-    "saliency": ("taylor", "hesso"),
+    "saliency": ("fisher", "taylor", "hesso"),
     "forgetting": ("uniform", "paper"),
     "bit_rule": ("sensitivity", "ppsg", "paper"),
     "clipping": ("mse", "max"),
@@ -119,7 +119,8 @@ class GETAConfig:
             share of training, a string such as "1.5 epochs" or "200 steps" says its unit.
         projection_periods: B, periods of the projection stage.
         pruning_periods: P, periods of the joint stage.
-        saliency: `taylor` ranks groups by sqrt(EMA of <g, x>²) per parameter removed, `hesso` by the paper's score.
+        saliency: `fisher` ranks groups by the EMA of <g, x>² per parameter removed, `taylor` by its root per parameter,
+            `hesso` by the paper's score.
         forgetting: `uniform` shrinks redundant groups by γ = 1 / (steps left), `paper` by Eq. 13.
         bit_rule: who decides the widths. `sensitivity` spends `mean_bits`, or the size asked for, where one more bit
             lowers the expected loss most, at the joint stage's end. `ppsg` learns d under projection alone, which in
@@ -158,7 +159,7 @@ class GETAConfig:
     joint: Duration = 0.4
     projection_periods: int = 4
     pruning_periods: int = 5
-    saliency: str = "taylor"
+    saliency: str = "fisher"
     forgetting: str = "uniform"
     bit_rule: str = "sensitivity"
     clipping: str = "mse"

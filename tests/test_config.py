@@ -29,7 +29,7 @@ def test_paper_is_the_papers_rules_and_defaults_are_ours() -> None:
     assert (paper.saliency, paper.forgetting, paper.bit_rule, paper.clipping) == ("hesso", "paper", "paper", "max")
     assert paper.learn_exponent and paper.target_sparsity == 0.3
     assert (ours.target_sparsity, ours.wanted_mean_bits, paper.wanted_mean_bits) == (0.5, 6, None)
-    assert (ours.saliency, ours.forgetting, ours.bit_rule, ours.clipping) == ("taylor", "uniform", "sensitivity", "mse")
+    assert (ours.saliency, ours.forgetting, ours.bit_rule, ours.clipping) == ("fisher", "uniform", "sensitivity", "mse")
 
 
 def test_tuples_and_numbers_written_as_text_are_taken() -> None:
@@ -55,7 +55,7 @@ def test_the_reduction_ends_at_the_upper_bits() -> None:
         ({"bits": (4, 8), "bit_reduction": 1}, "stays above the 8 bits"),
         ({"target_sparsity": 1.0}, r"target_sparsity = 1.0 must be in \[0, 1\)"),
         ({"target_sparsity": -0.1}, "target_sparsity"),
-        ({"saliency": "magic"}, "saliency = 'magic' must be one of taylor, hesso"),
+        ({"saliency": "magic"}, "saliency = 'magic' must be one of fisher, taylor, hesso"),
         ({"pruning_periods": 0}, "pruning_periods"),
         ({"eta": 1.0}, "eta"),
         ({"eta": "abc"}, "eta = 'abc' must be a number"),

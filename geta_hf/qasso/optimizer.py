@@ -26,7 +26,7 @@ from geta_hf.qasso.health import note_bad, refuse_bad, squared_gradients
 from geta_hf.qasso.ledger import LayerEntry, Ledger
 from geta_hf.qasso.projection import project_step_size, relative_step
 from geta_hf.qasso.redundant import Pairs, Redundant, find_pairs, needs_gradients
-from geta_hf.qasso.saliency import group_sums, hesso_scores, taylor_scores
+from geta_hf.qasso.saliency import fisher_scores, group_sums, hesso_scores, taylor_scores
 from geta_hf.qasso.schedule import COOLDOWN, JOINT, PROJECTION, WARMUP, Phase, Schedule
 from geta_hf.qasso.selection import Limits, find_chunks, take_count, take_until
 from geta_hf.qasso.shards import agree, local
@@ -220,7 +220,7 @@ class QASSO(torch.optim.Optimizer):
         """Update the moving averages of ⟨g, x⟩² of groups and of ‖g‖² of layers."""
         last = phase.stage == JOINT and phase.period == self.schedule.pruning_periods - 1
         decay = self.config.saliency_decay
-        if self.config.saliency == "taylor" and phase.stage != WARMUP and not (last and not phase.starts):
+        if self.config.saliency != "hesso" and phase.stage != WARMUP and not (last and not phase.starts):
             inner = self._sums(named, torch.mul)
             self.mean_square.mul_(decay).add_(inner**2, alpha=1 - decay)
         if last and self.config.bit_rule == "sensitivity" and self.quantizers.prefixes:
@@ -237,6 +237,8 @@ class QASSO(torch.optim.Optimizer):
 
     def _scores(self, named: Named) -> Tensor:
         cost = self._sums(named, lambda x, g: torch.ones_like(x))
+        if self.config.saliency == "fisher":
+            return fisher_scores(self.mean_square, cost)
         if self.config.saliency == "taylor":
             return taylor_scores(self.mean_square, cost)
         inner, grad_square, square = (

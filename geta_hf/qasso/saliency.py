@@ -52,6 +52,16 @@ def taylor_scores(mean_square: Tensor, cost: Tensor) -> Tensor:
     return mean_square.sqrt() / cost
 
 
+def fisher_scores(mean_square: Tensor, cost: Tensor) -> Tensor:
+    """EMA of ⟨g, x⟩² per parameter removed.
+
+    With the Hessian taken as E[g gᵀ], half of E⟨g, x⟩² is the loss that removing a group costs near an optimum, and the
+    costs of many groups add up. Its root does not: that grows with √n under noise, so that per parameter large groups
+    would always seem the cheaper ones.
+    """
+    return mean_square / cost
+
+
 def hesso_scores(inner: Tensor, grad_square: Tensor, square: Tensor, cost: Tensor) -> Tensor:
     """HESSO's saliency S(g) = Σ_c w_c s_c(g) / ‖s_c‖₂ with w_c = 0.2 over five criteria (paper Sec. 5).
 

@@ -30,10 +30,10 @@ def test_cells_cross_all_rules_and_the_telling_ones_come_first() -> None:
     cells = study_rules.all_cells()
     assert [cell.name for cell in cells[:4]] == [PAPER, OURS, CONTROL, DENSE]
     crossed = {(c.rules["saliency"], c.rules["forgetting"], c.rules["bit_rule"]) for c in [cells[1], *cells[4:]]}
-    assert len(crossed) == len(cells) - 3 == 12
+    assert len(crossed) == len(cells) - 3 == 18
     assert len({cell.name for cell in cells}) == len(cells)
     distances = [study_rules._changed(cell.rules) for cell in cells[4:]]
-    assert distances == sorted(distances) == [1] * 4 + [2] * 5 + [3] * 2
+    assert distances == sorted(distances) == [1] * 5 + [2] * 8 + [3] * 4
     default, paper = GETAConfig(), GETAConfig.paper()
     assert cells[1].rules == {name: getattr(default, name) for name in study_rules.RULES}
     assert GETAConfig(**cells[0].rules) == paper

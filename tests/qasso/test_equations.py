@@ -12,7 +12,7 @@ from geta_hf.errors import GETAError
 from geta_hf.qasso.cuts import Cut, find_cuts
 from geta_hf.qasso.forgetting import SHRINK, forget_rate, joint_step_size, rounding_residue
 from geta_hf.qasso.projection import project_step_size, relative_step
-from geta_hf.qasso.saliency import group_sums, hesso_scores, taylor_scores
+from geta_hf.qasso.saliency import fisher_scores, group_sums, hesso_scores, taylor_scores
 from geta_hf.qasso.schedule import Schedule, resolve_duration
 from geta_hf.quantization.functional import bit_width, clip_power, quantize, step_size
 from tests.qasso.toy import Toy, toy_space
@@ -109,6 +109,19 @@ def test_hesso_follows_its_formula_and_taylor_divides_by_cost() -> None:
     expected = [sum(0.2 * row[i] / math.hypot(*row) for row in rows) for i in range(2)]
     assert hesso_scores(inner, grad_square, square, cost).tolist() == pytest.approx(expected)
     assert taylor_scores(torch.tensor([4.0, 9.0]), torch.tensor([2.0, 1.0])).tolist() == [1.0, 3.0]
+    assert fisher_scores(torch.tensor([4.0, 9.0]), torch.tensor([2.0, 1.0])).tolist() == [2.0, 9.0]
+
+
+def test_fisher_has_no_preference_for_size_under_noise() -> None:
+    """Of parameters that matter alike, large groups score as small ones do; the root of it would put them below."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.tensor([4, 400])
+    mean_square = torch.zeros(2)
+    for _ in range(2000):
+        inner = torch.stack([torch.randn(int(n), generator=generator).sum() for n in sizes])
+        mean_square += inner**2 / 2000
+    fisher, taylor = fisher_scores(mean_square, sizes), taylor_scores(mean_square, sizes)
+    assert 0.85 < fisher[1] / fisher[0] < 1.15 and taylor[1] / taylor[0] < 0.15
 
 
 # --- projection -------------------------------------------------------------------------------------------------------

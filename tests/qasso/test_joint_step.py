@@ -176,9 +176,10 @@ def scores_by_hand(model, mean_square: list[list[float]], grad: Tensors, salienc
                 inner, square = inner + float((x * g).sum()), square + float((x * x).sum())
                 slope, count = slope + float((g * g).sum()), count + x.numel()
             sums.append((inner, square, slope, count))
-    if saliency == "taylor":
+    if saliency != "hesso":
+        power = {"fisher": 1.0, "taylor": 0.5}[saliency]
         flat = [value for row in mean_square for value in row]
-        return [math.sqrt(value) / count for value, (*_, count) in zip(flat, sums, strict=True)]
+        return [value**power / count for value, (*_, count) in zip(flat, sums, strict=True)]
     for inner, square, slope, count in sums:
         size = math.sqrt(square)
         found.append((size, size / math.sqrt(count), 1 - inner / (size * math.sqrt(slope)), abs(inner), inner**2 / 2))
@@ -192,7 +193,7 @@ def lowest(scores: list[float]) -> set[int]:
     return set(sorted(set(range(10)) - best, key=scores.__getitem__)[:5])
 
 
-@pytest.mark.parametrize("saliency", ["taylor", "hesso"])
+@pytest.mark.parametrize("saliency", ["fisher", "taylor", "hesso"])
 def test_the_lowest_scores_become_redundant(saliency: str) -> None:
     """The moving average from the first projection step to the partition, and both scores, by hand."""
     model, optimizer = make(small_config(saliency=saliency, saliency_decay=0.7, pruning_periods=1), sgd)
@@ -209,7 +210,7 @@ def test_the_lowest_scores_become_redundant(saliency: str) -> None:
                 mean[position][group] = 0.7 * mean[position][group] + 0.3 * inner**2
         if step == 13:
             scores = scores_by_hand(model, mean, grad, saliency)
-            other = scores_by_hand(model, mean, grad, "hesso" if saliency == "taylor" else "taylor")
+            other = scores_by_hand(model, mean, grad, "taylor" if saliency == "hesso" else "hesso")
         train_step(model, optimizer, step)
     assert optimizer.schedule.at(13).starts and optimizer.schedule.at(13).stage == "joint"
     chosen = {group for group, status in enumerate(optimizer.status.tolist()) if status == 1}
