@@ -11,7 +11,20 @@ import torch
 
 from geta_hf.config import GETAConfig
 from geta_hf.errors import GETAError
-from tests.qasso.toy import STEPS, adamw, batch_at, bits_of, make, small_config, status_of, toy_space, train_step, wrap
+from geta_hf.quantization import attach_quantizers
+from tests.qasso.toy import (
+    STEPS,
+    Toy,
+    adamw,
+    batch_at,
+    bits_of,
+    make,
+    small_config,
+    status_of,
+    toy_space,
+    train_step,
+    wrap,
+)
 
 PAPER = {"eta": 0.9, "xi": 0.9}
 RULES = {
@@ -363,3 +376,25 @@ def test_no_host_synchronisation_between_period_boundaries(monkeypatch, rules: s
             for name in ("tensor", "as_tensor"):  # a number sent to the device waits for it too
                 patch.setattr(torch, name, forbidden)
             optimizer.step()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="asks the GPU's own watch for synchronisation")
+@pytest.mark.parametrize("rules", RULES)
+def test_no_host_synchronisation_on_a_gpu(rules: str) -> None:
+    torch.manual_seed(0)
+    config = RULES[rules]()
+    model = Toy().cuda()
+    attach_quantizers(model, initial_bits=config.initial_bits, target_bits=8, learn_t=config.learn_exponent)
+    optimizer = wrap(model, config, lambda groups: torch.optim.AdamW(groups, lr=1e-3, fused=True))
+    boundaries = {s for s in range(STEPS) if optimizer.schedule.at(s).starts or optimizer.schedule.at(s).ends}
+    x = torch.ones(4, 8, device="cuda")
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        quiet = step > 1 and not {step, step - 1} & boundaries
+        torch.cuda.set_sync_debug_mode("error" if quiet else "default")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert optimizer.removed_groups == 5
