@@ -232,8 +232,13 @@ class GETAConfig:
             self.activation_bits = (low, high)
             fits = low <= high <= self.initial_bits
             _check(fits, "activation_bits", self.activation_bits, f"(b_l, b_u) with b_l <= b_u <= {self.initial_bits}")
-        if self.bit_reduction is None:
-            return
+        if self.per_channel and self.bit_rule == "paper":
+            raise GETAError("Eq. 14 sets one d a layer; with per_channel choose bit_rule='sensitivity' or 'ppsg'")
+        if self.bit_reduction is not None:
+            self._check_reduction()
+
+    def _check_reduction(self) -> None:
+        lower, upper = self.bits
         end = self.final_upper_bits
         sum_text = f"{self.initial_bits} - {self.projection_periods} · {self.bit_reduction} = {end}"
         if end < lower:
@@ -242,6 +247,10 @@ class GETAConfig:
             )
         if end > upper:
             raise GETAError(f"b_u - B·b_r = {sum_text} stays above the {upper} bits asked for; raise bit_reduction")
+        if self.widths[0] > end:
+            raise GETAError(
+                f"b_u - B·b_r = {sum_text} is below all of bit_choices = {self.widths}; lower bit_reduction"
+            )
 
     @property
     def widths(self) -> list[int]:

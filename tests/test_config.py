@@ -15,6 +15,7 @@ from geta_hf.errors import GETAError
         GETAConfig(),
         GETAConfig(0.3, (3, 6), warmup="1.5 epochs", include=["query"]),
         GETAConfig(prune=["residual"], keep=["*.0.*"]),
+        GETAConfig(target_bytes=10**7, activation_bits=(4, 8), bit_choices=[8, 4], min_kept=0.25, distill_logits=0.5),
         GETAConfig.paper(eta=0.9),
     ],
 )
@@ -30,6 +31,14 @@ def test_paper_is_the_papers_rules_and_defaults_are_ours() -> None:
     assert paper.learn_exponent and paper.target_sparsity == 0.3
     assert (ours.target_sparsity, ours.wanted_mean_bits, paper.wanted_mean_bits) == (0.5, 6, None)
     assert (ours.saliency, ours.forgetting, ours.bit_rule, ours.clipping) == ("fisher", "uniform", "sensitivity", "mse")
+
+
+def test_what_is_left_out_is_decided_here() -> None:
+    assert GETAConfig(target_bops=0.1).target_sparsity is None is GETAConfig(target_bops=0.1).wanted_mean_bits
+    assert GETAConfig(mean_bits=5).target_sparsity == 0.5 and GETAConfig(mean_bits=5).wanted_mean_bits == 5
+    choices = GETAConfig(bits=(2, 8), bit_choices=[8, 4, 4])
+    assert choices.widths == [4, 8] and choices.wanted_mean_bits == 6
+    assert GETAConfig(bit_rule="ppsg").wanted_mean_bits is None and GETAConfig(bits=(4, 6)).widths == [4, 5, 6]
 
 
 def test_tuples_and_numbers_written_as_text_are_taken() -> None:
@@ -53,6 +62,25 @@ def test_the_reduction_ends_at_the_upper_bits() -> None:
         ({"bits": (4, 8), "initial_bits": 6}, "initial_bits = 6"),
         ({"bits": (4, 8), "bit_reduction": 4}, r"b_u - B·b_r = 16 - 4 · 4 = 0 is below b_l = 4"),
         ({"bits": (4, 8), "bit_reduction": 1}, "stays above the 8 bits"),
+        ({"bit_choices": [8], "bit_reduction": 2.5}, r"= 6\.0 is below all of bit_choices = \[8\]"),
+        ({"bit_choices": [2, 4]}, r"bit_choices = \[2, 4\] must be widths in 4..8"),
+        ({"bit_choices": []}, "bit_choices"),
+        ({"bit_choices": [4.0]}, "bit_choices = .* a list of whole numbers"),
+        ({"mean_bits": 9}, r"mean_bits = 9 must be in 4..8"),
+        ({"activation_bits": (8, 20)}, r"activation_bits = \(8, 20\) must be a pair .* in 2..16"),
+        ({"activation_bits": (8, 4)}, "activation_bits"),
+        ({"per_channel": True, "bit_rule": "paper"}, "Eq. 14 sets one d a layer"),
+        ({"target_sparsity": 0.5, "target_parameters": 0.5}, "target_sparsity and target_parameters say the same"),
+        ({"target_bops": 0.1, "target_bytes": 10**6}, "target_bops and target_bytes say the same thing twice"),
+        ({"target_sparsity": 0.5, "target_bops": 0.1, "mean_bits": 5}, "can't all hold; leave one out"),
+        ({"target_bops": 1.5}, r"target_bops = 1.5 must be in \(0, 1\)"),
+        ({"target_bytes": 1.5e6}, "target_bytes = 1500000.0 must be a whole number"),
+        ({"min_kept": 0}, "min_kept"),
+        ({"min_kept": 2.5}, "min_kept = 2.5 must be a whole count, or a share below 1"),
+        ({"multiple_of": 0}, "multiple_of"),
+        ({"uniform": 1}, "uniform = 1 must be a bool"),
+        ({"distill_logits": -1}, "distill_logits"),
+        ({"distill_temperature": 0}, "distill_temperature = 0 must be above 0"),
         ({"target_sparsity": 1.0}, r"target_sparsity = 1.0 must be in \[0, 1\)"),
         ({"target_sparsity": -0.1}, "target_sparsity"),
         ({"saliency": "magic"}, "saliency = 'magic' must be one of fisher, taylor, hesso"),
