@@ -54,6 +54,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the compiler's own
 def test_a_compiled_model(tmp_path) -> None:
     made = trainer(tmp_path, torch_compile=True, torch_compile_backend="inductor")
     made.train()
