@@ -111,7 +111,8 @@ class GETAConfig:
         calibration_batches: batches that the clipping values of activations are measured on.
         min_kept: what every family keeps at least: a count, or below 1 a share.
         multiple_of: kept channels of every family are a multiple of this.
-        uniform: remove equally many groups from every family of like kind and size.
+        uniform: remove equally many groups from every family of like kind and size. With it, or with `multiple_of`, K
+            groups may be out of reach; then up to one chunk fewer go.
         initial_bits: width before the projection stage, at least b_u.
         bit_reduction: b_r, bits taken off the upper bound in each projection period. None spreads
             initial_bits - b_u over the periods; a number of your own must end inside `bits`.

@@ -44,7 +44,9 @@ class Plan:
     Attributes:
         rows: the prunable families. Training chooses which of them lose more and which less.
         target: the goals as amounts.
-        removed_groups: exact where the target counts groups, otherwise as if all families lost the same share.
+        removed_groups: K where the target counts groups, otherwise as if all families lost the same share.
+        exact: whether training removes just that many: K without `uniform` or `multiple_of`, under which up to one
+            chunk fewer may go.
         groups: prunable groups.
         kept_parameters: share of the prunable parameters that would be left.
         mean_bits: planned mean width of the weights; None where it is learned without a budget.
@@ -55,6 +57,7 @@ class Plan:
     rows: tuple[PlanRow, ...]
     target: Target
     removed_groups: int
+    exact: bool
     groups: int
     kept_parameters: float
     mean_bits: float | None
@@ -65,10 +68,10 @@ class Plan:
         header = ("families", "number", "groups of each", "to remove if even", "kept")
         table = [(r.kind, f"{r.families}", f"{r.groups}", f"{r.removed}", f"{r.groups - r.removed}") for r in self.rows]
         bits = "learned" if self.mean_bits is None else f"{self.mean_bits:.2f}"
-        exact = "" if self.target.unit == GROUPS else "about "
+        about = "" if self.exact else "about "
         lines = [
             format_table(header, table),
-            f"groups to remove: {exact}{self.removed_groups:,} of {self.groups:,}; prunable parameters kept: "
+            f"groups to remove: {about}{self.removed_groups:,} of {self.groups:,}; prunable parameters kept: "
             f"{self.kept_parameters:.1%}",
             f"mean bits: {bits}; relative BOPs: {self.relative_bops:.2%}; exported model: {self.bytes / 1e6:,.2f} MB",
         ]
@@ -90,6 +93,7 @@ def make_plan(config: GETAConfig, space: PruningSpace, ledger: Ledger) -> Plan:
         rows=_rows(space, gone),
         target=target,
         removed_groups=removed,
+        exact=target.unit == GROUPS and not config.uniform and config.multiple_of == 1,
         groups=ledger.groups,
         kept_parameters=ledger.prunable_parameters(gone) / max(whole, 1),
         mean_bits=None if target.budget_unit is None else target.bits,

@@ -9,6 +9,7 @@ Parameters are found by the names in `param_groups[i]["param_names"]` at every s
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -34,6 +35,8 @@ from geta_hf.qasso.slices import Slice, build_slices, remember, zero_slices
 from geta_hf.qasso.state import put_vectors, take_vectors
 from geta_hf.qasso.target import GROUPS, Target, solve_target
 from geta_hf.qasso.widths import Quantizers
+
+logger = logging.getLogger(__name__)
 
 IMPORTANT, REDUNDANT, REMOVED = 0, 1, 2
 _STEP = "qasso_step"
@@ -267,7 +270,10 @@ class QASSO(torch.optim.Optimizer):
         whole = self.goal.left(self.ledger, self.ledger.nothing)
         if self.goal.unit == GROUPS:
             due = (int(whole - self.goal.amount) * done) // periods
-            return take_count(chunks, due - int(gone.sum()), exact=done == periods)
+            taken = take_count(chunks, due - int(gone.sum()), exact=done == periods)
+            if done == periods and int(gone.sum()) + len(taken) < due:
+                logger.warning("%d of K = %d groups go: no chunk is small enough", int(gone.sum()) + len(taken), due)
+            return taken
         goal = whole + (self.goal.amount - whole) * done / periods
         return take_until(chunks, gone, lambda mask: self.goal.left(self.ledger, mask), goal)
 
