@@ -80,7 +80,7 @@ _KINDS: dict[str, _Kind] = {
     **dict.fromkeys(("quantizer_learning_rate", "saliency_decay", "eta", "xi", "epsilon", "min_kept"), _REAL),
     **dict.fromkeys(("distill_logits", "distill_hidden", "distill_temperature"), _REAL),
     **dict.fromkeys(("bits", "activation_bits"), _PAIR),
-    **dict.fromkeys(("per_channel", "uniform", "learn_exponent"), _FLAG),
+    **dict.fromkeys(("per_channel", "uniform", "learn_exponent", "learn_activation_exponent"), _FLAG),
     **dict.fromkeys(("include", "exclude"), _PATTERNS),
     **dict.fromkeys(("prune", "keep"), _POLICY),
     "bit_choices": _Kind(_list_of(int), "a list of whole numbers"),
@@ -128,7 +128,8 @@ class GETAConfig:
             practice leaves layers at or near b_u; `paper` sets d by Eq. 14 in the joint stage, which sends most layers
             that lose groups to b_l. Widths that these two learned are moved together where a target asks for others.
         clipping: where q_m starts: `mse` for least squared error at b_u bits, `max` for max|W|.
-        learn_exponent: train t; otherwise t = 1.
+        learn_exponent: train t of weights; otherwise t = 1.
+        learn_activation_exponent: train t of activations; otherwise t = 1, which kernels for inference expect.
         quantizer_learning_rate: relative step of (d, q_m, t), under the run's own scheduler. At most 3e-3 is advised.
         saliency_decay: decay of the saliency's moving average, in [0, 1).
         eta, xi, epsilon: η and ξ of Eqs. 13-14, in (0, 1), and the magnitude below which a group counts as forgotten.
@@ -165,6 +166,7 @@ class GETAConfig:
     bit_rule: str = "sensitivity"
     clipping: str = "mse"
     learn_exponent: bool = False
+    learn_activation_exponent: bool = False
     quantizer_learning_rate: float = 1e-3
     saliency_decay: float = 0.95
     eta: float = 0.999

@@ -164,6 +164,7 @@ class GETATrainer(Trainer):
             initial_bits=self.geta_config.initial_bits,
             target_bits=target_bits,
             clipping=self.geta_config.clipping,
+            learn_t=self.geta_config.learn_activation_exponent,
         )
 
     def _sample_batches(self, count: int) -> list[dict[str, Tensor]]:

@@ -112,11 +112,17 @@ def test_the_ledger_counts_the_exported_file_to_the_byte(tmp_path) -> None:
     assert counted == report.file_bytes
 
 
-def test_activations_have_bits_of_their_own(tmp_path) -> None:
-    made = trainer(tmp_path, GETAConfig(**SMALL, activation_bits=(6, 7)))
+@pytest.mark.parametrize("nonlinear", [False, True])
+def test_activations_have_bits_of_their_own(tmp_path, nonlinear: bool) -> None:
+    config = GETAConfig(**SMALL, activation_bits=(6, 7), learn_activation_exponent=nonlinear)
+    made = trainer(tmp_path, config)
     made.train()
-    inputs = [float(layer.input_quantizer.bits()) for layer in quantized_layers(made.model).values()]
-    assert set(inputs) <= {6.0, 7.0} and made.compression_state()["mean_input_bits"] <= 7
+    quantizers = [layer.input_quantizer for layer in quantized_layers(made.model).values()]
+    assert {float(own.bits()) for own in quantizers} <= {6.0, 7.0}
+    assert all((own.t.item() != 1) == nonlinear for own in quantizers)
+    assert made.compression_state()["mean_input_bits"] <= 7
+    report = made.export_model(tmp_path / "small")
+    assert set(report.activation_bits.values()) <= {6, 7} and len(report.activation_bits) == 12
 
 
 # --- distillation -----------------------------------------------------------------------------------------------------
