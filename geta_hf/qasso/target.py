@@ -63,13 +63,21 @@ def most_removed(families: Sequence[Family], limits: Limits, share: float = 1.0)
     """bool (groups,): about `share` of every family gone, or as much as its limits allow; the last groups of each."""
     gone = torch.zeros(sum(family.size for family in families), dtype=torch.bool)
     for start, family in zip(family_starts(families), families, strict=True):
-        removed, goal = 0, share * family.size
-        for size in limits.chunks(family, family.size):
-            if removed + size / 2 > goal:
-                break
-            removed += size
-        gone[start + family.size - removed : start + family.size] = True
+        end = start + family.size
+        gone[end - _nearest_removal(family, limits, share * family.size) : end] = True
     return gone
+
+
+def _nearest_removal(family: Family, limits: Limits, goal: float) -> int:
+    """The number of groups next to `goal` that a family can lose in whole chunks."""
+    if limits.multiple(family) == 1:
+        return min(math.floor(goal + 0.5), family.size - limits.least(family))
+    removed = 0
+    for size in limits.chunks(family, family.size):
+        if removed + size / 2 > goal:
+            break
+        removed += size
+    return removed
 
 
 def solve_target(config: GETAConfig, families: Sequence[Family], ledger: Ledger) -> Target:
