@@ -263,7 +263,7 @@ class QASSO(torch.optim.Optimizer):
         self.status[self._choose(phase, scores)] = REDUNDANT
         self._drop_slices()
 
-    def _choose(self, phase: Phase, scores: Tensor) -> list[int]:
+    def _choose(self, phase: Phase, scores: Tensor) -> Tensor:
         gone = self.gone
         chunks = find_chunks(self.families, scores, gone, Limits.of(self.config))
         done, periods = phase.period + 1, self.schedule.pruning_periods

@@ -19,6 +19,12 @@ from geta_hf.errors import GETAError
 from geta_hf.qadg.groups import Family
 from geta_hf.qasso.cuts import family_starts
 
+TOLERANCE = 0.005
+"""How far below its goal an amount may end, as a share of the goal, before smaller chunks are looked for."""
+
+ATTEMPTS = 256
+"""How many chunks are tried then."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -68,48 +74,67 @@ class Limits:
         return sizes
 
 
-Chunk = tuple[float, list[int]]
-"""Mean score, and the numbers of the groups."""
+@dataclass(frozen=True)
+class Chunks:
+    """Groups that leave together, in the order in which they are to leave: flat vectors, since there may be many.
+
+    Attributes:
+        groups: int64, shape (groups that may leave,): their numbers, chunk by chunk.
+        sizes: int64, shape (chunks,): groups of each chunk.
+        scores: float64, shape (chunks,), ascending: mean scores.
+    """
+
+    groups: Tensor
+    sizes: Tensor
+    scores: Tensor
+
+    def first(self, count: int) -> Tensor:
+        """The numbers of the groups of the first `count` chunks."""
+        return self.groups[: int(self.sizes[:count].sum())]
 
 
-def find_chunks(families: Sequence[Family], scores: Tensor, gone: Tensor, limits: Limits) -> list[Chunk]:
+def find_chunks(families: Sequence[Family], scores: Tensor, gone: Tensor, limits: Limits) -> Chunks:
     """All chunks that may leave, by ascending score; those of one family in the order in which they must leave.
 
     Args:
         scores: shape (groups,), finite.
         gone: bool, shape (groups,): groups that have left.
     """
-    lists: dict[object, list[list[Chunk]]] = defaultdict(list)
+    groups: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
+    owner: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
+    first = 0
+    for together in _alike(families, limits):
+        lists = [limits.chunks(family, int((~gone[start : start + family.size]).sum())) for start, family in together]
+        count = min(len(sizes) for sizes in lists)
+        for (start, family), sizes in zip(together, lists, strict=True):
+            used = torch.tensor(sizes[:count], dtype=torch.int64)
+            own = slice(start, start + family.size)
+            order = torch.sort(scores[own].double().masked_fill(gone[own], math.inf), stable=True).indices
+            groups.append(order[: int(used.sum())] + start)
+            owner.append(torch.repeat_interleave(torch.arange(first, first + count), used))
+        first += count
+    return _in_order(torch.cat(groups), torch.cat(owner), scores, first)
+
+
+def _alike(families: Sequence[Family], limits: Limits) -> list[list[tuple[int, Family]]]:
+    """Families with the number of their first group, those together that must lose equally many."""
+    lists: dict[object, list[tuple[int, Family]]] = defaultdict(list)
     for start, family in zip(family_starts(families), families, strict=True):
-        alike = (family.kind, family.size, family.parameters) if limits.uniform else family.name
-        lists[alike].append(_chunks_of(start, family, scores, gone, limits))
-    merged = [_side_by_side(together) for together in lists.values()]
-    found = [chunk for chunks in merged for chunk in chunks]
-    order = torch.sort(torch.tensor([score for score, _ in found], dtype=torch.float64), stable=True).indices
-    return [found[position] for position in order.tolist()]
+        key = (family.kind, family.size, family.parameters) if limits.uniform else family.name
+        lists[key].append((start, family))
+    return list(lists.values())
 
 
-def _chunks_of(start: int, family: Family, scores: Tensor, gone: Tensor, limits: Limits) -> list[Chunk]:
-    own = slice(start, start + family.size)
-    order = torch.sort(scores[own].double().masked_fill(gone[own], math.inf), stable=True)
-    sizes = limits.chunks(family, int((~gone[own]).sum()))
-    used = sum(sizes)
-    values, numbers = order.values[:used].split(sizes), (order.indices[:used] + start).split(sizes)
-    if all(size == 1 for size in sizes):
-        flat = zip(order.values[:used].tolist(), (order.indices[:used] + start).tolist(), strict=True)
-        return [(score, [number]) for score, number in flat]
-    return [(float(score.mean()), number.tolist()) for score, number in zip(values, numbers, strict=True)]
+def _in_order(groups: Tensor, owner: Tensor, scores: Tensor, count: int) -> Chunks:
+    """Sort chunks by their mean score; `owner` is the chunk of each of `groups`."""
+    sizes = torch.bincount(owner, minlength=count)
+    total = torch.zeros(count, dtype=torch.float64).index_add_(0, owner, scores[groups].double())
+    mean, order = torch.sort(total / sizes.clamp_min(1), stable=True)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(count))
+    return Chunks(groups[torch.sort(rank[owner], stable=True).indices], sizes[order], mean)
 
 
-def _side_by_side(together: Sequence[list[Chunk]]) -> list[Chunk]:
-    """The n-th chunks of all families as one; as many as the shortest family has."""
-    if len(together) == 1:
-        return together[0]
-    rows = zip(*together, strict=False)
-    return [(sum(s for s, _ in row) / len(row), [n for _, numbers in row for n in numbers]) for row in rows]
-
-
-def take_count(chunks: Sequence[Chunk], count: int, exact: bool = True) -> list[int]:
+def take_count(chunks: Chunks, count: int, exact: bool = True) -> Tensor:
     """The numbers of `count` groups, the lowest scores first.
 
     Args:
@@ -118,19 +143,22 @@ def take_count(chunks: Sequence[Chunk], count: int, exact: bool = True) -> list[
     Raises:
         GETAError: there are not so many.
     """
-    if sum(len(numbers) for _, numbers in chunks) < count:
+    if len(chunks.groups) < count:
         raise GETAError(f"{count} more groups can't be removed, since every family keeps its least; lower the target")
-    taken: list[int] = []
-    for _, numbers in chunks:
-        if len(taken) + len(numbers) <= count:
-            taken += numbers
-        elif not exact:
-            break
-    return taken
+    fitting = int((chunks.sizes.cumsum(0) <= count).sum())
+    taken = [chunks.first(fitting)]
+    missing = count - len(taken[0])
+    for numbers in chunks.groups[len(taken[0]) :].split(chunks.sizes[fitting:].tolist()) if exact and missing else ():
+        if len(numbers) <= missing:
+            taken.append(numbers)
+            missing -= len(numbers)
+    return torch.cat(taken)
 
 
-def take_until(chunks: Sequence[Chunk], gone: Tensor, amount: Callable[[Tensor], float], goal: float) -> list[int]:
+def take_until(chunks: Chunks, gone: Tensor, amount: Callable[[Tensor], float], goal: float) -> Tensor:
     """The fewest lowest-scoring chunks after which `amount` is at most `goal`; all of them where it can't be.
+
+    Where the last of them goes far beyond, smaller ones take its place.
 
     Args:
         gone: bool, shape (groups,): groups that have left.
@@ -138,16 +166,32 @@ def take_until(chunks: Sequence[Chunk], gone: Tensor, amount: Callable[[Tensor],
         goal: in the unit of `amount`.
     """
 
-    def after(count: int) -> float:
+    def after(taken: Tensor) -> float:
         mask = gone.clone()
-        mask[[number for _, numbers in chunks[:count] for number in numbers]] = True
+        mask[taken] = True
         return amount(mask)
 
-    low, high = 0, len(chunks)
+    low, high = 0, len(chunks.sizes)
     while low < high:
         middle = (low + high) // 2
-        if after(middle) <= goal:
+        if after(chunks.first(middle)) <= goal:
             high = middle
         else:
             low = middle + 1
-    return [number for _, numbers in chunks[:low] for number in numbers]
+    taken = chunks.first(low)
+    if low and after(taken) < goal * (1 - TOLERANCE):
+        return _nearer(chunks, low - 1, after, goal)
+    return taken
+
+
+def _nearer(chunks: Chunks, count: int, after: Callable[[Tensor], float], goal: float) -> Tensor:
+    """The first `count` chunks and, of the next ones, those that do not go far beyond the goal; else just the next."""
+    enough, taken = chunks.first(count + 1), chunks.first(count)
+    for numbers in chunks.groups[len(taken) :].split(chunks.sizes[count:].tolist())[1 : 1 + ATTEMPTS]:
+        more = torch.cat([taken, numbers])
+        left = after(more)
+        if goal * (1 - TOLERANCE) <= left <= goal:
+            return more
+        if left > goal:
+            taken = more
+    return enough

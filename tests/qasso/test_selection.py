@@ -21,23 +21,23 @@ NONE = torch.zeros(7, dtype=torch.bool)
 
 def test_exact_counts_of_the_lowest_and_no_family_loses_its_last_group() -> None:
     chunks = find_chunks(SMALL, SCORES, NONE, Limits())
-    assert take_count(chunks, 4) == [0, 1, 3, 4]
+    assert take_count(chunks, 4).tolist() == [0, 1, 3, 4]
     gone = NONE.clone()
     gone[[0, 1, 3, 4]] = True
     chunks = find_chunks(SMALL, SCORES, gone, Limits())
-    assert take_count(chunks, 1) == [5]
+    assert take_count(chunks, 1).tolist() == [5]
     with pytest.raises(GETAError, match="2 more groups can't be removed"):
         take_count(chunks, 2)
 
 
 def test_ties_go_to_the_earlier_family_and_group() -> None:
-    assert take_count(find_chunks(SMALL, torch.ones(7), NONE, Limits()), 3) == [0, 1, 3]
+    assert take_count(find_chunks(SMALL, torch.ones(7), NONE, Limits()), 3).tolist() == [0, 1, 3]
 
 
 @pytest.mark.parametrize(("least", "removable"), [(1, 5), (2, 3), (0.5, 3), (0.7, 1)])
 def test_every_family_keeps_its_least(least: float, removable: int) -> None:
     chunks = find_chunks(SMALL, SCORES, NONE, Limits(min_kept=least))
-    assert len(chunks) == removable
+    assert len(chunks.sizes) == removable
 
 
 def test_a_least_beyond_the_family_is_refused() -> None:
@@ -50,9 +50,15 @@ def test_kept_channels_are_multiples_and_heads_are_not() -> None:
     scores = torch.cat([torch.arange(21.0), torch.tensor([0.5, 30.0, 31.0, 32.0])])
     limits = Limits(multiple_of=8)
     chunks = find_chunks(families, scores, torch.zeros(25, dtype=torch.bool), limits)
-    assert [numbers for _, numbers in chunks] == [[21], list(range(5)), list(range(5, 13)), [22], [23]]
-    assert take_count(chunks, 7) == [21, *range(5), 22]  # the chunk of 8 does not fit any more, a head does
-    assert take_count(chunks, 7, exact=False) == [21, *range(5)]
+    assert [numbers.tolist() for numbers in chunks.groups.split(chunks.sizes.tolist())] == [
+        [21],
+        list(range(5)),
+        list(range(5, 13)),
+        [22],
+        [23],
+    ]
+    assert take_count(chunks, 7).tolist() == [21, *range(5), 22]  # the chunk of 8 does not fit any more, a head does
+    assert take_count(chunks, 7, exact=False).tolist() == [21, *range(5)]
 
 
 def test_a_family_that_has_no_multiple_left_stays_whole() -> None:
@@ -65,8 +71,14 @@ def test_uniform_families_lose_equally_many() -> None:
     families = (family("a", 4), family("b", 4), family("heads", 3, "heads"))
     scores = torch.tensor([1.0, 2, 3, 4, 40, 30, 20, 10, 0, 7, 8])
     chunks = find_chunks(families, scores, torch.zeros(11, dtype=torch.bool), Limits(uniform=True))
-    assert [numbers for _, numbers in chunks] == [[8], [0, 7], [9], [1, 6], [2, 5]]
-    assert [score for score, _ in chunks] == [0, 5.5, 7, 11, 16.5]
+    assert [numbers.tolist() for numbers in chunks.groups.split(chunks.sizes.tolist())] == [
+        [8],
+        [0, 7],
+        [9],
+        [1, 6],
+        [2, 5],
+    ]
+    assert chunks.scores.tolist() == [0, 5.5, 7, 11, 16.5]
 
 
 def test_the_fewest_that_meet_an_amount() -> None:
@@ -76,7 +88,24 @@ def test_the_fewest_that_meet_an_amount() -> None:
     def left(gone: torch.Tensor) -> float:
         return float(sizes[~gone].sum())
 
-    assert take_until(chunks, NONE, left, 14.0) == []
-    assert take_until(chunks, NONE, left, 10.0) == [0]
-    assert take_until(chunks, NONE, left, 8.5) == [0, 1, 3]
-    assert take_until(chunks, NONE, left, 0.0) == [0, 1, 3, 4, 5]  # all that may leave
+    assert take_until(chunks, NONE, left, 14.0).tolist() == []
+    assert take_until(chunks, NONE, left, 10.0).tolist() == [0]
+    assert take_until(chunks, NONE, left, 8.5).tolist() == [0, 1, 3]
+    assert take_until(chunks, NONE, left, 0.0).tolist() == [0, 1, 3, 4, 5]  # all that may leave
+
+
+def test_a_chunk_that_goes_far_beyond_gives_way_to_smaller_ones() -> None:
+    sizes = torch.tensor([50.0, 3, 1, 2, 2, 2, 2])
+    scores = torch.tensor([0.5, 0.6, 9, 0.1, 0.7, 0.8, 9])
+
+    def left(gone: torch.Tensor) -> float:
+        return 1000 + float(sizes[~gone].sum())
+
+    chunks = find_chunks(SMALL, scores, NONE, Limits())
+    whole = left(NONE)
+    assert take_until(chunks, NONE, left, whole - 7).tolist() == [
+        3,
+        1,
+        4,
+    ]  # not group 0 and its 50
+    assert take_until(chunks, NONE, left, whole - 40).tolist() == [3, 0]  # the others would not be enough
