@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
 from geta_hf.quantization import quantized_layers
-
-FLOAT_BITS = 32
+from geta_hf.quantization.functional import FLOAT_BITS
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,11 @@ def measure_costs(model: PreTrainedModel, tokens: int = 384, names: Sequence[str
     # Fused attention kernels are not counted by torch, so count the same maths done eagerly.
     eager = copy.deepcopy(model).eval()
     eager.set_attn_implementation("eager")
-    executed, looked_up = _count_calls(eager, [layer.name for layer in layers])
+    (uses, _), looked_up = count_uses(eager, [layer.name for layer in layers]), _count_look_ups(eager)
     with FlopCounterMode(display=False) as counter:
         eager(torch.zeros(1, tokens, dtype=torch.long, device=model.device))
     macs = counter.get_total_flops() // 2
+    executed = {layer.name: layer.weights * uses[layer.name] for layer in layers}
     linear = sum(executed[layer.name] * layer.bits * layer.input_bits for layer in layers)
     rest = macs - sum(executed.values()) + sum(looked_up)
     return Costs(
@@ -134,21 +135,31 @@ def measure_costs(model: PreTrainedModel, tokens: int = 384, names: Sequence[str
     )
 
 
-def _count_calls(model: nn.Module, names: Sequence[str]) -> tuple[dict[str, int], list[int]]:
-    """MACs that each named layer will execute (a shared layer runs more than once), and elements looked up."""
-    executed = dict.fromkeys(names, 0)
+def count_uses(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, int], list[RemovableHandle]]:
+    """Count, from now on, how often each named layer's weight is used: once a token by a linear, once a position by a
+    convolution, anew each time a shared layer runs.
+
+    Returns:
+        Layer name to count, which grows as the model runs, and what to remove to stop counting.
+    """
+    uses = dict.fromkeys(names, 0)
+
+    def count(name: str, layer: nn.Module, output: Tensor) -> None:
+        uses[name] += output.numel() // output.shape[1 if isinstance(layer, nn.Conv2d) else -1]
+
+    return uses, [
+        model.get_submodule(name).register_forward_hook(lambda m, _i, output, name=name: count(name, m, output))
+        for name in uses
+    ]
+
+
+def _count_look_ups(model: nn.Module) -> list[int]:
+    """Elements that each call of an embedding will look up."""
     looked_up: list[int] = []
-
-    def run(name: str, module: nn.Module, output: Tensor) -> None:
-        channels = output.shape[1 if isinstance(module, nn.Conv2d) else -1]
-        executed[name] += module.get_parameter("weight").numel() * output.numel() // channels
-
-    for name in names:
-        model.get_submodule(name).register_forward_hook(lambda m, _i, output, name=name: run(name, m, output))
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(lambda _m, _i, output: looked_up.append(output.numel()))
-    return executed, looked_up
+    return looked_up
 
 
 def bytes_on_disk(directory: str | os.PathLike[str]) -> int:

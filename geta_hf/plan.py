@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from geta_hf.config import GETAConfig
+from geta_hf.cost import count_uses
 from geta_hf.qadg import PruningSpace
 from geta_hf.qasso.cuts import family_starts
 from geta_hf.qasso.ledger import LayerEntry, Ledger
 from geta_hf.qasso.selection import Limits
 from geta_hf.qasso.target import BYTES, GROUPS, Target, even_removal, solve_target
 from geta_hf.quantization import input_quantizer_prefixes, quantized_layers
+from geta_hf.quantization.calibration import evaluating
 from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.report import format_table
 
@@ -142,33 +143,20 @@ def channel_dims(model: nn.Module) -> dict[str, int]:
     return dims
 
 
-@torch.no_grad()
 def layer_uses(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, float]:
     """How often each quantized weight is used in one forward pass, relative to the one that is used most.
 
-    A linear layer uses its weight once a token, a convolution once a position. Layers that the batch does not reach,
-    such as experts, count as 1.
+    Layers that the batch does not reach, such as experts, count as 1.
     """
-    uses: dict[str, int] = {}
-    layers = quantized_layers(model)
-
-    def count(name: str, layer: nn.Module, output: Tensor) -> None:
-        channels = output.shape[1 if isinstance(layer, nn.Conv2d) else -1]
-        uses[name] = uses.get(name, 0) + output.numel() // channels
-
-    hooks = [
-        layer.register_forward_hook(lambda m, _inputs, output, name=name: count(name, m, output))
-        for name, layer in layers.items()
-    ]
-    training = model.training
+    uses, hooks = count_uses(model, quantized_layers(model))
     try:
-        model.eval()(**batch)
+        with evaluating(model):
+            model(**batch)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
-    most = max(uses.values(), default=1)
-    return {name: uses.get(name, most) / most for name in layers}
+    most = max(uses.values(), default=0) or 1
+    return {name: (count or most) / most for name, count in uses.items()}
 
 
 def quantized_inputs(model: nn.Module) -> list[str]:

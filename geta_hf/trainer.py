@@ -35,7 +35,6 @@ from geta_hf.preparation import (
 )
 from geta_hf.qadg import PruningSpace, build_space
 from geta_hf.qasso import COOLDOWN, QASSO, STAGES, Schedule
-from geta_hf.qasso.ledger import FLOAT_BITS
 from geta_hf.quantization import (
     attach_input_quantizers,
     detach_quantizers,
@@ -43,6 +42,7 @@ from geta_hf.quantization import (
     quantizer_prefixes,
     select_layers,
 )
+from geta_hf.quantization.functional import FLOAT_BITS
 
 logger = logging.get_logger(__name__)
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from geta_hf.qasso import sensitivity
-from geta_hf.qasso.ledger import FLOAT_BITS, Ledger
+from geta_hf.qasso.ledger import Ledger
 from geta_hf.qasso.shards import agree, local, shard_of
 from geta_hf.qasso.target import BOPS, BYTES, Target
 from geta_hf.qasso.widths import Named, Quantizers
-from geta_hf.quantization.functional import clip_power, step_size
+from geta_hf.quantization.functional import FLOAT_BITS, clip_power, step_size
 
 if TYPE_CHECKING:
     from geta_hf.config import GETAConfig

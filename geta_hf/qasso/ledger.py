@@ -15,8 +15,7 @@ from torch import Tensor
 
 from geta_hf.qadg.groups import Family
 from geta_hf.qasso.cuts import Cut, find_cuts, marked
-
-FLOAT_BITS = 32
+from geta_hf.quantization.functional import FLOAT_BITS
 
 
 @dataclass(frozen=True)

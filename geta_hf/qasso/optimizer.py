@@ -185,7 +185,7 @@ class QASSO(torch.optim.Optimizer):
     def _prepare(self, phase: Phase, named: Named) -> None:
         """What is measured and chosen before the base step."""
         if self._cuts is None:
-            self._move(local(next(iter(named.values()))).device)
+            self._move(named)
         cooling = phase.stage == COOLDOWN
         if not cooling:
             self._measure(phase, named)
@@ -198,17 +198,13 @@ class QASSO(torch.optim.Optimizer):
         if self._redundant is None:
             self._index(named)
 
-    def _move(self, device: torch.device) -> None:
-        self._cuts = [
-            replace(cut, label=cut.label.to(device)) for cut in self.ledger.cuts if cut.tensor in self._trained
-        ]
+    def _move(self, named: Named) -> None:
+        """Bring what every step reads to where the parameters are."""
+        device = local(next(iter(named.values()))).device
+        self._cuts = [replace(cut, label=cut.label.to(device)) for cut in self.ledger.cuts if cut.tensor in named]
         self.quantizers.to(device)
         self.mean_square = self.mean_square.to(device)
         self.curvature, self.bad_step = self.curvature.to(device), self.bad_step.to(device)
-
-    @property
-    def _trained(self) -> set[str]:
-        return {name for group in self.param_groups for name in group["param_names"]}
 
     def _index(self, named: Named) -> None:
         assert self._cuts is not None

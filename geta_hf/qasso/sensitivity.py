@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from geta_hf.qasso.shards import Shard, add_up, largest_of
+from geta_hf.quantization.quantizer import squared_errors
 
 BINS = 4096
 
@@ -45,9 +46,7 @@ def rounding_errors(
         candidates = torch.cat([candidates, torch.linspace(0.05, 1.0, 96, device=counts.device) * largest])
     errors, clips = [], []
     for bits in widths:
-        step = candidates[:, None] / (2 ** (bits - 1) - 1)
-        clipped = torch.minimum(centres, candidates[:, None])
-        error = (torch.round(clipped / step) * step - centres) ** 2 @ counts
+        error = squared_errors(centres, candidates[:, None], bits) @ counts
         best = error.argmin()
         errors.append(error[best])
         clips.append(candidates[best])

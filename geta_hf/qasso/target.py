@@ -13,8 +13,9 @@ from geta_hf.config import GETAConfig
 from geta_hf.errors import GETAError
 from geta_hf.qadg.groups import Family
 from geta_hf.qasso.cuts import family_starts
-from geta_hf.qasso.ledger import FLOAT_BITS, Ledger
+from geta_hf.qasso.ledger import Ledger
 from geta_hf.qasso.selection import Limits
+from geta_hf.quantization.functional import FLOAT_BITS
 
 GROUPS, PARAMETERS, BOPS, BYTES, MEAN_BITS = "groups", "parameters", "bops", "bytes", "mean bits"
 

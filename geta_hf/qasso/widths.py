@@ -51,15 +51,16 @@ class Quantizers:
         self.names = {leaf: [f"{prefix}.{leaf}" for prefix in self.prefixes] for leaf in ("d", "q_m", "t")}
         ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
         self.spans = {p: slice(*ends[i : i + 2]) for i, p in enumerate(self.prefixes)}
-        self.layer = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes, dtype=torch.int64))
+        self._entries = torch.tensor(sizes, dtype=torch.int64)
+        self.layer = torch.repeat_interleave(torch.arange(len(sizes)), self._entries)
 
     def position(self, weight: str) -> int:
         """Position in `prefixes` of a weight's quantizer; -1 where it has none."""
         return self._positions.get(self.weights.get(weight, ""), -1)
 
     def to(self, device: torch.device) -> None:
-        """Keep the index of layers where the parameters are."""
-        self.layer = self.layer.to(device)
+        """Keep the index of layers, and their numbers of entries, where the parameters are."""
+        self.layer, self._entries = self.layer.to(device), self._entries.to(device)
 
     def read(self, named: Named) -> Values:
         """(d, q_m, t) of all entries on every process, fp32, shape (entries,) each; t is 1 where it is not trained."""
@@ -135,7 +136,7 @@ class Quantizers:
     def by_layer(self, entries: Tensor) -> Tensor:
         """Mean over each layer's entries, shape (layers,)."""
         total = torch.zeros(len(self.prefixes), device=entries.device).index_add_(0, self.layer, entries)
-        return total / torch.bincount(self.layer, minlength=len(self.prefixes))
+        return total / self._entries
 
     def bits(self, named: Named) -> Tensor:
         """Present width of every layer, real, shape (layers,); over channels the mean."""

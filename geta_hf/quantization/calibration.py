@@ -116,7 +116,7 @@ def _calibrate(
         raise GETAError("batches must be several batches, not one mapping; pass [batch]")
     ran = 0
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         for name, layer in layers.items():
             stack.enter_context(_watching(layer, ranges[name]))
         for batch in batches:
@@ -164,7 +164,7 @@ def _watching(layer: nn.Module, found: _Range) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; training flags and random state are then as before."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}

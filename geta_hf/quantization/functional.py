@@ -22,6 +22,9 @@ from geta_hf.quantization.kernels import Kernel, choose
 # Lower bounds of d, q_m and t: the safeguard that keeps every logarithm and quotient below finite.
 TINY = 1e-12
 
+FLOAT_BITS = 32
+"""The width that a float value counts with wherever bits are counted."""
+
 
 def clip_power(x: Tensor, q_m: Tensor, t: Tensor | None = None) -> Tensor:
     """sgn(x) · min(|x|, q_m)^t, the value before rounding. Shape of x; `t=None` means t = 1."""

@@ -235,6 +235,10 @@ def best_share(counts: Tensor, bits: int) -> Tensor:
     bins = counts.shape[1]
     centres = (torch.arange(bins, device=counts.device) + 0.5) / bins
     candidates = _SHARES.to(counts.device)[:, None]
-    step = candidates / (2 ** (bits - 1) - 1)
-    error = (torch.round(torch.minimum(centres, candidates) / step) * step - centres) ** 2
-    return candidates.flatten()[(counts @ error.t()).argmin(dim=1)]
+    return candidates.flatten()[(counts @ squared_errors(centres, candidates, bits).t()).argmin(dim=1)]
+
+
+def squared_errors(values: Tensor, clips: Tensor, bits: int) -> Tensor:
+    """(x^Q - x)² of magnitudes at `bits` bits under several clipping values; broadcast against each other, t = 1."""
+    step = clips / (2 ** (bits - 1) - 1)
+    return (torch.round(torch.minimum(values, clips) / step) * step - values) ** 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,8 +46,4 @@ def _exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def exported(_exported: Path, tmp_path: Path) -> Path:
     """A fresh copy of one good export, to be read or damaged."""
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for file in _exported.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
+    return shutil.copytree(_exported, tmp_path / "copy")

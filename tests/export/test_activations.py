@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +114,7 @@ def _rounded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def rounded(_rounded: Path, tmp_path: Path) -> Path:
     """A fresh copy of one good export, to be read or damaged."""
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for file in _rounded.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
+    return shutil.copytree(_rounded, tmp_path / "copy")
 
 
 def load(folder: Path, **options: Any) -> PreTrainedModel:
