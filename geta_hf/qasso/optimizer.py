@@ -140,16 +140,19 @@ class QASSO(torch.optim.Optimizer):
     @property
     def bit_bounds(self) -> tuple[float, float]:
         """(b_l, b_u) of weights in force at the next step."""
-        return self._bounds(self.config.bits)
+        return self._bounds(self.config.bits[0], self.config.reduction)
 
-    def _bounds(self, limits: tuple[int, int]) -> tuple[float, float]:
-        """The part of the way from the initial bits to `limits` that lies behind, in even steps (Alg. 3)."""
-        config, phase = self.config, self.phase
-        periods = {WARMUP: 0, PROJECTION: phase.period + 1}.get(phase.stage, config.projection_periods)
-        # A b_r of the user's own is for weights; activations reach their bound in as many even steps.
-        ours = limits == config.bits
-        reduction = config.reduction if ours else (config.initial_bits - limits[1]) / config.projection_periods
-        return limits[0], config.initial_bits - periods * reduction
+    @property
+    def input_bit_bounds(self) -> tuple[float, float]:
+        """(b_l, b_u) of the layers' inputs in force at the next step; they fall evenly, since b_r is for weights."""
+        lower, upper = self.config.activation_bits or self.config.bits
+        return self._bounds(lower, (self.config.initial_bits - upper) / self.config.projection_periods)
+
+    def _bounds(self, lower: int, reduction: float) -> tuple[float, float]:
+        """The upper one has come down by `reduction` in each projection period that has begun (Alg. 3)."""
+        phase, all_periods = self.phase, self.config.projection_periods
+        periods = {WARMUP: 0, PROJECTION: phase.period + 1}.get(phase.stage, all_periods)
+        return lower, self.config.initial_bits - periods * reduction
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -305,7 +308,7 @@ class QASSO(torch.optim.Optimizer):
 
     def _entry_bounds(self) -> tuple[Tensor, Tensor]:
         """(b_l, b_u) of every entry, shape (entries,)."""
-        ours, theirs = self.bit_bounds, self._bounds(self.config.activation_bits or self.config.bits)
+        ours, theirs = self.bit_bounds, self.input_bit_bounds
         of_input = self.quantizers.layer >= self.quantizers.weight_layers
         lower, upper = (torch.where(of_input, theirs[i], ours[i]) for i in (0, 1))
         return lower, upper

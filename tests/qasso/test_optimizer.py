@@ -273,6 +273,13 @@ def test_one_bad_element_of_a_weights_gradient_shows_in_that_of_d() -> None:
     assert not torch.isfinite(layer.weight_quantizer.d.grad).any()
 
 
+def test_a_reduction_of_ones_own_is_for_weights_alone() -> None:
+    """Also where activations have the same range: they end at its upper end, weights at b_u - B·b_r."""
+    _, optimizer = make(small_config(bits=(4, 8), activation_bits=(4, 8), bit_reduction=2.5))
+    optimizer.param_groups[0]["qasso_step"] = 20  # in the joint stage
+    assert optimizer.bit_bounds == (4, 6) and optimizer.input_bit_bounds == (4, 8)
+
+
 def test_a_closure_is_evaluated_with_gradients() -> None:
     model, optimizer = make(small_config())
     loss = optimizer.step(lambda: (model(torch.ones(2, 8)).sum().backward(), 1.5)[1])
