@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 
 from geta_hf.config import CONFIG_NAME
 from geta_hf.errors import GETAError
+from geta_hf.export.embeddings import RoundedEmbedding, rounded_embedding
 from geta_hf.export.equations import WANTED
 from geta_hf.export.folder import check_target, write_folder
 from geta_hf.export.gate import norm_coupled, prove_replay
-from geta_hf.export.hf_quantizer import attach_quantizer, has_quantizer
-from geta_hf.export.packed import activation_bits, pack_layer, packed_layers, weight_bits
+from geta_hf.export.hf_quantizer import attach_quantizer, has_quantizer, tied_weights
+from geta_hf.export.packed import activation_bits, pack_layer, packed_layers, weight_bits, weight_holders
 from geta_hf.export.packing import MAX_BITS, MIN_BITS
 from geta_hf.export.record import record
 from geta_hf.export.solve import solve
@@ -35,6 +36,7 @@ from geta_hf.quantization import (
     QuantizedLayer,
     cut_quantizers,
     detach_quantizers,
+    fixed_quantizer,
     float_inputs,
     quantized_layers,
 )
@@ -89,6 +91,7 @@ def export(
     config: SupportsToDict | None = None,
     processing_class: SupportsSave | None = None,
     expected_zero_groups: int | None = None,
+    embedding_bits: int | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write a trained model as a small folder that `AutoModelForX.from_pretrained` reads once geta_hf is imported.
@@ -109,6 +112,8 @@ def export(
         config: saved beside the model as geta_config.json; what was kept is saved as geta_structure.json.
         processing_class: tokenizer or processor to save with the model.
         expected_zero_groups: how many groups training was to remove; fewer are an error.
+        embedding_bits: 2 to 8: the input embedding is rounded to it, with a step size for every row; the rounded model
+            is then the one that the proof starts from. By default it stays as it is.
         overwrite: replace an existing model folder.
 
     Raises:
@@ -122,17 +127,9 @@ def export(
     if space is None:
         space = build_space(model, batch)
     removed = _removed_groups(model, space, expected_zero_groups)
-    with float_inputs(model):
-        trained = attention_outputs(model, batch)
-        if removed:
-            verify_space(model, [batch], space, removal=removed)
     kept = {name: (int((~gone).sum()), gone.numel()) for name, gone in removed.items()}
-    small = compress(model, space, removed, batch)
-    with float_inputs(small):
-        if norm_coupled(space, removed):
-            difference = _prove_norms(model, small, kept_indices(space, removed), batch)
-        else:
-            difference = prove_equal(trained, attention_outputs(small, batch), model.dtype, "cut")
+    with rounded_embedding(model, embedding_bits) as embedding:
+        small, difference = _prove_cut(model, space, removed, batch, embedding)
     reference = attention_outputs(small, batch)
 
     def fill(folder: Path) -> None:
@@ -145,6 +142,25 @@ def export(
 
     write_folder(target, fill)
     return _report(target, small, kept, difference)
+
+
+def _prove_cut(
+    model: PreTrainedModel,
+    space: PruningSpace,
+    removed: dict[str, Tensor],
+    batch: Mapping[str, Tensor],
+    embedding: RoundedEmbedding | None,
+) -> tuple[PreTrainedModel, float]:
+    """The cut and packed copy, and by how much its outputs differ from the trained model's."""
+    with float_inputs(model):
+        trained = attention_outputs(model, batch)
+        if any(bool(gone.any()) for gone in removed.values()):
+            verify_space(model, [batch], space, removal=removed)
+    small = compress(model, space, removed, batch, embedding)
+    with float_inputs(small):
+        if norm_coupled(space, removed):
+            return small, _prove_norms(model, small, kept_indices(space, removed), batch)
+        return small, prove_equal(trained, attention_outputs(small, batch), model.dtype, "cut")
 
 
 def _prove_norms(
@@ -192,7 +208,11 @@ def _removed_groups(model: PreTrainedModel, space: PruningSpace, expected: int |
 
 
 def compress(
-    model: PreTrainedModel, space: PruningSpace, removed: dict[str, Tensor], batch: Mapping[str, Tensor]
+    model: PreTrainedModel,
+    space: PruningSpace,
+    removed: dict[str, Tensor],
+    batch: Mapping[str, Tensor],
+    embedding: RoundedEmbedding | None = None,
 ) -> PreTrainedModel:
     """A cut and packed copy of a trained model, which `save_pretrained` writes in the format of an export.
 
@@ -201,37 +221,54 @@ def compress(
         space: as in `export`.
         removed: family name -> bool (groups,), the groups to cut away.
         batch: what the forward is recorded on, to find the attributes that a cut changes.
+        embedding: how the model's embedding was rounded; None where it was not.
 
     Raises:
-        GETAError: bits that are not whole, tied quantized weights, codes beyond their bit width, a cut that cannot be.
+        GETAError: bits that are not whole, codes beyond their bit width, a cut that cannot be.
     """
     kept = kept_indices(space, removed)
     values = solve(record(model, batch), kept) if kept else {}
     small = copy.deepcopy(model)
     fixes = slice_model(small, kept, values)
     cut_quantizers(small, kept)
-    _pack_weights(small)
+    _pack_weights(small, embedding)
     attach_quantizer(small, fixes)
     return small
 
 
 @torch.no_grad()
-def _pack_weights(model: PreTrainedModel) -> None:
-    layers = quantized_layers(model)
-    weights: dict[int, str] = {}
-    for name, layer in layers.items():
-        if (first := weights.setdefault(id(layer.weight), name)) != name:
-            raise GETAError(f"{name}.weight is tied to {first}.weight; tied weights cannot be packed, quantize neither")
-    packed = {name: _packed(name, layer) for name, layer in layers.items()}
+def _pack_weights(model: PreTrainedModel, embedding: RoundedEmbedding | None) -> None:
+    _check_ties(model)
+    packed = {name: _packed(name, layer) for name, layer in quantized_layers(model).items()}
     detach_quantizers(model)
+    if embedding is not None:
+        codes = embedding.codes(model.get_submodule(embedding.name))
+        packed[embedding.name] = (codes, embedding.bits, embedding.step_size, None)
+    holders = weight_holders(model, packed)
     for name, parts in packed.items():
-        pack_layer(name, model.get_submodule(name), *parts)
+        layer = model.get_submodule(name)
+        pack_layer(name, layer, *parts, tied=len(holders[name]) > 1)
+        for holder, leaf in holders[name]:
+            setattr(holder, leaf, layer.weight)
+
+
+def _check_ties(model: PreTrainedModel) -> None:
+    """Raises GETAError where layers share a weight though the model's class would load it for one of them alone."""
+    first: dict[int, str] = {}
+    declared = tied_weights(model)
+    for name, layer in quantized_layers(model).items():
+        other = first.setdefault(id(layer.weight), name)
+        if other != name and f"{name}.weight" not in declared:
+            raise GETAError(
+                f"{name}.weight is tied to {other}.weight, which {type(model).__name__} does not do by itself; "
+                f"quantize neither"
+            )
 
 
 def _packed(name: str, layer: QuantizedLayer) -> tuple[Tensor, int, Tensor, FixedQuantizer | None]:
     """Codes, bits and step size of a layer's weight, and what rounds its input."""
     weight, inputs = layer.weight_quantizer, layer.input_quantizer
-    fixed = None if inputs is None else FixedQuantizer.of(inputs, whole_bits(f"the input of {name}", inputs.bits()))
+    fixed = None if inputs is None else fixed_quantizer(inputs, whole_bits(f"the input of {name}", inputs.bits()))
     return weight.codes(layer.weight), whole_bits(name, weight.bits()), weight.d, fixed
 
 

@@ -8,13 +8,15 @@ Everything in a folder is verified, and a tensor that a folder lacks is an error
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter
+from transformers.integrations.accelerate import load_offloaded_parameter
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -34,12 +36,15 @@ from geta_hf.export.packed import (
     LEAVES,
     PackedLayer,
     activation_bits,
-    decode_loaded,
+    become_packed,
     packed_layers,
-    reserve_packed,
+    take_input_scale,
+    unpack_layer,
     weight_bits,
+    weight_holders,
 )
 from geta_hf.export.packing import MAX_BITS, MIN_BITS
+from geta_hf.export.stored import Decode, check_packed, read_headers
 
 QUANT_METHOD = "geta"
 FORMAT_VERSION = 1
@@ -126,63 +131,126 @@ class GETAHfQuantizer(HfQuantizer):
         return True
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        """True for packed data, whose size is then left to `decode_loaded`, which names it in its error."""
+        """True for the scale of a layer's input, whose size is then left to `take_input_scale`."""
         path, _, leaf = param_name.rpartition(".")
-        return leaf in LEAVES and isinstance(model.get_submodule(path), PackedLayer)
+        return leaf == INPUT_SCALE and isinstance(model.get_submodule(path), PackedLayer)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """None (no cast) for a stream, so that data of another type is refused rather than rounded to bytes."""
-        return None if dtype == torch.uint8 else super().get_new_dtype(converter, param, dtype)
+        """None (no cast) for packed data; the type that its weight is to have is left with what decodes it."""
+        decoders = [step for step in getattr(converter, "operations", ()) if isinstance(step, Decode)]
+        for step in decoders:
+            step.dtype = dtype or step.dtype
+        return None if decoders else super().get_new_dtype(converter, param, dtype)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """One for every packed layer: its stream and scale become the weight as it is used."""
+        return [decoder.converter() for decoder in self._decoders]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        config, names = self.quantization_config, list[str]()
-        for file in kwargs.get("checkpoint_files") or ():
-            names += _checked_names(file, config.bits)
+        config = self.quantization_config
+        headers = read_headers(kwargs.get("checkpoint_files") or ())
         _apply_fixes(model, config.fixes)
+        self._decoders: list[Decode] = []
+        tied = tied_weights(model)
         for name, bits in config.bits.items():
-            if (path := _find_module(model, name)) is not None:
-                reserve_packed(path, model.get_submodule(path), bits, config.activation_bits.get(name))
-        _check_inputs(model, names)
+            if (path := _find_module(model, name)) is None:
+                continue
+            layer = become_packed(path, model.get_submodule(path), bits, f"{path}.weight" in tied)
+            self._reserve(name, _places(model, name), layer)
+            for place in _places(model, name):
+                check_packed(place, layer, headers)
+        _check_inputs(model, headers)
+        self._names = set(headers)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         return model
 
+    def _reserve(self, name: str, places: Iterable[str], layer: PackedLayer) -> None:
+        """Make a layer ready to be loaded into. The type its weight is declared in is the one it will be decoded to."""
+        decoder = Decode(self, name, places, layer)
+        self._decoders.append(decoder)
+        if name in self.quantization_config.activation_bits:
+            layer.register_buffer(INPUT_SCALE, torch.empty(1, dtype=torch.float32, device=layer.weight.device))
+        # Or transformers would draw weights at random where the file has none, before the gap can be reported.
+        layer.__dict__["_is_hf_initialized"] = True
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        _check_complete(model)
+        for problem in (decoder.problem for decoder in self._decoders):
+            if problem is not None:
+                raise GETAError(problem)
+        _check_complete(model, self._names)
         _check_shapes(model, self._shapes)
         for name, dims in self.quantization_config.fixes["keep"].items():
             if (buffer := _find_tensor(model, name)) is not None:
                 shrink_buffer(model, buffer, dims)
         for name, layer in packed_layers(model).items():
-            decode_loaded(name, layer)
+            layer.weight.requires_grad_(False)
+            layer.settle()
+            if INPUT_SCALE in layer._buffers:
+                take_input_scale(name, layer, self._input_bits(model, name))
+        _share_step_sizes(model)
+        self._forget_decoders(model)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):  # so that the base model inside can be saved alone
                 module.hf_quantizer = self  # type: ignore[assignment]
         return model
 
+    def _input_bits(self, model: PreTrainedModel, path: str) -> int:
+        widths = self.quantization_config.activation_bits
+        return next(widths[place] for place in _places(model, path) if place in widths)
+
+    def _forget_decoders(self, model: PreTrainedModel) -> None:
+        """What is saved is packed by `get_state_dict_and_metadata`, not by running the conversions backwards."""
+        self._decoders = []
+        kept = [step for step in getattr(model, "_weight_conversions", None) or () if not _decodes(step)]
+        vars(model)["_weight_conversions"] = kept or None
+
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any]]:
         """The state dict with packed data in place of the decoded weights, for `save_pretrained`."""
-        state = model.state_dict()
+        state = remove_tied_weights_from_state_dict(model.state_dict(), model)
         for name, layer in packed_layers(model).items():
-            state.update(layer.packed_tensors(name))
+            if (weight := state.pop(f"{name}.weight", None)) is not None:  # else tied to one that is saved
+                offloaded = load_offloaded_parameter(model, f"{name}.weight") if weight.is_meta else None
+                state.update(layer.packed_tensors(name, offloaded))
         return state, {}
 
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        layers = packed_layers(model)
+        holders = weight_holders(model, layers)
+        for name, layer in layers.items():
+            unpack_layer(layer)
+            for holder, leaf in holders[name]:
+                setattr(holder, leaf, layer.weight)
+        return model
 
-def _checked_names(file: str, packed: Iterable[str]) -> list[str]:
-    """The tensors of a file, once it can be read and those of packed layers have their types, before anything casts."""
-    if not file.endswith(".safetensors"):
-        return []
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            names = list(tensors.keys())
-            ours = {f"{path}.{leaf}" for path in packed for leaf in LEAVES}.intersection(names)
-            types = {name: tensors.get_slice(name).get_dtype() for name in ours}
-    except (SafetensorError, OSError) as error:
-        raise GETAError(f"{file} is damaged or cut short ({error}); copy or export the folder again") from error
-    for name, kind in types.items():
-        wanted, words = ("U8", "a uint8 stream") if name.endswith(".weight") else ("F32", "float32")
-        if kind != wanted:
-            raise GETAError(f"{file}: {name}: its values are {kind}, not {words}; export the folder again")
-    return names
+    def remove_quantization_config(self, model: PreTrainedModel) -> None:
+        """What `dequantize` does last. A model that was cut keeps its fix list, without which no folder of it loads."""
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                vars(module).pop("hf_quantizer", None)
+        super().remove_quantization_config(model)
+        fixes = self.quantization_config.fixes
+        if any(fixes[part] for part in ("shapes", "keep", "attrs")):
+            attach_quantizer(model, fixes)
+
+
+def _decodes(conversion: Any) -> bool:
+    return any(isinstance(step, Decode) for step in getattr(conversion, "operations", ()))
+
+
+def tied_weights(model: PreTrainedModel) -> set[str]:
+    """The names of all parameters that share their tensor with another one."""
+    ties = model.all_tied_weights_keys
+    return set(ties) | set(ties.values())
+
+
+def _share_step_sizes(model: PreTrainedModel) -> None:
+    """Let packed layers whose weights are tied have the step size of the one that was loaded."""
+    loaded = {id(layer.weight): layer for layer in packed_layers(model).values() if "step_size" in vars(layer)}
+    for layer in packed_layers(model).values():
+        if "step_size" not in vars(layer):
+            if (source := loaded.get(id(layer.weight))) is None:
+                raise GETAError("a packed layer is tied to a weight that the folder lacks; copy or export it again")
+            layer.step_size, layer._stream = source.step_size, source._stream
 
 
 def _check_inputs(model: PreTrainedModel, names: Iterable[str]) -> None:
@@ -241,7 +309,7 @@ def _is_own_folder(model: PreTrainedModel) -> bool:
     return not architectures or type(model).__name__ in architectures
 
 
-def _check_complete(model: PreTrainedModel) -> None:
+def _check_complete(model: PreTrainedModel, stored: Collection[str]) -> None:
     """Raise if a tensor was not in the folder: transformers marks what it loads, and draws the rest at random.
 
     Another class than the folder's may have modules that the folder knows nothing of, such as a new head: transformers
@@ -249,12 +317,21 @@ def _check_complete(model: PreTrainedModel) -> None:
     """
     own = _is_own_folder(model)
     for path, module in model.named_modules():
-        tensors = module.state_dict(keep_vars=True)
-        present = {leaf: getattr(tensors[leaf], "_is_hf_initialized", False) for leaf in tensors if "." not in leaf}
+        tensors = {leaf: t for leaf, t in module.state_dict(keep_vars=True).items() if "." not in leaf}
+        present = {leaf: _was_loaded(model, path, leaf, tensor, stored) for leaf, tensor in tensors.items()}
         missing = [leaf for leaf, loaded in present.items() if not loaded]
         if missing and (own or any(present.values()) or isinstance(module, PackedLayer)):
             name = f"{path}.{missing[0]}".removeprefix(".")
             raise GETAError(f"the folder has no tensor {name}, or one of another shape; copy or export it again")
+
+
+def _was_loaded(model: PreTrainedModel, path: str, leaf: str, tensor: Any, stored: Collection[str]) -> bool:
+    if not tensor.is_meta:
+        return getattr(tensor, "_is_hf_initialized", False)
+    # Offloading lost the mark. Where transformers renamed what it read, the folder's names say nothing.
+    names = {f"{place}.{leaf}" for place in _places(model, path)}
+    renamed = any(not _decodes(step) for step in getattr(model, "_weight_conversions", None) or ())
+    return renamed or bool(names & set(stored)) or f"{path}.{leaf}" in tied_weights(model)
 
 
 def _check_shapes(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -262,7 +339,7 @@ def _check_shapes(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) ->
     packed = {f"{path}.{leaf}" for path in packed_layers(model) for leaf in LEAVES}
     for name, tensor in model.state_dict().items():
         if name in packed:
-            continue  # `decode_loaded` verifies these
+            continue  # verified as they were decoded
         if tuple(tensor.shape) != shapes[name] or tensor.dtype == torch.uint8:
             raise GETAError(
                 f"the folder's {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, but config.json makes it "

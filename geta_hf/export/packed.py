@@ -2,14 +2,15 @@
 
 On disk `<module>.weight` is the uint8 bit stream and `<module>.weight_scale` the step size d, fp32: shape (1,), or
 (channels,) with one for each output channel. A reader that does not know the format meets a one-dimensional weight and
-fails on its size. In memory the weight is decoded once, so the forward pass is the original class's own; the stream is
-kept on the CPU and is what gets saved. A layer that rounds its input has `<module>.input_scale` too: see
-`FixedQuantizer`.
+fails on its size. In memory the weight is decoded once, so the forward pass is the original class's own; when it is
+saved, the codes are read back from it. An embedding keeps its codes as one byte each and decodes the rows that are
+looked up. A layer that rounds its input has `<module>.input_scale` too: see `FixedQuantizer`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -18,13 +19,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from geta_hf.errors import GETAError
-from geta_hf.export.packing import pack, stream_length, unpack
-from geta_hf.quantization.layers import InputQuantizedLayer, base_type, output_dim
-from geta_hf.quantization.quantizer import FixedQuantizer
+from geta_hf.export.packing import largest_code, pack, unpack
+from geta_hf.quantization.fixed import FixedQuantizer, InputQuantizedLayer, SinglePrecision, base_type, output_dim
 
 WEIGHT_SCALE, INPUT_SCALE = "weight_scale", "input_scale"
 LEAVES = ("weight", WEIGHT_SCALE, INPUT_SCALE)
 """What a file holds of a packed layer, beside its bias."""
+
+BYTE_BITS = 8
+"""Codes up to this width fit a byte, and can be read back from a weight in any floating-point type."""
+
+_CASTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class PackedLayer(InputQuantizedLayer):
@@ -32,18 +37,17 @@ class PackedLayer(InputQuantizedLayer):
 
     Attributes:
         bits: width of each code.
-        dense_shape: shape of the decoded weight.
-        stream: the codes as `packing.pack` gives them, on CPU whatever the device of the layer.
         step_size: d, fp32, shape (1,) or (channels,), on CPU and out of reach of any cast of the layer.
         input_quantizer: rounds the input as in training; None where the input stays float.
+        plain_class: what the layer was before.
     """
 
     weight: Any  # each plain layer class declares its own type
     bits: int
-    dense_shape: tuple[int, ...]
-    stream: Tensor
     step_size: Tensor
     input_quantizer: FixedQuantizer | None
+    plain_class: type[nn.Module]
+    _stream: Tensor | None  # of codes that cannot be read back from the weight
 
     def forward(self, input: Tensor) -> Tensor:
         """The original layer's own forward, on the rounded input."""
@@ -52,38 +56,73 @@ class PackedLayer(InputQuantizedLayer):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}".removeprefix(", ")
 
-    def decoded(self) -> Tensor:
-        """The fp32 weight d * n, of shape `dense_shape`, on CPU."""
-        codes = unpack(self.stream, self.bits, math.prod(self.dense_shape))
-        shape = [1] * len(self.dense_shape)
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """Shape of the decoded weight."""
+        return tuple(self.weight.shape)
+
+    def scale(self, device: torch.device) -> Tensor:
+        """The step size on a device, as it is broadcast over the weight."""
+        shape = [1] * self.weight.dim()
         shape[output_dim(self)] = -1
-        return codes.view(self.dense_shape).to(torch.float32) * self.step_size.view(shape)
+        return self.step_size.to(device).view(shape)
 
-    def set_stream(self, stream: Tensor, step_size: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-        """Take `stream` for the truth and make the dense weight from it, of the given dtype, on the given device."""
-        self.stream, self.step_size = stream, step_size
-        self.weight = nn.Parameter(self.decoded().to(device=device, dtype=dtype), requires_grad=False)
+    def decoded(self, codes: Tensor) -> Tensor:
+        """The fp32 weight d * n of codes in its shape, on their device."""
+        return codes.to(torch.float32) * self.scale(codes.device)
 
-    def packed_tensors(self, name: str) -> dict[str, Tensor]:
-        """What a file holds of this layer's weight, by tensor name.
+    def fill(self, codes: Tensor, dtype: torch.dtype) -> None:
+        """Make the dense weight of these codes, in their shape and on their device, and in the given type."""
+        self.weight = nn.Parameter(self.stored(codes, dtype), requires_grad=False)
+        self.settle()
+
+    def settle(self) -> None:
+        """What is left to do once the weight is where it belongs."""
+
+    def stored(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the weight is in memory; codes that could not be read back from that are kept beside."""
+        weight = self.decoded(codes).to(dtype)
+        found = torch.equal(self._read_back(weight), codes) if self.bits <= BYTE_BITS else False
+        self._stream = None if found else pack(codes, self.bits)
+        return weight
+
+    def _read_back(self, weight: Tensor) -> Tensor:
+        return torch.round(weight.to(torch.float32) / self.scale(weight.device)).to(torch.int32)
+
+    def codes(self, name: str = "the layer", weight: Tensor | None = None) -> Tensor:
+        """The integers n that the weight stands for, int32, of its shape and on its device.
 
         Args:
-            name: path of this module in the model.
+            name: path of this module, for the error.
+            weight: the weight where this layer's own is offloaded.
 
         Raises:
-            GETAError: the dense weight is no longer what the codes say, so saving them would lose the change.
+            GETAError: the weight is no longer what codes can say, so that saving them would lose the change.
         """
-        expected, weight = self.decoded(), self.weight.detach().cpu()
-        casts = (torch.float32, torch.bfloat16, torch.float16)
-        if not any(torch.equal(weight, expected.to(cast).to(weight.dtype)) for cast in casts):
+        weight = (self.weight if weight is None else weight).detach()
+        if self._stream is None:
+            codes = self._read_back(weight)
+        else:
+            codes = unpack(self._stream, self.bits, weight.numel()).view(weight.shape).to(weight.device)
+        expected = self.decoded(codes)
+        within = not codes.numel() or int(codes.abs().max()) <= largest_code(self.bits)
+        if not within or not any(torch.equal(weight, expected.to(cast).to(weight.dtype)) for cast in _CASTS):
             raise GETAError(
                 f"{name}.weight was changed after it was decoded, and its codes no longer describe it; train the model "
                 f"before the export, not after"
             )
-        tensors = {"weight": self.stream, WEIGHT_SCALE: self.step_size}
+        return codes
+
+    def packed_tensors(self, name: str, weight: Tensor | None = None) -> dict[str, Tensor]:
+        """What a file holds of this layer's weight, by tensor name; arguments and errors are those of `codes`."""
+        tensors = {"weight": pack(self.codes(name, weight), self.bits), WEIGHT_SCALE: self.step_size}
         if self.input_quantizer is not None:
             tensors[INPUT_SCALE] = self.input_quantizer.scale
         return {f"{name}.{leaf}": tensor for leaf, tensor in tensors.items()}
+
+    def unpacked(self) -> Tensor:
+        """The dense weight, in the type that the layer computes in."""
+        return self.weight.detach()
 
 
 class PackedLinear(PackedLayer, nn.Linear):
@@ -96,6 +135,55 @@ class PackedConv1D(PackedLayer, Conv1D):
 
 class PackedConv2d(PackedLayer, nn.Conv2d):
     """nn.Conv2d with a packed weight."""
+
+
+class PackedEmbedding(PackedLayer, nn.Embedding):
+    """nn.Embedding with a packed weight, decoded as a whole: for one that is tied to another layer."""
+
+
+class _RowScale(SinglePrecision):
+    """A step size for every row, on the device of the layer but never in its type."""
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value, persistent=False)
+
+
+class PackedRows(PackedLayer):
+    """An embedding whose weight is its codes, one byte each; the rows that are looked up are decoded.
+
+    Its outputs are those of the decoded embedding in the type that the model was loaded or cast to.
+    """
+
+    row_scale: _RowScale
+    like: Tensor  # empty; its type follows casts of the model
+
+    def stored(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """The codes as bytes; rows are decoded to `dtype`."""
+        self._stream, self.__dict__["_dtype"] = None, dtype
+        return codes.to(torch.int8)
+
+    def settle(self) -> None:
+        device = torch.device("cpu") if self.weight.is_meta else self.weight.device
+        self.register_buffer("like", torch.empty(0, dtype=self.__dict__.pop("_dtype"), device=device), persistent=False)
+        self.row_scale = _RowScale(self.step_size.to(device))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The rows of `input`, any shape of integers, in a new last dim."""
+        scale = self.row_scale.value.to(self.weight.device)
+        scale = scale[input].unsqueeze(-1) if scale.numel() > 1 else scale
+        return (self.weight[input].to(torch.float32) * scale).to(self.like.dtype)
+
+    def _read_back(self, weight: Tensor) -> Tensor:
+        return weight.to(torch.int32)
+
+    def codes(self, name: str = "the layer", weight: Tensor | None = None) -> Tensor:
+        return self._read_back((self.weight if weight is None else weight).detach())
+
+    def unpacked(self) -> Tensor:
+        return self.decoded(self.weight.detach()).to(self.like.dtype)
 
 
 _PACKED: dict[type[nn.Module], type[PackedLayer]] = {
@@ -128,102 +216,98 @@ def pack_layer(
     bits: int,
     step_size: float | Tensor,
     input_quantizer: FixedQuantizer | None = None,
+    tied: bool = False,
 ) -> None:
     """Turn a plain layer into its packed kind, in place.
 
     Args:
         name: path of the layer, for errors.
-        layer: an nn.Linear, Conv1D or nn.Conv2d.
+        layer: an nn.Linear, Conv1D, nn.Conv2d or nn.Embedding.
         codes: integers n, the shape of the layer's weight.
         bits: 2 to 16.
         step_size: d, a number or of shape (1,) or (channels,).
         input_quantizer: rounds the layer's input; None leaves it float.
+        tied: whether another layer has the same weight, so that an embedding must decode it as a whole.
 
     Raises:
         GETAError: the layer's class has no packed kind, or a code does not fit.
     """
-    try:
-        stream = pack(codes, bits)
-    except GETAError as error:
-        raise GETAError(f"{name}: {error}; its clipping value, step size and bit width disagree") from error
-    packed = _become_packed(name, layer, bits)
+    largest = int(codes.abs().max()) if codes.numel() else 0
+    if largest > largest_code(bits):
+        raise GETAError(
+            f"{name}: code {largest} does not fit in {bits} bits, the largest is {largest_code(bits)}; its clipping "
+            f"value, step size and bit width disagree"
+        )
+    dtype, device = layer.get_parameter("weight").dtype, layer.get_parameter("weight").device
+    packed = become_packed(name, layer, bits, tied)
     packed.input_quantizer = input_quantizer
-    scale = torch.as_tensor(step_size, dtype=torch.float32).detach().cpu().reshape(-1)
-    packed.set_stream(stream, scale, packed.weight.dtype, packed.weight.device)
+    packed.step_size = torch.as_tensor(step_size, dtype=torch.float32).detach().cpu().reshape(-1)
+    packed.fill(codes.to(device), dtype)
 
 
-def reserve_packed(name: str, layer: nn.Module, bits: int, activation_bits: int | None = None) -> None:
-    """Turn a plain layer into its packed kind with empty storage for a stream and scales, to be loaded into.
+def become_packed(name: str, layer: nn.Module, bits: int, tied: bool = False) -> PackedLayer:
+    """Switch a layer to its packed kind, which still lacks its step size and its codes. Arguments as `pack_layer`."""
+    plain = base_type(layer)
+    if isinstance(layer, PackedLayer) or (plain is None and not isinstance(layer, nn.Embedding)):
+        kinds = ", ".join(kind.__name__ for kind in (*_PACKED, nn.Embedding))
+        raise GETAError(f"{name or 'the model'} is a {type(layer).__name__}, but only {kinds} can be packed")
+    original: Any = type(layer)
+    rows = plain is None and original is nn.Embedding and layer.max_norm is None and bits <= BYTE_BITS and not tied
+    kind: Any = PackedRows if rows else _packed_class(original, plain or nn.Embedding)
+    layer.__class__ = kind
+    packed: PackedLayer = layer  # type: ignore[assignment]
+    packed.__dict__["plain_class"] = original
+    packed.bits, packed.input_quantizer, packed._stream = bits, None, None
+    return packed
 
-    The dtype the weight is declared in is the one it will be decoded to. Follow with `decode_loaded`.
 
-    Args:
-        name: path of the layer, for errors.
-        layer: an nn.Linear, Conv1D or nn.Conv2d.
-        bits: of the weight.
-        activation_bits: of the input, None where it stays float.
+def unpack_layer(layer: PackedLayer) -> None:
+    """Turn a packed layer into what it was before, with its decoded weight and without rounding of its input."""
+    layer.weight = nn.Parameter(layer.unpacked(), requires_grad=True)
+    if isinstance(layer, PackedRows):
+        del layer.like, layer.row_scale
+    for leaf in ("bits", "step_size", "_stream"):
+        del layer.__dict__[leaf]
+    del layer.input_quantizer
+    layer.__class__ = layer.__dict__.pop("plain_class")
+
+
+def weight_holders(model: nn.Module, layers: Iterable[str]) -> dict[str, list[tuple[nn.Module, str]]]:
+    """For each of these layers every (module, attribute) that holds its weight: one, or more where it is tied."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append((module, leaf))
+    return {name: found[id(model.get_submodule(name).weight)] for name in layers}
+
+
+def take_input_scale(name: str, layer: PackedLayer, bits: int) -> None:
+    """Make the quantizer of a layer's input from what was loaded into its buffer.
 
     Raises:
-        GETAError: the layer's class has no packed kind.
+        GETAError: not one or two positive finite numbers.
     """
-    packed = _become_packed(name, layer, bits)
-    dtype, device = packed.weight.dtype, packed.weight.device
-    length = stream_length(math.prod(packed.dense_shape), bits)
-    packed.weight = nn.Parameter(torch.empty(length, dtype=torch.uint8, device=device), requires_grad=False)
-    for leaf in (WEIGHT_SCALE,) if activation_bits is None else (WEIGHT_SCALE, INPUT_SCALE):
-        packed.register_buffer(leaf, torch.empty(1, dtype=torch.float32, device=device))
-    packed.__dict__["_compute_dtype"], packed.__dict__["_activation_bits"] = dtype, activation_bits
-    # Or transformers would draw a random stream where the file has none, before the gap can be reported.
-    packed.__dict__["_is_hf_initialized"] = True
+    scale = layer.get_buffer(INPUT_SCALE).detach()
+    check_scale(f"{name}.{INPUT_SCALE}", scale, "d and one for t", 2)
+    del layer._buffers[INPUT_SCALE]
+    layer.input_quantizer = FixedQuantizer(scale, bits)
 
 
-def decode_loaded(name: str, layer: PackedLayer) -> None:
-    """Verify what was loaded into the storage of `reserve_packed` and decode it to the dense weight, in place.
-
-    Raises:
-        GETAError: wrong type or length of the stream, a scale that is not as many positive finite numbers as it should
-            be, a damaged code.
-    """
-    stream = layer.weight.detach()
-    step_size = _taken_scale(name, layer, WEIGHT_SCALE, "each output channel", layer.dense_shape[output_dim(layer)])
-    activation_bits = layer.__dict__.pop("_activation_bits")
-    if activation_bits is not None:
-        scale = _taken_scale(name, layer, INPUT_SCALE, "d and one for t", 2)
-        layer.input_quantizer = FixedQuantizer(scale, activation_bits).to(stream.device)
-    try:
-        layer.set_stream(stream.cpu(), step_size, layer.__dict__.pop("_compute_dtype"), stream.device)
-    except GETAError as error:
-        raise GETAError(f"{name}.weight: {error}") from error
-
-
-def _taken_scale(name: str, layer: PackedLayer, leaf: str, several: str, count: int) -> Tensor:
-    """A scale taken out of its buffer: one number, or `count` for `several`."""
-    scale = layer.get_buffer(leaf).detach().cpu()
+def check_scale(name: str, scale: Tensor, several: str, count: int) -> None:
+    """Raises GETAError unless a scale is one positive finite number, or `count` of them for `several`."""
     if scale.dtype != torch.float32 or tuple(scale.shape) not in ((1,), (count,)):
         raise GETAError(
-            f"{name}.{leaf} is {scale.dtype} of shape {tuple(scale.shape)}, not one float32, nor one for {several} "
+            f"{name} is {scale.dtype} of shape {tuple(scale.shape)}, not one float32, nor one for {several} "
             f"({count}); export the folder again"
         )
     wrong = scale[~((scale > 0) & (scale < math.inf))]
     if wrong.numel():
-        raise GETAError(f"{name}.{leaf} is {float(wrong[0])}; a step size is positive and finite")
-    del layer._buffers[leaf]
-    return scale
-
-
-def _become_packed(name: str, layer: nn.Module, bits: int) -> PackedLayer:
-    plain = base_type(layer)
-    if plain is None or isinstance(layer, PackedLayer):
-        kinds = ", ".join(kind.__name__ for kind in _PACKED)
-        raise GETAError(f"{name or 'the model'} is a {type(layer).__name__}, but only {kinds} can be packed")
-    layer.__class__ = _packed_class(type(layer), plain)  # type: ignore[arg-type]
-    packed: PackedLayer = layer  # type: ignore[assignment]
-    packed.bits, packed.dense_shape, packed.input_quantizer = bits, tuple(packed.weight.shape), None
-    return packed
+        raise GETAError(f"{name} is {float(wrong[0])}; a step size is positive and finite")
 
 
 @cache
 def _packed_class(original: Any, plain: Any) -> type[nn.Module]:
     """The packed kind of a plain class or of a subclass that keeps its forward."""
-    packed = _PACKED[plain]
+    packed = PackedEmbedding if plain is nn.Embedding else _PACKED[plain]
     return packed if original is plain else type(f"Packed{original.__name__}", (packed, original), {})

@@ -11,13 +11,14 @@ from geta_hf.quantization.attach import (
     select_layers,
 )
 from geta_hf.quantization.calibration import attach_input_quantizers
+from geta_hf.quantization.fixed import FixedQuantizer
 from geta_hf.quantization.functional import bit_width, fake_quantize, integer_codes, quantize, step_size
 from geta_hf.quantization.layers import QuantConv1D, QuantConv2d, QuantizedLayer, QuantLinear
 from geta_hf.quantization.quantizer import (
-    FixedQuantizer,
     Quantizer,
     channel_clipping_values,
     clipping_value,
+    fixed_quantizer,
     freeze_quantizers,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "cut_quantizers",
     "detach_quantizers",
     "fake_quantize",
+    "fixed_quantizer",
     "float_inputs",
     "freeze_quantizers",
     "input_quantizer_prefixes",

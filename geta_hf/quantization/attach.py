@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from geta_hf.errors import GETAError
+from geta_hf.quantization.fixed import InputQuantizedLayer, output_dim
 from geta_hf.quantization.layers import (
     LAYER_TYPES,
-    InputQuantizedLayer,
     QuantizedLayer,
     check_convertible,
     convert,
-    output_dim,
     revert,
 )
 from geta_hf.quantization.quantizer import Quantizer, channel_clipping_values, clipping_value

@@ -14,18 +14,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from geta_hf.errors import GETAError
+from geta_hf.quantization.fixed import InputQuantizedLayer, base_type
 from geta_hf.quantization.linear import quantized_linear
 from geta_hf.quantization.quantizer import Quantizer
-
-
-class InputQuantizedLayer(nn.Module):
-    """Mixin of a layer that may quantize what comes in; `input_quantizer` is a module, or None where it does not."""
-
-    input_quantizer: Any
-
-    def quantized_input(self, x: Tensor) -> Tensor:
-        """x^Q of the input, differentiable; x itself where activations stay float."""
-        return x if self.input_quantizer is None else self.input_quantizer(x)
 
 
 class QuantizedLayer(InputQuantizedLayer):
@@ -66,19 +57,6 @@ LAYER_TYPES: dict[type[nn.Module], type[nn.Module]] = {
     Conv1D: QuantConv1D,
     nn.Conv2d: QuantConv2d,
 }
-
-
-def base_type(layer: nn.Module) -> type[nn.Module] | None:
-    """The supported type whose forward this layer has, or None when its class brings a forward of its own."""
-    for plain in LAYER_TYPES:
-        if isinstance(layer, plain) and type(layer).forward is plain.forward:
-            return plain
-    return None
-
-
-def output_dim(layer: nn.Module) -> int:
-    """The dim of a layer's weight that its output channels run along."""
-    return 1 if isinstance(layer, Conv1D) else 0
 
 
 @cache

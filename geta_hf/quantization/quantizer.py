@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from geta_hf.errors import GETAError
 from geta_hf.quantization import functional
+from geta_hf.quantization.fixed import FixedQuantizer, SinglePrecision
 
 # Candidates for q_m, as shares of the largest magnitude.
 _SHARES = torch.linspace(0.1, 1.0, 91)
@@ -18,18 +16,7 @@ _BINS = 4096
 _CHUNK = 1 << 22
 
 
-class _SinglePrecision(nn.Module):
-    """Stays fp32 when the model around it is cast: half precision would round a step size by bits."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        def keep(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep, recurse)
-
-
-class Quantizer(_SinglePrecision):
+class Quantizer(SinglePrecision):
     """Learnable (d, q_m, t), fp32 whatever the dtype of the tensor (paper Sec. 3).
 
     `t` has shape (1,); `d` and `q_m` have shape (1,), or (channels,) where each output channel has its own.
@@ -100,53 +87,17 @@ class Quantizer(_SinglePrecision):
         return f"learn_t={self.learn_t}{along}"
 
 
+def fixed_quantizer(quantizer: Quantizer, bits: int) -> FixedQuantizer:
+    """What a quantizer has become after training, at its whole width `bits`."""
+    parts = (quantizer.d,) if quantizer.exponent is None else (quantizer.d, quantizer.t)
+    return FixedQuantizer(torch.cat(parts), bits)
+
+
 def freeze_quantizers(model: nn.Module, frozen: bool = True) -> None:
     """Let (d, q_m, t) of a model stand still, as in cool-down: their gradients are zero and cost nothing."""
     for module in model.modules():
         if isinstance(module, Quantizer):
             module.frozen = frozen
-
-
-class FixedQuantizer(_SinglePrecision):
-    """A quantizer after training: whole bits, and nothing to learn or to save in a state dict.
-
-    It gives what the `Quantizer` gave that it was made from, since only d, the exponent and the largest integer,
-    2^(bits-1) - 1, have a part in that.
-
-    Args:
-        scale: what a file holds of it: d, fp32, shape (1,), or d and a learned t, shape (2,).
-        bits: bit width, 2 to 16.
-    """
-
-    d: Tensor
-    q_m: Tensor
-    t: Tensor | None
-
-    def __init__(self, scale: Tensor, bits: int) -> None:
-        super().__init__()
-        self.bits = bits
-        d, t = scale.detach()[:1].clone(), scale.detach()[1:].clone() if scale.numel() > 1 else None
-        q_m = d * float(2 ** (bits - 1) - 1)
-        for name, value in {"d": d, "q_m": q_m if t is None else q_m ** (1 / t), "t": t}.items():
-            self.register_buffer(name, value, persistent=False)
-
-    @classmethod
-    def of(cls, quantizer: Quantizer, bits: int) -> FixedQuantizer:
-        """What `quantizer` has become, at its whole width `bits`."""
-        parts = (quantizer.d,) if quantizer.exponent is None else (quantizer.d, quantizer.t)
-        return cls(torch.cat(parts), bits)
-
-    @property
-    def scale(self) -> Tensor:
-        """What a file holds of it, on CPU."""
-        return (self.d if self.t is None else torch.cat((self.d, self.t))).cpu()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x^Q, with a straight-through gradient for x; shape and dtype of x."""
-        return functional.fake_quantize(x, self.d, self.q_m, self.t)
-
-    def extra_repr(self) -> str:
-        return f"bits={self.bits}"
 
 
 def clipping_value(weight: Tensor, bits: int, method: str = "mse", name: str = "weight") -> float:

@@ -13,12 +13,12 @@ from geta_hf.export.packed import (
     PackedConv2d,
     PackedLayer,
     PackedLinear,
-    decode_loaded,
+    become_packed,
     pack_layer,
     packed_layers,
-    reserve_packed,
 )
 from geta_hf.export.packing import largest_code
+from geta_hf.export.stored import Decode
 from geta_hf.quantization import Quantizer
 from geta_hf.quantization.layers import convert
 
@@ -97,11 +97,12 @@ def test_bytes_survive_the_way_through_a_file(kind: str) -> None:
 
 
 def loaded_layer(saved: dict[str, Tensor], kind: str = "linear") -> PackedLayer:
-    layer = LAYERS[kind][0]()
-    reserve_packed("layer", layer, BITS)
-    layer.weight = nn.Parameter(saved["layer.weight"], requires_grad=False)
-    layer.weight_scale = saved["layer.weight_scale"]
-    decode_loaded("layer", layer)
+    layer = become_packed("layer", LAYERS[kind][0](), BITS)
+    decoder = Decode(None, "layer", ["layer"], layer)
+    found = decoder.convert(dict(saved), full_layer_name="layer.weight")
+    if decoder.problem is not None:
+        raise GETAError(decoder.problem)
+    layer.weight = nn.Parameter(found["layer.weight"], requires_grad=False)
     return layer
 
 
@@ -115,13 +116,13 @@ def test_cast_and_copy_keep_the_codes_and_the_scale(dtype: torch.dtype) -> None:
     assert again["layer.weight_scale"].dtype == torch.float32
     back = clone.float().packed_tensors("layer")
     assert all(torch.equal(saved[name], again[name]) and torch.equal(saved[name], back[name]) for name in saved)
-    assert clone.stream is not layer.stream
+    assert clone.step_size is not layer.step_size
 
 
 def test_decodes_to_the_declared_dtype() -> None:
     layer = packed_layer(dtype=torch.bfloat16)
     assert layer.weight.dtype == torch.bfloat16
-    assert torch.equal(layer.weight, layer.decoded().bfloat16())
+    assert torch.equal(layer.weight, layer.decoded(layer.codes()).bfloat16())
 
 
 def test_weight_changed_after_decoding_cannot_be_saved() -> None:
@@ -159,16 +160,16 @@ def test_code_beyond_its_bits_names_the_layer() -> None:
     assert type(layer) is nn.Linear
 
 
-@pytest.mark.parametrize("layer", [nn.Embedding(5, 6), nn.LayerNorm(5), nn.Conv1d(2, 3, 1)])
+@pytest.mark.parametrize("layer", [nn.EmbeddingBag(5, 6), nn.LayerNorm(5), nn.Conv1d(2, 3, 1)])
 def test_unsupported_class_is_refused(layer: nn.Module) -> None:
     with pytest.raises(GETAError, match=f"some.layer is a {type(layer).__name__}"):
-        reserve_packed("some.layer", layer, 4)
+        become_packed("some.layer", layer, 4)
 
 
 def test_layer_cannot_be_packed_twice() -> None:
     layer = packed_layer()
     with pytest.raises(GETAError, match="only Linear"):
-        reserve_packed("layer", layer, 4)
+        become_packed("layer", layer, 4)
 
 
 def test_packed_layers_are_found_by_name_and_say_their_bits() -> None:

@@ -13,6 +13,7 @@ from geta_hf.quantization import (
     Quantizer,
     channel_clipping_values,
     clipping_value,
+    fixed_quantizer,
     functional,
     step_size,
 )
@@ -70,7 +71,7 @@ def test_a_fixed_quantizer_gives_the_very_values_of_the_trained_one(bits: int, l
     with torch.no_grad():
         trained.t.copy_(torch.tensor([1.3 if learn_t else 1.0]))
         trained.d.copy_(step_size(bits, trained.q_m, trained.t))
-    fixed = FixedQuantizer.of(trained, bits)
+    fixed = fixed_quantizer(trained, bits)
     x = torch.cat([torch.randn(2000), trained.q_m.detach() * torch.tensor([1.0, -1.0, 1 - 1e-6, 5.0])])
     assert torch.equal(fixed(x), trained(x))
     assert fixed.scale.shape == ((2,) if learn_t else (1,))
@@ -84,7 +85,7 @@ def test_a_fixed_quantizer_gives_the_very_values_of_the_trained_one(bits: int, l
 @pytest.mark.parametrize("kind", ["trained", "fixed"])
 def test_no_cast_of_the_model_rounds_a_step_size(kind: str) -> None:
     quantizer = Quantizer(0.7, 8)
-    module = quantizer if kind == "trained" else FixedQuantizer.of(quantizer, 8)
+    module = quantizer if kind == "trained" else fixed_quantizer(quantizer, 8)
     before = [module.d.clone(), module.q_m.clone()]
     model = nn.Sequential(nn.Linear(2, 2), module).to(torch.bfloat16).half().double()
     assert model[0].weight.dtype == torch.float64
