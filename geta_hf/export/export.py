@@ -25,6 +25,7 @@ from geta_hf.export.hf_quantizer import attach_quantizer, has_quantizer, tied_we
 from geta_hf.export.packed import activation_bits, pack_layer, packed_layers, weight_bits, weight_holders
 from geta_hf.export.packing import MAX_BITS, MIN_BITS
 from geta_hf.export.record import record
+from geta_hf.export.remote_code import save_compressed
 from geta_hf.export.solve import solve
 from geta_hf.export.surgery import slice_model
 from geta_hf.export.trace import trace
@@ -302,7 +303,7 @@ def _save(
     processing_class: SupportsSave | None,
     kept: Mapping[str, tuple[int, int]],
 ) -> None:
-    model.save_pretrained(folder)
+    save_compressed(model, folder)
     structure = {"version": STRUCTURE_VERSION, "kept": kept, "bits": weight_bits(model)}
     _write_json(folder / STRUCTURE_NAME, structure | {"activation_bits": activation_bits(model)})
     if processing_class is not None:

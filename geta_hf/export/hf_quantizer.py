@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from geta_hf.errors import GETAError
@@ -52,7 +53,6 @@ FORMAT_VERSION = 1
 _WHERE = "quantization_config in config.json:"
 
 
-@register_quantization_config(QUANT_METHOD)
 class GETAQuantizationConfig(QuantizationConfigMixin):
     """What config.json says of a compressed model; plain data.
 
@@ -112,7 +112,6 @@ def _check_widths(key: str, widths: Any) -> None:
             raise GETAError(f"{_WHERE} {key}[{name!r}] is {bits!r}, not a whole number of {MIN_BITS} to {MAX_BITS}")
 
 
-@register_quantizer(QUANT_METHOD)
 class GETAHfQuantizer(HfQuantizer):
     """Shrinks and prepares a freshly built model, verifies and decodes what was loaded, and packs what is saved."""
 
@@ -188,6 +187,8 @@ class GETAHfQuantizer(HfQuantizer):
             if INPUT_SCALE in layer._buffers:
                 take_input_scale(name, layer, self._input_bits(model, name))
         _share_step_sizes(model)
+        if not model.is_custom_code():  # or a folder saved anew would name code that it does not hold
+            vars(model.config).pop("auto_map", None)
         self._forget_decoders(model)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):  # so that the base model inside can be saved alone
@@ -345,6 +346,16 @@ def _check_shapes(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) ->
                 f"the folder's {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, but config.json makes it "
                 f"{shapes[name]}; copy or export the folder again"
             )
+
+
+def _register() -> None:
+    """Let transformers know the format. The code in a folder leaves it to geta_hf, or to another folder's code."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING or __name__.startswith("geta_hf."):
+        AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = GETAQuantizationConfig
+        AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = GETAHfQuantizer
+
+
+_register()
 
 
 def attach_quantizer(model: PreTrainedModel, fixes: Fixes) -> None:
