@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import safe_open
@@ -12,13 +14,50 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from geta_hf.config import CONFIG_NAME, GETAConfig
 from geta_hf.errors import GETAError
 from geta_hf.files import write_whole
+from geta_hf.qasso import QASSO
 
 WORLD_NAME = "geta_world.json"
+PROGRESS_NAME = "geta_progress.json"
 
 
-def write_world(folder: Path, processes: int, sharded: bool) -> None:
-    """Note how many processes wrote a checkpoint, and whether each held a part of the model."""
+@dataclass(frozen=True)
+class Progress:
+    """How far a checkpoint's compression had come.
+
+    Attributes:
+        step: optimizer steps done.
+        finished: whether the joint stage was over, so that the model can be exported.
+        removed_groups: groups that were zero for good.
+    """
+
+    step: int
+    finished: bool
+    removed_groups: int
+
+
+def write_notes(folder: Path, processes: int, sharded: bool, qasso: QASSO | None) -> None:
+    """Note in a checkpoint who wrote it, and how far the compression had come.
+
+    Args:
+        folder: the checkpoint.
+        processes: how many wrote it.
+        sharded: whether each of them held a part of the model.
+        qasso: the run's optimizer; None before training.
+    """
     write_whole(folder / WORLD_NAME, json.dumps({"processes": processes, "sharded": sharded}) + "\n")
+    if qasso is not None:
+        progress = Progress(qasso.step_count, qasso.finished, qasso.removed_groups)
+        write_whole(folder / PROGRESS_NAME, json.dumps(dataclasses.asdict(progress)) + "\n")
+
+
+def read_progress(folder: Path) -> Progress:
+    """How far the run was that wrote a checkpoint. Raises GETAError where it is missing or damaged."""
+    path = folder / PROGRESS_NAME
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return Progress(int(stored["step"]), bool(stored["finished"]), int(stored["removed_groups"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise GETAError(f"{path} can't be read ({error}); resume the run and let it save a checkpoint") from error
 
 
 def check_checkpoint(folder: Path, config: GETAConfig, model: nn.Module, processes: int, sharded: bool) -> None:

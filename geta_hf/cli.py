@@ -10,7 +10,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from geta_hf.convert import convert
 from geta_hf.errors import GETAError
+from geta_hf.export.formats import FORMATS
 from geta_hf.page import gather, gather_frozen, pattern, span, write_page
 from geta_hf.qadg.build import space_of
 from geta_hf.qadg.example import empty_model, example_batch
@@ -49,6 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--prune", action="append", default=[], metavar="WHAT", help=f"make prunable: {switch}")
     command.add_argument("--keep", action="append", default=[], metavar="WHAT", help=f"keep whole: {switch}")
     command.set_defaults(run=inspect)
+    command = commands.add_parser("export", help="write a run or an exported folder in some format")
+    command.add_argument("source", metavar="SOURCE", help="a run, a checkpoint, or an exported folder")
+    command.add_argument("target", metavar="OUT", help="the folder to write")
+    command.add_argument("--format", default="geta", choices=("geta", *FORMATS), help="geta by default")
+    command.add_argument("--embedding-bits", type=int, metavar="N", help="round the vocabulary's embedding, 2 to 8")
+    command.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model's folder")
+    command.set_defaults(run=run_export)
     return parser
 
 
@@ -72,6 +81,21 @@ def inspect(arguments: argparse.Namespace) -> None:
     if arguments.html:
         write_page(flow, space, arguments.html, arguments.model)
         print(f"wrote {arguments.html}")
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    """Write a checkpoint or an exported folder in some format, and say what came of it.
+
+    Args:
+        arguments: `source`, `target`, `format`, `embedding_bits` and `overwrite`, as the parser gives them.
+
+    Raises:
+        GETAError: as `geta_hf.convert.convert` does.
+    """
+    options = {name: getattr(arguments, name) for name in ("format", "embedding_bits", "overwrite")}
+    convert(arguments.source, arguments.target, **options)
+    size = sum(path.stat().st_size for path in Path(arguments.target).rglob("*") if path.is_file())
+    print(f"wrote {arguments.target}: {arguments.format} format, {size / 1e6:,.2f} MB")
 
 
 def _headline(model: nn.Module, batch: Mapping[str, Tensor], operators: int) -> str:

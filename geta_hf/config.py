@@ -75,7 +75,7 @@ _PATTERNS = _Kind(_list_of(str), "a list of regular expressions")
 _POLICY = _Kind(_list_of(str), "a list of kinds, couplings or patterns")
 _KINDS: dict[str, _Kind] = {
     **dict.fromkeys(("projection_periods", "pruning_periods", "initial_bits"), _WHOLE),
-    **dict.fromkeys(("target_bytes", "multiple_of", "calibration_batches"), _WHOLE),
+    **dict.fromkeys(("target_bytes", "multiple_of", "calibration_batches", "embedding_bits"), _WHOLE),
     **dict.fromkeys(("target_sparsity", "target_parameters", "target_bops", "mean_bits", "bit_reduction"), _REAL),
     **dict.fromkeys(("quantizer_learning_rate", "saliency_decay", "eta", "xi", "epsilon", "min_kept"), _REAL),
     **dict.fromkeys(("distill_logits", "distill_hidden", "distill_temperature"), _REAL),
@@ -85,7 +85,8 @@ _KINDS: dict[str, _Kind] = {
     **dict.fromkeys(("prune", "keep"), _POLICY),
     "bit_choices": _Kind(_list_of(int), "a list of whole numbers"),
 }
-_OPTIONAL = frozenset((*_PRUNING, *_SIZES, "mean_bits", "bit_choices", "activation_bits", "bit_reduction", "include"))
+_OPTIONAL = frozenset((*_PRUNING, *_SIZES, "mean_bits", "bit_choices", "activation_bits", "bit_reduction"))
+_OPTIONAL |= {"include", "embedding_bits"}
 
 
 @dataclass
@@ -107,6 +108,7 @@ class GETAConfig:
             where no size is asked for, and whatever the rule learns for the others.
         bit_choices: the only widths allowed, such as [4, 8], inside `bits`; None allows every whole number.
         activation_bits: (b_l, b_u) of the quantizers on the layers' inputs; None leaves activations float.
+        embedding_bits: 2 to 8: the vocabulary's embedding is rounded to it when the model is exported; None leaves it.
         per_channel: one (d, q_m) an output channel instead of one a layer.
         calibration_batches: batches that the clipping values of activations are measured on.
         min_kept: what every family keeps at least: a count, or below 1 a share.
@@ -149,6 +151,7 @@ class GETAConfig:
     mean_bits: float | None = None
     bit_choices: list[int] | None = None
     activation_bits: tuple[int, int] | None = None
+    embedding_bits: int | None = None
     per_channel: bool = False
     calibration_batches: int = 8
     min_kept: float = 1
@@ -235,6 +238,8 @@ class GETAConfig:
             self.activation_bits = (low, high)
             fits = low <= high <= self.initial_bits
             _check(fits, "activation_bits", self.activation_bits, f"(b_l, b_u) with b_l <= b_u <= {self.initial_bits}")
+        if self.embedding_bits is not None:
+            _check(2 <= self.embedding_bits <= 8, "embedding_bits", self.embedding_bits, "in 2..8")
         if self.per_channel and self.bit_rule == "paper":
             raise GETAError("Eq. 14 sets one d a layer; with per_channel choose bit_rule='sensitivity' or 'ppsg'")
         if self.bit_reduction is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from geta_hf.config import GETAConfig
 from geta_hf.cost import count_uses
+from geta_hf.export.embeddings import input_embedding
 from geta_hf.qadg import PruningSpace
 from geta_hf.qasso.cuts import family_starts
 from geta_hf.qasso.ledger import LayerEntry, Ledger
@@ -111,13 +112,22 @@ def _rows(space: PruningSpace, gone: Tensor) -> tuple[PlanRow, ...]:
     return tuple(PlanRow(kind, number, size, removed) for (kind, size, removed), number in counts.items())
 
 
-def make_ledger(model: nn.Module, space: PruningSpace, uses: Mapping[str, float] | None = None) -> Ledger:
+def make_ledger(
+    model: nn.Module,
+    space: PruningSpace,
+    uses: Mapping[str, float] | None = None,
+    embedding_bits: int | None = None,
+) -> Ledger:
     """Everything that an export would store of a model that is about to be trained.
 
     Args:
         model: with its quantizers attached, whole in this process.
         space: its pruning space.
         uses: of `layer_uses`; by default every weight is used equally often.
+        embedding_bits: width of the input embedding in the export; None where it is not rounded.
+
+    Raises:
+        GETAError: an embedding that is to be rounded, of a model that has none.
     """
     own = {f"{n}.{leaf}" for n, m in model.named_modules() if isinstance(m, Quantizer) for leaf in ("d", "q_m", "t")}
     shapes, item_bytes, seen = {}, {}, set()
@@ -131,7 +141,17 @@ def make_ledger(model: nn.Module, space: PruningSpace, uses: Mapping[str, float]
             dim = layer.weight_quantizer.channel_dim
             layers.append(LayerEntry(f"{name}.weight", (uses or {}).get(name, 1.0), dim))
     # Groups are counted over parameters and buffers alike, since an export cuts both.
-    return Ledger.of(space.prunable, shapes, layers, item_bytes, space.buffers)
+    rounded = _embedding_weight(model, embedding_bits, shapes)
+    return Ledger.of(space.prunable, shapes, layers, item_bytes, space.buffers, rounded)
+
+
+def _embedding_weight(model: nn.Module, bits: int | None, shapes: Collection[str]) -> dict[str, int]:
+    """The name under which the input embedding's weight is stored, which may be one that it is tied to, and `bits`."""
+    if bits is None:
+        return {}
+    _, layer = input_embedding(model, bits)
+    names = [name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor is layer.weight]
+    return {name: bits for name in names if name in shapes}
 
 
 def channel_dims(model: nn.Module) -> dict[str, int]:

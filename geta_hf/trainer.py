@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from geta_hf.checkpoints import check_checkpoint, write_world
+from geta_hf.checkpoints import check_checkpoint, write_notes
 from geta_hf.config import CONFIG_NAME, GETAConfig
 from geta_hf.distillation import Distiller, dense_copy
 from geta_hf.errors import GETAError
@@ -94,7 +94,7 @@ class GETATrainer(Trainer):
             refuse_shared_quantizers(model)
             if config.activation_bits is not None:
                 self._calibrate(config.activation_bits[1])
-            self._ledger = make_ledger(model, self.space, layer_uses(model, self._batch))
+            self._ledger = make_ledger(model, self.space, layer_uses(model, self._batch), config.embedding_bits)
             self.plan: Plan = make_plan(config, self.space, self._ledger)
         except BaseException:
             detach_quantizers(model)  # so that the same model can be tried again under another config
@@ -343,10 +343,10 @@ class GETATrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         self._check_finite()
         super()._save(output_dir, state_dict)
+        folder = Path(str(output_dir or self.args.output_dir))
         if self.args.should_save:
-            folder = Path(str(output_dir or self.args.output_dir))
             self.geta_config.save(folder / CONFIG_NAME)
-            write_world(folder, self.args.world_size, self.is_fsdp_enabled)
+            write_notes(folder, self.args.world_size, self.is_fsdp_enabled, self.qasso)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_checkpoint(
@@ -387,6 +387,7 @@ class GETATrainer(Trainer):
             config=self.geta_config,
             processing_class=self.processing_class,
             expected_zero_groups=self.qasso.removed_groups,
+            embedding_bits=self.geta_config.embedding_bits,
             overwrite=overwrite,
         )
 

@@ -102,8 +102,9 @@ def test_targets_are_met_by_the_exported_folder(tmp_path, changes: dict) -> None
     assert (tmp_path / "small" / STRUCTURE_NAME).is_file() and reloaded is not None
 
 
-def test_the_ledger_counts_the_exported_file_to_the_byte(tmp_path) -> None:
-    made = trainer(tmp_path)
+@pytest.mark.parametrize("embedding_bits", [None, 3])
+def test_the_ledger_counts_the_exported_file_to_the_byte(tmp_path, embedding_bits: int | None) -> None:
+    made = trainer(tmp_path, GETAConfig(**SMALL, embedding_bits=embedding_bits))
     made.train()
     report = made.export_model(tmp_path / "small")
     ledger = made.qasso.ledger

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ def rounded_embedding(model: PreTrainedModel, bits: int | None) -> Iterator[Roun
         layer.weight.data = weight
 
 
-def input_embedding(model: PreTrainedModel, bits: int) -> tuple[str, nn.Embedding]:
+def input_embedding(model: Any, bits: int) -> tuple[str, nn.Embedding]:
     """The embedding that `embedding_bits` means, and its path. Raises GETAError as `rounded_embedding`."""
     if not isinstance(bits, int) or isinstance(bits, bool) or not MIN_BITS <= bits <= BYTE_BITS:
         raise GETAError(f"embedding_bits is {bits!r}; an embedding is rounded to {MIN_BITS} to {BYTE_BITS} bits")

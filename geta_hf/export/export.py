@@ -20,6 +20,7 @@ from geta_hf.errors import GETAError
 from geta_hf.export.embeddings import RoundedEmbedding, rounded_embedding
 from geta_hf.export.equations import WANTED
 from geta_hf.export.folder import check_target, write_folder
+from geta_hf.export.formats import writer
 from geta_hf.export.gate import norm_coupled, prove_replay
 from geta_hf.export.hf_quantizer import attach_quantizer, has_quantizer, tied_weights
 from geta_hf.export.packed import activation_bits, pack_layer, packed_layers, weight_bits, weight_holders
@@ -93,9 +94,13 @@ def export(
     processing_class: SupportsSave | None = None,
     expected_zero_groups: int | None = None,
     embedding_bits: int | None = None,
+    format: str = "geta",
     overwrite: bool = False,
 ) -> ExportReport:
-    """Write a trained model as a small folder that `AutoModelForX.from_pretrained` reads once geta_hf is imported.
+    """Write a trained model as a small folder.
+
+    In its own format, `AutoModelForX.from_pretrained` reads it once geta_hf is imported, or with
+    `trust_remote_code=True`. The others are ways out to other programs: see `geta_hf.export.formats`.
 
     Groups whose trained slices are all exactly zero are cut away (a family keeps at least one group), every quantized
     weight is stored at its own bit width, everything else in its own dtype. What is cut passes gates 2 and 3 first
@@ -115,6 +120,7 @@ def export(
         expected_zero_groups: how many groups training was to remove; fewer are an error.
         embedding_bits: 2 to 8: the input embedding is rounded to it, with a step size for every row; the rounded model
             is then the one that the proof starts from. By default it stays as it is.
+        format: `geta`, or one of `FORMATS`.
         overwrite: replace an existing model folder.
 
     Raises:
@@ -123,6 +129,7 @@ def export(
     """
     target = Path(directory).resolve()
     check_target(target, overwrite)
+    write = None if format == "geta" else writer(format)
     _check_model(model)
     batch = dict(model.dummy_inputs if batch is None else batch)
     if space is None:
@@ -135,6 +142,10 @@ def export(
 
     def fill(folder: Path) -> None:
         nonlocal difference
+        if write is not None:
+            write(small, folder, batch)
+            _save_beside(folder, config, processing_class)
+            return
         _save(small, folder, config, processing_class, kept)
         reloaded = type(model).from_pretrained(folder, dtype=model.dtype)
         reloaded.to(model.device)  # type: ignore[arg-type]
@@ -306,6 +317,25 @@ def _save(
     save_compressed(model, folder)
     structure = {"version": STRUCTURE_VERSION, "kept": kept, "bits": weight_bits(model)}
     _write_json(folder / STRUCTURE_NAME, structure | {"activation_bits": activation_bits(model)})
+    _save_beside(folder, config, processing_class)
+
+
+def copy_beside(source: Path, target: Path, structure: bool) -> None:
+    """Copy what stands beside the weights of an export, such as its tokenizer, where the target lacks it.
+
+    Args:
+        source: an exported folder.
+        target: the new folder, with its model.
+        structure: whether what was kept is copied too, and what describes the folder in geta_hf's own format.
+    """
+    own = {STRUCTURE_NAME, "README.md", "config.json"}
+    for path in sorted(source.iterdir()):
+        weights = path.suffix in (".safetensors", ".py") or path.name.endswith(".index.json")
+        if path.is_file() and not weights and (structure or path.name not in own) and not (target / path.name).exists():
+            (target / path.name).write_bytes(path.read_bytes())
+
+
+def _save_beside(folder: Path, config: SupportsToDict | None, processing_class: SupportsSave | None) -> None:
     if processing_class is not None:
         processing_class.save_pretrained(str(folder))
     if config is not None:

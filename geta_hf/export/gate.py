@@ -102,7 +102,7 @@ class Bench:
             reference = attention_outputs(masked, batch)
             prove_equal(reference, attention_outputs(small, batch), self.model.dtype, "cut")
         if self.generates:
-            _check_generation(masked, small, self.batches[0])
+            check_generation(masked, small, self.batches[0])
 
 
 def _copied(model: PreTrainedModel, own: Iterable[str] = ()) -> PreTrainedModel:
@@ -166,7 +166,7 @@ def mask_groups(model: nn.Module, families: Iterable[Family], removal: Removal) 
                 tensors[member.tensor].index_fill_(member.dim, index, 0)
 
 
-def _check_generation(masked: PreTrainedModel, small: PreTrainedModel, batch: Batch) -> None:
+def check_generation(masked: PreTrainedModel, small: PreTrainedModel, batch: Batch) -> None:
     """The last logits from a cache, and tokens generated with a cache and without: all as before, where it could."""
     with evaluating(masked), evaluating(small):
         for what, run in (("step by step", _last_logits), ("with a cache", _tokens(True)), ("without", _tokens(False))):

@@ -45,7 +45,7 @@ from geta_hf.export.packed import (
     weight_holders,
 )
 from geta_hf.export.packing import MAX_BITS, MIN_BITS
-from geta_hf.export.stored import Decode, check_packed, read_headers
+from geta_hf.export.stored import Decode, check_packed, check_plain, read_headers
 
 QUANT_METHOD = "geta"
 FORMAT_VERSION = 1
@@ -159,6 +159,8 @@ class GETAHfQuantizer(HfQuantizer):
             for place in _places(model, name):
                 check_packed(place, layer, headers)
         _check_inputs(model, headers)
+        if _is_own_folder(model):
+            check_plain(model.state_dict(), headers, config.bits)
         self._names = set(headers)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         return model

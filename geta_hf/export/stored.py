@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +28,16 @@ def read_headers(files: Iterable[str]) -> dict[str, tuple[str, str, tuple[int, .
     """What the files of a folder hold, without reading any tensor.
 
     Raises:
-        GETAError: a file that is missing, damaged or cut short.
+        GETAError: a file that is missing, damaged or cut short, or that lies outside the folder.
     """
     found = {}
+    home: Path | None = None
     for file in files:
+        home = home or Path(file).absolute().parent
+        if Path(file).absolute().parent != home or ".." in Path(file).parts:
+            raise GETAError(
+                f"{file} lies outside the folder, where model.safetensors.index.json leads; export it again"
+            )
         if not file.endswith(".safetensors"):
             raise GETAError(f"{file} is no safetensors file; a folder of geta_hf holds no other weights")
         try:
@@ -74,6 +81,24 @@ def check_packed(name: str, layer: PackedLayer, headers: Headers) -> None:
             raise GETAError(
                 f"{scale[0]}: {name}.{leaf} is {scale[1]} of shape {scale[2]}, not one float32, nor one for {several} "
                 f"({count}); export the folder again"
+            )
+
+
+def check_plain(tensors: Mapping[str, Tensor], headers: Headers, packed: Iterable[str]) -> None:
+    """Refuse a plain tensor of another shape than the model's before anything is read.
+
+    Raises:
+        GETAError: naming the file and the tensor.
+    """
+    weights = {f"{name}.weight" for name in packed}
+    for name, tensor in tensors.items():
+        if name not in headers or name in weights or name.endswith(f".{INPUT_SCALE}"):
+            continue
+        file, kind, shape = headers[name]
+        if shape != tuple(tensor.shape) or kind == "U8":
+            raise GETAError(
+                f"{file}: {name} is {kind} of shape {shape}, but config.json makes it {tuple(tensor.shape)}; copy or "
+                f"export the folder again"
             )
 
 

@@ -44,6 +44,7 @@ class Ledger:
         groups: number of groups.
         layers: the quantized weights.
         buffers: those of the tensors that are no parameters.
+        row_bits: width of every other tensor that an export rounds, with a step size for each row.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -52,6 +53,7 @@ class Ledger:
     layers: Sequence[LayerEntry]
     item_bytes: Mapping[str, int] = field(default_factory=dict)
     buffers: Collection[str] = ()
+    row_bits: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -61,10 +63,11 @@ class Ledger:
         layers: Sequence[LayerEntry],
         item_bytes: Mapping[str, int] | None = None,
         buffers: Collection[str] = (),
+        row_bits: Mapping[str, int] | None = None,
     ) -> Ledger:
         """Count the groups of these families over these tensors."""
         groups = sum(family.size for family in families)
-        return cls(shapes, find_cuts(families, shapes), groups, layers, item_bytes or {}, buffers)
+        return cls(shapes, find_cuts(families, shapes), groups, layers, item_bytes or {}, buffers, row_bits or {})
 
     def left(self, gone: Tensor) -> dict[str, list[int]]:
         """Shapes of the tensors that are cut, once the groups of `gone`, bool (groups,), have left."""
@@ -117,6 +120,10 @@ class Ledger:
         sizes: dict[str, tuple[str, list[int], int]] = {}
         for name, full in self.shapes.items():
             shape = left.get(name, list(full))
+            if name in self.row_bits:
+                length = math.ceil(math.prod(shape) * self.row_bits[name] / 8)
+                sizes[name], sizes[f"{name}_scale"] = ("U8", [length], length), ("F32", shape[:1], 4 * shape[0])
+                continue
             if name not in packed:
                 sizes[name] = ("F32", shape, math.prod(shape) * self.item_bytes[name])
                 continue

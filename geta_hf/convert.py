@@ -1,0 +1,192 @@
+"""From a training checkpoint, or an exported folder, to a folder of any format, without a trainer in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from geta_hf.checkpoints import Progress, read_progress
+from geta_hf.config import CONFIG_NAME, GETAConfig
+from geta_hf.errors import GETAError
+from geta_hf.export import ExportReport, export
+from geta_hf.export.export import copy_beside
+from geta_hf.export.folder import check_target, write_folder
+from geta_hf.export.formats import writer
+from geta_hf.export.hf_quantizer import GETAHfQuantizer
+from geta_hf.export.remote_code import save_compressed
+from geta_hf.preparation import attach
+from geta_hf.qadg import build_space
+from geta_hf.qadg.example import example_batch
+from geta_hf.quantization import attach_input_quantizers
+from geta_hf.quantization.quantizer import Quantizer
+from geta_hf.report import load_model
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    format: str = "geta",
+    embedding_bits: int | None = None,
+    overwrite: bool = False,
+) -> ExportReport | None:
+    """Write what a run or an export holds in some format.
+
+    Args:
+        source: a checkpoint of GETATrainer, the folder of a run (its last checkpoint is taken), or an exported folder.
+        target: where the new folder is to appear.
+        format: `geta`, or one of `geta_hf.export.formats.FORMATS`.
+        embedding_bits: as for `geta_hf.export`; for a checkpoint alone. By default what its config says.
+        overwrite: replace an existing model folder.
+
+    Returns:
+        What the export of a checkpoint wrote; None for one of a folder.
+
+    Raises:
+        GETAError: `source` is neither, a checkpoint from before the end of the joint stage, an unknown format, or
+            whatever keeps the export from being right. The target is then as it was before.
+    """
+    folder, place = Path(source), Path(target).resolve()
+    check_target(place, overwrite)
+    if format != "geta":
+        writer(format)
+    if _is_export(folder):
+        if embedding_bits is not None:
+            raise GETAError(f"{folder} is an export already, and its embedding stays as it is; export the checkpoint")
+        _rewrite(folder, place, format)
+        return None
+    checkpoint = _checkpoint_of(folder)
+    config = GETAConfig.load(checkpoint / CONFIG_NAME)
+    progress = read_progress(checkpoint)
+    model = load_checkpoint(checkpoint, config)
+    batch = example_batch(model)
+    return export(
+        model,
+        place,
+        space=build_space(model, batch, prune=config.prune, keep=config.keep),
+        batch=batch,
+        config=config,
+        processing_class=_processing_class(checkpoint),
+        expected_zero_groups=_finished(progress, checkpoint),
+        embedding_bits=config.embedding_bits if embedding_bits is None else embedding_bits,
+        format=format,
+        overwrite=overwrite,
+    )
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return stored.get("quantization_config", {}).get("quant_method") == "geta"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _rewrite(folder: Path, target: Path, format: str) -> None:
+    """An exported folder in another format, or loaded and saved anew in its own."""
+    model = load_model(folder)
+    assert isinstance(model.hf_quantizer, GETAHfQuantizer)
+    batch = example_batch(model)
+
+    def fill(fresh: Path) -> None:
+        if format == "geta":
+            save_compressed(model, fresh)
+        else:
+            writer(format)(model, fresh, batch)
+        copy_beside(folder, fresh, structure=format == "geta")
+
+    write_folder(target, fill)
+
+
+def _checkpoint_of(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise GETAError(f"{folder} is no folder; name a run, a checkpoint or an exported folder")
+    last = get_last_checkpoint(str(folder))
+    checkpoint = Path(last) if last is not None and not (folder / "config.json").is_file() else folder
+    if not (checkpoint / CONFIG_NAME).is_file():
+        raise GETAError(f"{checkpoint} has no {CONFIG_NAME}: it is neither a checkpoint of GETATrainer nor an export")
+    return checkpoint
+
+
+def _finished(progress: Progress, checkpoint: Path) -> int:
+    if not progress.finished:
+        raise GETAError(
+            f"{checkpoint} is from step {progress.step}, before the end of the joint stage, where the last groups "
+            f"become zero; train on before exporting"
+        )
+    return progress.removed_groups
+
+
+def load_checkpoint(checkpoint: Path, config: GETAConfig) -> PreTrainedModel:
+    """The model of a checkpoint with its trained quantizers.
+
+    Args:
+        checkpoint: a folder that GETATrainer saved, with the whole model in safetensors files.
+        config: the run's own.
+
+    Raises:
+        GETAError: a folder without weights (shards of FSDP), or without a quantizer that the config asks for.
+    """
+    with _quiet():  # transformers would list every quantizer as unexpected
+        model = load_model(checkpoint)
+    attach(model, config)
+    if config.activation_bits is not None:
+        # Ranges are found anew only to be overwritten by the trained ones.
+        attach_input_quantizers(model, [example_batch(model)], learn_t=config.learn_activation_exponent)
+    stored = _stored(checkpoint)
+    with torch.no_grad():
+        for name, parameter in _quantizers(model):
+            if name not in stored or stored[name].shape != parameter.shape:
+                raise GETAError(
+                    f"{checkpoint} holds no {name} of shape {tuple(parameter.shape)}; was it written whole?"
+                )
+            parameter.copy_(stored[name])
+    return model
+
+
+def _quantizers(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    for path, module in model.named_modules():
+        if isinstance(module, Quantizer):
+            for leaf, parameter in module.named_parameters(recurse=False):
+                yield f"{path}.{leaf}", parameter
+
+
+def _stored(checkpoint: Path) -> Mapping[str, Tensor]:
+    """The quantizers' tensors, which are small; the weights are loaded by transformers."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            names = [name for name in tensors.keys() if "_quantizer." in name]  # noqa: SIM118
+            found |= {name: tensors.get_tensor(name) for name in names}
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _processing_class(checkpoint: Path) -> Any:
+    """The tokenizer or processor saved with a checkpoint; None where there is none."""
+    if (checkpoint / "processor_config.json").is_file():
+        return transformers.AutoProcessor.from_pretrained(checkpoint)
+    if (checkpoint / "tokenizer_config.json").is_file():
+        return transformers.AutoTokenizer.from_pretrained(checkpoint)
+    return None

@@ -1,0 +1,142 @@
+"""The ONNX format: one graph for onnxruntime, weights as the learned integers, any batch size and length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from geta_hf.export.formats.exported import (
+    ROUNDED,
+    Traceable,
+    describe,
+    difference,
+    load,
+    require,
+    save,
+    trace,
+    traceable,
+)
+
+if TYPE_CHECKING:
+    from onnx_ir import Graph, Model, Node, Value
+
+OPSET = 21
+"""The first in which codes of 4 bits have a type."""
+
+_SMALL = 7
+"""The largest code of 4 bits."""
+
+
+def write_onnx(
+    model: PreTrainedModel, folder: Path, batch: Mapping[str, Tensor], *, dynamic_int8: bool = False
+) -> None:
+    """Write a compressed model as model.onnx (with its weights in model.onnx.data), through transformers' exporter.
+
+    Weights of at most 8 bits are int8 initializers, of at most 4 bits int4, each with a DequantizeLinear at the learned
+    step size: they are exact. Inputs that the model rounds to at most 8 bits (t = 1) are QuantizeLinear and
+    DequantizeLinear pairs, which onnxruntime turns into integer kernels. All else is fp32. Batch size and length are
+    free; a generating model gives its logits, without a cache.
+
+    onnxruntime rounds the inputs of the other layers to 8 bits too, block by block, unless the session option
+    `session.qdq_matmulnbits_accuracy_level` is "1", or `session.disable_quant_qdq` is "1", which decodes all weights as
+    it loads them. config.json says how much each differs from the model (`exported_as`).
+
+    Args:
+        model: compressed, or plain; left unchanged.
+        folder: an existing empty folder.
+        batch: what to trace and prove on. It has only what inference takes: no labels.
+        dynamic_int8: multiply integers in every layer whose input the model does not round, with one scale for the
+            whole input found as it runs (DynamicQuantizeLinear, MatMulInteger). The fastest on CPUs, and not exact. On
+            a CPU without VNNI, sums of codes of 8 bits may saturate; 7 bits do not.
+
+    Raises:
+        GETAError: a package is missing, the exporter cannot write the model, or onnxruntime gives other outputs than
+            the model, on the batch or on another batch size and length.
+    """
+    require("onnx", "onnx", "onnxscript", "onnxruntime")
+    from transformers.exporters import OnnxConfig
+
+    case = traceable(model, batch, "operators")
+    exported = trace(case, "ONNX", OnnxConfig(dynamic=True, opset_version=OPSET))
+    program = _finished(exported.program, dynamic_int8)
+    exported.components["model"].program = program
+    save(exported, folder)
+    differences = _prove(folder, case, dynamic_int8)
+    describe(case, folder, "onnx", {"dynamic_int8": dynamic_int8, "difference": differences})
+
+
+def _prove(folder: Path, case: Traceable, dynamic_int8: bool) -> dict[str, float]:
+    """Largest differences of the file's own arithmetic, and of what onnxruntime makes of it where nothing is set."""
+    from onnxruntime import SessionOptions
+
+    options = SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    exact = load(folder, session_options=options)
+    allowed = ROUNDED if dynamic_int8 else case.tolerance
+    own = max(difference(exact, sample, allowed, "ONNX model") for sample in case.samples)
+    usual = load(folder)
+    return {"exact": own, "default": max(difference(usual, sample, ROUNDED, "ONNX model") for sample in case.samples)}
+
+
+def _finished(program: Model, dynamic_int8: bool) -> Model:
+    """The graph with the integers as small as they can be, without what is of no use to a runtime."""
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
+
+    for node, _ in _decoders(program.graph):
+        node.resize_inputs(2)  # zero is the default
+    if dynamic_int8:
+        program = _with_integer_products(program)
+    else:
+        for node, codes in _decoders(program.graph):
+            _narrow(node, codes)
+    ClearMetadataAndDocStringPass()(program)  # it names the files of the machine that traced it
+    RemoveUnusedNodesPass()(program)
+    return program
+
+
+def _decoders(graph: Graph) -> Iterator[tuple[Node, Value]]:
+    """Every DequantizeLinear of stored codes, with the codes."""
+    for node in graph:
+        if node.op_type == "DequantizeLinear":
+            codes = node.inputs[0]
+            if codes is not None and codes.is_initializer():
+                yield node, codes
+
+
+def _narrow(node: Node, stored: Value) -> None:
+    """Store codes of at most 4 bits as such, where no input is rounded: integer kernels multiply whole bytes."""
+    import onnx_ir as ir
+
+    assert stored.const_value is not None
+    codes = stored.const_value.numpy()
+    if abs(codes).max() <= _SMALL and not any(_multiplies_integers(user) for user, _ in node.outputs[0].uses()):
+        stored.const_value = ir.Tensor(codes, dtype=ir.DataType.INT4, name=stored.name)
+        stored.dtype = ir.DataType.INT4
+
+
+def _multiplies_integers(node: Node) -> bool:
+    producers = [value.producer() for value in node.inputs if value is not None]
+    return all(p is not None and p.op_type == "DequantizeLinear" for p in producers[:2])
+
+
+def _with_integer_products(program: Model) -> Model:
+    """Every product of a float and decoded codes as one of integers."""
+    from onnxscript.rewriter import pattern, rewrite
+
+    def product(op: Any, x: Any, codes: Any, scale: Any) -> Any:
+        return op.MatMul(x, op.DequantizeLinear(codes, scale))
+
+    def of_integers(op: Any, x: Any, codes: Any, scale: Any) -> Any:
+        rounded, step, zero = op.DynamicQuantizeLinear(x, _outputs=3)
+        total = op.Cast(op.MatMulInteger(rounded, codes, zero), to=1)
+        return op.Mul(total, op.Mul(step, scale))
+
+    def is_float(context: Any, x: Any, codes: Any, **_: Any) -> bool:
+        producer = x.producer()
+        return codes.is_initializer() and (producer is None or producer.op_type != "DequantizeLinear")
+
+    return rewrite(program, pattern_rewrite_rules=[pattern.RewriteRule(product, of_integers, is_float)])

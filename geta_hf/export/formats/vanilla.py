@@ -1,0 +1,84 @@
+"""The vanilla format: an ordinary dense checkpoint, which plain transformers, vLLM or a GGUF converter loads."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from geta_hf.errors import GETAError
+from geta_hf.export.formats.plain import plain_models
+from geta_hf.export.gate import check_generation
+from geta_hf.export.packed import activation_bits
+from geta_hf.export.verify import attention_outputs, prove_equal
+
+
+def write_vanilla(model: PreTrainedModel, folder: Path, batch: Mapping[str, Tensor]) -> None:
+    """Write a compressed model as an ordinary dense checkpoint that needs no code of ours.
+
+    The weights are the quantized values, each in the dtype it has; the file is as small as the pruning made it and no
+    smaller. config.json says what was cut (fewer heads, fewer channels), so every layer must have kept equally many.
+
+    Args:
+        model: compressed, or plain; left unchanged.
+        folder: an existing empty folder.
+        batch: what the proof runs on.
+
+    Raises:
+        GETAError: layers that differ, a cut that the configuration cannot express, activations that are rounded, or
+            outputs that differ once reloaded.
+    """
+    write_plain(model, folder, batch, lambda plain: plain.save_pretrained(folder), "vanilla")
+
+
+def write_plain(
+    model: PreTrainedModel,
+    folder: Path,
+    batch: Mapping[str, Tensor],
+    save: Callable[[PreTrainedModel], None],
+    name: str,
+) -> None:
+    """Save a model by an ordinary configuration, reload it as anyone would, and prove that it computes the same.
+
+    Args:
+        model: as in `write_vanilla`.
+        folder: an existing empty folder.
+        batch: what the proof runs on.
+        save: writes a model of an ordinary configuration into the folder.
+        name: of the format, for errors.
+
+    Raises:
+        GETAError: as `write_vanilla` does.
+    """
+    rounded = activation_bits(model)
+    if rounded:
+        raise GETAError(
+            f"the {name} format has no place for rounded activations, which {len(rounded)} layers have (the first is "
+            f"{next(iter(rounded))}); export in the geta format, or train on float activations"
+        )
+    inputs = {key: tensor.to(model.device) for key, tensor in batch.items()}
+    failure: GETAError | None = None
+    for plain in plain_models(model):
+        save(plain)
+        try:
+            return _prove(model, folder, inputs, name)
+        except GETAError as error:
+            failure = error
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert failure is not None
+    raise failure
+
+
+@torch.no_grad()
+def _prove(model: PreTrainedModel, folder: Path, batch: Mapping[str, Tensor], name: str) -> None:
+    reloaded = type(model).from_pretrained(folder)
+    reloaded.to(model.device)  # type: ignore[arg-type]
+    reloaded(**batch)  # some formats decode their weights in the first pass
+    prove_equal(attention_outputs(model, batch), attention_outputs(reloaded, batch), model.dtype, name)
+    if model.can_generate() and torch.finfo(model.dtype).bits > 16:  # or rounding chooses between tokens
+        check_generation(model, reloaded, batch)

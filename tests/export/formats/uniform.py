@@ -1,0 +1,70 @@
+"""Tiny models with the same number of groups cut from every layer, as compressed in memory."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from geta_hf.export.export import compress
+from geta_hf.export.gate import mask_groups
+from geta_hf.qadg import PruningSpace, build_space
+from geta_hf.qadg.groups import Family
+from geta_hf.quantization import attach_quantizers, quantized_layers, step_size
+from tests.architectures import build
+
+Batch = dict[str, Tensor]
+
+
+def cut(
+    model: PreTrainedModel,
+    batch: Batch,
+    *,
+    kinds: tuple[str, ...] = ("heads", "channels"),
+    bits: tuple[int, ...] | None = (4, 3, 8, 2, 6, 5, 7),
+    per_channel: bool = False,
+) -> PreTrainedModel:
+    """Half the groups of these kinds set to zero in the model, and the compressed copy; `bits` by turns, or none."""
+    space = build_space(model, batch)
+    families = [family for family in space.prunable if family.kind in kinds]
+    return compressed(model, batch, space, {f.name: halved(f) for f in families}, bits, per_channel)
+
+
+def halved(family: Family) -> Tensor:
+    return torch.arange(family.size) < family.size // 2
+
+
+@torch.no_grad()
+def compressed(
+    model: PreTrainedModel,
+    batch: Batch,
+    space: PruningSpace,
+    removal: dict[str, Tensor],
+    bits: tuple[int, ...] | None = (4,),
+    per_channel: bool = False,
+) -> PreTrainedModel:
+    mask_groups(model, space.families, removal)
+    if bits is not None:
+        attach_quantizers(model, per_channel=per_channel)
+        for place, layer in enumerate(quantized_layers(model).values()):
+            quantizer = layer.weight_quantizer
+            quantizer.d.copy_(step_size(float(bits[place % len(bits)]), quantizer.q_m, quantizer.t))
+    return compress(model, space, removal, batch)
+
+
+def tiny(name: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Batch]:
+    """A tiny model whose biases and norms are not trivial, and a batch."""
+    model, batch = build(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.to(dtype), batch
+
+
+@cache
+def prepared(name: str) -> tuple[PreTrainedModel, PreTrainedModel, Batch]:
+    """The masked model, its compressed copy and a batch; shared by tests, so not to be changed."""
+    model, batch = tiny(name)
+    return model, cut(model, batch), batch
