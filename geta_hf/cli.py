@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from geta_hf.convert import convert
 from geta_hf.errors import GETAError
 from geta_hf.export.formats import FORMATS
+from geta_hf.hub import files_to_push, push_to_hub
 from geta_hf.page import gather, gather_frozen, pattern, span, write_page
 from geta_hf.qadg.build import space_of
 from geta_hf.qadg.example import empty_model, example_batch
 from geta_hf.qadg.groups import Family, PruningSpace
 from geta_hf.qadg.propagate import analyse
+from geta_hf.report_page import write_report
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -58,6 +60,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--embedding-bits", type=int, metavar="N", help="round the vocabulary's embedding, 2 to 8")
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model's folder")
     command.set_defaults(run=run_export)
+    command = commands.add_parser("report", help="an exported folder as one HTML page")
+    command.add_argument("folder", metavar="DIR", help="the exported folder")
+    command.add_argument("--dense", metavar="DIR", help="the dense model, to measure beside it")
+    command.add_argument("--out", type=Path, metavar="FILE", help="report.html by default")
+    command.set_defaults(run=run_report)
+    command = commands.add_parser("push", help="upload an exported folder to the Hub")
+    command.add_argument("folder", metavar="DIR", help="the exported folder")
+    command.add_argument("repo", metavar="REPO", help="the repository, as user/name")
+    command.add_argument("--dry-run", action="store_true", help="list what would be uploaded, and do nothing")
+    command.add_argument("--private", action="store_true", help="make the repository private")
+    command.set_defaults(run=run_push)
     return parser
 
 
@@ -96,6 +109,20 @@ def run_export(arguments: argparse.Namespace) -> None:
     convert(arguments.source, arguments.target, **options)
     size = sum(path.stat().st_size for path in Path(arguments.target).rglob("*") if path.is_file())
     print(f"wrote {arguments.target}: {arguments.format} format, {size / 1e6:,.2f} MB")
+
+
+def run_report(arguments: argparse.Namespace) -> None:
+    """Write the report of an exported folder: `folder`, `dense` (or None) and `out` (or None) of the parser."""
+    print(f"wrote {write_report(arguments.folder, arguments.out or Path('report.html'), arguments.dense)}")
+
+
+def run_push(arguments: argparse.Namespace) -> None:
+    """Upload an exported folder, or list what would be: `folder`, `repo`, `dry_run`, `private` of the parser."""
+    rows = [(name, f"{size:,}") for name, size in files_to_push(arguments.folder)]
+    print("\n".join(_aligned([("file", "bytes"), *rows], right={1})))
+    private = True if arguments.private else None
+    address = push_to_hub(arguments.folder, arguments.repo, private=private, dry_run=arguments.dry_run)
+    print(f"{'would be' if arguments.dry_run else 'are'} at {address}")
 
 
 def _headline(model: nn.Module, batch: Mapping[str, Tensor], operators: int) -> str:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from geta_hf.card import write_card
 from geta_hf.checkpoints import Progress, read_progress
 from geta_hf.config import CONFIG_NAME, GETAConfig
 from geta_hf.errors import GETAError
@@ -72,7 +73,7 @@ def convert(
     progress = read_progress(checkpoint)
     model = load_checkpoint(checkpoint, config)
     batch = example_batch(model)
-    return export(
+    report = export(
         model,
         place,
         space=build_space(model, batch, prune=config.prune, keep=config.keep),
@@ -84,6 +85,9 @@ def convert(
         format=format,
         overwrite=overwrite,
     )
+    if format == "geta":
+        write_card(place, base_model=model.config.name_or_path or None)
+    return report
 
 
 def _is_export(folder: Path) -> bool:

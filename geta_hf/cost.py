@@ -78,7 +78,7 @@ def mean_bits(layers: Sequence[LayerCost]) -> float:
 
 
 def layer_costs(model: nn.Module, names: Sequence[str] | None = None) -> tuple[LayerCost, ...]:
-    """The quantized layers of a model being trained or reloaded, as they stand.
+    """The quantized layers of a model being trained or reloaded, as they stand; an embedding has no products.
 
     Args:
         model: with quantizers attached, or loaded from an exported folder, or dense.
@@ -93,6 +93,7 @@ def layer_costs(model: nn.Module, names: Sequence[str] | None = None) -> tuple[L
     return tuple(
         LayerCost(name, model.get_parameter(f"{name}.weight").numel(), width, inputs.get(name, FLOAT_BITS))
         for name, width in bits.items()
+        if not isinstance(model.get_submodule(name), nn.Embedding)
     )
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Sampler
@@ -37,6 +40,29 @@ class SeededByEpoch(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         self.inner.generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return iter(self.inner)
+
+
+def first_batches(loader: Callable[[], Iterable[Any]], count: int) -> list[Any]:
+    """The first batches of a data loader; all random states are then as they were.
+
+    Args:
+        loader: makes it.
+        count: how many batches, fewer where there are no more.
+
+    Raises:
+        GETAError: there is none.
+    """
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            batches = list(itertools.islice(loader(), count))
+        except (StopIteration, ValueError) as error:
+            raise GETAError(f"no batch can be made of train_dataset ({error or 'it is empty'})") from error
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    if not batches:
+        raise GETAError("no batch can be made of train_dataset (it is empty)")
+    return batches
 
 
 def attach(model: nn.Module, config: GETAConfig) -> None:

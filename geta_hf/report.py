@@ -96,48 +96,91 @@ def compare(
     structure = read_structure(compressed_dir)
     models = {"dense": load_model(dense_dir), "compressed": load_model(compressed_dir)}
     costs = {name: measure_costs(model, tokens, list(structure.bits)) for name, model in models.items()}
-    rows = _metric_rows(metrics or {})
-    rows += _structure_rows(structure)
-    rows += _cost_rows(costs["dense"], costs["compressed"], tokens)
-    sizes = [bytes_on_disk(folder) for folder in (dense_dir, compressed_dir)]
-    rows.append(("bytes on disk", f"{sizes[0]:,}", f"{sizes[1]:,} ({sizes[1] / sizes[0]:.1%})"))
-    times = measure_latency(models, tokens)
-    ratio = times["dense"] / times["compressed"]
-    rows.append(("CPU latency, ms", f"{times['dense']:.2f}", f"{times['compressed']:.2f} ({ratio:.2f}x faster)"))
-    return format_table(("", "dense", "compressed"), rows)
+    sizes = {"dense": bytes_on_disk(dense_dir), "compressed": bytes_on_disk(compressed_dir)}
+    measured = {**(metrics or {}), "latency_ms": measure_latency(models, tokens)}
+    return format_table(("", "dense", "compressed"), table_rows(structure, costs, sizes, measured, by_layer=True))
+
+
+def table_rows(
+    structure: Structure,
+    costs: Mapping[str, Costs],
+    sizes: Mapping[str, int],
+    metrics: Metrics,
+    *,
+    size_name: str = "bytes on disk",
+    by_layer: bool = False,
+) -> list[tuple[str, str, str]]:
+    """The rows of a table, dense beside compressed: name, dense, compressed; what was not measured is left out.
+
+    Args:
+        structure: what was kept.
+        costs: "dense" and "compressed", or nothing; without MACs, BOPs are left out too.
+        sizes: bytes of "dense" and "compressed"; either may lack.
+        metrics: "dense", "compressed" and "latency_ms".
+        size_name: what `sizes` counts.
+        by_layer: list what every layer keeps, instead of the sum.
+    """
+    rows = _metric_rows(metrics)
+    rows += _layer_rows(structure) if by_layer else _kind_rows(structure)
+    rows += _group_rows(structure)
+    rows += _cost_rows(costs["dense"], costs["compressed"]) if costs else []
+    if "compressed" in sizes:
+        rows.append(_share(size_name, sizes["compressed"], sizes.get("dense")))
+    if times := metrics.get("latency_ms"):
+        ratio = times["dense"] / times["compressed"]
+        rows.append(("CPU latency, ms", f"{times['dense']:.2f}", f"{times['compressed']:.2f} ({ratio:.2f}x faster)"))
+    return rows
 
 
 def _metric_rows(metrics: Metrics) -> list[tuple[str, str, str]]:
     dense, compressed = metrics.get("dense", {}), metrics.get("compressed", {})
-    return [(name.upper(), f"{dense[name]:.2f}", f"{compressed[name]:.2f}") for name in dense if name in compressed]
+    names = [name for name in dict.fromkeys((*dense, *compressed)) if name in compressed]
+    return [(name.upper(), f"{dense[name]:.2f}" if name in dense else "", f"{compressed[name]:.2f}") for name in names]
 
 
-def _structure_rows(structure: Structure) -> list[tuple[str, str, str]]:
-    rows = []
-    for kind in dict.fromkeys(name.rpartition(":")[2] for name in structure.kept):
-        counts = structure.of_kind(kind)
-        before = " ".join(str(total) for _, total in counts)
-        rows.append((f"{kind} a layer", before, " ".join(str(left) for left, _ in counts)))
+def _kinds(structure: Structure) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(":")[2] for name in structure.kept))
+
+
+def _layer_rows(structure: Structure) -> list[tuple[str, str, str]]:
+    counts = {kind: structure.of_kind(kind) for kind in _kinds(structure)}
+    return [
+        (f"{kind} a layer", " ".join(str(total) for _, total in own), " ".join(str(left) for left, _ in own))
+        for kind, own in counts.items()
+    ]
+
+
+def _kind_rows(structure: Structure) -> list[tuple[str, str, str]]:
+    sums = {kind: [sum(column) for column in zip(*structure.of_kind(kind), strict=True)] for kind in _kinds(structure)}
+    return [_share(kind, left, before) for kind, (left, before) in sums.items()]
+
+
+def _group_rows(structure: Structure) -> list[tuple[str, str, str]]:
     total = sum(before for _, before in structure.kept.values())
     left = sum(kept for kept, _ in structure.kept.values())
-    rows.append(("groups", f"{total:,}", f"{left:,} ({left / max(total, 1):.1%})"))
+    rows = [("groups", f"{total:,}", f"{left:,} ({left / max(total, 1):.1%})")]
     if rounded := structure.activation_bits:
         mean, share = statistics.mean(rounded.values()), f"{len(rounded)} of {len(structure.bits)} layers"
         rows.append(("mean bits of inputs", "32.00", f"{mean:.2f} ({share})"))
     return rows
 
 
-def _cost_rows(dense: Costs, small: Costs, tokens: int) -> list[tuple[str, str, str]]:
-    def share(name: str, new: float, old: float) -> tuple[str, str, str]:
-        return (name, f"{old:,.0f}", f"{new:,.0f} ({new / old:.1%})")
+def _share(name: str, new: float, old: float | None) -> tuple[str, str, str]:
+    return (name, f"{old:,.0f}", f"{new:,.0f} ({new / old:.1%})") if old else (name, "", f"{new:,.0f}")
 
-    return [
-        share("parameters", small.parameters, dense.parameters),
-        share(f"MACs, {tokens} tokens", small.macs, dense.macs),
-        ("mean bits", f"{dense.mean_bits:.2f}", f"{small.mean_bits:.2f}"),
-        ("relative BOPs, paper (quantized linears)", "100.0%", f"{small.bops_linear / dense.bops_linear:.2%}"),
-        ("relative BOPs, full (+ attention, embeddings)", "100.0%", f"{small.bops_full / dense.bops_full:.2%}"),
-    ]
+
+def _cost_rows(dense: Costs, small: Costs) -> list[tuple[str, str, str]]:
+    rows = [_share("parameters", small.parameters, dense.parameters)]
+    if dense.macs:
+        rows.append(_share(f"MACs, {small.tokens} tokens", small.macs, dense.macs))
+    rows.append(("mean bits", f"{dense.mean_bits:.2f}", f"{small.mean_bits:.2f}"))
+    if dense.macs and dense.bops_linear:
+        paper = f"{small.bops_linear / dense.bops_linear:.2%}"
+        rows.append(("relative BOPs, paper (quantized linears)", "100.0%", paper))
+    if dense.macs:
+        full = f"{small.bops_full / dense.bops_full:.2%}"
+        rows.append(("relative BOPs, full (+ attention, embeddings)", "100.0%", full))
+    return rows
 
 
 def format_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
@@ -160,7 +203,7 @@ def plot_structure(compressed_dir: str | os.PathLike[str], path: str | os.PathLi
     from matplotlib.figure import Figure  # an extra, and not needed to load a model
 
     structure = read_structure(compressed_dir)
-    kinds = list(dict.fromkeys(name.rpartition(":")[2] for name in structure.kept))
+    kinds = _kinds(structure)
     widths = {"bits": structure.bits} | ({"bits of inputs": a} if (a := structure.activation_bits) else {})
     rows = len(kinds) + len(widths)
     figure = Figure(figsize=(max(6.0, 0.28 * len(structure.bits) + 3), 2.2 * rows), layout="constrained")

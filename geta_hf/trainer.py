@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import math
 import os
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
@@ -18,6 +15,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
+from geta_hf.card import write_card
 from geta_hf.checkpoints import check_checkpoint, write_notes
 from geta_hf.config import CONFIG_NAME, GETAConfig
 from geta_hf.distillation import Distiller, dense_copy
@@ -28,6 +26,7 @@ from geta_hf.preparation import (
     SeededByEpoch,
     attach,
     empty_copy,
+    first_batches,
     own_group,
     quantizer_parameters,
     refuse_shared_quantizers,
@@ -171,17 +170,7 @@ class GETATrainer(Trainer):
         """The first batches without labels, on the model's device; random states are left as they were."""
         if self.train_dataset is None:
             raise GETAError("GETATrainer needs `train_dataset`: the pruning space is built from a batch of it")
-        states = random.getstate(), np.random.get_state()
-        with torch.random.fork_rng():
-            try:
-                batches = list(itertools.islice(self.get_train_dataloader(), count))
-            except (StopIteration, ValueError) as error:
-                raise GETAError(f"no batch can be made of train_dataset ({error or 'it is empty'})") from error
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        if not batches:
-            raise GETAError("no batch can be made of train_dataset (it is empty)")
-        return [self._inputs_of(batch) for batch in batches]
+        return [self._inputs_of(batch) for batch in first_batches(self.get_train_dataloader, count)]
 
     def _inputs_of(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         known = inspect.signature(self._plain_model.forward).parameters
@@ -359,7 +348,7 @@ class GETATrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def export_model(self, directory: str | os.PathLike[str], overwrite: bool = False) -> ExportReport | None:
-        """Write the small folder: zero groups sliced away, weights packed at their bits, tokenizer and config beside.
+        """Write the small folder: zero groups sliced away, weights packed at their bits; tokenizer and card beside.
 
         Args:
             directory: must not exist unless `overwrite`.
@@ -379,7 +368,7 @@ class GETATrainer(Trainer):
         model = self._whole_model()
         if not self.is_world_process_zero():
             return None
-        return export(
+        report = export(
             model,
             directory,
             space=self.space,
@@ -390,6 +379,8 @@ class GETATrainer(Trainer):
             embedding_bits=self.geta_config.embedding_bits,
             overwrite=overwrite,
         )
+        write_card(report.path, base_model=model.config.name_or_path or None)
+        return report
 
     def _whole_model(self) -> PreTrainedModel:
         """The trained model as one process has it; under FSDP2 gathered on the CPU, which takes all processes."""

@@ -6,21 +6,24 @@ import json
 
 import pytest
 
-from geta_hf import build_space, export
 from geta_hf.cost import bytes_on_disk
 from geta_hf.errors import GETAError
-from geta_hf.quantization import attach_input_quantizers, step_size
-from geta_hf.report import STRUCTURE_NAME, compare, format_table, load_model, plot_structure, read_structure
-from tests.export.tiny_encoders import train_by_hand
+from geta_hf.report import (
+    STRUCTURE_NAME,
+    Structure,
+    compare,
+    format_table,
+    load_model,
+    plot_structure,
+    read_structure,
+    table_rows,
+)
+from tests.small_folders import exported
 
 
 @pytest.fixture
-def folders(bert, batch, tmp_path):
-    bert.save_pretrained(tmp_path / "dense")
-    space = build_space(bert, batch)
-    train_by_hand(bert, space)
-    export(bert, tmp_path / "small", space=space, batch=batch)
-    return tmp_path / "dense", tmp_path / "small"
+def folders(tmp_path):
+    return exported(tmp_path)
 
 
 def test_structure_is_what_the_folder_holds(folders) -> None:
@@ -65,25 +68,32 @@ def test_folders_that_are_no_export_are_refused(folders) -> None:
         load_model(folders[0])
 
 
-def test_rounded_inputs_are_reported(bert, batch, tmp_path) -> None:
-    bert.save_pretrained(tmp_path / "dense")
-    space = build_space(bert, batch)
-    train_by_hand(bert, space, per_channel=True)
-    for place, layer in enumerate(attach_input_quantizers(bert, [batch], exclude=["value$"]).values()):
-        quantizer = layer.input_quantizer
-        quantizer.d.data.copy_(step_size(4 if place % 2 else 8, quantizer.q_m, quantizer.t).detach())
-    export(bert, tmp_path / "small", space=space, batch=batch)
-    structure = read_structure(tmp_path / "small")
-    assert sorted(structure.activation_bits.values()) == [4] * 5 + [8] * 5
-    table = compare(tmp_path / "dense", tmp_path / "small", tokens=16)
-    assert "6.00 (10 of 12 layers)" in next(row for row in table.splitlines() if "mean bits of inputs" in row)
-    assert plot_structure(tmp_path / "small", tmp_path / "picture.png").stat().st_size > 5000
+def test_rounded_inputs_are_reported(folders, tmp_path) -> None:
+    structure = read_structure(folders[1])
+    assert list(structure.activation_bits.values()) == [6, 6]
+    table = compare(*folders, tokens=16)
+    assert "6.00 (2 of 12 layers)" in next(row for row in table.splitlines() if "mean bits of inputs" in row)
+    assert plot_structure(folders[1], tmp_path / "picture.png").stat().st_size > 5000
 
 
 def test_a_folder_from_before_inputs_were_rounded_reads_as_float(folders) -> None:
     file = folders[1] / STRUCTURE_NAME
     stored = json.loads(file.read_text())
-    assert stored.pop("activation_bits") == {}
+    assert len(stored.pop("activation_bits")) == 2
     file.write_text(json.dumps(stored))
     assert read_structure(folders[1]).activation_bits == {}
-    assert "bits of inputs" not in compare(*folders, tokens=16)
+
+
+def test_what_was_not_measured_has_no_row() -> None:
+    structure = Structure({"h.0:heads": (3, 4), "h.1:heads": (1, 4)}, {})
+    metrics = {"dense": {"f1": 1.0}, "compressed": {"em": 2.0}}
+    assert table_rows(structure, {}, {"compressed": 1234}, metrics, size_name="bytes") == [
+        ("EM", "", "2.00"),
+        ("heads", "8", "4 (50.0%)"),
+        ("groups", "8", "4 (50.0%)"),
+        ("bytes", "", "1,234"),
+    ]
+    times = {"latency_ms": {"dense": 3.0, "compressed": 2.0}}
+    by_layer = table_rows(structure, {}, {}, times, by_layer=True)
+    assert by_layer[0] == ("heads a layer", "4 4", "3 1")
+    assert by_layer[-1] == ("CPU latency, ms", "3.00", "2.00 (1.50x faster)")

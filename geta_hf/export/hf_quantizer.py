@@ -148,7 +148,7 @@ class GETAHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
         headers = read_headers(kwargs.get("checkpoint_files") or ())
-        _apply_fixes(model, config.fixes)
+        apply_fixes(model, config.fixes)
         self._decoders: list[Decode] = []
         tied = tied_weights(model)
         for name, bits in config.bits.items():
@@ -266,7 +266,7 @@ def _check_inputs(model: PreTrainedModel, names: Iterable[str]) -> None:
             raise GETAError(f"{_WHERE} activation_bits lacks {path}, but the folder has {name}; export it again")
 
 
-def _apply_fixes(model: PreTrainedModel, fixes: Fixes) -> None:
+def apply_fixes(model: PreTrainedModel, fixes: Fixes) -> None:
     cut = []
     for name, shape in fixes["shapes"].items():
         if (tensor := _find_tensor(model, name)) is not None:
@@ -329,6 +329,8 @@ def _check_complete(model: PreTrainedModel, stored: Collection[str]) -> None:
 
 
 def _was_loaded(model: PreTrainedModel, path: str, leaf: str, tensor: Any, stored: Collection[str]) -> bool:
+    if f"{path}.{leaf}" in (model._keys_to_ignore_on_save or ()):
+        return True  # made anew by the model's own initialization, as the proof of every export has seen
     if not tensor.is_meta:
         return getattr(tensor, "_is_hf_initialized", False)
     # Offloading lost the mark. Where transformers renamed what it read, the folder's names say nothing.

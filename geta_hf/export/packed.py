@@ -151,7 +151,7 @@ class _RowScale(SinglePrecision):
         self.register_buffer("value", value, persistent=False)
 
 
-class PackedRows(PackedLayer):
+class PackedRows(PackedLayer, nn.Embedding):
     """An embedding whose weight is its codes, one byte each; the rows that are looked up are decoded.
 
     Its outputs are those of the decoded embedding in the type that the model was loaded or cast to.
@@ -247,7 +247,7 @@ def pack_layer(
 
 def become_packed(name: str, layer: nn.Module, bits: int, tied: bool = False) -> PackedLayer:
     """Switch a layer to its packed kind, which still lacks its step size and its codes. Arguments as `pack_layer`."""
-    plain = base_type(layer)
+    plain: Any = base_type(layer)
     if isinstance(layer, PackedLayer) or (plain is None and not isinstance(layer, nn.Embedding)):
         kinds = ", ".join(kind.__name__ for kind in (*_PACKED, nn.Embedding))
         raise GETAError(f"{name or 'the model'} is a {type(layer).__name__}, but only {kinds} can be packed")

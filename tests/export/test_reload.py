@@ -9,20 +9,38 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from geta_hf.export import export
+from geta_hf.export import export, rehearse
 from geta_hf.export.gate import mask_groups
 from geta_hf.export.verify import attention_outputs
 from geta_hf.qadg import build_space
 from tests.architectures import build
 from tests.export.test_gate import with_kinds
 from tests.export.tiny_encoders import train_by_hand
+from tests.qadg.test_architectures import QUICK
 
 
 def logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return attention_outputs(model, batch)["eager"]["logits"]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "phi3", "t5", "deberta-v2", "mixtral", "wav2vec2", "resnet"])
+FAST = ("gpt2", "opt", "phi3", "t5", "deberta-v2", "mixtral", "wav2vec2", "resnet")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(QUICK - set(FAST)))
+def test_every_common_architecture_is_exported_and_reloaded(name: str, tmp_path: Path) -> None:
+    model, batch = build(name)
+    space = rehearse(model, build_space(model, batch), batch)
+    kept = train_by_hand(model, space)
+    report = export(model, tmp_path / "out", space=space, batch=batch)
+    assert {family: count for family, (count, _) in report.kept.items()} == kept
+    assert any(count < whole for count, whole in report.kept.values())
+    type(model).from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    files = [folder / "model.safetensors" for folder in (tmp_path / "out", tmp_path / "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("name", FAST)
 def test_masked_sliced_and_reloaded_agree(name: str, tmp_path: Path) -> None:
     model, batch = build(name)
     original = model.config.to_dict()

@@ -102,6 +102,17 @@ def imported(path: Path) -> set[str]:
 @pytest.mark.parametrize("name", CARRIED)
 def test_what_is_carried_imports_nothing_that_an_environment_may_lack(name: str) -> None:
     path = Path(str(importlib.import_module(name).__file__))
-    standard = {"__future__", "math", "re", "json", "collections", "functools", "itertools", "typing", "copy", "pathlib"}
+    standard = {
+        "__future__",
+        "math",
+        "re",
+        "json",
+        "collections",
+        "functools",
+        "itertools",
+        "typing",
+        "copy",
+        "pathlib",
+    }
     for module in imported(path):
         assert module in CARRIED or module.partition(".")[0] in ALLOWED | standard, module

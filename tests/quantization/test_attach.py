@@ -23,6 +23,7 @@ from geta_hf.quantization import (
     quantizer_prefixes,
     select_layers,
 )
+from geta_hf.quantization.fixed import base_type
 
 
 def in_list(*layers: nn.Module) -> nn.Module:
@@ -108,8 +109,13 @@ def test_subclasses_keep_their_class_and_their_own_forward_is_refused() -> None:
 
     class Other(nn.Linear):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
-            return input
+            return 2 * super().forward(input)
 
+    class Same(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return input @ self.weight.T + (0 if self.bias is None else self.bias)
+
+    assert base_type(Same(3, 3)) is nn.Linear and base_type(Other(3, 3)) is None
     model = in_list(Named(3, 3))
     attach_quantizers(model)
     assert isinstance(model.layers[0], Named) and isinstance(model.layers[0], QuantLinear)

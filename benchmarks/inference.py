@@ -1,0 +1,266 @@
+"""How fast a compressed model is beside the dense one it was made of, how close each path is, and what memory it takes.
+
+    python benchmarks/inference.py [--device cpu|cuda] [--sizes NAME ...] [--batches 1 8] [--lengths 128 384]
+        [--repeats 20] [--threads N] [--no-compile] [--no-memory]
+
+Half of the groups of every model are removed, another number in every layer, and weights have 4 to 8 bits; its values
+are random, since speed does not ask for them. All ways take turns in one process on the same batch, and the table
+gives the median of the ratios over dense fp32 and dense bf16, so that a noisy machine disturbs all alike. Errors are
+those of the outputs relative to the float path of the same model. Memory: each way runs alone in a process of its own,
+loading its folder and running one batch of one row; its highest level counts, less that after imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModel, BertConfig, BertModel, PhiConfig, PhiForCausalLM, PreTrainedModel
+
+from geta_hf import attach_quantizers, build_space
+from geta_hf.export.export import compress
+from geta_hf.inference import load_for_inference, prepare_for_inference
+from geta_hf.qadg import PruningSpace, zero_groups
+from geta_hf.quantization import quantized_layers, step_size
+from geta_hf.report import format_table
+
+SIZES: dict[str, dict[str, Any]] = {
+    "minilm": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
+    "bert-base": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
+    "phi-1.3b": {"num_hidden_layers": 24, "hidden_size": 2048, "num_attention_heads": 32, "intermediate_size": 8192},
+}
+DEFAULT_SIZES = {"cpu": ["minilm", "bert-base"], "cuda": ["minilm", "bert-base", "phi-1.3b"]}
+MEMORY_WAYS = ("dense", "float", "int8")
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=DEFAULT_SIZES, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="default: those of the device")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[128, 384])
+    parser.add_argument("--repeats", type=int, default=20, help="times that all ways take their turn")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="eager alone")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="time alone")
+    parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)  # what a memory process is told: way and folder
+    return parser.parse_args()
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def make_dense(size: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    phi = size.startswith("phi")
+    model: Any = PhiForCausalLM(PhiConfig(**SIZES[size])) if phi else BertModel(BertConfig(**SIZES[size]))
+    return model.to(torch.bfloat16 if phi else torch.float32).eval()
+
+
+@torch.no_grad()
+def make_small(dense: PreTrainedModel) -> PreTrainedModel:
+    """The dense model (which is changed) without half of its groups, and with weights of 4 to 8 bits."""
+    batch = {"input_ids": torch.randint(3, 30000, (1, 16))}
+    space = build_space(dense, batch)
+    zero_half(dense, space)
+    attach_quantizers(dense)
+    for place, layer in enumerate(quantized_layers(dense).values()):
+        quantizer = layer.weight_quantizer
+        quantizer.d.copy_(step_size(4 + place % 5, quantizer.q_m, quantizer.t))
+    zero = zero_groups(dense, space)
+    return compress(dense, space, {family.name: zero[family.name] for family in space.prunable}, batch)
+
+
+def zero_half(model: nn.Module, space: PruningSpace) -> None:
+    """40 to 60 % of the groups of each family, half of all."""
+    tensors = model.state_dict()
+    for place, family in enumerate(space.prunable):
+        share = 0.4 + 0.1 * (place // 2 % 3)
+        chosen = torch.randperm(family.size)[: round(share * family.size)]
+        for member in family.members:
+            tensors[member.tensor].index_fill_(member.dim, member.index[chosen].flatten(), 0.0)
+
+
+def make_folders(size: str, home: Path) -> None:
+    dense = make_dense(size)
+    dense.save_pretrained(home / "dense")
+    make_small(dense).save_pretrained(home / "small")
+
+
+def load(way: str, home: Path, device: str = "cpu") -> PreTrainedModel:
+    """`dense`, `bf16` (dense), or a path of the small one: `float`, `auto` or `int8`."""
+    model_class: Any = PhiForCausalLM if "phi" in home.name else AutoModel
+    if way in ("dense", "bf16"):
+        dtype = torch.bfloat16 if way == "bf16" else "auto"
+        return model_class.from_pretrained(home / "dense", dtype=dtype).to(device).eval()
+    if device == "cpu":
+        return load_for_inference(model_class, home / "small", way)[0]
+    model = model_class.from_pretrained(home / "small").to(device).eval()
+    prepare_for_inference(model, way)
+    return model
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+def seconds(call: Callable[[], Any], device: str) -> float:
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def take_turns(calls: Mapping[str, Callable[[], Any]], device: str, repeats: int) -> dict[str, list[float]]:
+    for call in calls.values():
+        for _ in range(2):
+            call()
+    times: dict[str, list[float]] = {way: [] for way in calls}
+    for _ in range(repeats):
+        for way, call in calls.items():
+            times[way].append(seconds(call, device))
+    return times
+
+
+def ratio(times: dict[str, list[float]], over: str, way: str) -> str:
+    return f"{statistics.median(a / b for a, b in zip(times[over], times[way], strict=True)):.2f}"
+
+
+def closeness(found: Tensor | None, expected: Tensor | None) -> tuple[str, str]:
+    """Relative error and cosine; nothing to say of a model of other weights."""
+    if found is None or expected is None:
+        return "", ""
+    a, b = found.double().flatten(), expected.double().flatten()
+    return f"{float((a - b).norm() / b.norm()):.1e}", f"{float(F.cosine_similarity(a, b, dim=0)):.6f}"
+
+
+Row = tuple[str, ...]
+HEADER = ("model", "batch", "way", "ms", "over fp32", "over bf16", "error", "cosine")
+
+
+@dataclass
+class Encoders:
+    """Every way to run one encoder, and how each is called."""
+
+    models: dict[str, Callable[..., Any]]
+    device: str
+
+    @classmethod
+    def of(cls, home: Path, device: str, compiled: bool) -> Encoders:
+        ways = ("dense", "bf16", "float", "auto", "int8") if device == "cuda" else ("dense", "bf16", "float", "int8")
+        models: dict[str, Callable[..., Any]] = {way: load(way, home, device) for way in ways}
+        if compiled:
+            models |= {f"{way}, compiled": torch.compile(models[way]) for way in ways}
+        return cls(models, device)
+
+    @torch.no_grad()
+    def rows(self, name: str, batch: int, length: int, repeats: int) -> list[Row]:
+        inputs = {"input_ids": torch.randint(3, 30000, (batch, length), device=self.device)}
+        outputs = {way: model(**inputs).last_hidden_state for way, model in self.models.items()}
+        calls = {way: partial(model, **inputs) for way, model in self.models.items()}
+        times = take_turns(calls, self.device, repeats)
+        rows: list[Row] = []
+        for way, values in times.items():
+            small = None if way.startswith(("dense", "bf16")) else outputs[way]
+            speed = (f"{1000 * statistics.median(values):.1f}", ratio(times, "dense", way), ratio(times, "bf16", way))
+            rows.append((name, f"{batch}x{length}", way, *speed, *closeness(small, outputs["float"])))
+        return rows
+
+
+@torch.no_grad()
+def generation_rows(name: str, home: Path, device: str, batch: int, repeats: int) -> list[Row]:
+    """Tokens per second of greedy generation, 64 tokens after 64."""
+    models = {way: load(way, home, device) for way in ("dense", "float", "auto", "int8")}
+    inputs = {"input_ids": torch.randint(3, 30000, (batch, 64), device=device)}
+    logits = {way: model(**inputs).logits for way, model in models.items()}
+    fixed = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
+    calls = {way: partial(model.generate, **inputs, **fixed) for way, model in models.items()}
+    times = take_turns(calls, device, repeats)
+    rows: list[Row] = []
+    for way, values in times.items():
+        speed = f"{1000 * statistics.median(values):.0f} ({64 * batch / statistics.median(values):.0f} tokens/s)"
+        small = None if way == "dense" else logits[way]
+        rows.append(
+            (name, f"{batch}x64+64", way, speed, "", ratio(times, "dense", way), *closeness(small, logits["float"]))
+        )
+    return rows
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def peak_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    # Not getrusage: on Linux it starts with the highest level of the process that this one was started from.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+def run_alone(way: str, home: Path, device: str) -> int:
+    """Peak bytes of loading and one batch in this process, above what the imports took."""
+    import torch._dynamo
+
+    before = peak_bytes(device)
+    model = load(way, home, device)
+    with torch.no_grad():
+        model(input_ids=torch.ones(1, 128, dtype=torch.int64, device=device))
+    return peak_bytes(device) - before
+
+
+def memory_rows(size: str, home: Path, device: str, threads: int) -> list[Row]:
+    peaks = {}
+    for way in MEMORY_WAYS:
+        command = [sys.executable, __file__, "--alone", way, str(home), "--device", device, "--threads", str(threads)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks[way] = json.loads(done.stdout.splitlines()[-1])
+    return [(size, way, f"{peak / 2**20:.0f} MiB", f"{peak / peaks['dense']:.2f}") for way, peak in peaks.items()]
+
+
+def main() -> None:
+    chosen = options()
+    warnings.simplefilter("ignore")  # deprecations inside torch's own compiler
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(chosen.threads)
+    if chosen.alone:
+        print(json.dumps(run_alone(chosen.alone[0], Path(chosen.alone[1]), chosen.device)))
+        return
+    where = torch.cuda.get_device_name() if chosen.device == "cuda" else f"CPU, {chosen.threads} threads"
+    print(f"python {' '.join(sys.argv)}\n\n{where}, torch {torch.__version__}\n", flush=True)
+    speed: list[Row] = []
+    memory: list[Row] = []
+    for size in chosen.sizes or DEFAULT_SIZES[chosen.device]:
+        with tempfile.TemporaryDirectory() as folder:
+            home = Path(folder) / size
+            make_folders(size, home)
+            memory += memory_rows(size, home, chosen.device, chosen.threads) if chosen.memory else []
+            if size.startswith("phi"):
+                for batch in chosen.batches:
+                    speed += generation_rows(size, home, chosen.device, batch, chosen.repeats)
+                continue
+            encoders = Encoders.of(home, chosen.device, chosen.compile)
+            for length in chosen.lengths:
+                for batch in chosen.batches:
+                    speed += encoders.rows(size, batch, length, chosen.repeats)
+    print(format_table(HEADER, speed))
+    if memory:
+        print("\n" + format_table(("model", "way", "peak memory", "over dense"), memory))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Choosing, for every layer of a compressed model, the fastest path that computes the right thing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+from transformers import PreTrainedModel
+
+from geta_hf.errors import GETAError
+from geta_hf.export.packed import PackedLayer, packed_layers
+from geta_hf.export.verify import evaluating
+from geta_hf.inference.layers import (
+    DYNAMIC,
+    FLOAT,
+    STATIC,
+    WEIGHT_ONLY,
+    fits_integers,
+    is_exact,
+    path_of,
+    set_path,
+)
+from geta_hf.inference.weight_only import HAS_TRITON
+from geta_hf.report import format_table
+
+COMPUTE = ("auto", "int8", "float")
+
+
+@dataclass(frozen=True)
+class InferenceReport:
+    """What `prepare_for_inference` chose, and what is in memory; `print` it for a table.
+
+    Attributes:
+        paths: module path -> `float`, `int8 static`, `int8 dynamic` or `weight only`, for every packed layer.
+        bytes_before: part of the model -> bytes of its tensors as it was given.
+        bytes_after: the same as it is now.
+    """
+
+    paths: dict[str, str]
+    bytes_before: dict[str, int]
+    bytes_after: dict[str, int]
+
+    def __str__(self) -> str:
+        pairs = {part: (before, self.bytes_after[part]) for part, before in self.bytes_before.items()}
+        pairs["all"] = (sum(self.bytes_before.values()), sum(self.bytes_after.values()))
+        rows = [(part, *(f"{size / 2**20:.2f} MiB" for size in sizes)) for part, sizes in pairs.items()]
+        counts = ", ".join(f"{count} {path}" for path, count in Counter(self.paths.values()).items())
+        return f"{format_table(('in memory', 'before', 'after'), rows)}\n\nlayers: {counts}"
+
+
+def prepare_for_inference(
+    model: PreTrainedModel, compute: str = "auto", batch: Mapping[str, Tensor] | None = None
+) -> InferenceReport:
+    """Let every packed layer take the fastest path on its device, in place; to be called again after a move.
+
+    The paths, of which a layer gets one:
+
+    - `float`: the layer's own forward on the decoded weight, as the model was loaded. All that is left for weights
+      wider than 8 bits, convolutions, tied weights and offloaded layers.
+    - `int8 static`: 8-bit integers on both sides, where training rounded the input to at most 8 bits. The same values
+      as `float` but for the last bits of fp32.
+    - `int8 dynamic`: every row of the input is rounded to 8 bits as it comes, with a step size of its own. Not what
+      was trained: outputs change by about one percent, so it is taken on request alone.
+    - `weight only`, on a GPU: codes of a byte, or of half a byte up to 4 bits, are decoded within the product, which is
+      exact. An integer path takes this kernel too for inputs of up to 64 rows, as in generation.
+
+    Integers are for processors that multiply them natively (AVX-512 or AVX VNNI, AMX; any GPU); elsewhere all stays
+    `float`. There, without a batch, every layer that may leave `float` does. With one, both ways are timed for every
+    layer on what it gets from that batch, and a layer whose forward the model never calls, since it uses the weight
+    itself, stays `float`.
+
+    A model with an integer layer is left in evaluation mode and without trainable parameters; such layers hold one byte
+    or half a byte for each weight and no float copy. Saving writes the same folder as before, and `compute="float"`
+    brings the float weights back.
+
+    Args:
+        model: an export as `from_pretrained` gives it, on the device it is to run on.
+        compute: `auto` takes exact paths only; `int8` allows `int8 dynamic` too; `float` undoes everything.
+        batch: keyword arguments of the model's forward, of the sizes it is to be fast on. Default None.
+
+    Raises:
+        GETAError: an unknown `compute`, a model without packed layers, or weights that were changed after loading.
+    """
+    check_compute(compute)
+    layers = packed_layers(model)
+    if not layers:
+        raise GETAError(f"this {type(model).__name__} has no packed layer; load a folder that geta_hf exported")
+    before = memory_by_part(model)
+    wanted = _wanted_paths(model, layers, compute)
+    inputs = {} if batch is None else _layer_inputs(model, wanted, batch)
+    for name, layer in layers.items():
+        path = wanted.get(name, FLOAT)
+        if batch is not None and path != FLOAT:
+            path = path if name in inputs and _is_faster(name, layer, path, inputs.pop(name)) else FLOAT
+        set_path(name, layer, path)
+    paths = {name: path_of(layer) for name, layer in layers.items()}
+    if set(paths.values()) != {FLOAT}:
+        model.eval().requires_grad_(False)
+    return InferenceReport(paths, before, memory_by_part(model))
+
+
+def check_compute(compute: str) -> None:
+    """Raise GETAError unless `compute` is one that `prepare_for_inference` knows."""
+    if compute not in COMPUTE:
+        raise GETAError(f"compute is {compute!r}; choose one of {', '.join(COMPUTE)}")
+
+
+def _wanted_paths(model: nn.Module, layers: Mapping[str, PackedLayer], compute: str) -> dict[str, str]:
+    """The layers that may leave `FLOAT`, and for what."""
+    if compute == "float":
+        return {}
+    holders = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    able = {name: layer for name, layer in layers.items() if fits_integers(layer) and holders[id(layer.weight)] == 1}
+    paths = {name: _wanted_path(layer, compute) for name, layer in able.items()}
+    return {name: path for name, path in paths.items() if path != FLOAT}
+
+
+def _wanted_path(layer: PackedLayer, compute: str) -> str:
+    on_gpu = layer.weight.is_cuda
+    if not (on_gpu or (layer.weight.is_cpu and _cpu_has_integers())):
+        return FLOAT
+    if is_exact(layer):
+        return STATIC
+    if compute == "int8":
+        return DYNAMIC
+    return WEIGHT_ONLY if on_gpu and HAS_TRITON else FLOAT
+
+
+@cache
+def _cpu_has_integers() -> bool:
+    """Whether the CPU sums products of bytes in 32 bits at once; others are slow, or lose sums beyond 16 bits."""
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+
+
+@torch.no_grad()
+def _layer_inputs(model: PreTrainedModel, names: Mapping[str, str], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What each of these layers gets first when the model runs the batch; none for a layer that is not called."""
+    found: dict[str, Tensor] = {}
+
+    def note(name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
+        found.setdefault(name, (*args, *kwargs.values())[0])
+
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(partial(note, name), with_kwargs=True) for name in names
+    ]
+    try:
+        with evaluating(model):
+            model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _is_faster(name: str, layer: PackedLayer, path: str, x: Tensor) -> bool:
+    """Whether a path takes less time than `FLOAT` on this input; the layer is left on either."""
+    seconds = {}
+    for tried in (FLOAT, path):
+        set_path(name, layer, tried)
+        timer = Timer("layer(x)", globals={"layer": layer, "x": x}, num_threads=torch.get_num_threads())
+        with torch.no_grad():
+            seconds[tried] = min(timer.timeit(3).mean for _ in range(3))
+    return seconds[path] < seconds[FLOAT]
+
+
+def memory_by_part(model: nn.Module) -> dict[str, int]:
+    """Bytes of all tensors of a model, by part, each counted once."""
+    layers = packed_layers(model).values()
+    streams = [stream for layer in layers if (stream := layer._stream) is not None]
+    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    linears = [layer.weight for layer in layers if not isinstance(layer, nn.Embedding)]
+    parts = {"embeddings": embeddings, "packed layers": linears, "codes kept for saving": streams}
+    parts["other tensors"] = [*model.parameters(), *model.buffers()]
+    seen: set[int] = set()
+    return {part: sum(_new_bytes(tensor, seen) for tensor in tensors) for part, tensors in parts.items()}
+
+
+def _new_bytes(tensor: Tensor, seen: set[int]) -> int:
+    if id(tensor) in seen:
+        return 0
+    seen.add(id(tensor))
+    return tensor.nbytes

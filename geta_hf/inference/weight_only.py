@@ -1,0 +1,61 @@
+"""A linear layer on float activations whose weight stays int8, or two 4-bit codes to a byte, until it is multiplied.
+
+What is read from memory is an eighth to a half of a bf16 or fp32 weight, which is what counts on a GPU where few rows
+come in. Every product is that of the decoded weight.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HALF_BITS = 4
+"""Codes up to this width fit half a byte."""
+
+HAS_TRITON = find_spec("triton") is not None
+
+
+def pack_halves(codes: Tensor) -> Tensor:
+    """Two codes to a byte: column j has code j in its low half and code j + in/2 in its high half, each as n + 8.
+
+    Args:
+        codes: integers (out, in), |n| <= 7, `in` even.
+
+    Returns:
+        int8 (out, in/2).
+    """
+    low, high = (codes.to(torch.uint8) + 8).chunk(2, dim=1)
+    return (low | high << 4).view(torch.int8)
+
+
+def unpack_halves(packed: Tensor) -> Tensor:
+    """The inverse of `pack_halves`: int8 (out, in)."""
+    return torch.cat((packed & 15, (packed >> 4) & 15), dim=1) - 8
+
+
+def weight_only_linear(
+    x: Tensor, weight: Tensor, step: Tensor, bias: Tensor | None, outputs: int, halved: bool, fused: bool
+) -> Tensor:
+    """x · (step · weight)ᵀ + bias, in the type of x, (rows, outputs).
+
+    Args:
+        x: (rows, in), floating point.
+        weight: codes, int8 (out, in), or (out, in/2) where `halved`; either size may be larger by zeros.
+        step: fp32 (1,) or (outputs,).
+        bias: (outputs,) or None.
+        outputs: how many rows of the weight are no such zeros.
+        halved: whether a byte holds two codes, as `pack_halves` puts them.
+        fused: decode within the product, by a Triton kernel; otherwise before it, with a pass more over the weight.
+    """
+    if fused:
+        return torch.ops.geta_hf.weight_only_linear(x, weight, step, bias, outputs, halved)
+    codes = (unpack_halves(weight) if halved else weight)[:outputs, : x.shape[1]]
+    dense = codes.float() * step.view(-1, 1)
+    return F.linear(x, dense.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+if HAS_TRITON:
+    import geta_hf.inference.triton_weight_only  # noqa: F401  registers the operator
