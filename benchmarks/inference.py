@@ -1,7 +1,8 @@
 """How fast a compressed model is beside the dense one it was made of, how close each path is, and what memory it takes.
 
     python benchmarks/inference.py [--device cpu|cuda] [--sizes NAME ...] [--batches 1 8] [--lengths 128 384]
-        [--repeats 20] [--threads N] [--no-compile] [--no-memory]
+        [--repeats 20] [--threads N] [--cpu-time] [--no-compile]
+        [--no-memory]
 
 Half of the groups of every model are removed, another number in every layer, and weights have 4 to 8 bits; its values
 are random, since speed does not ask for them. All ways take turns in one process on the same batch, and the table
@@ -56,6 +57,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", type=int, default=[128, 384])
     parser.add_argument("--repeats", type=int, default=20, help="times that all ways take their turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cpu-time", action="store_true", help="of the process, for a machine others use too")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="eager alone")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="time alone")
     parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)  # what a memory process is told: way and folder
@@ -118,22 +120,23 @@ def load(way: str, home: Path, device: str = "cpu") -> PreTrainedModel:
 # --- time -------------------------------------------------------------------------------------------------------------
 
 
-def seconds(call: Callable[[], Any], device: str) -> float:
-    start = time.perf_counter()
+def seconds(call: Callable[[], Any], clock: Callable[[], float]) -> float:
+    start = clock()
     call()
-    if device == "cuda":
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def take_turns(calls: Mapping[str, Callable[[], Any]], device: str, repeats: int) -> dict[str, list[float]]:
+def take_turns(calls: Mapping[str, Callable[[], Any]], chosen: argparse.Namespace) -> dict[str, list[float]]:
     for call in calls.values():
         for _ in range(2):
             call()
     times: dict[str, list[float]] = {way: [] for way in calls}
-    for _ in range(repeats):
+    clock = time.process_time if chosen.cpu_time else time.perf_counter
+    for _ in range(chosen.repeats):
         for way, call in calls.items():
-            times[way].append(seconds(call, device))
+            times[way].append(seconds(call, clock))
     return times
 
 
@@ -169,11 +172,11 @@ class Encoders:
         return cls(models, device)
 
     @torch.no_grad()
-    def rows(self, name: str, batch: int, length: int, repeats: int) -> list[Row]:
+    def rows(self, name: str, batch: int, length: int, chosen: argparse.Namespace) -> list[Row]:
         inputs = {"input_ids": torch.randint(3, 30000, (batch, length), device=self.device)}
         outputs = {way: model(**inputs).last_hidden_state for way, model in self.models.items()}
         calls = {way: partial(model, **inputs) for way, model in self.models.items()}
-        times = take_turns(calls, self.device, repeats)
+        times = take_turns(calls, chosen)
         rows: list[Row] = []
         for way, values in times.items():
             small = None if way.startswith(("dense", "bf16")) else outputs[way]
@@ -183,14 +186,14 @@ class Encoders:
 
 
 @torch.no_grad()
-def generation_rows(name: str, home: Path, device: str, batch: int, repeats: int) -> list[Row]:
+def generation_rows(name: str, home: Path, batch: int, chosen: argparse.Namespace) -> list[Row]:
     """Tokens per second of greedy generation, 64 tokens after 64."""
-    models = {way: load(way, home, device) for way in ("dense", "float", "auto", "int8")}
-    inputs = {"input_ids": torch.randint(3, 30000, (batch, 64), device=device)}
+    models: dict[str, Any] = {way: load(way, home, chosen.device) for way in ("dense", "float", "auto", "int8")}
+    inputs = {"input_ids": torch.randint(3, 30000, (batch, 64), device=chosen.device)}
     logits = {way: model(**inputs).logits for way, model in models.items()}
     fixed = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
     calls = {way: partial(model.generate, **inputs, **fixed) for way, model in models.items()}
-    times = take_turns(calls, device, repeats)
+    times = take_turns(calls, chosen)
     rows: list[Row] = []
     for way, values in times.items():
         speed = f"{1000 * statistics.median(values):.0f} ({64 * batch / statistics.median(values):.0f} tokens/s)"
@@ -251,12 +254,12 @@ def main() -> None:
             memory += memory_rows(size, home, chosen.device, chosen.threads) if chosen.memory else []
             if size.startswith("phi"):
                 for batch in chosen.batches:
-                    speed += generation_rows(size, home, chosen.device, batch, chosen.repeats)
+                    speed += generation_rows(size, home, batch, chosen)
                 continue
             encoders = Encoders.of(home, chosen.device, chosen.compile)
             for length in chosen.lengths:
                 for batch in chosen.batches:
-                    speed += encoders.rows(size, batch, length, chosen.repeats)
+                    speed += encoders.rows(size, batch, length, chosen)
     print(format_table(HEADER, speed))
     if memory:
         print("\n" + format_table(("model", "way", "peak memory", "over dense"), memory))

@@ -129,7 +129,8 @@ def make_ledger(
     Raises:
         GETAError: an embedding that is to be rounded, of a model that has none.
     """
-    own = {f"{n}.{leaf}" for n, m in model.named_modules() if isinstance(m, Quantizer) for leaf in ("d", "q_m", "t")}
+    quantizers = (n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Quantizer))
+    own = {f"{name}.{leaf}" for name in quantizers for leaf in ("d", "q_m", "t")}
     shapes, item_bytes, seen = {}, {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name not in own and id(tensor) not in seen:

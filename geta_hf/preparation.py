@@ -19,7 +19,7 @@ from transformers.utils import logging
 from geta_hf.config import GETAConfig
 from geta_hf.errors import GETAError
 from geta_hf.qadg import Family, PruningSpace
-from geta_hf.quantization import attach_quantizers, quantized_layers
+from geta_hf.quantization import attach_quantizers
 from geta_hf.quantization.quantizer import Quantizer
 
 logger = logging.get_logger(__name__)
@@ -83,17 +83,6 @@ def empty_copy(model: nn.Module) -> Any:
     """A copy of a model without the data of its parameters, to be filled later."""
     empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, empty)
-
-
-def refuse_shared_quantizers(model: nn.Module) -> None:
-    """Raises GETAError where two quantized layers share a weight, which no export can store once."""
-    first: dict[int, str] = {}
-    for name, layer in quantized_layers(model).items():
-        other = first.setdefault(id(layer.weight_quantizer), name)
-        if other != name:
-            raise GETAError(
-                f"{name}.weight is tied to {other}.weight, which can't be saved packed; exclude one of them"
-            )
 
 
 def without_untrained(space: PruningSpace, model: nn.Module) -> PruningSpace:

@@ -20,7 +20,7 @@ from geta_hf.checkpoints import check_checkpoint, write_notes
 from geta_hf.config import CONFIG_NAME, GETAConfig
 from geta_hf.distillation import Distiller, dense_copy
 from geta_hf.errors import GETAError
-from geta_hf.export import ExportReport, export, rehearse
+from geta_hf.export import ExportReport, check_ties, export, rehearse
 from geta_hf.plan import Plan, channel_dims, layer_uses, make_ledger, make_plan, quantized_inputs
 from geta_hf.preparation import (
     SeededByEpoch,
@@ -29,7 +29,6 @@ from geta_hf.preparation import (
     first_batches,
     own_group,
     quantizer_parameters,
-    refuse_shared_quantizers,
     without_untrained,
 )
 from geta_hf.qadg import PruningSpace, build_space
@@ -90,7 +89,7 @@ class GETATrainer(Trainer):
         self.distiller = self._make_distiller(model, teacher)  # copies the model as it is before quantizers
         try:
             attach(model, config)
-            refuse_shared_quantizers(model)
+            check_ties(model)
             if config.activation_bits is not None:
                 self._calibrate(config.activation_bits[1])
             self._ledger = make_ledger(model, self.space, layer_uses(model, self._batch), config.embedding_bits)

@@ -1,8 +1,16 @@
 """Make it small and keep it loadable. Importing this package lets transformers read exported folders."""
 
-from geta_hf.export.export import ExportReport, export
+from geta_hf.export.export import ExportReport, check_ties, export
 from geta_hf.export.gate import verify_surgery
 from geta_hf.export.hf_quantizer import GETAHfQuantizer, GETAQuantizationConfig
 from geta_hf.export.rehearsal import rehearse
 
-__all__ = ["ExportReport", "GETAHfQuantizer", "GETAQuantizationConfig", "export", "rehearse", "verify_surgery"]
+__all__ = [
+    "ExportReport",
+    "GETAHfQuantizer",
+    "GETAQuantizationConfig",
+    "check_ties",
+    "export",
+    "rehearse",
+    "verify_surgery",
+]

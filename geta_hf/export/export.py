@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from geta_hf.config import CONFIG_NAME
@@ -250,7 +250,7 @@ def compress(
 
 @torch.no_grad()
 def _pack_weights(model: PreTrainedModel, embedding: RoundedEmbedding | None) -> None:
-    _check_ties(model)
+    check_ties(model)
     packed = {name: _packed(name, layer) for name, layer in quantized_layers(model).items()}
     detach_quantizers(model)
     if embedding is not None:
@@ -264,10 +264,10 @@ def _pack_weights(model: PreTrainedModel, embedding: RoundedEmbedding | None) ->
             setattr(holder, leaf, layer.weight)
 
 
-def _check_ties(model: PreTrainedModel) -> None:
+def check_ties(model: nn.Module) -> None:
     """Raises GETAError where layers share a weight though the model's class would load it for one of them alone."""
     first: dict[int, str] = {}
-    declared = tied_weights(model)
+    declared = tied_weights(model) if isinstance(model, PreTrainedModel) else ()
     for name, layer in quantized_layers(model).items():
         other = first.setdefault(id(layer.weight), name)
         if other != name and f"{name}.weight" not in declared:

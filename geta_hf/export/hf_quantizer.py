@@ -277,7 +277,19 @@ def apply_fixes(model: PreTrainedModel, fixes: Fixes) -> None:
             for attribute, value in attributes.items():
                 shrink_attribute(path, model.get_submodule(path), attribute, value)
     check_attributes(model, cut)
+    _skip_initialization(model, cut)
     settle_experts(model, fixes)
+
+
+def _skip_initialization(model: PreTrainedModel, cut: Iterable[str]) -> None:
+    """Keep transformers from initializing what was cut: some modules would do so in their full size.
+
+    Whatever is not loaded after all is found by `_check_complete`.
+    """
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in cut):
+        module = model.get_submodule(path)
+        if not module._non_persistent_buffers_set:  # which nothing else would fill
+            module.__dict__["_is_hf_initialized"] = True
 
 
 def _find_module(model: PreTrainedModel, name: str) -> str | None:

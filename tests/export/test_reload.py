@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from geta_hf.export import export, rehearse
 from geta_hf.export.gate import mask_groups
 from geta_hf.export.verify import attention_outputs
-from geta_hf.qadg import build_space
+from geta_hf.plan import make_ledger
+from geta_hf.qadg import build_space, zero_groups
 from tests.architectures import build
 from tests.export.test_gate import with_kinds
 from tests.export.tiny_encoders import train_by_hand
@@ -53,6 +54,25 @@ def test_masked_sliced_and_reloaded_agree(name: str, tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
     for key in ("num_attention_heads", "num_heads", "n_head", "intermediate_size", "hidden_size"):
         assert saved.get(key) == original.get(key)
+
+
+def test_tied_layers_are_packed_once(tmp_path: Path) -> None:
+    """The attention and MLP of one block serve several; some modules would be initialized in their full size."""
+    model, batch = build("zamba")
+    space = rehearse(model, build_space(model, batch), batch)
+    train_by_hand(model, space)
+    ledger = make_ledger(model, space)
+    report = export(model, tmp_path / "out", space=space, batch=batch)
+    gone = torch.cat([zero_groups(model, space)[family.name] for family in space.prunable])
+    bits = torch.tensor([report.bits[layer.weight.removesuffix(".weight")] for layer in ledger.layers])
+    assert len(bits) < len(report.bits)
+    assert report.file_bytes == ledger.stored_bytes(gone, bits.double())
+    reloaded = type(model).from_pretrained(tmp_path / "out")
+    first, other = (reloaded.model.layers[place].shared_transf.self_attn.q_proj for place in (1, 3))
+    assert first.weight is other.weight
+    reloaded.save_pretrained(tmp_path / "again")
+    files = [folder / "model.safetensors" for folder in (tmp_path / "out", tmp_path / "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_a_folder_saved_again_is_the_same(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from geta_hf.export.packed import BYTE_BITS, PackedLayer, PackedRows, packed_layers, weight_holders
+from geta_hf.export.packed import BYTE_BITS, PackedLayer, packed_layers, weight_holders
 from geta_hf.quantization.fixed import FixedQuantizer, output_dim
 from geta_hf.quantization.maths import quantize
 
@@ -64,7 +64,7 @@ def store_integers(model: PreTrainedModel, style: Style) -> None:
     for name, layer in layers.items():
         if layer.input_quantizer is not None:
             layer.input_quantizer = _Rounding(layer.input_quantizer, operators)  # type: ignore[assignment]
-        embeds = isinstance(layer, nn.Embedding | PackedRows)
+        embeds = isinstance(layer, nn.Embedding)
         if style != "float" and layer.bits <= BYTE_BITS and len(holders[name]) == 1 and not embeds:
             _store(layer, operators)
 
@@ -147,14 +147,18 @@ class _Rounding(nn.Module):
     def __init__(self, fixed: FixedQuantizer, operators: bool) -> None:
         super().__init__()
         self.d, self.q_m, self.t = fixed.d, fixed.q_m, fixed.t
-        self.operators = operators and fixed.t is None and fixed.bits <= BYTE_BITS
+        self.operators = operators and fixed.bits <= BYTE_BITS
         self.single, self.clipping = float(fixed.d), float(fixed.q_m)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.operators:
+        if self.t is not None:
             return quantize(x, self.d, self.q_m, self.t)
-        # An int8 has one more value below zero than a code has, and narrower codes have fewer.
-        clipped, span = x.clamp(-self.clipping, self.clipping), (-_LARGEST, _LARGEST, torch.int8)
+        # An int8 has one more value below zero than a code has, and narrower codes have fewer. The bounds are
+        # numbers, since onnxscript's optimizer loses those that are tensors.
+        clipped = x.clamp(-self.clipping, self.clipping)
+        if not self.operators:
+            return torch.round(clipped / self.single) * self.single
+        span = (-_LARGEST, _LARGEST, torch.int8)
         codes = _operators().quantize_per_tensor(clipped, self.single, 0, *span)
         return _operators().dequantize_per_tensor(codes, self.single, 0, *span)
 
