@@ -3,14 +3,19 @@
 Importing the package lets `AutoModelForX.from_pretrained` read folders that it exported.
 """
 
+from geta_hf.card import write_card
 from geta_hf.config import GETAConfig
+from geta_hf.convert import convert
 from geta_hf.cost import Costs, measure_costs
 from geta_hf.errors import GETAError
 from geta_hf.export import export, verify_surgery
+from geta_hf.hub import push_to_hub
+from geta_hf.inference import prepare_for_inference
 from geta_hf.plan import Plan
 from geta_hf.qadg import PruningSpace, apply_policy, build_space, verify_space
 from geta_hf.qasso import QASSO, Schedule
 from geta_hf.quantization import attach_input_quantizers, attach_quantizers, detach_quantizers
+from geta_hf.report_page import write_report
 from geta_hf.trainer import GETATrainer
 
 __version__ = "0.1.0.dev0"
@@ -28,9 +33,14 @@ __all__ = [
     "attach_input_quantizers",
     "attach_quantizers",
     "build_space",
+    "convert",
     "detach_quantizers",
     "export",
     "measure_costs",
+    "prepare_for_inference",
+    "push_to_hub",
     "verify_space",
     "verify_surgery",
+    "write_card",
+    "write_report",
 ]

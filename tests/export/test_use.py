@@ -15,9 +15,12 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
+    BertForSequenceClassification,
+    BertTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    pipeline,
 )
 
 from geta_hf import GETAError, build_space, export
@@ -184,3 +187,25 @@ def test_other_widths_of_an_embedding_are_refused(tmp_path: Path, bits: Any) -> 
     attach_quantizers(model)
     with pytest.raises(GETAError, match="embedding_bits"):
         export(model, tmp_path / "out", batch=some_batch(), embedding_bits=bits)
+
+
+def test_a_pipeline(tmp_path: Path) -> None:
+    model = BertForSequenceClassification(tiny_model().config).eval()
+    space = build_space(model, some_batch())
+    train_by_hand(model, space)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
+    tokenizer = BertTokenizer(vocab={word: place for place, word in enumerate(words)})
+    export(model, tmp_path / "out", space=space, batch=some_batch(), processing_class=tokenizer, embedding_bits=8)
+    classify = pipeline("text-classification", model=str(tmp_path / "out"), device="cpu")
+    (found,) = classify("good film")
+    small = BertForSequenceClassification.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        expected = small(**tokenizer("good film", return_tensors="pt")).logits.softmax(-1)
+    assert found["score"] == pytest.approx(float(expected.max()), abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the compiler's own
+def test_compiled_it_gives_the_same(folder: Path) -> None:
+    model = AutoModelForQuestionAnswering.from_pretrained(folder)
+    torch.testing.assert_close(outputs(torch.compile(model, fullgraph=True)), outputs(model), rtol=0, atol=1e-5)
