@@ -22,7 +22,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,15 +104,16 @@ def make_folders(size: str, home: Path) -> None:
 
 
 def load(way: str, home: Path, device: str = "cpu") -> PreTrainedModel:
-    """`dense`, `bf16` (dense), or a path of the small one: `float`, `auto` or `int8`."""
+    """`dense`, or the small one by `float`, `auto` or `int8`; in bfloat16 where the way ends in `bf16`."""
     model_class: Any = PhiForCausalLM if "phi" in home.name else AutoModel
-    if way in ("dense", "bf16"):
-        dtype = torch.bfloat16 if way == "bf16" else "auto"
-        return model_class.from_pretrained(home / "dense", dtype=dtype).to(device).eval()
+    kind, _, half = way.partition(" ")
+    dtype: dict[str, Any] = {"dtype": torch.bfloat16 if half else "auto"}
+    if kind == "dense":
+        return model_class.from_pretrained(home / kind, **dtype).to(device).eval()
     if device == "cpu":
-        return load_for_inference(model_class, home / "small", way)[0]
-    model = model_class.from_pretrained(home / "small").to(device).eval()
-    prepare_for_inference(model, way)
+        return load_for_inference(model_class, home / "small", kind, **dtype)[0]
+    model = model_class.from_pretrained(home / "small", **dtype).to(device).eval()
+    prepare_for_inference(model, kind)
     return model
 
 
@@ -156,33 +156,32 @@ Row = tuple[str, ...]
 HEADER = ("model", "batch", "way", "ms", "over fp32", "over bf16", "error", "cosine")
 
 
-@dataclass
-class Encoders:
-    """Every way to run one encoder, and how each is called."""
+WAYS = {
+    "cpu": ("dense", "dense bf16", "float", "float bf16", "int8", "int8 bf16"),
+    "cuda": ("dense", "dense bf16", "float bf16", "auto bf16", "int8 bf16"),
+}
+SMALL = {"cpu": "float", "cuda": "float bf16"}
+"""The way whose outputs the others' errors are taken from."""
 
-    models: dict[str, Callable[..., Any]]
-    device: str
 
-    @classmethod
-    def of(cls, home: Path, device: str, compiled: bool) -> Encoders:
-        ways = ("dense", "bf16", "float", "auto", "int8") if device == "cuda" else ("dense", "bf16", "float", "int8")
-        models: dict[str, Callable[..., Any]] = {way: load(way, home, device) for way in ways}
-        if compiled:
-            models |= {f"{way}, compiled": torch.compile(models[way]) for way in ways}
-        return cls(models, device)
-
-    @torch.no_grad()
-    def rows(self, name: str, batch: int, length: int, chosen: argparse.Namespace) -> list[Row]:
-        inputs = {"input_ids": torch.randint(3, 30000, (batch, length), device=self.device)}
-        outputs = {way: model(**inputs).last_hidden_state for way, model in self.models.items()}
-        calls = {way: partial(model, **inputs) for way, model in self.models.items()}
-        times = take_turns(calls, chosen)
-        rows: list[Row] = []
-        for way, values in times.items():
-            small = None if way.startswith(("dense", "bf16")) else outputs[way]
-            speed = (f"{1000 * statistics.median(values):.1f}", ratio(times, "dense", way), ratio(times, "bf16", way))
-            rows.append((name, f"{batch}x{length}", way, *speed, *closeness(small, outputs["float"])))
-        return rows
+@torch.no_grad()
+def encoder_rows(
+    name: str, models: Mapping[str, Any], batch: int, length: int, chosen: argparse.Namespace
+) -> list[Row]:
+    torch._dynamo.reset()  # or one model after the other would count as another variant of the same code
+    inputs = {"input_ids": torch.randint(3, 30000, (batch, length), device=chosen.device)}
+    models = dict(models)
+    if chosen.compile:
+        models |= {f"{way}, compiled": torch.compile(model, dynamic=False) for way, model in models.items()}
+    calls = {way: partial(model, **inputs) for way, model in models.items()}
+    outputs = {way: call().last_hidden_state for way, call in calls.items()}
+    times = take_turns(calls, chosen)
+    rows: list[Row] = []
+    for way, values in times.items():
+        small = None if way.startswith("dense") else outputs[way]
+        speed = (f"{1000 * statistics.median(values):.1f}", ratio(times, "dense", way), ratio(times, "dense bf16", way))
+        rows.append((name, f"{batch}x{length}", way, *speed, *closeness(small, outputs[SMALL[chosen.device]])))
+    return rows
 
 
 @torch.no_grad()
@@ -256,10 +255,10 @@ def main() -> None:
                 for batch in chosen.batches:
                     speed += generation_rows(size, home, batch, chosen)
                 continue
-            encoders = Encoders.of(home, chosen.device, chosen.compile)
+            models = {way: load(way, home, chosen.device) for way in WAYS[chosen.device]}
             for length in chosen.lengths:
                 for batch in chosen.batches:
-                    speed += encoders.rows(size, batch, length, chosen)
+                    speed += encoder_rows(size, models, batch, length, chosen)
     print(format_table(HEADER, speed))
     if memory:
         print("\n" + format_table(("model", "way", "peak memory", "over dense"), memory))

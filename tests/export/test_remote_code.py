@@ -14,8 +14,10 @@ from tiny_encoders import some_batch, tiny_model, train_by_hand
 from transformers import AutoModelForQuestionAnswering
 
 from geta_hf import build_space, export
+from geta_hf.export import rehearse
 from geta_hf.export.remote_code import CARRIED
 from geta_hf.quantization import attach_input_quantizers
+from tests.architectures import build
 from tests.elsewhere import run_elsewhere
 
 ALLOWED = {"torch", "transformers", "safetensors"}
@@ -86,6 +88,59 @@ def test_with_geta_hf_nothing_of_the_folder_runs(folder: Path, tmp_path: Path) -
     model = AutoModelForQuestionAnswering.from_pretrained(tmp_path)
     model.save_pretrained(tmp_path / "again")
     assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+MANY = [
+    "bart",
+    "clip",
+    "deberta-v2",
+    "gpt2",
+    "mixtral",
+    "phi3",
+    "qwen2_moe",
+    "t5",
+    "vit",
+    "wav2vec2",
+    "whisper",
+    "zamba",
+]
+LOAD_ALL = """
+import json, sys
+from pathlib import Path
+import torch, transformers
+from safetensors.torch import load_file, save_file
+for folder in sorted(path for path in Path(".").iterdir() if (path / "config.json").exists()):
+    config = json.loads((folder / "config.json").read_text())
+    (architecture,) = config["architectures"]
+    autos = [auto for auto, name in config["auto_map"].items() if name.endswith("." + architecture)]
+    batch = load_file(f"{folder}.batch")
+    for auto in autos:
+        model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)
+        with torch.no_grad():
+            found = model(**batch)
+    plain = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+    save_file({name: value.contiguous() for name, value in plain.items()}, f"{folder}.found")
+    print(folder, len(autos))
+"""
+
+
+@pytest.mark.slow
+def test_many_architectures(tmp_path: Path) -> None:
+    expected = {}
+    for name in MANY:
+        model, batch = build(name)
+        space = rehearse(model, build_space(model, batch), batch)
+        train_by_hand(model, space)
+        export(model, tmp_path / name, space=space, batch=batch)
+        save_file({key: value.contiguous() for key, value in batch.items()}, tmp_path / f"{name}.batch")
+        with torch.no_grad():
+            expected[name] = type(model).from_pretrained(tmp_path / name)(**batch)
+    lines = run_elsewhere(LOAD_ALL, tmp_path).splitlines()
+    assert [line.split()[0] for line in lines] == sorted(MANY)
+    assert all(int(line.split()[1]) >= 1 for line in lines)
+    for name in MANY:
+        for key, value in load_file(tmp_path / f"{name}.found").items():
+            assert torch.equal(value, expected[name][key]), (name, key)
 
 
 def imported(path: Path) -> set[str]:
