@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from geta_hf.errors import GETAError
 from geta_hf.export.packed import BYTE_BITS, PackedConv1D, PackedLayer, PackedLinear
-from geta_hf.inference.products import MOST_INPUTS, integer_product, round_rows, scaled
+from geta_hf.inference.products import MOST_INPUTS, integer_product, on_gpu, round_rows, scaled
 from geta_hf.inference.weight_only import HALF_BITS, HAS_TRITON, pack_halves, unpack_halves, weight_only_linear
 from geta_hf.quantization.maths import integer_codes
 
@@ -64,7 +64,7 @@ class IntegerLayer(PackedLayer):
 
     def _product(self, rows: Tensor) -> Tensor:
         outputs, step = self._rows_first(self._dense_shape)[0], self.step_size.to(rows.device)
-        few, stored = rows.is_cuda and rows.shape[0] <= FEW_ROWS, self._transposed(self.weight)
+        few, stored = on_gpu(rows) and rows.shape[0] <= FEW_ROWS, self._transposed(self.weight)
         if few or self.path == WEIGHT_ONLY:
             x, fused = self.quantized_input(rows), few and HAS_TRITON
             return weight_only_linear(x, stored, step, self.bias, outputs, self.halved, fused)
@@ -100,8 +100,8 @@ class IntegerLayer(PackedLayer):
         """The codes as bytes, row after row of (out, in); `dtype` is kept for the way back."""
         self._stream, self.float_dtype, self._dense_shape = None, dtype, tuple(codes.shape)
         rows = self._transposed(codes)
-        self.halved = self.bits <= HALF_BITS and rows.is_cuda
-        if rows.is_cuda:
+        self.halved = self.bits <= HALF_BITS and on_gpu(rows)
+        if on_gpu(rows):
             wanted = 2 * _MULTIPLE if self.halved else _MULTIPLE
             rows = F.pad(rows, (0, -rows.shape[1] % wanted, 0, -rows.shape[0] % _MULTIPLE))
         rows = pack_halves(rows) if self.halved else rows.to(torch.int8, memory_format=torch.contiguous_format)

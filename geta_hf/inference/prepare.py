@@ -25,6 +25,7 @@ from geta_hf.inference.layers import (
     path_of,
     set_path,
 )
+from geta_hf.inference.products import on_gpu
 from geta_hf.inference.weight_only import HAS_TRITON
 from geta_hf.report import format_table
 
@@ -121,14 +122,14 @@ def _wanted_paths(model: nn.Module, layers: Mapping[str, PackedLayer], compute: 
 
 
 def _wanted_path(layer: PackedLayer, compute: str) -> str:
-    on_gpu = layer.weight.is_cuda
-    if not (on_gpu or (layer.weight.is_cpu and _cpu_has_integers())):
+    gpu = on_gpu(layer.weight)
+    if not (gpu or (layer.weight.is_cpu and _cpu_has_integers())):
         return FLOAT
     if is_exact(layer):
         return STATIC
     if compute == "int8":
         return DYNAMIC
-    return WEIGHT_ONLY if on_gpu and HAS_TRITON else FLOAT
+    return WEIGHT_ONLY if gpu and HAS_TRITON else FLOAT
 
 
 @cache

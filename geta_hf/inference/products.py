@@ -20,6 +20,11 @@ MOST_INPUTS = (2**31 - 1) // LARGEST**2
 _FEWEST_ROWS = 32  # of a product on a GPU, whose kernel wants more than 16
 
 
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether a tensor's device has the kernels and the wishes of a GPU."""
+    return tensor.is_cuda
+
+
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Every row as 8-bit integers with a step size of its own, so that no row has a part in another's result.
 
@@ -43,7 +48,7 @@ def integer_product(codes: Tensor, weight: Tensor, outputs: int) -> Tensor:
         outputs: how many of its rows are no such zeros.
     """
     rows, beyond = codes.shape[0], weight.shape[1] - codes.shape[1]
-    missing = _FEWEST_ROWS - rows if codes.is_cuda and rows < _FEWEST_ROWS else 0
+    missing = _FEWEST_ROWS - rows if on_gpu(codes) and rows < _FEWEST_ROWS else 0
     if beyond or missing:
         codes = F.pad(codes, (0, beyond, 0, missing))
     return torch._int_mm(codes, weight.t())[:rows, :outputs]

@@ -48,6 +48,7 @@ def outputs(model: PreTrainedModel, batch: Batch | None = None) -> Tensor:
     return torch.cat([found[name].flatten() for name in ("logits", "start_logits", "end_logits") if name in found])
 
 
+@torch.no_grad()
 def error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
