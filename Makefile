@@ -8,11 +8,12 @@ READY := .venv/ready
 demo: $(READY)
 	$(BIN)/python recipes/demo.py
 
+# Two processes of one thread each; the tests of one file stay together, since they share what they made.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 # Every architecture through every gate, into docs/architectures.md; about half an hour on one core.
 zoo: $(READY)

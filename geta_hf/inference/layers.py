@@ -44,6 +44,7 @@ class IntegerLayer(PackedLayer):
     halved: bool
     float_dtype: torch.dtype
     _dense_shape: tuple[int, ...]
+    _totals: Tensor  # of the codes of each output, int32
 
     @property
     def dense_shape(self) -> tuple[int, ...]:
@@ -68,16 +69,14 @@ class IntegerLayer(PackedLayer):
         if few or self.path == WEIGHT_ONLY:
             x, fused = self.quantized_input(rows), few and HAS_TRITON
             return weight_only_linear(x, stored, step, self.bias, outputs, self.halved, fused)
-        codes, input_step = self._rounded(rows)
         weight = unpack_halves(stored) if self.halved else stored
-        return scaled(integer_product(codes, weight, outputs), input_step, step, self.bias)
-
-    def _rounded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The input as codes and their step size."""
         own = self.input_quantizer
-        if own is None or self.path == DYNAMIC:
-            return round_rows(self.quantized_input(rows))
-        return integer_codes(rows, own.d, own.q_m, own.t).to(torch.int8), own.d
+        if self.path == STATIC and own is not None:
+            codes, input_step = integer_codes(rows, own.d, own.q_m, own.t).to(torch.int8), own.d
+            return scaled(integer_product(codes, weight, outputs), input_step, step, self.bias)
+        codes, input_step, zero = round_rows(self.quantized_input(rows))
+        sums = integer_product(codes, weight, outputs).addcmul_(zero, self._totals.to(rows.device))
+        return scaled(sums, input_step, step, self.bias)
 
     def _rows_first(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """(out, in) of a shape as the plain layer has it."""
@@ -100,6 +99,7 @@ class IntegerLayer(PackedLayer):
         """The codes as bytes, row after row of (out, in); `dtype` is kept for the way back."""
         self._stream, self.float_dtype, self._dense_shape = None, dtype, tuple(codes.shape)
         rows = self._transposed(codes)
+        self._totals = rows.sum(1, dtype=torch.int32)
         self.halved = self.bits <= HALF_BITS and on_gpu(rows)
         if on_gpu(rows):
             wanted = 2 * _MULTIPLE if self.halved else _MULTIPLE
@@ -163,7 +163,7 @@ def set_path(name: str, layer: PackedLayer, path: str) -> None:
     codes, dtype = layer.codes(name), layer.weight.dtype
     if isinstance(layer, IntegerLayer):
         dtype, kind = layer.float_dtype, kind.__bases__[1]
-        for leaf in ("path", "halved", "float_dtype", "_dense_shape"):
+        for leaf in ("path", "halved", "float_dtype", "_dense_shape", "_totals"):
             del layer.__dict__[leaf]
     if path != FLOAT:
         kind = _integer_class(kind)

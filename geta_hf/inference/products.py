@@ -1,6 +1,7 @@
 """Products of a linear layer on integer codes: what is fast, in operations that every device and the compiler know.
 
-With a weight d_w · n_w and an input d_x · n_x the product is d_x · d_w · Σ n_x n_w, and the sum is exact in integers.
+With a weight d_w · n_w and an input d_x · (n_x + z) the product is d_x · d_w · (Σ n_x n_w + z Σ n_w), and both sums are
+exact in integers.
 """
 
 from __future__ import annotations
@@ -11,11 +12,10 @@ from torch import Tensor
 
 from geta_hf.quantization.maths import TINY
 
-LARGEST = 127
-"""The largest |n| that a byte holds beside its own negative."""
+_LEVELS = 253  # one less than fit between -127 and 127 for each of the two ends that rounding may go beyond
 
-MOST_INPUTS = (2**31 - 1) // LARGEST**2
-"""The longest sum of products of bytes that never leaves 32 bits."""
+MOST_INPUTS = (2**31 - 1) // (255 * 127)
+"""The longest sum of products of an input and a weight that never leaves 32 bits."""
 
 _FEWEST_ROWS = 32  # of a product on a GPU, whose kernel wants more than 16
 
@@ -25,18 +25,22 @@ def on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
-def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Every row as 8-bit integers with a step size of its own, so that no row has a part in another's result.
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Every row as 8-bit integers over its own range, so that no row has a part in another's result.
 
     Args:
-        x: (rows, in), any floating point; rounded in fp32. NaN or infinity in a row makes all its results NaN.
+        x: (rows, in), any floating point; rounded in fp32. NaN or infinity in a row leaves it no finite result.
 
     Returns:
-        Codes n, int8 (rows, in), |n| <= 127, and step sizes, fp32 (rows, 1): x is about step size · n.
+        Codes n, int8 (rows, in); step sizes d, fp32 (rows, 1); zero points z, int32 (rows, 1). x is about d · (n + z),
+        and 0 is 0 exactly.
     """
     x = x.float()
-    largest = x.abs().amax(-1, keepdim=True).clamp_min_(TINY)
-    return (x * (LARGEST / largest)).round_().to(torch.int8), largest / LARGEST
+    low, high = x.amin(-1, keepdim=True).clamp_max_(0.0), x.amax(-1, keepdim=True).clamp_min_(0.0)
+    step = ((high - low) / _LEVELS).clamp_min_(TINY)
+    shift = -127 - (low / step).round_()
+    codes = torch.addcmul(shift, x, step.reciprocal()).round_().to(torch.int8)
+    return codes, step, -shift.to(torch.int32)
 
 
 def integer_product(codes: Tensor, weight: Tensor, outputs: int) -> Tensor:

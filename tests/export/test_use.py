@@ -73,6 +73,17 @@ def test_embedding_is_small_in_the_folder_and_in_memory(folder: Path) -> None:
     assert (layer(torch.arange(60)) - dense).abs().max() <= dense.abs().max() / 127
 
 
+@pytest.mark.parametrize("embedding_bits", [None, 8])
+def test_the_file_is_hardly_larger_than_its_bits(tmp_path: Path, embedding_bits: int | None) -> None:
+    model = tiny_model(hidden=256)
+    space = build_space(model, some_batch())
+    train_by_hand(model, space)
+    report = export(model, tmp_path / "out", space=space, batch=some_batch(), embedding_bits=embedding_bits)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    plain = [t.nbytes for name, t in tensors.items() if f"{name}_scale" not in tensors and "_scale" not in name]
+    assert report.file_bytes <= 1.02 * (report.packed_bits / 8 + sum(plain))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_type_saves_the_same_codes(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     model = AutoModelForQuestionAnswering.from_pretrained(folder, dtype=dtype)

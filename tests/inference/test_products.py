@@ -29,26 +29,43 @@ def test_zeros_around_the_weight_are_left_out() -> None:
 
 def test_longest_sum_stays_within_32_bits() -> None:
     x = torch.full((1, MOST_INPUTS), 127, dtype=torch.int8)
-    assert integer_product(x, x, 1).item() == MOST_INPUTS * 127**2 <= 2**31 - 1 < (MOST_INPUTS + 1) * 127**2
+    totals = x.sum(1, dtype=torch.int32)
+    sums = integer_product(x, x, 1).addcmul_(torch.tensor([[128]], dtype=torch.int32), totals)
+    assert sums.item() == MOST_INPUTS * 255 * 127 <= 2**31 - 1 < (MOST_INPUTS + 1) * 255 * 127
+
+
+def rows_to_round() -> Tensor:
+    """Rows of very different size, with zeros, of one sign, and with values at both ends of the range."""
+    x = torch.randn(9, 50, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 9)[:, None]
+    x[2], x[3], x[4], x[5, 0] = 0.0, x[3].abs(), -x[4].abs(), 1e3
+    return x
 
 
 def test_rows_are_rounded_to_half_a_step_each_by_itself() -> None:
-    x = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 6)[:, None]
-    x[2] = 0.0
-    n, step = round_rows(x)
-    assert n.abs().amax() == 127
-    assert ((step * n - x).abs() <= step * (0.5 + 1e-4)).all()
+    x = rows_to_round()
+    n, step, zero = round_rows(x)
+    assert ((step * (n + zero) - x).abs() <= step * (0.5 + 1e-4)).all()
+    spread = x.amax(1).clamp(min=0) - x.amin(1).clamp(max=0)
+    torch.testing.assert_close(step.flatten() * 253, spread.clamp(min=253e-12))
     alone = [round_rows(row[None]) for row in x]
-    assert torch.equal(n, torch.cat([part for part, _ in alone]))
-    assert torch.equal(step, torch.cat([part for _, part in alone]))
+    for whole, parts in zip((n, step, zero), zip(*alone, strict=True), strict=True):
+        assert torch.equal(whole, torch.cat(parts))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_value_leaves_its_byte() -> None:
+    """Where both ends of the range lie at ties, over many ranges."""
+    ends = torch.rand(100_000, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([-1.0, 1.0])
+    n, step, zero = round_rows(ends)
+    assert ((step * (n + zero) - ends).abs() <= step * (0.5 + 1e-4)).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_in_its_row_and_is_seen(value: float) -> None:
     x, weight = torch.ones(3, 4), codes(2, 4)
     x[1, 2] = value
-    n, step = round_rows(x)
-    out = scaled(integer_product(n, weight, 2), step, torch.ones(1), None)
+    n, step, zero = round_rows(x)
+    sums = integer_product(n, weight, 2).addcmul_(zero, weight.sum(1, dtype=torch.int32))
+    out = scaled(sums, step, torch.ones(1), None)
     assert not out[1].isfinite().any()
     assert out[[0, 2]].isfinite().all()
 
