@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import copy
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -22,11 +21,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import BertConfig, BertForQuestionAnswering, PhiConfig, PhiForCausalLM
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.memory import peak_bytes
 from geta_hf import QASSO, GETAConfig, Schedule, attach_quantizers, build_space
 from geta_hf.qasso import COOLDOWN, STAGES
 from geta_hf.quantization import freeze_quantizers, quantizer_prefixes
@@ -133,13 +135,6 @@ def time_both(size: Size, chosen: argparse.Namespace) -> dict[str, list[tuple[fl
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
-
-
-def peak_bytes(device: str) -> int:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def run_alone(size: Size, chosen: argparse.Namespace) -> int:

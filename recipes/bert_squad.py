@@ -36,7 +36,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval import squad, squad_features
 from eval.squad_features import Question
-from geta_hf import GETAConfig, GETAError, GETATrainer
+from geta_hf import GETAConfig, GETAError, GETATrainer, write_card
 
 
 @dataclass
@@ -280,6 +280,9 @@ def run(arguments: Arguments) -> dict[str, Any]:
         "config": describe(arguments),
     }
     (output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    if arguments.geta is not None:
+        scores = {name: results[name] for name in ("em", "f1")}
+        write_card(output / "export", dataset=data.dataset_name, metrics={"compressed": scores})
     return results
 
 

@@ -3,7 +3,8 @@
     python recipes/demo.py [folder, default runs/demo]
 
 The same recipe as for SQuAD, `recipes/bert_squad.py`, runs twice: dense from scratch, then from that with GETA to half
-of all groups and 4 to 8 bits. Everything lands in the folder; `structure.png` shows what is left of every layer.
+of all groups and 4 to 8 bits. Everything lands in the folder; `structure.png` shows what is left of every layer, and
+`report.html` all that is known of the compressed model.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from geta_hf import report
+from geta_hf import report, write_card, write_report
 from recipes import bert_squad, demo_data
 
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
@@ -48,7 +49,9 @@ def main(folder: Path) -> None:
     }
     exported = folder / "compressed" / "export"
     print("\n" + report.compare(folder / "dense" / "export", exported, tokens=TOKENS, metrics=metrics))
+    write_card(exported, task="question-answering", dataset="generated questions", metrics=metrics)
     print(f"\npicture: {report.plot_structure(exported, folder / 'structure.png')}")
+    print(f"report:  {write_report(exported, folder / 'report.html', folder / 'dense' / 'export')}")
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ class GETAHfQuantizer(HfQuantizer):
         """What is saved is packed by `get_state_dict_and_metadata`, not by running the conversions backwards."""
         self._decoders = []
         kept = [step for step in getattr(model, "_weight_conversions", None) or () if not _decodes(step)]
-        vars(model)["_weight_conversions"] = kept or None
+        vars(model)["_weight_conversions"] = kept
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any]]:
         """The state dict with packed data in place of the decoded weights, for `save_pretrained`."""
