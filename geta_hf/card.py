@@ -186,7 +186,7 @@ def summary(facts: Facts, base_model: str | None) -> str:
 
 
 def ways_to_load(facts: Facts, name: str) -> list[Way]:
-    """Code that loads a folder: with geta_hf, without it where the folder carries its own code, and for evaluation.
+    """Code that loads a folder: with geta_hf, without it where the folder carries its own code, and for use.
 
     Args:
         facts: of the folder.
@@ -208,6 +208,10 @@ def ways_to_load(facts: Facts, name: str) -> list[Way]:
         first = "" if facts.remote_code else "import geta_hf\n"
         call = f"pipe = pipeline({json.dumps(facts.task)}, model={quoted}{flag})"
         ways.append(Way("As a pipeline", f"{first}from transformers import pipeline\n\n{call}", "python"))
+    else:
+        call = f"model, report = load_for_inference({auto}, {quoted})"
+        code = f"from geta_hf.inference import load_for_inference\nfrom transformers import {auto}\n\n{call}"
+        ways.append(Way("For inference, every layer on its fastest exact path", code, "python"))
     return ways
 
 

@@ -117,7 +117,8 @@ def test_ways_to_load_follow_the_folder(tmp_path: Path) -> None:
     config = {"model_type": "x", "architectures": ["X"]}
     code = {"auto_map": {"AutoConfig": "a.C", "AutoModelForCausalLM": "a.X"}}
     plain = ways_to_load(read_facts(written(tmp_path / "a", {}, {"a": 4}, config=config)), "me/a")
-    assert [way.language for way in plain] == ["python"] and "trust_remote_code" not in plain[0].code
+    assert [way.language for way in plain] == ["python", "python"] and "trust_remote_code" not in plain[0].code
+    assert "load_for_inference" in plain[1].code
     own = ways_to_load(read_facts(written(tmp_path / "b", {}, {"a": 4}, config={**config, **code})), "me/b")
     assert [way.language for way in own] == ["python", "python", "bash"]
     assert "trust_remote_code=True" in own[1].code and "import geta_hf" not in own[1].code
