@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import resource
 import shutil
 import struct
@@ -250,6 +251,27 @@ def test_damage_is_named(exported: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises((ValueError, OSError, TypeError, AttributeError), match=message) as caught:
         AutoModelForQuestionAnswering.from_pretrained(folder)
     assert not isinstance(caught.value, MemoryError)
+
+
+class _Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "auto"}, {"use_safetensors": False}])
+def test_nothing_is_unpickled(exported: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    folder, mark = tmp_path / "copy", tmp_path / "mark"
+    shutil.copytree(exported, folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({QUERY: _Touch(mark)}))
+    with pytest.raises((ValueError, OSError, pickle.UnpicklingError)):
+        AutoModelForQuestionAnswering.from_pretrained(folder, **options)
+    assert not mark.exists()
 
 
 def test_there_are_fifty() -> None:
