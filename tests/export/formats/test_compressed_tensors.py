@@ -26,7 +26,7 @@ from geta_hf.qadg import PruningSpace, build_space
 from geta_hf.quantization import attach_quantizers, quantized_layers, step_size
 from tests.architectures import build
 from tests.elsewhere import run_elsewhere
-from tests.export.formats.uniform import compressed, cut, prepared, tiny
+from tests.export.formats.uniform import compressed, cut, logits, prepared, tiny
 from tests.export.test_activations import rounding
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
 
@@ -51,11 +51,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Made]]:
         write_compressed_tensors(small, home / name, batch)
         found[name] = (model, small, batch, home / name)
     yield found
-
-
-def logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(**batch).logits
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -25,7 +25,7 @@ from geta_hf.export.surgery import slice_model
 from geta_hf.qadg import build_space
 from tests.architectures import build
 from tests.elsewhere import run_elsewhere
-from tests.export.formats.uniform import compressed, cut, halved, prepared, tiny
+from tests.export.formats.uniform import compressed, cut, halved, logits, prepared, tiny
 from tests.export.test_activations import rounding
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
 
@@ -46,11 +46,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Made]]:
         write_vanilla(small, home / name, batch)
         found[name] = (model, small, batch, home / name)
     yield found
-
-
-def logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(**batch).logits
 
 
 @pytest.mark.parametrize("kind", KINDS)

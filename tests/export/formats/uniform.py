@@ -68,3 +68,8 @@ def prepared(name: str) -> tuple[PreTrainedModel, PreTrainedModel, Batch]:
     """The masked model, its compressed copy and a batch; shared by tests, so not to be changed."""
     model, batch = tiny(name)
     return model, cut(model, batch), batch
+
+
+def logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(**batch).logits
