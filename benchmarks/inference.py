@@ -32,6 +32,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, BertModel, PhiConfig, PhiForCausalLM, PreTrainedModel
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.memory import peak_bytes
 from geta_hf import attach_quantizers, build_space
 from geta_hf.export.export import compress
 from geta_hf.inference import load_for_inference, prepare_for_inference
@@ -204,14 +206,6 @@ def generation_rows(name: str, home: Path, batch: int, chosen: argparse.Namespac
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
-
-
-def peak_bytes(device: str) -> int:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    # Not getrusage: on Linux it starts with the highest level of the process that this one was started from.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 def run_alone(way: str, home: Path, device: str) -> int:

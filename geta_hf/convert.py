@@ -25,13 +25,11 @@ from geta_hf.export import ExportReport, export
 from geta_hf.export.export import copy_beside
 from geta_hf.export.folder import check_target, write_folder
 from geta_hf.export.formats import writer
-from geta_hf.export.hf_quantizer import GETAHfQuantizer
 from geta_hf.export.remote_code import save_compressed
-from geta_hf.preparation import attach
+from geta_hf.preparation import attach, quantizer_parameters
 from geta_hf.qadg import build_space
 from geta_hf.qadg.example import example_batch
 from geta_hf.quantization import attach_input_quantizers
-from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.report import load_model
 
 
@@ -70,7 +68,7 @@ def convert(
         return None
     checkpoint = _checkpoint_of(folder)
     config = GETAConfig.load(checkpoint / CONFIG_NAME)
-    progress = read_progress(checkpoint)
+    removed = _finished(read_progress(checkpoint), checkpoint)
     model = load_checkpoint(checkpoint, config)
     batch = example_batch(model)
     report = export(
@@ -80,7 +78,7 @@ def convert(
         batch=batch,
         config=config,
         processing_class=_processing_class(checkpoint),
-        expected_zero_groups=_finished(progress, checkpoint),
+        expected_zero_groups=removed,
         embedding_bits=config.embedding_bits if embedding_bits is None else embedding_bits,
         format=format,
         overwrite=overwrite,
@@ -101,7 +99,6 @@ def _is_export(folder: Path) -> bool:
 def _rewrite(folder: Path, target: Path, format: str) -> None:
     """An exported folder in another format, or loaded and saved anew in its own."""
     model = load_model(folder)
-    assert isinstance(model.hf_quantizer, GETAHfQuantizer)
     batch = example_batch(model)
 
     def fill(fresh: Path) -> None:
@@ -151,20 +148,13 @@ def load_checkpoint(checkpoint: Path, config: GETAConfig) -> PreTrainedModel:
         attach_input_quantizers(model, [example_batch(model)], learn_t=config.learn_activation_exponent)
     stored = _stored(checkpoint)
     with torch.no_grad():
-        for name, parameter in _quantizers(model):
+        for name, parameter in quantizer_parameters(model, trained=False).items():
             if name not in stored or stored[name].shape != parameter.shape:
                 raise GETAError(
                     f"{checkpoint} holds no {name} of shape {tuple(parameter.shape)}; was it written whole?"
                 )
             parameter.copy_(stored[name])
     return model
-
-
-def _quantizers(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    for path, module in model.named_modules():
-        if isinstance(module, Quantizer):
-            for leaf, parameter in module.named_parameters(recurse=False):
-                yield f"{path}.{leaf}", parameter
 
 
 def _stored(checkpoint: Path) -> Mapping[str, Tensor]:

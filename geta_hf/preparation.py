@@ -102,14 +102,14 @@ def without_untrained(space: PruningSpace, model: nn.Module) -> PruningSpace:
     return left
 
 
-def quantizer_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable quantizer parameters by name."""
+def quantizer_parameters(model: nn.Module, trained: bool = True) -> dict[str, nn.Parameter]:
+    """Quantizer parameters by name: those that are trained, or all."""
     return {
         f"{name}.{leaf}": parameter
         for name, module in model.named_modules()
         if isinstance(module, Quantizer)
         for leaf, parameter in module.named_parameters(recurse=False)
-        if parameter.requires_grad
+        if parameter.requires_grad or not trained
     }
 
 
