@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from geta_hf.export.formats.plain import LEFT_OUT
 from geta_hf.export.packed import BYTE_BITS, PackedLayer, packed_layers, weight_holders
 from geta_hf.quantization.fixed import FixedQuantizer, output_dim
 from geta_hf.quantization.maths import quantize
@@ -42,7 +43,7 @@ def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
         for module, leaf in holders[name]:
             setattr(module, leaf, layer.weight)
     nn.Module.float(copied)  # transformers' own refuses a quantized model
-    for key in ("quantization_config", "auto_map"):
+    for key in LEFT_OUT:
         copied.config.__dict__.pop(key, None)
     copied.config.dtype, copied.config.architectures = torch.float32, [type(model).__name__]
     if copied.can_generate():

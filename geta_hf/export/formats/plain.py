@@ -32,7 +32,9 @@ Dim = tuple[str, int]
 Wrong = dict[Dim, tuple[int, int]]
 """Where two models differ: the dim, -1 for a tensor that one of them lacks -> (size it has, size it should have)."""
 
-_LEFT_OUT = ("quantization_config", "auto_map")
+LEFT_OUT = ("quantization_config", "auto_map")
+"""What config.json says of our own format, which no other one repeats."""
+
 _NAMED = 8
 """How many layers an error lists."""
 
@@ -77,7 +79,7 @@ class _Search:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._class, self._config_class = type(model), model.config.__class__
-        self._values = {key: value for key, value in model.config.to_dict().items() if key not in _LEFT_OUT}
+        self._values = {key: value for key, value in model.config.to_dict().items() if key not in LEFT_OUT}
         self._attributes = _fixed_attributes(model)
         self._known: dict[frozenset[tuple[Place, int]], Sizes | None] = {}
         self._refused: dict[frozenset[tuple[Place, int]], str] = {}
@@ -277,7 +279,7 @@ def _numbers(config: PreTrainedConfig) -> Iterator[tuple[Place, int | None]]:
     """Every number of a configuration, those in lists too, and every attribute that is left open."""
     for place, part in _parts(config):
         for name, value in vars(part).items():
-            if name.startswith("_") or name in _LEFT_OUT:
+            if name.startswith("_") or name in LEFT_OUT:
                 continue
             if isinstance(value, list | tuple):
                 yield from (((*place, name, at), item) for at, item in enumerate(value) if type(item) is int)
