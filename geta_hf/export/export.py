@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from geta_hf.config import CONFIG_NAME
@@ -22,13 +22,14 @@ from geta_hf.export.equations import WANTED
 from geta_hf.export.folder import check_target, write_folder
 from geta_hf.export.formats import writer
 from geta_hf.export.gate import norm_coupled, prove_replay
-from geta_hf.export.hf_quantizer import attach_quantizer, has_quantizer, tied_weights
+from geta_hf.export.hf_quantizer import attach_quantizer, has_quantizer
 from geta_hf.export.packed import activation_bits, pack_layer, packed_layers, weight_bits, weight_holders
 from geta_hf.export.packing import MAX_BITS, MIN_BITS
 from geta_hf.export.record import record
 from geta_hf.export.remote_code import save_compressed
 from geta_hf.export.solve import solve
 from geta_hf.export.surgery import slice_model
+from geta_hf.export.ties import check_ties
 from geta_hf.export.trace import trace
 from geta_hf.export.verify import attention_outputs, prove_equal
 from geta_hf.qadg import build_space, verify_space
@@ -262,19 +263,6 @@ def _pack_weights(model: PreTrainedModel, embedding: RoundedEmbedding | None) ->
         pack_layer(name, layer, *parts, tied=len(holders[name]) > 1)
         for holder, leaf in holders[name]:
             setattr(holder, leaf, layer.weight)
-
-
-def check_ties(model: nn.Module) -> None:
-    """Raises GETAError where layers share a weight though the model's class would load it for one of them alone."""
-    first: dict[int, str] = {}
-    declared = tied_weights(model) if isinstance(model, PreTrainedModel) else ()
-    for name, layer in quantized_layers(model).items():
-        other = first.setdefault(id(layer.weight), name)
-        if other != name and f"{name}.weight" not in declared:
-            raise GETAError(
-                f"{name}.weight is tied to {other}.weight, which {type(model).__name__} does not do by itself; "
-                f"quantize neither"
-            )
 
 
 def _packed(name: str, layer: QuantizedLayer) -> tuple[Tensor, int, Tensor, FixedQuantizer | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -187,13 +188,17 @@ def _last_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def _tokens(cached: bool) -> Callable[[PreTrainedModel, Batch], Tensor]:
     def run(model: PreTrainedModel, batch: Batch) -> Tensor:
-        if "attention_mask" in batch and not model.config.is_encoder_decoder:
-            # Tokens go on at the right, where a training batch is padded.
-            batch = {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
+        if not model.config.is_encoder_decoder and _masks_tokens(model, batch):
+            # Tokens go on at the right, where a training batch is padded; without a mask transformers would guess one.
+            batch = {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
         tokens = model.generate(**batch, max_new_tokens=_NEW_TOKENS, do_sample=False, use_cache=cached)  # type: ignore[operator]
         return tokens.double()
 
     return run
+
+
+def _masks_tokens(model: PreTrainedModel, batch: Batch) -> bool:
+    return "input_ids" in batch and "attention_mask" in inspect.signature(model.forward).parameters
 
 
 def _attempt(run: Callable[[], Any]) -> Any:

@@ -1,0 +1,34 @@
+"""Whether the weights that a model shares are those that its class and config would share when it is loaded."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from geta_hf.errors import GETAError
+
+
+def check_ties(model: nn.Module) -> None:
+    """Raises GETAError where a folder of this model would load with other ties than it has now.
+
+    What a model's class declares is asked of transformers, which reads the config for it. A module that stands in
+    several places is loaded once and is no tie.
+    """
+    declared = model.get_expanded_tied_weights_keys(all_submodels=True) if isinstance(model, PreTrainedModel) else {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for target, source in declared.items():
+        if parameters.get(target) is not parameters.get(source):
+            raise GETAError(
+                f"{target} and {source} are not tied, though the config says so, and would be one weight once loaded; "
+                f"call model.tie_weights(), or set model.config.tie_word_embeddings = False"
+            )
+    first: dict[int, str] = {}
+    for path, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{leaf}" if path else leaf
+            other = first.setdefault(id(parameter), name)
+            if declared.get(name, name) != declared.get(other, other):
+                raise GETAError(
+                    f"{name} is tied to {other}, but {type(model).__name__} would not load so under its config; set "
+                    f"model.config.tie_word_embeddings = True if that ties them, or give each a weight of its own"
+                )
