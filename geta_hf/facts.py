@@ -23,6 +23,7 @@ from geta_hf.cost import Costs, layer_costs, mean_bits, measure_costs
 from geta_hf.errors import GETAError
 from geta_hf.export.hf_quantizer import GETAQuantizationConfig, apply_fixes
 from geta_hf.export.packed import INPUT_SCALE, WEIGHT_SCALE
+from geta_hf.export.sizes import tensor_sizes
 from geta_hf.qadg.example import empty_model
 from geta_hf.quantization.functional import FLOAT_BITS
 from geta_hf.report import Metrics, Structure, read_structure
@@ -185,37 +186,11 @@ def read_front(folder: Path) -> dict[str, Any]:
     return front if isinstance(front, dict) else {}
 
 
-def read_header(file: Path) -> dict[str, int]:
-    """Tensor name -> bytes, from the head of a safetensors file. Raises GETAError for a damaged or cut one."""
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > size - 8:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        spans = {name: entry["data_offsets"] for name, entry in header.items()}
-        if (end := max((int(stop) for _, stop in spans.values()), default=0)) != size - 8 - length:
-            raise ValueError(f"{end:,} bytes of tensors are declared, {size - 8 - length:,} are there")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise GETAError(f"{file} is damaged or cut short ({error}); copy or export the folder again") from error
-    return {name: int(stop) - int(start) for name, (start, stop) in spans.items()}
-
-
-def tensor_bytes(folder: str | os.PathLike[str]) -> int:
-    """Bytes of all tensors in a folder's safetensors files. Raises GETAError when there is none, or a damaged one."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise GETAError(f"{folder} holds no .safetensors file; save the model with save_pretrained")
-    return sum(size for file in files for size in read_header(file).values())
-
-
 def _parts(folder: Path, structure: Structure, model: PreTrainedModel | None) -> dict[str, int]:
     embeddings = set() if model is None else _embeddings(model)
     parts = dict.fromkeys((PACKED, EMBEDDINGS, SCALES, REST), 0)
     for file in sorted(folder.glob("*.safetensors")):
-        for name, size in read_header(file).items():
+        for name, size in tensor_sizes(file).items():
             path, _, leaf = name.rpartition(".")
             if path in structure.bits and leaf in (WEIGHT_SCALE, INPUT_SCALE):
                 part = SCALES

@@ -12,14 +12,15 @@ import huggingface_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
-from geta_hf.checkpoints import WORLD_NAME
+from geta_hf.checkpoints import PROGRESS_NAME, WORLD_NAME
 from geta_hf.errors import GETAError
-from geta_hf.facts import read_header, read_json
+from geta_hf.export.sizes import tensor_sizes
+from geta_hf.facts import read_json
 from geta_hf.report import read_structure
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-_NOT_OURS = {"trainer_state.json", WORLD_NAME}
+_NOT_OURS = {"trainer_state.json", WORLD_NAME, PROGRESS_NAME}
 _UNFINISHED = (".tmp", ".lock", ".part", ".incomplete", ".bak", ".pyc", "~")
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _LOGS = re.compile(r"__pycache__|runs|checkpoint-\d+")
@@ -150,4 +151,4 @@ def _check_weights(folder: Path, found: set[str]) -> None:
     if stray := sorted(found - named):
         raise GETAError(f"{folder} has weights that it does not load: {', '.join(stray)}; delete them, then push")
     for name in sorted(named):
-        read_header(folder / name)
+        tensor_sizes(folder / name)  # which finds what is damaged

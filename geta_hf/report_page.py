@@ -11,7 +11,8 @@ from typing import Any
 
 from geta_hf.card import HOW_COUNTED, Way, table_of, ways_to_load
 from geta_hf.errors import GETAError
-from geta_hf.facts import Facts, check_metrics, read_facts, tensor_bytes
+from geta_hf.export.sizes import tensor_bytes
+from geta_hf.facts import Facts, check_metrics, read_facts
 from geta_hf.files import write_whole
 from geta_hf.picture import draw, layer_grid, printable
 from geta_hf.report import Metrics, load_model, measure_latency, table_rows

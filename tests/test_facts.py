@@ -12,7 +12,8 @@ from transformers import T5Config, ViTConfig
 from geta_hf import build_space, export
 from geta_hf.cost import measure_costs
 from geta_hf.errors import GETAError
-from geta_hf.facts import EMBEDDINGS, PACKED, REST, SCALES, check_metrics, read_facts, read_header, tensor_bytes
+from geta_hf.export.sizes import tensor_bytes, tensor_sizes
+from geta_hf.facts import EMBEDDINGS, PACKED, REST, SCALES, check_metrics, read_facts
 from geta_hf.report import load_model
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
 from tests.small_folders import exported, written
@@ -116,7 +117,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(GETAError, match=r"model\.safetensors is damaged or cut short"):
             read_facts(small)
     weights.write_bytes(whole)
-    assert len(read_header(weights)) > 10
+    assert len(tensor_sizes(weights)) > 10
     (small / "README.md").write_text("---\na: [\n---\n")
     with pytest.raises(GETAError, match=r"README\.md: the YAML"):
         read_facts(small)

@@ -51,6 +51,7 @@ def test_exactly_the_export_is_listed(folder: Path) -> None:
     for name in (".git/config", ".cache/x", "checkpoint-20/model.safetensors", "runs/events", "__pycache__/a.pyc"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("not ours")
+    (folder / "geta_progress.json").write_text("{}")
     for name in (".env", "optimizer.pt", "training_args.bin", "trainer_state.json", "x.tmp", "config.json~", "a.lock"):
         (folder / name).write_text("not ours")
     assert files_to_push(folder) == sorted([*whole, ("code/model.py", 5)])

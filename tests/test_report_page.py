@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from geta_hf.errors import GETAError
-from geta_hf.facts import read_facts, tensor_bytes
+from geta_hf.export.sizes import tensor_bytes
+from geta_hf.facts import read_facts
 from geta_hf.report import load_model
 from geta_hf.report_page import short_bytes, write_report
 from tests.small_folders import exported, written

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
-from geta_hf.export.packed import BYTE_BITS
-from geta_hf.export.packing import MIN_BITS
+from geta_hf.export.packing import BYTE_BITS, MIN_BITS
 from geta_hf.quantization import channel_clipping_values
 from geta_hf.quantization.maths import integer_codes, step_size
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,10 +22,12 @@ from geta_hf.export.folder import check_target, write_folder
 from geta_hf.export.formats import writer
 from geta_hf.export.gate import norm_coupled, prove_replay
 from geta_hf.export.hf_quantizer import attach_quantizer, has_quantizer
-from geta_hf.export.packed import activation_bits, pack_layer, packed_layers, weight_bits, weight_holders
+from geta_hf.export.packed import packed_layers
 from geta_hf.export.packing import MAX_BITS, MIN_BITS
 from geta_hf.export.record import record
 from geta_hf.export.remote_code import save_compressed
+from geta_hf.export.saving import activation_bits, pack_layer, weight_bits, weight_holders
+from geta_hf.export.sizes import tensor_bytes
 from geta_hf.export.solve import solve
 from geta_hf.export.surgery import slice_model
 from geta_hf.export.ties import check_ties
@@ -339,7 +340,7 @@ def _report(target: Path, model: PreTrainedModel, kept: dict[str, tuple[int, int
     layers = packed_layers(model)
     return ExportReport(
         path=target,
-        tensor_bytes=sum(_tensor_bytes(file) for file in files),
+        tensor_bytes=tensor_bytes(target),
         file_bytes=sum(file.stat().st_size for file in files),
         packed_bits=sum(layer.weight.numel() * layer.bits for layer in layers.values()),
         bits=weight_bits(model),
@@ -347,8 +348,3 @@ def _report(target: Path, model: PreTrainedModel, kept: dict[str, tuple[int, int
         kept=kept,
         difference=difference,
     )
-
-
-def _tensor_bytes(file: Path) -> int:
-    with safe_open(file, framework="pt") as tensors:
-        return sum(tensors.get_tensor(name).nbytes for name in tensors.keys())  # noqa: SIM118

@@ -69,28 +69,22 @@ def read_fixes(fixes: Any, where: str) -> Fixes:
     for name, shape in fixes["shapes"].items():
         if not _is_size_list(shape):
             raise GETAError(f"{where}.shapes[{name!r}] is {_shorten(shape)}, not a list of positive integers")
-    for part in ("keep", "attrs"):
+    for part, what in (("keep", "ascending indices of a dim"), ("attrs", "a positive integer")):
         for path, entries in fixes[part].items():
             if not isinstance(entries, dict):
                 raise GETAError(f"{where}.{part}[{path!r}] must be an object, not {_shorten(entries)}")
-    for name, dims in fixes["keep"].items():
-        for dim, indices in dims.items():
-            if not dim.isdecimal() or not _is_index_list(indices):
-                raise GETAError(
-                    f"{where}.keep[{name!r}][{dim!r}] is {_shorten(indices)}, not ascending indices of a dim"
-                )
-    for path, attributes in fixes["attrs"].items():
-        for attribute, value in attributes.items():
-            if not (_is_size(value) or _is_size_list(value)):
-                raise GETAError(f"{where}.attrs[{path!r}][{attribute!r}] is {_shorten(value)}, not a positive integer")
+            for key, value in entries.items():
+                fits = _is_index_list(key, value) if part == "keep" else _is_size(value) or _is_size_list(value)
+                if not fits:
+                    raise GETAError(f"{where}.{part}[{path!r}][{key!r}] is {_shorten(value)}, not {what}")
     return {"version": FIXES_VERSION, "shapes": fixes["shapes"], "keep": fixes["keep"], "attrs": fixes["attrs"]}
 
 
-def _is_index_list(value: Any) -> bool:
-    if not isinstance(value, list) or not value:
+def _is_index_list(dim: str, value: Any) -> bool:
+    if not dim.isdecimal() or not isinstance(value, list) or not value:
         return False
-    plain = all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in value)
-    return plain and all(low < high for low, high in pairwise(value))
+    whole = all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in value)
+    return whole and all(low < high for low, high in pairwise(value))
 
 
 def _is_size(value: Any) -> bool:

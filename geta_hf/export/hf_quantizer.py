@@ -1,211 +1,49 @@
-"""The plug-in through which transformers saves and loads a compressed model: `quant_method: "geta"`.
+"""The whole plug-in of transformers: it loads a compressed model as `loader` does, saves it and makes it plain again.
 
-Importing this module registers it, so `AutoModelForX.from_pretrained(folder)` works. config.json keeps the original
-architecture; `quantization_config` holds the bit width of every packed layer, that of its input where it rounds it, and
-the fix list (`geta_hf.export.fixes`).
-Everything in a folder is verified, and a tensor that a folder lacks is an error: transformers would draw it at random.
+Importing this module registers it, so `AutoModelForX.from_pretrained(folder)` works.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightConverter
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from geta_hf.errors import GETAError
-from geta_hf.export.fixes import (
-    Fixes,
-    check_attributes,
-    no_fixes,
-    read_fixes,
-    settle_experts,
-    shrink_attribute,
-    shrink_buffer,
-    shrink_tensor,
-)
-from geta_hf.export.packed import (
-    INPUT_SCALE,
-    LEAVES,
-    PackedLayer,
-    activation_bits,
-    become_packed,
-    packed_layers,
-    take_input_scale,
-    unpack_layer,
-    weight_bits,
-    weight_holders,
-)
-from geta_hf.export.packing import MAX_BITS, MIN_BITS
-from geta_hf.export.stored import Decode, check_packed, check_plain, read_headers
+from geta_hf.export.fixes import Fixes
+from geta_hf.export.loader import QUANT_METHOD, GETALoader, GETAQuantizationConfig, apply_fixes, tied_weights
+from geta_hf.export.packed import packed_layers
+from geta_hf.export.saving import activation_bits, packed_tensors, unpack_layer, weight_bits, weight_holders
 
-QUANT_METHOD = "geta"
-FORMAT_VERSION = 1
-
-_WHERE = "quantization_config in config.json:"
+__all__ = [
+    "QUANT_METHOD",
+    "GETAHfQuantizer",
+    "GETAQuantizationConfig",
+    "apply_fixes",
+    "attach_quantizer",
+    "has_quantizer",
+    "tied_weights",
+]
 
 
-class GETAQuantizationConfig(QuantizationConfigMixin):
-    """What config.json says of a compressed model; plain data.
-
-    Args:
-        bits: module path -> bits of its packed weight, 2 to 16.
-        fixes: the fix list, None for a model from which nothing was cut.
-        format_version: of the folder's layout.
-        activation_bits: module path -> bits of its input, 2 to 16, for the packed layers that round it. Left out of
-            config.json when there are none.
-
-    Raises:
-        GETAError: an unknown version or key, or a value that no export writes.
-    """
-
-    def __init__(
-        self,
-        bits: dict[str, int] | None = None,
-        fixes: Fixes | None = None,
-        format_version: int = FORMAT_VERSION,
-        quant_method: str = QUANT_METHOD,
-        activation_bits: dict[str, int] | None = None,
-        **unknown: Any,
-    ) -> None:
-        self.quant_method = quant_method  # type: ignore[assignment]
-        self.format_version = format_version
-        self.bits = {} if bits is None else bits
-        self.activation_bits = {} if activation_bits is None else activation_bits
-        self._validate(unknown)
-        self.fixes = no_fixes() if fixes is None else read_fixes(fixes, f"{_WHERE} fixes")
-
-    def _validate(self, unknown: dict[str, Any]) -> None:
-        where = _WHERE
-        if self.format_version != FORMAT_VERSION:
-            raise GETAError(
-                f"{where} format_version is {self.format_version!r}, but this release of geta_hf reads "
-                f"{FORMAT_VERSION}; install the release that wrote the folder"
-            )
-        if unknown:
-            raise GETAError(f"{where} unknown keys {sorted(unknown)}")
-        _check_widths("bits", self.bits)
-        _check_widths("activation_bits", self.activation_bits)
-        for name in self.activation_bits:
-            if name not in self.bits:
-                raise GETAError(f"{where} activation_bits names {name!r}, which is not in bits; only such layers round")
-
-    def to_dict(self) -> dict[str, Any]:
-        """As in config.json; a model on float activations reads as it did before these could be rounded."""
-        values = super().to_dict()
-        return values if self.activation_bits else {k: v for k, v in values.items() if k != "activation_bits"}
-
-
-def _check_widths(key: str, widths: Any) -> None:
-    if not isinstance(widths, dict):
-        raise GETAError(f"{_WHERE} {key} must be an object of module names, not {widths!r}")
-    for name, bits in widths.items():
-        if not isinstance(bits, int) or isinstance(bits, bool) or not MIN_BITS <= bits <= MAX_BITS:
-            raise GETAError(f"{_WHERE} {key}[{name!r}] is {bits!r}, not a whole number of {MIN_BITS} to {MAX_BITS}")
-
-
-class GETAHfQuantizer(HfQuantizer):
+class GETAHfQuantizer(GETALoader):
     """Shrinks and prepares a freshly built model, verifies and decodes what was loaded, and packs what is saved."""
-
-    requires_calibration = True  # a dense model cannot be loaded into this format, only exported
-    quantization_config: GETAQuantizationConfig
 
     def is_serializable(self) -> bool:
         return True
 
-    @property
-    def is_trainable(self) -> bool:
-        return False
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
-
-    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        """True for the scale of a layer's input, whose size is then left to `take_input_scale`."""
-        path, _, leaf = param_name.rpartition(".")
-        return leaf == INPUT_SCALE and isinstance(model.get_submodule(path), PackedLayer)
-
-    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """None (no cast) for packed data; the type that its weight is to have is left with what decodes it."""
-        decoders = [step for step in getattr(converter, "operations", ()) if isinstance(step, Decode)]
-        for step in decoders:
-            step.dtype = dtype or step.dtype
-        return None if decoders else super().get_new_dtype(converter, param, dtype)
-
-    def get_weight_conversions(self) -> list[WeightConverter]:
-        """One for every packed layer: its stream and scale become the weight as it is used."""
-        return [decoder.converter() for decoder in self._decoders]
-
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        config = self.quantization_config
-        headers = read_headers(kwargs.get("checkpoint_files") or ())
-        apply_fixes(model, config.fixes)
-        self._decoders: list[Decode] = []
-        tied = tied_weights(model)
-        for name, bits in config.bits.items():
-            if (path := _find_module(model, name)) is None:
-                continue
-            layer = become_packed(path, model.get_submodule(path), bits, f"{path}.weight" in tied)
-            self._reserve(name, _places(model, name), layer)
-            for place in _places(model, name):
-                check_packed(place, layer, headers)
-        _check_inputs(model, headers)
-        if _is_own_folder(model):
-            check_plain(model.state_dict(), headers, config.bits)
-        self._names = set(headers)
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        return model
-
-    def _reserve(self, name: str, places: Iterable[str], layer: PackedLayer) -> None:
-        """Make a layer ready to be loaded into. The type its weight is declared in is the one it will be decoded to."""
-        decoder = Decode(self, name, places, layer)
-        self._decoders.append(decoder)
-        if name in self.quantization_config.activation_bits:
-            layer.register_buffer(INPUT_SCALE, torch.empty(1, dtype=torch.float32, device=layer.weight.device))
-        # Or transformers would draw weights at random where the file has none, before the gap can be reported.
-        layer.__dict__["_is_hf_initialized"] = True
-
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for problem in (decoder.problem for decoder in self._decoders):
-            if problem is not None:
-                raise GETAError(problem)
-        _check_complete(model, self._names)
-        _check_shapes(model, self._shapes)
-        for name, dims in self.quantization_config.fixes["keep"].items():
-            if (buffer := _find_tensor(model, name)) is not None:
-                shrink_buffer(model, buffer, dims)
-        for name, layer in packed_layers(model).items():
-            layer.weight.requires_grad_(False)
-            layer.settle()
-            if INPUT_SCALE in layer._buffers:
-                take_input_scale(name, layer, self._input_bits(model, name))
-        _share_step_sizes(model)
+        super()._process_model_after_weight_loading(model, **kwargs)
         if not model.is_custom_code():  # or a folder saved anew would name code that it does not hold
             vars(model.config).pop("auto_map", None)
-        self._forget_decoders(model)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):  # so that the base model inside can be saved alone
                 module.hf_quantizer = self  # type: ignore[assignment]
         return model
-
-    def _input_bits(self, model: PreTrainedModel, path: str) -> int:
-        widths = self.quantization_config.activation_bits
-        return next(widths[place] for place in _places(model, path) if place in widths)
-
-    def _forget_decoders(self, model: PreTrainedModel) -> None:
-        """What is saved is packed by `get_state_dict_and_metadata`, not by running the conversions backwards."""
-        self._decoders = []
-        kept = [step for step in getattr(model, "_weight_conversions", None) or () if not _decodes(step)]
-        vars(model)["_weight_conversions"] = kept
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any]]:
         """The state dict with packed data in place of the decoded weights, for `save_pretrained`."""
@@ -213,7 +51,7 @@ class GETAHfQuantizer(HfQuantizer):
         for name, layer in packed_layers(model).items():
             if (weight := state.pop(f"{name}.weight", None)) is not None:  # else tied to one that is saved
                 offloaded = load_offloaded_parameter(model, f"{name}.weight") if weight.is_meta else None
-                state.update(layer.packed_tensors(name, offloaded))
+                state.update(packed_tensors(name, layer, offloaded))
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -236,142 +74,8 @@ class GETAHfQuantizer(HfQuantizer):
             attach_quantizer(model, fixes)
 
 
-def _decodes(conversion: Any) -> bool:
-    return any(isinstance(step, Decode) for step in getattr(conversion, "operations", ()))
-
-
-def tied_weights(model: PreTrainedModel) -> set[str]:
-    """The names of all parameters that share their tensor with another one."""
-    ties = model.all_tied_weights_keys
-    return set(ties) | set(ties.values())
-
-
-def _share_step_sizes(model: PreTrainedModel) -> None:
-    """Let packed layers whose weights are tied have the step size of the one that was loaded."""
-    loaded = {id(layer.weight): layer for layer in packed_layers(model).values() if "step_size" in vars(layer)}
-    for layer in packed_layers(model).values():
-        if "step_size" not in vars(layer):
-            if (source := loaded.get(id(layer.weight))) is None:
-                raise GETAError("a packed layer is tied to a weight that the folder lacks; copy or export it again")
-            layer.step_size, layer._stream = source.step_size, source._stream
-
-
-def _check_inputs(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Raise if the folder has the scale of a packed layer's input that config.json says nothing of: it stayed float."""
-    layers = packed_layers(model)
-    for name in names:
-        path, _, leaf = name.rpartition(".")
-        found = next((layers[place] for place in _places(model, path) if place in layers), None)
-        if leaf == INPUT_SCALE and found is not None and INPUT_SCALE not in found._buffers:
-            raise GETAError(f"{_WHERE} activation_bits lacks {path}, but the folder has {name}; export it again")
-
-
-def apply_fixes(model: PreTrainedModel, fixes: Fixes) -> None:
-    cut = []
-    for name, shape in fixes["shapes"].items():
-        if (tensor := _find_tensor(model, name)) is not None:
-            shrink_tensor(model, tensor, shape)
-            cut.append(tensor)
-    for name, attributes in fixes["attrs"].items():
-        if (path := _find_module(model, name)) is not None:
-            for attribute, value in attributes.items():
-                shrink_attribute(path, model.get_submodule(path), attribute, value)
-    check_attributes(model, cut)
-    _skip_initialization(model, cut)
-    settle_experts(model, fixes)
-
-
-def _skip_initialization(model: PreTrainedModel, cut: Iterable[str]) -> None:
-    """Keep transformers from initializing what was cut: some modules would do so in their full size.
-
-    Whatever is not loaded after all is found by `_check_complete`.
-    """
-    for path in dict.fromkeys(name.rpartition(".")[0] for name in cut):
-        module = model.get_submodule(path)
-        if not module._non_persistent_buffers_set:  # which nothing else would fill
-            module.__dict__["_is_hf_initialized"] = True
-
-
-def _find_module(model: PreTrainedModel, name: str) -> str | None:
-    """The path in `model` of what the folder calls `name`; None when it belongs to another class's head.
-
-    A folder saved with a head names its modules below the base model's prefix, one saved without does not, and either
-    may be loaded into the other.
-    """
-    modules = dict(model.named_modules())
-    for path in _places(model, name):
-        if path in modules:
-            return path
-    if not name.startswith(f"{model.base_model_prefix}.") and not _is_own_folder(model):
-        return None
-    raise GETAError(f"quantization_config in config.json names the module {name!r}, absent in {type(model).__name__}")
-
-
-def _places(model: PreTrainedModel, name: str) -> tuple[str, str, str]:
-    prefix = f"{model.base_model_prefix}."
-    return name, name.removeprefix(prefix), prefix + name
-
-
-def _find_tensor(model: PreTrainedModel, name: str) -> str | None:
-    path, _, leaf = name.rpartition(".")
-    found = _find_module(model, path)
-    return None if found is None else f"{found}.{leaf}".removeprefix(".")
-
-
-def _is_own_folder(model: PreTrainedModel) -> bool:
-    """Whether the folder was saved from this very class, so that the two must agree to the last tensor."""
-    architectures = model.config.architectures
-    return not architectures or type(model).__name__ in architectures
-
-
-def _check_complete(model: PreTrainedModel, stored: Collection[str]) -> None:
-    """Raise if a tensor was not in the folder: transformers marks what it loads, and draws the rest at random.
-
-    Another class than the folder's may have modules that the folder knows nothing of, such as a new head: transformers
-    initializes and reports those, as for any model. A module of which a part was loaded is not such.
-    """
-    own = _is_own_folder(model)
-    for path, module in model.named_modules():
-        tensors = {leaf: t for leaf, t in module.state_dict(keep_vars=True).items() if "." not in leaf}
-        present = {leaf: _was_loaded(model, path, leaf, tensor, stored) for leaf, tensor in tensors.items()}
-        missing = [leaf for leaf, loaded in present.items() if not loaded]
-        if missing and (own or any(present.values()) or isinstance(module, PackedLayer)):
-            name = f"{path}.{missing[0]}".removeprefix(".")
-            raise GETAError(f"the folder has no tensor {name}, or one of another shape; copy or export it again")
-
-
-def _was_loaded(model: PreTrainedModel, path: str, leaf: str, tensor: Any, stored: Collection[str]) -> bool:
-    if f"{path}.{leaf}" in (model._keys_to_ignore_on_save or ()):
-        return True  # made anew by the model's own initialization, as the proof of every export has seen
-    if not tensor.is_meta:
-        return getattr(tensor, "_is_hf_initialized", False)
-    # Offloading lost the mark. Where transformers renamed what it read, the folder's names say nothing.
-    names = {f"{place}.{leaf}" for place in _places(model, path)}
-    renamed = any(not _decodes(step) for step in getattr(model, "_weight_conversions", None) or ())
-    return renamed or bool(names & set(stored)) or f"{path}.{leaf}" in tied_weights(model)
-
-
-def _check_shapes(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise if a plain tensor has another shape or type than the model: some releases load it all the same."""
-    packed = {f"{path}.{leaf}" for path in packed_layers(model) for leaf in LEAVES}
-    for name, tensor in model.state_dict().items():
-        if name in packed:
-            continue  # verified as they were decoded
-        if tuple(tensor.shape) != shapes[name] or tensor.dtype == torch.uint8:
-            raise GETAError(
-                f"the folder's {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, but config.json makes it "
-                f"{shapes[name]}; copy or export the folder again"
-            )
-
-
-def _register() -> None:
-    """Let transformers know the format. The code in a folder leaves it to geta_hf, or to another folder's code."""
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING or __name__.startswith("geta_hf."):
-        AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = GETAQuantizationConfig
-        AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = GETAHfQuantizer
-
-
-_register()
+AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = GETAQuantizationConfig
+AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = GETAHfQuantizer
 
 
 def attach_quantizer(model: PreTrainedModel, fixes: Fixes) -> None:

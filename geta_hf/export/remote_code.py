@@ -32,7 +32,7 @@ CARRIED = (
     "geta_hf.export.stored",
     "geta_hf.export.config_view",
     "geta_hf.export.fixes",
-    "geta_hf.export.hf_quantizer",
+    "geta_hf.export.loader",
 )
 """The modules that are copied. They may import each other, torch, safetensors and transformers, and nothing else."""
 
@@ -104,7 +104,7 @@ def code_files(model: PreTrainedModel, own: type[PreTrainedModel]) -> dict[str, 
 
 def _flat(module: str) -> str:
     leaf = module.rpartition(".")[2]
-    return f"geta_{leaf.removeprefix('hf_')}"
+    return f"geta_{leaf}"
 
 
 def _relative(module: ModuleType) -> str:
@@ -129,7 +129,7 @@ def _modeling(model: PreTrainedModel, own: type[PreTrainedModel]) -> str:
         "",
         *(f"import {module}" for module in sorted({kind.__module__ for kind in classes})),
         "",
-        f"from .{_flat(CARRIED[-1])} import GETAHfQuantizer  # noqa: F401",
+        f"from .{_flat(CARRIED[-1])} import GETALoader  # noqa: F401",
         *_conversions(config.model_type),
     ]
     for kind in classes:

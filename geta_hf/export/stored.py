@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,27 +15,34 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from geta_hf.errors import GETAError
-from geta_hf.export.packed import INPUT_SCALE, WEIGHT_SCALE, PackedLayer, check_scale
+from geta_hf.export.packed import INPUT_SCALE, WEIGHT_SCALE, PackedLayer
 from geta_hf.export.packing import stream_length, unpack
 from geta_hf.quantization.fixed import output_dim
 
-_CHANNELS = "each output channel"
 
-Headers = Mapping[str, tuple[str, str, tuple[int, ...]]]
-"""Tensor name -> file, type as safetensors calls it, and shape."""
+class Header(NamedTuple):
+    """What a file says of a tensor: its own name, the tensor's type as safetensors calls it, and its shape."""
+
+    file: str
+    kind: str
+    shape: tuple[int, ...]
 
 
-def read_headers(files: Iterable[str]) -> dict[str, tuple[str, str, tuple[int, ...]]]:
-    """What the files of a folder hold, without reading any tensor.
+def read_headers(files: Iterable[str], folder: str | os.PathLike[str]) -> dict[str, Header]:
+    """What the files of a folder hold, by tensor name, without reading any tensor.
+
+    Args:
+        files: paths that begin with the folder's, or lie in the cache of the Hub.
+        folder: as it was asked for, which may lead over `..` itself.
 
     Raises:
         GETAError: a file that is missing, damaged or cut short, or that lies outside the folder.
     """
-    found = {}
+    found: dict[str, Header] = {}
     home: Path | None = None
     for file in files:
-        home = home or Path(file).absolute().parent
-        if Path(file).absolute().parent != home or ".." in Path(file).parts:
+        home = home or Path(file).parent
+        if Path(file).parent != home or not _is_inside(Path(file), Path(folder)):
             raise GETAError(
                 f"{file} lies outside the folder, where model.safetensors.index.json leads; export it again"
             )
@@ -44,52 +52,39 @@ def read_headers(files: Iterable[str]) -> dict[str, tuple[str, str, tuple[int, .
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  safe_open is not a mapping
                     part = tensors.get_slice(name)
-                    found[name] = (file, part.get_dtype(), tuple(part.get_shape()))
+                    found[name] = Header(file, part.get_dtype(), tuple(part.get_shape()))
         except (SafetensorError, OSError) as error:
             raise GETAError(f"{file} is damaged or cut short ({error}); copy or export the folder again") from error
     return found
 
 
-def check_packed(name: str, layer: PackedLayer, headers: Headers) -> None:
-    """Refuse packed data of a wrong type or size before it is read.
+def _is_inside(file: Path, folder: Path) -> bool:
+    if file.is_relative_to(folder):
+        return ".." not in file.relative_to(folder).parts
+    return not folder.is_dir() and ".." not in file.parts  # a name on the Hub, whose files lie in a cache
 
-    Args:
-        name: what the folder calls the layer.
-        layer: as it is to be loaded into.
-        headers: see `read_headers`; a layer that they do not name is left to the check after loading.
 
-    Raises:
-        GETAError: naming the file and the tensor.
-    """
+def check_packed(name: str, layer: PackedLayer, headers: Mapping[str, Header]) -> None:
+    """Raises GETAError where what the folder has of a layer called `name` is of a wrong type or size."""
     if (found := headers.get(f"{name}.weight")) is None:
         return
-    file, kind, shape = found
     numel = math.prod(layer.dense_shape)
     length = stream_length(numel, layer.bits)
-    if kind != "U8" or shape != (length,):
+    if found.kind != "U8" or found.shape != (length,):
         raise GETAError(
-            f"{file}: {name}.weight: {numel} codes of {layer.bits} bits are a uint8 stream of {length} bytes, "
-            f"not {kind} of shape {shape}; export the folder again"
+            f"{found.file}: {name}.weight: {numel} codes of {layer.bits} bits are a uint8 stream of {length} bytes, "
+            f"not {found.kind} of shape {found.shape}; export the folder again"
         )
-    channels = layer.dense_shape[output_dim(layer)]
-    for leaf, several, count in ((WEIGHT_SCALE, _CHANNELS, channels), (INPUT_SCALE, "d and one for t", 2)):
-        if leaf == INPUT_SCALE and leaf not in layer._buffers:
-            continue
-        if (scale := headers.get(f"{name}.{leaf}")) is None:
-            raise GETAError(f"{file} has no tensor {name}.{leaf}; copy or export the folder again")
-        if scale[1] != "F32" or scale[2] not in ((1,), (count,)):
+    for leaf in (WEIGHT_SCALE, INPUT_SCALE):  # which loading would cast in silence
+        if (scale := headers.get(f"{name}.{leaf}")) is not None and scale.kind != "F32":
             raise GETAError(
-                f"{scale[0]}: {name}.{leaf} is {scale[1]} of shape {scale[2]}, not one float32, nor one for {several} "
-                f"({count}); export the folder again"
+                f"{scale.file}: {name}.{leaf} is {scale.kind} of shape {scale.shape}, not one float32, nor one for "
+                f"several channels; export the folder again"
             )
 
 
-def check_plain(tensors: Mapping[str, Tensor], headers: Headers, packed: Iterable[str]) -> None:
-    """Refuse a plain tensor of another shape than the model's before anything is read.
-
-    Raises:
-        GETAError: naming the file and the tensor.
-    """
+def check_plain(tensors: Mapping[str, Tensor], headers: Mapping[str, Header], packed: Iterable[str]) -> None:
+    """Raises GETAError where a plain tensor of the folder has another shape than the model's, before it is read."""
     weights = {f"{name}.weight" for name in packed}
     for name, tensor in tensors.items():
         if name not in headers or name in weights or name.endswith(f".{INPUT_SCALE}"):
@@ -100,6 +95,18 @@ def check_plain(tensors: Mapping[str, Tensor], headers: Headers, packed: Iterabl
                 f"{file}: {name} is {kind} of shape {shape}, but config.json makes it {tuple(tensor.shape)}; copy or "
                 f"export the folder again"
             )
+
+
+def check_scale(name: str, scale: Tensor, several: str, count: int) -> None:
+    """Raises GETAError unless a scale is one positive finite number, or `count` of them for `several`."""
+    if scale.dtype != torch.float32 or tuple(scale.shape) not in ((1,), (count,)):
+        raise GETAError(
+            f"{name} is {scale.dtype} of shape {tuple(scale.shape)}, not one float32, nor one for {several} "
+            f"({count}); export the folder again"
+        )
+    smallest, largest = float(scale.min()), float(scale.max())
+    if not (smallest > 0 and largest < math.inf):  # NaN is neither
+        raise GETAError(f"{name} is {largest if smallest > 0 else smallest}; a step size is positive and finite")
 
 
 class Decode(ConversionOps):
@@ -146,10 +153,13 @@ class Decode(ConversionOps):
             lacks = "weight" if "scale" in found else WEIGHT_SCALE
             raise GETAError(f"the folder has no tensor {self.name}.{lacks}; copy or export it again")
         stream, scale = found["stream"], found["scale"]
-        check_scale(f"{self.name}.{WEIGHT_SCALE}", scale, _CHANNELS, layer.dense_shape[output_dim(layer)])
+        channels = layer.dense_shape[output_dim(layer)]
+        check_scale(f"{self.name}.{WEIGHT_SCALE}", scale, "each output channel", channels)
         try:
             codes = unpack(stream, layer.bits, math.prod(layer.dense_shape)).view(layer.dense_shape)
         except GETAError as error:
             raise GETAError(f"{self.name}.weight: {error}") from error
         layer.step_size = scale.cpu()
-        return layer.stored(codes, self.dtype)
+        weight = layer.stored(codes, self.dtype)
+        layer.stream = None if layer.holds(codes, weight) else stream.cpu().clone()
+        return weight

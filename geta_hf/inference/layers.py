@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from geta_hf.errors import GETAError
-from geta_hf.export.packed import BYTE_BITS, PackedConv1D, PackedLayer, PackedLinear
+from geta_hf.export.packed import PackedConv1D, PackedLayer, PackedLinear
+from geta_hf.export.packing import BYTE_BITS
+from geta_hf.export.saving import fill, layer_codes
 from geta_hf.inference.products import MOST_INPUTS, integer_product, on_gpu, round_rows, scaled
 from geta_hf.inference.weight_only import HALF_BITS, HAS_TRITON, pack_halves, unpack_halves, weight_only_linear
 from geta_hf.quantization.maths import integer_codes
@@ -35,20 +37,28 @@ class IntegerLayer(PackedLayer):
 
     Attributes:
         path: `STATIC`, `DYNAMIC` or `WEIGHT_ONLY`.
+        for_gpu: whether the weight lies as a GPU wants it.
         halved: whether a byte of the weight holds two codes.
-        float_dtype: what `unpacked` gives, the type of the weight that was here before.
     """
+
+    ADDED = ("path", "for_gpu", "halved", "_float_dtype", "_dense_shape", "_totals")
+    OWN = (*PackedLayer.OWN, *ADDED)
 
     bias: Any
     path: str
+    for_gpu: bool
     halved: bool
-    float_dtype: torch.dtype
+    _float_dtype: torch.dtype
     _dense_shape: tuple[int, ...]
     _totals: Tensor  # of the codes of each output, int32
 
     @property
     def dense_shape(self) -> tuple[int, ...]:
         return self._dense_shape
+
+    @property
+    def float_dtype(self) -> torch.dtype:
+        return self._float_dtype
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, path={self.path!r}"
@@ -86,22 +96,20 @@ class IntegerLayer(PackedLayer):
         """A weight (out, in) of one as the plain layer has it, or back."""
         return weight.t() if isinstance(self, Conv1D) else weight
 
-    def codes(self, name: str = "the layer", weight: Tensor | None = None) -> Tensor:
-        stored = self._transposed((self.weight if weight is None else weight).detach())
+    def read_back(self, weight: Tensor) -> Tensor:
         outputs, inputs = self._rows_first(self._dense_shape)
+        stored = self._transposed(weight)
         codes = unpack_halves(stored) if self.halved else stored
         return self._transposed(codes[:outputs, :inputs].to(torch.int32))
 
-    def unpacked(self) -> Tensor:
-        return self.decoded(self.codes()).to(self.float_dtype)
-
     def stored(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """The codes as bytes, row after row of (out, in); `dtype` is kept for the way back."""
-        self._stream, self.float_dtype, self._dense_shape = None, dtype, tuple(codes.shape)
+        self._float_dtype, self._dense_shape = dtype, tuple(codes.shape)
         rows = self._transposed(codes)
         self._totals = rows.sum(1, dtype=torch.int32)
-        self.halved = self.bits <= HALF_BITS and on_gpu(rows)
-        if on_gpu(rows):
+        self.for_gpu = on_gpu(rows)
+        self.halved = self.bits <= HALF_BITS and self.for_gpu
+        if self.for_gpu:
             wanted = 2 * _MULTIPLE if self.halved else _MULTIPLE
             rows = F.pad(rows, (0, -rows.shape[1] % wanted, 0, -rows.shape[0] % _MULTIPLE))
         rows = pack_halves(rows) if self.halved else rows.to(torch.int8, memory_format=torch.contiguous_format)
@@ -159,19 +167,20 @@ def set_path(name: str, layer: PackedLayer, path: str) -> None:
     """
     if path_of(layer) == path == FLOAT:
         return
+    if isinstance(layer, IntegerLayer) and path != FLOAT and layer.for_gpu == on_gpu(layer.weight):
+        layer.path, layer.step_size = path, layer.step_size.to(layer.weight.device)
+        return
+    codes, dtype = layer_codes(name, layer), layer.float_dtype
     kind: Any = type(layer)
-    codes, dtype = layer.codes(name), layer.weight.dtype
     if isinstance(layer, IntegerLayer):
-        dtype, kind = layer.float_dtype, kind.__bases__[1]
-        for leaf in ("path", "halved", "float_dtype", "_dense_shape", "_totals"):
-            del layer.__dict__[leaf]
-    if path != FLOAT:
-        kind = _integer_class(kind)
-    layer.__class__ = kind
+        kind = kind.__bases__[1]
+        for leaf in layer.ADDED:
+            del vars(layer)[leaf]
+    layer.__class__ = kind if path == FLOAT else _integer_class(kind)
     layer.step_size = layer.step_size.to("cpu" if path == FLOAT else codes.device)
-    layer.fill(codes, dtype)
-    if path != FLOAT:
-        layer.__dict__["path"] = path
+    fill(layer, codes, dtype)
+    if isinstance(layer, IntegerLayer):
+        layer.path = path
 
 
 @cache

@@ -173,7 +173,7 @@ def _is_faster(name: str, layer: PackedLayer, path: str, x: Tensor) -> bool:
 def memory_by_part(model: nn.Module) -> dict[str, int]:
     """Bytes of all tensors of a model, by part, each counted once."""
     layers = packed_layers(model).values()
-    streams = [stream for layer in layers if (stream := layer._stream) is not None]
+    streams = [stream for layer in layers if (stream := layer.stream) is not None]
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     linears = [layer.weight for layer in layers if not isinstance(layer, nn.Embedding)]
     parts = {"embeddings": embeddings, "packed layers": linears, "codes kept for saving": streams}

@@ -37,10 +37,11 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     x = x.float()
     low, high = x.amin(-1, keepdim=True).clamp_max_(0.0), x.amax(-1, keepdim=True).clamp_min_(0.0)
-    step = ((high - low) / _LEVELS).clamp_min_(TINY)
-    shift = -127 - (low / step).round_()
-    codes = torch.addcmul(shift, x, step.reciprocal()).round_().to(torch.int8)
-    return codes, step, -shift.to(torch.int32)
+    step = high.sub_(low).div_(_LEVELS).clamp_min_(TINY)
+    zero = low.div_(step).round_().add_(127.0)
+    # Not addcmul: over broadcast columns torch has no vectorized one.
+    codes = (x / step).sub_(zero).round_().to(torch.int8)
+    return codes, step, zero.to(torch.int32)
 
 
 def integer_product(codes: Tensor, weight: Tensor, outputs: int) -> Tensor:
@@ -55,7 +56,8 @@ def integer_product(codes: Tensor, weight: Tensor, outputs: int) -> Tensor:
     missing = _FEWEST_ROWS - rows if on_gpu(codes) and rows < _FEWEST_ROWS else 0
     if beyond or missing:
         codes = F.pad(codes, (0, beyond, 0, missing))
-    return torch._int_mm(codes, weight.t())[:rows, :outputs]
+    sums = torch._int_mm(codes, weight.t())
+    return sums if sums.shape == (rows, outputs) else sums[:rows, :outputs]
 
 
 def scaled(sums: Tensor, input_step: Tensor, step: Tensor, bias: Tensor | None) -> Tensor:

@@ -59,6 +59,11 @@ def test_auto_class_loads_a_smaller_model_with_dense_frozen_weights(exported: Pa
     assert model.config._is_quantized
 
 
+def test_a_path_may_lead_over_the_folder_above(exported: Path) -> None:
+    roundabout = exported / ".." / exported.name
+    assert torch.equal(load(roundabout).get_submodule(QUERY).weight, load(exported).get_submodule(QUERY).weight)
+
+
 def test_config_keeps_the_original_architecture(exported: Path) -> None:
     config = AutoConfig.from_pretrained(exported)
     assert (config.num_attention_heads, config.intermediate_size) == (4, 64)

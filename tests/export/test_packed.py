@@ -14,10 +14,10 @@ from geta_hf.export.packed import (
     PackedLayer,
     PackedLinear,
     become_packed,
-    pack_layer,
     packed_layers,
 )
 from geta_hf.export.packing import largest_code
+from geta_hf.export.saving import layer_codes, pack_layer, packed_tensors
 from geta_hf.export.stored import Decode
 from geta_hf.quantization import Quantizer
 from geta_hf.quantization.layers import convert
@@ -85,12 +85,12 @@ def test_decoded_layer_equals_the_quantized_layer(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_bytes_survive_the_way_through_a_file(kind: str) -> None:
-    saved = packed_layer(kind).packed_tensors("layer")
+    saved = packed_tensors("layer", packed_layer(kind))
     assert saved["layer.weight"].dtype == torch.uint8
     assert saved["layer.weight"].dim() == 1
     assert saved["layer.weight_scale"].dtype == torch.float32
     layer = loaded_layer(saved, kind)
-    again = layer.packed_tensors("layer")
+    again = packed_tensors("layer", layer)
     assert all(torch.equal(saved[name], again[name]) for name in saved)
     assert torch.equal(layer.weight, packed_layer(kind).weight)
     assert set(layer.state_dict()) <= {"weight", "bias"}
@@ -109,12 +109,12 @@ def loaded_layer(saved: dict[str, Tensor], kind: str = "linear") -> PackedLayer:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_cast_and_copy_keep_the_codes_and_the_scale(dtype: torch.dtype) -> None:
     layer = packed_layer()
-    saved = layer.packed_tensors("layer")
+    saved = packed_tensors("layer", layer)
     clone = copy.deepcopy(layer).to(dtype)
     assert clone.weight.dtype == dtype
-    again = clone.packed_tensors("layer")
+    again = packed_tensors("layer", clone)
     assert again["layer.weight_scale"].dtype == torch.float32
-    back = clone.float().packed_tensors("layer")
+    back = packed_tensors("layer", clone.float())
     assert all(torch.equal(saved[name], again[name]) and torch.equal(saved[name], back[name]) for name in saved)
     assert clone.step_size is not layer.step_size
 
@@ -122,32 +122,32 @@ def test_cast_and_copy_keep_the_codes_and_the_scale(dtype: torch.dtype) -> None:
 def test_decodes_to_the_declared_dtype() -> None:
     layer = packed_layer(dtype=torch.bfloat16)
     assert layer.weight.dtype == torch.bfloat16
-    assert torch.equal(layer.weight, layer.decoded(layer.codes()).bfloat16())
+    assert torch.equal(layer.weight, layer.decoded(layer_codes("layer", layer)).bfloat16())
 
 
 def test_weight_changed_after_decoding_cannot_be_saved() -> None:
     layer = packed_layer()
     layer.weight.data[0, 0] += 1e-4
     with pytest.raises(GETAError, match=r"layer\.weight was changed"):
-        layer.packed_tensors("layer")
+        packed_tensors("layer", layer)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.1, float("nan"), float("inf")])
 def test_scale_that_is_no_step_size_is_refused(scale: float) -> None:
-    saved = packed_layer().packed_tensors("layer") | {"layer.weight_scale": torch.tensor([scale])}
+    saved = packed_tensors("layer", packed_layer()) | {"layer.weight_scale": torch.tensor([scale])}
     with pytest.raises(GETAError, match=r"layer\.weight_scale is .*positive and finite"):
         loaded_layer(saved)
 
 
 @pytest.mark.parametrize("scale", [torch.ones(2), torch.tensor(1.0), torch.ones(1).half()])
 def test_scale_of_wrong_form_is_refused(scale: Tensor) -> None:
-    saved = packed_layer().packed_tensors("layer") | {"layer.weight_scale": scale}
+    saved = packed_tensors("layer", packed_layer()) | {"layer.weight_scale": scale}
     with pytest.raises(GETAError, match=r"layer\.weight_scale .* not one float32"):
         loaded_layer(saved)
 
 
 def test_stream_of_wrong_length_names_the_tensor() -> None:
-    saved = packed_layer().packed_tensors("layer")
+    saved = packed_tensors("layer", packed_layer())
     saved["layer.weight"] = saved["layer.weight"][:-1]
     with pytest.raises(GETAError, match=r"layer\.weight: 30 codes of 5 bits are a uint8 stream of 19 bytes"):
         loaded_layer(saved)

@@ -46,15 +46,15 @@ with torch.no_grad():
     found = dict(model(**batch))
     base = AutoModel.from_pretrained("out", trust_remote_code=True)(**batch).last_hidden_state
 save_file({**found, "base": base}, "found.safetensors")
-model.save_pretrained("again")
-copied = AutoModelForQuestionAnswering.from_pretrained("again", trust_remote_code=True)
-with torch.no_grad():
-    assert torch.equal(copied(**batch).start_logits, found["start_logits"])
+try:
+    model.save_pretrained("again")
+except ValueError as error:
+    assert "not serializable" in str(error)
 print(type(model).__name__, model.get_input_embeddings().weight.dtype)
 """
 
 
-def test_it_gives_the_same_outputs_and_can_be_saved_again(folder: Path) -> None:
+def test_it_gives_the_same_outputs_and_refuses_to_be_saved(folder: Path) -> None:
     assert run_elsewhere(RUN, folder.parent).split() == ["BertForQuestionAnswering", "torch.int8"]
     model = AutoModelForQuestionAnswering.from_pretrained(folder)
     found = load_file(folder.parent / "found.safetensors")
@@ -63,8 +63,7 @@ def test_it_gives_the_same_outputs_and_can_be_saved_again(folder: Path) -> None:
         assert torch.equal(model.bert(**some_batch()).last_hidden_state, found["base"])
     assert torch.equal(expected.start_logits, found["start_logits"])
     assert torch.equal(expected.end_logits, found["end_logits"])
-    saved = folder.parent / "again"
-    assert (saved / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert not (folder.parent / "again").exists()
 
 
 def test_without_the_flag_it_is_a_loud_error(folder: Path) -> None:
@@ -160,6 +159,7 @@ def test_what_is_carried_imports_nothing_that_an_environment_may_lack(name: str)
     standard = {
         "__future__",
         "math",
+        "os",
         "re",
         "json",
         "collections",

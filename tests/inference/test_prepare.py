@@ -98,6 +98,16 @@ def test_float_brings_everything_back(build: Any) -> None:
     assert {name: set(vars(layer)) for name, layer in packed_layers(model).items()} == kinds
 
 
+def test_weights_that_lie_right_are_not_made_anew() -> None:
+    model = bert(4)
+    prepare_for_inference(model, "int8")
+    weights = {name: layer.weight for name, layer in packed_layers(model).items()}
+    name = next(name for name, layer in packed_layers(model).items() if isinstance(layer, IntegerLayer))
+    set_path(name, model.get_submodule(name), DYNAMIC)
+    assert prepare_for_inference(model, "int8").paths[name] == STATIC
+    assert all(layer.weight is weights[name] for name, layer in packed_layers(model).items())
+
+
 def test_copies_and_plain_models_are_made_of_prepared_ones() -> None:
     model = bert()
     dense = copy.deepcopy(model).dequantize()
@@ -107,6 +117,8 @@ def test_copies_and_plain_models_are_made_of_prepared_ones() -> None:
     plain = twin.dequantize()
     assert {type(module) for module in plain.modules()} == {type(module) for module in dense.modules()}
     assert torch.equal(outputs(plain), outputs(dense))
+    for (name, module), other in zip(plain.named_modules(), dense.modules(), strict=True):
+        assert set(vars(module)) == set(vars(other)), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -140,7 +152,7 @@ def test_memory_is_one_byte_for_each_weight() -> None:
     assert report.bytes_before["packed layers"] == 4 * (weights[True] + weights[False])
     assert report.bytes_after["packed layers"] == weights[True] + 4 * weights[False]
     assert report.bytes_after["codes kept for saving"] == report.bytes_before["codes kept for saving"] > 0
-    kept = [layer._stream for layer in layers if layer._stream is not None]
+    kept = [layer.stream for layer in layers if layer.stream is not None]
     every = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *kept))
     assert sum(report.bytes_after.values()) == every
     assert "packed layers" in str(report) and "int8 dynamic" in str(report)

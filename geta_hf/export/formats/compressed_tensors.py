@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from geta_hf.errors import GETAError
 from geta_hf.export.formats.vanilla import write_plain
 from geta_hf.export.packed import PackedLayer, packed_layers
+from geta_hf.export.saving import layer_codes
 
 MAX_BITS = 8
 _FORMAT = "pack-quantized"
@@ -83,7 +84,7 @@ def _packed(name: str, layer: PackedLayer, dtype: torch.dtype) -> dict[str, Tens
     scale = layer.step_size if layer.step_size.numel() == 1 else layer.step_size.view(-1, 1)
     compressor = BaseCompressor.get_value_from_registry(_FORMAT)
     # Codes come back from the exact weight: in half precision a rounded one may lie nearer to another code.
-    exact = {"weight": layer.decoded(layer.codes(name)).cpu(), "weight_scale": scale}
+    exact = {"weight": layer.decoded(layer_codes(name, layer)).cpu(), "weight_scale": scale}
     return {**compressor.compress(exact, _scheme(layer, [])), "weight_scale": scale.to(dtype)}
 
 

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
 from geta_hf.export.formats.integers import Style, plain_copy, store_integers
-from geta_hf.export.packed import activation_bits
 from geta_hf.export.record import other_shape
+from geta_hf.export.saving import activation_bits
 from geta_hf.export.verify import evaluating
 
 if TYPE_CHECKING:

@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from geta_hf.export.formats.plain import LEFT_OUT
-from geta_hf.export.packed import BYTE_BITS, PackedLayer, packed_layers, weight_holders
+from geta_hf.export.packed import PackedLayer, packed_layers
+from geta_hf.export.packing import BYTE_BITS
+from geta_hf.export.saving import fill, layer_codes, weight_holders
 from geta_hf.quantization.fixed import FixedQuantizer, output_dim
 from geta_hf.quantization.maths import quantize
 
@@ -39,7 +41,7 @@ def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
     layers = packed_layers(copied)
     holders = weight_holders(copied, layers)
     for name, layer in layers.items():
-        layer.fill(layer.codes(name), torch.float32)
+        fill(layer, layer_codes(name, layer), torch.float32)
         for module, leaf in holders[name]:
             setattr(module, leaf, layer.weight)
     nn.Module.float(copied)  # transformers' own refuses a quantized model
@@ -67,11 +69,11 @@ def store_integers(model: PreTrainedModel, style: Style) -> None:
             layer.input_quantizer = _Rounding(layer.input_quantizer, operators)  # type: ignore[assignment]
         embeds = isinstance(layer, nn.Embedding)
         if style != "float" and layer.bits <= BYTE_BITS and len(holders[name]) == 1 and not embeds:
-            _store(layer, operators)
+            _store(name, layer, operators)
 
 
-def _store(layer: PackedLayer, operators: bool) -> None:
-    codes, scale = layer.codes().to(torch.int8), layer.step_size
+def _store(name: str, layer: PackedLayer, operators: bool) -> None:
+    codes, scale = layer_codes(name, layer).to(torch.int8), layer.step_size
     # A Linear's are stored transposed: runtimes find integer kernels for a product only without a step between.
     codes, dim = (codes.t(), 1) if isinstance(layer, nn.Linear) else (codes, output_dim(layer))
     layer.weight = None

@@ -22,6 +22,7 @@ from geta_hf.export.config_view import is_config
 from geta_hf.export.fixes import read_attribute
 from geta_hf.export.hf_quantizer import GETAQuantizationConfig
 from geta_hf.export.packed import packed_layers
+from geta_hf.export.saving import dense_weight
 
 Place = tuple[str | int, ...]
 """The way to one number in config.json: keys of objects, places in lists."""
@@ -62,7 +63,7 @@ def plain_models(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 def _filled(plain: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
     state = model.state_dict()
     for name, layer in packed_layers(model).items():
-        state[f"{name}.weight"] = layer.unpacked()
+        state[f"{name}.weight"] = dense_weight(layer)
     plain.load_state_dict(state, assign=True)
     plain.tie_weights()
     if model.can_generate():

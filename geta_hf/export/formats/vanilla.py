@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from geta_hf.errors import GETAError
 from geta_hf.export.formats.plain import plain_models
 from geta_hf.export.gate import check_generation
-from geta_hf.export.packed import activation_bits
+from geta_hf.export.saving import activation_bits
 from geta_hf.export.verify import attention_outputs, prove_equal
 
 

@@ -22,6 +22,7 @@ from geta_hf.export.formats import compressed_tensors as writer
 from geta_hf.export.formats.compressed_tensors import write_compressed_tensors
 from geta_hf.export.formats.vanilla import write_vanilla
 from geta_hf.export.packed import packed_layers
+from geta_hf.export.saving import dense_weight, layer_codes
 from geta_hf.qadg import PruningSpace, build_space
 from geta_hf.quantization import attach_quantizers, quantized_layers, step_size
 from tests.architectures import build
@@ -138,7 +139,7 @@ def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     logits(reloaded, batch)
     for name, layer in packed_layers(small).items():
         scale = layer.step_size.to(dtype)
-        assert torch.equal(reloaded.get_submodule(name).weight, layer.codes(name).to(dtype) * scale)
+        assert torch.equal(reloaded.get_submodule(name).weight, layer_codes(name, layer).to(dtype) * scale)
 
 
 def test_wide_layers_stay_dense(tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_rounded_embeddings_stay_dense(kind: str, tmp_path: Path) -> None:
         small = compress(model, PruningSpace(()), {}, batch, embedding)
     write_compressed_tensors(small, tmp_path, batch)
     stored, name = load_file(tmp_path / "model.safetensors"), embedding.name
-    assert torch.equal(stored[f"{name}.weight"], small.get_submodule(name).unpacked())
+    assert torch.equal(stored[f"{name}.weight"], dense_weight(small.get_submodule(name)))
     assert sum("weight_packed" in key for key in stored) == len(packed_layers(small)) - 1
 
 

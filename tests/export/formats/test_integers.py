@@ -12,6 +12,7 @@ from geta_hf.export.embeddings import rounded_embedding
 from geta_hf.export.export import compress
 from geta_hf.export.formats.integers import Style, plain_copy, store_integers
 from geta_hf.export.packed import packed_layers
+from geta_hf.export.saving import layer_codes
 from geta_hf.qadg import build_space, zero_groups
 from geta_hf.quantization import attach_input_quantizers, step_size
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
@@ -67,7 +68,7 @@ def test_integers_give_what_the_decoded_weights_give(case: str, style: Style) ->
     narrow = {name: layer for name, layer in packed_layers(small).items() if layer.bits <= 8}
     assert stored.keys() == (set() if style == "float" else narrow.keys())
     for name, codes in stored.items():
-        expected = narrow[name].codes()
+        expected = layer_codes(name, narrow[name])
         expected = expected.t() if isinstance(narrow[name], torch.nn.Linear) else expected
         assert codes.dtype == torch.int8 and torch.equal(codes.int(), expected)
 
@@ -88,7 +89,7 @@ def test_half_precision_becomes_the_exact_weights() -> None:
     assert {tensor.dtype for tensor in copied.parameters()} == {torch.float32}
     for name, layer in packed_layers(small).items():
         weight = copied.get_parameter(f"{name}.weight")
-        assert torch.equal(weight, layer.codes().float() * layer.step_size)
+        assert torch.equal(weight, layer_codes("layer", layer).float() * layer.step_size)
 
 
 def test_ties_hold_and_tied_codes_stay_float() -> None:

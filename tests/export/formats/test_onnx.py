@@ -16,6 +16,7 @@ from geta_hf.export.formats import exported
 from geta_hf.export.formats.exported import EXACT, Sample, difference, load
 from geta_hf.export.formats.onnx import write_onnx
 from geta_hf.export.packed import packed_layers
+from geta_hf.export.saving import layer_codes
 from geta_hf.qadg import build_space
 from tests.export.formats.test_integers import compressed, gpt2, vit
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
@@ -84,7 +85,7 @@ def test_graph_holds_the_learned_codes_and_step_sizes(written: tuple[PreTrainedM
     assert found.keys() == expected.keys() and len(found) == 8
     for name, (codes, scale) in found.items():
         values = torch.from_numpy(onnx.numpy_helper.to_array(codes).astype("int32"))
-        assert torch.equal(values.t(), expected[name].codes()) and scale == float(expected[name].step_size)
+        assert torch.equal(values.t(), layer_codes(name, expected[name])) and scale == float(expected[name].step_size)
         assert BITS_OF_TYPE[codes.data_type] == (4 if expected[name].bits <= 4 else 8)
     tables = [tensor.data_type for tensor in graph.initializer if list(tensor.dims) == [60, 32]]
     assert tables == [onnx.TensorProto.INT8]  # the embedding
