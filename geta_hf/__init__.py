@@ -8,9 +8,11 @@ from geta_hf.config import GETAConfig
 from geta_hf.convert import convert
 from geta_hf.cost import Costs, measure_costs
 from geta_hf.errors import GETAError
+from geta_hf.evaluation import Evaluation, evaluate, perplexity
 from geta_hf.export import export, verify_surgery
 from geta_hf.hub import push_to_hub
 from geta_hf.inference import prepare_for_inference
+from geta_hf.memory import DryRun, MemoryPlan, dry_run, plan_memory
 from geta_hf.plan import Plan
 from geta_hf.qadg import PruningSpace, apply_policy, build_space, verify_space
 from geta_hf.qasso import QASSO, Schedule
@@ -23,9 +25,12 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "QASSO",
     "Costs",
+    "DryRun",
+    "Evaluation",
     "GETAConfig",
     "GETAError",
     "GETATrainer",
+    "MemoryPlan",
     "Plan",
     "PruningSpace",
     "Schedule",
@@ -35,8 +40,12 @@ __all__ = [
     "build_space",
     "convert",
     "detach_quantizers",
+    "dry_run",
+    "evaluate",
     "export",
     "measure_costs",
+    "perplexity",
+    "plan_memory",
     "prepare_for_inference",
     "push_to_hub",
     "verify_space",

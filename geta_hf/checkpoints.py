@@ -6,6 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 from torch import nn
@@ -14,7 +15,11 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from geta_hf.config import CONFIG_NAME, GETAConfig
 from geta_hf.errors import GETAError
 from geta_hf.files import write_whole
+from geta_hf.lora import check_lora, save_lora
 from geta_hf.qasso import QASSO
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 WORLD_NAME = "geta_world.json"
 PROGRESS_NAME = "geta_progress.json"
@@ -35,7 +40,9 @@ class Progress:
     removed_groups: int
 
 
-def write_notes(folder: Path, processes: int, sharded: bool, qasso: QASSO | None) -> None:
+def write_notes(
+    folder: Path, processes: int, sharded: bool, qasso: QASSO | None, lora: LoraConfig | None = None
+) -> None:
     """Note in a checkpoint who wrote it, and how far the compression had come.
 
     Args:
@@ -43,7 +50,10 @@ def write_notes(folder: Path, processes: int, sharded: bool, qasso: QASSO | None
         processes: how many wrote it.
         sharded: whether each of them held a part of the model.
         qasso: the run's optimizer; None before training.
+        lora: the run's LoraConfig, where it has one.
     """
+    if lora is not None:
+        save_lora(folder, lora)
     write_whole(folder / WORLD_NAME, json.dumps({"processes": processes, "sharded": sharded}) + "\n")
     if qasso is not None:
         progress = Progress(qasso.step_count, qasso.finished, qasso.removed_groups)
@@ -60,7 +70,14 @@ def read_progress(folder: Path) -> Progress:
         raise GETAError(f"{path} can't be read ({error}); resume the run and let it save a checkpoint") from error
 
 
-def check_checkpoint(folder: Path, config: GETAConfig, model: nn.Module, processes: int, sharded: bool) -> None:
+def check_checkpoint(
+    folder: Path,
+    config: GETAConfig,
+    model: nn.Module,
+    processes: int,
+    sharded: bool,
+    lora: LoraConfig | None = None,
+) -> None:
     """Raises GETAError unless the folder is a whole checkpoint of this config and this model.
 
     Args:
@@ -69,6 +86,7 @@ def check_checkpoint(folder: Path, config: GETAConfig, model: nn.Module, process
         model: the run's own, with its quantizers.
         processes: how many train now.
         sharded: whether each of them holds a part of the model (FSDP2).
+        lora: the run's LoraConfig, where it has one.
     """
     if not (folder / CONFIG_NAME).is_file():
         raise GETAError(f"{folder} has no {CONFIG_NAME}: it is not a checkpoint of GETATrainer")
@@ -77,6 +95,7 @@ def check_checkpoint(folder: Path, config: GETAConfig, model: nn.Module, process
         if not (folder / name).is_file():
             raise GETAError(f"{folder} has no {name}, without which stages can't go on; turn save_only_model off")
     _check_config(folder, config)
+    check_lora(folder, lora)
     if not sharded:
         _check_shapes(folder, model)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from geta_hf.convert import convert
 from geta_hf.errors import GETAError
+from geta_hf.evaluation.command import add_command as add_eval
 from geta_hf.export.formats import FORMATS
 from geta_hf.hub import files_to_push, push_to_hub
 from geta_hf.page import gather, gather_frozen, pattern, span, write_page
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--embedding-bits", type=int, metavar="N", help="round the vocabulary's embedding, 2 to 8")
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model's folder")
     command.set_defaults(run=run_export)
+    add_eval(commands)
     command = commands.add_parser("report", help="an exported folder as one HTML page")
     command.add_argument("folder", metavar="DIR", help="the exported folder")
     command.add_argument("--dense", metavar="DIR", help="the dense model, to measure beside it")

@@ -72,6 +72,7 @@ def _list_of(kind: type) -> Callable[[Any], bool]:
 _WHOLE, _REAL = _Kind(_whole, "a whole number"), _Kind(_real, "a number")
 _PAIR, _FLAG = _Kind(_pair, "a pair (b_l, b_u) of whole numbers in 2..16"), _Kind(lambda v: type(v) is bool, "a bool")
 _PATTERNS = _Kind(_list_of(str), "a list of regular expressions")
+_DEPTH = _Kind(lambda v: (_whole(v) and v >= 0) or _list_of(str)(v), "a number of layers, or a list of their paths")
 _POLICY = _Kind(_list_of(str), "a list of kinds, couplings or patterns")
 _KINDS: dict[str, _Kind] = {
     **dict.fromkeys(("projection_periods", "pruning_periods", "initial_bits"), _WHOLE),
@@ -83,6 +84,7 @@ _KINDS: dict[str, _Kind] = {
     **dict.fromkeys(("per_channel", "uniform", "learn_exponent", "learn_activation_exponent"), _FLAG),
     **dict.fromkeys(("include", "exclude"), _PATTERNS),
     **dict.fromkeys(("prune", "keep"), _POLICY),
+    "drop_layers": _DEPTH,
     "bit_choices": _Kind(_list_of(int), "a list of whole numbers"),
 }
 _OPTIONAL = frozenset((*_PRUNING, *_SIZES, "mean_bits", "bit_choices", "activation_bits", "bit_reduction"))
@@ -139,6 +141,8 @@ class GETAConfig:
             `geta_hf.distillation`.
         distill_temperature: softens both distributions, above 0.
         include, exclude: regular expressions over module names that choose the layers to quantize.
+        drop_layers: whole layers to remove before anything else: how many, chosen one by one as those without which
+            the loss on `calibration_batches` is lowest, or their paths (`model.layers.3`). A run notes the paths.
         prune, keep: families to make prunable beside heads and channels, and families to keep whole: kinds
             (`residual`), couplings (`norm`) or patterns of names (`*.layers.0.*`); see `geta_hf.qadg.apply_policy`.
     """
@@ -180,6 +184,7 @@ class GETAConfig:
     distill_temperature: float = 2.0
     include: list[str] | None = None
     exclude: list[str] = dataclasses.field(default_factory=list)
+    drop_layers: int | list[str] = 0
     prune: list[str] = dataclasses.field(default_factory=list)
     keep: list[str] = dataclasses.field(default_factory=list)
 

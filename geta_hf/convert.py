@@ -26,10 +26,11 @@ from geta_hf.export.export import copy_beside
 from geta_hf.export.folder import check_target, write_folder
 from geta_hf.export.formats import writer
 from geta_hf.export.remote_code import save_compressed
+from geta_hf.lora import load_lora, merge_stored, plan_lora
 from geta_hf.preparation import attach, quantizer_parameters
 from geta_hf.qadg import build_space
 from geta_hf.qadg.example import example_batch
-from geta_hf.quantization import attach_input_quantizers
+from geta_hf.quantization import attach_input_quantizers, select_layers
 from geta_hf.report import load_model
 
 
@@ -131,7 +132,7 @@ def _finished(progress: Progress, checkpoint: Path) -> int:
 
 
 def load_checkpoint(checkpoint: Path, config: GETAConfig) -> PreTrainedModel:
-    """The model of a checkpoint with its trained quantizers.
+    """The model of a checkpoint with its trained quantizers, what LoRA learned merged into its weights.
 
     Args:
         checkpoint: a folder that GETATrainer saved, with the whole model in safetensors files.
@@ -142,11 +143,13 @@ def load_checkpoint(checkpoint: Path, config: GETAConfig) -> PreTrainedModel:
     """
     with _quiet():  # transformers would list every quantizer as unexpected
         model = load_model(checkpoint)
+    stored = _stored(checkpoint)
+    if (lora := load_lora(checkpoint)) is not None:
+        merge_stored(model, plan_lora(model, lora, select_layers(model, config.include, config.exclude)), stored)
     attach(model, config)
     if config.activation_bits is not None:
         # Ranges are found anew only to be overwritten by the trained ones.
         attach_input_quantizers(model, [example_batch(model)], learn_t=config.learn_activation_exponent)
-    stored = _stored(checkpoint)
     with torch.no_grad():
         for name, parameter in quantizer_parameters(model, trained=False).items():
             if name not in stored or stored[name].shape != parameter.shape:
@@ -158,11 +161,11 @@ def load_checkpoint(checkpoint: Path, config: GETAConfig) -> PreTrainedModel:
 
 
 def _stored(checkpoint: Path) -> Mapping[str, Tensor]:
-    """The quantizers' tensors, which are small; the weights are loaded by transformers."""
+    """The tensors of quantizers and of LoRA, which are small; the weights are loaded by transformers."""
     found: dict[str, Tensor] = {}
     for file in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            names = [name for name in tensors.keys() if "_quantizer." in name]  # noqa: SIM118
+            names = [name for name in tensors.keys() if "_quantizer." in name or ".lora." in name]  # noqa: SIM118
             found |= {name: tensors.get_tensor(name) for name in names}
     return found
 

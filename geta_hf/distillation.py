@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from geta_hf.errors import GETAError
+from geta_hf.teachers import check_asks_hidden_states, check_configs, check_numbers, check_tensors, layers_of
 
 IGNORED = -100
 """Hugging Face's label of a position that has no target."""
@@ -66,6 +67,9 @@ class Distiller:
         hidden: weight of the hidden states' term, at least 0.
         temperature: T, above 0, which softens both distributions.
         device: where the teacher shall run; None leaves it where it is.
+        kept: of a student that lost whole layers: path of the list -> the teacher's layers that the student still has.
+            Each of those is then to be given the hidden state that it was given in the teacher, and the last hidden
+            state is compared with the teacher's last.
 
     Attributes:
         teacher: the frozen teacher.
@@ -85,13 +89,15 @@ class Distiller:
         hidden: float = 0.0,
         temperature: float = 2.0,
         device: torch.device | str | None = None,
+        kept: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
-        _check_numbers(logits, hidden, temperature)
-        _check_tensors(student, teacher)
+        check_numbers(logits, hidden, temperature)
+        check_tensors(student, teacher)
+        self._kept = layers_of(kept or {}, hidden > 0)
         if isinstance(student, PreTrainedModel) and isinstance(teacher, PreTrainedModel):
-            _check_configs(student, teacher, hidden > 0)
+            check_configs(student, teacher, hidden > 0, self._kept)
         if hidden:
-            _check_asks_hidden_states(student, teacher)
+            check_asks_hidden_states(student, teacher)
         self._weights, self._temperature = {"logits": logits, "hidden": hidden}, temperature
         self.teacher = teacher.eval().requires_grad_(False)
         if device is not None:
@@ -132,7 +138,7 @@ class Distiller:
         if self._weights["logits"]:
             terms["logits"] = self._logits_term(inputs, outputs, taught)
         if self._weights["hidden"]:
-            terms["hidden"] = _hidden_term(inputs, outputs, taught)
+            terms["hidden"] = _hidden_term(inputs, outputs, taught, self._kept)
         self.terms = {name: term.detach() for name, term in terms.items()}
         total = torch.stack([self._weights[name] * term for name, term in terms.items()]).sum()
         return total if num_items is None else total * self._share(inputs, num_items)
@@ -245,15 +251,26 @@ def _relative_error(student: Tensor, teacher: Tensor, masks: Sequence[Tensor | N
     return _mean(difference.square().mean(-1) / scale, keep)
 
 
-def _hidden_term(inputs: Mapping[str, Any], outputs: Mapping[str, Any], taught: Mapping[str, Any]) -> Tensor:
+def _hidden_term(
+    inputs: Mapping[str, Any], outputs: Mapping[str, Any], taught: Mapping[str, Any], kept: Sequence[int] = ()
+) -> Tensor:
     errors = []
-    for name, student, teacher in _pairs(HIDDEN, outputs, taught, "distill_hidden"):
+    for name, student, states in _pairs(HIDDEN, outputs, taught, "distill_hidden"):
+        teacher = _matching(states, len(student), kept)
         _check_hidden_states(name, student, teacher)
         masks = [_mask(inputs, "attention_mask")]
         if name == "decoder_hidden_states":
             masks = [_label_mask(inputs, shifted=False), *_padding_masks(inputs)]
         errors += [_relative_error(s, t, masks) for s, t in zip(student, teacher, strict=True)]
     return torch.stack(errors).mean()
+
+
+def _matching(states: Sequence[Tensor], count: int, kept: Sequence[int]) -> Sequence[Tensor]:
+    """The teacher's states that `count` states of a student are compared with: what each kept layer was given, and the
+    last. A list that lost no layer has as many as the student's."""
+    if not kept or len(states) == count or count != len(kept) + 1 or len(states) <= kept[-1] + 1:
+        return states
+    return [*(states[place] for place in kept), states[-1]]
 
 
 # --- masks --------------------------------------------------------------------------------------------------------
@@ -294,60 +311,6 @@ def _shifts_labels(model: nn.Module) -> bool:
 
 
 # --- checks -------------------------------------------------------------------------------------------------------
-
-
-def _check_numbers(logits: float, hidden: float, temperature: float) -> None:
-    for name, weight in (("distill_logits", logits), ("distill_hidden", hidden)):
-        if not 0 <= weight < math.inf:
-            raise GETAError(f"{name} = {weight} must be a finite weight of at least 0")
-    if not (logits or hidden):
-        raise GETAError("distill_logits and distill_hidden are both 0: nothing to distill; set one above 0")
-    if not 0 < temperature < math.inf:
-        raise GETAError(f"distill_temperature = {temperature} must be finite and above 0")
-
-
-def _check_tensors(student: nn.Module, teacher: nn.Module) -> None:
-    for name, tensor in (*teacher.named_parameters(), *teacher.named_buffers()):
-        if tensor.is_meta:
-            raise GETAError(f"the teacher's {name} is on meta, without data; load the teacher with its weights")
-    trained = {id(parameter): name for name, parameter in student.named_parameters()}
-    for name, parameter in teacher.named_parameters():
-        if id(parameter) in trained:
-            raise GETAError(
-                f"the teacher's {name} is the student's {trained[id(parameter)]}, so the teacher would train too; "
-                f"give another model, or none for a copy of the dense one"
-            )
-
-
-def _check_configs(student: PreTrainedModel, teacher: PreTrainedModel, hidden: bool) -> None:
-    """Text models must share the vocabulary; heads the label count; compared hidden states their size and number."""
-    _check_equal(student, teacher, "vocab_size", "a teacher of the same tokenizer reads and predicts the same tokens")
-    if not student.can_generate():  # a language model's label count is a default that nothing uses
-        _check_equal(student, teacher, "num_labels", "give a teacher trained for the same labels")
-        ours, theirs = (dict(model.config.id2label or {}) for model in (student, teacher))
-        if ours != theirs and set(ours.values()) == set(theirs.values()):
-            raise GETAError(f"the teacher's labels are {theirs}, the student's {ours}; bring them into one order")
-    if hidden:
-        for size in ("hidden_size", "num_hidden_layers"):
-            _check_equal(student, teacher, size, "set distill_hidden to 0 to compare logits alone")
-
-
-def _check_equal(student: PreTrainedModel, teacher: PreTrainedModel, field: str, remedy: str) -> None:
-    # Not every config has every field (vision models have no vocabulary); shapes are compared in every step.
-    ours, theirs = (getattr(model.config, field, None) for model in (student, teacher))
-    if ours != theirs:
-        raise GETAError(
-            f"the teacher {type(teacher).__name__} has {field} {theirs}, the student {type(student).__name__} has "
-            f"{ours}; {remedy}"
-        )
-
-
-def _check_asks_hidden_states(*models: nn.Module) -> None:
-    for model in models:
-        known = inspect.signature(model.forward).parameters
-        free = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
-        if not free and "output_hidden_states" not in known:
-            raise GETAError(f"{type(model).__name__}.forward takes no output_hidden_states; set distill_hidden to 0")
 
 
 def _pairs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -117,6 +117,7 @@ def make_ledger(
     space: PruningSpace,
     uses: Mapping[str, float] | None = None,
     embedding_bits: int | None = None,
+    dropped: float = 0.0,
 ) -> Ledger:
     """Everything that an export would store of a model that is about to be trained.
 
@@ -125,6 +126,7 @@ def make_ledger(
         space: its pruning space.
         uses: of `layer_uses`; by default every weight is used equally often.
         embedding_bits: width of the input embedding in the export; None where it is not rounded.
+        dropped: of `geta_hf.depth`, the work of layers that left before.
 
     Raises:
         GETAError: an embedding that is to be rounded, of a model that has none.
@@ -143,7 +145,8 @@ def make_ledger(
             layers.append(LayerEntry(f"{name}.weight", (uses or {}).get(name, 1.0), dim))
     # Groups are counted over parameters and buffers alike, since an export cuts both.
     rounded = _embedding_weight(model, embedding_bits, shapes)
-    return Ledger.of(space.prunable, shapes, layers, item_bytes, space.buffers, rounded)
+    ledger = Ledger.of(space.prunable, shapes, layers, item_bytes, space.buffers, rounded)
+    return replace(ledger, dropped=dropped)
 
 
 def _embedding_weight(model: nn.Module, bits: int | None, shapes: Collection[str]) -> dict[str, int]:

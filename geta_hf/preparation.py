@@ -121,3 +121,9 @@ def own_group(base: torch.optim.Optimizer, quantizers: dict[str, nn.Parameter], 
         group.pop("param_names", None)  # QASSO names all groups itself
     group = {"params": list(quantizers.values()), "lr": learning_rate, "weight_decay": 0.0}
     base.add_param_group(group)
+
+
+def hold_frozen(base: torch.optim.Optimizer, frozen: list[nn.Parameter]) -> None:
+    """Show a base optimizer parameters that never have a gradient when it steps, so that it leaves them alone."""
+    if frozen:
+        base.add_param_group({"params": frozen, "lr": 0.0, "weight_decay": 0.0})

@@ -15,9 +15,11 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from geta_hf.config import CONFIG_NAME, GETAConfig
 from geta_hf.cost import Costs, bytes_on_disk, measure_costs
 from geta_hf.errors import GETAError
 from geta_hf.export.export import STRUCTURE_NAME
+from geta_hf.quantization import select_layers
 
 Metrics = Mapping[str, Mapping[str, float]]
 
@@ -30,11 +32,13 @@ class Structure:
         kept: family -> (groups kept, groups before), in model order.
         bits: module path -> bits of its packed weight, in model order.
         activation_bits: module path -> bits of its input, for the layers that round it; in model order.
+        dropped: paths that whole layers had in the dense model, which left before anything else.
     """
 
     kept: dict[str, tuple[int, int]]
     bits: dict[str, int]
     activation_bits: dict[str, int] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
 
     def of_kind(self, kind: str) -> list[tuple[int, int]]:
         """(kept, before) of every family of a kind, such as `heads`, in model order."""
@@ -48,9 +52,17 @@ def read_structure(folder: str | os.PathLike[str]) -> Structure:
         stored = json.loads(path.read_text(encoding="utf-8"))
         kept = {name: (int(left), int(before)) for name, (left, before) in stored["kept"].items()}
         widths = (stored["bits"], stored.get("activation_bits", {}))  # a folder of before has no such key
-        return Structure(kept, *({name: int(bits) for name, bits in part.items()} for part in widths))
+        bits, inputs = ({name: int(bits) for name, bits in part.items()} for part in widths)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise GETAError(f"{path} can't be read ({error}); is {folder} an exported folder?") from error
+    dropped = _run_config(folder).drop_layers
+    return Structure(kept, bits, inputs, tuple(dropped) if isinstance(dropped, list) else ())
+
+
+def _run_config(folder: str | os.PathLike[str]) -> GETAConfig:
+    """What the run was asked for; the defaults where that was not saved."""
+    path = Path(folder) / CONFIG_NAME
+    return GETAConfig.load(path) if path.is_file() else GETAConfig()
 
 
 def load_model(folder: str | os.PathLike[str]) -> PreTrainedModel:
@@ -95,10 +107,19 @@ def compare(
     """
     structure = read_structure(compressed_dir)
     models = {"dense": load_model(dense_dir), "compressed": load_model(compressed_dir)}
-    costs = {name: measure_costs(model, tokens, list(structure.bits)) for name, model in models.items()}
+    layers = {"dense": _dense_layers(models["dense"], compressed_dir, structure), "compressed": list(structure.bits)}
+    costs = {name: measure_costs(model, tokens, layers[name]) for name, model in models.items()}
     sizes = {"dense": bytes_on_disk(dense_dir), "compressed": bytes_on_disk(compressed_dir)}
     measured = {**(metrics or {}), "latency_ms": measure_latency(models, tokens)}
     return format_table(("", "dense", "compressed"), table_rows(structure, costs, sizes, measured, by_layer=True))
+
+
+def _dense_layers(dense: PreTrainedModel, folder: str | os.PathLike[str], structure: Structure) -> list[str]:
+    """The layers of the dense model that were quantized, or would have been had they not left with a whole layer."""
+    if not structure.dropped:
+        return list(structure.bits)
+    config = _run_config(folder)
+    return list(select_layers(dense, config.include, config.exclude))
 
 
 def table_rows(
@@ -121,6 +142,7 @@ def table_rows(
         by_layer: list what every layer keeps, instead of the sum.
     """
     rows = _metric_rows(metrics)
+    rows += [("layers removed", "", ", ".join(structure.dropped))] if structure.dropped else []
     rows += _layer_rows(structure) if by_layer else _kind_rows(structure)
     rows += _group_rows(structure)
     rows += _cost_rows(costs["dense"], costs["compressed"]) if costs else []

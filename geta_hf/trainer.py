@@ -6,7 +6,7 @@ import inspect
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +18,26 @@ from transformers.utils import logging
 from geta_hf.card import write_card
 from geta_hf.checkpoints import check_checkpoint, write_notes
 from geta_hf.config import CONFIG_NAME, GETAConfig
+from geta_hf.depth import drop_layers
 from geta_hf.distillation import Distiller, dense_copy
 from geta_hf.errors import GETAError
 from geta_hf.export import ExportReport, check_ties, export, rehearse
+from geta_hf.lora import attach_lora, find_frozen, merged, plan_lora
 from geta_hf.plan import Plan, channel_dims, layer_uses, make_ledger, make_plan, quantized_inputs
 from geta_hf.preparation import (
     SeededByEpoch,
     attach,
     empty_copy,
     first_batches,
+    hold_frozen,
     own_group,
     quantizer_parameters,
     without_untrained,
 )
 from geta_hf.qadg import PruningSpace, build_space
-from geta_hf.qasso import COOLDOWN, QASSO, STAGES, Schedule
+from geta_hf.qasso import COOLDOWN, QASSO, Schedule
+from geta_hf.qasso.frozen import Frozen, check_rules
+from geta_hf.qasso.standing import compression_state
 from geta_hf.quantization import (
     attach_input_quantizers,
     detach_quantizers,
@@ -40,7 +45,10 @@ from geta_hf.quantization import (
     quantizer_prefixes,
     select_layers,
 )
-from geta_hf.quantization.functional import FLOAT_BITS
+from geta_hf.support import check_plain, check_supported
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 logger = logging.get_logger(__name__)
 
@@ -57,8 +65,11 @@ class GETATrainer(Trainer):
         geta_config: limits, stages and rules; the defaults remove half of all groups at 6 bits on average.
         teacher: whose outputs the model is trained towards, where the config gives distillation a weight. By default
             a copy of `model` as it is now, which takes its weights' memory once more.
+        peft_config: peft's LoraConfig. The model's weights are then frozen, without gradients or optimizer state of
+            their size, and LoRA's matrices are trained; quantizers, scores and the export are of the merged weights.
 
     Attributes:
+        depth: which layers the model lost, under `drop_layers`.
         space: the pruning space.
         plan: what the run is to end with; printed when the trainer is made.
 
@@ -74,76 +85,72 @@ class GETATrainer(Trainer):
         *,
         geta_config: GETAConfig | None = None,
         teacher: nn.Module | None = None,
+        peft_config: LoraConfig | None = None,
         **kwargs: Any,
     ) -> None:
         if model is None:
             raise GETAError("GETATrainer needs `model`; `model_init` would make models that QASSO has never seen")
         self.geta_config = config = geta_config or GETAConfig()
         self.qasso: QASSO | None = None
-        select_layers(model, config.include, config.exclude)  # nothing to quantize fails first
+        check_plain(model)
+        chosen = select_layers(model, config.include, config.exclude)  # nothing to quantize fails first
+        self.lora = None if peft_config is None else plan_lora(model, peft_config, chosen)
+        if self.lora is not None:
+            check_rules(config)
         super().__init__(model=model, args=args, **kwargs)
-        self._check_supported()
+        check_supported(self, self.lora is not None)
         # Kept, since later on not every process may draw from the loader, which all of them share.
         self._batch = {name: value[:2] for name, value in self._sample_batches(1)[0].items()}
-        self.space = self._build_space()
-        self.distiller = self._make_distiller(model, teacher)  # copies the model as it is before quantizers
+        if teacher is None and (config.distill_logits or config.distill_hidden):
+            teacher = dense_copy(model)  # as it is before layers go and quantizers come
+        self.depth = drop_layers(self, model)
         try:
+            if peft_config is not None and self.depth.removed:
+                self.lora = plan_lora(model, peft_config, select_layers(model, config.include, config.exclude))
+            self.space = self._build_space()
+            self.distiller = self._make_distiller(model, teacher)
             attach(model, config)
             check_ties(model)
             if config.activation_bits is not None:
                 self._calibrate(config.activation_bits[1])
-            self._ledger = make_ledger(model, self.space, layer_uses(model, self._batch), config.embedding_bits)
+            uses = layer_uses(model, self._batch)
+            self._ledger = make_ledger(model, self.space, uses, config.embedding_bits, self.depth.work)
             self.plan: Plan = make_plan(config, self.space, self._ledger)
+            if self.lora is not None:
+                attach_lora(model, self.lora)
         except BaseException:
             detach_quantizers(model)  # so that the same model can be tried again under another config
+            self.depth.restore()
             raise
+        self.depth.settle()
         self._skeleton = empty_copy(model) if self.is_fsdp_enabled else None
         self._bad_loss = torch.zeros((), dtype=torch.bool, device=self.args.device)
         self._frozen = False
         if self.is_world_process_zero():
-            print(self.plan)
+            print(self.plan if not self.depth.removed else f"{self.depth}\n{self.plan}")
 
     @property
     def _plain_model(self) -> PreTrainedModel:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
-    def _check_supported(self) -> None:
-        if self.lr_scheduler is not None:
-            raise GETAError("a ready-made scheduler does not know the quantizers; pass optimizers=(optimizer, None)")
-        if self.args.auto_find_batch_size:
-            raise GETAError("auto_find_batch_size restarts training half-way; find the batch size without GETATrainer")
-        if self.args.load_best_model_at_end:
-            raise GETAError(
-                "load_best_model_at_end would bring back a checkpoint from before groups and bits were removed; "
-                "turn it off, the last checkpoint is the compressed one"
-            )
-        self._check_launch()
-
-    def _check_launch(self) -> None:
-        """Raises GETAError for a way of training in which QASSO can't see whole groups."""
-        if self.is_deepspeed_enabled:
-            raise GETAError(
-                "DeepSpeed keeps its own optimizer and flat parameters, where groups can't be found; use DDP or FSDP2"
-            )
-        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
-            raise GETAError("FSDP 1 flattens parameters, where groups can't be found; set fsdp_version: 2")
-        parallel = getattr(self.accelerator, "parallelism_config", None)
-        if (parallel is not None and parallel.tp_enabled) or getattr(self.model, "tp_size", None):
-            raise GETAError("tensor parallelism splits heads over processes; use DDP or FSDP2, or one process")
+    @property
+    def _lora_config(self) -> LoraConfig | None:
+        return None if self.lora is None else self.lora.config
 
     def _make_distiller(self, model: nn.Module, teacher: nn.Module | None) -> Distiller | None:
         config = self.geta_config
-        if not (config.distill_logits or config.distill_hidden):
-            if teacher is not None:
-                raise GETAError("a teacher is given, but distill_logits and distill_hidden are 0; give one a weight")
+        if teacher is None:
             return None
+        if not (config.distill_logits or config.distill_hidden):
+            raise GETAError("a teacher is given, but distill_logits and distill_hidden are 0; give one a weight")
         return Distiller(
             model,
-            dense_copy(model) if teacher is None else teacher,
+            teacher,
             logits=config.distill_logits,
             hidden=config.distill_hidden,
             temperature=config.distill_temperature,
             device=self.args.device,
+            kept=self.depth.kept,
         )
 
     # --- the pruning space ----------------------------------------------------------------------------------------
@@ -151,7 +158,7 @@ class GETATrainer(Trainer):
     def _build_space(self) -> PruningSpace:
         model, batch = self._plain_model, self._batch
         found = build_space(model, batch, prune=self.geta_config.prune, keep=self.geta_config.keep)
-        found = without_untrained(found, model)
+        found = found if self.lora is not None else without_untrained(found, model)
         return rehearse(model, found, batch) if isinstance(model, PreTrainedModel) else found
 
     def _calibrate(self, target_bits: int) -> None:
@@ -195,6 +202,8 @@ class GETATrainer(Trainer):
             return self.optimizer  # resumed in the same trainer; `train` has checked that
         opt_model: nn.Module = self._plain_model if model is None else model
         base = super().create_optimizer(opt_model)
+        frozen = Frozen() if self.lora is None else find_frozen(opt_model, self.space)
+        hold_frozen(base, [p for name, p in opt_model.named_parameters() if name in frozen.names])
         names: dict[Tensor, str] = {parameter: name for name, parameter in opt_model.named_parameters()}
         if any(parameter not in names for group in base.param_groups for parameter in group["params"]):
             raise GETAError(
@@ -213,6 +222,7 @@ class GETATrainer(Trainer):
             input_quantizers=quantized_inputs(model),
             ledger=self._ledger,
             channel_dims=channel_dims(model),
+            frozen=frozen,
         )
         self.optimizer = self.qasso
         logger.info("%s", schedule)
@@ -254,6 +264,8 @@ class GETATrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Trainer's step; remembers, without waiting for the device, whether a loss was not finite."""
         self._freeze_quantizers()
+        if self.qasso is not None:
+            self.qasso.watch_frozen()
         loss = super().training_step(*args, **kwargs)
         self._bad_loss = self._bad_loss | ~torch.isfinite(loss.detach())
         return loss
@@ -308,23 +320,7 @@ class GETATrainer(Trainer):
         prunable groups, bits, BOPs of the quantized layers relative to dense, and the mean γ."""
         if self.qasso is None:
             raise GETAError("training has not started, so there is no compression state")
-        gone, ledger = self.qasso.gone, self._ledger
-        widths = list(self.qasso.bits().values())
-        bits, inputs = widths[: len(ledger.layers)], widths[len(ledger.layers) :]
-        input_bits = torch.tensor(inputs, dtype=torch.float64) if inputs else float(FLOAT_BITS)
-        weights, per_layer = ledger.weights(gone), torch.tensor(bits, dtype=torch.float64)
-        state = {
-            "stage": STAGES.index(self.qasso.phase.stage) + 1,
-            "sparsity": round(self.qasso.removed_groups / self.space.num_groups, 4),
-            "mean_bits": round(float((weights * per_layer).sum() / weights.sum()), 3),
-            "min_bits": round(min(bits), 3),
-            "max_bits": round(max(bits), 3),
-            "relative_bops": round(ledger.relative_bops(gone, per_layer, input_bits), 5),
-            "gamma": self.qasso.mean_gamma(),
-        }
-        if inputs:
-            state["mean_input_bits"] = round(sum(inputs) / len(inputs), 3)
-        return state
+        return compression_state(self.qasso)
 
     # --- checkpoints and export -----------------------------------------------------------------------------------
 
@@ -334,7 +330,7 @@ class GETATrainer(Trainer):
         folder = Path(str(output_dir or self.args.output_dir))
         if self.args.should_save:
             self.geta_config.save(folder / CONFIG_NAME)
-            write_notes(folder, self.args.world_size, self.is_fsdp_enabled, self.qasso)
+            write_notes(folder, self.args.world_size, self.is_fsdp_enabled, self.qasso, self._lora_config)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_checkpoint(
@@ -343,6 +339,7 @@ class GETATrainer(Trainer):
             self._plain_model,
             self.args.world_size,
             self.is_fsdp_enabled,
+            self._lora_config,
         )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -367,17 +364,18 @@ class GETATrainer(Trainer):
         model = self._whole_model()
         if not self.is_world_process_zero():
             return None
-        report = export(
-            model,
-            directory,
-            space=self.space,
-            batch={name: value.to(model.device) for name, value in self._batch.items()},
-            config=self.geta_config,
-            processing_class=self.processing_class,
-            expected_zero_groups=self.qasso.removed_groups,
-            embedding_bits=self.geta_config.embedding_bits,
-            overwrite=overwrite,
-        )
+        with merged(model):
+            report = export(
+                model,
+                directory,
+                space=self.space,
+                batch={name: value.to(model.device) for name, value in self._batch.items()},
+                config=self.geta_config,
+                processing_class=self.processing_class,
+                expected_zero_groups=self.qasso.removed_groups,
+                embedding_bits=self.geta_config.embedding_bits,
+                overwrite=overwrite,
+            )
         write_card(report.path, base_model=model.config.name_or_path or None)
         return report
 

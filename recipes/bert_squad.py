@@ -11,7 +11,6 @@ with the fields of `GETAConfig`. `output_dir/export` receives the model, `output
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -19,8 +18,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoTokenizer,
@@ -37,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval import squad, squad_features
 from eval.squad_features import Question
 from geta_hf import GETAConfig, GETAError, GETATrainer, write_card
+from recipes.arguments import parse_sections, read_values
 
 
 @dataclass
@@ -84,64 +82,13 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     Raises:
         GETAError: a missing file, a malformed argument, or a key that no part of the recipe knows.
     """
-    argv = list(argv)
-    values = read_config(argv.pop(0)) if argv and not argv[0].startswith("--") else {}
-    apply_overrides(values, argv)
-    geta = values.pop("geta", None)
-    values.setdefault("use_cpu", not torch.accelerator.is_available())  # without it, bf16 refuses a CPU
-    if not (geta is None or isinstance(geta, dict)):
-        raise GETAError(f"geta: {geta!r} is neither a section with the fields of GETAConfig nor null")
-    try:
-        model, data, training = _parser().parse_dict(values)
-    except (TypeError, ValueError) as error:
-        raise GETAError(f"arguments of the recipe: {error}") from error
-    return Arguments(model, data, training, None if geta is None else GETAConfig.from_dict(geta))
+    values, geta = read_values(argv)
+    model, data, training = parse_sections(_parser(), values)
+    return Arguments(model, data, training, geta)
 
 
 def _parser() -> HfArgumentParser:
     return HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
-
-
-def read_config(path: str) -> dict[str, Any]:
-    """The YAML file as a dict, with `5e-5` read as the number that it is."""
-    if not Path(path).is_file():
-        raise GETAError(f"{path}: no such config file; give a YAML file such as recipes/configs/bert_squad.yaml")
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise GETAError(f"{path}: not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise GETAError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
-    return _numbers(values)
-
-
-def apply_overrides(values: dict[str, Any], argv: Sequence[str]) -> None:
-    """Writes `--key value`, `--key=value`, `--section.key value` and `--flag` into `values`, read as YAML."""
-    rest = list(argv)
-    while rest:
-        key, equals, text = rest.pop(0).partition("=")
-        if not key.startswith("--") or len(key) == 2:
-            raise GETAError(f"{key!r}: expected --key value; only the first argument may be a config file")
-        if not equals:
-            text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        *sections, name = key[2:].split(".")
-        target = values
-        for section in sections:
-            if not isinstance(target.get(section), dict):
-                target[section] = {}
-            target = target[section]
-        target[name] = _numbers(yaml.safe_load(text))
-
-
-def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads `5e-5`, without a dot, as text."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
-        return float(value)
-    return value
 
 
 # ------------------------------------------------------------------------------------------------------------- data

@@ -14,6 +14,7 @@ from geta_hf import GETAConfig, GETATrainer
 from geta_hf.errors import GETAError
 from geta_hf.export.export import STRUCTURE_NAME
 from geta_hf.quantization import quantized_layers
+from geta_hf.support import check_launch
 from tests.conftest import tiny_bert_config
 from tests.test_trainer import SMALL, arguments, rows, trainer
 
@@ -184,7 +185,7 @@ def test_launches_that_hide_groups_are_refused(state: dict, message: str) -> Non
     accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), parallelism_config=None)
     defaults = {"is_deepspeed_enabled": False, "is_fsdp_enabled": False, "model": None, "accelerator": accelerator}
     with pytest.raises(GETAError, match=message):
-        GETATrainer._check_launch(SimpleNamespace(**{**defaults, **state}))
+        check_launch(SimpleNamespace(**{**defaults, **state}))
 
 
 def test_an_unreachable_size_fails_before_training_and_leaves_the_model_plain(tmp_path) -> None:

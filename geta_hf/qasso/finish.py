@@ -116,16 +116,16 @@ def _errors(qasso: QASSO, named: Named, widths: Sequence[int]) -> tuple[Tensor, 
     clips = torch.ones(quantizers.weight_layers, len(widths))
     for position, weight in enumerate(quantizers.own_weights):
         if weight in named:
-            found = _error_of(quantizers, weight, named, q_m, t, widths, search)
+            found = _error_of(quantizers, weight, qasso.frozen.merged(weight, named), q_m, t, widths, search)
             errors[position], clips[position] = (value.cpu() for value in found)
     return errors, clips
 
 
 def _error_of(
-    quantizers: Quantizers, name: str, named: Named, q_m: Tensor, t: Tensor, widths: Sequence[int], search: bool
+    quantizers: Quantizers, name: str, weight: Tensor, q_m: Tensor, t: Tensor, widths: Sequence[int], search: bool
 ) -> tuple[Tensor, Tensor]:
-    weight, prefix = named[name], quantizers.weights[name]
-    shard, values = shard_of(weight), local(weight.detach()).float()
+    prefix = quantizers.weights[name]
+    shard, values = shard_of(weight), local(weight).float()
     clip, power = (quantizers.along(prefix, value, weight.dim()) for value in (q_m, t))
     if shard is not None and clip.dim() > 1 and clip.shape[shard.dim] > 1:
         clip = clip.narrow(shard.dim, shard.start, shard.stop - shard.start)

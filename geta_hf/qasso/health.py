@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,18 +14,26 @@ from geta_hf.qasso.widths import Named, Quantizers
 _KINDS = ("d, q_m or t", "the gradient")
 
 
-def note_bad(bad_step: Tensor, step: int, quantizers: Quantizers, named: Named, frozen: bool = False) -> Tensor:
+def note_bad(
+    bad_step: Tensor,
+    step: int,
+    quantizers: Quantizers,
+    named: Named,
+    frozen: bool = False,
+    stand_ins: Mapping[str, str] | None = None,
+) -> Tensor:
     """The first step at which a layer's quantizer, or its gradient, was not finite; -1 where none was.
 
     Args:
         bad_step: what is known so far, int64, shape (2, layers): quantizers and gradients.
         step: the present one.
         frozen: whether quantizers stand still and have no gradient.
+        stand_ins: weight without a gradient -> a parameter whose gradient shows what is wrong with it.
     """
     d, q_m, t = (torch.isfinite(value) for value in quantizers.read(named))
     # A gradient of d sums over the whole weight's, so that one bad value there shows.
     gradient = (
-        quantizers.of_weights(squared_gradients(quantizers, named))
+        quantizers.of_weights(squared_gradients(quantizers, named, stand_ins))
         if frozen
         else quantizers.gather("d", named, 0.0, gradient=True)
     )
@@ -33,9 +41,10 @@ def note_bad(bad_step: Tensor, step: int, quantizers: Quantizers, named: Named, 
     return torch.where(bad & (bad_step < 0), step, bad_step)
 
 
-def squared_gradients(quantizers: Quantizers, named: Named) -> Tensor:
-    """‖g‖² of every quantized weight, over all processes, shape (layers,); 0 where a weight is not trained."""
-    weights = [named.get(weight) for weight in quantizers.own_weights]
+def squared_gradients(quantizers: Quantizers, named: Named, stand_ins: Mapping[str, str] | None = None) -> Tensor:
+    """‖g‖² of every quantized weight, or its stand-in, over all processes, shape (layers,); 0 where none is trained."""
+    instead = stand_ins or {}
+    weights = [named.get(instead.get(weight, weight)) for weight in quantizers.own_weights]
     nothing = torch.zeros(1, device=quantizers.layer.device)
     gradients = [nothing if w is None or w.grad is None else local(w.grad) for w in weights]
     total = torch.stack(torch._foreach_norm(gradients)).float() ** 2

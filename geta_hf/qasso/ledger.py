@@ -45,6 +45,8 @@ class Ledger:
         layers: the quantized weights.
         buffers: those of the tensors that are no parameters.
         row_bits: width of every other tensor that an export rounds, with a step size for each row.
+        dropped: elements times uses of the quantized weights of whole layers that left before; BOPs are relative to
+            the model that still had them.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -54,6 +56,7 @@ class Ledger:
     item_bytes: Mapping[str, int] = field(default_factory=dict)
     buffers: Collection[str] = ()
     row_bits: Mapping[str, int] = field(default_factory=dict)
+    dropped: float = 0.0
 
     @classmethod
     def of(
@@ -68,6 +71,12 @@ class Ledger:
         """Count the groups of these families over these tensors."""
         groups = sum(family.size for family in families)
         return cls(shapes, find_cuts(families, shapes), groups, layers, item_bytes or {}, buffers, row_bits or {})
+
+    @classmethod
+    def of_tensors(cls, families: Sequence[Family], named: Mapping[str, Tensor], weights: Sequence[str]) -> Ledger:
+        """Count over these tensors and quantized weights alone, which is enough for all targets but bytes."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
+        return cls.of(families, shapes, [LayerEntry(weight) for weight in weights])
 
     def left(self, gone: Tensor) -> dict[str, list[int]]:
         """Shapes of the tensors that are cut, once the groups of `gone`, bool (groups,), have left."""
@@ -104,7 +113,7 @@ class Ledger:
             bits, input_bits: of each layer's weight and input, shape (layers,), or one number for all.
         """
         uses = torch.tensor([layer.uses for layer in self.layers], dtype=torch.float64)
-        dense = (self.weights(self.nothing) * uses).sum() * FLOAT_BITS**2
+        dense = ((self.weights(self.nothing) * uses).sum() + self.dropped) * FLOAT_BITS**2
         return float((self.weights(gone) * uses * bits * input_bits).sum() / dense)
 
     def stored_bytes(self, gone: Tensor, bits: Tensor | float, quantized_inputs: bool = False) -> int:

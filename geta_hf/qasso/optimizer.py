@@ -9,7 +9,6 @@ Parameters are found by the names in `param_groups[i]["param_names"]` at every s
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,20 +22,19 @@ from geta_hf.qadg.groups import Family, PruningSpace
 from geta_hf.qasso import finish
 from geta_hf.qasso.checks import check_base, check_covered
 from geta_hf.qasso.cuts import Cut, family_of_group, family_starts
+from geta_hf.qasso.frozen import Frozen, Watch, check_rules, forget
 from geta_hf.qasso.health import note_bad, refuse_bad, squared_gradients
-from geta_hf.qasso.ledger import LayerEntry, Ledger
+from geta_hf.qasso.ledger import Ledger
 from geta_hf.qasso.projection import project_step_size, relative_step
 from geta_hf.qasso.redundant import Pairs, Redundant, find_pairs, needs_gradients
 from geta_hf.qasso.saliency import fisher_scores, group_sums, hesso_scores, taylor_scores
 from geta_hf.qasso.schedule import COOLDOWN, JOINT, PROJECTION, WARMUP, Phase, Schedule
-from geta_hf.qasso.selection import Limits, find_chunks, take_count, take_until
+from geta_hf.qasso.selection import Limits, find_chunks
 from geta_hf.qasso.shards import agree, local
 from geta_hf.qasso.slices import Slice, build_slices, remember, zero_slices
 from geta_hf.qasso.state import put_vectors, take_vectors
-from geta_hf.qasso.target import GROUPS, Target, solve_target
+from geta_hf.qasso.target import GROUPS, Target, solve_target, take_due
 from geta_hf.qasso.widths import Quantizers
-
-logger = logging.getLogger(__name__)
 
 IMPORTANT, REDUNDANT, REMOVED = 0, 1, 2
 _STEP = "qasso_step"
@@ -60,6 +58,7 @@ class QASSO(torch.optim.Optimizer):
         input_quantizers: prefixes of the quantizers of layers' inputs.
         ledger: sizes of the whole model; by default of what is in `base`, which is enough for all targets but bytes.
         channel_dims: prefix -> the weight's dimension along which its quantizer has a step size each.
+        frozen: what is cut or quantized, but not trained; see `qasso.frozen`.
 
     Attributes:
         goal: what the run shall end with.
@@ -82,6 +81,7 @@ class QASSO(torch.optim.Optimizer):
         input_quantizers: Sequence[str] = (),
         ledger: Ledger | None = None,
         channel_dims: Mapping[str, int] | None = None,
+        frozen: Frozen | None = None,
     ) -> None:
         super().__init__(base.param_groups, {})
         self.base, self.schedule, self.config = base, schedule, config
@@ -95,7 +95,7 @@ class QASSO(torch.optim.Optimizer):
         check_base(base, named)
         check_covered(named, self.families, quantizers, input_quantizers)
         self.quantizers = Quantizers(quantizers, input_quantizers, named, channel_dims)
-        self.ledger = ledger or _ledger_of(self.families, named, self.quantizers)
+        self.ledger = ledger or Ledger.of_tensors(self.families, named, self.quantizers.own_weights)
         self.goal: Target = solve_target(config, self.families, self.ledger)
         groups, layers = self.ledger.groups, len(self.quantizers.prefixes)
         self.status = torch.zeros(groups, dtype=torch.uint8)
@@ -103,8 +103,15 @@ class QASSO(torch.optim.Optimizer):
         self.curvature = torch.zeros(self.quantizers.weight_layers)
         self.bad_step = torch.full((2, layers), -1, dtype=torch.int64)
         self.gamma: Tensor | None = None
+        self.frozen = frozen or Frozen()
+        self._watch = self._make_watch(named) if self.frozen.names else None
         self._family = family_of_group(self.families)
         self._forget_index()
+
+    def _make_watch(self, named: Named) -> Watch:
+        check_rules(self.config)
+        device = local(next(iter(named.values()))).device
+        return Watch(self.frozen, self.ledger.cuts, self.ledger.groups, self.quantizers.own_weights, device)
 
     def _follow_base(self) -> None:
         # load_state_dict of the base replaces both containers; they are always shared, never copied.
@@ -163,7 +170,8 @@ class QASSO(torch.optim.Optimizer):
                 loss = closure()
         phase, named, self.gamma = self.phase, self._named(), None
         self._prepare(phase, named)
-        remember(self._redundant or [], named, needs_gradients(self.config))
+        if self._watch is None:
+            remember(self._redundant or [], named, needs_gradients(self.config))
         values, before = self._scale_gradients(phase, named)
         self.base.step()
         self._step_quantizers(phase, named, values, before)
@@ -177,6 +185,11 @@ class QASSO(torch.optim.Optimizer):
             self.check_finite()
             finish.settle_widths(self, named)
         return loss
+
+    def watch_frozen(self) -> None:
+        """To be called before each backward pass: frozen tensors are watched in the stages that score groups."""
+        if self._watch is not None:
+            self._watch.follow(self.phase.stage in (PROJECTION, JOINT), self._named())
 
     def _named(self) -> Named:
         return {
@@ -193,7 +206,8 @@ class QASSO(torch.optim.Optimizer):
         if not cooling:
             self._measure(phase, named)
         if self.quantizers.prefixes:
-            self.bad_step = note_bad(self.bad_step, self.step_count, self.quantizers, named, cooling)
+            stand_ins = {weight: own.b for weight, own in self.frozen.adapters.items()}
+            self.bad_step = note_bad(self.bad_step, self.step_count, self.quantizers, named, cooling, stand_ins)
         if phase.starts:
             self.check_finite()
         if phase.stage == JOINT and phase.starts:
@@ -211,8 +225,10 @@ class QASSO(torch.optim.Optimizer):
 
     def _index(self, named: Named) -> None:
         assert self._cuts is not None
-        self._redundant = build_slices(self._cuts, self.status == REDUNDANT, self._family, named)
-        self._removed = build_slices(self._cuts, self.status == REMOVED, self._family, named)
+        cuts = self.frozen.with_adapters(self._cuts)
+        self._redundant = build_slices(cuts, self.status == REDUNDANT, self._family, named)
+        trained = [cut for cut in cuts if cut.tensor not in self.frozen.names]
+        self._removed = build_slices(trained, self.status == REMOVED, self._family, named)
         if self.config.bit_rule == "paper":
             self._pairs = find_pairs(self._redundant, len(self.families), self.quantizers)
 
@@ -222,11 +238,14 @@ class QASSO(torch.optim.Optimizer):
         """Update the moving averages of ⟨g, x⟩² of groups and of ‖g‖² of layers."""
         last = phase.stage == JOINT and phase.period == self.schedule.pruning_periods - 1
         decay = self.config.saliency_decay
+        of_frozen = (0.0, 0.0) if self._watch is None else self._watch.take()
         if self.config.saliency != "hesso" and phase.stage != WARMUP and not (last and not phase.starts):
-            inner = self._sums(named, torch.mul)
+            trained = [cut for cut in self._cuts or () if named[cut.tensor].grad is not None]
+            inner = group_sums(trained, named, self.ledger.groups, torch.mul) + of_frozen[0]
             self.mean_square.mul_(decay).add_(inner**2, alpha=1 - decay)
         if last and self.config.bit_rule == "sensitivity" and self.quantizers.prefixes:
-            self.curvature.mul_(decay).add_(squared_gradients(self.quantizers, named), alpha=1 - decay)
+            squares = squared_gradients(self.quantizers, named) + of_frozen[1]
+            self.curvature.mul_(decay).add_(squares, alpha=1 - decay)
 
     def check_finite(self) -> None:
         """Raises GETAError when a gradient or a quantizer was NaN or infinite; waits for the device."""
@@ -243,9 +262,8 @@ class QASSO(torch.optim.Optimizer):
             return fisher_scores(self.mean_square, cost)
         if self.config.saliency == "taylor":
             return taylor_scores(self.mean_square, cost)
-        inner, grad_square, square = (
-            self._sums(named, product) for product in (torch.mul, lambda x, g: g * g, lambda x, g: x * x)
-        )
+        products = (torch.mul, lambda x, g: g * g, lambda x, g: x * x)
+        inner, grad_square, square = (self._sums(named, product) for product in products)
         return hesso_scores(inner, grad_square, square, cost)
 
     def _partition(self, phase: Phase, named: Named) -> None:
@@ -259,22 +277,10 @@ class QASSO(torch.optim.Optimizer):
                 f"the saliency of {worst.name} is not finite at step {self.step_count}: its weights or gradients "
                 f"are NaN or infinite; go back to the last checkpoint with a lower learning rate"
             )
-        self.status[self._choose(phase, scores)] = REDUNDANT
+        chunks = find_chunks(self.families, scores, self.gone, Limits.of(self.config))
+        taken = take_due(self.goal, self.ledger, chunks, self.gone, phase.period + 1, self.schedule.pruning_periods)
+        self.status[taken] = REDUNDANT
         self._drop_slices()
-
-    def _choose(self, phase: Phase, scores: Tensor) -> Tensor:
-        gone = self.gone
-        chunks = find_chunks(self.families, scores, gone, Limits.of(self.config))
-        done, periods = phase.period + 1, self.schedule.pruning_periods
-        whole = self.goal.left(self.ledger, self.ledger.nothing)
-        if self.goal.unit == GROUPS:
-            due = (int(whole - self.goal.amount) * done) // periods
-            taken = take_count(chunks, due - int(gone.sum()), exact=done == periods)
-            if done == periods and int(gone.sum()) + len(taken) < due:
-                logger.warning("%d of K = %d groups go: no chunk is small enough", int(gone.sum()) + len(taken), due)
-            return taken
-        goal = whole + (self.goal.amount - whole) * done / periods
-        return take_until(chunks, gone, lambda mask: self.goal.left(self.ledger, mask), goal)
 
     # --- quantizers -----------------------------------------------------------------------------------------------
 
@@ -317,7 +323,9 @@ class QASSO(torch.optim.Optimizer):
 
     def _forget(self, phase: Phase, named: Named) -> None:
         """Eqs. 13-14 on every family with redundant groups, by the rules of the config."""
-        if self._redundant:
+        if self._redundant and self._watch is not None:
+            self.gamma = forget(self._redundant, named, phase.length - phase.step, len(self.families))
+        elif self._redundant:
             d = self.quantizers.read(named)
             redundant = Redundant(self._redundant, self._pairs, len(self.families), self.quantizers)
             self.gamma = redundant.forget(named, d, phase.length - phase.step, self.bit_bounds, self.config)
@@ -389,9 +397,3 @@ class QASSO(torch.optim.Optimizer):
             setattr(self, name, value)
         self._follow_base()
         self._forget_index()
-
-
-def _ledger_of(families: Sequence[Family], named: Named, quantizers: Quantizers) -> Ledger:
-    shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
-    layers = [LayerEntry(weight) for weight in quantizers.own_weights]
-    return Ledger.of(families, shapes, layers)

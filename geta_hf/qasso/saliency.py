@@ -32,7 +32,7 @@ def group_sums(cuts: Sequence[Cut], named: Mapping[str, Tensor], groups: int, pr
         parameter = named[cut.tensor]
         x = local(parameter.detach())
         g = torch.zeros_like(x) if parameter.grad is None else local(parameter.grad)
-        per_slice = _sum_others(product(x, g).float(), cut.dim)
+        per_slice = sum_others(product(x, g).float(), cut.dim)
         shard = shard_of(parameter, cut.tensor)
         if shard is None:
             whole.index_add_(0, cut.label, per_slice)
@@ -42,7 +42,8 @@ def group_sums(cuts: Sequence[Cut], named: Mapping[str, Tensor], groups: int, pr
     return (whole + add_up(split, held))[:groups]
 
 
-def _sum_others(values: Tensor, dim: int) -> Tensor:
+def sum_others(values: Tensor, dim: int) -> Tensor:
+    """Σ over all dimensions but one, shape (size of it,)."""
     others = [other for other in range(values.dim()) if other != dim]
     return values.sum(others) if others else values
 

@@ -70,6 +70,14 @@ class Slice:
             self.keep = ones.index_fill_(0, self.index, 0)
         tensor.mul_(self.along(self.keep, tensor.dim()))
 
+    def multiply(self, tensor: Tensor, factor: float) -> None:
+        """Multiply the slice of such a tensor, in place; all else stays bit for bit."""
+        if self.dim == 0:
+            tensor.index_copy_(0, self.index, tensor.index_select(0, self.index) * factor)
+            return
+        ones = torch.ones(tensor.shape[self.dim], dtype=tensor.dtype, device=tensor.device)
+        tensor.mul_(self.along(ones.index_fill_(0, self.index, factor), tensor.dim()))
+
     def _everywhere(self, tensor: Tensor) -> Tensor:
         """The index, repeated along all other dimensions without a copy."""
         shape = list(tensor.shape)

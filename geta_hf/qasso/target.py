@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +15,10 @@ from geta_hf.errors import GETAError
 from geta_hf.qadg.groups import Family
 from geta_hf.qasso.cuts import family_starts
 from geta_hf.qasso.ledger import Ledger
-from geta_hf.qasso.selection import Limits
+from geta_hf.qasso.selection import Chunks, Limits, take_count, take_until
 from geta_hf.quantization.functional import FLOAT_BITS
+
+logger = logging.getLogger(__name__)
 
 GROUPS, PARAMETERS, BOPS, BYTES, MEAN_BITS = "groups", "parameters", "bops", "bytes", "mean bits"
 
@@ -79,6 +82,24 @@ def _nearest_removal(family: Family, limits: Limits, goal: float) -> int:
             break
         removed += size
     return removed
+
+
+def take_due(target: Target, ledger: Ledger, chunks: Chunks, gone: Tensor, done: int, periods: int) -> Tensor:
+    """The numbers of the groups that become redundant so that `done` of `periods` of the way is gone then.
+
+    Args:
+        chunks: those that may leave, the lowest scores first.
+        gone: bool, shape (groups,): groups that have left.
+    """
+    whole = target.left(ledger, ledger.nothing)
+    if target.unit != GROUPS:
+        goal = whole + (target.amount - whole) * done / periods
+        return take_until(chunks, gone, lambda mask: target.left(ledger, mask), goal)
+    due = (int(whole - target.amount) * done) // periods
+    taken = take_count(chunks, due - int(gone.sum()), exact=done == periods)
+    if done == periods and int(gone.sum()) + len(taken) < due:
+        logger.warning("%d of K = %d groups go: no chunk is small enough", int(gone.sum()) + len(taken), due)
+    return taken
 
 
 def solve_target(config: GETAConfig, families: Sequence[Family], ledger: Ledger) -> Target:

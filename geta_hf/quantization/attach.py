@@ -19,7 +19,7 @@ from geta_hf.quantization.layers import (
     convert,
     revert,
 )
-from geta_hf.quantization.quantizer import Quantizer, channel_clipping_values, clipping_value
+from geta_hf.quantization.quantizer import Quantizer, channel_clipping_values, check_clipping, clipping_value
 
 Layers = dict[str, nn.Module]
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -91,7 +91,8 @@ def attach_quantizers(
     """Put a learnable weight quantizer on the chosen layers, in place. Layers whose weight is tied share one.
 
     Args:
-        model: any module; a Hugging Face model's base model is searched for repeated blocks.
+        model: any module; a Hugging Face model's base model is searched for repeated blocks. On meta, quantizers are
+            made for their shapes alone.
         include, exclude: see `select_layers`.
         initial_bits: width that sets the first d.
         target_bits: width for which `clipping="mse"` chooses q_m.
@@ -124,6 +125,9 @@ def attach_quantizers(
 
 
 def _start(weight: Tensor, bits: int, clipping: str, name: str, dim: int | None) -> float | Tensor:
+    if weight.is_meta:  # nothing to measure: the layer is converted for its shapes alone
+        check_clipping(clipping)
+        return torch.ones(1 if dim is None else weight.shape[dim], device="meta")
     if dim is None:
         return clipping_value(weight, bits, clipping, name)
     return channel_clipping_values(weight, bits, clipping, name, dim)

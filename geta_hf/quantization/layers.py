@@ -9,25 +9,36 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from geta_hf.errors import GETAError
-from geta_hf.quantization.fixed import InputQuantizedLayer, base_type
+from geta_hf.quantization.fixed import InputQuantizedLayer
+from geta_hf.quantization.kinds import base_type
 from geta_hf.quantization.linear import quantized_linear
+from geta_hf.quantization.lora import LowRank
 from geta_hf.quantization.quantizer import Quantizer
 
 
 class QuantizedLayer(InputQuantizedLayer):
-    """Mixin of every quantized layer; `weight_quantizer` is the quantizer of `weight`."""
+    """Mixin of every quantized layer; `weight_quantizer` is the quantizer of `weight`.
+
+    `lora` is what is added to the weight before it is quantized, None where nothing is.
+    """
 
     weight: Any  # each plain layer class declares its own type
     weight_quantizer: Quantizer
+    lora: LowRank | None
+
+    def merged_weight(self) -> Tensor:
+        """What is quantized, differentiable: the weight, with what `lora` adds."""
+        return self.weight if self.lora is None else self.lora.merged(self.weight)
 
     def quantized_weight(self) -> Tensor:
         """x^Q of the weight, differentiable."""
-        return self.weight_quantizer(self.weight)
+        return self.weight_quantizer(self.merged_weight())
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
@@ -35,14 +46,18 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         x, own = self.quantized_input(input), self.weight_quantizer
-        return quantized_linear(x, self.weight, self.bias, *own.along(self.weight), own.exponent, own.frozen)
+        return quantized_linear(x, self.weight, self.bias, *own.along(self.weight), own.exponent, own.frozen, self.lora)
 
 
 class QuantConv1D(QuantizedLayer, Conv1D):
     """transformers' Conv1D, a linear whose weight is (in, out), on the quantized weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.quantized_input(x), self.quantized_weight().t(), self.bias)
+        x, own = self.quantized_input(x), self.weight_quantizer
+        if self.lora is None:
+            return F.linear(x, self.quantized_weight().t(), self.bias)
+        d, q_m = (value.t() for value in own.along(self.weight))
+        return quantized_linear(x, self.weight.t(), self.bias, d, q_m, own.exponent, own.frozen, self.lora)
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
@@ -84,9 +99,19 @@ def convert(layer: nn.Module, quantizer: Quantizer) -> None:
     layer.__class__ = _quantized_class(type(layer), base_type(layer))  # type: ignore[arg-type]
     layer.weight_quantizer = quantizer
     layer.input_quantizer = None  # type: ignore[assignment]
+    layer.lora = None  # type: ignore[assignment]
 
 
-def revert(layer: nn.Module) -> None:
-    """Turn a quantized layer back into what it was, in place; the weight keeps its unquantized value."""
-    del layer.weight_quantizer, layer.input_quantizer
+@torch.no_grad()
+def absorb(layer: QuantizedLayer) -> None:
+    """Write what `lora` adds into the weight and drop it, in place."""
+    if layer.lora is not None:
+        layer.weight.copy_(layer.merged_weight())
+        layer.lora = None
+
+
+def revert(layer: QuantizedLayer) -> None:
+    """Turn a quantized layer back into what it was, in place; the weight keeps its unquantized, merged value."""
+    absorb(layer)
+    del layer.weight_quantizer, layer.input_quantizer, layer.lora
     layer.__class__ = layer.__dict__.pop("_plain_class")

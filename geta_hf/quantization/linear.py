@@ -10,10 +10,14 @@ from torch import Tensor
 
 from geta_hf.quantization.functional import EAGER, fake_quantize, gradients_or_zeros
 from geta_hf.quantization.kernels import choose, must_stay_plain
+from geta_hf.quantization.lora import LowRank, merge
 
 
 class _QuantizedLinear(torch.autograd.Function):
-    """Saves the weight as it is and recomputes x^Q, where F.linear would keep x^Q: a copy of every weight."""
+    """Saves the weight as it is and recomputes x^Q, where F.linear would keep x^Q: a copy of every weight.
+
+    So it does with W + scale · B A where a and b are given.
+    """
 
     @staticmethod
     def forward(
@@ -25,28 +29,39 @@ class _QuantizedLinear(torch.autograd.Function):
         q_m: Tensor,
         t: Tensor | None,
         frozen: bool,
+        a: Tensor | None,
+        b: Tensor | None,
+        scale: float,
     ) -> Tensor:
         kernel = choose(weight, EAGER)
-        out = F.linear(x, kernel.quantize(weight, d, q_m, t), bias)
+        out = F.linear(x, kernel.quantize(_whole(weight, a, b, scale), d, q_m, t), bias)
         # Under autocast the product is taken in another dtype than x has; so are those of backward.
-        ctx.save_for_backward(x.to(out.dtype), weight, d, q_m, t)
-        ctx.kernel, ctx.frozen = kernel, frozen
+        ctx.save_for_backward(x.to(out.dtype), weight, d, q_m, t, a, b)
+        ctx.kernel, ctx.frozen, ctx.scale = kernel, frozen, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, d, q_m, t = ctx.saved_tensors
-        grad_x = grad_bias = None
+        x, weight, d, q_m, t, a, b = ctx.saved_tensors
+        weight = _whole(weight, a, b, ctx.scale)
+        grad_x = grad_bias = grad_a = grad_b = None
         of_quantizer: tuple[Tensor | None, ...] = (None, None, None, None)
         grad = grads[0].reshape(-1, weight.shape[0])
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ ctx.kernel.quantize(weight, d, q_m, t).to(grad.dtype)).view(x.shape)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum(0)
-        if any(ctx.needs_input_grad[position] for position in (1, 3, 4, 5)):
+        if any(ctx.needs_input_grad[position] for position in (1, 3, 4, 5, 7, 8)):
             grad_weight = grad.t() @ x.reshape(-1, weight.shape[1])
             of_quantizer = gradients_or_zeros(ctx.kernel, ctx.frozen, grad_weight, weight, d, q_m, t)
-        return grad_x, of_quantizer[0], grad_bias, *of_quantizer[1:], None
+            if a is not None and b is not None and of_quantizer[0] is not None:
+                of_weight = of_quantizer[0].float()
+                grad_a, grad_b = ctx.scale * (b.t() @ of_weight), ctx.scale * (of_weight @ a.t())
+        return grad_x, of_quantizer[0], grad_bias, *of_quantizer[1:], None, grad_a, grad_b, None
+
+
+def _whole(weight: Tensor, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
+    return weight if a is None or b is None else merge(weight, a, b, scale)
 
 
 def quantized_linear(
@@ -57,6 +72,7 @@ def quantized_linear(
     q_m: Tensor,
     t: Tensor | None = None,
     frozen: bool = False,
+    low_rank: LowRank | None = None,
 ) -> Tensor:
     """F.linear(x, fake_quantize(weight, d, q_m, t, frozen), bias) that computes x^Q again in backward.
 
@@ -67,10 +83,12 @@ def quantized_linear(
         weight: (out, in); a transposed view will do.
         bias: (out,) or None.
         d, q_m, t, frozen: as in `fake_quantize`.
+        low_rank: what is added to the weight before it is quantized; recomputed in backward as well.
 
     Returns:
         (…, out).
     """
+    a, b, scale = (None, None, 1.0) if low_rank is None else (low_rank.A, low_rank.B, low_rank.scale)
     if must_stay_plain(x, weight):
-        return F.linear(x, fake_quantize(weight, d, q_m, t, frozen), bias)
-    return _QuantizedLinear.apply(x, weight, bias, d, q_m, t, frozen)
+        return F.linear(x, fake_quantize(_whole(weight, a, b, scale), d, q_m, t, frozen), bias)
+    return _QuantizedLinear.apply(x, weight, bias, d, q_m, t, frozen, a, b, scale)

@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from geta_hf import build_space, export
+from geta_hf import build_space, evaluate, export
+from geta_hf.evaluation import write_tasks
 from tests.elsewhere import run_elsewhere
 from tests.export.tiny_encoders import train_by_hand
+from tests.tiny_tasks import ROWS, byte_tokenizer, tiny_llama, write_rows
 
 pytestmark = pytest.mark.slow
 
@@ -62,6 +64,36 @@ def test_lm_eval_runs_the_folder(tmp_path: Path) -> None:
     with torch.no_grad():
         right = [_choice(LlamaForCausalLM.from_pretrained(tmp_path / "out"), row) == row["label"] for row in rows]
     assert found == pytest.approx(sum(right) / len(rows))
+
+
+LOCAL = """
+import sys
+from lm_eval.__main__ import cli_evaluate
+model = ["--model", "hf", "--model_args", "pretrained=out,trust_remote_code=True", "--device", "cpu"]
+tasks = ["--include_path", "tasks", "--tasks", "piqa,blimp"]
+sys.argv = ["lm_eval", "run", *model, *tasks, "--batch_size", "2", "--output_path", "results"]
+cli_evaluate()
+"""
+
+
+def test_lm_eval_runs_a_generated_task(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    model, batch = tiny_llama(), {"input_ids": torch.arange(8).view(2, 4)}
+    space = build_space(model, batch)
+    train_by_hand(model, space)
+    export(model, tmp_path / "out", space=space, batch=batch, processing_class=byte_tokenizer())
+    names = ("piqa/validation", "blimp/transitive", "blimp/passive_1")
+    data = write_rows(tmp_path / "data", {name: ROWS[name] for name in names})
+    assert write_tasks(data, tmp_path / "tasks") == ["piqa", "blimp"]
+    run_elsewhere(LOCAL, tmp_path)
+    (result,) = tmp_path.glob("results/**/results_*.json")
+    theirs = json.loads(result.read_text())
+    ours = evaluate(tmp_path / "out", "piqa,blimp", data_dir=data, device="cpu")
+    assert theirs["configs"]["piqa"]["dataset_path"] == "json"  # ours, not lm-eval's own of the same name
+    for task, values in ours.results["results"].items():
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        assert numbers == pytest.approx({name: theirs["results"][task][name] for name in numbers}), task
+    assert {"groups", "configs", "versions", "n-shot", "n-samples", "higher_is_better"} <= set(ours.results)
 
 
 def _choice(model: LlamaForCausalLM, row: dict) -> int:

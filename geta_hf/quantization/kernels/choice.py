@@ -30,6 +30,7 @@ _VARIABLE = "GETA_KERNEL"
 # Compiling takes some 10 s where nothing is cached: it pays where a step takes as long as one of such a tensor does.
 COMPILE_FROM = 2**17
 _forced: list[str] = []
+_outlines: list[Kernel] = []
 
 
 def choose(x: Tensor, eager: Kernel) -> Kernel:
@@ -42,6 +43,8 @@ def choose(x: Tensor, eager: Kernel) -> Kernel:
     Raises:
         GETAError: the environment variable GETA_KERNEL names no kernel.
     """
+    if _outlines:
+        return _outlines[-1]
     if must_stay_plain(x):
         return eager
     return _make(_wanted() or _fastest(x), eager)
@@ -61,11 +64,23 @@ def using(name: str) -> Iterator[None]:
         _forced.pop()
 
 
+@contextmanager
+def outlined(kernel: Kernel) -> Iterator[None]:
+    """Let every forward inside take `kernel`, whatever its tensors are: to count memory without data."""
+    _outlines.append(kernel)
+    try:
+        yield
+    finally:
+        _outlines.pop()
+
+
 def must_stay_plain(*tensors: Tensor) -> bool:
     """Whether only ordinary operators will do: torch.compile or a capture reads along, or a tensor is no plain data.
 
     No plain data are meta and fake tensors, distributed ones and every other subclass.
     """
+    if _outlines:
+        return False
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return True
     return any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta for x in tensors)

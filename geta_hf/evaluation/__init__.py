@@ -1,0 +1,9 @@
+"""How good a language model is: lm-eval's tasks, from the Hub or from local files, and the perplexity of a text."""
+
+from geta_hf.evaluation.harness import evaluate
+from geta_hf.evaluation.scores import Evaluation, Score
+from geta_hf.evaluation.table import side_by_side
+from geta_hf.evaluation.tasks import COMMONSENSE, write_tasks
+from geta_hf.evaluation.texts import TextScore, perplexity
+
+__all__ = ["COMMONSENSE", "Evaluation", "Score", "TextScore", "evaluate", "perplexity", "side_by_side", "write_tasks"]

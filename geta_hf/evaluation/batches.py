@@ -1,0 +1,70 @@
+"""lm-eval's model, with batches made for the requests. Imports lm-eval: so only where it is needed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from geta_hf.errors import GETAError
+
+Request = tuple[Any, list[int], list[int]]  # texts, tokens of the context, tokens of the continuation
+
+CPU_POSITIONS = 1024  # in one batch on a CPU: more gains no speed, and logits of a large vocabulary take 0.2 MB each
+LARGEST_BATCH = 256  # where lm-eval's search starts on other devices
+
+
+class BatchedLM(HFLM):
+    """A loaded causal model whose requests run with others of like length.
+
+    lm-eval's automatic batch size is the one that the longest request allows, for all of them, found by running out of
+    memory: on a CPU, where that never happens in time, it takes 64. Here requests are sorted into classes of length
+    first; on a CPU a batch has so many rows that it fills `CPU_POSITIONS`.
+
+    Attributes:
+        truncated: how many requests so far were longer than the model's positions.
+        requests: how many there were.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | str) -> None:
+        options = {"batch_size": batch_size, "max_batch_size": LARGEST_BATCH, "backend": "causal"}
+        super().__init__(pretrained=model, tokenizer=tokenizer, **options)
+        self.truncated = self.requests = 0
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        self._count(requests)
+        if self.batch_size != "auto" or override_bs:
+            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+        classes: dict[int, list[int]] = defaultdict(list)
+        for place, (_, context, continuation) in enumerate(requests):
+            classes[(len(context) + len(continuation)).bit_length()].append(place)
+        answers: dict[int, tuple[float, bool]] = {}
+        with tqdm(total=len(requests), desc="requests", disable=disable_tqdm or None) as bar:
+            for _, places in sorted(classes.items(), reverse=True):
+                self.batch_sizes: dict[int, int] = {}  # those of other lengths
+                chosen = [requests[place] for place in places]
+                answers.update(zip(places, super()._loglikelihood_tokens(chosen, disable_tqdm=True), strict=True))
+                bar.update(len(places))
+        return [answers[place] for place in range(len(requests))]
+
+    def _detect_batch_size(self, requests: Sequence[Request] | None = None, pos: int = 0) -> int:
+        if self.device.type != "cpu":
+            return super()._detect_batch_size(requests, pos)
+        length = len(requests[pos][1]) + len(requests[pos][2]) if requests else self.max_length
+        return max(1, CPU_POSITIONS // min(length, self.max_length))
+
+    def _count(self, requests: Sequence[Request]) -> None:
+        for _, context, continuation in requests:
+            if len(continuation) > self.max_length:
+                raise GETAError(
+                    f"an answer of {len(continuation)} tokens has no room in the model's {self.max_length} positions; "
+                    "leave that task out"
+                )
+            self.truncated += len(context) + len(continuation) > self.max_length + 1
+        self.requests += len(requests)

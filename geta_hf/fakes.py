@@ -1,0 +1,84 @@
+"""Tensors that hold no data: models made of them, what fused kernels would allocate, and a count of what is alive."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections import Counter
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from geta_hf.quantization.kernels import Kernel
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def outline_of(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
+    """A tensor of the same shape and dtype on `device`, without data."""
+    with mode:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+
+def without_data(model: Model, mode: FakeTensorMode, device: torch.device) -> Model:
+    """A copy of a model whose tensors hold no data; ties stay."""
+    memo: dict[int, Any] = {id(b): outline_of(b, mode, device) for b in model.buffers()}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(outline_of(parameter, mode, device), parameter.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+def _quantize(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _gradients(grad: Tensor, x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None) -> Any:
+    return torch.empty_like(grad), *(None if value is None else torch.empty_like(value) for value in (d, q_m, t))
+
+
+def _straight_through(grad: Tensor, x: Tensor, q_m: Tensor) -> Tensor:
+    return torch.empty_like(grad)
+
+
+OUTLINE = Kernel("outline", _quantize, _gradients, _straight_through)
+"""What the fused kernels allocate; the pure functions, which fake tensors would get, make a temporary a line."""
+
+
+class Live(TorchDispatchMode):
+    """Counts the storages that are alive by part, and keeps their sizes at the moment of the highest level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now: Counter[str] = Counter()
+        self.highest: Counter[str] = Counter()
+        self.peak = self.level = 0
+        self._part: dict[int, str] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor) and id(value.untyped_storage()) not in self._part:
+                self.hold(value, "activations")
+        return out
+
+    def hold(self, tensor: Tensor, part: str) -> None:
+        """Count a tensor's storage under a part until it is freed; one that is counted changes its part."""
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key in self._part:
+            self.now[self._part[key]] -= size
+        else:
+            self.level += size
+            weakref.finalize(storage, self._drop, key, size)
+        self._part[key] = part
+        self.now[part] += size
+        if self.level > self.peak:
+            self.peak, self.highest = self.level, self.now.copy()
+
+    def _drop(self, key: int, size: int) -> None:
+        self.level -= size
+        self.now[self._part.pop(key)] -= size

@@ -1,0 +1,98 @@
+"""What the recipes share: a YAML file and `--key value` after it, as the arguments of one run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from geta_hf import GETAConfig, GETAError
+
+
+def read_values(argv: Sequence[str]) -> tuple[dict[str, Any], GETAConfig | None]:
+    """Reads `[config.yaml] [--key value ...]`; a dotted key reaches into a section, a key alone means true.
+
+    Returns:
+        All values but the `geta` section, and that as a config; None where it is missing or null.
+
+    Raises:
+        GETAError: a missing file, a malformed argument, or a `geta` section that is none.
+    """
+    argv = list(argv)
+    values = read_config(argv.pop(0)) if argv and not argv[0].startswith("--") else {}
+    apply_overrides(values, argv)
+    geta = values.pop("geta", None)
+    if not (geta is None or isinstance(geta, dict)):
+        raise GETAError(f"geta: {geta!r} is neither a section with the fields of GETAConfig nor null")
+    return values, None if geta is None else GETAConfig.from_dict(geta)
+
+
+def parse_sections(parser: HfArgumentParser, values: dict[str, Any]) -> tuple[Any, ...]:
+    """The parser's dataclasses, filled from `values`.
+
+    Raises:
+        GETAError: a key that none of them knows, or a value that they refuse.
+    """
+    # YAML 1.1 reads the strategy `no` as false.
+    values = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in _renamed(values).items()}
+    values.setdefault("use_cpu", not torch.accelerator.is_available())  # without it, bf16 refuses a CPU
+    try:
+        return parser.parse_dict(values)
+    except (TypeError, ValueError) as error:
+        raise GETAError(f"arguments of the recipe: {error}") from error
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """Later versions of transformers call gradient checkpointing activation checkpointing; both names are taken."""
+    old, new = "gradient_checkpointing", "activation_checkpointing"
+    if new not in TrainingArguments.__dataclass_fields__:
+        old, new = new, old
+    names = {f"{old}{end}": f"{new}{end}" for end in ("", "_kwargs")}
+    return {names.get(key, key): value for key, value in values.items()}
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The YAML file as a dict, with `5e-5` read as the number that it is."""
+    if not Path(path).is_file():
+        raise GETAError(f"{path}: no such config file; give a YAML file such as recipes/configs/bert_squad.yaml")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise GETAError(f"{path}: not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise GETAError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
+    return _numbers(values)
+
+
+def apply_overrides(values: dict[str, Any], argv: Sequence[str]) -> None:
+    """Writes `--key value`, `--key=value`, `--section.key value` and `--flag` into `values`, read as YAML."""
+    rest = list(argv)
+    while rest:
+        key, equals, text = rest.pop(0).partition("=")
+        if not key.startswith("--") or len(key) == 2:
+            raise GETAError(f"{key!r}: expected --key value; only the first argument may be a config file")
+        if not equals:
+            text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        *sections, name = key[2:].split(".")
+        target = values
+        for section in sections:
+            if not isinstance(target.get(section), dict):
+                target[section] = {}
+            target = target[section]
+        target[name] = _numbers(yaml.safe_load(text))
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 reads `5e-5`, without a dot, as text."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    return value

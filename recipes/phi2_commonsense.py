@@ -1,0 +1,335 @@
+"""Fine-tunes a causal language model and, with a `geta:` section, compresses it while it learns.
+
+    accelerate launch recipes/phi2_commonsense.py recipes/configs/phi2.yaml
+    accelerate launch recipes/phi2_commonsense.py recipes/configs/phi2.yaml --plan_only --device_memory 80GB
+    accelerate launch recipes/phi2_commonsense.py recipes/configs/phi2.yaml --train_file notes.txt.gz \
+        --response_column null --template null --geta.target_sparsity 0.5
+    accelerate launch recipes/phi2_commonsense.py recipes/configs/phi2.yaml --geta null     # plain, dense
+
+The YAML file holds the fields of `ModelArguments`, `DataArguments` and Trainer's own `TrainingArguments`, `geta:` with
+the fields of `GETAConfig`, and, where full gradients do not fit, `lora:` with those of peft's `LoraConfig`.
+`output_dir/export` receives the model, `output_dir/results.json` what came of the run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from geta_hf import DryRun, GETAConfig, GETAError, GETATrainer, dry_run, write_card
+from recipes import text_data
+from recipes.arguments import parse_sections, read_values
+from recipes.text_data import DataArguments
+
+_UNITS = {"": 1, "B": 1, "MB": 1e6, "GB": 1e9, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass
+class ModelArguments:
+    """Which model to start from, and where it is to fit."""
+
+    model_name_or_path: str = field(metadata={"help": "a model's name on the Hub, or a local folder"})
+    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "default: the model's own"})
+    dtype: str = field(default="float32", metadata={"help": "of the weights in training: float32 or bfloat16"})
+    plan_only: bool = field(default=False, metadata={"help": "print the plan and the memory; read no weights"})
+    device_memory: str | None = field(
+        default=None, metadata={"help": "what must be enough, such as 80GB; default: what is free on the device"}
+    )
+
+
+@dataclass
+class Arguments:
+    """Everything that one run needs; `geta` None means plain fine-tuning, `lora` None means all parameters."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: TrainingArguments
+    geta: GETAConfig | None
+    lora: dict[str, Any] | None = None
+
+
+# -------------------------------------------------------------------------------------------------------- arguments
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """The run's arguments; see `recipes.arguments.read_values` for how they are written.
+
+    Raises:
+        GETAError: an unknown key, a value that can't be, or options that can't go together.
+    """
+    values, geta = read_values(argv)
+    lora = values.pop("lora", None)
+    model, data, training = parse_sections(_parser(), values)
+    arguments = Arguments(model, data, training, geta, lora)
+    _check(arguments)
+    return arguments
+
+
+def _parser() -> HfArgumentParser:
+    return HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+
+
+def _check(arguments: Arguments) -> None:
+    if arguments.data.streaming and arguments.training.max_steps <= 0:
+        raise GETAError("streaming has no length: give max_steps, the number of updates")
+    if arguments.model.dtype not in ("float32", "bfloat16"):
+        raise GETAError(f"dtype = {arguments.model.dtype!r} must be float32 or bfloat16")
+    if not (arguments.lora is None or isinstance(arguments.lora, dict)):
+        raise GETAError(f"lora: {arguments.lora!r} is neither a section with the fields of LoraConfig nor null")
+    if arguments.lora is not None and arguments.geta is None:
+        raise GETAError("lora without geta is peft's own business; give a geta section, or `--lora null`")
+    if arguments.model.device_memory is not None:
+        parse_bytes(arguments.model.device_memory)
+
+
+def parse_bytes(text: str) -> int:
+    """`80GB`, `24 GiB` or a number of bytes."""
+    found = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", str(text))
+    if found is None or found[2].upper() not in _UNITS:
+        raise GETAError(f"device_memory = {text!r} must be a size such as 80GB or 24GiB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def lora_config(arguments: Arguments) -> Any:
+    """peft's config; None without a `lora` section."""
+    if arguments.lora is None:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise GETAError("the lora section needs `pip install peft`") from error
+    try:
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **arguments.lora})
+    except (TypeError, ValueError) as error:
+        raise GETAError(f"lora: {error}") from error
+
+
+# --------------------------------------------------------------------------------------------------------- the plan
+
+
+def check_positions(config: PreTrainedConfig, block_size: int) -> None:
+    """Raises GETAError for rows longer than the model's positions."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)  # some models have no limit
+    if block_size < 2 or (positions is not None and block_size > positions):
+        raise GETAError(f"block_size = {block_size} must lie between 2 and the model's {positions} positions")
+
+
+def plan(arguments: Arguments) -> DryRun:
+    """What the run would do and need, found without weights."""
+    config = AutoConfig.from_pretrained(arguments.model.model_name_or_path)
+    check_positions(config, arguments.data.block_size)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise GETAError(f"{arguments.model.model_name_or_path}: {type(config).__name__} has no causal language model")
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    config.dtype = getattr(torch, arguments.model.dtype)
+    batch = text_data.largest_batch(arguments.data, arguments.training.per_device_train_batch_size)
+    return dry_run(config, batch, arguments.training, arguments.geta, lora_config(arguments))
+
+
+def free_memory(arguments: Arguments) -> int | None:
+    """Bytes that the run may take: as told, or what is free on its device; None where that is not known."""
+    if arguments.model.device_memory is not None:
+        return parse_bytes(arguments.model.device_memory)
+    device = arguments.training.device
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    status = Path("/proc/meminfo")
+    if device.type != "cpu" or not status.is_file():
+        return None
+    return 1024 * int(status.read_text(encoding="utf-8").partition("MemAvailable:")[2].split()[0])
+
+
+def fit(found: DryRun, free: int | None) -> str:
+    """One sentence: whether the run fits. The estimate was within 10 % of what was measured."""
+    if free is None:
+        return "free memory of the device is not known; give --device_memory, such as 80GB"
+    peak, room = found.memory.peak / 1e9, free / 1e9
+    if peak > room:
+        return f"does not fit: {peak:.1f} GB are needed, {room:.1f} GB are there"
+    tight = "; that is close" if peak > 0.9 * room else ""
+    return f"fits: {peak:.1f} GB of {room:.1f} GB are needed{tight}"
+
+
+def check_memory(arguments: Arguments, found: DryRun) -> None:
+    """Raises GETAError for a batch that does not fit the device, before anything is loaded."""
+    free = free_memory(arguments)
+    if free is not None and found.memory.peak > free and not arguments.training.fsdp:
+        raise GETAError(
+            f"the run {fit(found, free)}:\n{found.memory}\nlower per_device_train_batch_size or block_size, set "
+            f"gradient_checkpointing, choose optim: adafactor, or add a lora section"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def load_model(arguments: ModelArguments) -> PreTrainedModel:
+    """The model with its weights."""
+    return AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=getattr(torch, arguments.dtype))
+
+
+def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a padding token."""
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name_or_path or arguments.model_name_or_path)
+    text_data.prepare_tokenizer(tokenizer)
+    return tokenizer
+
+
+def make_trainer(
+    arguments: Arguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Any
+) -> Trainer:
+    """GETATrainer with a `geta` section, Trainer without."""
+    common: dict[str, Any] = {
+        "model": model,
+        "args": arguments.training,
+        "train_dataset": rows,
+        "data_collator": text_data.collator(arguments.data, tokenizer),
+        "processing_class": tokenizer,
+    }
+    if arguments.geta is None:
+        return Trainer(**common)
+    return GETATrainer(geta_config=arguments.geta, peft_config=lora_config(arguments), **common)
+
+
+def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes the small folder in place of an earlier run's; for a dense model the plain one."""
+    if isinstance(trainer, GETATrainer):
+        trainer.export_model(folder, overwrite=True)
+    elif trainer.is_world_process_zero():
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+@dataclass
+class HeldOut:
+    """Rows that are never trained on, and how to score a model on them."""
+
+    rows: Any
+    collate: Any
+    batch_size: int
+    bf16: bool
+
+    def score(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Perplexity of a model."""
+        return text_data.perplexity(model, self.rows, self.collate, self.batch_size, self.bf16)
+
+
+def held_out(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> HeldOut | None:
+    """The evaluation rows; None where neither eval_file nor eval_split is given."""
+    data, training = arguments.data, arguments.training
+    if data.eval_file is None and data.eval_split is None:
+        return None
+    rows = text_data.load_rows(data, data.eval_file, str(data.eval_split), data.max_eval_rows)
+    ready = text_data.features(data, tokenizer, rows)
+    return HeldOut(ready, text_data.collator(data, tokenizer), training.per_device_eval_batch_size, training.bf16)
+
+
+def describe(arguments: Arguments) -> dict[str, Any]:
+    """The run's own settings, ready for JSON."""
+    return {
+        "model": asdict(arguments.model),
+        "data": asdict(arguments.data),
+        "training": json.loads(arguments.training.to_json_string()),
+        "geta": arguments.geta.to_dict() if arguments.geta else None,
+        "lora": arguments.lora,
+    }
+
+
+def run(arguments: Arguments) -> dict[str, Any]:
+    """Plans, trains, exports, scores what was exported, and writes `results.json`.
+
+    Returns:
+        What `results.json` holds; on processes other than the first, nothing.
+    """
+    output, training = Path(str(arguments.training.output_dir)), arguments.training
+    set_seed(training.seed)
+    foreseen = plan(arguments)
+    check_memory(arguments, foreseen)
+    tokenizer = load_tokenizer(arguments.model)
+    data = arguments.data
+    rows = text_data.load_rows(data, data.train_file, data.train_split, data.max_train_rows)
+    rows, test = text_data.features(data, tokenizer, rows), held_out(arguments, tokenizer)
+    model = load_model(arguments.model)
+    before = test.score(model.to(training.device)) if test is not None and training.process_index == 0 else None
+
+    if training.include_num_input_tokens_seen == "no":
+        training.include_num_input_tokens_seen = "all" if data.packs else "non_padding"
+    trainer = make_trainer(arguments, model, tokenizer, rows)
+    seconds = time.perf_counter()
+    outcome = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    seconds = time.perf_counter() - seconds
+    export(trainer, tokenizer, output / "export")
+    trainer.accelerator.wait_for_everyone()
+    if not trainer.is_world_process_zero():
+        return {}
+    results = {
+        "train_loss": outcome.training_loss,
+        "steps": outcome.global_step,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "train_seconds": round(seconds, 1),
+        "before": before,
+        "after": None if test is None else test.score(_exported(output, training)),
+        "memory_foreseen": asdict(foreseen.memory) | {"peak": foreseen.memory.peak},
+        "config": describe(arguments),
+    }
+    (output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    if arguments.geta is not None:
+        write_card(output / "export", dataset=data.dataset_name, metrics=_metrics(results))
+    return results
+
+
+def _exported(output: Path, training: TrainingArguments) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(output / "export").to(training.device)
+
+
+def _metrics(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    columns = {"dense": results["before"], "compressed": results["after"]}
+    return {name: {"perplexity": score["perplexity"]} for name, score in columns.items() if score is not None}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The command; also the way to run the recipe from Python: `main(["config.yaml", "--seed", "1"])`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or "--help" in argv or "-h" in argv:
+        print(__doc__)
+        _parser().print_help()
+        return {}
+    arguments = parse_arguments(argv)
+    if arguments.model.plan_only:
+        found = plan(arguments)
+        print(found)
+        print(f"{arguments.model.model_name_or_path} {fit(found, free_memory(arguments))}")
+        return {}
+    results = run(arguments)
+    if results:
+        print(json.dumps({key: results[key] for key in ("train_loss", "tokens", "before", "after", "train_seconds")}))
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except GETAError as error:
+        sys.exit(f"error: {error}")
