@@ -151,7 +151,7 @@ def _body(facts: Facts, base_model: str | None, metrics: Metrics, name: str) -> 
     sections = [
         f"# {_cell(name)}",
         summary(facts, base_model),
-        "## Before and after\n\n" + format_table(("", "dense", "compressed"), rows) + "\n\n" + HOW_COUNTED,
+        "## Before and after\n\n" + format_table(("", "dense", "compressed"), rows) + "\n\n" + how_counted(facts),
         f"## Layer by layer\n\n![What is kept of every layer, and at how many bits]({PICTURE_NAME})\n\n"
         + _details("As a table", _layer_table(layer_grid(facts.structure))),
         f"## Bytes\n\n{parts}",
@@ -163,11 +163,19 @@ def _body(facts: Facts, base_model: str | None, metrics: Metrics, name: str) -> 
     return "\n\n".join((*sections, f"## Versions\n\n{_cell(versions)}"))
 
 
-HOW_COUNTED = (
+_COUNTED = (
     "Where a dense size is given, it is that of the same architecture before anything was cut, in the same dtype. BOPs "
     "are MACs · bits of the weight · bits of the input, 32 for a float side: the paper counts the quantized linears "
     "alone, the full count every matmul and embedding."
 )
+
+
+def how_counted(facts: Facts) -> str:
+    """What the figures of the table mean, in a sentence or two."""
+    if not (dropped := len(facts.structure.dropped)):
+        return _COUNTED
+    layers = "one layer that was" if dropped == 1 else f"{dropped} layers that were"
+    return f"{_COUNTED} Parameters, MACs and BOPs of the dense model leave out the {layers} removed whole."
 
 
 def summary(facts: Facts, base_model: str | None) -> str:
@@ -175,13 +183,14 @@ def summary(facts: Facts, base_model: str | None) -> str:
     kept = sum(left for left, _ in facts.structure.kept.values())
     before = sum(total for _, total in facts.structure.kept.values())
     source = f" from {_cell(base_model)}" if base_model else ""
-    pruned = f"{kept:,} of {before:,} groups of weights are left" if kept < before else "nothing was cut away"
+    pruned = f"{kept:,} of {before:,} groups of weights are left" if kept < before else "no group was cut away"
+    layers = f"{len(facts.structure.dropped)} layers were removed whole, " if facts.structure.dropped else ""
     widths = sorted(set(facts.structure.bits.values()))
     between = f"{widths[0]} bits" if len(widths) == 1 else f"{widths[0]} to {widths[-1]} bits" if widths else ""
     packed = f", and {len(facts.structure.bits)} layers are stored at {between}" if widths else ""
     return (
         f"A {_cell(facts.architecture)}{source}, compressed with GETA (joint structured pruning and quantization while "
-        f"it is fine-tuned): {pruned}{packed}."
+        f"it is fine-tuned): {layers}{pruned}{packed}."
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from geta_hf.card import HOW_COUNTED, Way, table_of, ways_to_load
+from geta_hf.card import Way, how_counted, table_of, ways_to_load
 from geta_hf.errors import GETAError
 from geta_hf.export.sizes import tensor_bytes
 from geta_hf.facts import Facts, check_metrics, read_facts
@@ -76,7 +76,7 @@ def _parts(facts: Facts, sizes: Mapping[str, int], metrics: Metrics) -> dict[str
         "facts": _facts(facts),
         "tiles": "".join(_tile(*tile) for tile in _tiles(facts, sizes)),
         "rows": _table(("", "dense", "compressed"), rows),
-        "counted": printable(HOW_COUNTED),
+        "counted": printable(how_counted(facts)),
         "picture": draw(grid) if grid.rows else "<p>No layer was cut or quantized.</p>",
         "layers": _table(head, lines),
         "bytes": _bytes(facts.parts),

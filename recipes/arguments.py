@@ -84,7 +84,10 @@ def apply_overrides(values: dict[str, Any], argv: Sequence[str]) -> None:
             if not isinstance(target.get(section), dict):
                 target[section] = {}
             target = target[section]
-        target[name] = _numbers(yaml.safe_load(text))
+        try:
+            target[name] = _numbers(yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise GETAError(f"{key} {text}: not YAML; put patterns in single quotes ({error})") from error
 
 
 def _numbers(value: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from geta_hf.card import PICTURE_NAME, model_card, table_of, ways_to_load, write_card
+from geta_hf.config import CONFIG_NAME
 from geta_hf.errors import GETAError
 from geta_hf.facts import METRICS_NAME, read_facts
 from geta_hf.picture import layer_grid
@@ -42,6 +43,16 @@ def test_the_hub_reads_its_head(folder: Path) -> None:
     assert {(result.dataset_name, result.task_type) for result in data.eval_results} == {
         ("squad", "question-answering")
     }
+
+
+def test_layers_that_left_whole_are_said_and_not_counted_among_the_dense(folder: Path) -> None:
+    assert "removed whole" not in model_card(folder)
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    (folder / CONFIG_NAME).write_text(json.dumps({**config, "drop_layers": ["encoder.layer.1", "encoder.layer.2"]}))
+    text = model_card(folder)
+    assert "2 layers were removed whole, " in text
+    assert "of the dense model leave out the 2 layers that were removed whole." in text
+    assert re.search(r"\| layers removed +\| +\| encoder\.layer\.1, encoder\.layer\.2 ", text)
 
 
 def test_what_comes_later_joins_what_was_known(folder: Path) -> None:

@@ -9,6 +9,7 @@ from transformers import AutoModelForQuestionAnswering, TrainingArguments
 
 from geta_hf import GETAConfig, GETAError
 from recipes import bert_squad, demo_data
+from recipes.arguments import apply_overrides
 
 FOLDER = Path(bert_squad.__file__).parent / "configs"
 CONFIGS = [FOLDER / f"{name}.yaml" for name in ("bert_squad", "demo", "minilm_squad")]
@@ -125,3 +126,8 @@ def test_compressed_run_removes_half_of_the_groups(tmp_path: Path) -> None:
     dense = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "model")
     channels = [layer.intermediate.dense.out_features for layer in reloaded.bert.encoder.layer]
     assert sum(channels) < sum(layer.intermediate.dense.out_features for layer in dense.bert.encoder.layer)
+
+
+def test_a_value_that_is_no_yaml_is_named() -> None:
+    with pytest.raises(GETAError, match=r'--geta\.include \["layers\\\.", "head"\]: not YAML'):
+        apply_overrides({}, ["--geta.include", '["layers\\.", "head"]'])
