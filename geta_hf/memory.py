@@ -333,19 +333,18 @@ class _Forgetting:
 
 
 def _rehearsal(model: PreTrainedModel, batch: Mapping[str, Tensor], space: PruningSpace | None) -> int:
-    """Bytes of what `geta_hf.export.rehearsal` cuts and masks on copies, and of the logits that it compares."""
+    """Bytes of what `geta_hf.export.rehearsal` cuts on a copy, and of the logits that it compares."""
     if space is None:
         return 0
     tensors = dict(model.named_parameters())
     cut = {member.tensor for family in space.prunable for member in family.members}
-    copies = 2 * sum(_bytes(tensors[name]) for name in cut if name in tensors)
+    copies = sum(_bytes(tensors[name]) for name in cut if name in tensors)
     ids = batch.get(model.main_input_name)
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     if ids is None or not isinstance(vocabulary, int) or not model.can_generate():
         return copies
-    # Two rows of the batch and one more; eager and sdpa, cut and masked; four fp64 temporaries of their comparison.
-    elements = (min(2, ids.shape[0]) + 1) * ids.shape[1] * vocabulary
-    return copies + elements * (4 * model.dtype.itemsize + 4 * 8)
+    # Two rows of the batch and one more; eager and sdpa, cut and masked.
+    return copies + (min(2, ids.shape[0]) + 1) * ids.shape[1] * vocabulary * 4 * model.dtype.itemsize
 
 
 # --- before a run -------------------------------------------------------------------------------------------------

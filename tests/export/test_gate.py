@@ -61,16 +61,30 @@ def test_a_trial_copies_what_is_cut_alone(monkeypatch: pytest.MonkeyPatch) -> No
     model, batch = build("gpt2")
     space = with_kinds(build_space(model, batch), "channels")
     bench = gate.Bench(model, batch, space)
-    for step in ("slice_model", "mask_groups"):
-        monkeypatch.setattr(gate, step, noted(getattr(gate, step)))
+    monkeypatch.setattr(gate, "slice_model", noted(gate.slice_model))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert bench.refusal({family.name: torch.arange(family.size) < 5 for family in space.prunable}) is None
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     cut = {member.tensor for family in space.prunable for member in family.members}
-    assert len(tried) == 2 and cut
-    for copied in tried:
-        theirs = dict(copied.named_parameters())
-        assert {name for name, tensor in model.named_parameters() if theirs[name] is not tensor} == cut
+    (copied,) = tried
+    theirs = dict(copied.named_parameters())
+    assert cut and {name for name, tensor in model.named_parameters() if theirs[name] is not tensor} == cut
+
+
+def test_masked_for_a_while_and_then_as_before_bit_for_bit() -> None:
+    """A down projection loses columns to the channels and rows to the residual width, which overlap."""
+    model, batch = build("llama")
+    families = build_space(model, batch, prune=["residual"]).prunable
+    removal = {family.name: torch.arange(family.size) < 2 for family in families}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(KeyError), gate.masked_groups(model, families, removal):
+        within = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        raise KeyError
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert {"residual", "channels"} <= {family.kind for family in families}
+    gate.mask_groups(model, families, removal)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(within[name], tensor), name
 
 
 @pytest.mark.parametrize(
