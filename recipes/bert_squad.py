@@ -35,6 +35,7 @@ from eval import squad, squad_features
 from eval.squad_features import Question
 from geta_hf import GETAConfig, GETAError, GETATrainer, write_card
 from recipes.arguments import parse_sections, read_values
+from recipes.output import export
 
 
 @dataclass
@@ -148,15 +149,6 @@ def make_trainer(
     if arguments.geta is None:
         return Trainer(**common)
     return GETATrainer(geta_config=arguments.geta, **common)
-
-
-def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes the small folder in place of an earlier run's; for a dense model the plain one."""
-    if isinstance(trainer, GETATrainer):
-        trainer.export_model(folder, overwrite=True)
-    elif trainer.is_world_process_zero():
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
 
 
 def evaluate(

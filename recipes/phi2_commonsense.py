@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from geta_hf import DryRun, GETAConfig, GETAError, GETATrainer, dry_run, write_card
 from recipes import text_data
 from recipes.arguments import parse_sections, read_values
+from recipes.output import export
 from recipes.text_data import DataArguments
 
 _UNITS = {"": 1, "B": 1, "MB": 1e6, "GB": 1e9, "MIB": 2**20, "GIB": 2**30}
@@ -211,15 +212,6 @@ def make_trainer(
     if arguments.geta is None:
         return Trainer(**common)
     return GETATrainer(geta_config=arguments.geta, peft_config=lora_config(arguments), **common)
-
-
-def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes the small folder in place of an earlier run's; for a dense model the plain one."""
-    if isinstance(trainer, GETATrainer):
-        trainer.export_model(folder, overwrite=True)
-    elif trainer.is_world_process_zero():
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
 
 
 @dataclass
