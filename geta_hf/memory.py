@@ -343,8 +343,8 @@ def _rehearsal(model: PreTrainedModel, batch: Mapping[str, Tensor], space: Pruni
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     if ids is None or not isinstance(vocabulary, int) or not model.can_generate():
         return copies
-    # Two rows of the batch and one more; eager and sdpa, cut and masked.
-    return copies + (min(2, ids.shape[0]) + 1) * ids.shape[1] * vocabulary * 4 * model.dtype.itemsize
+    # Two rows of the batch and one more; eager and sdpa, cut and masked, and one that was measured beside them.
+    return copies + (min(2, ids.shape[0]) + 1) * ids.shape[1] * vocabulary * 5 * model.dtype.itemsize
 
 
 # --- before a run -------------------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def test_what_pruning_keeps(batch, tmp_path) -> None:
 def test_rehearsal_copies_what_is_cut_once(batch, tmp_path) -> None:
     found = dry_run(phi_config(), batch, arguments(tmp_path), GETAConfig(distill_logits=1.0)).memory
     cut = 4 * LAYERS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN + 2 * HIDDEN * 64 + 64)
-    logits = 3 * LENGTH * VOCABULARY * 4 * 4
+    logits = 3 * LENGTH * VOCABULARY * 4 * 5
     assert found.preparation.activations == cut + logits
     assert found.preparation.weights == found.preparation.teacher == found.step.weights
 

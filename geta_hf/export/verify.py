@@ -137,5 +137,6 @@ def _difference(expected: Tensor, actual: Tensor) -> float:
 
 
 def _scale(expected: Tensor) -> float:
-    plain = expected.abs()[expected.abs() < _FILLER]
-    return max(1.0, float(plain.max())) if plain.numel() else 1.0
+    sizes = (piece.abs() for piece in expected.flatten().split(_PIECE) if piece.numel())
+    largest = [torch.where(size < _FILLER, size, 0.0).max() for size in sizes]
+    return max(1.0, float(torch.stack(largest).max())) if largest else 1.0
