@@ -10,7 +10,6 @@ Texts are plain files, SQuAD files (their paragraphs), or either of them gzipped
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import random
 import re
@@ -32,6 +31,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from eval.study_tasks import Blocks
+from geta_hf.evaluation import read_text
 
 END = "<|endoftext|>"
 HEAD_DIM = 32
@@ -39,8 +39,7 @@ HEAD_DIM = 32
 
 def documents(path: Path) -> Iterator[str]:
     """The paragraphs of a SQuAD file, or of a text, whose lines are joined; stories end at `<|endoftext|>`."""
-    data = path.read_bytes()
-    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    text = read_text(path)
     if ".json" in path.suffixes:
         pieces = [p["context"] for article in json.loads(text)["data"] for p in article["paragraphs"]]
     elif END in text:

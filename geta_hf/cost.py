@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from geta_hf.errors import GETAError
 from geta_hf.quantization import quantized_layers
 from geta_hf.quantization.functional import FLOAT_BITS
+from geta_hf.temporarily import evaluating
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,18 @@ def count_uses(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, int], 
         model.get_submodule(name).register_forward_hook(lambda m, _i, output, name=name: count(name, m, output))
         for name in uses
     ]
+
+
+def forward_uses(model: nn.Module, names: Iterable[str], batch: Mapping[str, Any]) -> dict[str, int]:
+    """How often each named layer's weight is used in one forward pass on a batch, as `count_uses` counts."""
+    uses, hooks = count_uses(model, names)
+    try:
+        with evaluating(model):
+            model(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return uses
 
 
 def _count_look_ups(model: nn.Module) -> list[int]:

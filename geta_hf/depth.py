@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from geta_hf.cost import count_uses
+from geta_hf.cost import forward_uses
 from geta_hf.errors import GETAError
 from geta_hf.export.record import stepping
 from geta_hf.export.verify import TOLERANCE, Outputs, attention_outputs, evaluating, prove_equal
@@ -222,13 +222,7 @@ def _kept(model: nn.Module, removed: Sequence[Block]) -> dict[str, tuple[int, ..
 def _work(model: PreTrainedModel, layers: Iterable[str], inputs: Batch, removed: Iterable[str]) -> float:
     """Σ elements · uses of the layers within blocks that are about to leave, relative to the one used most beside."""
     within = tuple(f"{name}." for name in removed)
-    uses, hooks = count_uses(model, layers)
-    try:
-        with evaluating(model):
-            model(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    uses = forward_uses(model, layers, inputs)
     most = max((count for name, count in uses.items() if not name.startswith(within)), default=0) or 1
     gone = {name: count or most for name, count in uses.items() if name.startswith(within)}
     return sum(model.get_parameter(f"{name}.weight").numel() * count / most for name, count in gone.items())

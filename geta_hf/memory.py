@@ -137,7 +137,7 @@ def plan_memory(
         state, temporary, notes = _optimizer(student, args)
     forgetting = _Forgetting.of(model, config, space, plan)
     held = {"optimizer": state, "pruning": forgetting.remembered}
-    gradients = sum(_bytes(p) for p in student.parameters() if p.requires_grad)
+    gradients = sum(p.nbytes for p in student.parameters() if p.requires_grad)
     temporary = max(temporary, forgetting.temporaries)
     if config is not None and config.drop_layers:
         notes = (*notes, "whole, though drop_layers will take layers out before training")
@@ -174,10 +174,6 @@ def _checkpoint(model: PreTrainedModel, args: TrainingArguments) -> None:
     options = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(kwargs or None, **options)
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _frozen(student: nn.Module, space: PruningSpace | None) -> Frozen:
@@ -338,7 +334,7 @@ def _rehearsal(model: PreTrainedModel, batch: Mapping[str, Tensor], space: Pruni
         return 0
     tensors = dict(model.named_parameters())
     cut = {member.tensor for family in space.prunable for member in family.members}
-    copies = sum(_bytes(tensors[name]) for name in cut if name in tensors)
+    copies = sum(tensors[name].nbytes for name in cut if name in tensors)
     ids = batch.get(model.main_input_name)
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     if ids is None or not isinstance(vocabulary, int) or not model.can_generate():

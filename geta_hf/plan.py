@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from geta_hf.config import GETAConfig
-from geta_hf.cost import count_uses
+from geta_hf.cost import forward_uses
 from geta_hf.export.embeddings import input_embedding
 from geta_hf.qadg import PruningSpace
 from geta_hf.qasso.cuts import family_starts
@@ -17,7 +17,6 @@ from geta_hf.qasso.ledger import LayerEntry, Ledger
 from geta_hf.qasso.selection import Limits
 from geta_hf.qasso.target import BYTES, GROUPS, Target, even_removal, solve_target
 from geta_hf.quantization import input_quantizer_prefixes, quantized_layers
-from geta_hf.quantization.calibration import evaluating
 from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.report import format_table
 
@@ -172,13 +171,7 @@ def layer_uses(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, float]:
 
     Layers that the batch does not reach, such as experts, count as 1.
     """
-    uses, hooks = count_uses(model, quantized_layers(model))
-    try:
-        with evaluating(model):
-            model(**batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    uses = forward_uses(model, quantized_layers(model), batch)
     most = max(uses.values(), default=0) or 1
     return {name: (count or most) / most for name, count in uses.items()}
 

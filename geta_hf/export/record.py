@@ -15,6 +15,7 @@ from geta_hf.errors import GETAError
 from geta_hf.export.equations import WANTED
 from geta_hf.export.trace import Trace, trace
 from geta_hf.export.verify import attentions, evaluating, set_attention
+from geta_hf.temporarily import running
 
 Batch = Mapping[str, Tensor]
 
@@ -82,14 +83,8 @@ def stepping(model: PreTrainedModel) -> Iterator[None]:
         cache = {name: value for name, value in past.items() if name in accepted and name not in inputs}
         return whole(model, **{**inputs, **cache, tokens: ids[:, -1:]}, use_cache=True).logits
 
-    own = vars(model).pop("forward", None)
-    vars(model)["forward"] = forward
-    try:
+    with running(model, forward):
         yield
-    finally:
-        del vars(model)["forward"]
-        if own is not None:
-            vars(model)["forward"] = own
 
 
 def _masks_tokens(inputs: Mapping[str, Any], tokens: str, ids: Tensor) -> bool:

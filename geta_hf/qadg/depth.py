@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from geta_hf.qadg.families import find_families
 from geta_hf.qadg.propagate import analyse
+from geta_hf.temporarily import evaluating, running
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -59,7 +60,7 @@ def find_blocks(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Block, ...]
     residual = _residual_tensors(model, batch)
     names = [name for name in _entries(model) if any(_within(tensor, name) for tensor in residual)]
     calls = _calls(model, names, batch)
-    with _evaluating(model):
+    with evaluating(model):
         return tuple(_tried(model, name, calls[name], residual) for name in names)
 
 
@@ -85,7 +86,7 @@ def _calls(model: nn.Module, names: Iterable[str], batch: Mapping[str, Any]) -> 
     """What each of the named modules is called with in one forward pass."""
     calls: dict[str, list[Call]] = {name: [] for name in names}
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         for name, found in calls.items():
             note = partial(_note, found)
             handle = model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)
@@ -152,33 +153,11 @@ def skipping(model: nn.Module, blocks: Iterable[Block]) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(_handing_on(model.get_submodule(block.name), block.returns))
+            module = model.get_submodule(block.name)
+            stack.enter_context(running(module, partial(_hand_on, module, block.returns)))
         yield
 
 
-@contextmanager
-def _handing_on(block: nn.Module, returns: int) -> Iterator[None]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        stream = _stream(block, args, kwargs)
-        return (stream, *[None] * (returns - 1)) if returns else stream
-
-    own = vars(block).get("forward")
-    vars(block)["forward"] = forward
-    try:
-        yield
-    finally:
-        del vars(block)["forward"]
-        if own is not None:
-            vars(block)["forward"] = own
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def _hand_on(block: nn.Module, returns: int, *args: Any, **kwargs: Any) -> Any:
+    stream = _stream(block, args, kwargs)
+    return (stream, *[None] * (returns - 1)) if returns else stream

@@ -14,6 +14,7 @@ from geta_hf.errors import GETAError
 from geta_hf.quantization.attach import matching, quantized_layers
 from geta_hf.quantization.layers import QuantizedLayer
 from geta_hf.quantization.quantizer import Quantizer, best_share, check_clipping, count_magnitudes
+from geta_hf.temporarily import evaluating
 
 
 class _Range:
@@ -161,17 +162,3 @@ def _watching(layer: nn.Module, found: _Range) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; training flags and random state are then as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices, key=str)):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
