@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from geta_hf import temporarily
 from geta_hf.errors import GETAError
 
 # Largest difference allowed, as a share of the largest logit (of 1 where logits are small): rounding differs with the
@@ -80,19 +81,16 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
     What a module cached of its weights in evaluation mode is dropped on both sides: they may have changed before, and
     may change again. Modules drop it as they enter training mode.
     """
-    modes = [(module, module.training) for module in model.modules()]
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     implementations = [(config, config._attn_implementation) for config in configs]
-    model.train().eval()
-    try:
-        with torch.no_grad():
+    with temporarily.evaluating(model):
+        model.train().eval()
+        try:
             yield
-    finally:
-        model.train()
-        for module, training in modes:
-            module.training = training
-        for config, implementation in implementations:
-            config._attn_implementation_internal = implementation
+        finally:
+            model.train()
+            for config, implementation in implementations:
+                config._attn_implementation_internal = implementation
 
 
 def prove_equal(reference: Outputs, found: Outputs, dtype: torch.dtype, what: str) -> float:
