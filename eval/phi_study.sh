@@ -10,7 +10,7 @@
 set -euo pipefail
 DATA=$(realpath "$1") WORK=$(realpath -m "$2")
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-$PWD/.venv/bin/python} STEPS=${STEPS:-600} LIMIT=${LIMIT:-500}
+PYTHON=${PYTHON:-$PWD/.venv/bin/python} STEPS=${STEPS:-600} LIMIT=${LIMIT:-500} PAIRS=${PAIRS:-1000}
 export PYTHONPATH=$PWD HF_HUB_OFFLINE=1
 
 TEXT=(--dataset_name null --template null --response_column null --block_size 256)
@@ -53,7 +53,7 @@ mkdir -p "$PHI"
     --texts "$DATA"/squad/train-v1.1.json.gz "$DATA"/lm/gutenberg/*.txt.gz "$DATA"/lm/tinystories/*.txt.gz
 compress "$PHI" --geta.include "['layers\\.', 'lm_head']"
 score "$PHI" --text "$PHI/held_out.txt" --block 256 | tee "$PHI/text.md"
-score "$PHI" --tasks blimp --data_dir "$DATA/lmeval" --output "$PHI/blimp.json" | tee "$PHI/blimp.md"
+score "$PHI" --tasks blimp --data_dir "$DATA/lmeval" --limit "$PAIRS" --output "$PHI/blimp.json" | tee "$PHI/blimp.md"
 score "$PHI" --tasks commonsense --data_dir "$DATA/lmeval" --limit "$LIMIT" --output "$PHI/commonsense.json" \
     | tee "$PHI/commonsense.md"
 "$PYTHON" benchmarks/generation.py "$PHI"/{model,pruned{30,50}/export} | tee "$PHI/generation.md"
