@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
+import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+import yaml
+from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config
 
-from geta_hf import Evaluation, GETAError, build_space, evaluate, export
+from geta_hf import Evaluation, GETAError, build_space, evaluate, export, perplexity
 from geta_hf.cli import main
-from geta_hf.evaluation import COMMONSENSE, harness, tasks
+from geta_hf.evaluation import COMMONSENSE, command, harness, tasks
 from tests.export.tiny_encoders import train_by_hand
 from tests.tiny_tasks import ROWS, byte_tokenizer, tiny_llama, write_rows
 
@@ -159,6 +162,7 @@ def test_the_command_puts_dense_and_compressed_side_by_side(
     assert head == ["task", "metric", "dense", "small", "small - dense"]
     assert "blimp is the mean over 2 of its 67 paradigms" in printed
     assert "bits per byte" in printed
+    assert "questions" not in printed
     for name in ("dense", "small"):
         written = json.loads((tmp_path / f"scores_{name}.json").read_text())
         assert written["results"]["piqa"]["acc_norm,none"] in (0, 0.25, 0.5, 0.75, 1)
@@ -168,6 +172,22 @@ def test_the_command_puts_dense_and_compressed_side_by_side(
     assert set(card) == {"dense", "compressed"}
     assert set(card["dense"]) == {"piqa acc", "piqa acc_norm", "blimp acc", "text.txt bits per byte"}
     assert "BLIMP ACC" in (home / "small/README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of models, none with weights: `other` without a tokenizer, `short` of 64 positions, and so on."""
+    folder = tmp_path_factory.mktemp("other")
+    places = {"text": folder / "text.txt"} | {name: folder / name for name in ("other", "short", "narrow", "seq2seq")}
+    tiny_llama().config.save_pretrained(places["other"])
+    tiny_llama(positions=64).config.save_pretrained(places["short"])
+    LlamaConfig(vocab_size=200).save_pretrained(places["narrow"])
+    T5Config(vocab_size=300).save_pretrained(places["seq2seq"])
+    for name in ("short", "narrow", "seq2seq"):
+        byte_tokenizer().save_pretrained(places[name])
+    places["text"].write_text("Ink and rain. " * 9)
+    (places["other"] / "empty.txt").write_text(" \n")
+    return places
 
 
 @pytest.mark.parametrize(
@@ -184,15 +204,109 @@ def test_the_command_puts_dense_and_compressed_side_by_side(
         (["--tasks", "piqa", "--data_dir", "{data}", "--card"], "is {dense} an exported folder"),
         (["--tasks", "piqa", "--data_dir", "{data}", "--dense", "{dense}"], "named twice"),
         (["--text", "nowhere.txt"], "nowhere.txt can't be read"),
+        (["--text", "{other}/empty.txt"], "empty.txt holds no text"),
+        (["--text", "{text}", "--output", "{data}"], "--output {data}: a folder"),
+        (["--text", "{text}", "--block", "129"], "{dense}: block=129: a window has 1 to 128 tokens"),
+        (["--text", "{text}", "--stride", "0"], "stride=0"),
+        (["{short}", "--text", "{text}", "--block", "100"], "{short}: block=100"),
+        (["{other}/nowhere", "--text", "{text}"], "{other}/nowhere: no such folder"),
+        (["{other}", "--text", "{text}"], "{other}: no tokenizer"),
+        (["{narrow}", "--text", "{text}"], "{narrow}: the tokenizer's token 256, bos_token 256 has no row"),
+        (["{seq2seq}", "--text", "{text}"], "{seq2seq}: no causal language model could be loaded (T5Config"),
     ],
 )
 def test_bad_input_is_told_before_a_model_is_loaded(
-    home: Path, arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    home: Path,
+    other: dict[str, Path],
+    arguments: list[str],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("geta_hf.evaluation.command.load", lambda *_, **__: pytest.fail("a model was loaded"))
-    places = {"data": home / "data", "dense": home / "dense"}
+    monkeypatch.setattr(command, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    places = {"data": home / "data", "dense": home / "dense", **other}
     assert main(["eval", str(home / "dense"), *(argument.format(**places) for argument in arguments)]) == 2
     assert told.format(**places) in capsys.readouterr().err
+
+
+def test_what_was_scored_is_printed_when_a_later_model_fails(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(folder: str, **options: Any) -> Any:
+        if folder.endswith("small"):
+            raise GETAError("its weights are damaged")
+        return harness.load(folder, **options)
+
+    monkeypatch.setattr(command, "load", load)
+    options = ["--tasks", "piqa", "--data_dir", str(home / "data"), "--device", "cpu"]
+    assert main(["eval", str(home / "dense"), str(home / "small"), *options]) == 2
+    printed, told = capsys.readouterr()
+    assert [cell.strip() for cell in printed.splitlines()[0].strip("|").split("|")][2:] == [str(home / "dense")]
+    assert "acc_norm" in printed
+    assert "damaged" in told
+
+
+def test_one_model_at_a_time_is_in_memory(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[weakref.ref[Any]] = []
+
+    def load(folder: str, **options: Any) -> Any:
+        assert not any(model() for model in loaded)
+        found = harness.load(folder, **options)
+        loaded.append(weakref.ref(found[0]))
+        return found
+
+    monkeypatch.setattr(command, "load", load)
+    (tmp_path / "text.txt").write_text("Ink and rain. ")
+    options = ["--tasks", "piqa", "--data_dir", str(home / "data"), "--text", str(tmp_path / "text.txt")]
+    assert main(["eval", str(home / "dense"), str(home / "small"), *options, "--device", "cpu"]) == 0
+    assert len(loaded) == 2
+
+
+def test_a_limit_is_told_in_the_table_and_in_the_card(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = shutil.copytree(home / "small", tmp_path / "small")
+    (small / "geta_metrics.json").unlink(missing_ok=True)  # of another test
+    options = ["--tasks", "piqa,blimp", "--data_dir", str(home / "data"), "--device", "cpu"]
+    assert main(["eval", str(small), *options, "--limit", "2", "--card"]) == 0
+    assert "The scores are over the first 2 questions of each task." in capsys.readouterr().out
+    names = set(json.loads((small / "geta_metrics.json").read_text())["compressed"])
+    part = "first 2 questions"
+    assert names == {f"piqa acc, {part}", f"piqa acc_norm, {part}", f"blimp acc, {part} of each task"}
+    (entry,) = yaml.safe_load((small / "README.md").read_text().split("---")[1])["model-index"]
+    assert {metric["name"] for metric in entry["results"][0]["metrics"]} == names
+
+
+def test_texts_of_one_name_are_kept_apart(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [tmp_path / name / "text.txt" for name in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(f"Rain in {path}.")
+    assert (
+        main(["eval", str(home / "dense"), "--device", "cpu", *(f"--text={path}" for path in [*paths, paths[0]])]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert all(str(path) in printed for path in paths)
+
+
+def test_nothing_is_printed_outside_a_repository(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = evaluate(home / "dense", "boolq", data_dir=home / "data", limit=1, device="cpu")
+    assert found.results["git_hash"] is None
+    assert "git" not in capfd.readouterr().err
+
+
+def test_rows_that_the_hub_does_not_give_are_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "stock_tasks", lambda names: (None, names))
+
+    def _run(*_: Any) -> None:
+        raise ConnectionError("Couldn't reach 'aps/super_glue' on the Hub")
+
+    monkeypatch.setattr(harness, "_run", _run)
+    with pytest.raises(GETAError, match=r"without a network give data_dir .*Couldn't reach"):
+        evaluate(home / "dense", "boolq", device="cpu")
 
 
 def test_an_unknown_name_is_told_with_close_ones(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,8 +341,38 @@ def test_what_can_not_be_loaded_is_told(home: Path, tmp_path: Path) -> None:
     ]:
         with pytest.raises(GETAError, match=told):
             harness.load(tmp_path, **options)
+    if not torch.cuda.is_available():
+        with pytest.raises(GETAError, match=r"device='cuda' can't be used here .*--device cpu"):
+            harness.load(tmp_path, device="cuda")
     tiny_llama().save_pretrained(tmp_path)
     with pytest.raises(GETAError, match="no tokenizer"):
         harness.load(tmp_path)
     with pytest.raises(GETAError, match="neither bos_token nor eos_token"):
         harness.load(tmp_path, byte_tokenizer(pad_token="<s>"))
+
+
+def test_a_tokenizer_or_a_model_that_does_not_fit_is_told(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.resize_token_embeddings(200)
+    with pytest.raises(GETAError, match="200 rows"):
+        harness.load(model, byte_tokenizer())
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    encoder = BertLMHeadModel(BertConfig(vocab_size=257, **sizes))
+    encoder.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(GETAError, match=rf"{tmp_path.name} \(BertLMHeadModel\) sees the tokens to come"):
+        harness.load(tmp_path, device="cpu")
+    for one, told in [(encoder, "sees the tokens to come"), (model, "200 rows")]:
+        with pytest.raises(GETAError, match=told):
+            perplexity(one, byte_tokenizer(), "Ink")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of peft
+def test_an_adapter_is_scored_on_its_base(home: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(
+        LlamaForCausalLM.from_pretrained(home / "dense"), peft.LoraConfig(target_modules=["q_proj"])
+    )
+    adapted.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert main(["eval", str(tmp_path), "--tasks", "piqa", "--data_dir", str(home / "data"), "--device", "cpu"]) == 0

@@ -12,11 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from huggingface_hub.utils import validate_repo_id
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import find_adapter_config_file
 
+from geta_hf.causal import check_causal, check_vocabulary, embedding_rows
 from geta_hf.errors import GETAError
 from geta_hf.evaluation.scores import Evaluation, read_scores
 from geta_hf.evaluation.tasks import split_names, stock_folder, stock_tasks, write_tasks
+from geta_hf.facts import read_json
 
 # Scores that are no means (a perplexity) get their standard error by drawing anew; lm-eval's 100,000 draws take longer
 # than the model does.
@@ -56,7 +68,8 @@ def evaluate(
 
     Raises:
         GETAError: lm-eval is not installed, a task is unknown or has no file, all before the model is loaded; no such
-            model, or a tokenizer with neither bos_token nor eos_token.
+            model, one that sees the tokens to come, or a tokenizer that is not the model's or has neither bos_token nor
+            eos_token.
     """
     check_numbers(limit=limit, batch_size=batch_size, num_fewshot=num_fewshot)
     with open_tasks(tasks, data_dir, fewshot=bool(num_fewshot)) as (manager, known):
@@ -89,15 +102,57 @@ def load(
     loaded: Any = model
     name = str(model.name_or_path) if isinstance(model, PreTrainedModel) else os.fspath(model)
     if not isinstance(model, PreTrainedModel):
+        place = _device(device)
         with _told(f"{name}: no causal language model could be loaded"):
-            place = torch.device(device or default_device())
             loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
             loaded.to(place)
-    if tokenizer is None:
-        with _told(f"{name}: no tokenizer could be loaded; save one beside the model"):
-            tokenizer = AutoTokenizer.from_pretrained(name)
-    prefix_token(tokenizer)
+    tokenizer = _tokenizer(name) if tokenizer is None else tokenizer
+    check_fit(loaded, tokenizer)
     return loaded.eval(), tokenizer
+
+
+def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise GETAError unless model and tokenizer can tell how likely a text is."""
+    prefix_token(tokenizer)
+    check_vocabulary(embedding_rows(model), tokenizer)
+    check_causal(model)
+
+
+def check_folder(name: str) -> PreTrainedConfig:
+    """The config of a model; GETAError for what shows without its weights that it can't be scored."""
+    if not Path(name).is_dir():
+        with _told(f"{name}: no such folder, and no name on the Hub"):
+            validate_repo_id(name)
+    with _told(f"{name}: no causal language model could be loaded"):
+        adapter = find_adapter_config_file(name)
+        config = AutoConfig.from_pretrained(read_json(Path(adapter))["base_model_name_or_path"] if adapter else name)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError(f"{type(config).__name__} is of another kind")
+    tokenizer = _tokenizer(name)
+    rows = getattr(config.get_text_config(), "vocab_size", None)  # an embedding that is resized has it set
+    try:
+        prefix_token(tokenizer)
+        if rows is not None:
+            check_vocabulary(rows, tokenizer)
+    except GETAError as error:
+        raise GETAError(f"{name}: {error}") from error
+    return config
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    with _told(f"{name}: no tokenizer could be loaded; save one beside the model"):
+        return AutoTokenizer.from_pretrained(name)
+
+
+def _device(name: str | None) -> str:
+    """The device's name, once something was put on it."""
+    name = name or default_device()
+    try:
+        torch.empty(1, device=name)
+    except (AssertionError, RuntimeError) as error:  # the first is what torch raises where CUDA was not built in
+        why = str(error).partition("\n")[0]
+        raise GETAError(f"device={name!r} can't be used here ({why}); leave it out, or give --device cpu") from error
+    return name
 
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -149,8 +204,9 @@ def _rows_told(data_dir: str | os.PathLike[str] | None) -> Iterator[None]:
 
     try:
         yield
-    except DatasetsError as error:
-        where = f"from {os.fspath(data_dir)}" if data_dir else "; without a network give data_dir"
+    except (DatasetsError, OSError) as error:  # the Hub can't be reached: an OSError, too
+        hub = "from the Hub; without a network give data_dir (--data_dir)"
+        where = f"from {os.fspath(data_dir)}" if data_dir else hub
         raise GETAError(f"the rows of a task can't be read {where}: {error}") from error
 
 
@@ -161,6 +217,8 @@ def _quiet(local: bool) -> Iterator[None]:
     `datasets` reports every data set that it loads, local ones too, unless it is told that there is no network.
     """
     import datasets
+    from lm_eval import evaluator
+    from lm_eval.loggers.utils import get_commit_from_path
 
     logger = logging.getLogger("lm_eval")
     with contextlib.ExitStack() as undo:
@@ -174,6 +232,8 @@ def _quiet(local: bool) -> Iterator[None]:
         if "DISABLE_MULTIPROC" not in os.environ:
             undo.callback(os.environ.pop, "DISABLE_MULTIPROC")
             os.environ["DISABLE_MULTIPROC"] = "1"
+        undo.callback(setattr, evaluator, "get_git_commit_hash", evaluator.get_git_commit_hash)
+        evaluator.get_git_commit_hash = lambda: get_commit_from_path(os.getcwd())  # git itself complains on stderr
         undo.enter_context(contextlib.redirect_stdout(io.StringIO()))
         yield
 
@@ -199,4 +259,4 @@ def _run(
     results.pop("samples")
     results["config"] |= {"model": "hf", "model_args": f"pretrained={name}", "device": str(model.device)}
     results |= {"model_source": "hf", "model_name": name, "model_name_sanitized": name.replace("/", "__")}
-    return Evaluation(name, scores, results, lm.truncated, lm.requests)
+    return Evaluation(name, scores, results, lm.truncated, lm.requests, options["limit"])

@@ -39,6 +39,7 @@ class Evaluation:
         results: lm-eval's own results, in the form of the file that its command line writes; without the samples.
         truncated: requests longer than the model's positions; what was too much was cut off on the left.
         requests: how many requests there were.
+        limit: how many questions of each task were scored, the first ones; None for all.
     """
 
     model: str
@@ -46,6 +47,7 @@ class Evaluation:
     results: Mapping[str, Any] = field(repr=False, default_factory=dict)
     truncated: int = 0
     requests: int = 0
+    limit: int | None = None
 
 
 def read_scores(results: Mapping[str, Any]) -> dict[str, dict[str, Score]]:

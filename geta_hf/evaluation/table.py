@@ -80,6 +80,8 @@ def text_table(texts: Mapping[str, Mapping[str, TextScore]]) -> str:
 def remarks(evaluations: Mapping[str, Evaluation]) -> Sequence[str]:
     """What a reader of the table must know beside it."""
     found = []
+    for limit in {one.limit for one in evaluations.values() if one.limit}:
+        found.append(f"The scores are over the first {limit} questions of each task.")
     if any(SUITE in one.scores for one in evaluations.values()):
         found.append("mean is over the metrics shown, mean_acc over acc in all seven.")
     for count in {len(one.scores[BLIMP]["acc"].members) for one in evaluations.values() if BLIMP in one.scores}:

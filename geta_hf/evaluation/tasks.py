@@ -7,6 +7,7 @@ its prompts, its metrics and its version are lm-eval's.
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import gzip
 import importlib.util
 import json
@@ -112,7 +113,8 @@ def write_tasks(
             and `blimp/<paradigm>.jsonl.gz`. The split is test for ARC, OpenBookQA and LAMBADA, validation for the
             others; `train`, where it is there, is for examples in the prompt.
         out_dir: where to write, for `lm_eval run --include_path`; it is made if need be.
-        tasks: names; by default all that `data_dir` has files for. `blimp` is the mean over the paradigms there.
+        tasks: names, or patterns such as `blimp_*` for all that they match of what has files; by default all that has.
+            `blimp` is the mean over the paradigms there.
         fewshot: whether `train` must be there, for the commonsense tasks.
         cache_dir: where `datasets` may keep its tables; by default where it always does.
 
@@ -125,7 +127,7 @@ def write_tasks(
     stock, source, target = stock_folder(), Path(data_dir), Path(out_dir)
     if not source.is_dir():
         raise GETAError(f"{source}: no such folder; data_dir holds a folder for every task")
-    names = split_names(tasks) if tasks else _present(source)
+    names = _opened(split_names(tasks), source) if tasks else _present(source)
     files: dict[str, dict[str, Any]] = {}
     for name in names:
         if name == BLIMP:
@@ -148,6 +150,29 @@ def _present(source: Path) -> list[str]:
     return found
 
 
+def _opened(names: Sequence[str], source: Path) -> list[str]:
+    """Names, and patterns as what they match of all that has a file."""
+    found: list[str] = []
+    for name in names:
+        if any(sign in name for sign in "*?["):
+            there = [*_present(source), *(f"{BLIMP}_{paradigm}" for paradigm in _paradigms(source))]
+            matches = fnmatch.filter(there, name)
+            if not matches:
+                raise GETAError(f"{source} has no file for a task {name!r}; there are {', '.join(there)}")
+            found += matches
+        else:
+            found.append(name)
+    if BLIMP in found:  # which holds its paradigms, and lm-eval takes none twice
+        found = [name for name in found if not name.startswith(f"{BLIMP}_")]
+    return list(dict.fromkeys(found))
+
+
+def _paradigms(source: Path) -> list[str]:
+    """Those of BLiMP that have a file."""
+    ends = [(path, ending) for path in sorted((source / BLIMP).glob("*.jsonl*")) for ending in _ENDINGS]
+    return list(dict.fromkeys(path.name.removesuffix(ending) for path, ending in ends if path.name.endswith(ending)))
+
+
 def _local(name: str, source: Path, stock: Path, fewshot: bool) -> dict[str, Any]:
     """The task over its files; what else lm-eval's own would load is switched off."""
     if name.startswith(f"{BLIMP}_"):
@@ -166,8 +191,7 @@ def _local(name: str, source: Path, stock: Path, fewshot: bool) -> dict[str, Any
 
 def _blimp(source: Path, stock: Path) -> dict[str, dict[str, Any]]:
     """BLiMP as the group of those paradigms that have a file."""
-    ends = [(path, ending) for path in sorted((source / BLIMP).glob("*.jsonl*")) for ending in _ENDINGS]
-    paradigms = dict.fromkeys(path.name.removesuffix(ending) for path, ending in ends if path.name.endswith(ending))
+    paradigms = _paradigms(source)
     if not paradigms:
         raise GETAError(f"{source / BLIMP} holds no <paradigm>{_ENDINGS[0]}")
     tasks = {f"{BLIMP}_{name}": _paradigm(name, source, stock) for name in paradigms}

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from geta_hf.causal import positions
 from geta_hf.errors import GETAError
-from geta_hf.evaluation.harness import prefix_token
+from geta_hf.evaluation.harness import check_fit, prefix_token
 
 _POSITIONS = 2048  # of one batch: logits of a large vocabulary take 0.2 MB each
 _LONGEST_DEFAULT = 1024
@@ -83,10 +84,11 @@ def perplexity(
         Nats per token, and what else follows from it.
 
     Raises:
-        GETAError: no text, a block longer than the model's positions, a stride that would leave tokens out, or a
-            tokenizer with neither bos_token nor eos_token.
+        GETAError: no text, a block longer than the model's positions, a stride that would leave tokens out, a model
+            that sees the tokens to come, or a tokenizer that is not the model's or has neither bos_token nor eos_token.
     """
-    length, step = _window(model, block, stride)
+    length, step = window(model.config, block, stride)
+    check_fit(model, tokenizer)
     encoded = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     if not encoded:
         raise GETAError("the text has no tokens; give one that is not empty")
@@ -100,13 +102,12 @@ def perplexity(
     return TextScore(total / len(encoded), len(encoded), len(text.encode()), length)
 
 
-def _window(model: PreTrainedModel, block: int | None, stride: int | None) -> tuple[int, int]:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # some models need no limit
-    length = min(positions or _LONGEST_DEFAULT, _LONGEST_DEFAULT) if block is None else block
-    if length < 1 or length > (positions or length):
-        raise GETAError(
-            f"block={length}: a window has 1 to {positions or 'any number of'} tokens, the model's positions"
-        )
+def window(config: PreTrainedConfig, block: int | None, stride: int | None) -> tuple[int, int]:
+    """Tokens of a window and of a step, as `perplexity` says. Raises GETAError for what a model can't do."""
+    limit = positions(config)  # some models have none
+    length = min(limit or _LONGEST_DEFAULT, _LONGEST_DEFAULT) if block is None else block
+    if length < 1 or length > (limit or length):
+        raise GETAError(f"block={length}: a window has 1 to {limit or 'any number of'} tokens, the model's positions")
     step = max(length // 2, 1) if stride is None else stride
     if not 1 <= step <= length:
         raise GETAError(f"stride={step}: it is 1 to {length}, the length of a window")

@@ -85,6 +85,17 @@ def test_what_is_not_there_is_named(tasks: str | None, told: str, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
+def test_patterns_are_what_has_files(tmp_path: Path) -> None:
+    data, out = write_rows(tmp_path / "data"), tmp_path / "out"
+    assert write_tasks(data, out, "blimp_*") == ["blimp_passive_1", "blimp_transitive"]
+    assert {path.stem for path in out.iterdir()} == {"blimp_passive_1", "blimp_transitive"}
+    assert write_tasks(data, out, "arc_easy,arc_*") == ["arc_easy", "arc_challenge"]
+    assert write_tasks(data, out, "blimp_transitive,blimp*") == ["blimp"]
+    assert write_tasks(data, out, "*bo*q*") == ["boolq", "openbookqa"]
+    with pytest.raises(GETAError, match=r"no file for .*'trivia_\*'; there are boolq, .*blimp_transitive"):
+        write_tasks(data, out, "trivia_*")
+
+
 def test_a_paradigm_that_lm_eval_does_not_have_is_refused(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "data", {"blimp/unheard_of": ROWS["blimp/transitive"]})
     with pytest.raises(GETAError, match=r"lm-eval has no .*unheard_of.yaml"):
