@@ -20,7 +20,7 @@ from geta_hf.errors import GETAError
 from geta_hf.export.record import stepping
 from geta_hf.export.verify import TOLERANCE, Outputs, attention_outputs, evaluating, prove_equal
 from geta_hf.preparation import first_batches
-from geta_hf.qadg.depth import Block, find_blocks, skipping, uncached
+from geta_hf.qadg.depth import Block, find_blocks, residual_blocks, skipping, uncached
 from geta_hf.quantization import select_layers
 from geta_hf.shorten import shorter_changes
 
@@ -127,6 +127,23 @@ def drop_blocks(
         depth.restore()
         raise
     return depth
+
+
+def check_drop(model: PreTrainedModel, wanted: int | Sequence[str], inputs: Batch) -> None:
+    """Find what stands against removing layers before there are weights; whether each may leave shows with them only.
+
+    Args:
+        model: on any device or meta; left unchanged.
+        wanted, inputs: as in `drop_blocks`.
+
+    Raises:
+        GETAError: too few layers, a path that is none, or a configuration that can't say which layers are left.
+    """
+    blocks = residual_blocks(model, inputs)
+    if isinstance(wanted, int):
+        _choose(model, blocks, wanted, lambda: 0.0)
+    else:
+        shorter_changes(model, _kept(model, _named(blocks, wanted)))
 
 
 def mean_loss(model: Any, batches: Sequence[Mapping[str, Any]]) -> Tensor:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
+import warnings
 import weakref
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -46,6 +50,41 @@ def _straight_through(grad: Tensor, x: Tensor, q_m: Tensor) -> Tensor:
 
 OUTLINE = Kernel("outline", _quantize, _gradients, _straight_through)
 """What the fused kernels allocate; the pure functions, which fake tensors would get, make a temporary a line."""
+
+
+@contextmanager
+def outlines(mode: FakeTensorMode) -> Iterator[None]:
+    """A fake tensor mode in which the experts of a mixture run in any dtype, and whose failures are raised alone.
+
+    Torch knows the grouped product's shapes for bfloat16 alone, and logs the stack of whatever fails.
+    """
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    with warnings.catch_warnings(), mode, _Grouped():
+        # Asked for by transformers' look at alignment, of which tensors without data have none.
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        logger.disabled, before = True, logger.disabled
+        try:
+            yield
+        finally:
+            logger.disabled = before
+
+
+class _Grouped(TorchDispatchMode):
+    """Gives every grouped product the tensor that comes out of it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return (_grouped if func is torch.ops.aten._grouped_mm.default else func)(*args, **kwargs)
+
+
+def _grouped(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Rows of a times columns of b: one product a group where both have groups or neither, otherwise side by side."""
+    groups: tuple[int, ...] = ()
+    if a.dim() == b.dim():
+        groups = (a.shape[0],) if a.dim() == 3 else (offs.numel(),)  # type: ignore[union-attr]
+    return a.new_empty(*groups, a.shape[-2], b.shape[-1], dtype=dtype or a.dtype)
 
 
 class Live(TorchDispatchMode):

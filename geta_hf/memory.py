@@ -21,10 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from geta_hf.config import GETAConfig
+from geta_hf.depth import check_drop
 from geta_hf.distillation import Distiller
-from geta_hf.errors import GETAError
-from geta_hf.fakes import OUTLINE, Live, outline_of, without_data
+from geta_hf.errors import MemoryUnknown
+from geta_hf.fakes import OUTLINE, Live, outline_of, outlines, without_data
 from geta_hf.lora import attach_lora, find_frozen, plan_lora
+from geta_hf.memory_report import PARTS, MemoryPlan, Moment
 from geta_hf.plan import Plan, make_ledger, make_plan
 from geta_hf.preparation import attach, empty_copy, quantizer_parameters, without_untrained
 from geta_hf.qadg import PruningSpace, build_space
@@ -32,73 +34,16 @@ from geta_hf.qadg.example import empty_model, example_batch
 from geta_hf.qasso.cuts import find_cuts
 from geta_hf.qasso.frozen import Frozen
 from geta_hf.qasso.redundant import needs_gradients
+from geta_hf.qasso.schedule import Schedule
 from geta_hf.quantization import detach_quantizers, quantized_layers
 from geta_hf.quantization.kernels import outlined
-from geta_hf.report import format_table
+from geta_hf.quantization.quantizer import Quantizer
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-PARTS = {
-    "weights": "weights and buffers",
-    "quantizers": "quantizers (d, q_m, t)",
-    "gradients": "gradients",
-    "optimizer": "optimizer state",
-    "pruning": "slices being forgotten",
-    "teacher": "teacher",
-    "activations": "activations, temporaries",
-}
 _STATES_8BIT = {"adam": 2, "ademamix": 3, "lion": 1, "rmsprop": 1}
 """States of an element that 8-bit optimizers keep, by a part of Trainer's name for them."""
-
-
-@dataclass(frozen=True)
-class Moment:
-    """Bytes alive at one moment of training, by what they are for; gradients are those that exist just then."""
-
-    weights: int = 0
-    quantizers: int = 0
-    gradients: int = 0
-    optimizer: int = 0
-    pruning: int = 0
-    teacher: int = 0
-    activations: int = 0
-
-    @property
-    def total(self) -> int:
-        """Bytes in all."""
-        return sum(dataclasses.astuple(self))
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """The moments that may hold the most memory, of one process on its device.
-
-    Attributes:
-        preparation: while GETATrainer is made, where cutting is rehearsed on copies; empty for a plain run.
-        backward: the highest level of forward and backward, in the joint stage, once the optimizer has its state.
-        step: the highest level of the optimizer's step, QASSO's own part included.
-        notes: what could not be counted.
-    """
-
-    preparation: Moment
-    backward: Moment
-    step: Moment
-    notes: tuple[str, ...] = ()
-
-    @property
-    def peak(self) -> int:
-        """Bytes that the run needs at its highest level, the allocator's own overhead aside."""
-        return max(moment.total for moment in (self.preparation, self.backward, self.step))
-
-    def __str__(self) -> str:
-        moments = (self.preparation, self.backward, self.step)
-        unit, scale = ("GB", 1e9) if self.peak >= 1e9 else ("MB", 1e6)
-        sizes = [(text, [getattr(moment, part) / scale for moment in moments]) for part, text in PARTS.items()]
-        sizes.append(("in all", [moment.total / scale for moment in moments]))
-        rows = [(text, *(f"{value:,.2f}" for value in values)) for text, values in sizes if any(values)]
-        table = format_table((f"memory, {unit}", "before", "forward and backward", "optimizer's step"), rows)
-        return "\n".join((table, f"peak: {self.peak / scale:,.2f} {unit}", *self.notes))
 
 
 def plan_memory(
@@ -122,7 +67,7 @@ def plan_memory(
         space, plan: the pruning space and what the run is to end with; without them nothing is counted for pruning.
 
     Raises:
-        GETAError: the forward asks for data, or fails, where there is none.
+        MemoryUnknown: the forward asks for data, or fails, where there is none.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     student = without_data(model, mode, args.device).train()
@@ -131,7 +76,7 @@ def plan_memory(
         _checkpoint(student, args)
     teacher = _fake_teacher(model, mode, args.device, config)
     inputs = {name: outline_of(value, mode, args.device) for name, value in batch.items()}
-    with outlined(OUTLINE), mode:
+    with outlined(OUTLINE), outlines(mode):
         distiller = _distiller(student, teacher, config)
         backward = _forward_and_backward(student, distiller, inputs, args, _frozen(student, space))
         state, temporary, notes = _optimizer(student, args)
@@ -223,7 +168,7 @@ def _forward_and_backward(
                 _loss(student, distiller, inputs, args).backward()
     except Exception as error:  # a model's own code may fail on tensors without data in any way
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise GETAError(f"the memory of {type(student).__name__} can't be foreseen: {text}") from error
+        raise MemoryUnknown(f"the memory of {type(student).__name__} can't be foreseen: {text}") from error
     student.zero_grad()
     for name in frozen.names:
         student.get_parameter(name).requires_grad_(False)
@@ -366,6 +311,7 @@ def dry_run(
     args: TrainingArguments,
     config: GETAConfig | None = None,
     peft_config: LoraConfig | None = None,
+    steps: int | None = None,
 ) -> DryRun:
     """Find the pruning space, solve the targets and foresee the memory of a run, without reading a weight.
 
@@ -376,18 +322,47 @@ def dry_run(
         args: Trainer's own.
         config: None for a plain run.
         peft_config: as GETATrainer takes it, with `config`.
+        steps: of the optimizer in the whole run, where it is known; `args.max_steps` needs no repetition.
 
     Raises:
-        GETAError: nothing to quantize or to prune, a target out of reach, a forward that asks for data.
+        GETAError: nothing to quantize or to prune, a target out of reach, layers to drop that can't be, stages that do
+            not fit into the steps.
+        MemoryUnknown: a forward that asks for data; what was planned comes with it.
     """
     empty: PreTrainedModel = empty_copy(model) if isinstance(model, PreTrainedModel) else empty_model(model)
     parameters = sum(parameter.numel() for parameter in empty.parameters())
     if config is None:
         return DryRun(parameters, None, None, plan_memory(empty, batch, args))
-    space = build_space(empty, example_batch(empty), prune=config.prune, keep=config.keep)
+    _check_stages(config, args, steps)
+    example = example_batch(empty)
+    if config.drop_layers:
+        check_drop(empty, config.drop_layers, example)
+    space = build_space(empty, example, prune=config.prune, keep=config.keep)
     space = space if peft_config is not None else without_untrained(space, empty)
     attach(empty, config)
-    plan = make_plan(config, space, make_ledger(empty, space, embedding_bits=config.embedding_bits))
+    _attach_input_quantizers(empty, config)
+    plan = make_plan(config, space, make_ledger(empty, space, embedding_bits=config.embedding_bits), empty)
     if peft_config is not None:
         attach_lora(empty, plan_lora(empty, peft_config, quantized_layers(empty)))
-    return DryRun(parameters, space, plan, plan_memory(empty, batch, args, config, space, plan))
+    try:
+        return DryRun(parameters, space, plan, plan_memory(empty, batch, args, config, space, plan))
+    except MemoryUnknown as error:
+        error.plan = plan
+        raise
+
+
+def _check_stages(config: GETAConfig, args: TrainingArguments, steps: int | None) -> None:
+    """Raises GETAError for stages that do not fit into the run, as far as its length is known."""
+    stages, limited = (config.warmup, config.projection, config.joint), args.max_steps > 0
+    if (steps is None and not limited) or (limited and any("epoch" in str(stage) for stage in stages)):
+        return
+    total = args.max_steps if limited else steps
+    assert total is not None
+    Schedule.from_config(config, total, math.nan if limited else total / args.num_train_epochs)
+
+
+def _attach_input_quantizers(model: nn.Module, config: GETAConfig) -> None:
+    """What calibration puts on the layers' inputs, for the shapes alone: ranges need data."""
+    for layer in quantized_layers(model).values() if config.activation_bits is not None else ():
+        start = torch.ones(1, device=layer.weight.device)
+        layer.input_quantizer = Quantizer(start, config.initial_bits, config.learn_activation_exponent, start.device)

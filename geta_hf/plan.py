@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import Trainer
 
 from geta_hf.config import GETAConfig
 from geta_hf.cost import forward_uses
@@ -19,6 +22,9 @@ from geta_hf.qasso.target import BYTES, GROUPS, Target, even_removal, solve_targ
 from geta_hf.quantization import input_quantizer_prefixes, quantized_layers
 from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.report import format_table
+
+_NAMED = 4
+"""How many modules without a quantizer a plan names."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,9 @@ class Plan:
         mean_bits: planned mean width of the weights; None where it is learned without a budget.
         relative_bops: of the quantized layers, against 32 · 32 bits.
         bytes: of the exported model.safetensors.
+        unquantized: modules in the model's lists of layers with a matrix that no quantizer covers, numbers as `*`,
+            the largest first.
+        unquantized_share: their share of all matrix weights in those lists.
     """
 
     rows: tuple[PlanRow, ...]
@@ -64,6 +73,8 @@ class Plan:
     mean_bits: float | None
     relative_bops: float
     bytes: int
+    unquantized: tuple[str, ...] = ()
+    unquantized_share: float = 0.0
 
     def __str__(self) -> str:
         header = ("families", "number", "groups of each", "to remove if even", "kept")
@@ -76,11 +87,19 @@ class Plan:
             f"{self.kept_parameters:.1%}",
             f"mean bits: {bits}; relative BOPs: {self.relative_bops:.2%}; exported model: {self.bytes / 1e6:,.2f} MB",
         ]
+        if self.unquantized:
+            more = len(self.unquantized) - _NAMED
+            names = ", ".join(self.unquantized[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+            lines.append(f"not quantized: {self.unquantized_share:.1%} of the layers' matrix weights ({names})")
         return "\n".join(lines)
 
 
-def make_plan(config: GETAConfig, space: PruningSpace, ledger: Ledger) -> Plan:
+def make_plan(config: GETAConfig, space: PruningSpace, ledger: Ledger, model: nn.Module | None = None) -> Plan:
     """Solve the targets of a config for a model.
+
+    Args:
+        config, space, ledger: of the model.
+        model: with its quantizers attached, to say which weights have none; without it nothing is said of that.
 
     Raises:
         GETAError: a target that can't be reached; says what can.
@@ -90,6 +109,7 @@ def make_plan(config: GETAConfig, space: PruningSpace, ledger: Ledger) -> Plan:
     gone = even_removal(target, families, ledger, Limits.of(config))
     removed = ledger.groups - int(target.amount) if target.unit == GROUPS else int(gone.sum())
     whole = ledger.prunable_parameters(ledger.nothing)
+    unquantized, share = ((), 0.0) if model is None else _unquantized(model)
     return Plan(
         rows=_rows(space, gone),
         target=target,
@@ -100,7 +120,26 @@ def make_plan(config: GETAConfig, space: PruningSpace, ledger: Ledger) -> Plan:
         mean_bits=None if target.budget_unit is None else target.bits,
         relative_bops=ledger.relative_bops(gone, target.bits, target.input_bits),
         bytes=int(target.spent(BYTES, ledger, gone, target.bits)),
+        unquantized=unquantized,
+        unquantized_share=share,
     )
+
+
+def _unquantized(model: nn.Module) -> tuple[tuple[str, ...], float]:
+    """Modules in lists of layers with a matrix that no quantizer covers, and their share of all matrices there."""
+    base: nn.Module = getattr(model, "base_model", model)
+    inside = {id(part) for blocks in base.modules() if isinstance(blocks, nn.ModuleList) for part in blocks.modules()}
+    matrices = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # no norms, no biases
+    covered = {id(layer.weight) for layer in quantized_layers(model).values()}
+    bare, whole = Counter[str](), 0
+    for path, module in model.named_modules():
+        if id(module) not in inside or isinstance(module, nn.Embedding):
+            continue
+        for name, tensor in module.named_parameters(path, recurse=False):
+            if tensor.ndim >= 2 and name in matrices:
+                whole += tensor.numel()
+                bare[re.sub(r"\b\d+\b", "*", path)] += 0 if id(tensor) in covered else tensor.numel()
+    return tuple(path for path, count in bare.most_common() if count), sum(bare.values()) / max(whole, 1)
 
 
 def _rows(space: PruningSpace, gone: Tensor) -> tuple[PlanRow, ...]:

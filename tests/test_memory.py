@@ -8,12 +8,23 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedModel,
+    TrainingArguments,
+)
 
-from geta_hf import GETAConfig, GETAError, attach_quantizers, dry_run, plan_memory
-from geta_hf.fakes import Live
-from geta_hf.memory import MemoryPlan
-from geta_hf.preparation import quantizer_parameters
+from geta_hf import GETAConfig, GETAError, attach_input_quantizers, attach_quantizers, dry_run, memory, plan_memory
+from geta_hf.errors import MemoryUnknown
+from geta_hf.fakes import OUTLINE, Live
+from geta_hf.memory_report import MemoryPlan
+from geta_hf.preparation import attach, quantizer_parameters
+from geta_hf.quantization.kernels import outlined
 
 VOCABULARY, HIDDEN, LAYERS, ROWS, LENGTH = 96, 32, 2, 3, 16
 
@@ -47,22 +58,88 @@ def size(tensors: Iterator[Tensor]) -> int:
 def test_a_plain_step_keeps_as_much_alive_as_was_foreseen(phi, batch, tmp_path, half: bool) -> None:
     """The same count over real tensors in a real forward and backward."""
     foreseen = plan_memory(phi, batch, arguments(tmp_path, optim="sgd", bf16=half)).backward
+    assert foreseen.total == pytest.approx(peak_of(phi, batch, half), rel=0.02)
+    assert foreseen.weights == size(iter([*phi.parameters(), *phi.buffers()]))
+
+
+def peak_of(model: PreTrainedModel, batch: dict[str, Tensor], half: bool) -> int:
+    """The highest level of a real forward and backward, counted over real tensors."""
     live = Live()
-    for tensor in (*phi.parameters(), *phi.buffers()):
+    for tensor in (*model.parameters(), *model.buffers()):
         live.hold(tensor, "weights")
     for tensor in batch.values():
         live.hold(tensor, "activations")
-    phi.train()
+    model.train()
     with live:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            outputs = phi(**batch, use_cache=False)
+            outputs = model(**batch, use_cache=False)
         if half:
             outputs = {name: value.float() for name, value in outputs.items()}
         loss = outputs["loss"]
         del outputs
         loss.backward()
-    assert foreseen.total == pytest.approx(live.peak, rel=0.02)
-    assert foreseen.weights == size(iter([*phi.parameters(), *phi.buffers()]))
+    return live.peak
+
+
+def mixtral() -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"intermediate_size": 64, "num_local_experts": 4, "max_position_embeddings": 32}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=VOCABULARY, **sizes, **experts))
+
+
+@pytest.mark.parametrize(("dtype", "half"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)])
+def test_experts_of_a_mixture_are_foreseen_in_every_dtype(batch, tmp_path, dtype: torch.dtype, half: bool) -> None:
+    model = mixtral().to(dtype)
+    foreseen = plan_memory(model, batch, arguments(tmp_path, optim="sgd", bf16=half)).backward
+    assert foreseen.total == pytest.approx(peak_of(model, batch, half), rel=0.03)
+
+
+def test_a_dry_run_of_a_mixture_plans_its_experts(batch, tmp_path) -> None:
+    found = dry_run(mixtral(), batch, arguments(tmp_path), GETAConfig())
+    assert ("channels", 2, 64) in [(row.kind, row.families, row.groups) for row in found.plan.rows]
+    assert "not quantized" in str(found) and "model.layers.*.mlp.experts" in str(found)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_rounded_activations_are_foreseen(phi, batch, tmp_path, half: bool) -> None:
+    """Against the same count over real tensors, with quantizers that allocate what fused kernels do."""
+    config = GETAConfig(activation_bits=(4, 8))
+    found = dry_run(phi, batch, arguments(tmp_path, optim="sgd", bf16=half), config).memory
+    plain = dry_run(phi, batch, arguments(tmp_path, optim="sgd", bf16=half), GETAConfig()).memory
+    assert found.step.quantizers == 2 * plain.step.quantizers == 4 * 3 * 2 * 6 * LAYERS
+    attach(phi, config)
+    attach_input_quantizers(phi, [{"input_ids": batch["input_ids"]}])
+    with outlined(OUTLINE):
+        peak = peak_of(phi, batch, half)
+    assert found.backward.total - found.backward.pruning == pytest.approx(peak, rel=0.02)
+    assert found.backward.activations > 1.05 * plain.backward.activations
+
+
+def test_layers_that_can_not_go_fail_before_a_run(batch, tmp_path) -> None:
+    def run(wanted: int | list[str]) -> None:
+        dry_run(phi_config(num_hidden_layers=3), batch, arguments(tmp_path), GETAConfig(drop_layers=wanted))
+
+    with pytest.raises(GETAError, match="drop_layers = 9, but at most 2 layers of PhiForCausalLM may leave"):
+        run(9)
+    with pytest.raises(GETAError, match=r"names 'model.layers.7', which is no layer of the residual stream"):
+        run(["model.layers.7"])
+    with pytest.raises(GETAError, match=r"drop_layers names all of model.layers"):
+        run([f"model.layers.{place}" for place in range(3)])
+    run(2)
+    run(["model.layers.1"])
+
+
+def test_stages_longer_than_the_run_fail_before_it(phi, batch, tmp_path) -> None:
+    short, open_ended = arguments(tmp_path, max_steps=30), arguments(tmp_path, num_train_epochs=2)
+    with pytest.raises(GETAError, match="40 steps, but training has 30"):
+        dry_run(phi, batch, short, GETAConfig(warmup=5, projection=10, joint=25))
+    with pytest.raises(GETAError, match="train longer, lengthen"):
+        dry_run(phi, batch, open_ended, GETAConfig(), steps=4)
+    with pytest.raises(GETAError, match="but training has 20"):
+        dry_run(phi, batch, open_ended, GETAConfig(joint="3 epochs"), steps=20)
+    dry_run(phi, batch, open_ended, GETAConfig(joint="3 epochs"))
+    dry_run(phi, batch, short, GETAConfig(joint="3 epochs"))  # how long an epoch is, nobody said
 
 
 @pytest.mark.parametrize(("optim", "per_element"), [("adamw_torch", 8), ("adamw_torch_fused", 8), ("sgd", 0)])
@@ -171,13 +248,29 @@ def test_the_table_adds_up_and_names_the_peak(batch, tmp_path) -> None:
     assert f"peak: {plan.peak / 1e6:.2f} MB" in str(plan) and "teacher" not in str(plan)
 
 
-def test_what_can_not_be_foreseen_is_an_error(phi, batch, tmp_path) -> None:
-    def forward(input_ids: Tensor, labels: Tensor) -> None:
-        raise ValueError(f"{float(input_ids.sum())} has no data")
+def test_what_can_not_be_foreseen_is_an_error_of_its_own(phi, batch, tmp_path, capfd) -> None:
+    """So that it can be told from a run that does not fit; what torch logs of it is not shown."""
+
+    def forward(input_ids: Tensor, labels: Tensor, use_cache: bool = False) -> None:
+        torch.nn.functional.grouped_mm(phi.lm_head.weight, phi.lm_head.weight)  # of sizes that do not match
 
     phi.forward = forward
-    with pytest.raises(GETAError, match="memory of PhiForCausalLM can't be foreseen"):
+    with pytest.raises(MemoryUnknown, match="memory of PhiForCausalLM can't be foreseen"):
         plan_memory(phi, batch, arguments(tmp_path))
+    assert capfd.readouterr().err == ""
+
+
+def test_a_run_whose_memory_is_unknown_still_has_a_plan(phi, batch, tmp_path, monkeypatch) -> None:
+    def loss(*_: object) -> None:
+        raise ValueError("no data")
+
+    monkeypatch.setattr(memory, "_loss", loss)
+    with pytest.raises(MemoryUnknown, match="no data") as caught:
+        dry_run(phi, batch, arguments(tmp_path), GETAConfig())
+    assert "| heads" in str(caught.value.plan)
+    with pytest.raises(MemoryUnknown) as caught:
+        dry_run(phi, batch, arguments(tmp_path))
+    assert caught.value.plan is None
 
 
 def test_a_large_model_takes_seconds_and_no_memory(tmp_path) -> None:

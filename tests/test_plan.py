@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BertForQuestionAnswering, LlamaConfig, LlamaForCausalLM
+from transformers import BertForQuestionAnswering, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from geta_hf import GETAConfig, build_space
 from geta_hf.errors import GETAError
 from geta_hf.plan import channel_dims, layer_uses, make_ledger, make_plan
 from geta_hf.qasso.cuts import family_starts
 from geta_hf.quantization import attach_quantizers
+from tests.architectures import build
 from tests.conftest import tiny_bert_config
 
 HIDDEN = 32
@@ -88,6 +89,44 @@ def test_a_plan_for_bytes_is_that_size(made) -> None:
     _, space, ledger = made
     plan = make_plan(GETAConfig(target_bytes=24_000), space, ledger)
     assert 0.95 * 24_000 < plan.bytes <= 24_000
+
+
+def test_weights_in_layers_that_no_quantizer_covers_are_said(batch) -> None:
+    """Experts whose weights are stacked, and the router that is no linear layer; embeddings and norms do not count."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=60, num_key_value_heads=2, num_local_experts=4, **sizes))
+    space = build_space(model, {"input_ids": torch.arange(8)[None]})
+    attach_quantizers(model)
+    plan = make_plan(GETAConfig(), space, make_ledger(model, space), model)
+    bare, covered = 4 * 3 * 32 * 48 + 4 * 32, 2 * 32 * 32 + 2 * 32 * 16
+    assert plan.unquantized == ("model.layers.*.mlp.experts", "model.layers.*.mlp.gate")
+    assert plan.unquantized_share == pytest.approx(bare / (bare + covered))
+    said = "not quantized: 85.8% of the layers' matrix weights (model.layers.*.mlp.experts, model.layers.*.mlp.gate)"
+    assert said in str(plan).splitlines()
+
+
+def test_nothing_is_said_where_quantizers_cover_all(made) -> None:
+    bert, space, ledger = made
+    plan = make_plan(GETAConfig(), space, ledger, bert)
+    assert plan.unquantized == () and "not quantized" not in str(plan)
+
+
+def test_layers_left_out_by_the_user_are_not_quantized_either(bert, batch) -> None:
+    space = build_space(bert, batch)
+    attach_quantizers(bert, exclude=["intermediate"])
+    plan = make_plan(GETAConfig(), space, make_ledger(bert, space), bert)
+    assert plan.unquantized == ("bert.encoder.layer.*.intermediate.dense",)
+    assert plan.unquantized_share == pytest.approx(48 * 32 / (4 * 32 * 32 + 2 * 48 * 32))
+
+
+@pytest.mark.parametrize("name", ["t5", "swin", "cohere"])
+def test_tables_of_positions_and_norms_are_no_matrix_weights(name: str) -> None:
+    model, batch = build(name)
+    space = build_space(model, batch)
+    attach_quantizers(model)
+    plan = make_plan(GETAConfig(), space, make_ledger(model, space), model)
+    assert plan.unquantized == (), plan
 
 
 def test_learned_widths_are_not_promised(made) -> None:

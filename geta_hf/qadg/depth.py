@@ -58,10 +58,20 @@ def find_blocks(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Block, ...]
         GETAError: the model can't run the batch.
     """
     residual = _residual_tensors(model, batch)
-    names = [name for name in _entries(model) if any(_within(tensor, name) for tensor in residual)]
+    names = _holding(model, residual)
     calls = _calls(model, names, batch)
     with evaluating(model):
         return tuple(_tried(model, name, calls[name], residual) for name in names)
+
+
+def residual_blocks(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Block, ...]:
+    """As `find_blocks`, of a model that may be on meta: none is tried, so that none has a reason to stay."""
+    return tuple(Block(name) for name in _holding(model, _residual_tensors(model, batch)))
+
+
+def _holding(model: nn.Module, residual: set[str]) -> list[str]:
+    """Entries of lists of modules with one of these tensors."""
+    return [name for name in _entries(model) if any(_within(tensor, name) for tensor in residual)]
 
 
 def _residual_tensors(model: nn.Module, batch: Mapping[str, Any]) -> set[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from geta_hf.errors import GETAError
 from geta_hf.export.formats.plain import plain_models
@@ -16,12 +17,15 @@ from geta_hf.export.gate import check_generation
 from geta_hf.export.saving import activation_bits
 from geta_hf.export.verify import attention_outputs, prove_equal
 
+logger = logging.get_logger(__name__)
+
 
 def write_vanilla(model: PreTrainedModel, folder: Path, batch: Mapping[str, Tensor]) -> None:
     """Write a compressed model as an ordinary dense checkpoint that needs no code of ours.
 
     The weights are the quantized values, each in the dtype it has; the file is as small as the pruning made it and no
     smaller. config.json says what was cut (fewer heads, fewer channels), so every layer must have kept equally many.
+    Experts whose rows are no longer whole 16 bytes run one by one, by `experts_implementation` in config.json.
 
     Args:
         model: compressed, or plain; left unchanged.
@@ -63,6 +67,7 @@ def write_plain(
     inputs = {key: tensor.to(model.device) for key, tensor in batch.items()}
     failure: GETAError | None = None
     for plain in plain_models(model):
+        _settle_experts(plain, model)
         save(plain)
         try:
             return _prove(model, folder, inputs, name)
@@ -74,11 +79,24 @@ def write_plain(
     raise failure
 
 
+def _settle_experts(plain: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Let config.json say that experts run one by one, where what is left of them does not suit the fused kernel."""
+    if model.config._experts_implementation == "eager" and model._can_set_experts_implementation():
+        plain.config.experts_implementation = "eager"
+        logger.warning(
+            "config.json says experts_implementation = eager, which is slower: rows of the cut experts are no whole 16 "
+            "bytes, as the fused kernel needs them; train with multiple_of = 8 for it"
+        )
+
+
 @torch.no_grad()
 def _prove(model: PreTrainedModel, folder: Path, batch: Mapping[str, Tensor], name: str) -> None:
     reloaded = type(model).from_pretrained(folder)
     reloaded.to(model.device)  # type: ignore[arg-type]
-    reloaded(**batch)  # some formats decode their weights in the first pass
+    try:
+        reloaded(**batch)  # some formats decode their weights in the first pass
+    except RuntimeError as error:
+        raise GETAError(f"the {name} folder loads, but {type(model).__name__} can't run it: {error}") from error
     prove_equal(attention_outputs(model, batch), attention_outputs(reloaded, batch), model.dtype, name)
     if model.can_generate() and torch.finfo(model.dtype).bits > 16:  # or rounding chooses between tokens
         check_generation(model, reloaded, batch)

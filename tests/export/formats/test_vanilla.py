@@ -188,6 +188,38 @@ def test_one_number_for_two_kinds_of_layers(tmp_path: Path) -> None:
     assert (saved["num_heads"], saved["d_kv"], saved["d_ff"]) == (2, 8, 24)
 
 
+def test_cut_experts_run_in_plain_transformers(tmp_path: Path) -> None:
+    """18 of 48 channels are rows of 72 bytes, which the fused kernel refuses; whole 16 bytes it takes."""
+    model, batch = tiny("mixtral")
+    space = build_space(model, batch)
+    for kept, experts in ((18, "eager"), (16, "grouped_mm")):
+        folder = tmp_path / str(kept)
+        folder.mkdir()
+        removal = {f.name: torch.arange(f.size) >= kept for f in space.prunable if f.kind == "channels"}
+        small = compressed(*tiny("mixtral"), space, removal)
+        write_vanilla(small, folder, batch)
+        saved = json.loads((folder / "config.json").read_text())
+        assert saved["intermediate_size"] == kept and saved.get("experts_implementation", "grouped_mm") == experts
+        reloaded = AutoModelForCausalLM.from_pretrained(folder)
+        assert reloaded.config._experts_implementation == experts
+        assert (logits(reloaded, batch) - logits(small, batch)).abs().max() <= 1e-5
+
+
+def test_a_folder_that_does_not_run_is_said_to_be_one(tmp_path: Path) -> None:
+    """A mutation: the experts' fused kernel where it can't be."""
+    model, batch = tiny("mixtral")
+    space = build_space(model, batch)
+    removal = {f.name: torch.arange(f.size) >= 18 for f in space.prunable if f.kind == "channels"}
+
+    def save(plain: PreTrainedModel) -> None:
+        del plain.config.experts_implementation
+        plain.save_pretrained(tmp_path)
+
+    with pytest.raises(GETAError, match="the vanilla folder loads, but MixtralForCausalLM can't run it: strides"):
+        write_plain(compressed(model, batch, space, removal), tmp_path, batch, save, "vanilla")
+    assert list(tmp_path.iterdir()) == []
+
+
 class TwoWaysConfig(PreTrainedConfig):
     """Sizes of `head_dim` times `heads`: either may have been halved."""
 
