@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
@@ -14,8 +15,10 @@ from transformers import HfArgumentParser, TrainingArguments
 from geta_hf import GETAConfig, GETAError
 
 
-def read_values(argv: Sequence[str]) -> tuple[dict[str, Any], GETAConfig | None]:
+def read_values(argv: Sequence[str], parser: HfArgumentParser) -> tuple[dict[str, Any], GETAConfig | None]:
     """Reads `[config.yaml] [--key value ...]`; a dotted key reaches into a section, a key alone means true.
+
+    Values of the command line are read as YAML, those of fields that hold text as they stand.
 
     Returns:
         All values but the `geta` section, and that as a config; None where it is missing or null.
@@ -25,7 +28,7 @@ def read_values(argv: Sequence[str]) -> tuple[dict[str, Any], GETAConfig | None]
     """
     argv = list(argv)
     values = read_config(argv.pop(0)) if argv and not argv[0].startswith("--") else {}
-    apply_overrides(values, argv)
+    apply_overrides(values, argv, text_fields(parser))
     geta = values.pop("geta", None)
     if not (geta is None or isinstance(geta, dict)):
         raise GETAError(f"geta: {geta!r} is neither a section with the fields of GETAConfig nor null")
@@ -69,8 +72,18 @@ def read_config(path: str) -> dict[str, Any]:
     return _numbers(values)
 
 
-def apply_overrides(values: dict[str, Any], argv: Sequence[str]) -> None:
-    """Writes `--key value`, `--key=value`, `--section.key value` and `--flag` into `values`, read as YAML."""
+def text_fields(parser: HfArgumentParser) -> set[str]:
+    """The recipe's own fields that hold text and nothing else; some of Trainer's take a section or true as well."""
+    own = [field for kind in parser.dataclass_types if kind is not TrainingArguments for field in fields(kind)]
+    return {field.name for field in own if field.type is str or set(get_args(field.type)) == {str, type(None)}}
+
+
+def apply_overrides(values: dict[str, Any], argv: Sequence[str], texts: Collection[str] = ()) -> None:
+    """Writes `--key value`, `--key=value`, `--section.key value` and `--flag` into `values`, read as YAML.
+
+    Args:
+        texts: keys whose values are taken as they stand, but for `null` and for quotes around the whole.
+    """
     rest = list(argv)
     while rest:
         key, equals, text = rest.pop(0).partition("=")
@@ -84,10 +97,17 @@ def apply_overrides(values: dict[str, Any], argv: Sequence[str]) -> None:
             if not isinstance(target.get(section), dict):
                 target[section] = {}
             target = target[section]
-        try:
-            target[name] = _numbers(yaml.safe_load(text))
-        except yaml.YAMLError as error:
-            raise GETAError(f"{key} {text}: not YAML; put patterns in single quotes ({error})") from error
+        target[name] = _value(key, text, literal=not sections and name in texts)
+
+
+def _value(key: str, text: str, literal: bool) -> Any:
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    if literal and text != "null" and not quoted:
+        return text
+    try:
+        return _numbers(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise GETAError(f"{key} {text}: not YAML; put patterns in single quotes ({error})") from error
 
 
 def _numbers(value: Any) -> Any:

@@ -20,7 +20,6 @@ from typing import Any
 
 from transformers import (
     AutoModelForQuestionAnswering,
-    AutoTokenizer,
     DataCollatorWithPadding,
     HfArgumentParser,
     PreTrainedModel,
@@ -35,6 +34,7 @@ from eval import squad, squad_features
 from eval.squad_features import Question
 from geta_hf import GETAConfig, GETAError, GETATrainer, write_card
 from recipes.arguments import parse_sections, read_values
+from recipes.loading import check_resume, load_config, load_tokenizer, told
 from recipes.output import export
 
 
@@ -83,8 +83,9 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     Raises:
         GETAError: a missing file, a malformed argument, or a key that no part of the recipe knows.
     """
-    values, geta = read_values(argv)
+    values, geta = read_values(argv, _parser())
     model, data, training = parse_sections(_parser(), values)
+    check_resume(training)
     return Arguments(model, data, training, geta)
 
 
@@ -128,8 +129,10 @@ def tokenize(
 def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model with a question answering head, and its tokenizer."""
     name = arguments.model_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name_or_path or name)
-    return AutoModelForQuestionAnswering.from_pretrained(name), tokenizer
+    load_config(name)  # fails first
+    tokenizer = load_tokenizer(arguments.tokenizer_name_or_path or name)
+    with told(f"the model {name}"):
+        return AutoModelForQuestionAnswering.from_pretrained(name), tokenizer
 
 
 def make_trainer(

@@ -25,9 +25,7 @@ from typing import Any
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
@@ -36,15 +34,22 @@ from transformers import (
     set_seed,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from geta_hf import DryRun, GETAConfig, GETAError, GETATrainer, dry_run, write_card
+from geta_hf import DryRun, GETAConfig, GETAError, GETATrainer, MemoryPlan, dry_run, write_card
+from geta_hf.causal import check_causal, check_vocabulary
+from geta_hf.errors import MemoryUnknown
 from recipes import text_data
 from recipes.arguments import parse_sections, read_values
+from recipes.documents import prepare_tokenizer
+from recipes.loading import check_resume, load_config, told
+from recipes.loading import load_tokenizer as load_plain_tokenizer
 from recipes.output import export
 from recipes.text_data import DataArguments
 
-_UNITS = {"": 1, "B": 1, "MB": 1e6, "GB": 1e9, "MIB": 2**20, "GIB": 2**30}
+logger = logging.get_logger(__name__)
+_UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 
 
 @dataclass
@@ -80,7 +85,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     Raises:
         GETAError: an unknown key, a value that can't be, or options that can't go together.
     """
-    values, geta = read_values(argv)
+    values, geta = read_values(argv, _parser())
     lora = values.pop("lora", None)
     model, data, training = parse_sections(_parser(), values)
     arguments = Arguments(model, data, training, geta, lora)
@@ -103,14 +108,21 @@ def _check(arguments: Arguments) -> None:
         raise GETAError("lora without geta is peft's own business; give a geta section, or `--lora null`")
     if arguments.model.device_memory is not None:
         parse_bytes(arguments.model.device_memory)
+    if arguments.training.eval_strategy != "no" and not arguments.data.evaluates:
+        raise GETAError("eval_strategy needs rows to evaluate on: give eval_file or eval_split")
+    check_resume(arguments.training)
 
 
 def parse_bytes(text: str) -> int:
-    """`80GB`, `24 GiB` or a number of bytes."""
-    found = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", str(text))
-    if found is None or found[2].upper() not in _UNITS:
-        raise GETAError(f"device_memory = {text!r} must be a size such as 80GB or 24GiB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    """Bytes of `80GB`, `80G`, `24 GiB` or `1.5TB`.
+
+    Raises:
+        GETAError: not a number with a unit.
+    """
+    found = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMGT])(I?)B?\s*", str(text).upper())
+    if found is None:
+        raise GETAError(f"device_memory = {text!r} must be a size with its unit, such as 80GB or 24GiB")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** _UNITS[found[2]])
 
 
 def lora_config(arguments: Arguments) -> Any:
@@ -139,14 +151,16 @@ def check_positions(config: PreTrainedConfig, block_size: int) -> None:
 
 def plan(arguments: Arguments) -> DryRun:
     """What the run would do and need, found without weights."""
-    config = AutoConfig.from_pretrained(arguments.model.model_name_or_path)
+    config = load_config(arguments.model.model_name_or_path)
     check_positions(config, arguments.data.block_size)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise GETAError(f"{arguments.model.model_name_or_path}: {type(config).__name__} has no causal language model")
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
     config.dtype = getattr(torch, arguments.model.dtype)
-    batch = text_data.largest_batch(arguments.data, arguments.training.per_device_train_batch_size)
-    return dry_run(config, batch, arguments.training, arguments.geta, lora_config(arguments))
+    training = arguments.training
+    batch = text_data.largest_batch(arguments.data, training.per_device_train_batch_size)
+    steps = training.max_steps if training.max_steps > 0 else None
+    return dry_run(config, batch, training, arguments.geta, lora_config(arguments), steps)
 
 
 def free_memory(arguments: Arguments) -> int | None:
@@ -166,21 +180,45 @@ def fit(found: DryRun, free: int | None) -> str:
     """One sentence: whether the run fits. The estimate was within 10 % of what was measured."""
     if free is None:
         return "free memory of the device is not known; give --device_memory, such as 80GB"
-    peak, room = found.memory.peak / 1e9, free / 1e9
-    if peak > room:
-        return f"does not fit: {peak:.1f} GB are needed, {room:.1f} GB are there"
-    tight = "; that is close" if peak > 0.9 * room else ""
-    return f"fits: {peak:.1f} GB of {room:.1f} GB are needed{tight}"
+    peak, room = _size(found.memory.peak), _size(free)
+    if found.memory.peak > free:
+        return f"does not fit: {peak} are needed, {room} are there"
+    tight = "; that is close" if found.memory.peak > 0.9 * free else ""
+    return f"fits: {peak} of {room} are needed{tight}"
 
 
-def check_memory(arguments: Arguments, found: DryRun) -> None:
-    """Raises GETAError for a batch that does not fit the device, before anything is loaded."""
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def check_memory(arguments: Arguments) -> MemoryPlan | None:
+    """The memory that the run will need; None, and a warning, for a model whose memory can't be foreseen.
+
+    Raises:
+        GETAError: the batch does not fit the device; nothing has been loaded yet.
+    """
+    try:
+        found = plan(arguments)
+    except MemoryUnknown as error:
+        logger.warning("%s; whether the run fits is not known", error)
+        return None
     free = free_memory(arguments)
     if free is not None and found.memory.peak > free and not arguments.training.fsdp:
         raise GETAError(
             f"the run {fit(found, free)}:\n{found.memory}\nlower per_device_train_batch_size or block_size, set "
             f"gradient_checkpointing, choose optim: adafactor, or add a lora section"
         )
+    return found.memory
+
+
+def verdict(arguments: Arguments) -> str:
+    """What `--plan_only` prints: the plan, the memory, and whether that fits."""
+    name = arguments.model.model_name_or_path
+    try:
+        found = plan(arguments)
+    except MemoryUnknown as error:
+        return f"{error.plan}\n\n{name}: {error}; whether it fits is not known"
+    return f"{found}\n{name} {fit(found, free_memory(arguments))}"
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -188,30 +226,19 @@ def check_memory(arguments: Arguments, found: DryRun) -> None:
 
 def load_model(arguments: ModelArguments) -> PreTrainedModel:
     """The model with its weights."""
-    return AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=getattr(torch, arguments.dtype))
+    name = arguments.model_name_or_path
+    with told(f"the model {name}"):
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, arguments.dtype))
+    check_causal(model)
+    return model
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a padding token."""
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name_or_path or arguments.model_name_or_path)
-    text_data.prepare_tokenizer(tokenizer)
+    """The tokenizer, with a padding token; every token has a row in the model's embedding."""
+    tokenizer = load_plain_tokenizer(arguments.tokenizer_name_or_path or arguments.model_name_or_path)
+    check_vocabulary(load_config(arguments.model_name_or_path).get_text_config().vocab_size, tokenizer)
+    prepare_tokenizer(tokenizer)
     return tokenizer
-
-
-def make_trainer(
-    arguments: Arguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Any
-) -> Trainer:
-    """GETATrainer with a `geta` section, Trainer without."""
-    common: dict[str, Any] = {
-        "model": model,
-        "args": arguments.training,
-        "train_dataset": rows,
-        "data_collator": text_data.collator(arguments.data, tokenizer),
-        "processing_class": tokenizer,
-    }
-    if arguments.geta is None:
-        return Trainer(**common)
-    return GETATrainer(geta_config=arguments.geta, peft_config=lora_config(arguments), **common)
 
 
 @dataclass
@@ -231,11 +258,28 @@ class HeldOut:
 def held_out(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> HeldOut | None:
     """The evaluation rows; None where neither eval_file nor eval_split is given."""
     data, training = arguments.data, arguments.training
-    if data.eval_file is None and data.eval_split is None:
+    if not data.evaluates:
         return None
     rows = text_data.load_rows(data, data.eval_file, str(data.eval_split), data.max_eval_rows)
     ready = text_data.features(data, tokenizer, rows)
     return HeldOut(ready, text_data.collator(data, tokenizer), training.per_device_eval_batch_size, training.bf16)
+
+
+def make_trainer(
+    arguments: Arguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Any, test: HeldOut | None
+) -> Trainer:
+    """GETATrainer with a `geta` section, Trainer without."""
+    common: dict[str, Any] = {
+        "model": model,
+        "args": arguments.training,
+        "train_dataset": rows,
+        "eval_dataset": None if test is None else test.rows,
+        "data_collator": text_data.collator(arguments.data, tokenizer),
+        "processing_class": tokenizer,
+    }
+    if arguments.geta is None:
+        return Trainer(**common)
+    return GETATrainer(geta_config=arguments.geta, peft_config=lora_config(arguments), **common)
 
 
 def describe(arguments: Arguments) -> dict[str, Any]:
@@ -257,18 +301,18 @@ def run(arguments: Arguments) -> dict[str, Any]:
     """
     output, training = Path(str(arguments.training.output_dir)), arguments.training
     set_seed(training.seed)
-    foreseen = plan(arguments)
-    check_memory(arguments, foreseen)
+    foreseen = check_memory(arguments)
     tokenizer = load_tokenizer(arguments.model)
     data = arguments.data
+    test = held_out(arguments, tokenizer)
     rows = text_data.load_rows(data, data.train_file, data.train_split, data.max_train_rows)
-    rows, test = text_data.features(data, tokenizer, rows), held_out(arguments, tokenizer)
+    rows = text_data.features(data, tokenizer, rows)
     model = load_model(arguments.model)
     before = test.score(model.to(training.device)) if test is not None and training.process_index == 0 else None
 
     if training.include_num_input_tokens_seen == "no":
         training.include_num_input_tokens_seen = "all" if data.packs else "non_padding"
-    trainer = make_trainer(arguments, model, tokenizer, rows)
+    trainer = make_trainer(arguments, model, tokenizer, rows, test)
     seconds = time.perf_counter()
     outcome = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     seconds = time.perf_counter() - seconds
@@ -283,7 +327,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
         "train_seconds": round(seconds, 1),
         "before": before,
         "after": None if test is None else test.score(_exported(output, training)),
-        "memory_foreseen": asdict(foreseen.memory) | {"peak": foreseen.memory.peak},
+        "memory_foreseen": None if foreseen is None else asdict(foreseen) | {"peak": foreseen.peak},
         "config": describe(arguments),
     }
     (output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
@@ -310,9 +354,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return {}
     arguments = parse_arguments(argv)
     if arguments.model.plan_only:
-        found = plan(arguments)
-        print(found)
-        print(f"{arguments.model.model_name_or_path} {fit(found, free_memory(arguments))}")
+        print(verdict(arguments))
         return {}
     results = run(arguments)
     if results:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from geta_hf import GETAConfig, GETAError
+from geta_hf.errors import MemoryUnknown
 from geta_hf.report import read_structure
 from recipes import phi2_commonsense as recipe
 from tests.recipes.words import stories, write_model
@@ -66,6 +67,7 @@ def test_gradient_checkpointing_under_either_name(argv: list[str]) -> None:
         (["--lora.r", "4"], "lora without geta"),
         (["--lora", "yes"], "neither a section"),
         (["--blocks", "4"], "blocks"),
+        (["--eval_file", "null", "--eval_strategy", "steps", "--eval_steps", "4"], "give eval_file or eval_split"),
     ],
 )
 def test_wrong_arguments_say_what_is_wrong(argv: list[str], extra: list[str], message: str) -> None:
@@ -81,6 +83,8 @@ def test_wrong_arguments_say_what_is_wrong(argv: list[str], extra: list[str], me
         (["--device_memory", "0.1MB"], "does not fit"),
         (["--lora.r", "4", "--lora.target_modules", "[lm_head]"], "targets nothing quantized"),
         (["--lora.rank", "4"], "rank"),
+        (["--model_name_or_path", "elsewhere/nothing"], "the model elsewhere/nothing can't be loaded"),
+        (["--eval_file", "null", "--dataset_name", "none", "--eval_split", "test"], "none can't be read"),
     ],
 )
 def test_what_can_not_work_fails_before_training(argv: list[str], extra: list[str], message: str) -> None:
@@ -120,13 +124,49 @@ def test_dense_run_over_instructions(argv: list[str], tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "export")
 
 
+def test_conversations_and_a_look_at_held_out_rows_while_training(argv: list[str], tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'Ask : ' if m.role == 'user' else 'Tell : ' }}{{ m.content }} . {% endfor %}"
+        "{% if add_generation_prompt %}Tell : {% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = [(f"w{n % 40}", f"w{(n + 1) % 40}") for n in range(40)]
+    rows = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in words]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"messages": row}) for row in rows))
+    files = ["--train_file", str(tmp_path / "rows.jsonl"), "--eval_file", str(tmp_path / "rows.jsonl")]
+    often = ["--messages_column", "messages", "--eval_strategy", "steps", "--eval_steps", "3", "--max_steps", "6"]
+    results = recipe.main([*argv, *files, *often])
+    assert results["before"]["tokens"] == 40 * 2 and results["tokens"] == 6 * 4 * 8
+    assert results["after"]["nats_per_token"] < results["before"]["nats_per_token"]
+
+
+def test_a_start_that_can_not_be_trained(argv: list[str], tmp_path: Path) -> None:
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    quantized = {**config, "quantization_config": {"quant_method": "geta", "version": 3}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(quantized))
+    with pytest.raises(GETAError, match=r"quantized already \(geta\); start from the dense model"):
+        recipe.main([*with_geta(argv), "--plan_only"])
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "vocab_size": 20}))
+    with pytest.raises(GETAError, match="no row in the model's embedding of 20 rows"):
+        recipe.main(argv)
+
+
+def test_a_model_whose_memory_can_not_be_foreseen_is_trained(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryUnknown("it asks for data")
+
+    monkeypatch.setattr(recipe, "dry_run", fail)
+    assert recipe.check_memory(recipe.parse_arguments(argv)) is None
+
+
 def test_plan_only_reads_no_weights(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model" / "model.safetensors").unlink()
     (tmp_path / "train.txt").unlink()
     assert recipe.main([*with_geta(argv), "--plan_only", "--device_memory", "80GB"]) == {}
     printed = capsys.readouterr().out
     assert "| heads    | 2      | 4" in printed and "groups to remove: 52 of 104" in printed
-    assert "forward and backward" in printed and "model fits: 0.0 GB of 80.0 GB are needed" in printed
+    assert "forward and backward" in printed and " MB of 80.0 GB are needed" in printed
     recipe.main([*with_geta(argv), "--plan_only", "--device_memory", "0.1MB"])
     assert "does not fit" in capsys.readouterr().out
     assert not (tmp_path / "out" / "results.json").exists()
@@ -147,7 +187,11 @@ def test_lora_section_trains_adapters_and_exports_no_trace_of_them(argv: list[st
 
 
 def test_sizes_and_verdicts(argv: list[str]) -> None:
-    assert [recipe.parse_bytes(text) for text in ("80GB", "24 GiB", "1000")] == [80 * 10**9, 24 * 2**30, 1000]
+    sizes = {"80GB": 80 * 10**9, "80g": 80 * 10**9, "24 GiB": 24 * 2**30, "1.5TB": 1500 * 10**9, "100 MB": 10**8}
+    assert {text: recipe.parse_bytes(text) for text in sizes} == sizes
+    for text in ("80", "1.2.3GB", ".GB", "much"):
+        with pytest.raises(GETAError, match="a size with its unit, such as 80GB"):
+            recipe.parse_bytes(text)
     arguments = recipe.parse_arguments(argv)
     assert isinstance(arguments.training, TrainingArguments)
     free = recipe.free_memory(arguments)

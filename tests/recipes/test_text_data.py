@@ -11,18 +11,8 @@ import torch
 from transformers import PhiForCausalLM
 
 from geta_hf import GETAError
-from recipes.text_data import (
-    IGNORED,
-    DataArguments,
-    check_columns,
-    collator,
-    features,
-    load_rows,
-    pack,
-    perplexity,
-    prepare_tokenizer,
-    prompt_and_response,
-)
+from recipes.documents import IGNORED, pack, prepare_tokenizer, prompt_and_response
+from recipes.text_data import DataArguments, check_columns, collator, features, load_rows, perplexity
 from tests.recipes.words import END, WORDS, stories, word_tokenizer, write_model
 
 TEMPLATE = "Ask : {question}\n{hint}\nTell : {answer}"
@@ -48,6 +38,8 @@ def write(path: Path, rows: list[dict]) -> Path:
     text = "\n\n".join(row["text"] for row in rows)
     if ".jsonl" in path.suffixes:
         text = "\n".join(json.dumps(row) for row in rows)
+    if ".csv" in path.suffixes:
+        text = "\n".join(["text", *(row["text"] for row in rows)])
     if ".parquet" in path.suffixes:
         datasets.Dataset.from_list(rows).to_parquet(str(path))
     elif path.suffix == ".json":
@@ -65,6 +57,12 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str, strea
     data = DataArguments(train_file=str(path), streaming=streaming)
     assert [row["text"].strip() for row in load_rows(data, str(path), "train", None)] == texts
     assert [row["text"].strip() for row in load_rows(data, str(path), "train", 2)] == texts[:2]
+
+
+def test_a_table_of_commas(tmp_path: Path) -> None:
+    """Not as a stream: datasets then leaves the file open."""
+    path = write(tmp_path / "a.csv", [{"text": "w1 w2 ."}, {"text": "w3 ."}])
+    assert [row["text"] for row in load_rows(DataArguments(), str(path), "train", None)] == ["w1 w2 .", "w3 ."]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -149,8 +147,13 @@ def test_columns_that_are_not_there_are_named(changes: dict, message: str) -> No
 def test_data_that_is_missing_empty_or_too_short(tmp_path: Path) -> None:
     with pytest.raises(GETAError, match="give dataset_name"):
         load_rows(DataArguments(), None, "train", None)
-    for name, message in (("none.txt", "no such file"), ("a.csv", "files are read as")):
-        (tmp_path / "a.csv").write_text("text")
+    for name, message in (
+        ("none.txt", "^[^:]*none.txt: no such file"),
+        ("a.xml", "files are read as"),
+        ("a.jsonl", "a.jsonl can't be read"),
+    ):
+        (tmp_path / "a.xml").write_text("text")
+        (tmp_path / "a.jsonl").write_text("")
         with pytest.raises(GETAError, match=message):
             load_rows(DataArguments(), str(tmp_path / name), "train", None)
     (tmp_path / "broken.json").write_text("{")
