@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from geta_hf.export.export import PICTURE_NAME
 from geta_hf.facts import CARD_NAME, LOCAL_BASE, METRICS_NAME, Facts, check_metrics, read_facts, read_metrics
 from geta_hf.files import write_whole
 from geta_hf.picture import BITS, Grid, Row, draw, layer_grid, printable
 from geta_hf.report import Metrics, format_table, table_rows
 
-PICTURE_NAME = "geta_structure.svg"
 _BASE_KEYS = ("base_model", "base_model_relation", LOCAL_BASE)
 _TAGS = ("geta", "pruned", "quantized")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -110,10 +110,12 @@ def _card(
     """What is None is as the folder's own card says, or as its architecture does."""
     base, dataset = _base(facts, base_model), dataset or facts.dataset
     task = task or facts.front.get("pipeline_tag") or facts.task
+    name = repo_id or facts.folder.resolve().name
     kept = {key: value for key, value in facts.front.items() if key not in _BASE_KEYS}
-    front = kept | {"library_name": "transformers"} | base | _front(facts, task, dataset or "unknown", metrics)
+    own = _front(facts, task, _result(name, task, dataset or "unknown", metrics))
+    front = kept | {"library_name": "transformers"} | base | own
     shown = base.get("base_model") or base.get(LOCAL_BASE)
-    body = _body(facts, shown, metrics, repo_id or facts.folder.resolve().name)
+    body = _body(facts, shown, metrics, name)
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body}\n"
 
 
@@ -126,23 +128,23 @@ def _base(facts: Facts, base_model: str | None) -> dict[str, Any]:
     return {LOCAL_BASE: Path(base_model).name}
 
 
-def _front(facts: Facts, task: str | None, dataset: str, metrics: Metrics) -> dict[str, Any]:
+def _front(facts: Facts, task: str | None, results: list[dict[str, Any]]) -> dict[str, Any]:
     """What the Hub reads of the task, the tags and the metrics of the compressed model."""
     own: dict[str, Any] = {"pipeline_tag": task} if task else {}
     own["tags"] = list(dict.fromkeys((*_strings(facts.front.get("tags")), *_TAGS)))
-    if task and (measured := metrics.get("compressed")):
-        own["model-index"] = [_result(facts, task, dataset, measured)]
-    return own
+    return {**own, "model-index": results} if results else own
 
 
 def _strings(values: object) -> list[str]:
     return [value for value in values if isinstance(value, str)] if isinstance(values, list) else []
 
 
-def _result(facts: Facts, task: str, dataset: str, metrics: Mapping[str, float]) -> dict[str, Any]:
-    values = [{"type": name, "value": value, "name": name} for name, value in metrics.items()]
+def _result(model: str, task: str | None, dataset: str, metrics: Metrics) -> list[dict[str, Any]]:
+    values = [{"type": name, "value": value, "name": name} for name, value in metrics.get("compressed", {}).items()]
+    if not task or not values:
+        return []
     result = {"task": {"type": task}, "dataset": {"type": dataset, "name": dataset}, "metrics": values}
-    return {"name": facts.folder.resolve().name, "results": [result]}
+    return [{"name": model.rpartition("/")[2], "results": [result]}]
 
 
 def _body(facts: Facts, base_model: str | None, metrics: Metrics, name: str) -> str:

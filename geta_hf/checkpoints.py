@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from geta_hf.config import CONFIG_NAME, GETAConfig
 from geta_hf.errors import GETAError
+from geta_hf.export.stored import Header, read_headers
 from geta_hf.files import write_whole
 from geta_hf.lora import check_lora, save_lora
 from geta_hf.qasso import QASSO
@@ -33,15 +34,22 @@ class Progress:
         step: optimizer steps done.
         finished: whether the joint stage was over, so that the model can be exported.
         removed_groups: groups that were zero for good.
+        base_model: what the run began with: a name on the Hub or a path; None where that is not known.
     """
 
     step: int
     finished: bool
     removed_groups: int
+    base_model: str | None = None
 
 
 def write_notes(
-    folder: Path, processes: int, sharded: bool, qasso: QASSO | None, lora: LoraConfig | None = None
+    folder: Path,
+    processes: int,
+    sharded: bool,
+    qasso: QASSO | None,
+    lora: LoraConfig | None = None,
+    base_model: str | None = None,
 ) -> None:
     """Note in a checkpoint who wrote it, and how far the compression had come.
 
@@ -51,12 +59,13 @@ def write_notes(
         sharded: whether each of them held a part of the model.
         qasso: the run's optimizer; None before training.
         lora: the run's LoraConfig, where it has one.
+        base_model: what the run began with; see `base_name`.
     """
     if lora is not None:
         save_lora(folder, lora)
     write_whole(folder / WORLD_NAME, json.dumps({"processes": processes, "sharded": sharded}) + "\n")
     if qasso is not None:
-        progress = Progress(qasso.step_count, qasso.finished, qasso.removed_groups)
+        progress = Progress(qasso.step_count, qasso.finished, qasso.removed_groups, base_model)
         write_whole(folder / PROGRESS_NAME, json.dumps(dataclasses.asdict(progress)) + "\n")
 
 
@@ -65,9 +74,49 @@ def read_progress(folder: Path) -> Progress:
     path = folder / PROGRESS_NAME
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        return Progress(int(stored["step"]), bool(stored["finished"]), int(stored["removed_groups"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        base = stored.get("base_model")
+        found = (int(stored["step"]), bool(stored["finished"]), int(stored["removed_groups"]))
+        return Progress(*found, base if isinstance(base, str) else None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise GETAError(f"{path} can't be read ({error}); resume the run and let it save a checkpoint") from error
+
+
+def base_name(model: nn.Module) -> str | None:
+    """What a model was trained from: what its checkpoint notes if it was loaded from one, else where it was loaded."""
+    name = str(model.config.name_or_path or "") if isinstance(model, PreTrainedModel) else ""
+    if not name or not (path := Path(name)).exists():
+        return name or None
+    return read_progress(path).base_model if (path / PROGRESS_NAME).is_file() else str(path.resolve())
+
+
+def stored_headers(folder: Path) -> dict[str, Header]:
+    """What the weights' files of a checkpoint say they hold.
+
+    Raises:
+        GETAError: a damaged file; the message names what else the run has left.
+    """
+    try:
+        return read_headers([str(file) for file in sorted(folder.glob("*.safetensors"))], folder)
+    except GETAError as error:
+        others = [path for path in folder.parent.glob("checkpoint-*") if _step(path) < _step(folder)]
+        others.sort(key=_step, reverse=True)
+        done = next((path for path in others if _is_finished(path)), None)
+        if done is not None:
+            raise GETAError(f"{error}; or export {done}") from error
+        raise GETAError(f"{error}; or train on from {others[0]}" if others else str(error)) from error
+
+
+def _step(checkpoint: Path) -> int:
+    """The number in a checkpoint's name; -1 where it has none."""
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
+
+
+def _is_finished(checkpoint: Path) -> bool:
+    try:
+        return read_progress(checkpoint).finished
+    except GETAError:
+        return False
 
 
 def check_checkpoint(
@@ -137,11 +186,7 @@ def _check_shapes(folder: Path, model: nn.Module) -> None:
 
 
 def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  safe_open is not a mapping
-                shapes[name] = tuple(tensors.get_slice(name).get_shape())
+    shapes = {name: header.shape for name, header in stored_headers(folder).items()}
     if not shapes:
         raise GETAError(f"{folder} holds no .safetensors file to resume from")
     return shapes

@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("target", metavar="OUT", help="the folder to write")
     command.add_argument("--format", default="geta", choices=("geta", *FORMATS), help="geta by default")
     command.add_argument("--embedding-bits", type=int, metavar="N", help="round the vocabulary's embedding, 2 to 8")
+    command.add_argument("--max-shard-size", metavar="SIZE", help="split weights beyond it, such as 2GB (geta format)")
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model's folder")
     command.set_defaults(run=run_export)
     add_eval(commands)
@@ -102,13 +103,14 @@ def run_export(arguments: argparse.Namespace) -> None:
     """Write a checkpoint or an exported folder in some format, and say what came of it.
 
     Args:
-        arguments: `source`, `target`, `format`, `embedding_bits` and `overwrite`, as the parser gives them.
+        arguments: `source`, `target`, `format`, `embedding_bits`, `max_shard_size` and `overwrite`, as the parser
+            gives them.
 
     Raises:
         GETAError: as `geta_hf.convert.convert` does.
     """
-    options = {name: getattr(arguments, name) for name in ("format", "embedding_bits", "overwrite")}
-    convert(arguments.source, arguments.target, **options)
+    names = ("format", "embedding_bits", "max_shard_size", "overwrite")
+    convert(arguments.source, arguments.target, **{name: getattr(arguments, name) for name in names})
     size = sum(path.stat().st_size for path in Path(arguments.target).rglob("*") if path.is_file())
     print(f"wrote {arguments.target}: {arguments.format} format, {size / 1e6:,.2f} MB")
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,23 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from geta_hf.card import write_card
-from geta_hf.checkpoints import Progress, read_progress
+from geta_hf.checkpoints import Progress, base_name, read_progress, stored_headers
 from geta_hf.config import CONFIG_NAME, GETAConfig
 from geta_hf.errors import GETAError
 from geta_hf.export import ExportReport, export
-from geta_hf.export.export import copy_beside
+from geta_hf.export.export import STRUCTURE_NAME, copy_beside, write_structure
 from geta_hf.export.folder import check_target, write_folder
 from geta_hf.export.formats import writer
 from geta_hf.export.remote_code import save_compressed
+from geta_hf.export.sizes import check_shards, shard_options
+from geta_hf.facts import CARD_NAME, outline
 from geta_hf.lora import load_lora, merge_stored, plan_lora
 from geta_hf.preparation import attach, quantizer_parameters
 from geta_hf.qadg import build_space
 from geta_hf.qadg.example import example_batch
+from geta_hf.qadg.groups import Family, PruningSpace
 from geta_hf.quantization import attach_input_quantizers, select_layers
-from geta_hf.report import load_model
+from geta_hf.report import is_export, load_model
 
 
 def convert(
@@ -40,6 +43,7 @@ def convert(
     *,
     format: str = "geta",
     embedding_bits: int | None = None,
+    max_shard_size: int | str | None = None,
     overwrite: bool = False,
 ) -> ExportReport | None:
     """Write what a run or an export holds in some format.
@@ -49,7 +53,8 @@ def convert(
         target: where the new folder is to appear.
         format: `geta`, or one of `geta_hf.export.formats.FORMATS`.
         embedding_bits: as for `geta_hf.export`; for a checkpoint alone. By default what its config says.
-        overwrite: replace an existing model folder.
+        max_shard_size: as for `geta_hf.export`.
+        overwrite: replace an existing model folder, but for one that holds the source or the state of a training.
 
     Returns:
         What the export of a checkpoint wrote; None for one of a folder.
@@ -60,19 +65,22 @@ def convert(
     """
     folder, place = Path(source), Path(target).resolve()
     check_target(place, overwrite)
+    check_shards(max_shard_size, format)
     if format != "geta":
         writer(format)
-    if _is_export(folder):
+    if is_export(folder):
         if embedding_bits is not None:
             raise GETAError(f"{folder} is an export already, and its embedding stays as it is; export the checkpoint")
-        _rewrite(folder, place, format)
+        _rewrite(folder, place, format, max_shard_size)
         return None
     checkpoint = _checkpoint_of(folder)
+    _check_apart(checkpoint, place)
     config = GETAConfig.load(checkpoint / CONFIG_NAME)
     removed = _finished(read_progress(checkpoint), checkpoint)
     model = load_checkpoint(checkpoint, config)
     batch = example_batch(model)
-    report = export(
+    card = partial(write_card, base_model=base_name(model), repo_id=place.name)
+    return export(
         model,
         place,
         space=build_space(model, batch, prune=config.prune, keep=config.keep),
@@ -82,34 +90,59 @@ def convert(
         expected_zero_groups=removed,
         embedding_bits=config.embedding_bits if embedding_bits is None else embedding_bits,
         format=format,
+        max_shard_size=max_shard_size,
+        finish=card if format == "geta" else None,
         overwrite=overwrite,
     )
-    if format == "geta":
-        write_card(place, base_model=model.config.name_or_path or None)
-    return report
 
 
-def _is_export(folder: Path) -> bool:
-    try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return stored.get("quantization_config", {}).get("quant_method") == "geta"
-    except (OSError, ValueError, AttributeError):
-        return False
+def _check_apart(source: Path, target: Path) -> None:
+    """Raises GETAError where the target's being replaced would delete the source."""
+    if source.resolve().is_relative_to(target):
+        raise GETAError(f"{target} holds {source}, which is to be exported, so it is not replaced; choose another")
 
 
-def _rewrite(folder: Path, target: Path, format: str) -> None:
-    """An exported folder in another format, or loaded and saved anew in its own."""
+def _rewrite(folder: Path, target: Path, format: str, max_shard_size: int | str | None) -> None:
+    """An exported folder in another format, or loaded and saved anew in its own, if need be over itself."""
+    if folder.resolve() != target:
+        _check_apart(folder, target)
     model = load_model(folder)
     batch = example_batch(model)
 
     def fill(fresh: Path) -> None:
-        if format == "geta":
-            save_compressed(model, fresh)
-        else:
+        if format != "geta":
             writer(format)(model, fresh, batch)
-        copy_beside(folder, fresh, structure=format == "geta")
+            copy_beside(folder, fresh, structure=False)
+            return
+        save_compressed(model, fresh, **shard_options(max_shard_size))
+        copy_beside(folder, fresh, structure=True)
+        if not (fresh / STRUCTURE_NAME).is_file():
+            write_structure(fresh, model, _kept(folder, model, batch))
+        if not (fresh / CARD_NAME).is_file():
+            write_card(fresh, repo_id=target.name)
 
     write_folder(target, fill)
+
+
+def _kept(folder: Path, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """Family -> (groups kept, groups before), as far as sizes tell: those of the model, and of one never cut."""
+    config = GETAConfig.load(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else GETAConfig()
+    dense = outline(folder)
+    if dense is None:
+        return {}
+    space = build_space(dense, batch, prune=config.prune, keep=config.keep)
+    counts = {family.name: (_groups_left(family, space, model), family.size) for family in space.prunable}
+    return {name: (left, before) for name, (left, before) in counts.items() if left is not None}
+
+
+def _groups_left(family: Family, space: PruningSpace, model: PreTrainedModel) -> int | None:
+    """How many groups of a family are left of it; None where its tensors disagree, since another family cut them."""
+    found = set()
+    for member in family.members:
+        left = model.state_dict()[member.tensor].shape[member.dim]
+        found.add((space.shapes[member.tensor][member.dim] - left) / member.index.shape[1])
+    gone = found.pop()
+    return None if found or gone % 1 else family.size - int(gone)
 
 
 def _checkpoint_of(folder: Path) -> Path:
@@ -141,6 +174,7 @@ def load_checkpoint(checkpoint: Path, config: GETAConfig) -> PreTrainedModel:
     Raises:
         GETAError: a folder without weights (shards of FSDP), or without a quantizer that the config asks for.
     """
+    stored_headers(checkpoint)  # which finds what is damaged
     with _quiet():  # transformers would list every quantizer as unexpected
         model = load_model(checkpoint)
     stored = _stored(checkpoint)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import re
@@ -23,6 +22,7 @@ from geta_hf.cost import Costs, layer_costs, mean_bits, measure_costs
 from geta_hf.errors import GETAError
 from geta_hf.export.hf_quantizer import GETAQuantizationConfig, apply_fixes
 from geta_hf.export.packed import INPUT_SCALE, WEIGHT_SCALE
+from geta_hf.export.readable import read_json as read_json
 from geta_hf.export.sizes import tensor_sizes
 from geta_hf.qadg.example import empty_model
 from geta_hf.quantization.functional import FLOAT_BITS
@@ -125,7 +125,7 @@ def read_facts(folder: str | os.PathLike[str]) -> Facts:
     path = Path(folder)
     structure = read_structure(path)
     config = read_json(path / "config.json")
-    model = _outline(path)
+    model = outline(path)
     auto_class, task = _auto_class(config)
     return Facts(
         folder=path,
@@ -142,17 +142,6 @@ def read_facts(folder: str | os.PathLike[str]) -> Facts:
         front=read_front(path),
         versions=_versions(config),
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises GETAError, naming the file, for anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise GETAError(f"{path} can't be read ({error}); copy or export the folder again") from error
-    if not isinstance(values, dict):
-        raise GETAError(f"{path} holds {type(values).__name__}, not a JSON object; copy or export the folder again")
-    return values
 
 
 def read_metrics(folder: Path) -> dict[str, dict[str, float]]:
@@ -206,7 +195,7 @@ def _embeddings(model: PreTrainedModel) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
 
 
-def _outline(folder: Path) -> PreTrainedModel | None:
+def outline(folder: Path) -> PreTrainedModel | None:
     """The dense model without weights; None where transformers cannot build it without code from the folder."""
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)

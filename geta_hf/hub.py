@@ -14,11 +14,10 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
 from geta_hf.checkpoints import PROGRESS_NAME, WORLD_NAME
 from geta_hf.errors import GETAError
+from geta_hf.export.readable import INDEX, weight_files
 from geta_hf.export.sizes import tensor_sizes
 from geta_hf.facts import read_json
 from geta_hf.report import read_structure
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 _NOT_OURS = {"trainer_state.json", WORLD_NAME, PROGRESS_NAME}
 _UNFINISHED = (".tmp", ".lock", ".part", ".incomplete", ".bak", ".pyc", "~")
@@ -140,12 +139,7 @@ def _names(folder: Path, root: Path) -> Iterator[str]:
 
 def _check_weights(folder: Path, found: set[str]) -> None:
     """Refuse a folder whose weights are not exactly those it loads: one file, or the shards that its index names."""
-    named = {WEIGHTS}
-    if (index := folder / INDEX).is_file():
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-            raise GETAError(f"{index}: weight_map is {shards!r}, not an object of file names; export the folder again")
-        named = set(shards.values())
+    named = weight_files(folder)
     if missing := sorted(named - found):
         raise GETAError(f"{folder} lacks {', '.join(missing)}; export the folder again, nothing was pushed")
     if stray := sorted(found - named):

@@ -19,6 +19,8 @@ from geta_hf.config import CONFIG_NAME, GETAConfig
 from geta_hf.cost import Costs, bytes_on_disk, measure_costs
 from geta_hf.errors import GETAError
 from geta_hf.export.export import STRUCTURE_NAME
+from geta_hf.export.hf_quantizer import QUANT_METHOD
+from geta_hf.export.readable import check_readable
 from geta_hf.quantization import select_layers
 
 Metrics = Mapping[str, Mapping[str, float]]
@@ -48,6 +50,11 @@ class Structure:
 def read_structure(folder: str | os.PathLike[str]) -> Structure:
     """Read what `export` wrote beside the model. Raises GETAError for a folder without it."""
     path = Path(folder) / STRUCTURE_NAME
+    if not path.is_file() and is_export(Path(folder)):
+        raise GETAError(
+            f"{folder} has no {STRUCTURE_NAME}, which save_pretrained leaves out; run `geta-hf export {folder} OUT`, "
+            f"which makes it anew"
+        )
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         kept = {name: (int(left), int(before)) for name, (left, before) in stored["kept"].items()}
@@ -59,6 +66,15 @@ def read_structure(folder: str | os.PathLike[str]) -> Structure:
     return Structure(kept, bits, inputs, tuple(dropped) if isinstance(dropped, list) else ())
 
 
+def is_export(folder: Path) -> bool:
+    """Whether a folder's config.json says that it is in geta_hf's own format."""
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return stored.get("quantization_config", {}).get("quant_method") == QUANT_METHOD
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def _run_config(folder: str | os.PathLike[str]) -> GETAConfig:
     """What the run was asked for; the defaults where that was not saved."""
     path = Path(folder) / CONFIG_NAME
@@ -67,6 +83,7 @@ def _run_config(folder: str | os.PathLike[str]) -> GETAConfig:
 
 def load_model(folder: str | os.PathLike[str]) -> PreTrainedModel:
     """A dense or exported folder as the class that saved it."""
+    check_readable(folder)
     config = transformers.AutoConfig.from_pretrained(folder)
     if not config.architectures:
         raise GETAError(f"{folder}/config.json names no architecture; save the model with save_pretrained")

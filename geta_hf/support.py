@@ -7,6 +7,7 @@ from transformers import Trainer
 from transformers.utils import is_peft_available
 
 from geta_hf.errors import GETAError
+from geta_hf.export.export import check_never_exported
 
 
 def check_supported(trainer: Trainer, lora: bool = False) -> None:
@@ -62,9 +63,10 @@ def check_launch(trainer: Trainer) -> None:
 
 
 def check_plain(model: nn.Module) -> None:
-    """Raises GETAError for a model that peft has wrapped, under whose names nothing could be exported."""
+    """Raises GETAError for a model that can't be exported in the end: wrapped by peft, or compressed before."""
     if is_peft_available():
         from peft import PeftModel
 
         if isinstance(model, PeftModel):
             raise GETAError("the model is wrapped by peft already; give the plain model and peft_config")
+    check_never_exported(model)

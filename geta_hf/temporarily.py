@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+HALVES = (torch.float16, torch.bfloat16)
+"""Types whose rounding is coarse enough to choose between tokens, and between the experts that a token is sent to."""
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -35,3 +38,17 @@ def running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
         del vars(module)["forward"]
         if own is not None:
             vars(module)["forward"] = own
+
+
+@contextmanager
+def in_single_precision(module: nn.Module) -> Iterator[None]:
+    """Weights and buffers of 16 bits in single precision, twice the memory for a while; then the very tensors again."""
+    halves = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.dtype in HALVES]
+    before = [tensor.data for tensor in halves]
+    try:
+        for tensor in halves:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, data in zip(halves, before, strict=True):
+            tensor.data = data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from geta_hf.card import write_card
-from geta_hf.checkpoints import check_checkpoint, write_notes
+from geta_hf.checkpoints import base_name, check_checkpoint, write_notes
 from geta_hf.config import CONFIG_NAME, GETAConfig
 from geta_hf.depth import drop_layers
 from geta_hf.distillation import Distiller, dense_copy
@@ -115,7 +116,7 @@ class GETATrainer(Trainer):
                 self._calibrate(config.activation_bits[1])
             uses = layer_uses(model, self._batch)
             self._ledger = make_ledger(model, self.space, uses, config.embedding_bits, self.depth.work)
-            self.plan: Plan = make_plan(config, self.space, self._ledger)
+            self.plan: Plan = make_plan(config, self.space, self._ledger, model)
             if self.lora is not None:
                 attach_lora(model, self.lora)
         except BaseException:
@@ -330,7 +331,8 @@ class GETATrainer(Trainer):
         folder = Path(str(output_dir or self.args.output_dir))
         if self.args.should_save:
             self.geta_config.save(folder / CONFIG_NAME)
-            write_notes(folder, self.args.world_size, self.is_fsdp_enabled, self.qasso, self._lora_config)
+            launch, base = (self.args.world_size, self.is_fsdp_enabled), base_name(self._plain_model)
+            write_notes(folder, *launch, self.qasso, self._lora_config, base)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_checkpoint(
@@ -364,8 +366,9 @@ class GETATrainer(Trainer):
         model = self._whole_model()
         if not self.is_world_process_zero():
             return None
+        card = partial(write_card, base_model=base_name(model), repo_id=Path(directory).resolve().name)
         with merged(model):
-            report = export(
+            return export(
                 model,
                 directory,
                 space=self.space,
@@ -374,10 +377,9 @@ class GETATrainer(Trainer):
                 processing_class=self.processing_class,
                 expected_zero_groups=self.qasso.removed_groups,
                 embedding_bits=self.geta_config.embedding_bits,
+                finish=card,
                 overwrite=overwrite,
             )
-        write_card(report.path, base_model=model.config.name_or_path or None)
-        return report
 
     def _whole_model(self) -> PreTrainedModel:
         """The trained model as one process has it; under FSDP2 gathered on the CPU, which takes all processes."""

@@ -168,9 +168,9 @@ def test_what_is_no_whole_export_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     refused(r"lacks model\.safetensors")
     index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}))
     refused(r"lacks model-00001-of-00002\.safetensors")
-    index.write_text('{"weight_map": {"a": 3}}')
+    index.write_text('{"metadata": {}, "weight_map": {"a": 3}}')
     refused("weight_map is")
     (folder / "model-00001-of-00001.safetensors").write_bytes(b"")
     refused("has weights that it does not load: model-00001")

@@ -16,6 +16,7 @@ from geta_hf.export.export import STRUCTURE_NAME
 from geta_hf.quantization import quantized_layers
 from geta_hf.support import check_launch
 from tests.conftest import tiny_bert_config
+from tests.small_folders import exported
 from tests.test_trainer import SMALL, arguments, rows, trainer
 
 EIGHT_BIT = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -191,3 +192,14 @@ def test_launches_that_hide_groups_are_refused(state: dict, message: str) -> Non
 def test_an_unreachable_size_fails_before_training_and_leaves_the_model_plain(tmp_path) -> None:
     with pytest.raises(GETAError, match=r"target_bytes = 9,000 can't be reached.*it is [\d,]+; raise it"):
         trainer(tmp_path, GETAConfig(**SMALL, target_bytes=9000))
+
+
+def test_a_model_that_was_cut_before_is_refused_at_once(tmp_path) -> None:
+    small = AutoModelForQuestionAnswering.from_pretrained(exported(tmp_path)[1])
+    with pytest.raises(GETAError, match="is an export already"):
+        GETATrainer(small, arguments(tmp_path), geta_config=GETAConfig(**SMALL), train_dataset=rows())
+    with pytest.raises(GETAError, match="pruned before by geta_hf; start from the dense model"):
+        GETATrainer(small.dequantize(), arguments(tmp_path), geta_config=GETAConfig(**SMALL), train_dataset=rows())
+    small.hf_quantizer, small.config.quantization_config = object(), None
+    with pytest.raises(GETAError, match="loaded in quantized form"):
+        GETATrainer(small, arguments(tmp_path), geta_config=GETAConfig(**SMALL), train_dataset=rows())

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from geta_hf.config import CONFIG_NAME
@@ -21,18 +21,18 @@ from geta_hf.export.equations import WANTED
 from geta_hf.export.folder import check_target, write_folder
 from geta_hf.export.formats import writer
 from geta_hf.export.gate import norm_coupled, prove_replay
-from geta_hf.export.hf_quantizer import attach_quantizer, has_quantizer
+from geta_hf.export.hf_quantizer import GETAQuantizationConfig, attach_quantizer, has_quantizer
 from geta_hf.export.packed import packed_layers
 from geta_hf.export.packing import MAX_BITS, MIN_BITS
 from geta_hf.export.record import record
 from geta_hf.export.remote_code import save_compressed
 from geta_hf.export.saving import activation_bits, pack_layer, weight_bits, weight_holders
-from geta_hf.export.sizes import tensor_bytes
+from geta_hf.export.sizes import check_shards, shard_options, tensor_bytes
 from geta_hf.export.solve import solve
 from geta_hf.export.surgery import slice_model
 from geta_hf.export.ties import check_ties
 from geta_hf.export.trace import trace
-from geta_hf.export.verify import attention_outputs, prove_equal
+from geta_hf.export.verify import Outputs, attention_outputs, prove_alike
 from geta_hf.qadg import build_space, verify_space
 from geta_hf.qadg.groups import PruningSpace, kept_indices, zero_groups
 from geta_hf.quantization import (
@@ -46,7 +46,10 @@ from geta_hf.quantization import (
 )
 
 STRUCTURE_NAME = "geta_structure.json"
+PICTURE_NAME = "geta_structure.svg"
 STRUCTURE_VERSION = 1
+
+_ORIGIN = ("is_local", "local_files_only")
 
 
 class SupportsToDict(Protocol):
@@ -67,8 +70,8 @@ class ExportReport:
 
     Attributes:
         path: the folder.
-        tensor_bytes: bytes of all tensors in model.safetensors.
-        file_bytes: bytes of model.safetensors, header included.
+        tensor_bytes: bytes of all tensors in model.safetensors, or in its shards.
+        file_bytes: bytes of model.safetensors or its shards, headers included.
         packed_bits: bits of all codes, Σ numel · b over the packed weights.
         bits: module path -> bits of its packed weight.
         activation_bits: module path -> bits of its input, for the layers that round it.
@@ -97,6 +100,8 @@ def export(
     expected_zero_groups: int | None = None,
     embedding_bits: int | None = None,
     format: str = "geta",
+    max_shard_size: int | str | None = None,
+    finish: Callable[[Path], object] | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write a trained model as a small folder.
@@ -123,7 +128,10 @@ def export(
         embedding_bits: 2 to 8: the input embedding is rounded to it, with a step size for every row; the rounded model
             is then the one that the proof starts from. By default it stays as it is.
         format: `geta`, or one of `FORMATS`.
-        overwrite: replace an existing model folder.
+        max_shard_size: bytes, or a size such as `2GB`: weights beyond it are written in several files. For the format
+            `geta` alone. By default that of `save_pretrained`, 50 GB.
+        finish: called with the folder when it is proven, before it appears, to write more beside, such as a card.
+        overwrite: replace an existing model folder, but for one from which a training can go on.
 
     Raises:
         GETAError: groups that are not zero yet, bits that are not whole, nothing to compress, a target that exists,
@@ -131,8 +139,11 @@ def export(
     """
     target = Path(directory).resolve()
     check_target(target, overwrite)
+    check_shards(max_shard_size, format)
     write = None if format == "geta" else writer(format)
-    _check_model(model)
+    if not isinstance(model, PreTrainedModel):
+        raise GETAError(f"export takes a transformers model, not a {type(model).__name__}")
+    check_never_exported(model)
     batch = dict(model.dummy_inputs if batch is None else batch)
     if space is None:
         space = build_space(model, batch)
@@ -146,13 +157,14 @@ def export(
         nonlocal difference
         if write is not None:
             write(small, folder, batch)
-            _save_beside(folder, config, processing_class)
-            return
-        _save(small, folder, config, processing_class, kept)
-        reloaded = type(model).from_pretrained(folder, dtype=model.dtype)
-        reloaded.to(model.device)  # type: ignore[arg-type]
-        found = attention_outputs(reloaded, batch)
-        difference = max(difference, prove_equal(reference, found, model.dtype, "reloaded"))
+        else:
+            save_compressed(small, folder, **shard_options(max_shard_size))
+            write_structure(folder, small, kept)
+        _save_beside(folder, config, processing_class)
+        if write is None:
+            difference = max(difference, _prove_reloaded(small, folder, batch, reference))
+        if finish is not None:
+            finish(folder)
 
     write_folder(target, fill)
     return _report(target, small, kept, difference)
@@ -174,7 +186,14 @@ def _prove_cut(
     with float_inputs(small):
         if norm_coupled(space, removed):
             return small, _prove_norms(model, small, kept_indices(space, removed), batch)
-        return small, prove_equal(trained, attention_outputs(small, batch), model.dtype, "cut")
+        return small, prove_alike(model, trained, small, batch, "cut")
+
+
+def _prove_reloaded(small: PreTrainedModel, folder: Path, batch: Mapping[str, Tensor], reference: Outputs) -> float:
+    """By how much the outputs of the folder differ from the reference, those of the cut model."""
+    reloaded = type(small).from_pretrained(folder, dtype=small.dtype)
+    reloaded.to(small.device)  # type: ignore[arg-type]
+    return prove_alike(small, reference, reloaded, batch, "reloaded")
 
 
 def _prove_norms(
@@ -189,13 +208,16 @@ def _prove_norms(
     return prove_replay(trace(plain, batch, WANTED), kept, small, batch)
 
 
-def _check_model(model: PreTrainedModel) -> None:
-    if not isinstance(model, PreTrainedModel):
-        raise GETAError(f"export takes a transformers model, not a {type(model).__name__}")
+def check_never_exported(model: nn.Module) -> None:
+    """Raises GETAError for a model that was packed, cut or quantized before: there is no second time."""
+    kind = type(model).__name__
     if packed_layers(model):
-        raise GETAError(f"this {type(model).__name__} is an export already; save it with save_pretrained")
-    if has_quantizer(model):
-        raise GETAError(f"this {type(model).__name__} was loaded in quantized form; train from full precision")
+        raise GETAError(f"this {kind} is an export already; save it with save_pretrained, or train the dense model")
+    if not has_quantizer(model):
+        return
+    if isinstance(getattr(model.config, "quantization_config", None), GETAQuantizationConfig):
+        raise GETAError(f"this {kind} was pruned before by geta_hf; start from the dense model")
+    raise GETAError(f"this {kind} was loaded in quantized form; train from full precision")
 
 
 def _removed_groups(model: PreTrainedModel, space: PruningSpace, expected: int | None) -> dict[str, Tensor]:
@@ -296,17 +318,10 @@ def whole_bits(name: str, bits: Tensor) -> int:
     return widths[0]
 
 
-def _save(
-    model: PreTrainedModel,
-    folder: Path,
-    config: SupportsToDict | None,
-    processing_class: SupportsSave | None,
-    kept: Mapping[str, tuple[int, int]],
-) -> None:
-    save_compressed(model, folder)
+def write_structure(folder: Path, model: PreTrainedModel, kept: Mapping[str, tuple[int, int]]) -> None:
+    """Write `STRUCTURE_NAME` of a compressed model: family -> (groups kept, groups before), and the bits of layers."""
     structure = {"version": STRUCTURE_VERSION, "kept": kept, "bits": weight_bits(model)}
     _write_json(folder / STRUCTURE_NAME, structure | {"activation_bits": activation_bits(model)})
-    _save_beside(folder, config, processing_class)
 
 
 def copy_beside(source: Path, target: Path, structure: bool) -> None:
@@ -317,7 +332,7 @@ def copy_beside(source: Path, target: Path, structure: bool) -> None:
         target: the new folder, with its model.
         structure: whether what was kept is copied too, and what describes the folder in geta_hf's own format.
     """
-    own = {STRUCTURE_NAME, "README.md", "config.json"}
+    own = {STRUCTURE_NAME, PICTURE_NAME, "README.md", "config.json"}
     for path in sorted(source.iterdir()):
         weights = path.suffix in (".safetensors", ".py") or path.name.endswith(".index.json")
         if path.is_file() and not weights and (structure or path.name not in own) and not (target / path.name).exists():
@@ -327,8 +342,16 @@ def copy_beside(source: Path, target: Path, structure: bool) -> None:
 def _save_beside(folder: Path, config: SupportsToDict | None, processing_class: SupportsSave | None) -> None:
     if processing_class is not None:
         processing_class.save_pretrained(str(folder))
+        _forget_origin(folder / "tokenizer_config.json")
     if config is not None:
         _write_json(folder / CONFIG_NAME, config.to_dict())
+
+
+def _forget_origin(path: Path) -> None:
+    """Drop what transformers notes in a tokenizer's file of where that was read from, which is of no use elsewhere."""
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if any([stored.pop(name, None) is not None for name in _ORIGIN]):  # noqa: C419  every one is dropped
+        path.write_text(json.dumps(stored, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -7,11 +7,11 @@ tensor that a folder lacks is an error: transformers would draw it at random. Sa
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -31,7 +31,7 @@ from geta_hf.export.fixes import (
 )
 from geta_hf.export.packed import INPUT_SCALE, LEAVES, PackedLayer, become_packed, packed_layers
 from geta_hf.export.packing import MAX_BITS, MIN_BITS
-from geta_hf.export.stored import Decode, check_packed, check_plain, check_scale, read_headers
+from geta_hf.export.stored import Decode, Header, check_packed, check_plain, check_scale, read_headers
 from geta_hf.quantization.fixed import FixedQuantizer
 
 logger = logging.get_logger(__name__)
@@ -40,6 +40,8 @@ QUANT_METHOD = "geta"
 FORMAT_VERSION = 1
 
 _WHERE = "quantization_config in config.json:"
+_MANY_LAYERS = 1000
+"""So many are built within seconds; a model of more has names for them."""
 
 
 class GETAQuantizationConfig(QuantizationConfigMixin):
@@ -51,6 +53,8 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
         format_version: of the folder's layout.
         activation_bits: module path -> bits of its input, 2 to 16, for the packed layers that round it. Left out of
             config.json when there are none.
+        partial: whether it was saved from within another model, which may lack modules that this class has when it
+            stands alone, such as a pooler. Left out of config.json when it was not.
 
     Raises:
         GETAError: an unknown version or key, or a value that no export writes.
@@ -63,12 +67,14 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
         activation_bits: dict[str, int] | None = None,
+        partial: bool = False,
         **unknown: Any,
     ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
         self.format_version = format_version
         self.bits = {} if bits is None else bits
         self.activation_bits = {} if activation_bits is None else activation_bits
+        self.partial = partial
         if format_version != FORMAT_VERSION:
             raise GETAError(
                 f"{_WHERE} format_version is {format_version!r}, but this release of geta_hf reads {FORMAT_VERSION}; "
@@ -76,6 +82,8 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
             )
         if unknown:
             raise GETAError(f"{_WHERE} unknown keys {sorted(unknown)}")
+        if not isinstance(partial, bool):
+            raise GETAError(f"{_WHERE} partial is {partial!r}, not true or false")
         _check_widths("bits", self.bits)
         _check_widths("activation_bits", self.activation_bits)
         if lacking := sorted(set(self.activation_bits) - set(self.bits)):
@@ -83,9 +91,8 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
         self.fixes = no_fixes() if fixes is None else read_fixes(fixes, f"{_WHERE} fixes")
 
     def to_dict(self) -> dict[str, Any]:
-        """As in config.json; a model on float activations reads as it did before these could be rounded."""
-        values = super().to_dict()
-        return values if self.activation_bits else {k: v for k, v in values.items() if k != "activation_bits"}
+        """As in config.json; a whole model on float activations reads as it did before there were others."""
+        return {k: v for k, v in super().to_dict().items() if v or k not in ("activation_bits", "partial")}
 
 
 def _check_widths(key: str, widths: Any) -> None:
@@ -108,11 +115,23 @@ class GETALoader(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """True, of adapters on top: transformers refuses to train a quantized model without them."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
         return True
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Refuses a hostile number of layers, here where the config is seen before its model is built."""
+        bits, fixes = self.quantization_config.bits, self.quantization_config.fixes
+        _check_layers(config.to_dict(), len(bits) + len(fixes["shapes"]) + len(fixes["attrs"]))
+        return config
+
+    update_tp_plan = update_attn_implementation  # older releases show the config here
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        raise GETAError("the code in a folder only reads it; to dequantize a model, import geta_hf before loading it")
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """True for the scale of a layer's input, whose size is verified after loading."""
@@ -137,18 +156,37 @@ class GETALoader(HfQuantizer):
         self._decoders: list[Decode] = []
         tied = tied_weights(model)
         for name, bits in config.bits.items():
-            if (path := _find_module(model, name)) is None:
+            if (path := find_module(model, name)) is None:
                 continue
             layer = become_packed(path, model.get_submodule(path), bits, f"{path}.weight" in tied)
             self._reserve(name, _places(model, name), layer)
             for place in _places(model, name):
                 check_packed(place, layer, headers)
         _check_inputs(model, headers)
-        if _is_own_folder(model):
-            check_plain(model.state_dict(), headers, config.bits)
+        self._check_plain(model, headers)
         self._names = set(headers)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         return model
+
+    def _check_plain(self, model: PreTrainedModel, headers: Mapping[str, Header]) -> None:
+        """Verify that the folder is of such a model at all, and what it has of plain tensors, before any is read.
+
+        What was not cut of a head may have another shape: transformers raises then, or draws it anew if it is told to.
+        """
+        tensors, layers = model.state_dict(), packed_layers(model)
+        found = {name: place for name in tensors for place in _places(model, name) if place in headers}
+        base = "" if model.base_model is model else f"{model.base_model_prefix}."
+        if headers and not _is_own_folder(model) and not any(name.startswith(base) for name in (*found, *layers)):
+            saved = ", ".join(model.config.architectures or ())
+            raise GETAError(f"the folder holds nothing of a {type(model).__name__}; load it as what it was, {saved}")
+        cut = {find_tensor(model, name) for name in self.quantization_config.fixes["shapes"]}
+        packed = {f"{path}.{leaf}" for path in layers for leaf in LEAVES}
+        self._fresh = {
+            name
+            for name, place in found.items()
+            if name not in packed
+            and check_plain(place, tensors[name], headers[place], name in cut or name.startswith(base))
+        }
 
     def _reserve(self, name: str, places: Iterable[str], layer: PackedLayer) -> None:
         """Make a layer ready to be loaded into. The type its weight is declared in is the one it will be decoded to."""
@@ -163,10 +201,10 @@ class GETALoader(HfQuantizer):
         for problem in (decoder.problem for decoder in self._decoders):
             if problem is not None:
                 raise GETAError(problem)
-        _check_complete(model, self._names)
+        _check_complete(model, self._names, self._fresh, _is_own_folder(model) and not self.quantization_config.partial)
         _check_shapes(model, self._shapes)
         for name, dims in self.quantization_config.fixes["keep"].items():
-            if (buffer := _find_tensor(model, name)) is not None:
+            if (buffer := find_tensor(model, name)) is not None:
                 shrink_buffer(model, buffer, dims)
         for name, layer in packed_layers(model).items():
             layer.weight.requires_grad_(False)
@@ -174,6 +212,7 @@ class GETALoader(HfQuantizer):
             if INPUT_SCALE in layer._buffers:
                 self._take_input_scale(model, name, layer)
         _share_step_sizes(model)
+        _share_offloaded(model)
         self._decoders = []  # nor is there any way to run them backwards
         kept = [step for step in getattr(model, "_weight_conversions", None) or () if not _decodes(step)]
         vars(model)["_weight_conversions"] = kept
@@ -207,6 +246,33 @@ def _share_step_sizes(model: PreTrainedModel) -> None:
             layer.step_size, layer.stream = source.step_size, source.stream
 
 
+def _share_offloaded(model: PreTrainedModel) -> None:
+    """Let tied weights that lie on the disk be the decoded one: the list of them was made before there was such."""
+    hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
+    if hooks:
+        from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset  # whoever offloads has it
+
+        for store in (getattr(hook, "weights_map", None) for hook in hooks):
+            while isinstance(store, PrefixedDataset):
+                store = store.dataset
+            index = store.index if isinstance(store, OffloadedWeightsLoader) else {}
+            for target, source in model.all_tied_weights_keys.items():
+                if target in index and source in index:
+                    index[target] = index[source]
+
+
+def _check_layers(config: Mapping[str, Any], named: int) -> None:
+    """Raise if a config has more layers than are built in a while, and than the folder has names for."""
+    for key, value in config.items():
+        if isinstance(value, dict) and key != "quantization_config":
+            _check_layers(value, named)
+        elif str(key).endswith(("layer", "layers")) and isinstance(value, int) and value > max(_MANY_LAYERS, named):
+            raise GETAError(
+                f"config.json: {key} is {value}, but quantization_config names {named} modules and tensors; copy or "
+                f"export the folder again"
+            )
+
+
 def _check_inputs(model: PreTrainedModel, names: Iterable[str]) -> None:
     """Raise if the folder has the scale of a packed layer's input that config.json says nothing of: it stayed float."""
     layers = packed_layers(model)
@@ -221,11 +287,11 @@ def apply_fixes(model: PreTrainedModel, fixes: Fixes) -> None:
     """Make a freshly built model, still without weights, as small as a fix list says."""
     cut = []
     for name, shape in fixes["shapes"].items():
-        if (tensor := _find_tensor(model, name)) is not None:
+        if (tensor := find_tensor(model, name)) is not None:
             shrink_tensor(model, tensor, shape)
             cut.append(tensor)
     for name, attributes in fixes["attrs"].items():
-        if (path := _find_module(model, name)) is not None:
+        if (path := find_module(model, name)) is not None:
             for attribute, value in attributes.items():
                 shrink_attribute(path, model.get_submodule(path), attribute, value)
     check_attributes(model, cut)
@@ -244,12 +310,15 @@ def _skip_initialization(model: PreTrainedModel, cut: Iterable[str]) -> None:
             module.__dict__["_is_hf_initialized"] = True
 
 
-def _find_module(model: PreTrainedModel, name: str) -> str | None:
+def find_module(model: PreTrainedModel, name: str) -> str | None:
     """The path in `model` of what the folder calls `name`; None when it belongs to another class's head.
 
     A folder saved with a head names its modules below the base model's prefix, one saved without does not, and either
     may be loaded into the other.
     """
+    if not name and not _is_own_folder(model):
+        kinds = model.config.architectures or ()
+        return model.base_model_prefix if type(model.base_model).__name__ in kinds else None
     modules = dict(model.named_modules())
     for path in _places(model, name):
         if path in modules:
@@ -264,9 +333,10 @@ def _places(model: PreTrainedModel, name: str) -> tuple[str, str, str]:
     return name, name.removeprefix(prefix), prefix + name
 
 
-def _find_tensor(model: PreTrainedModel, name: str) -> str | None:
+def find_tensor(model: PreTrainedModel, name: str) -> str | None:
+    """As `find_module`, of a tensor."""
     path, _, leaf = name.rpartition(".")
-    found = _find_module(model, path)
+    found = find_module(model, path)
     return None if found is None else f"{found}.{leaf}".removeprefix(".")
 
 
@@ -276,17 +346,17 @@ def _is_own_folder(model: PreTrainedModel) -> bool:
     return not architectures or type(model).__name__ in architectures
 
 
-def _check_complete(model: PreTrainedModel, stored: Collection[str]) -> None:
+def _check_complete(model: PreTrainedModel, stored: Collection[str], fresh: Collection[str], own: bool) -> None:
     """Raise if a tensor was not in the folder: transformers marks what it loads, and draws the rest at random.
 
     Another class than the folder's may have modules that the folder knows nothing of, such as a new head: transformers
-    initializes and reports those, as for any model. A module of which a part was loaded is not such.
+    initializes and reports those, as for any model. A module of which a part was loaded is not such, nor is what the
+    caller asked for in another shape, `fresh`.
     """
-    own = _is_own_folder(model)
     for path, module in model.named_modules():
         tensors = {leaf: t for leaf, t in module.state_dict(keep_vars=True).items() if "." not in leaf}
         present = {leaf: _was_loaded(model, path, leaf, tensor, stored) for leaf, tensor in tensors.items()}
-        missing = [leaf for leaf, loaded in present.items() if not loaded]
+        missing = [leaf for leaf, loaded in present.items() if not loaded and f"{path}.{leaf}" not in fresh]
         if missing and (own or any(present.values()) or isinstance(module, PackedLayer)):
             name = f"{path}.{missing[0]}".removeprefix(".")
             raise GETAError(f"the folder has no tensor {name}, or one of another shape; copy or export it again")
@@ -311,8 +381,9 @@ def _check_shapes(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) ->
             continue  # verified as they were decoded
         if tuple(tensor.shape) != shapes[name] or tensor.dtype == torch.uint8:
             raise GETAError(
-                f"the folder's {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, but config.json makes it "
-                f"{shapes[name]}; copy or export the folder again"
+                f"the folder's {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, but config.json, or arguments "
+                f"of from_pretrained, make it {shapes[name]}; leave such arguments out, update transformers, which "
+                f"draws it anew with ignore_mismatched_sizes=True, or copy or export the folder again"
             )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from geta_hf.errors import GETAError
 from geta_hf.export.packed import INPUT_SCALE, WEIGHT_SCALE, PackedLayer, PackedRows, become_packed, packed_layers
 from geta_hf.export.packing import MAX_BITS, MIN_BITS, ROWS_AT_ONCE, columns, largest_code, stream_length, unpack
+from geta_hf.hooks import offload, offloaded, rebind_forward
 from geta_hf.quantization.fixed import FixedQuantizer
 
 _CASTS = (torch.float32, torch.bfloat16, torch.float16)
@@ -85,6 +86,7 @@ def pack_layer(
         )
     dtype, device = layer.get_parameter("weight").dtype, layer.get_parameter("weight").device
     packed = become_packed(name, layer, bits, tied)
+    rebind_forward(packed)
     packed.input_quantizer = input_quantizer
     packed.step_size = torch.as_tensor(step_size, dtype=torch.float32).detach().cpu().reshape(-1)
     fill(packed, codes.to(device), dtype)
@@ -142,13 +144,18 @@ def dense_weight(layer: PackedLayer) -> Tensor:
 def unpack_layer(layer: PackedLayer) -> None:
     """Turn a packed layer into what it was before, with its decoded weight and without rounding of its input."""
     plain_class: Any = layer.plain_class
+    if isinstance(layer, PackedRows) and layer.weight.is_meta:  # others are offloaded as they are used
+        offload(layer, layer.decoded(layer.read_back(offloaded(layer))).to(layer.float_dtype))
     layer.weight = nn.Parameter(dense_weight(layer), requires_grad=True)
     if isinstance(layer, PackedRows):
-        del layer.like, layer.row_scale
+        del layer.row_scale
+    if "like" in layer._buffers:
+        del layer.like
     for leaf in layer.OWN:
         vars(layer).pop(leaf, None)
     del layer.input_quantizer
     layer.__class__ = plain_class
+    rebind_forward(layer)
 
 
 def weight_holders(model: nn.Module, layers: Iterable[str]) -> dict[str, list[tuple[nn.Module, str]]]:

@@ -1,4 +1,4 @@
-"""How many bytes the tensors of a folder take, from the heads of its files alone."""
+"""How many bytes the tensors of a folder take, from the heads of its files alone, and how many a file may take."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 import os
 import re
 from pathlib import Path
+
+from huggingface_hub import split_torch_state_dict_into_shards
 
 from geta_hf.errors import GETAError
 from geta_hf.export.stored import Header, read_headers
@@ -28,3 +30,22 @@ def tensor_bytes(folder: str | os.PathLike[str]) -> int:
     if not files:
         raise GETAError(f"{folder} holds no .safetensors file; save the model with save_pretrained")
     return sum(sum(tensor_sizes(file).values()) for file in files)
+
+
+def check_shards(size: int | str | None, format: str) -> None:
+    """Raises GETAError for a `max_shard_size` that is none, or that the format has no use for."""
+    if size is None:
+        return
+    if format != "geta":
+        raise GETAError(f"max_shard_size is for the geta format alone, not for {format}; leave it out")
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=size)
+        if isinstance(size, int) and size <= 0:
+            raise ValueError("it has to be positive")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise GETAError(f"max_shard_size is {size!r} ({error}); give bytes, or a size such as '2GB'") from error
+
+
+def shard_options(size: int | str | None) -> dict[str, int | str]:
+    """A `max_shard_size` as `save_pretrained` takes it."""
+    return {} if size is None else {"max_shard_size": size}

@@ -13,11 +13,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.utils import logging
 
 from geta_hf.errors import GETAError
 from geta_hf.export.packed import INPUT_SCALE, WEIGHT_SCALE, PackedLayer
 from geta_hf.export.packing import stream_length, unpack
 from geta_hf.quantization.fixed import output_dim
+
+logger = logging.get_logger(__name__)
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Header(NamedTuple):
@@ -83,18 +88,25 @@ def check_packed(name: str, layer: PackedLayer, headers: Mapping[str, Header]) -
             )
 
 
-def check_plain(tensors: Mapping[str, Tensor], headers: Mapping[str, Header], packed: Iterable[str]) -> None:
-    """Raises GETAError where a plain tensor of the folder has another shape than the model's, before it is read."""
-    weights = {f"{name}.weight" for name in packed}
-    for name, tensor in tensors.items():
-        if name not in headers or name in weights or name.endswith(f".{INPUT_SCALE}"):
-            continue
-        file, kind, shape = headers[name]
-        if shape != tuple(tensor.shape) or kind == "U8":
-            raise GETAError(
-                f"{file}: {name} is {kind} of shape {shape}, but config.json makes it {tuple(tensor.shape)}; copy or "
-                f"export the folder again"
-            )
+def check_plain(name: str, tensor: Tensor, header: Header, strict: bool) -> bool:
+    """Whether a plain tensor of the folder has another shape than the model's, which is an error if `strict`.
+
+    Raises:
+        GETAError: another shape, or a type that would be cast in silence.
+    """
+    file, kind, shape = header
+    right = (kind in _FLOATS) == tensor.is_floating_point() and kind != "U8"
+    same = shape == tuple(tensor.shape)
+    if right and same:
+        return False
+    problem = (
+        f"{file}: {name} is {kind} of shape {shape}, but config.json, or arguments of from_pretrained, make it "
+        f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+    )
+    if strict or not right:
+        raise GETAError(f"{problem}; leave such arguments out, or copy or export the folder again")
+    logger.warning("%s; with ignore_mismatched_sizes=True it is drawn anew", problem)
+    return True
 
 
 def check_scale(name: str, scale: Tensor, several: str, count: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from geta_hf import temporarily
 from geta_hf.errors import GETAError
+from geta_hf.quantization import detach_quantizers, quantized_layers
 
 # Largest difference allowed, as a share of the largest logit (of 1 where logits are small): rounding differs with the
 # sizes of the matrices, and nothing else may. Models in double precision may compute a few steps in single.
@@ -91,6 +93,44 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
             model.train()
             for config, implementation in implementations:
                 config._attn_implementation_internal = implementation
+
+
+def prove_alike(
+    first: PreTrainedModel, outputs: Outputs, second: PreTrainedModel, batch: Mapping[str, Tensor], what: str
+) -> float:
+    """`prove_equal` of two models, which 16 bits alone do not decide.
+
+    Their rounding is coarse enough to send a token to another expert. What differs in 16 bits is therefore compared
+    again in single precision, on copies that hold the same weights, where a wrong cut differs as well.
+
+    Args:
+        first: the reference, quantized or not.
+        outputs: of `first` on the batch.
+        second, what: the model under test, and how to call it in an error.
+        batch: keyword arguments of both.
+
+    Returns:
+        The largest absolute difference.
+
+    Raises:
+        GETAError: an output differs by more than the tolerance.
+    """
+    try:
+        return prove_equal(outputs, attention_outputs(second, batch), first.dtype, what)
+    except GETAError:
+        if first.dtype not in temporarily.HALVES:
+            raise
+    expected = attention_outputs(_in_single_precision(first), batch)
+    return prove_equal(expected, attention_outputs(_in_single_precision(second), batch), torch.float32, what)
+
+
+@torch.no_grad()
+def _in_single_precision(model: PreTrainedModel) -> PreTrainedModel:
+    wide = copy.deepcopy(model)
+    rounded = {layer.weight: layer.quantized_weight() for layer in quantized_layers(wide).values()}
+    for weight, value in rounded.items():  # as 16 bits hold it
+        weight.data = value
+    return detach_quantizers(wide).to(torch.float32)  # type: ignore[return-value]
 
 
 def prove_equal(reference: Outputs, found: Outputs, dtype: torch.dtype, what: str) -> float:

@@ -18,6 +18,7 @@ from geta_hf.errors import GETAError
 from geta_hf.export.packed import PackedConv1D, PackedLayer, PackedLinear
 from geta_hf.export.packing import BYTE_BITS
 from geta_hf.export.saving import fill, layer_codes
+from geta_hf.hooks import rebind_forward
 from geta_hf.inference.products import MOST_INPUTS, integer_product, on_gpu, round_rows, scaled
 from geta_hf.inference.weight_only import HALF_BITS, HAS_TRITON, pack_halves, unpack_halves, weight_only_linear
 from geta_hf.quantization.maths import integer_codes
@@ -41,14 +42,14 @@ class IntegerLayer(PackedLayer):
         halved: whether a byte of the weight holds two codes.
     """
 
-    ADDED = ("path", "for_gpu", "halved", "_float_dtype", "_dense_shape", "_totals")
+    ADDED = ("path", "for_gpu", "halved", "_dense_shape", "_totals")
     OWN = (*PackedLayer.OWN, *ADDED)
 
     bias: Any
     path: str
     for_gpu: bool
     halved: bool
-    _float_dtype: torch.dtype
+    like: Tensor  # empty; its type follows casts of the model
     _dense_shape: tuple[int, ...]
     _totals: Tensor  # of the codes of each output, int32
 
@@ -58,7 +59,7 @@ class IntegerLayer(PackedLayer):
 
     @property
     def float_dtype(self) -> torch.dtype:
-        return self._float_dtype
+        return self.like.dtype
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, path={self.path!r}"
@@ -104,7 +105,7 @@ class IntegerLayer(PackedLayer):
 
     def stored(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """The codes as bytes, row after row of (out, in); `dtype` is kept for the way back."""
-        self._float_dtype, self._dense_shape = dtype, tuple(codes.shape)
+        self.__dict__["_dtype"], self._dense_shape = dtype, tuple(codes.shape)
         rows = self._transposed(codes)
         self._totals = rows.sum(1, dtype=torch.int32)
         self.for_gpu = on_gpu(rows)
@@ -114,6 +115,10 @@ class IntegerLayer(PackedLayer):
             rows = F.pad(rows, (0, -rows.shape[1] % wanted, 0, -rows.shape[0] % _MULTIPLE))
         rows = pack_halves(rows) if self.halved else rows.to(torch.int8, memory_format=torch.contiguous_format)
         return self._transposed(rows)
+
+    def settle(self) -> None:
+        like = torch.empty(0, dtype=self.__dict__.pop("_dtype"), device=self.weight.device)
+        self.register_buffer("like", like, persistent=False)
 
 
 class IntegerLinear(IntegerLayer, PackedLinear):
@@ -176,7 +181,9 @@ def set_path(name: str, layer: PackedLayer, path: str) -> None:
         kind = kind.__bases__[1]
         for leaf in layer.ADDED:
             del vars(layer)[leaf]
+        del layer.like
     layer.__class__ = kind if path == FLOAT else _integer_class(kind)
+    rebind_forward(layer)
     layer.step_size = layer.step_size.to("cpu" if path == FLOAT else codes.device)
     fill(layer, codes, dtype)
     if isinstance(layer, IntegerLayer):

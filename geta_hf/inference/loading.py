@@ -14,6 +14,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from geta_hf.export.hf_quantizer import QUANT_METHOD, GETAHfQuantizer, tied_weights
 from geta_hf.export.packed import packed_layers
+from geta_hf.export.readable import check_readable
 from geta_hf.inference.layers import fits_integers, reserve_integers
 from geta_hf.inference.prepare import InferenceReport, check_compute, prepare_for_inference
 
@@ -45,6 +46,7 @@ def load_for_inference(
         GETAError: as `prepare_for_inference`, or a folder that is damaged.
     """
     check_compute(compute)
+    check_readable(folder)
     if compute == "int8" and kwargs.get("device_map") is None:
         with _reading_integers():
             model = model_class.from_pretrained(folder, **kwargs)

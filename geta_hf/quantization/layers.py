@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from geta_hf.errors import GETAError
+from geta_hf.hooks import rebind_forward
 from geta_hf.quantization.fixed import InputQuantizedLayer
 from geta_hf.quantization.kinds import base_type
 from geta_hf.quantization.linear import quantized_linear
@@ -97,6 +98,7 @@ def convert(layer: nn.Module, quantizer: Quantizer) -> None:
     # Remembered on the instance, since a subclass of a plain layer must come back as itself.
     layer.__dict__["_plain_class"] = type(layer)
     layer.__class__ = _quantized_class(type(layer), base_type(layer))  # type: ignore[arg-type]
+    rebind_forward(layer)
     layer.weight_quantizer = quantizer
     layer.input_quantizer = None  # type: ignore[assignment]
     layer.lora = None  # type: ignore[assignment]
@@ -115,3 +117,4 @@ def revert(layer: QuantizedLayer) -> None:
     absorb(layer)
     del layer.weight_quantizer, layer.input_quantizer, layer.lora
     layer.__class__ = layer.__dict__.pop("_plain_class")
+    rebind_forward(layer)

@@ -130,6 +130,10 @@ def test_config_and_tokenizer_lie_beside_the_model(trained: Trained, tmp_path: P
     run(trained, tmp_path / "out", config=Config(), processing_class=tokenizer)
     assert json.loads((tmp_path / "out" / "geta_config.json").read_text()) == {"bits": 8}
     assert BertTokenizer.from_pretrained(tmp_path / "out")("who knows")["input_ids"] == [2, 5, 6, 3]
+    read = BertTokenizer.from_pretrained(tmp_path / "out")
+    run(trained, tmp_path / "again", processing_class=read)
+    stored = [json.loads((tmp_path / name / "tokenizer_config.json").read_text()) for name in ("out", "again")]
+    assert stored[0] == stored[1] and "is_local" not in stored[1]
 
 
 def test_half_precision_model_keeps_its_dtype(tmp_path: Path) -> None:
@@ -225,14 +229,14 @@ def test_failed_proof_leaves_the_target_as_it_was(
     if overwrite:
         run(trained, tmp_path / "out")
     before = {path.name: path.read_bytes() for path in tmp_path.glob("out/*")}
-    save = export_module._save
+    save = export_module.save_compressed
 
     def damaged(model: PreTrainedModel, *args: Any) -> None:
         with torch.no_grad():
             model.qa_outputs.bias.add_(0.01)
         save(model, *args)
 
-    monkeypatch.setattr(export_module, "_save", damaged)
+    monkeypatch.setattr(export_module, "save_compressed", damaged)
     with pytest.raises(GETAError, match=r"the reloaded model's .* differs by 0\.01"):
         run(trained, tmp_path / "out", overwrite=overwrite)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("out/*")} == before
@@ -285,6 +289,8 @@ def test_models_that_cannot_be_exported(trained: Trained, tmp_path: Path) -> Non
     small = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out")
     with pytest.raises(GETAError, match="an export already"):
         export(small, tmp_path / "again")
+    with pytest.raises(GETAError, match="pruned before by geta_hf; start from the dense model"):
+        export(small.dequantize(), tmp_path / "again")
     other = tiny_model()
     other.hf_quantizer = object()
     with pytest.raises(GETAError, match="loaded in quantized form"):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,19 +12,26 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_encoders import some_batch, tiny_model
+from tiny_encoders import some_batch, tiny_model, train_by_hand
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     BertForQuestionAnswering,
     BertForTokenClassification,
     BertModel,
+    PreTrainedModel,
 )
 
+from geta_hf import build_space, export
 from geta_hf.errors import GETAError
+from geta_hf.export import hf_quantizer
 from geta_hf.export.hf_quantizer import GETAHfQuantizer, GETAQuantizationConfig
 from geta_hf.export.packed import PackedLinear, packed_layers
+from geta_hf.export.remote_code import save_compressed
+from tests.architectures import build
+from tests.export.test_use import IDS, exported_llama
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 NORM = "bert.encoder.layer.1.output.LayerNorm.weight"
@@ -120,6 +128,104 @@ def test_base_model_saves_alone_and_loads_back_under_a_head(exported: Path, tmp_
         assert torch.equal(again.bert(**some_batch()).last_hidden_state, expected)
 
 
+@pytest.mark.parametrize("of_a_head", [False, True])
+def test_base_model_saved_alone_is_its_own_folder(exported: Path, tmp_path: Path, of_a_head: bool) -> None:
+    base = load(exported).bert if of_a_head else AutoModel.from_pretrained(exported)
+    base.save_pretrained(tmp_path / "base")
+    again = AutoModel.from_pretrained(tmp_path / "base")
+    assert type(again) is BertModel
+    with torch.no_grad():
+        assert torch.equal(again(**some_batch()).last_hidden_state, base(**some_batch()).last_hidden_state)
+    stored = json.loads((tmp_path / "base" / "config.json").read_text())["quantization_config"]
+    assert not [name for part in (stored["bits"], stored["fixes"]["shapes"]) for name in part if "bert." in name]
+    assert set(stored["bits"]) == set(packed_layers(again))
+    again.save_pretrained(tmp_path / "again")
+    AutoModel.from_pretrained(tmp_path / "again").save_pretrained(tmp_path / "third")
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("base", "again", "third")]
+    assert all(torch.equal(file[name], files[0][name]) for file in files for name in files[0])
+    # What answers questions has no pooler, which is drawn anew for the model that stands alone.
+    assert set(files[1]) - set(files[0]) == ({"pooler.dense.weight", "pooler.dense.bias"} if of_a_head else set())
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "third" / name).read_bytes()
+
+
+def test_a_head_is_what_it_was_after_its_base_was_saved(exported: Path, tmp_path: Path) -> None:
+    whole = load(exported)
+    whole.bert.save_pretrained(tmp_path / "base")
+    whole.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
+    first, again = (json.loads((folder / "config.json").read_text()) for folder in (exported, tmp_path / "again"))
+    assert again == {key: value for key, value in first.items() if key != "auto_map"}
+
+
+def test_a_packed_head_stays_behind(tmp_path: Path) -> None:
+    """Its module and its cut are named in the head's folder alone."""
+    exported_llama(tmp_path / "out", tied=False, include=[".*"])
+    assert "lm_head" in json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["bits"]
+    base = AutoModel.from_pretrained(tmp_path / "out")
+    base.save_pretrained(tmp_path / "base")
+    again = AutoModel.from_pretrained(tmp_path / "base")
+    under = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        expected = base(IDS).last_hidden_state
+        assert torch.equal(again(IDS).last_hidden_state, expected)
+        assert torch.equal(under.model(IDS).last_hidden_state, expected)
+    assert type(under.lm_head) is torch.nn.Linear
+    under.save_pretrained(tmp_path / "under")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "under").lm_head.weight, under.lm_head.weight)
+
+
+@pytest.mark.parametrize("name", ["t5", "clip"])
+def test_every_model_inside_saves_alone(tmp_path: Path, name: str) -> None:
+    model, batch = build(name)
+    space = build_space(model, batch)
+    train_by_hand(model, space)
+    export(model, tmp_path / "out", space=space, batch=batch)
+    whole = type(model).from_pretrained(tmp_path / "out")
+    inner = {path: part for path, part in whole.named_modules() if path and isinstance(part, PreTrainedModel)}
+    assert inner
+    for path, part in inner.items():
+        part.save_pretrained(tmp_path / path)
+        again = type(part).from_pretrained(tmp_path / path)
+        found, expected = again.state_dict(), part.state_dict()
+        assert set(found) == set(expected)
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    whole.save_pretrained(tmp_path / "again")
+    first, again = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("out", "again"))
+    assert again["quantization_config"] == first["quantization_config"]
+    assert all("quantization_config" not in part for part in again.values() if isinstance(part, dict))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_packed_embedding_is_resized_once_it_is_plain(tmp_path: Path, tied: bool) -> None:
+    exported_llama(tmp_path / "out", tied, embedding_bits=8)
+    model = pickle.loads(pickle.dumps(copy.deepcopy(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))))
+    assert model.resize_token_embeddings(60) is model.get_input_embeddings()
+    for part in (model, model.model):
+        with pytest.raises(GETAError, match=r"call model\.dequantize\(\) first"):
+            part.resize_token_embeddings(70)
+        with pytest.raises(GETAError, match=r"call model\.dequantize\(\) first"):
+            part.resize_token_embeddings(pad_to_multiple_of=64)
+    plain = model.dequantize()
+    assert plain.resize_token_embeddings(70).weight.shape == (70, 32)
+    plain.save_pretrained(tmp_path / "plain")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert torch.equal(again.lm_head.weight, plain.lm_head.weight)
+
+
+def test_saving_alone_says_once_what_it_leaves_out(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(hf_quantizer.logger, "warning_once", lambda message, *args: said.append(message))
+    model = load(exported)
+    save_compressed(model, tmp_path / "ours")
+    assert said == []
+    model.save_pretrained(tmp_path / "again")
+    assert len(said) == 1
+    assert "geta-hf export" in said[0]
+
+
 def test_dense_model_cannot_be_loaded_into_the_format(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="pre-quantized"):
@@ -131,7 +237,7 @@ def test_quantizer_says_what_it_can(exported: Path) -> None:
     assert isinstance(quantizer, GETAHfQuantizer)
     assert quantizer.is_serializable()
     assert quantizer.is_compileable
-    assert not quantizer.is_trainable
+    assert quantizer.is_trainable  # of adapters
 
 
 def drop(*names: str) -> Callable[[dict[str, Any]], Any]:
@@ -216,6 +322,7 @@ def bits_of(value: Any, name: str = QUERY) -> Callable[[dict[str, Any]], Any]:
     [
         (lambda config: config.update(format_version=2), "format_version is 2"),
         (lambda config: config.update(format_version="1"), "format_version is '1'"),
+        (lambda config: config.update(partial=1), "partial is 1"),
         (lambda config: config.update(more=1), r"unknown keys \['more'\]"),
         (lambda config: config.update(bits=[1]), "bits must be an object"),
         (bits_of(1), rf"bits\['{QUERY}'\] is 1"),

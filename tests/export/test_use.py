@@ -37,11 +37,11 @@ def tiny_llama(tied: bool) -> PreTrainedModel:
     return LlamaForCausalLM(config).eval()
 
 
-def exported_llama(folder: Path, tied: bool, **kwargs: Any) -> None:
+def exported_llama(folder: Path, tied: bool, include: list[str] | None = None, **kwargs: Any) -> None:
     model = tiny_llama(tied)
     batch = {"input_ids": IDS}
     space = build_space(model, batch)
-    train_by_hand(model, space)
+    train_by_hand(model, space, include=include)
     export(model, folder, space=space, batch=batch, **kwargs)
 
 
@@ -144,6 +144,38 @@ def test_dequantized_it_is_a_plain_model_that_trains_and_saves(folder: Path, tmp
     again = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "plain")
     assert torch.equal(outputs(again), expected)
     assert torch.equal(outputs(model), expected)
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        {"bert.embeddings": "cpu", "bert.encoder.layer.0": "cpu", "bert.encoder.layer.1": "disk", "qa_outputs": "cpu"},
+        {"bert.embeddings": "disk", "bert.encoder": "cpu", "qa_outputs": "disk"},
+        {"": "disk"},
+    ],
+)
+def test_offloaded_it_is_dequantized_where_it_lies(folder: Path, tmp_path: Path, places: dict[str, str]) -> None:
+    expected = outputs(AutoModelForQuestionAnswering.from_pretrained(folder).dequantize())
+    part = AutoModelForQuestionAnswering.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "disk")
+    plain = part.dequantize()
+    assert any(parameter.is_meta for parameter in plain.parameters())
+    assert not packed_layers(plain)
+    for _ in range(2):
+        assert torch.equal(outputs(plain), expected)
+    with pytest.warns(UserWarning, match="offloaded"):
+        plain.save_pretrained(tmp_path / "plain")
+    assert torch.equal(outputs(AutoModelForQuestionAnswering.from_pretrained(tmp_path / "plain")), expected)
+
+
+def test_tied_embeddings_are_dequantized_beside_offloaded_layers(tmp_path: Path) -> None:
+    exported_llama(tmp_path / "out", True, embedding_bits=8)
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places["model.layers"] = "disk"
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out").dequantize()(IDS).logits
+        kwargs = {"device_map": places, "offload_folder": tmp_path / "disk"}
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **kwargs).dequantize()
+        assert torch.equal(plain(IDS).logits, expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # of peft

@@ -1,11 +1,21 @@
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 from tiny_encoders import some_batch, tiny_model
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from geta_hf.errors import GETAError
-from geta_hf.export.verify import attention_outputs, prove_equal
+from geta_hf.export.gate import mask_groups
+from geta_hf.export.record import record
+from geta_hf.export.solve import solve
+from geta_hf.export.surgery import slice_model
+from geta_hf.export.verify import attention_outputs, prove_alike, prove_equal
+from geta_hf.qadg import build_space
+from geta_hf.qadg.groups import kept_indices
 from tests.architectures import build
 
 
@@ -88,3 +98,38 @@ def test_other_shape_or_missing_output_is_refused() -> None:
 def test_batch_that_does_not_run_is_a_clear_error(batch: dict[str, torch.Tensor]) -> None:
     with pytest.raises(GETAError, match="BertForQuestionAnswering cannot run the batch"):
         attention_outputs(tiny_model(), batch)
+
+
+def test_16_bits_alone_do_not_decide() -> None:
+    """Where rounding sends tokens to other experts; a wrong weight is caught all the same."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=512, num_key_value_heads=2, num_local_experts=4, **sizes)
+    masked = MixtralForCausalLM._from_config(config, dtype=torch.bfloat16)
+    batches = [{"input_ids": torch.randint(512, (8, 64))} for _ in range(3)]
+    space = build_space(masked, batches[0])
+    removal = {family.name: torch.arange(family.size) % 3 == 0 for family in space.prunable}
+    mask_groups(masked, space.prunable, removal)
+    kept = kept_indices(space, removal)
+    small = copy.deepcopy(masked)
+    slice_model(small, kept, solve(record(masked, batches[0]), kept))
+
+    def refused(prove: Callable[[dict[str, torch.Tensor]], float]) -> int:
+        count = 0
+        for batch in batches:
+            try:
+                prove(batch)
+            except GETAError:
+                count += 1
+        return count
+
+    def alike(batch: dict[str, torch.Tensor]) -> float:
+        return prove_alike(masked, attention_outputs(masked, batch), small, batch, "cut")
+
+    def equal(batch: dict[str, torch.Tensor]) -> float:
+        return prove_equal(attention_outputs(masked, batch), attention_outputs(small, batch), torch.bfloat16, "cut")
+
+    assert refused(equal) > 0 and refused(alike) == 0
+    with torch.no_grad():
+        small.model.layers[1].self_attn.o_proj.weight.mul_(1.5)
+    assert refused(alike) == 3

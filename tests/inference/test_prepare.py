@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
 from transformers import AutoModelForQuestionAnswering
 
@@ -55,6 +56,36 @@ def test_conv1d_has_an_integer_kind() -> None:
     model, _ = gpt2()
     prepare_for_inference(model, "int8")
     assert any(type(layer) is IntegerConv1D for layer in packed_layers(model).values())
+
+
+@pytest.mark.parametrize("build", [lambda: (bert(6), some_batch()), gpt2], ids=["bert", "gpt2"])
+def test_hooks_of_accelerate_stand_over_every_path(build: Any) -> None:
+    """As a model over several devices has them: each holds on to the forward that its module had."""
+    plain, batch = build()
+    hooked = copy.deepcopy(plain)
+    for layer in packed_layers(hooked).values():
+        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu"))
+    for compute in ("int8", "float", "auto"):
+        assert prepare_for_inference(hooked, compute).paths == prepare_for_inference(plain, compute).paths
+        assert torch.equal(outputs(hooked, batch), outputs(plain, batch))
+    assert torch.equal(outputs(hooked.dequantize(), batch), outputs(plain.dequantize(), batch))
+    assert not packed_layers(hooked)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_cast_reaches_the_type_that_integers_go_back_to(dtype: torch.dtype) -> None:
+    expected, model = bert(), bert()
+    expected.to(dtype)
+    prepare_for_inference(model, "int8")
+    dense = copy.deepcopy(model).to(dtype).dequantize()
+    model.to(dtype)
+    assert outputs(model).dtype == dtype
+    prepare_for_inference(model, "float")
+    for found in (model, dense):
+        assert {parameter.dtype for parameter in found.parameters()} == {dtype}
+        assert not [name for name, _ in found.named_buffers() if "like" in name]
+    assert torch.equal(outputs(model), outputs(expected))
+    assert torch.equal(outputs(dense), outputs(expected.dequantize()))
 
 
 def test_rows_of_a_batch_have_no_part_in_each_other() -> None:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
@@ -236,3 +237,14 @@ def test_quantizers_of_channels_follow_weights_that_were_cut() -> None:
         wanted = [before[0][rows], before[1][columns], before[2]]
         assert all(torch.equal(a, b) for a, b in zip(after, wanted, strict=True))
         assert [tuple(layer.quantized_weight().shape) for layer in model.layers] == [(2, 6), (2, 3), (4, 3)]
+
+
+def test_a_layer_below_a_hook_of_accelerate_computes_as_its_class_says() -> None:
+    model = in_list(nn.Linear(4, 3))
+    (layer,), x = model.layers, torch.randn(2, 4)
+    add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu"))
+    plain = layer(x)
+    attach_quantizers(model, initial_bits=3, exclude=[])
+    assert torch.equal(layer(x), type(layer).forward(layer, x)) and not torch.equal(layer(x), plain)
+    detach_quantizers(model)
+    assert torch.equal(layer(x), plain)
