@@ -43,7 +43,7 @@ compress() {
 score() {
     local home=$1
     shift
-    (cd "$home" && "$PYTHON" -m geta_hf eval --dense model control/export pruned{30,50}{,_taught}/export "$@")
+    (cd "$home" && "$PYTHON" -m geta_hf eval --dense model control/export pruned*/export "$@")
 }
 
 # --- a small Phi ------------------------------------------------------------------------------------------------------
@@ -67,9 +67,12 @@ from pathlib import Path
 from eval.train_phi import split_texts
 split_texts(sorted(Path('$DATA/lm/tinystories').glob('*.txt.gz')), Path('$STORIES'), 0.1)"
 compress "$STORIES"
+# Each of its parameters counts, and its texts are few: gentler, and longer with a teacher.
+run "$STORIES" pruned10_taught --geta.target_sparsity 0.1 --geta.embedding_bits 8 --geta.distill_logits 1
+STEPS=$((4 * STEPS)) run "$STORIES" pruned30_long --geta.target_sparsity 0.3 --geta.embedding_bits 8 --geta.distill_logits 1
 score "$STORIES" --text "$STORIES/held_out.txt" --block 256 | tee "$STORIES/text.md"
 "$PYTHON" benchmarks/generation.py "$STORIES"/{model,pruned{30,50}/export} | tee "$STORIES/generation.md"
-for name in model control/export pruned30/export pruned50/export pruned50_taught/export; do
+for name in model control/export pruned{10_taught,30,30_long,50,50_taught}/export; do
     echo "== $name"
     "$PYTHON" -c "
 import geta_hf
