@@ -8,12 +8,14 @@ Half of the groups of every model are removed, another number in every layer, an
 are random, since speed does not ask for them. All ways take turns in one process on the same batch, and the table
 gives the median of the ratios over dense fp32 and dense bf16, so that a noisy machine disturbs all alike. Errors are
 those of the outputs relative to the float path of the same model. Memory: each way runs alone in a process of its own,
-loading its folder and running one batch of one row; its highest level counts, less that after imports.
+loading its folder and running one batch of one row; its highest level counts, less that after imports, and less that
+after a tiny model has run the same way, which takes the code and libraries that any model takes.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -21,7 +23,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,8 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 DEFAULT_SIZES = {"cpu": ["minilm", "bert-base"], "cuda": ["minilm", "bert-base", "phi-1.3b"]}
 MEMORY_WAYS = ("dense", "float", "int8")
+MEMORY_HEADER = ("model", "way", "above imports", "over dense", "above a tiny model's run", "over dense")
+TINY = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 100}
 
 
 def options() -> argparse.Namespace:
@@ -61,24 +65,25 @@ def options() -> argparse.Namespace:
     parser.add_argument("--cpu-time", action="store_true", help="of the process, for a machine others use too")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="eager alone")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="time alone")
-    parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)  # what a memory process is told: way and folder
+    parser.add_argument("--alone", nargs="+", help=argparse.SUPPRESS)  # what a memory process is told: way and folders
     return parser.parse_args()
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def make_dense(size: str) -> PreTrainedModel:
+def make_dense(size: str, **changes: int) -> PreTrainedModel:
     torch.manual_seed(0)
     phi = size.startswith("phi")
-    model: Any = PhiForCausalLM(PhiConfig(**SIZES[size])) if phi else BertModel(BertConfig(**SIZES[size]))
+    sizes: dict[str, Any] = {**SIZES[size], **changes}
+    model: Any = PhiForCausalLM(PhiConfig(**sizes)) if phi else BertModel(BertConfig(**sizes))
     return model.to(torch.bfloat16 if phi else torch.float32).eval()
 
 
 @torch.no_grad()
 def make_small(dense: PreTrainedModel) -> PreTrainedModel:
     """The dense model (which is changed) without half of its groups, and with weights of 4 to 8 bits."""
-    batch = {"input_ids": torch.randint(3, 30000, (1, 16))}
+    batch = {"input_ids": torch.randint(3, dense.config.vocab_size, (1, 16))}
     space = build_space(dense, batch)
     zero_half(dense, space)
     attach_quantizers(dense)
@@ -99,8 +104,8 @@ def zero_half(model: nn.Module, space: PruningSpace) -> None:
             tensors[member.tensor].index_fill_(member.dim, member.index[chosen].flatten(), 0.0)
 
 
-def make_folders(size: str, home: Path) -> None:
-    dense = make_dense(size)
+def make_folders(size: str, home: Path, **changes: int) -> None:
+    dense = make_dense(size, **changes)
     dense.save_pretrained(home / "dense")
     make_small(dense).save_pretrained(home / "small")
 
@@ -208,24 +213,30 @@ def generation_rows(name: str, home: Path, batch: int, chosen: argparse.Namespac
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def run_alone(way: str, home: Path, device: str) -> int:
-    """Peak bytes of loading and one batch in this process, above what the imports took."""
+def run_alone(way: str, homes: Sequence[Path], device: str) -> int:
+    """Peak bytes of loading the last model and running one batch of it in this process, above what preceded that."""
     import torch._dynamo
 
-    before = peak_bytes(device)
-    model = load(way, home, device)
-    with torch.no_grad():
-        model(input_ids=torch.ones(1, 128, dtype=torch.int64, device=device))
+    for home in homes:
+        before = peak_bytes(device)
+        model = load(way, home, device)
+        with torch.no_grad():
+            model(input_ids=torch.ones(1, 128, dtype=torch.int64, device=device))
     return peak_bytes(device) - before
 
 
 def memory_rows(size: str, home: Path, device: str, threads: int) -> list[Row]:
-    peaks = {}
-    for way in MEMORY_WAYS:
-        command = [sys.executable, __file__, "--alone", way, str(home), "--device", device, "--threads", str(threads)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peaks[way] = json.loads(done.stdout.splitlines()[-1])
-    return [(size, way, f"{peak / 2**20:.0f} MiB", f"{peak / peaks['dense']:.2f}") for way, peak in peaks.items()]
+    """Above the imports; and above a tiny model's run, whose code and libraries any model of that way takes as well."""
+    tiny = home.with_name(f"{home.name}-tiny")
+    make_folders(size, tiny, **TINY)
+    peaks: dict[str, list[int]] = {}
+    for way, homes in itertools.product(MEMORY_WAYS, ([home], [tiny, home])):
+        command = [sys.executable, __file__, "--device", device, "--threads", str(threads), "--alone", way]
+        done = subprocess.run([*command, *map(str, homes)], capture_output=True, text=True, check=True)
+        peaks.setdefault(way, []).append(json.loads(done.stdout.splitlines()[-1]))
+    cells = {way: zip(found, peaks["dense"], strict=True) for way, found in peaks.items()}
+    shown = {way: [(f"{a / 2**20:.0f} MiB", f"{a / b:.2f}") for a, b in pairs] for way, pairs in cells.items()}
+    return [(size, way, *whole, *own) for way, (whole, own) in shown.items()]
 
 
 def main() -> None:
@@ -234,7 +245,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(chosen.threads)
     if chosen.alone:
-        print(json.dumps(run_alone(chosen.alone[0], Path(chosen.alone[1]), chosen.device)))
+        print(json.dumps(run_alone(chosen.alone[0], [Path(home) for home in chosen.alone[1:]], chosen.device)))
         return
     where = torch.cuda.get_device_name() if chosen.device == "cuda" else f"CPU, {chosen.threads} threads"
     print(f"python {' '.join(sys.argv)}\n\n{where}, torch {torch.__version__}\n", flush=True)
@@ -255,7 +266,7 @@ def main() -> None:
                     speed += encoder_rows(size, models, batch, length, chosen)
     print(format_table(HEADER, speed))
     if memory:
-        print("\n" + format_table(("model", "way", "peak memory", "over dense"), memory))
+        print("\n" + format_table(MEMORY_HEADER, memory))
 
 
 if __name__ == "__main__":
