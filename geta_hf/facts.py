@@ -22,7 +22,7 @@ from geta_hf.cost import Costs, layer_costs, mean_bits, measure_costs
 from geta_hf.errors import GETAError
 from geta_hf.export.hf_quantizer import GETAQuantizationConfig, apply_fixes
 from geta_hf.export.packed import INPUT_SCALE, WEIGHT_SCALE
-from geta_hf.export.readable import read_json as read_json
+from geta_hf.export.readable import read_json
 from geta_hf.export.sizes import tensor_sizes
 from geta_hf.qadg.example import empty_model
 from geta_hf.quantization.functional import FLOAT_BITS

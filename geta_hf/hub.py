@@ -14,9 +14,8 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
 from geta_hf.checkpoints import PROGRESS_NAME, WORLD_NAME
 from geta_hf.errors import GETAError
-from geta_hf.export.readable import INDEX, weight_files
+from geta_hf.export.readable import INDEX, read_json, weight_files
 from geta_hf.export.sizes import tensor_sizes
-from geta_hf.facts import read_json
 from geta_hf.report import read_structure
 
 _NOT_OURS = {"trainer_state.json", WORLD_NAME, PROGRESS_NAME}

@@ -20,7 +20,7 @@ from geta_hf.cost import Costs, bytes_on_disk, measure_costs
 from geta_hf.errors import GETAError
 from geta_hf.export.export import STRUCTURE_NAME
 from geta_hf.export.hf_quantizer import QUANT_METHOD
-from geta_hf.export.readable import check_readable
+from geta_hf.export.readable import check_readable, read_json
 from geta_hf.quantization import select_layers
 
 Metrics = Mapping[str, Mapping[str, float]]
@@ -69,10 +69,10 @@ def read_structure(folder: str | os.PathLike[str]) -> Structure:
 def is_export(folder: Path) -> bool:
     """Whether a folder's config.json says that it is in geta_hf's own format."""
     try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return stored.get("quantization_config", {}).get("quant_method") == QUANT_METHOD
-    except (OSError, ValueError, AttributeError):
+        stored = read_json(folder / "config.json").get("quantization_config")
+    except GETAError:
         return False
+    return isinstance(stored, dict) and stored.get("quant_method") == QUANT_METHOD
 
 
 def _run_config(folder: str | os.PathLike[str]) -> GETAConfig:

@@ -38,13 +38,11 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from geta_hf import DryRun, GETAConfig, GETAError, GETATrainer, MemoryPlan, dry_run, write_card
-from geta_hf.causal import check_causal, check_vocabulary
+from geta_hf.causal import check_causal, check_vocabulary, positions
 from geta_hf.errors import MemoryUnknown
-from recipes import text_data
+from recipes import loading, text_data
 from recipes.arguments import parse_sections, read_values
 from recipes.documents import prepare_tokenizer
-from recipes.loading import check_resume, load_config, told
-from recipes.loading import load_tokenizer as load_plain_tokenizer
 from recipes.output import export
 from recipes.text_data import DataArguments
 
@@ -110,7 +108,7 @@ def _check(arguments: Arguments) -> None:
         parse_bytes(arguments.model.device_memory)
     if arguments.training.eval_strategy != "no" and not arguments.data.evaluates:
         raise GETAError("eval_strategy needs rows to evaluate on: give eval_file or eval_split")
-    check_resume(arguments.training)
+    loading.check_resume(arguments.training)
 
 
 def parse_bytes(text: str) -> int:
@@ -144,23 +142,21 @@ def lora_config(arguments: Arguments) -> Any:
 
 def check_positions(config: PreTrainedConfig, block_size: int) -> None:
     """Raises GETAError for rows longer than the model's positions."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)  # some models have no limit
-    if block_size < 2 or (positions is not None and block_size > positions):
-        raise GETAError(f"block_size = {block_size} must lie between 2 and the model's {positions} positions")
+    limit = positions(config)
+    if block_size < 2 or (limit is not None and block_size > limit):
+        raise GETAError(f"block_size = {block_size} must lie between 2 and the model's {limit} positions")
 
 
 def plan(arguments: Arguments) -> DryRun:
     """What the run would do and need, found without weights."""
-    config = load_config(arguments.model.model_name_or_path)
+    config = loading.load_config(arguments.model.model_name_or_path)
     check_positions(config, arguments.data.block_size)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise GETAError(f"{arguments.model.model_name_or_path}: {type(config).__name__} has no causal language model")
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
     config.dtype = getattr(torch, arguments.model.dtype)
-    training = arguments.training
-    batch = text_data.largest_batch(arguments.data, training.per_device_train_batch_size)
-    steps = training.max_steps if training.max_steps > 0 else None
-    return dry_run(config, batch, training, arguments.geta, lora_config(arguments), steps)
+    batch = text_data.largest_batch(arguments.data, arguments.training.per_device_train_batch_size)
+    return dry_run(config, batch, arguments.training, arguments.geta, lora_config(arguments))
 
 
 def free_memory(arguments: Arguments) -> int | None:
@@ -227,7 +223,7 @@ def verdict(arguments: Arguments) -> str:
 def load_model(arguments: ModelArguments) -> PreTrainedModel:
     """The model with its weights."""
     name = arguments.model_name_or_path
-    with told(f"the model {name}"):
+    with loading.told(f"the model {name}"):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, arguments.dtype))
     check_causal(model)
     return model
@@ -235,8 +231,8 @@ def load_model(arguments: ModelArguments) -> PreTrainedModel:
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     """The tokenizer, with a padding token; every token has a row in the model's embedding."""
-    tokenizer = load_plain_tokenizer(arguments.tokenizer_name_or_path or arguments.model_name_or_path)
-    check_vocabulary(load_config(arguments.model_name_or_path).get_text_config().vocab_size, tokenizer)
+    tokenizer = loading.load_tokenizer(arguments.tokenizer_name_or_path or arguments.model_name_or_path)
+    check_vocabulary(loading.load_config(arguments.model_name_or_path).get_text_config().vocab_size, tokenizer)
     prepare_tokenizer(tokenizer)
     return tokenizer
 

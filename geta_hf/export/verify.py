@@ -120,12 +120,13 @@ def prove_alike(
     except GETAError:
         if first.dtype not in temporarily.HALVES:
             raise
-    expected = attention_outputs(_in_single_precision(first), batch)
-    return prove_equal(expected, attention_outputs(_in_single_precision(second), batch), torch.float32, what)
+    expected = attention_outputs(_widened(first), batch)
+    return prove_equal(expected, attention_outputs(_widened(second), batch), torch.float32, what)
 
 
 @torch.no_grad()
-def _in_single_precision(model: PreTrainedModel) -> PreTrainedModel:
+def _widened(model: PreTrainedModel) -> PreTrainedModel:
+    """A plain copy in single precision, whose quantized weights are what the model computes with."""
     wide = copy.deepcopy(model)
     rounded = {layer.weight: layer.quantized_weight() for layer in quantized_layers(wide).values()}
     for weight, value in rounded.items():  # as 16 bits hold it

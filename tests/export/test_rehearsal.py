@@ -6,13 +6,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
 from geta_hf.export import gate, rehearse
 from geta_hf.export.surgery import slice_model
 from geta_hf.qadg import PruningSpace, build_space
-from tests.export.tiny_encoders import some_batch, tiny_bloom, tiny_model
+from tests.export.tiny_encoders import some_batch, tiny_bloom, tiny_mixture, tiny_model
 
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "albert", "mpnet"])
@@ -60,11 +60,7 @@ def test_a_wrong_cut_of_everything_is_an_error(monkeypatch: pytest.MonkeyPatch) 
 
 def test_rounding_in_16_bits_freezes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """It sends tokens to other experts, so the masked and the cut model go on with others."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = MixtralConfig(vocab_size=512, num_key_value_heads=2, num_local_experts=4, **sizes)
-    model = MixtralForCausalLM._from_config(config, dtype=torch.bfloat16)
-    batches = [{"input_ids": torch.randint(512, (8, 64))} for _ in range(3)]
+    model, batches = tiny_mixture()
     space = build_space(model, batches[0])
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert all(rehearse(model, space, batch) is space for batch in batches)

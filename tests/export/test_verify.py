@@ -5,8 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny_encoders import some_batch, tiny_model
-from transformers import MixtralConfig, MixtralForCausalLM
+from tiny_encoders import some_batch, tiny_mixture, tiny_model
 
 from geta_hf.errors import GETAError
 from geta_hf.export.gate import mask_groups
@@ -102,11 +101,7 @@ def test_batch_that_does_not_run_is_a_clear_error(batch: dict[str, torch.Tensor]
 
 def test_16_bits_alone_do_not_decide() -> None:
     """Where rounding sends tokens to other experts; a wrong weight is caught all the same."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = MixtralConfig(vocab_size=512, num_key_value_heads=2, num_local_experts=4, **sizes)
-    masked = MixtralForCausalLM._from_config(config, dtype=torch.bfloat16)
-    batches = [{"input_ids": torch.randint(512, (8, 64))} for _ in range(3)]
+    masked, batches = tiny_mixture()
     space = build_space(masked, batches[0])
     removal = {family.name: torch.arange(family.size) % 3 == 0 for family in space.prunable}
     mask_groups(masked, space.prunable, removal)

@@ -14,6 +14,8 @@ from transformers import (
     DistilBertForQuestionAnswering,
     ElectraConfig,
     ElectraForQuestionAnswering,
+    MixtralConfig,
+    MixtralForCausalLM,
     MPNetConfig,
     MPNetForQuestionAnswering,
     PreTrainedModel,
@@ -33,6 +35,15 @@ CLASSES = {
     "mpnet": (MPNetForQuestionAnswering, MPNetConfig),
 }
 HEADS = 4
+
+
+def tiny_mixture() -> tuple[PreTrainedModel, list[dict[str, torch.Tensor]]]:
+    """A mixture of experts in 16 bits, and batches with tokens that rounding sends to other experts."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": HEADS}
+    config = MixtralConfig(vocab_size=512, num_key_value_heads=2, num_local_experts=4, **sizes)
+    model = MixtralForCausalLM._from_config(config, dtype=torch.bfloat16)
+    return model, [{"input_ids": torch.randint(512, (8, 64))} for _ in range(3)]
 
 
 def tiny_model(kind: str = "bert", hidden: int = 32, layers: int = 2) -> PreTrainedModel:
