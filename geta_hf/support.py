@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 from transformers import Trainer
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_peft_available
 
 from geta_hf.errors import GETAError
 from geta_hf.export.export import check_never_exported
+from geta_hf.qasso.checks import AVERAGES
 
 
 def check_supported(trainer: Trainer, lora: bool = False) -> None:
@@ -26,9 +28,20 @@ def check_supported(trainer: Trainer, lora: bool = False) -> None:
             "load_best_model_at_end would bring back a checkpoint from before groups and bits were removed; "
             "turn it off, the last checkpoint is the compressed one"
         )
+    _check_optimizer(OptimizerNames(trainer.args.optim).value)
     check_launch(trainer)
     if lora:
         _check_lora(trainer)
+
+
+def _check_optimizer(name: str) -> None:
+    if "lomo" in name or name.endswith("layerwise"):
+        raise GETAError(
+            f"optim = {name!r} updates weights while gradients are computed, where groups can't be forgotten; "
+            f"use adamw_torch_fused, or adamw_8bit to save memory"
+        )
+    if name.startswith("schedule_free"):
+        raise GETAError(f"optim = {name!r} {AVERAGES}")
 
 
 def _check_lora(trainer: Trainer) -> None:

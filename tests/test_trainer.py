@@ -295,6 +295,11 @@ def test_what_would_undo_the_compression_is_refused(tmp_path) -> None:
         trainer(tmp_path, auto_find_batch_size=True)
     with pytest.raises(GETAError, match="load_best_model_at_end"):
         trainer(tmp_path, load_best_model_at_end=True, save_strategy="best", metric_for_best_model="loss")
+    for name in ("lomo", "adalomo", "galore_adamw_layerwise", "apollo_adamw_layerwise"):
+        with pytest.raises(GETAError, match=f"optim = '{name}' updates weights while gradients are computed"):
+            trainer(tmp_path, optim=name)
+    with pytest.raises(GETAError, match="optim = 'schedule_free_adamw' keeps an average of the weights"):
+        trainer(tmp_path, optim="schedule_free_adamw")
 
 
 def test_an_export_before_the_groups_are_zero(tmp_path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +18,7 @@ from tests.conftest import tiny_bert_config
 from tests.small_folders import exported
 from tests.test_trainer import SMALL, arguments, rows, trainer
 
-EIGHT_BIT = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+EIGHT_BIT = {"adamw_bnb_8bit": "bitsandbytes", "rmsprop_bnb_8bit": "bitsandbytes", "adamw_torch_8bit": "torchao"}
 OPTIMIZERS = ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "rmsprop", "adagrad"]
 
 
@@ -29,11 +28,34 @@ def settled(made: GETATrainer) -> bool:
     return made.qasso.removed_groups == 52 and all(abs(b - round(b)) < 1e-3 for b in bits)
 
 
-@pytest.mark.parametrize("name", [*OPTIMIZERS, pytest.param("adamw_bnb_8bit", marks=EIGHT_BIT)])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_base_optimizer(tmp_path, name: str) -> None:
     made = trainer(tmp_path, optim=name)
     made.train()
     assert settled(made)
+
+
+@pytest.mark.filterwarnings("default")  # theirs
+@pytest.mark.parametrize("name", EIGHT_BIT)
+def test_base_optimizers_in_eight_bits(tmp_path, name: str) -> None:
+    """Tensors of 4096 elements and more have moments in 8 bits; a resumed run ends with the same weights."""
+    pytest.importorskip(EIGHT_BIT[name])
+
+    def make(folder) -> GETATrainer:
+        torch.manual_seed(0)
+        model = BertForQuestionAnswering(tiny_bert_config(hidden_size=128, intermediate_size=128))
+        config, options = GETAConfig(**SMALL), arguments(folder, optim=name, save_steps=12)
+        return GETATrainer(model, options, geta_config=config, train_dataset=rows())
+
+    whole, resumed = make(tmp_path / "a"), make(tmp_path / "b")
+    whole.train()
+    weight = whole.model.bert.encoder.layer[0].output.dense.weight
+    moments = [value for value in whole.qasso.state[weight].values() if isinstance(value, torch.Tensor)]
+    assert any(value.dtype == torch.uint8 or type(value).__name__ == "OptimState8bit" for value in moments)
+    assert whole.qasso.removed_groups == whole.qasso.target_groups
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-12"))
+    for (key, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b), key
 
 
 @pytest.mark.parametrize(

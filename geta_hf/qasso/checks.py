@@ -10,6 +10,9 @@ from torch import Tensor
 from geta_hf.errors import GETAError
 from geta_hf.qadg.groups import Family
 
+AVERAGES = "keeps an average of the weights beside them, in which removed groups are not zero; use AdamW or SGD"
+"""What is wrong with an optimizer that is schedule-free."""
+
 
 def check_base(base: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> None:
     """Raises GETAError for an optimizer whose step is no step of each element, or a parameter that is no plain number.
@@ -25,6 +28,8 @@ def check_base(base: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> None
         )
     if isinstance(base, torch.optim.SparseAdam):
         raise GETAError(f"{kind} takes sparse gradients, but groups are slices of dense ones; use AdamW or SGD")
+    if hasattr(base, "train") and hasattr(base, "eval"):
+        raise GETAError(f"{kind} {AVERAGES}")
     if kind == "QASSO":
         raise GETAError("the base optimizer is a QASSO already; wrap the optimizer that it was made of")
     for name, parameter in named.items():

@@ -31,7 +31,7 @@ from geta_hf.qasso.saliency import fisher_scores, group_sums, hesso_scores, tayl
 from geta_hf.qasso.schedule import COOLDOWN, JOINT, PROJECTION, WARMUP, Phase, Schedule
 from geta_hf.qasso.selection import Limits, find_chunks
 from geta_hf.qasso.shards import agree, local
-from geta_hf.qasso.slices import Slice, build_slices, remember, zero_slices
+from geta_hf.qasso.slices import Slice, build_slices, remember, zero_moments, zero_slices
 from geta_hf.qasso.state import put_vectors, take_vectors
 from geta_hf.qasso.target import GROUPS, Target, solve_target, take_due
 from geta_hf.qasso.widths import Quantizers
@@ -333,11 +333,7 @@ class QASSO(torch.optim.Optimizer):
     def _remove(self, named: Named) -> None:
         """At a period's end redundant groups are exactly zero for good, with the base optimizer's state of them."""
         zero_slices(self._redundant or [], named)
-        for piece in self._redundant or []:
-            parameter = named[piece.tensor]
-            for value in self.state.get(parameter, {}).values():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:  # moments and momentum
-                    piece.clear(local(value))
+        zero_moments(self._redundant or [], named, self.state)
         self.status[self.status == REDUNDANT] = REMOVED
         self._drop_slices()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,6 +128,24 @@ def zero_slices(slices: Sequence[Slice], named: Named) -> None:
     """Set the slices of parameters to zero, in place."""
     for piece in slices:
         piece.clear(local(named[piece.tensor].detach()))
+
+
+def zero_moments(slices: Sequence[Slice], named: Named, state: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    """Set what a base optimizer remembers of the slices to zero, in place.
+
+    Moments in 8 or 4 bits are left to fade: they are codes of which 0 need not mean zero, or tensors of a kind of their
+    own without single elements to write to.
+
+    Args:
+        state: of the base optimizer, by parameter.
+    """
+    for piece in slices:
+        parameter = named[piece.tensor]
+        for value in state.get(parameter, {}).values():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                held = local(value)
+                if type(held) is Tensor and held.is_floating_point():
+                    piece.clear(held)
 
 
 def remember(slices: Sequence[Slice], named: Named, gradients: bool) -> None:

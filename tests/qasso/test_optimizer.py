@@ -129,6 +129,34 @@ def test_base_state_of_removed_groups_is_zero() -> None:
     assert rows.any() and (optimizer.state[weight]["exp_avg"][rows] == 0).all()
 
 
+class Coded(torch.Tensor):
+    """A moment in 4 or 8 bits as torchao keeps it: it says that it is float, and knows few operations."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        assert func.__name__ in ("__get__", "is_floating_point"), f"{func.__name__} is asked of a coded moment"
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class EightBit(torch.optim.AdamW):
+    """AdamW with two more moments in 8 bits, of which one holds codes as bitsandbytes does: code 127 means 0, code 0
+    about -1."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for parameter, state in self.state.items():
+            state.setdefault("codes", torch.full_like(parameter, 127, dtype=torch.uint8))
+            state.setdefault("coded", torch.zeros_like(parameter).as_subclass(Coded))
+        return loss
+
+
+def test_moments_in_eight_bits_keep_their_codes() -> None:
+    """A code of 0 stands for a value; that of rmsprop_bnb_8bit is negative, which made the next step NaN."""
+    model, optimizer = run(small_config(), lambda groups: EightBit(groups, lr=1e-2))
+    assert optimizer.removed_groups == 5
+    assert all((optimizer.state[p]["codes"] == 127).all() for p in model.layers.parameters() if p.requires_grad)
+
+
 def test_cool_down_freezes_the_quantizers_and_trains_the_rest() -> None:
     seen = []
 
@@ -339,6 +367,9 @@ def test_base_optimizers_and_parameters_that_cannot_be_wrapped() -> None:
         make(small_config(), lambda groups: torch.optim.LBFGS([p for g in groups for p in g["params"]]))
     with pytest.raises(GETAError, match="SparseAdam takes sparse gradients"):
         make(small_config(), lambda groups: torch.optim.SparseAdam([p for g in groups for p in g["params"]]))
+    switched = type("AdamWScheduleFree", (torch.optim.AdamW,), {"train": lambda self: None, "eval": lambda self: None})
+    with pytest.raises(GETAError, match="AdamWScheduleFree keeps an average of the weights"):
+        make(small_config(), switched)
     model, optimizer = make(small_config())
     with pytest.raises(GETAError, match="is a QASSO already"):
         wrap(model, small_config(), lambda _: optimizer)
