@@ -106,8 +106,8 @@ class GETAConfig:
         target_parameters: share of the parameters in prunable groups to remove, in [0, 1).
         target_bops: BOPs of the quantized layers, relative to the dense model at 32 · 32 bits, in (0, 1).
         target_bytes: bytes of the exported model.safetensors.
-        mean_bits: mean width over the weights that stay. None is the middle of `bits` for the `sensitivity` rule
-            where no size is asked for, and whatever the rule learns for the others.
+        mean_bits: mean width over the weights that stay, at most; beside a size, both hold. None is the middle of
+            `bits` for the `sensitivity` rule where no size is asked for, and whatever the rule learns for the others.
         bit_choices: the only widths allowed, such as [4, 8], inside `bits`; None allows every whole number.
         activation_bits: (b_l, b_u) of the quantizers on the layers' inputs; None leaves activations float.
         embedding_bits: 2 to 8: the vocabulary's embedding is rounded to it when the model is exported; None leaves it.
@@ -232,12 +232,13 @@ class GETAConfig:
         lower, upper = self.bits
         _check(lower <= upper, "bits", self.bits, "(b_l, b_u) with b_l <= b_u")
         _check(upper <= self.initial_bits <= 16, "initial_bits", self.initial_bits, f"in {upper}..16")
-        if self.mean_bits is not None:
-            _check(lower <= self.mean_bits <= upper, "mean_bits", self.mean_bits, f"in {lower}..{upper}, as `bits`")
         if self.bit_choices is not None:
             inside = bool(self.bit_choices) and all(lower <= b <= upper for b in self.bit_choices)
             _check(inside, "bit_choices", self.bit_choices, f"widths in {lower}..{upper}, as `bits`")
             self.bit_choices = sorted(set(self.bit_choices))
+        if self.mean_bits is not None:
+            low, high, limit = self.widths[0], self.widths[-1], "bits" if self.bit_choices is None else "bit_choices"
+            _check(low <= self.mean_bits <= high, "mean_bits", self.mean_bits, f"in {low}..{high}, as `{limit}`")
         if self.activation_bits is not None:
             low, high = self.activation_bits
             self.activation_bits = (low, high)

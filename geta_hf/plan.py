@@ -117,7 +117,7 @@ def make_plan(config: GETAConfig, space: PruningSpace, ledger: Ledger, model: nn
         exact=target.unit == GROUPS and not config.uniform and config.multiple_of == 1,
         groups=ledger.groups,
         kept_parameters=ledger.prunable_parameters(gone) / max(whole, 1),
-        mean_bits=None if target.budget_unit is None else target.bits,
+        mean_bits=target.bits if target.budgets else None,
         relative_bops=ledger.relative_bops(gone, target.bits, target.input_bits),
         bytes=int(target.spent(BYTES, ledger, gone, target.bits)),
         unquantized=unquantized,

@@ -67,6 +67,7 @@ def test_the_reduction_ends_at_the_upper_bits() -> None:
         ({"bit_choices": []}, "bit_choices"),
         ({"bit_choices": [4.0]}, "bit_choices = .* a list of whole numbers"),
         ({"mean_bits": 9}, r"mean_bits = 9 must be in 4..8"),
+        ({"mean_bits": 4, "bit_choices": [5, 6]}, r"mean_bits = 4 must be in 5..6, as `bit_choices`"),
         ({"activation_bits": (8, 20)}, r"activation_bits = \(8, 20\) must be a pair .* in 2..16"),
         ({"activation_bits": (8, 4)}, "activation_bits"),
         ({"per_channel": True, "bit_rule": "paper"}, "Eq. 14 sets one d a layer"),

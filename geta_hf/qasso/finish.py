@@ -52,21 +52,22 @@ def _weight_widths(qasso: QASSO, named: Named, learned: Tensor, inputs: Sequence
     """The width of every weight, and by what its q_m is multiplied, shape (layers,)."""
     config, target, ledger = qasso.config, qasso.goal, qasso.ledger
     widths = [width for width in config.widths if width <= math.floor(config.final_upper_bits + 1e-6)]
-    if target.budget_unit is None or len(widths) == 1:
+    if not target.budgets or len(widths) == 1:
         return sensitivity.nearest(learned, widths), torch.ones(len(learned))
     gone, input_bits = qasso.gone, _bits_of_inputs(qasso.quantizers, inputs)
     errors, clips = _errors(qasso, named, widths)
-    cost = _cost_per_bit(target, ledger, gone, input_bits)[:, None] * torch.tensor(widths, dtype=torch.float64).diff()
+    per_bit = torch.stack([_cost_per_bit(unit, ledger, gone, input_bits) for unit in target.budgets])
+    costs = per_bit[..., None] * torch.tensor(widths, dtype=torch.float64).diff()
     if config.bit_rule == "sensitivity":
         curvature = sensitivity.mean_square(qasso.curvature.cpu().double(), ledger.weights(gone))
-        priority = sensitivity.by_sensitivity(errors, curvature, cost)
+        priority = sensitivity.by_sensitivity(errors, curvature, costs[0])
         trained = torch.tensor([weight in named for weight in qasso.quantizers.own_weights])
         # Of a weight that is not trained no gradient is known, so it is taken for an average one.
         priority[~trained] = priority[trained].mean(0) if bool(trained.any()) else 0.0
     else:
         priority = sensitivity.by_learned_width(learned, widths)
-    left = _left_to_spend(target, ledger, gone, float(widths[0]), input_bits)
-    steps = agree(torch.tensor(sensitivity.spend(priority, cost, left)))
+    left = [_left_to_spend(target, unit, ledger, gone, float(widths[0]), input_bits) for unit in target.budgets]
+    steps = agree(torch.tensor(sensitivity.spend(priority, costs, left)))
     return [widths[step] for step in steps.tolist()], clips[torch.arange(len(steps)), steps]
 
 
@@ -77,34 +78,32 @@ def _bits_of_inputs(quantizers: Quantizers, inputs: Sequence[int]) -> Tensor:
     return torch.tensor([of_inputs.get(name, FLOAT_BITS) for name in names], dtype=torch.float64)
 
 
-def _cost_per_bit(target: Target, ledger: Ledger, gone: Tensor, input_bits: Tensor) -> Tensor:
-    """What one more bit of each layer adds to what the budget counts, shape (layers,)."""
+def _cost_per_bit(unit: str, ledger: Ledger, gone: Tensor, input_bits: Tensor) -> Tensor:
+    """What one more bit of each layer adds to what a budget counts, shape (layers,)."""
     weights = ledger.weights(gone)
-    if target.budget_unit == BYTES:
+    if unit == BYTES:
         return weights / 8
-    if target.budget_unit == BOPS:
+    if unit == BOPS:
         one, uses = torch.ones(len(weights), dtype=torch.float64), [layer.uses for layer in ledger.layers]
         macs = weights * input_bits * torch.tensor(uses, dtype=torch.float64)
         return macs / macs.sum() * ledger.relative_bops(gone, one, input_bits)
     return weights / weights.sum()
 
 
-def _left_to_spend(target: Target, ledger: Ledger, gone: Tensor, lowest: float, input_bits: Tensor) -> float:
-    """What of the budget is left with all layers at the lowest width."""
-    assert target.budget_unit is not None
-    spent = target.spent(target.budget_unit, ledger, gone, lowest, input_bits)
+def _left_to_spend(target: Target, unit: str, ledger: Ledger, gone: Tensor, lowest: float, input_bits: Tensor) -> float:
+    """What of a budget is left with all layers at the lowest width."""
+    budget, spent = target.budgets[unit], target.spent(unit, ledger, gone, lowest, input_bits)
     # Every packed weight ends on a whole byte, and numbers in the header may grow by a digit.
-    reserve = 2 * len(ledger.layers) + 64 if target.budget_unit == BYTES else 0
-    left = target.budget - reserve - spent
-    if left < 0:
+    reserve = 2 * len(ledger.layers) + 64 if unit == BYTES else 0
+    if budget - reserve < spent:
         logger.warning(
             "%s: %g were to be left, but with all layers at %g bits it is %g; what was pruned left the costly layers",
-            target.budget_unit,
-            target.budget,
+            unit,
+            budget,
             lowest,
             spent,
         )
-    return left
+    return budget - reserve - spent
 
 
 def _errors(qasso: QASSO, named: Named, widths: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -185,13 +185,16 @@ def take_until(chunks: Chunks, gone: Tensor, amount: Callable[[Tensor], float], 
 
 
 def _nearer(chunks: Chunks, count: int, after: Callable[[Tensor], float], goal: float) -> Tensor:
-    """The first `count` chunks and, of the next ones, those that do not go far beyond the goal; else just the next."""
-    enough, taken = chunks.first(count + 1), chunks.first(count)
+    """The first `count` chunks and, of the next ones, those that do not go far beyond the goal; else the least."""
+    taken, nearest = chunks.first(count), chunks.first(count + 1)
+    least = after(nearest)
     for numbers in chunks.groups[len(taken) :].split(chunks.sizes[count:].tolist())[1 : 1 + ATTEMPTS]:
         more = torch.cat([taken, numbers])
         left = after(more)
-        if goal * (1 - TOLERANCE) <= left <= goal:
-            return more
         if left > goal:
             taken = more
-    return enough
+        elif left > least:
+            nearest, least = more, left
+        if goal * (1 - TOLERANCE) <= least:
+            break
+    return nearest

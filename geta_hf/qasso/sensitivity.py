@@ -18,6 +18,9 @@ from geta_hf.quantization.quantizer import squared_errors
 
 BINS = 4096
 
+ROUNDING = 1e-9
+"""By how much costs may exceed a budget, as a share of it: one that comes out even is spent to the last step."""
+
 
 def rounding_errors(
     magnitude: Tensor, weight: Tensor, widths: Sequence[int], search: bool, shard: Shard | None = None
@@ -53,27 +56,28 @@ def rounding_errors(
     return torch.stack(errors), torch.stack(clips)
 
 
-def spend(priority: Tensor, cost: Tensor, budget: float) -> list[int]:
+def spend(priority: Tensor, costs: Tensor, budgets: Sequence[float]) -> list[int]:
     """How many steps every layer climbs above its lowest width.
 
     Args:
         priority: shape (layers, steps); what a step is worth per unit of cost, not rising along a row.
-        cost: shape (layers, steps), above 0.
-        budget: what all steps together may cost.
+        costs: what a step takes of each budget, shape (budgets, layers, steps), above 0.
+        budgets: what all steps together may cost.
 
     Returns:
         Steps of each layer. A step that does not fit ends its layer's climb, and dearer layers leave room to others.
     """
-    rows, costs = priority.double().tolist(), cost.double().tolist()
+    rows, prices = priority.double().tolist(), costs.double().permute(1, 2, 0).tolist()
+    left = [budget * (1 + ROUNDING) for budget in budgets]
     climbed = [0] * len(rows)
     heap = [(-row[0], layer) for layer, row in enumerate(rows) if row]
     heapq.heapify(heap)
     while heap:
         _, layer = heapq.heappop(heap)
-        step = climbed[layer]
-        if costs[layer][step] > budget:
+        after = [budget - price for budget, price in zip(left, prices[layer][climbed[layer]], strict=True)]
+        if min(after) < 0:
             continue
-        budget -= costs[layer][step]
+        left = after
         climbed[layer] += 1
         if climbed[layer] < len(rows[layer]):
             heapq.heappush(heap, (-rows[layer][climbed[layer]], layer))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 GROUPS, PARAMETERS, BOPS, BYTES, MEAN_BITS = "groups", "parameters", "bops", "bytes", "mean bits"
 
+ROUNDING = 1e-9
+"""What counts as rounding of an amount, as a share of it."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -31,16 +34,14 @@ class Target:
         unit: GROUPS, PARAMETERS, BOPS or BYTES: what pruning is counted in.
         amount: how much of it is left; for GROUPS exact, otherwise at most.
         bits: mean width that `amount` was solved for.
-        budget_unit: MEAN_BITS, BOPS or BYTES: what widths may spend; None where they are as learned.
-        budget: how much of it, at most.
+        budgets: what widths may spend at most of MEAN_BITS, BOPS or BYTES; none where they are as learned.
         input_bits: width of the layers' inputs that BOPs are planned with.
     """
 
     unit: str
     amount: float
     bits: float
-    budget_unit: str | None = None
-    budget: float = math.inf
+    budgets: Mapping[str, float] = field(default_factory=dict)
     input_bits: float = FLOAT_BITS
 
     def left(self, ledger: Ledger, gone: Tensor) -> float:
@@ -119,8 +120,8 @@ def solve_target(config: GETAConfig, families: Sequence[Family], ledger: Ledger)
     target = _solve_pruning(blank, config, families, ledger)
     if size_unit is None:
         mean = config.wanted_mean_bits
-        return target if mean is None else replace(target, bits=mean, budget_unit=MEAN_BITS, budget=mean)
-    return _solve_widths(replace(target, budget_unit=size_unit, budget=size), config, families, ledger)
+        return target if mean is None else replace(target, bits=mean, budgets={MEAN_BITS: mean})
+    return _solve_widths(replace(target, budgets={size_unit: size}), config, families, ledger)
 
 
 def _size(config: GETAConfig) -> tuple[str | None, float]:
@@ -146,45 +147,54 @@ def _solve_pruning(blank: Target, config: GETAConfig, families: Sequence[Family]
         return replace(blank, amount=ledger.groups - removed)
     whole, rest = ledger.prunable_parameters(ledger.nothing), ledger.prunable_parameters(least)
     amount = (1 - config.target_parameters) * whole
-    if amount < rest:
+    if amount < rest * (1 - ROUNDING):
         best = math.floor(1000 * (1 - rest / whole)) / 1000
         raise GETAError(
             f"target_parameters = {config.target_parameters} leaves {amount:,.0f} of {whole:,} prunable parameters, "
             f"but families that keep their least hold {rest:,}: lower it to {best}"
         )
-    return replace(blank, unit=PARAMETERS, amount=amount)
+    return replace(blank, unit=PARAMETERS, amount=max(amount, rest))
 
 
 def _solve_size(target: Target, config: GETAConfig, families: Sequence[Family], ledger: Ledger) -> Target:
     """A size alone, or with a mean width: the widths it is pruned for. Half of the groups before narrower widths."""
-    lowest, least = float(config.widths[0]), most_removed(families, Limits.of(config))
-    bits = config.mean_bits or (config.widths[0] + config.widths[-1]) / 2
-    if config.mean_bits is None:
-        half = most_removed(families, Limits.of(config), 0.5)
-        bits = _widest(target, ledger, half, lowest, bits)
-    narrowest = config.mean_bits or lowest
-    reachable = target.spent(target.unit, ledger, least, narrowest)
-    if reachable > target.amount:
-        raise GETAError(
-            f"{_named(target.unit, target.amount)} can't be reached: with families at their least and {narrowest:g} "
-            f"bits it is {_figure(target.unit, reachable)}; raise it, or lower bits, mean_bits or min_kept"
-        )
-    return replace(target, bits=bits, budget_unit=target.unit, budget=target.amount)
+    lowest, highest = float(config.widths[0]), float(config.widths[-1])
+    least, bits, budgets = most_removed(families, Limits.of(config)), config.mean_bits, {target.unit: target.amount}
+    _check_size(target, ledger, least, bits or lowest, "families at their least", "bits, mean_bits or min_kept")
+    _warn_if_loose(target, ledger, ledger.nothing, bits or highest)
+    if bits is not None:
+        return replace(target, bits=bits, budgets={**budgets, MEAN_BITS: bits})
+    half = most_removed(families, Limits.of(config), 0.5)
+    return replace(target, bits=_widest(target, ledger, half, lowest, (lowest + highest) / 2), budgets=budgets)
 
 
 def _solve_widths(target: Target, config: GETAConfig, families: Sequence[Family], ledger: Ledger) -> Target:
     """A share to prune and a size: the mean width that is left for it, if all layers lose the same share."""
     gone = even_removal(target, families, ledger, Limits.of(config))
-    assert target.budget_unit is not None
     lowest, highest = float(config.widths[0]), float(config.widths[-1])
-    reachable = target.spent(target.budget_unit, ledger, gone, lowest)
-    if reachable > target.budget:
-        raise GETAError(
-            f"{_named(target.budget_unit, target.budget)} can't be reached with what is to be pruned: at {lowest:g} "
-            f"bits it is {_figure(target.budget_unit, reachable)}; raise it, prune more, or lower bits"
-        )
-    sized = replace(target, unit=target.budget_unit, amount=target.budget)
+    ((unit, size),) = target.budgets.items()
+    sized = replace(target, unit=unit, amount=size)
+    _check_size(sized, ledger, gone, lowest, "what is to be pruned gone", "bits, or prune more")
+    _warn_if_loose(sized, ledger, gone, highest)
     return replace(target, bits=_widest(sized, ledger, gone, lowest, highest))
+
+
+def _check_size(sized: Target, ledger: Ledger, gone: Tensor, bits: float, pruned: str, remedy: str) -> None:
+    """Raises GETAError where a size stays out of reach; says what can be reached."""
+    reachable = sized.spent(sized.unit, ledger, gone, bits)
+    if reachable > sized.amount * (1 + ROUNDING):
+        raise GETAError(
+            f"{_named(sized)} can't be reached: with {pruned}, at {bits:g} bits it is "
+            f"{_figure(sized.unit, reachable)}; raise it, or lower {remedy}"
+        )
+
+
+def _warn_if_loose(sized: Target, ledger: Ledger, gone: Tensor, bits: float) -> None:
+    most = sized.spent(sized.unit, ledger, gone, bits)
+    if most < sized.amount:
+        logger.warning(
+            "%s limits nothing: at %g bits it is %s as it is", _named(sized), bits, _figure(sized.unit, most)
+        )
 
 
 def _widest(target: Target, ledger: Ledger, gone: Tensor, lowest: float, highest: float) -> float:
@@ -212,9 +222,13 @@ def even_removal(target: Target, families: Sequence[Family], ledger: Ledger, lim
     return most_removed(families, limits, high)
 
 
-def _named(unit: str, amount: float) -> str:
-    return f"target_{unit} = {_figure(unit, amount)}"
+def _named(sized: Target) -> str:
+    return f"target_{sized.unit} = {sized.amount:{',.0f' if sized.unit == BYTES else '.4g'}}"
 
 
 def _figure(unit: str, amount: float) -> str:
-    return f"{amount:,.0f}" if unit == BYTES else f"{amount:.4g}"
+    """An amount that can be reached, rounded up, so that what is read here can be asked for."""
+    if unit == BYTES:
+        return f"{math.ceil(amount):,}"
+    digits = 3 - math.floor(math.log10(amount))
+    return f"{math.ceil(amount * 10**digits - ROUNDING) / 10**digits:.{digits}f}"

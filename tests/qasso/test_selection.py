@@ -103,9 +103,16 @@ def test_a_chunk_that_goes_far_beyond_gives_way_to_smaller_ones() -> None:
 
     chunks = find_chunks(SMALL, scores, NONE, Limits())
     whole = left(NONE)
-    assert take_until(chunks, NONE, left, whole - 7).tolist() == [
-        3,
-        1,
-        4,
-    ]  # not group 0 and its 50
+    assert take_until(chunks, NONE, left, whole - 7).tolist() == [3, 1, 4]  # not group 0 and its 50
     assert take_until(chunks, NONE, left, whole - 40).tolist() == [3, 0]  # the others would not be enough
+
+
+def test_where_all_chunks_go_far_beyond_the_smallest_that_is_enough_goes() -> None:
+    sizes = torch.tensor([80.0, 60, 1, 20, 30, 40, 1])
+    scores = torch.tensor([0.1, 0.5, 9, 0.2, 0.3, 0.4, 9])
+
+    def left(gone: torch.Tensor) -> float:
+        return 100 + float(sizes[~gone].sum())
+
+    chunks = find_chunks(SMALL, scores, NONE, Limits())
+    assert take_until(chunks, NONE, left, left(NONE) - 15).tolist() == [3]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from geta_hf.errors import GETAError
 from geta_hf.qadg.groups import Family
 from geta_hf.qasso.ledger import LayerEntry, Ledger
-from geta_hf.qasso.target import solve_target
+from geta_hf.qasso.selection import Limits
+from geta_hf.qasso.target import most_removed, solve_target
 from geta_hf.quantization import quantize, quantized_layers
 from tests.qasso.toy import STEPS, Toy, make, small_config, toy_space, train_step
 
@@ -71,15 +74,57 @@ def _member(tensor: str, dim: int, index: list[list[int]]):
         ({"target_sparsity": 0.6, "min_kept": 0.5}, "at most 5 can go"),
         ({"target_parameters": 0.9}, r"hold 68: lower it to 0\.777"),
         ({"target_bops": 0.01}, r"target_bops = 0\.01 can't be reached.*4 bits it is 0\.02\d+"),
-        ({"target_bops": 0.05, "mean_bits": 8}, r"at their least and 8 bits it is 0\.05\d*"),
+        (
+            {"target_bops": 0.05, "mean_bits": 8},
+            r"at their least, at 8 bits it is 0\.05\d*; raise it, or lower bits, mean_bits or",
+        ),
         ({"target_bytes": 100}, "target_bytes = 100 can't be reached"),
-        ({"target_sparsity": 0.5, "target_bops": 0.03}, "with what is to be pruned: at 4 bits it is 0.06"),
+        (
+            {"target_sparsity": 0.5, "target_bops": 0.03},
+            "with what is to be pruned gone, at 4 bits it is 0.06.*; raise it, or lower bits, or prune more",
+        ),
     ],
 )
 def test_what_cannot_be_reached_is_said_with_what_can(changes: dict, message: str) -> None:
     config = small_config(**{"target_sparsity": None, **changes})
     with pytest.raises(GETAError, match=message):
         solve_target(config, toy_space().families, ledger())
+
+
+@pytest.mark.parametrize("min_kept", [1, 2, 3, 0.25, 0.4])
+def test_the_reachable_figure_that_a_message_names_is_reachable(min_kept: float) -> None:
+    families, book = toy_space().families, ledger()
+
+    def solve(**changes: float):
+        return solve_target(small_config(target_sparsity=None, min_kept=min_kept, **changes), families, book)
+
+    whole = book.prunable_parameters(book.nothing)
+    rest = book.prunable_parameters(most_removed(families, Limits(min_kept)))
+    assert solve(target_parameters=1 - rest / whole).amount == pytest.approx(rest)
+    for unreachable, pattern in (
+        ({"target_bops": 1e-3}, r"bits it is ([\d.]+)"),
+        ({"target_bytes": 9}, r"it is ([\d,]+)"),
+    ):
+        with pytest.raises(GETAError) as caught:
+            solve(**unreachable)
+        figure = re.search(pattern, str(caught.value))[1].rstrip(".").replace(",", "")
+        solve(**{name: type(value)(figure) for name, value in unreachable.items()})
+
+
+@pytest.mark.parametrize(
+    ("changes", "figure"),
+    [
+        ({"target_bytes": 10**6}, "8 bits it is"),
+        ({"target_bops": 0.24, "mean_bits": 5}, r"5 bits it is 0\.1563"),
+        ({"target_bops": 0.24, "target_sparsity": 0.4}, r"8 bits it is 0\.1"),
+    ],
+)
+def test_a_size_that_limits_nothing_is_said(caplog, changes: dict, figure: str) -> None:
+    solve_target(small_config(**{"target_sparsity": None, **changes}), toy_space().families, ledger())
+    assert re.search(rf"limits nothing.*{figure}", caplog.text)
+    caplog.clear()
+    solve_target(small_config(target_sparsity=None, target_bops=0.2), toy_space().families, ledger())
+    assert not caplog.text
 
 
 def test_a_size_alone_is_pruned_for_the_middle_width_and_narrower_ones_only_where_half_is_not_enough() -> None:
@@ -100,6 +145,7 @@ TARGETS = {
     "parameters and bops": {"target_parameters": 0.4, "target_bops": 0.09},
     "bops": {"target_bops": 0.09},
     "bops and mean bits": {"target_bops": 0.08, "mean_bits": 5},
+    "more bops than mean bits ask for": {"target_bops": 0.2, "mean_bits": 5},
     "choices": {"target_sparsity": 0.4, "bit_choices": [4, 8], "mean_bits": 6},
     "learned widths": {"target_sparsity": 0.4, "mean_bits": 5.2, "bit_rule": "ppsg"},
     "the paper's widths": {"target_sparsity": 0.4, "mean_bits": 5.2, "bit_rule": "paper"},
@@ -116,7 +162,7 @@ def test_targets_are_met_at_the_end(name: str) -> None:
     bits = torch.tensor([float(layer.weight_quantizer.bits()) for layer in quantized_layers(model).values()])
     whole = bits.round()
     assert torch.allclose(bits, whole, atol=1e-3) and set(whole.tolist()) <= set(map(float, config.widths))
-    book, goal, gone = optimizer.ledger, optimizer.goal, optimizer.gone
+    book, gone = optimizer.ledger, optimizer.gone
     if config.target_sparsity is not None:
         assert optimizer.removed_groups == 4 == optimizer.target_groups
     if config.target_parameters is not None:
@@ -124,12 +170,14 @@ def test_targets_are_met_at_the_end(name: str) -> None:
         assert wanted - HEAD < kept <= wanted
     weights = book.weights(gone).float()
     step = float(weights.max()) * (4 if config.bit_choices else 1)
+    left = []  # what may still be spent, in steps
     if config.target_bops is not None:
-        bops = book.relative_bops(gone, whole)
-        assert config.target_bops - step * 32 / (288 * 1024) < bops <= config.target_bops
-    elif goal.budget_unit == "mean bits":
-        mean = float((weights * whole).sum() / weights.sum())
-        assert config.wanted_mean_bits - step / float(weights.sum()) < mean <= config.wanted_mean_bits
+        left.append((config.target_bops - book.relative_bops(gone, whole)) * 288 * 1024 / (step * 32))
+    if config.wanted_mean_bits is not None:
+        left.append(
+            float(config.wanted_mean_bits - (weights * whole).sum() / weights.sum()) * float(weights.sum()) / step
+        )
+    assert min(left) > -1e-4 and min(left) < 1
 
 
 def test_widths_follow_sensitivity() -> None:
