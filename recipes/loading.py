@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, TrainingArguments
@@ -11,17 +9,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from geta_hf import GETAError
-
-
-@contextmanager
-def told(what: str) -> Iterator[None]:
-    """Raises GETAError for what can't be loaded: a mistyped name, no network, a folder that lacks a part."""
-    try:
-        yield
-    except GETAError:
-        raise
-    except (OSError, ValueError) as error:
-        raise GETAError(f"{what} can't be loaded: {' '.join(str(error).split())[:300]}") from error
+from geta_hf.errors import told
 
 
 def load_config(name: str) -> PreTrainedConfig:
@@ -30,7 +18,7 @@ def load_config(name: str) -> PreTrainedConfig:
     Raises:
         GETAError: there is none, or the model is quantized already.
     """
-    with told(f"the model {name}"):
+    with told(f"the model {name} can't be loaded"):
         config = AutoConfig.from_pretrained(name)
     quantized = getattr(config, "quantization_config", None)  # present only where something was quantized
     if quantized is not None:
@@ -41,7 +29,7 @@ def load_config(name: str) -> PreTrainedConfig:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or a name on the Hub; GETAError where there is none."""
-    with told(f"the tokenizer of {name}"):
+    with told(f"the tokenizer of {name} can't be loaded"):
         return AutoTokenizer.from_pretrained(name)
 
 

@@ -39,7 +39,7 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from geta_hf import DryRun, GETAConfig, GETAError, GETATrainer, MemoryPlan, dry_run, write_card
 from geta_hf.causal import check_causal, check_vocabulary, positions
-from geta_hf.errors import MemoryUnknown
+from geta_hf.errors import MemoryUnknown, told
 from recipes import loading, text_data
 from recipes.arguments import parse_sections, read_values
 from recipes.documents import prepare_tokenizer
@@ -223,7 +223,7 @@ def verdict(arguments: Arguments) -> str:
 def load_model(arguments: ModelArguments) -> PreTrainedModel:
     """The model with its weights."""
     name = arguments.model_name_or_path
-    with loading.told(f"the model {name}"):
+    with told(f"the model {name} can't be loaded"):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, arguments.dtype))
     check_causal(model)
     return model

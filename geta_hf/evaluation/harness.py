@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 
 from geta_hf.causal import check_causal, check_vocabulary, embedding_rows
-from geta_hf.errors import GETAError
+from geta_hf.errors import GETAError, told
 from geta_hf.evaluation.scores import Evaluation, read_scores
 from geta_hf.evaluation.tasks import split_names, stock_folder, stock_tasks, write_tasks
 from geta_hf.export.readable import read_json
@@ -103,7 +103,7 @@ def load(
     name = str(model.name_or_path) if isinstance(model, PreTrainedModel) else os.fspath(model)
     if not isinstance(model, PreTrainedModel):
         place = _device(device)
-        with _told(f"{name}: no causal language model could be loaded"):
+        with told(f"{name}: no causal language model could be loaded"):
             loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
             loaded.to(place)
     tokenizer = _tokenizer(name) if tokenizer is None else tokenizer
@@ -121,9 +121,9 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
 def check_folder(name: str) -> PreTrainedConfig:
     """The config of a model; GETAError for what shows without its weights that it can't be scored."""
     if not Path(name).is_dir():
-        with _told(f"{name}: no such folder, and no name on the Hub"):
+        with told(f"{name}: no such folder, and no name on the Hub"):
             validate_repo_id(name)
-    with _told(f"{name}: no causal language model could be loaded"):
+    with told(f"{name}: no causal language model could be loaded"):
         adapter = find_adapter_config_file(name)
         config = AutoConfig.from_pretrained(read_json(Path(adapter))["base_model_name_or_path"] if adapter else name)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -140,7 +140,7 @@ def check_folder(name: str) -> PreTrainedConfig:
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
-    with _told(f"{name}: no tokenizer could be loaded; save one beside the model"):
+    with told(f"{name}: no tokenizer could be loaded; save one beside the model"):
         return AutoTokenizer.from_pretrained(name)
 
 
@@ -167,14 +167,6 @@ def default_device() -> str:
     """The accelerator if there is one, else the CPU."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if found is None else found.type
-
-
-@contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError) as error:
-        raise GETAError(f"{what} ({' '.join(str(error).split())})") from error
 
 
 @contextlib.contextmanager
