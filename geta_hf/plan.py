@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from geta_hf.config import GETAConfig
 from geta_hf.cost import forward_uses
 from geta_hf.export.embeddings import input_embedding
+from geta_hf.export.sizes import stored_names
 from geta_hf.qadg import PruningSpace
 from geta_hf.qasso.cuts import family_starts
 from geta_hf.qasso.ledger import LayerEntry, Ledger
@@ -184,7 +185,17 @@ def make_ledger(
     # Groups are counted over parameters and buffers alike, since an export cuts both.
     rounded = _embedding_weight(model, embedding_bits, shapes)
     ledger = Ledger.of(space.prunable, shapes, layers, item_bytes, space.buffers, rounded)
-    return replace(ledger, dropped=dropped)
+    return replace(ledger, dropped=dropped, stored_as=_stored_names(model, ledger))
+
+
+def _stored_names(model: nn.Module, ledger: Ledger) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """What a file calls the model's tensors and the step sizes beside them, where it is another name."""
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    packed = [layer.weight for layer in ledger.layers]
+    scales = [f"{name}_scale" for name in (*packed, *ledger.row_bits)]
+    inputs = [f"{name.removesuffix('weight')}input_scale" for name in packed]
+    return stored_names(model, {**ledger.shapes, **dict.fromkeys((*scales, *inputs), (1,))})
 
 
 def _embedding_weight(model: nn.Module, bits: int | None, shapes: Collection[str]) -> dict[str, int]:

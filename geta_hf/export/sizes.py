@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from geta_hf.errors import GETAError
 from geta_hf.export.stored import Header, read_headers
@@ -30,6 +35,30 @@ def tensor_bytes(folder: str | os.PathLike[str]) -> int:
     if not files:
         raise GETAError(f"{folder} holds no .safetensors file; save the model with save_pretrained")
     return sum(sum(tensor_sizes(file).values()) for file in files)
+
+
+def stored_names(
+    model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """What a file calls the tensors that `save_pretrained` renames or splits, such as stacked experts.
+
+    Args:
+        model: only asked how its tensors are converted.
+        shapes: of what a state dict holds, by name.
+
+    Returns:
+        name -> names and shapes of its pieces, for those tensors alone. Some that are merged are left out.
+    """
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    saved = revert_weight_conversion(model, dict(tensors))
+    renamed = {names[id(tensor)]: name for name, tensor in saved.items() if id(tensor) in names}
+    found = {name: [(new, shapes[name])] for name, new in renamed.items() if new != name}
+    for name in tensors.keys() - renamed.keys():
+        with contextlib.suppress(Exception):  # what is merged of several can't be asked for alone
+            pieces = revert_weight_conversion(model, {name: tensors[name]})
+            found[name] = [(piece, tuple(tensor.shape)) for piece, tensor in pieces.items()]
+    return found
 
 
 def check_shards(size: int | str | None, format: str) -> None:

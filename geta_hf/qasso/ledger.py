@@ -17,6 +17,9 @@ from geta_hf.qadg.groups import Family
 from geta_hf.qasso.cuts import Cut, find_cuts, marked
 from geta_hf.quantization.functional import FLOAT_BITS
 
+Entry = tuple[str, list[int], int]
+"""Of a tensor in a file: its type, shape and bytes."""
+
 
 @dataclass(frozen=True)
 class LayerEntry:
@@ -45,6 +48,8 @@ class Ledger:
         layers: the quantized weights.
         buffers: those of the tensors that are no parameters.
         row_bits: width of every other tensor that an export rounds, with a step size for each row.
+        stored_as: what a file calls tensors that transformers renames or splits as it saves them: name -> the names and
+            shapes of its equal pieces before anything is cut.
         dropped: elements times uses of the quantized weights of whole layers that left before; BOPs are relative to
             the model that still had them.
     """
@@ -56,6 +61,7 @@ class Ledger:
     item_bytes: Mapping[str, int] = field(default_factory=dict)
     buffers: Collection[str] = ()
     row_bits: Mapping[str, int] = field(default_factory=dict)
+    stored_as: Mapping[str, Sequence[tuple[str, tuple[int, ...]]]] = field(default_factory=dict)
     dropped: float = 0.0
 
     @classmethod
@@ -126,7 +132,7 @@ class Ledger:
         left = self.left(gone)
         widths = torch.as_tensor(bits, dtype=torch.float64).expand(len(self.layers)).tolist()
         packed = {layer.weight: (layer, width) for layer, width in zip(self.layers, widths, strict=True)}
-        sizes: dict[str, tuple[str, list[int], int]] = {}
+        sizes: dict[str, Entry] = {}
         for name, full in self.shapes.items():
             shape = left.get(name, list(full))
             if name in self.row_bits:
@@ -143,10 +149,19 @@ class Ledger:
             sizes[f"{name}_scale"] = ("F32", [scales], 4 * scales)
             if quantized_inputs:
                 sizes[f"{name.removesuffix('weight')}input_scale"] = ("F32", [1], 4)
-        return sum(size for _, _, size in sizes.values()) + _header_bytes(sizes)
+        return sum(size for _, _, size in sizes.values()) + _header_bytes(self._as_stored(sizes))
+
+    def _as_stored(self, sizes: Mapping[str, Entry]) -> dict[str, Entry]:
+        """The entries of a file's header; pieces of what was split have the shape of before, which is no shorter."""
+        found: dict[str, Entry] = {}
+        for name, (kind, shape, size) in sizes.items():
+            pieces = self.stored_as.get(name, [(name, ())])
+            for piece, whole in pieces:
+                found[piece] = (kind, shape if len(pieces) == 1 else list(whole), size // len(pieces))
+        return found
 
 
-def _header_bytes(sizes: Mapping[str, tuple[str, list[int], int]]) -> int:
+def _header_bytes(sizes: Mapping[str, Entry]) -> int:
     """Length word and JSON of a safetensors file, padded to 8 bytes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
