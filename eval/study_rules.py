@@ -1,4 +1,5 @@
 """Rules compared at equal BOPs on models that were really trained: saliency x forgetting x bits over several seeds.
+Beside them the defaults with a teacher, and the defaults with weights that are rounded only after training.
 
     python eval/study_rules.py questions --model DIR --train_file train-v1.1.json --eval_file dev-v1.1.json --work W
     python eval/study_rules.py text --texts wiki.txt --work W
@@ -19,7 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ import torch
 from transformers import PreTrainedModel, Trainer, set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from eval.study_table import CONTROL, DENSE, OURS, PAPER, Line, tables
+from eval.study_table import CONTROL, DENSE, OURS, PAPER, ROUNDED, TAUGHT, Line, tables
 from eval.study_tasks import (
     Lengths,
     QuestionOptions,
@@ -41,6 +42,8 @@ from eval.study_tasks import (
 )
 from geta_hf import GETAConfig, GETAError, GETATrainer, PruningSpace
 from geta_hf.qadg import kept_indices, zero_groups
+from geta_hf.qasso.finish import settle_widths
+from geta_hf.qasso.target import solve_target
 
 RULES = {
     "saliency": ("fisher", "taylor", "hesso"),
@@ -52,10 +55,11 @@ RULES = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination of rules; without rules, a dense model."""
+    """One combination of rules; without rules, a dense model. `rounded` ones are pruned at 16 bits first."""
 
     name: str
     rules: dict[str, Any] = field(default_factory=dict)
+    rounded: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,13 +80,14 @@ class Limits:
 
 
 def all_cells() -> list[Cell]:
-    """Paper and defaults, both dense models, then ever further away from the defaults."""
+    """Paper and defaults, both dense models, ever further away from the defaults, and two that change no rule."""
     crossed = [dict(zip(RULES, values, strict=True)) for values in product(*RULES.values())]
     defaults, *rest = sorted(crossed, key=_changed)  # stable
     paper = GETAConfig.paper()
     preset = {rule: getattr(paper, rule) for rule in (*RULES, "clipping", "learn_exponent")}
     others = [Cell(" / ".join(rules.values()), rules) for rules in rest]
-    return [Cell(PAPER, preset), Cell(OURS, defaults), Cell(CONTROL), Cell(DENSE), *others]
+    beside = [Cell(ROUNDED, defaults, rounded=True), Cell(TAUGHT, {**defaults, "distill_logits": 1.0})]
+    return [Cell(PAPER, preset), Cell(OURS, defaults), Cell(CONTROL), Cell(DENSE), *others, *beside]
 
 
 def _changed(rules: dict[str, str]) -> int:
@@ -116,6 +121,8 @@ def run_cell(task: Task, cell: Cell, seed: int, folder: Path, lengths: Lengths, 
         trainer.train()
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         if isinstance(trainer, GETATrainer):
+            if cell.rounded:
+                _round(trainer, _config(cell, limits))
             state = trainer.compression_state()
             found = {"relative_bops": state["relative_bops"], "mean_bits": state["mean_bits"]}
             found |= kept_shares(model, trainer.space)
@@ -134,8 +141,26 @@ def _trainer(
     }
     if not cell.rules:
         return Trainer(**common)
+    config = _config(cell, limits)
+    return GETATrainer(geta_config=_at_16_bits(config) if cell.rounded else config, **common)
+
+
+def _config(cell: Cell, limits: Limits) -> GETAConfig:
     values = {name: getattr(limits, name) for name in ("target_parameters", "bits", "mean_bits")}
-    return GETATrainer(geta_config=GETAConfig(**{**values, **limits.changes, **cell.rules}), **common)
+    return GETAConfig(**{**values, **limits.changes, **cell.rules})
+
+
+def _at_16_bits(config: GETAConfig) -> GETAConfig:
+    """The same pruning of weights that are as good as not rounded."""
+    return replace(config, bits=(16, 16), mean_bits=16)
+
+
+def _round(trainer: GETATrainer, config: GETAConfig) -> None:
+    """Post-training quantization: the widths and clipping values of the config, once nothing is trained any more."""
+    qasso, model = trainer.qasso, trainer.model
+    assert qasso is not None and model is not None
+    qasso.config, qasso.goal = config, solve_target(config, qasso.families, qasso.ledger)
+    settle_widths(qasso, dict(model.named_parameters()))
 
 
 def kept_shares(model: PreTrainedModel, space: PruningSpace) -> dict[str, float]:

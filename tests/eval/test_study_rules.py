@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval import study_rules
 from eval.study_rules import Cell, Limits
-from eval.study_table import CONTROL, DENSE, OURS, PAPER
+from eval.study_table import CONTROL, DENSE, OURS, PAPER, ROUNDED, TAUGHT
 from eval.study_tasks import Lengths, Task, TextOptions, dense_model, text_task
 from geta_hf import GETAConfig, GETAError
 from geta_hf.qadg import build_space
@@ -29,17 +29,17 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 def test_cells_cross_all_rules_and_the_telling_ones_come_first() -> None:
     cells = study_rules.all_cells()
     assert [cell.name for cell in cells[:4]] == [PAPER, OURS, CONTROL, DENSE]
-    crossed = {(c.rules["saliency"], c.rules["forgetting"], c.rules["bit_rule"]) for c in [cells[1], *cells[4:]]}
-    assert len(crossed) == len(cells) - 3 == 18
-    assert len({cell.name for cell in cells}) == len(cells)
-    distances = [study_rules._changed(cell.rules) for cell in cells[4:]]
+    crossed = {(c.rules["saliency"], c.rules["forgetting"], c.rules["bit_rule"]) for c in [cells[1], *cells[4:-2]]}
+    assert len(crossed) == len(cells) - 5 == 18
+    assert len({cell.name for cell in cells}) == len(cells) and [c.name for c in cells[-2:]] == [ROUNDED, TAUGHT]
+    distances = [study_rules._changed(cell.rules) for cell in cells[4:-2]]
     assert distances == sorted(distances) == [1] * 5 + [2] * 8 + [3] * 4
     default, paper = GETAConfig(), GETAConfig.paper()
     assert cells[1].rules == {name: getattr(default, name) for name in study_rules.RULES}
     assert GETAConfig(**cells[0].rules) == paper
 
 
-@pytest.mark.parametrize("name", [PAPER, OURS])
+@pytest.mark.parametrize("name", [PAPER, OURS, ROUNDED, TAUGHT])
 def test_a_cell_reaches_its_limits(task: Task, tmp_path: Path, name: str) -> None:
     (line,) = study_rules.run_study(task, tmp_path, LENGTHS, LIMITS, [0], [name])
     # One of two heads a layer is an eighth of all that can go, so the target is met no closer than that.
