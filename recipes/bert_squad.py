@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval import squad, squad_features
 from eval.squad_features import Question
 from geta_hf import GETAConfig, GETAError, GETATrainer, write_card
-from geta_hf.errors import told
+from geta_hf.told import told
 from recipes.arguments import parse_sections, read_values
 from recipes.loading import check_resume, load_config, load_tokenizer
 from recipes.output import export

@@ -39,7 +39,8 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from geta_hf import DryRun, GETAConfig, GETAError, GETATrainer, MemoryPlan, dry_run, write_card
 from geta_hf.causal import check_causal, check_vocabulary, positions
-from geta_hf.errors import MemoryUnknown, told
+from geta_hf.errors import MemoryUnknown
+from geta_hf.told import told
 from recipes import loading, text_data
 from recipes.arguments import parse_sections, read_values
 from recipes.documents import prepare_tokenizer
