@@ -224,6 +224,7 @@ class GETATrainer(Trainer):
             ledger=self._ledger,
             channel_dims=channel_dims(model),
             frozen=frozen,
+            goal=self.plan.target,
         )
         self.optimizer = self.qasso
         logger.info("%s", schedule)

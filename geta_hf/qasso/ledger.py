@@ -17,6 +17,9 @@ from geta_hf.qadg.groups import Family
 from geta_hf.qasso.cuts import Cut, find_cuts, marked
 from geta_hf.quantization.functional import FLOAT_BITS
 
+ROUNDING = 1e-9
+"""What counts as rounding of an amount, as a share of it."""
+
 Entry = tuple[str, list[int], int]
 """Of a tensor in a file: its type, shape and bytes."""
 

@@ -59,6 +59,7 @@ class QASSO(torch.optim.Optimizer):
         ledger: sizes of the whole model; by default of what is in `base`, which is enough for all targets but bytes.
         channel_dims: prefix -> the weight's dimension along which its quantizer has a step size each.
         frozen: what is cut or quantized, but not trained; see `qasso.frozen`.
+        goal: that of the plan; by default the config's targets are solved here.
 
     Attributes:
         goal: what the run shall end with.
@@ -82,6 +83,7 @@ class QASSO(torch.optim.Optimizer):
         ledger: Ledger | None = None,
         channel_dims: Mapping[str, int] | None = None,
         frozen: Frozen | None = None,
+        goal: Target | None = None,
     ) -> None:
         super().__init__(base.param_groups, {})
         self.base, self.schedule, self.config = base, schedule, config
@@ -96,7 +98,7 @@ class QASSO(torch.optim.Optimizer):
         check_covered(named, self.families, quantizers, input_quantizers)
         self.quantizers = Quantizers(quantizers, input_quantizers, named, channel_dims)
         self.ledger = ledger or Ledger.of_tensors(self.families, named, self.quantizers.own_weights)
-        self.goal: Target = solve_target(config, self.families, self.ledger)
+        self.goal: Target = goal or solve_target(config, self.families, self.ledger)
         groups, layers = self.ledger.groups, len(self.quantizers.prefixes)
         self.status = torch.zeros(groups, dtype=torch.uint8)
         self.mean_square = torch.zeros(groups)

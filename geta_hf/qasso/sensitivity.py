@@ -13,13 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from geta_hf.qasso.ledger import ROUNDING
 from geta_hf.qasso.shards import Shard, add_up, largest_of
 from geta_hf.quantization.quantizer import squared_errors
 
 BINS = 4096
-
-ROUNDING = 1e-9
-"""By how much costs may exceed a budget, as a share of it: one that comes out even is spent to the last step."""
 
 
 def rounding_errors(
@@ -68,7 +66,7 @@ def spend(priority: Tensor, costs: Tensor, budgets: Sequence[float]) -> list[int
         Steps of each layer. A step that does not fit ends its layer's climb, and dearer layers leave room to others.
     """
     rows, prices = priority.double().tolist(), costs.double().permute(1, 2, 0).tolist()
-    left = [budget * (1 + ROUNDING) for budget in budgets]
+    left = [budget * (1 + ROUNDING) for budget in budgets]  # one that comes out even is spent to the last step
     climbed = [0] * len(rows)
     heap = [(-row[0], layer) for layer, row in enumerate(rows) if row]
     heapq.heapify(heap)

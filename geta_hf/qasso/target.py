@@ -14,16 +14,13 @@ from geta_hf.config import GETAConfig
 from geta_hf.errors import GETAError
 from geta_hf.qadg.groups import Family
 from geta_hf.qasso.cuts import family_starts
-from geta_hf.qasso.ledger import Ledger
+from geta_hf.qasso.ledger import ROUNDING, Ledger
 from geta_hf.qasso.selection import Chunks, Limits, take_count, take_until
 from geta_hf.quantization.functional import FLOAT_BITS
 
 logger = logging.getLogger(__name__)
 
 GROUPS, PARAMETERS, BOPS, BYTES, MEAN_BITS = "groups", "parameters", "bops", "bytes", "mean bits"
-
-ROUNDING = 1e-9
-"""What counts as rounding of an amount, as a share of it."""
 
 
 @dataclass(frozen=True)
@@ -199,10 +196,10 @@ def _warn_if_loose(sized: Target, ledger: Ledger, gone: Tensor, bits: float) -> 
 
 def _widest(target: Target, ledger: Ledger, gone: Tensor, lowest: float, highest: float) -> float:
     """The widest mean in [lowest, highest] at which a removal meets the amount; `lowest` where none does."""
+    if target.spent(target.unit, ledger, gone, highest) <= target.amount:
+        return highest
     for _ in range(40):
         middle = (lowest + highest) / 2
-        if target.spent(target.unit, ledger, gone, highest) <= target.amount:
-            return highest
         if target.spent(target.unit, ledger, gone, middle) <= target.amount:
             lowest = middle
         else:
