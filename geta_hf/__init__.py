@@ -12,11 +12,12 @@ from geta_hf.export import export
 from geta_hf.inference import prepare_for_inference
 from geta_hf.methods.qasso.optimizer import QASSO
 from geta_hf.methods.qasso.schedule import Schedule
-from geta_hf.qadg import PruningSpace, apply_policy, build_space, verify_space
+from geta_hf.qadg import PruningSpace, apply_policy, verify_space
 from geta_hf.quantization import attach_input_quantizers, attach_quantizers, detach_quantizers
 from geta_hf.reporting.html_report import write_report
 from geta_hf.reporting.hub import push_to_hub
 from geta_hf.reporting.model_card import write_card
+from geta_hf.surgery.build_space import build_space
 from geta_hf.surgery.verify import verify_surgery
 from geta_hf.training.memory import DryRun, MemoryPlan, dry_run, plan_memory
 from geta_hf.training.plan import Plan

@@ -14,9 +14,9 @@ from geta_hf.convert import convert
 from geta_hf.errors import GETAError
 from geta_hf.evaluation.command import add_command as add_eval
 from geta_hf.export.formats import FORMATS
-from geta_hf.qadg.build import space_of
+from geta_hf.qadg.groups import Family
 from geta_hf.qadg.propagation.propagate import analyse
-from geta_hf.qadg.space import Family, PruningSpace
+from geta_hf.qadg.space import PruningSpace, space_of
 from geta_hf.qadg.tracing.dummy_inputs import empty_model, example_batch
 from geta_hf.reporting.graph_page import gather, gather_frozen, pattern, span, write_page
 from geta_hf.reporting.html_report import write_report

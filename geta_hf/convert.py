@@ -23,7 +23,8 @@ from geta_hf.export import ExportReport, export
 from geta_hf.export.export import STRUCTURE_NAME, copy_beside, write_structure
 from geta_hf.export.formats import writer
 from geta_hf.qadg import build_space
-from geta_hf.qadg.space import Family, PruningSpace
+from geta_hf.qadg.groups import Family
+from geta_hf.qadg.space import PruningSpace
 from geta_hf.qadg.tracing.dummy_inputs import example_batch
 from geta_hf.quantization import attach_input_quantizers, select_layers
 from geta_hf.reporting.comparison import is_export, load_model

@@ -17,7 +17,7 @@ from torch import Tensor
 from geta_hf.config import GETAConfig
 from geta_hf.errors import GETAError
 from geta_hf.qadg.group_labels import family_starts
-from geta_hf.qadg.space import Family
+from geta_hf.qadg.groups import Family
 
 TOLERANCE = 0.005
 """How far below its goal an amount may end, as a share of the goal, before smaller chunks are looked for."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geta_hf.qadg.space import Family
+from geta_hf.qadg.groups import Family
 
 
 @dataclass(frozen=True)

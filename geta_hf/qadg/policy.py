@@ -7,7 +7,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from geta_hf.errors import GETAError
-from geta_hf.qadg.space import COUPLINGS, KINDS, Family, PruningSpace
+from geta_hf.qadg.groups import COUPLINGS, KINDS, Family
 
 PRUNABLE_KINDS = frozenset({"heads", "channels"})
 
@@ -24,43 +24,31 @@ _WHY_COUPLING = {
 }
 
 
-def apply_policy(space: PruningSpace, prune: Sequence[str] = (), keep: Sequence[str] = ()) -> PruningSpace:
-    """Decide anew which families are prunable.
-
-    By default heads and channels are, except where they are coupled to a norm, to a tied tensor or to an output.
-    Of prunable families that cut the same indices only one stays so: one named in `prune` before the others, then
-    the one that cuts most. A family of one group is never prunable.
-
-    Args:
-        space: the families.
-        prune: switches on. A kind (`head_dim`) or a pattern of names (`model.layers.*.mlp:*`) makes families prunable
-            whatever their couplings; a coupling (`norm`) is no obstacle any more.
-        keep: switches off, stronger than `prune`: kinds, couplings, or patterns of names.
-
-    Returns:
-        The space with `prunable` and `reason` of every family set.
+def choose_prunable(
+    families: Sequence[Family], prune: Sequence[str] = (), keep: Sequence[str] = ()
+) -> tuple[Family, ...]:
+    """Return the families with `prunable` and `reason` set, as `geta_hf.qadg.apply_policy` describes.
 
     Raises:
         GETAError: an entry that is no kind, no coupling, and matches no family.
     """
-    _check_entries(space, [*prune, *keep])
-    reasons = {family.name: _reason(family, prune, keep) for family in space.families}
+    _check_entries(families, [*prune, *keep])
+    reasons = {family.name: _reason(family, prune, keep) for family in families}
     chosen: set[str] = set()
-    for family in sorted(space.families, key=lambda family: (not _named(family, prune), -_cut(family))):
+    for family in sorted(families, key=lambda family: (not _named(family, prune), -_cut(family))):
         clash = chosen.intersection(family.excludes)
         if not reasons[family.name] and clash:
             reasons[family.name] = f"cuts the same indices as {', '.join(sorted(clash))}"
         if not reasons[family.name]:
             chosen.add(family.name)
-    families = (replace(f, prunable=not reasons[f.name], reason=reasons[f.name]) for f in space.families)
-    return replace(space, families=tuple(families))
+    return tuple(replace(f, prunable=not reasons[f.name], reason=reasons[f.name]) for f in families)
 
 
-def _check_entries(space: PruningSpace, entries: Iterable[str]) -> None:
+def _check_entries(families: Sequence[Family], entries: Iterable[str]) -> None:
     for entry in entries:
-        if entry in KINDS or entry in COUPLINGS or any(fnmatchcase(f.name, entry) for f in space.families):
+        if entry in KINDS or entry in COUPLINGS or any(fnmatchcase(f.name, entry) for f in families):
             continue
-        names = ", ".join(family.name for family in space.families[:6])
+        names = ", ".join(family.name for family in families[:6])
         raise GETAError(
             f"the pruning policy names {entry!r}, which is no kind ({', '.join(KINDS)}), no coupling "
             f"({', '.join(COUPLINGS)}) and matches no family; families are called {names or 'nothing here'}, ..."

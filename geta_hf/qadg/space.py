@@ -1,10 +1,10 @@
-"""The pruning space as plain data: which slices of which tensors leave together."""
+"""The pruning space: every family of a model, and how it is built from the model and one batch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,70 +13,14 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from geta_hf.errors import GETAError
-
-KINDS = ("heads", "query_heads", "channels", "head_dim", "residual", "other")
-"""Attention heads (with grouped queries: a key-value head and its query heads); query heads evenly across those; MLP,
-expert and convolution channels; dims within heads; the residual stream's width; the rest."""
-
-COUPLINGS = ("norm", "tied", "output")
-"""A normalisation or a mean over the dim; a tensor tied across the model; a layer that makes an output."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """One (tensor, dim) that a family cuts.
-
-    Attributes:
-        tensor: name in the model's `state_dict()` (a parameter, or rarely a buffer).
-        dim: the dimension that is cut.
-        index: int64, shape (groups, width), on CPU: row g holds the indices along `dim` that leave with group g.
-    """
-
-    tensor: str
-    dim: int
-    index: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Family:
-    """The groups of one kind in one place, such as the attention heads of layer 3.
-
-    Attributes:
-        name: module path and kind, such as `encoder.layer.3.attention:heads`; unique in its space.
-        kind: one of `KINDS`.
-        members: every (tensor, dim) that a group cuts; all have the same number of groups.
-        prunable: whether the policy lets QASSO remove groups of this family.
-        reason: why not, when not prunable; otherwise empty.
-        excludes: names of families that cut the same indices and must not be pruned together with this one.
-        couplings: which of `COUPLINGS` it has.
-        parameters: elements of parameters that leave with one group.
-        macs: multiply-accumulates of the batch it was built with that leave with one group, on average.
-    """
-
-    name: str
-    kind: str
-    members: tuple[Member, ...]
-    prunable: bool
-    reason: str = ""
-    excludes: tuple[str, ...] = ()
-    couplings: tuple[str, ...] = ()
-    parameters: int = 0
-    macs: int = 0
-
-    @property
-    def size(self) -> int:
-        """The number of groups."""
-        return self.members[0].index.shape[0]
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """What no rule covers, reported instead of guessed: operator, module path, why, and how often."""
-
-    operator: str
-    module: str
-    reason: str
-    count: int = 1
+from geta_hf.qadg.families.find import find_families
+from geta_hf.qadg.groups import Family, Frozen
+from geta_hf.qadg.policy import choose_prunable
+from geta_hf.qadg.propagation.flow import Flow
+from geta_hf.qadg.propagation.propagate import analyse
+from geta_hf.qadg.storage import read_space, write_space
+from geta_hf.qadg.tracing.dummy_inputs import empty_model, example_batch
+from geta_hf.qadg.tracing.graph import Node
 
 
 @dataclass(frozen=True)
@@ -137,17 +81,12 @@ class PruningSpace:
         Raises:
             GETAError: there is no such configuration, no batch can be made from it, or as `build_space`.
         """
-        from geta_hf.qadg.build import build_space
-        from geta_hf.qadg.tracing.dummy_inputs import empty_model, example_batch
-
         model = empty_model(source)
         return build_space(model, example_batch(model) if batch is None else batch, prune=prune, keep=keep)
 
     def save(self, folder: str | Path) -> None:
         """Write the space into a folder, as JSON and safetensors."""
-        from geta_hf.qadg.storage import save_space
-
-        save_space(self, folder)
+        write_space(folder, **{field.name: getattr(self, field.name) for field in fields(self)})
 
     @classmethod
     def load(cls, folder: str | Path, model: nn.Module | None = None) -> PruningSpace:
@@ -160,9 +99,7 @@ class PruningSpace:
         Raises:
             GETAError: no space, a damaged one, or one of another model.
         """
-        from geta_hf.qadg.storage import load_space
-
-        space = load_space(folder)
+        space = cls(**read_space(folder))
         if model is not None:
             space.check(model)
         return space
@@ -193,6 +130,99 @@ class PruningSpace:
         matrices = {name: math.prod(self.shapes[name]) for name in parameters if len(self.shapes[name]) > 1}
         covered = sum(matrices[name] * (1.0 - rest) for name, rest in left.items() if name in matrices)
         return covered / self.matrix_parameters if self.matrix_parameters else 0.0
+
+
+def build_space(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    prune: Sequence[str] = (),
+    keep: Sequence[str] = (),
+) -> PruningSpace:
+    """Find what may be removed from `model`: the quantization-aware dependency graph (paper Sec. 4, Alg. 1).
+
+    The forward runs twice, to see whether it takes the same path, without computing with the parameters, which may lie
+    on any device or on meta; the model is as before afterwards. Quantizers, own or foreign, change nothing about the
+    groups. Caches are switched off.
+
+    Args:
+        model: a Hugging Face model, or any module that `model(**batch)` runs.
+        batch: one batch of real inputs; one or two rows will do, with padding if training has it.
+        prune: kinds, couplings or name patterns to make prunable beside heads and channels; see `apply_policy`.
+        keep: kinds, couplings or name patterns to keep whole.
+
+    Returns:
+        Every family found, those that the policy lets QASSO prune with `prunable` set and the others with the reason
+        why not, the operators that no rule covers, and the parameters that nothing read.
+
+    Raises:
+        GETAError: the model cannot run the batch, returns no tensor, nothing in it may be pruned, or an entry of
+            `prune` or `keep` matches nothing.
+    """
+    flow = analyse(model, batch, times=2)
+    space = space_of(flow, prune, keep)
+    if not space.prunable:
+        raise GETAError(_nothing_prunable(type(model).__name__, space))
+    return space
+
+
+def space_of(flow: Flow, prune: Sequence[str] = (), keep: Sequence[str] = ()) -> PruningSpace:
+    """The pruning space of a propagated graph; it may hold nothing prunable.
+
+    Raises:
+        GETAError: an entry of `prune` or `keep` matches nothing.
+    """
+    families = find_families(flow)
+    parameters = {p: value for p, value in enumerate(flow.graph.values) if value.kind == "parameter"}
+    named = {member.tensor for family in families for member in family.members}
+    shapes = {value.names[0]: value.shape for value in flow.graph.values if value.names and value.names[0] in named}
+    read = {ref for node in flow.graph.nodes for ref in _reads(node)}
+    space = PruningSpace(
+        families,
+        shapes,
+        flow.frozen,
+        untouched=tuple(value.names[0] for position, value in parameters.items() if position not in read),
+        buffers=tuple(v.names[0] for v in flow.graph.values if v.kind == "buffer" and v.names[0] in shapes),
+        matrix_parameters=sum(value.elements for value in parameters.values() if len(value.shape) > 1),
+    )
+    return apply_policy(space, prune, keep)
+
+
+def _reads(node: Node) -> Iterator[int]:
+    for inner in (node, *node.body):
+        yield from inner.refs()
+
+
+def _nothing_prunable(model: str, space: PruningSpace) -> str:
+    frozen = "; ".join(f"{f.operator} in {f.module or model} ({f.reason}, {f.count}x)" for f in space.frozen)
+    refused = "; ".join(f"{family.name}: {family.reason}" for family in space.families[:8])
+    return (
+        f"nothing in {model} may be pruned. Operators without a rule: {frozen or 'none'}. "
+        f"Families found but not prunable: {refused or 'none'}. Name kinds, couplings or families in `prune` to switch "
+        "them on. Whatever the model returns keeps its shape, so ask it for no attentions or hidden states"
+    )
+
+
+def apply_policy(space: PruningSpace, prune: Sequence[str] = (), keep: Sequence[str] = ()) -> PruningSpace:
+    """Decide anew which families are prunable.
+
+    By default heads and channels are, except where they are coupled to a norm, to a tied tensor or to an output.
+    Of prunable families that cut the same indices only one stays so: one named in `prune` before the others, then
+    the one that cuts most. A family of one group is never prunable.
+
+    Args:
+        space: the families.
+        prune: switches on. A kind (`head_dim`) or a pattern of names (`model.layers.*.mlp:*`) makes families prunable
+            whatever their couplings; a coupling (`norm`) is no obstacle any more.
+        keep: switches off, stronger than `prune`: kinds, couplings, or patterns of names.
+
+    Returns:
+        The space with `prunable` and `reason` of every family set.
+
+    Raises:
+        GETAError: an entry that is no kind, no coupling, and matches no family.
+    """
+    return replace(space, families=choose_prunable(space.families, prune, keep))
 
 
 def zero_groups(model: nn.Module, space: PruningSpace) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from geta_hf.errors import GETAError
-from geta_hf.qadg.space import COUPLINGS, KINDS, Family, Frozen, Member, PruningSpace
+from geta_hf.qadg.groups import COUPLINGS, KINDS, Family, Frozen, Member
 from geta_hf.utils.files import write_whole
 
 FORMAT_VERSION = 1
@@ -23,27 +23,40 @@ TABLES = "pruning_space.json"
 INDICES = "pruning_space.safetensors"
 
 
-def save_space(space: PruningSpace, folder: str | Path) -> None:
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def write_space(
+    folder: str | Path,
+    *,
+    families: Sequence[Family],
+    shapes: Shapes,
+    frozen: Sequence[Frozen],
+    untouched: Sequence[str],
+    buffers: Sequence[str],
+    matrix_parameters: int,
+) -> None:
     """Write `pruning_space.json` and `pruning_space.safetensors` into a folder, which is made if need be.
 
+    The arguments are the fields of a `PruningSpace`.
     Each file is written beside its place and then renamed; the tables hold a digest of the indices, so that two files
     of different spaces are never taken for one.
     """
     indices = {
         f"{position}.{place}": member.index.contiguous()
-        for position, family in enumerate(space.families)
+        for position, family in enumerate(families)
         for place, member in enumerate(family.members)
     }
     content = save(indices)
     tables = {
         "format_version": FORMAT_VERSION,
         "indices_sha256": hashlib.sha256(content).hexdigest(),
-        "families": [_family_table(family) for family in space.families],
-        "shapes": {name: list(shape) for name, shape in space.shapes.items()},
-        "frozen": [asdict(frozen) for frozen in space.frozen],
-        "untouched": list(space.untouched),
-        "buffers": list(space.buffers),
-        "matrix_parameters": space.matrix_parameters,
+        "families": [_family_table(family) for family in families],
+        "shapes": {name: list(shape) for name, shape in shapes.items()},
+        "frozen": [asdict(frozen) for frozen in frozen],
+        "untouched": list(untouched),
+        "buffers": list(buffers),
+        "matrix_parameters": matrix_parameters,
     }
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -56,8 +69,8 @@ def _family_table(family: Family) -> dict[str, Any]:
     return table | {"members": [{"tensor": member.tensor, "dim": member.dim} for member in family.members]}
 
 
-def load_space(folder: str | Path) -> PruningSpace:
-    """Read what `save_space` wrote, and check that it is a pruning space.
+def read_space(folder: str | Path) -> dict[str, Any]:
+    """Read the fields of a `PruningSpace` that `write_space` wrote, and check that they are those of one.
 
     Raises:
         GETAError: a file is missing, damaged, of another space or of an unknown version, or its content is no pruning
@@ -78,9 +91,9 @@ def load_space(folder: str | Path) -> PruningSpace:
     with _complaints(indices_file):
         indices = load(content)
     with _complaints(tables_file):
-        space = _space(tables, indices)
-        _check_space(space)
-    return space
+        fields = _fields(tables, indices)
+        _check_families(fields["families"], fields["shapes"])
+    return fields
 
 
 @contextmanager
@@ -93,7 +106,7 @@ def _complaints(file: Path) -> Iterator[None]:
         raise GETAError(f"{file} is no pruning space: {type(error).__name__}: {error}; save the space again") from error
 
 
-def _space(tables: dict[str, Any], indices: dict[str, torch.Tensor]) -> PruningSpace:
+def _fields(tables: dict[str, Any], indices: dict[str, torch.Tensor]) -> dict[str, Any]:
     families = []
     for position, table in enumerate(tables["families"]):
         members = tuple(
@@ -103,30 +116,30 @@ def _space(tables: dict[str, Any], indices: dict[str, torch.Tensor]) -> PruningS
         plain = {name: value for name, value in table.items() if name != "members"}
         plain |= {name: tuple(plain[name]) for name in ("excludes", "couplings")}
         families.append(Family(members=members, **plain))
-    return PruningSpace(
-        families=tuple(families),
-        shapes={name: tuple(int(n) for n in shape) for name, shape in tables["shapes"].items()},
-        frozen=tuple(Frozen(**frozen) for frozen in tables["frozen"]),
-        untouched=tuple(map(str, tables["untouched"])),
-        buffers=tuple(map(str, tables["buffers"])),
-        matrix_parameters=int(tables["matrix_parameters"]),
-    )
+    return {
+        "families": tuple(families),
+        "shapes": {name: tuple(int(n) for n in shape) for name, shape in tables["shapes"].items()},
+        "frozen": tuple(Frozen(**frozen) for frozen in tables["frozen"]),
+        "untouched": tuple(map(str, tables["untouched"])),
+        "buffers": tuple(map(str, tables["buffers"])),
+        "matrix_parameters": int(tables["matrix_parameters"]),
+    }
 
 
-def _check_space(space: PruningSpace) -> None:
-    names = {family.name for family in space.families}
-    _expect(len(names) == len(space.families), "two families have one name")
-    for family in space.families:
+def _check_families(families: Sequence[Family], shapes: Shapes) -> None:
+    names = {family.name for family in families}
+    _expect(len(names) == len(families), "two families have one name")
+    for family in families:
         _expect(family.kind in KINDS, f"{family.name} is of the unknown kind {family.kind!r}")
         _expect(set(family.couplings) <= set(COUPLINGS), f"{family.name} has unknown couplings {family.couplings}")
         _expect(set(family.excludes) <= names, f"{family.name} excludes families that are not there")
         _expect(isinstance(family.prunable, bool), f"prunable of {family.name} is {family.prunable!r}")
         _expect(len(family.members) > 0, f"{family.name} has no members")
         for member in family.members:
-            _check_member(family, member, space.shapes)
+            _check_member(family, member, shapes)
 
 
-def _check_member(family: Family, member: Member, shapes: dict[str, tuple[int, ...]]) -> None:
+def _check_member(family: Family, member: Member, shapes: Shapes) -> None:
     where = f"{family.name}, {member.tensor} dim {member.dim}"
     shape, index = shapes.get(member.tensor), member.index
     _expect(shape is not None and 0 <= member.dim < len(shape), f"{where}: no such dim of shape {shape}")

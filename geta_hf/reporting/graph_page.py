@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from geta_hf.errors import GETAError
+from geta_hf.qadg.groups import Family, Frozen, Member
 from geta_hf.qadg.propagation.element_ids import FROZEN, Ids, Terms
 from geta_hf.qadg.propagation.flow import Dim, Flow
-from geta_hf.qadg.space import Family, Frozen, Member, PruningSpace
+from geta_hf.qadg.space import PruningSpace
 from geta_hf.qadg.tracing.graph import Graph, Node
 from geta_hf.utils.files import write_whole
 

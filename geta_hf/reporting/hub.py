@@ -14,9 +14,9 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
 from geta_hf.errors import GETAError
 from geta_hf.reporting.comparison import read_structure
+from geta_hf.serialization.atomic_folder import PROGRESS_NAME, WORLD_NAME
 from geta_hf.serialization.sizes import tensor_sizes
 from geta_hf.serialization.validate import INDEX, read_json, weight_files
-from geta_hf.training.checkpoints import PROGRESS_NAME, WORLD_NAME
 
 _NOT_OURS = {"trainer_state.json", WORLD_NAME, PROGRESS_NAME}
 _UNFINISHED = (".tmp", ".lock", ".part", ".incomplete", ".bak", ".pyc", "~")

@@ -16,6 +16,10 @@ from geta_hf.errors import GETAError
 
 logger = logging.get_logger(__name__)
 
+WORLD_NAME = "geta_world.json"
+PROGRESS_NAME = "geta_progress.json"
+"""What a checkpoint notes of the launch and of its progress; an export never holds them."""
+
 _HOST = re.sub(r"[^\w-]", "-", socket.gethostname()) or "host"
 
 

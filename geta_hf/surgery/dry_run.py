@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from geta_hf.errors import GETAError
-from geta_hf.qadg.space import Family, PruningSpace
+from geta_hf.qadg.groups import Family
+from geta_hf.qadg.space import PruningSpace
 from geta_hf.surgery.verify import Bench, Removal
 
 logger = logging.get_logger(__name__)

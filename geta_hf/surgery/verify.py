@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
+from geta_hf.qadg.groups import Family
 from geta_hf.qadg.replay import Replay, ReplayError, double
-from geta_hf.qadg.space import Family, PruningSpace, kept_indices
+from geta_hf.qadg.space import PruningSpace, kept_indices
 from geta_hf.surgery.compare_outputs import attention_outputs, evaluating, prove_equal
 from geta_hf.surgery.record import other_shape, record, stepping
 from geta_hf.surgery.size_trace import Cut, Trace

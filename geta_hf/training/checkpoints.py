@@ -15,15 +15,13 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from geta_hf.config import CONFIG_NAME, GETAConfig
 from geta_hf.errors import GETAError
 from geta_hf.methods.qasso.optimizer import QASSO
+from geta_hf.serialization.atomic_folder import PROGRESS_NAME, WORLD_NAME
 from geta_hf.serialization.decode import Header, read_headers
 from geta_hf.training.lora import check_lora, save_lora
 from geta_hf.utils.files import write_whole
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-WORLD_NAME = "geta_world.json"
-PROGRESS_NAME = "geta_progress.json"
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from geta_hf.qadg import Family, PruningSpace, kept_indices, verify_space
-from geta_hf.qadg.build import space_of
 from geta_hf.qadg.propagation.flow import Flow
 from geta_hf.qadg.propagation.propagate import analyse
 from geta_hf.qadg.replay import Replay, double
+from geta_hf.qadg.space import space_of
 
 Batch = dict[str, Tensor]
 Cut = dict[str, list[list[int]]]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from geta_hf.qadg import PruningSpace, verify_space
-from geta_hf.qadg.build import space_of
 from geta_hf.qadg.propagation.propagate import analyse
+from geta_hf.qadg.space import space_of
 
 from .cuts import all_prunable, as_cut, channels, cuts, linears, proven, singles
 

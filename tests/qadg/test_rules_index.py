@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from geta_hf.qadg.build import space_of
 from geta_hf.qadg.propagation.propagate import analyse
+from geta_hf.qadg.space import space_of
 
 from .cuts import Between, channels, cuts, linears, singles
 

@@ -13,10 +13,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from geta_hf.errors import GETAError
-from geta_hf.qadg.build import space_of
 from geta_hf.qadg.propagation.flow import Flow
 from geta_hf.qadg.propagation.propagate import analyse
-from geta_hf.qadg.space import PruningSpace
+from geta_hf.qadg.space import PruningSpace, space_of
 from geta_hf.reporting.graph_page import gather, page_data, pattern, span, write_page
 from tests.architectures import build
 from tests.qadg.models import Block, PlainQuantizer, make, quantize_linears

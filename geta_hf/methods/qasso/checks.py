@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from geta_hf.errors import GETAError
-from geta_hf.qadg.space import Family
+from geta_hf.qadg.groups import Family
 
 AVERAGES = "keeps an average of the weights beside them, in which removed groups are not zero; use AdamW or SGD"
 """What is wrong with an optimizer that is schedule-free."""

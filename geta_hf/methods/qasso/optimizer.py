@@ -33,7 +33,8 @@ from geta_hf.methods.qasso.schedule import COOLDOWN, JOINT, PROJECTION, WARMUP, 
 from geta_hf.methods.qasso.slices import Slice, build_slices, remember, zero_moments, zero_slices
 from geta_hf.methods.qasso.state import put_vectors, take_vectors
 from geta_hf.qadg.group_labels import Cut, family_of_group, family_starts
-from geta_hf.qadg.space import Family, PruningSpace
+from geta_hf.qadg.groups import Family
+from geta_hf.qadg.space import PruningSpace
 from geta_hf.utils.shards import agree, local
 
 IMPORTANT, REDUNDANT, REMOVED = 0, 1, 2

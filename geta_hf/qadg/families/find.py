@@ -15,8 +15,8 @@ from geta_hf.qadg.families.classify import (
     parameters_per_group,
 )
 from geta_hf.qadg.families.partition import Draft, find_drafts, find_slots
+from geta_hf.qadg.groups import Family, Member
 from geta_hf.qadg.propagation.flow import Flow
-from geta_hf.qadg.space import Family, Member
 
 
 def find_families(flow: Flow) -> tuple[Family, ...]:

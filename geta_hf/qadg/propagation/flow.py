@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from geta_hf.qadg.groups import Frozen
 from geta_hf.qadg.propagation.element_ids import FROZEN, Ids, Terms
-from geta_hf.qadg.space import Frozen
 from geta_hf.qadg.tracing.graph import Graph, Node, Ref, Value
 
 Dim = Ids | None

@@ -1,0 +1,71 @@
+"""Groups and families as plain data: which slices of which tensors are removed together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+KINDS = ("heads", "query_heads", "channels", "head_dim", "residual", "other")
+"""Attention heads (with grouped queries: a key-value head and its query heads); query heads evenly across those; MLP,
+expert and convolution channels; dims within heads; the residual stream's width; the rest."""
+
+COUPLINGS = ("norm", "tied", "output")
+"""A normalisation or a mean over the dim; a tensor tied across the model; a layer that makes an output."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One (tensor, dim) that a family cuts.
+
+    Attributes:
+        tensor: name in the model's `state_dict()` (a parameter, or rarely a buffer).
+        dim: the dimension that is cut.
+        index: int64, shape (groups, width), on CPU: row g holds the indices along `dim` that leave with group g.
+    """
+
+    tensor: str
+    dim: int
+    index: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Family:
+    """The groups of one kind in one place, such as the attention heads of layer 3.
+
+    Attributes:
+        name: module path and kind, such as `encoder.layer.3.attention:heads`; unique in its space.
+        kind: one of `KINDS`.
+        members: every (tensor, dim) that a group cuts; all have the same number of groups.
+        prunable: whether the policy lets QASSO remove groups of this family.
+        reason: why not, when not prunable; otherwise empty.
+        excludes: names of families that cut the same indices and must not be pruned together with this one.
+        couplings: which of `COUPLINGS` it has.
+        parameters: elements of parameters that leave with one group.
+        macs: multiply-accumulates of the batch it was built with that leave with one group, on average.
+    """
+
+    name: str
+    kind: str
+    members: tuple[Member, ...]
+    prunable: bool
+    reason: str = ""
+    excludes: tuple[str, ...] = ()
+    couplings: tuple[str, ...] = ()
+    parameters: int = 0
+    macs: int = 0
+
+    @property
+    def size(self) -> int:
+        """The number of groups."""
+        return self.members[0].index.shape[0]
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What no rule covers, reported instead of guessed: operator, module path, why, and how often."""
+
+    operator: str
+    module: str
+    reason: str
+    count: int = 1
