@@ -29,7 +29,7 @@ from geta_hf.qadg import PruningSpace, build_space
 from geta_hf.qadg.families.find import find_families
 from geta_hf.qadg.propagation.propagate import propagate
 from geta_hf.qadg.tracing.capture import capture
-from geta_hf.qadg.tracing.dummy_inputs import empty_model, example_batch
+from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs
 from geta_hf.qadg.tracing.merge import merge_branches
 from geta_hf.utils.tables import format_table
 
@@ -132,7 +132,7 @@ def memory(field: str) -> float:
 def time_steps(config: PreTrainedConfig, timings: Timings) -> torch.nn.Module:
     """Each step of `build_space` for itself, which records once where that records twice, and then both in all."""
     model = timed(timings["empty_model"], empty_model, config)
-    batch = example_batch(model)
+    batch = make_dummy_inputs(model)
     graph = timed(timings["capture"], capture, model, batch)
     merged = timed(timings["merge"], merge_branches, graph)
     flow = timed(timings["propagate"], propagate, merged)
@@ -153,10 +153,10 @@ def print_growth(repeats: int) -> None:
     """`build_space` on the phi-2 shape with ever more layers, taking turns."""
     models = {layers: empty_model(shallow(CONFIGS["phi-2"], layers)) for layers in LAYERS}
     seconds: defaultdict[int, list[float]] = defaultdict(list)
-    build_space(models[LAYERS[0]], example_batch(models[LAYERS[0]]))
+    build_space(models[LAYERS[0]], make_dummy_inputs(models[LAYERS[0]]))
     for _ in range(repeats):
         for layers, model in models.items():
-            timed(seconds[layers], build_space, model, example_batch(model))
+            timed(seconds[layers], build_space, model, make_dummy_inputs(model))
     medians = {layers: statistics.median(times) for layers, times in seconds.items()}
     rows = [(str(n), f"{time:.2f}", f"{1000 * time / n:.1f}") for n, time in medians.items()]
     print(format_table(("layers of phi-2", "build_space", "ms per layer"), rows), end="\n\n")
@@ -184,7 +184,7 @@ def print_against_torch_pruning(repeats: int) -> None:
         return [graph.get_pruning_group(layers[t], torch_pruning.prune_linear_out_channels, row) for t, row in wanted]
 
     model = BertForQuestionAnswering(BertConfig()).eval()
-    batch = example_batch(model)
+    batch = make_dummy_inputs(model)
     ours, theirs, each = list[float](), list[float](), list[float]()
     for _ in range(repeats + 1):
         space = timed(ours, build_space, model, batch)

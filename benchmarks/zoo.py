@@ -23,7 +23,7 @@ from geta_hf import GETAError
 from geta_hf.qadg import PruningSpace, verify_space
 from geta_hf.qadg.propagation.propagate import analyse
 from geta_hf.qadg.space import apply_policy, space_of
-from geta_hf.surgery.dry_run import rehearse
+from geta_hf.surgery.trial_cut import try_cuts
 from geta_hf.surgery.verify import verify_surgery
 from tests.architectures import ARCHITECTURES, build
 
@@ -124,7 +124,7 @@ def _cut(result: Result) -> None:
     if not before:
         return
     try:
-        result.space = rehearse(model, result.space, batch)
+        result.space = try_cuts(model, result.space, batch)
     except GETAError as error:
         result.refused[str(error)] += len(before)
         result.space = apply_policy(result.space, keep=("*",))

@@ -41,7 +41,7 @@ from eval.study_tasks import (
     training_arguments,
 )
 from geta_hf import GETAConfig, GETAError, GETATrainer, PruningSpace
-from geta_hf.costs.bit_allocation import settle_widths
+from geta_hf.costs.bit_allocation import allocate_bits
 from geta_hf.costs.targets import solve_target
 from geta_hf.qadg import kept_indices, zero_groups
 
@@ -160,7 +160,7 @@ def _round(trainer: GETATrainer, config: GETAConfig) -> None:
     qasso, model = trainer.qasso, trainer.model
     assert qasso is not None and model is not None
     qasso.config, qasso.goal = config, solve_target(config, qasso.families, qasso.ledger)
-    settle_widths(qasso, dict(model.named_parameters()))
+    allocate_bits(qasso, dict(model.named_parameters()))
 
 
 def kept_shares(model: PreTrainedModel, space: PruningSpace) -> dict[str, float]:

@@ -17,7 +17,7 @@ from geta_hf.export.formats import FORMATS
 from geta_hf.qadg.groups import Family
 from geta_hf.qadg.propagation.propagate import analyse
 from geta_hf.qadg.space import PruningSpace, space_of
-from geta_hf.qadg.tracing.dummy_inputs import empty_model, example_batch
+from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs
 from geta_hf.reporting.graph_page import gather, gather_frozen, pattern, span, write_page
 from geta_hf.reporting.html_report import write_report
 from geta_hf.reporting.hub import files_to_push, push_to_hub
@@ -88,7 +88,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     """
     start = time.perf_counter()
     model = empty_model(arguments.model)
-    batch = example_batch(model)
+    batch = make_dummy_inputs(model)
     flow = analyse(model, batch)
     space = space_of(flow, arguments.prune, arguments.keep)
     seconds = time.perf_counter() - start

@@ -25,7 +25,7 @@ from geta_hf.export.formats import writer
 from geta_hf.qadg import build_space
 from geta_hf.qadg.groups import Family
 from geta_hf.qadg.space import PruningSpace
-from geta_hf.qadg.tracing.dummy_inputs import example_batch
+from geta_hf.qadg.tracing.dummy_inputs import make_dummy_inputs
 from geta_hf.quantization import attach_input_quantizers, select_layers
 from geta_hf.reporting.comparison import is_export, load_model
 from geta_hf.reporting.folder_summary import CARD_NAME, outline
@@ -79,7 +79,7 @@ def convert(
     config = GETAConfig.load(checkpoint / CONFIG_NAME)
     removed = _finished(read_progress(checkpoint), checkpoint)
     model = load_checkpoint(checkpoint, config)
-    batch = example_batch(model)
+    batch = make_dummy_inputs(model)
     card = partial(write_card, base_model=base_name(model), repo_id=place.name)
     return export(
         model,
@@ -108,7 +108,7 @@ def _rewrite(folder: Path, target: Path, format: str, max_shard_size: int | str 
     if folder.resolve() != target:
         _check_apart(folder, target)
     model = load_model(folder)
-    batch = example_batch(model)
+    batch = make_dummy_inputs(model)
 
     def fill(fresh: Path) -> None:
         if format != "geta":
@@ -184,7 +184,7 @@ def load_checkpoint(checkpoint: Path, config: GETAConfig) -> PreTrainedModel:
     attach(model, config)
     if config.activation_bits is not None:
         # Ranges are found anew only to be overwritten by the trained ones.
-        attach_input_quantizers(model, [example_batch(model)], learn_t=config.learn_activation_exponent)
+        attach_input_quantizers(model, [make_dummy_inputs(model)], learn_t=config.learn_activation_exponent)
     with torch.no_grad():
         for name, parameter in quantizer_parameters(model, trained=False).items():
             if name not in stored or stored[name].shape != parameter.shape:

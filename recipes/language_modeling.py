@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from geta_hf import DryRun, GETAConfig, GETAError, GETATrainer, MemoryPlan, dry_run, write_card
 from geta_hf.errors import MemoryUnknown
 from geta_hf.evaluation.causal_lm import check_causal, check_vocabulary, positions
-from geta_hf.utils.loading import told
+from geta_hf.utils.loading import one_line_errors
 from recipes import loading, text_data
 from recipes.arguments import parse_sections, read_values
 from recipes.documents import prepare_tokenizer
@@ -224,7 +224,7 @@ def verdict(arguments: Arguments) -> str:
 def load_model(arguments: ModelArguments) -> PreTrainedModel:
     """The model with its weights."""
     name = arguments.model_name_or_path
-    with told(f"the model {name} can't be loaded"):
+    with one_line_errors(f"the model {name} can't be loaded"):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, arguments.dtype))
     check_causal(model)
     return model

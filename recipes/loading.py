@@ -9,7 +9,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from geta_hf import GETAError
-from geta_hf.utils.loading import told
+from geta_hf.utils.loading import one_line_errors
 
 
 def load_config(name: str) -> PreTrainedConfig:
@@ -18,7 +18,7 @@ def load_config(name: str) -> PreTrainedConfig:
     Raises:
         GETAError: there is none, or the model is quantized already.
     """
-    with told(f"the model {name} can't be loaded"):
+    with one_line_errors(f"the model {name} can't be loaded"):
         config = AutoConfig.from_pretrained(name)
     quantized = getattr(config, "quantization_config", None)  # present only where something was quantized
     if quantized is not None:
@@ -29,7 +29,7 @@ def load_config(name: str) -> PreTrainedConfig:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or a name on the Hub; GETAError where there is none."""
-    with told(f"the tokenizer of {name} can't be loaded"):
+    with one_line_errors(f"the tokenizer of {name} can't be loaded"):
         return AutoTokenizer.from_pretrained(name)
 
 

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval import squad, squad_features
 from eval.squad_features import Question
 from geta_hf import GETAConfig, GETAError, GETATrainer, write_card
-from geta_hf.utils.loading import told
+from geta_hf.utils.loading import one_line_errors
 from recipes.arguments import parse_sections, read_values
 from recipes.loading import check_resume, load_config, load_tokenizer
 from recipes.output import export
@@ -132,7 +132,7 @@ def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTo
     name = arguments.model_name_or_path
     load_config(name)  # fails first
     tokenizer = load_tokenizer(arguments.tokenizer_name_or_path or name)
-    with told(f"the model {name} can't be loaded"):
+    with one_line_errors(f"the model {name} can't be loaded"):
         return AutoModelForQuestionAnswering.from_pretrained(name), tokenizer
 
 

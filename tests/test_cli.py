@@ -87,7 +87,7 @@ def test_frozen_and_untouched_are_reported_by_layer(
     for block in blocks:
         block.spare = nn.Linear(6, 6, bias=False)
     monkeypatch.setattr(cli, "empty_model", lambda _: nn.Sequential(*blocks).eval())
-    monkeypatch.setattr(cli, "example_batch", lambda _: {"input": torch.randn(2, 6)})
+    monkeypatch.setattr(cli, "make_dummy_inputs", lambda _: {"input": torch.randn(2, 6)})
     assert main(["inspect", "anything"]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert any(line.startswith("_fft_r2c {0..2} 3x ") for line in lines)
@@ -98,7 +98,7 @@ def test_a_model_without_families_is_no_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cli, "empty_model", lambda _: nn.Softmax(dim=-1))
-    monkeypatch.setattr(cli, "example_batch", lambda _: {"input": torch.randn(2, 6)})
+    monkeypatch.setattr(cli, "make_dummy_inputs", lambda _: {"input": torch.randn(2, 6)})
     assert main(["inspect", "anything"]) == 0
     out = capsys.readouterr().out
     assert "no families" in out

@@ -20,7 +20,7 @@ from geta_hf.convert import convert
 from geta_hf.errors import GETAError
 from geta_hf.export.export import copy_beside
 from geta_hf.reporting.comparison import read_structure
-from geta_hf.reporting.folder_summary import read_facts
+from geta_hf.reporting.folder_summary import read_summary
 from geta_hf.reporting.html_report import write_report
 from geta_hf.reporting.hub import files_to_push
 from geta_hf.training.checkpoints import PROGRESS_NAME
@@ -144,13 +144,13 @@ def test_a_damaged_checkpoint_is_named_with_the_ones_before(run: Path, tmp_path:
 
 def test_the_card_names_what_the_run_began_with(run: Path, tmp_path: Path) -> None:
     convert(run / "run", tmp_path / "out")
-    assert read_facts(tmp_path / "out").base_model == read_facts(run / "exported").base_model == "someone/tiny-bert"
+    assert read_summary(tmp_path / "out").base_model == read_summary(run / "exported").base_model == "someone/tiny-bert"
     shutil.copytree(run / "run" / "checkpoint-24", tmp_path / "copy")
     path = tmp_path / "copy" / PROGRESS_NAME
     noted = json.loads(path.read_text())
     path.write_text(json.dumps({name: value for name, value in noted.items() if name != "base_model"}))
     convert(tmp_path / "copy", tmp_path / "old")
-    assert read_facts(tmp_path / "old").base_model is None
+    assert read_summary(tmp_path / "old").base_model is None
 
 
 @pytest.mark.parametrize("source", ["run", "exported"])

@@ -15,7 +15,7 @@ from geta_hf.costs.ledger import Ledger
 from geta_hf.costs.quantizer_table import Named, Quantizers
 from geta_hf.costs.targets import BOPS, BYTES, Target
 from geta_hf.quantization.functional import FLOAT_BITS, clip_power, step_size
-from geta_hf.utils.shards import agree, local, shard_of
+from geta_hf.utils.shards import from_first_process, local, shard_of
 
 if TYPE_CHECKING:
     from geta_hf.config import GETAConfig
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def settle_widths(qasso: QASSO, named: Named) -> None:
+def allocate_bits(qasso: QASSO, named: Named) -> None:
     """Whole widths inside the bounds, by the rule and the budget of the config; (d, q_m, t) then stand still.
 
     Where widths are free to move, so does q_m: the clipping value of least squared error at 8 bits is far too wide for
     4. Waits for the device.
     """
     quantizers, config = qasso.quantizers, qasso.config
-    learned = agree(quantizers.bits(named)).cpu().double()
+    learned = from_first_process(quantizers.bits(named)).cpu().double()
     count = quantizers.weight_layers
     inputs = _input_widths(learned[count:], config)
     chosen, clips = _weight_widths(qasso, named, learned[:count], inputs)
@@ -67,7 +67,7 @@ def _weight_widths(qasso: QASSO, named: Named, learned: Tensor, inputs: Sequence
     else:
         priority = sensitivity.by_learned_width(learned, widths)
     left = [_left_to_spend(target, unit, ledger, gone, float(widths[0]), input_bits) for unit in target.budgets]
-    steps = agree(torch.tensor(sensitivity.spend(priority, costs, left)))
+    steps = from_first_process(torch.tensor(sensitivity.allocate(priority, costs, left)))
     return [widths[step] for step in steps.tolist()], clips[torch.arange(len(steps)), steps]
 
 

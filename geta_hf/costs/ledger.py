@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from geta_hf.qadg.group_labels import Cut, find_cuts, marked
+from geta_hf.qadg.group_labels import GroupLabels, find_group_labels, marked
 from geta_hf.qadg.groups import Family
 from geta_hf.quantization.functional import FLOAT_BITS
 
@@ -58,7 +58,7 @@ class Ledger:
     """
 
     shapes: Mapping[str, tuple[int, ...]]
-    cuts: Sequence[Cut]
+    cuts: Sequence[GroupLabels]
     groups: int
     layers: Sequence[LayerEntry]
     item_bytes: Mapping[str, int] = field(default_factory=dict)
@@ -79,7 +79,9 @@ class Ledger:
     ) -> Ledger:
         """Count the groups of these families over these tensors."""
         groups = sum(family.size for family in families)
-        return cls(shapes, find_cuts(families, shapes), groups, layers, item_bytes or {}, buffers, row_bits or {})
+        return cls(
+            shapes, find_group_labels(families, shapes), groups, layers, item_bytes or {}, buffers, row_bits or {}
+        )
 
     @classmethod
     def of_tensors(cls, families: Sequence[Family], named: Mapping[str, Tensor], weights: Sequence[str]) -> Ledger:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from geta_hf.errors import GETAError
 from geta_hf.quantization import quantized_layers
 from geta_hf.quantization.functional import FLOAT_BITS
-from geta_hf.utils.module_state import evaluating
+from geta_hf.utils.module_state import eval_mode
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def forward_uses(model: nn.Module, names: Iterable[str], batch: Mapping[str, Any
     """How often each named layer's weight is used in one forward pass on a batch, as `count_uses` counts."""
     uses, hooks = count_uses(model, names)
     try:
-        with evaluating(model):
+        with eval_mode(model):
             model(**batch)
     finally:
         for hook in hooks:

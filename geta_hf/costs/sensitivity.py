@@ -54,7 +54,7 @@ def rounding_errors(
     return torch.stack(errors), torch.stack(clips)
 
 
-def spend(priority: Tensor, costs: Tensor, budgets: Sequence[float]) -> list[int]:
+def allocate(priority: Tensor, costs: Tensor, budgets: Sequence[float]) -> list[int]:
     """How many steps every layer climbs above its lowest width.
 
     Args:
@@ -83,7 +83,7 @@ def spend(priority: Tensor, costs: Tensor, budgets: Sequence[float]) -> list[int
 
 
 def by_sensitivity(errors: Tensor, curvature: Tensor, cost: Tensor) -> Tensor:
-    """Priorities of `spend`: how much the expected loss falls per unit of cost, shape (layers, steps).
+    """Priorities of `allocate`: how much the expected loss falls per unit of cost, shape (layers, steps).
 
     Args:
         errors: of `rounding_errors`, shape (layers, widths).
@@ -95,7 +95,7 @@ def by_sensitivity(errors: Tensor, curvature: Tensor, cost: Tensor) -> Tensor:
 
 
 def by_learned_width(bits: Tensor, widths: Sequence[int]) -> Tensor:
-    """Priorities of `spend` that move learned widths together: how far a layer is below its own, (layers, steps)."""
+    """Priorities of `allocate` that move learned widths together: how far a layer is below its own, (layers, steps)."""
     return bits[:, None] - torch.tensor(widths[:-1], dtype=bits.dtype)
 
 

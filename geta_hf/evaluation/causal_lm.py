@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from geta_hf.errors import GETAError
-from geta_hf.utils.module_state import evaluating
+from geta_hf.utils.module_state import eval_mode
 
 _TOKENS = 8  # of the rows that tell a causal model
 _NOISE = {torch.float32: 1e-4, torch.float64: 1e-4}  # of the largest logit: what rounding may move
@@ -65,7 +65,7 @@ def check_causal(model: PreTrainedModel) -> None:
     rows = embedding_rows(model)
     tokens = torch.arange(min(_TOKENS, positions(model.config) or _TOKENS)).repeat(2, 1) % rows
     tokens[1, -1] = (tokens[1, -1] + rows // 2) % rows
-    with evaluating(model):
+    with eval_mode(model):
         logits = model(input_ids=tokens.to(model.device), use_cache=False).logits[:, :-1]
     moved, scale = (logits[1] - logits[0]).abs().max(), logits.abs().max()
     if moved > _NOISE.get(logits.dtype, _NOISE_OF_HALVES) * scale:

@@ -29,7 +29,7 @@ from geta_hf.evaluation.causal_lm import check_causal, check_vocabulary, embeddi
 from geta_hf.evaluation.scores import Evaluation, read_scores
 from geta_hf.evaluation.tasks import split_names, stock_folder, stock_tasks, write_tasks
 from geta_hf.serialization.validate import read_json
-from geta_hf.utils.loading import told
+from geta_hf.utils.loading import one_line_errors
 
 # Scores that are no means (a perplexity) get their standard error by drawing anew; lm-eval's 100,000 draws take longer
 # than the model does.
@@ -104,7 +104,7 @@ def load(
     name = str(model.name_or_path) if isinstance(model, PreTrainedModel) else os.fspath(model)
     if not isinstance(model, PreTrainedModel):
         place = _device(device)
-        with told(f"{name}: no causal language model could be loaded"):
+        with one_line_errors(f"{name}: no causal language model could be loaded"):
             loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
             loaded.to(place)
     tokenizer = _tokenizer(name) if tokenizer is None else tokenizer
@@ -122,9 +122,9 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
 def check_folder(name: str) -> PreTrainedConfig:
     """The config of a model; GETAError for what shows without its weights that it can't be scored."""
     if not Path(name).is_dir():
-        with told(f"{name}: no such folder, and no name on the Hub"):
+        with one_line_errors(f"{name}: no such folder, and no name on the Hub"):
             validate_repo_id(name)
-    with told(f"{name}: no causal language model could be loaded"):
+    with one_line_errors(f"{name}: no causal language model could be loaded"):
         adapter = find_adapter_config_file(name)
         config = AutoConfig.from_pretrained(read_json(Path(adapter))["base_model_name_or_path"] if adapter else name)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -141,7 +141,7 @@ def check_folder(name: str) -> PreTrainedConfig:
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
-    with told(f"{name}: no tokenizer could be loaded; save one beside the model"):
+    with one_line_errors(f"{name}: no tokenizer could be loaded; save one beside the model"):
         return AutoTokenizer.from_pretrained(name)
 
 

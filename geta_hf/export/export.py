@@ -291,11 +291,11 @@ def _pack_weights(model: PreTrainedModel, embedding: RoundedEmbedding | None) ->
 def _packed(name: str, layer: QuantizedLayer) -> tuple[Tensor, int, Tensor, FixedQuantizer | None]:
     """Codes, bits and step size of a layer's weight, and what rounds its input."""
     weight, inputs = layer.weight_quantizer, layer.input_quantizer
-    fixed = None if inputs is None else fixed_quantizer(inputs, whole_bits(f"the input of {name}", inputs.bits()))
-    return weight.codes(layer.weight), whole_bits(name, weight.bits()), weight.d, fixed
+    fixed = None if inputs is None else fixed_quantizer(inputs, integer_bits(f"the input of {name}", inputs.bits()))
+    return weight.codes(layer.weight), integer_bits(name, weight.bits()), weight.d, fixed
 
 
-def whole_bits(name: str, bits: Tensor) -> int:
+def integer_bits(name: str, bits: Tensor) -> int:
     """A learned bit width as the integer it was snapped to.
 
     Args:

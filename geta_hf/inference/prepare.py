@@ -26,7 +26,7 @@ from geta_hf.inference.layers import (
 from geta_hf.inference.products import on_gpu
 from geta_hf.inference.weight_only import HAS_TRITON
 from geta_hf.serialization.packed_layers import PackedLayer, packed_layers
-from geta_hf.surgery.compare_outputs import evaluating
+from geta_hf.surgery.compare_outputs import comparison_mode
 from geta_hf.utils.tables import format_table
 
 COMPUTE = ("auto", "int8", "float")
@@ -151,7 +151,7 @@ def _layer_inputs(model: PreTrainedModel, names: Mapping[str, str], batch: Mappi
         model.get_submodule(name).register_forward_pre_hook(partial(note, name), with_kwargs=True) for name in names
     ]
     try:
-        with evaluating(model):
+        with comparison_mode(model):
             model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
     finally:
         for hook in hooks:

@@ -1,7 +1,7 @@
 """Which group every index of every cut dimension leaves with: the pruning space as a few vectors.
 
-Groups are numbered over all families, in their order. One vector an entry of `find_cuts` then serves all families at
-once, so that nothing in a step loops over groups or families.
+Groups are numbered over all families, in their order. One vector an entry of `find_group_labels` then serves all
+families at once, so that nothing in a step loops over groups or families.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from geta_hf.qadg.groups import Family
 
 
 @dataclass(frozen=True)
-class Cut:
+class GroupLabels:
     """One dimension of one tensor that groups cut.
 
     Attributes:
@@ -46,7 +46,7 @@ def family_of_group(families: Sequence[Family]) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(families)), sizes)
 
 
-def find_cuts(families: Sequence[Family], shapes: Mapping[str, Sequence[int]]) -> tuple[Cut, ...]:
+def find_group_labels(families: Sequence[Family], shapes: Mapping[str, Sequence[int]]) -> tuple[GroupLabels, ...]:
     """Every (tensor, dim) that a family cuts, once.
 
     Args:
@@ -61,7 +61,7 @@ def find_cuts(families: Sequence[Family], shapes: Mapping[str, Sequence[int]]) -
             label = labels.setdefault((member.tensor, member.dim), torch.full((size,), groups))
             numbers = torch.arange(start, start + family.size)[:, None].expand_as(member.index)
             label[member.index.flatten()] = numbers.flatten()
-    return tuple(Cut(tensor, dim, label) for (tensor, dim), label in labels.items())
+    return tuple(GroupLabels(tensor, dim, label) for (tensor, dim), label in labels.items())
 
 
 def marked(label: Tensor, mask: Tensor) -> Tensor:

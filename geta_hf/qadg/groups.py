@@ -62,7 +62,7 @@ class Family:
 
 
 @dataclass(frozen=True)
-class Frozen:
+class UnsupportedOperator:
     """What no rule covers, reported instead of guessed: operator, module path, why, and how often."""
 
     operator: str

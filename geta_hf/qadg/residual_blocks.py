@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from geta_hf.qadg.families.find import find_families
 from geta_hf.qadg.propagation.propagate import analyse
-from geta_hf.utils.module_state import evaluating, running
+from geta_hf.utils.module_state import eval_mode, running
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -60,7 +60,7 @@ def find_blocks(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Block, ...]
     residual = _residual_tensors(model, batch)
     names = _holding(model, residual)
     calls = _calls(model, names, batch)
-    with evaluating(model):
+    with eval_mode(model):
         return tuple(_tried(model, name, calls[name], residual) for name in names)
 
 
@@ -96,7 +96,7 @@ def _calls(model: nn.Module, names: Iterable[str], batch: Mapping[str, Any]) -> 
     """What each of the named modules is called with in one forward pass."""
     calls: dict[str, list[Call]] = {name: [] for name in names}
     with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
+        stack.enter_context(eval_mode(model))
         for name, found in calls.items():
             note = partial(_note, found)
             handle = model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)

@@ -14,12 +14,12 @@ from transformers import PreTrainedConfig
 
 from geta_hf.errors import GETAError
 from geta_hf.qadg.families.find import find_families
-from geta_hf.qadg.groups import Family, Frozen
+from geta_hf.qadg.groups import Family, UnsupportedOperator
 from geta_hf.qadg.policy import choose_prunable
 from geta_hf.qadg.propagation.flow import Flow
 from geta_hf.qadg.propagation.propagate import analyse
 from geta_hf.qadg.storage import read_space, write_space
-from geta_hf.qadg.tracing.dummy_inputs import empty_model, example_batch
+from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs
 from geta_hf.qadg.tracing.graph import Node
 
 
@@ -38,7 +38,7 @@ class PruningSpace:
 
     families: tuple[Family, ...]
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    frozen: tuple[Frozen, ...] = ()
+    frozen: tuple[UnsupportedOperator, ...] = ()
     untouched: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()
     matrix_parameters: int = 0
@@ -82,7 +82,7 @@ class PruningSpace:
             GETAError: there is no such configuration, no batch can be made from it, or as `build_space`.
         """
         model = empty_model(source)
-        return build_space(model, example_batch(model) if batch is None else batch, prune=prune, keep=keep)
+        return build_space(model, make_dummy_inputs(model) if batch is None else batch, prune=prune, keep=keep)
 
     def save(self, folder: str | Path) -> None:
         """Write the space into a folder, as JSON and safetensors."""

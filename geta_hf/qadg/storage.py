@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from geta_hf.errors import GETAError
-from geta_hf.qadg.groups import COUPLINGS, KINDS, Family, Frozen, Member
+from geta_hf.qadg.groups import COUPLINGS, KINDS, Family, Member, UnsupportedOperator
 from geta_hf.utils.files import write_whole
 
 FORMAT_VERSION = 1
@@ -31,7 +31,7 @@ def write_space(
     *,
     families: Sequence[Family],
     shapes: Shapes,
-    frozen: Sequence[Frozen],
+    frozen: Sequence[UnsupportedOperator],
     untouched: Sequence[str],
     buffers: Sequence[str],
     matrix_parameters: int,
@@ -119,7 +119,7 @@ def _fields(tables: dict[str, Any], indices: dict[str, torch.Tensor]) -> dict[st
     return {
         "families": tuple(families),
         "shapes": {name: tuple(int(n) for n in shape) for name, shape in tables["shapes"].items()},
-        "frozen": tuple(Frozen(**frozen) for frozen in tables["frozen"]),
+        "frozen": tuple(UnsupportedOperator(**frozen) for frozen in tables["frozen"]),
         "untouched": tuple(map(str, tables["untouched"])),
         "buffers": tuple(map(str, tables["buffers"])),
         "matrix_parameters": int(tables["matrix_parameters"]),

@@ -14,7 +14,7 @@ from geta_hf.errors import GETAError
 from geta_hf.quantization.attach import matching, quantized_layers
 from geta_hf.quantization.layers import QuantizedLayer
 from geta_hf.quantization.quantizer import Quantizer, best_share, check_clipping, count_magnitudes
-from geta_hf.utils.module_state import evaluating
+from geta_hf.utils.module_state import eval_mode
 
 
 class _Range:
@@ -117,7 +117,7 @@ def _calibrate(
         raise GETAError("batches must be several batches, not one mapping; pass [batch]")
     ran = 0
     with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
+        stack.enter_context(eval_mode(model))
         for name, layer in layers.items():
             stack.enter_context(_watching(layer, ranges[name]))
         for batch in batches:

@@ -60,7 +60,7 @@ _TASKS = {
 
 
 @dataclass(frozen=True)
-class Facts:
+class FolderSummary:
     """What an exported folder says of itself.
 
     Attributes:
@@ -115,7 +115,7 @@ class Facts:
         return {side: size for side, size in found.items() if size is not None}
 
 
-def read_facts(folder: str | os.PathLike[str]) -> Facts:
+def read_summary(folder: str | os.PathLike[str]) -> FolderSummary:
     """Read an exported folder; no weight is loaded and no code of the folder is run.
 
     Costs are counted on the model's outline, dense and cut: on one sequence of 384 tokens, or of as many as it takes.
@@ -128,7 +128,7 @@ def read_facts(folder: str | os.PathLike[str]) -> Facts:
     config = read_json(path / "config.json")
     model = outline(path)
     auto_class, task = _auto_class(config)
-    return Facts(
+    return FolderSummary(
         folder=path,
         architecture=_architecture(config),
         auto_class=auto_class,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from geta_hf.errors import GETAError
-from geta_hf.qadg.groups import Family, Frozen, Member
+from geta_hf.qadg.groups import Family, Member, UnsupportedOperator
 from geta_hf.qadg.propagation.element_ids import FROZEN, Ids, Terms
 from geta_hf.qadg.propagation.flow import Dim, Flow
 from geta_hf.qadg.space import PruningSpace
@@ -61,13 +61,13 @@ def gather(names: Iterable[str]) -> list[str]:
     return [span(same) for same in alike.values()]
 
 
-def gather_frozen(space: PruningSpace) -> list[tuple[Frozen, str]]:
+def gather_frozen(space: PruningSpace) -> list[tuple[UnsupportedOperator, str]]:
     """What is frozen, with all layers where the same is in one entry.
 
     Returns:
         The first of each kind, with the count of all of them, and the `span` of their modules.
     """
-    alike: dict[tuple[str, str, str], list[Frozen]] = {}
+    alike: dict[tuple[str, str, str], list[UnsupportedOperator]] = {}
     for frozen in space.frozen:
         alike.setdefault((frozen.operator, pattern(frozen.module), frozen.reason), []).append(frozen)
     return [
@@ -289,6 +289,6 @@ def _member(member: Member) -> dict[str, Any]:
     return {"tensor": member.tensor, "dim": member.dim, "width": member.index.shape[1], "rows": rows}
 
 
-def _frozen(frozen: Frozen, modules: str) -> dict[str, Any]:
+def _frozen(frozen: UnsupportedOperator, modules: str) -> dict[str, Any]:
     first, count = frozen.module, frozen.count
     return {"op": frozen.operator, "module": first, "modules": modules, "reason": frozen.reason, "count": count}

@@ -11,7 +11,7 @@ from typing import Any
 
 from geta_hf.errors import GETAError
 from geta_hf.reporting.comparison import Metrics, load_model, measure_latency, table_rows
-from geta_hf.reporting.folder_summary import Facts, check_metrics, read_facts
+from geta_hf.reporting.folder_summary import FolderSummary, check_metrics, read_summary
 from geta_hf.reporting.model_card import Way, how_counted, table_of, ways_to_load
 from geta_hf.reporting.structure_svg import draw, layer_grid, printable
 from geta_hf.serialization.sizes import tensor_bytes
@@ -43,7 +43,7 @@ def write_report(
     target = Path(out)
     if not target.parent.is_dir() or target.is_dir():
         raise GETAError(f"cannot write a report to {target}: name a file in a folder that exists")
-    facts = read_facts(folder)
+    facts = read_summary(folder)
     found: Metrics = facts.metrics if metrics is None else check_metrics(metrics, "metrics")
     sizes = facts.sizes
     if dense is not None:
@@ -53,7 +53,7 @@ def write_report(
     return target
 
 
-def _latency(facts: Facts, dense: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
+def _latency(facts: FolderSummary, dense: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
     """Of both models on token ids, on as long a sequence as the MACs; nothing for a model that takes other inputs."""
     if not facts.costs or not facts.costs["dense"].macs:
         return {}
@@ -66,7 +66,7 @@ def _filled(parts: Mapping[str, str]) -> str:
     return re.sub(r"{{(\w+)}}", lambda hole: parts[hole[1]], template)
 
 
-def _parts(facts: Facts, sizes: Mapping[str, int], metrics: Metrics) -> dict[str, str]:
+def _parts(facts: FolderSummary, sizes: Mapping[str, int], metrics: Metrics) -> dict[str, str]:
     name = facts.folder.resolve().name
     grid = layer_grid(facts.structure)
     head, lines = table_of(grid)
@@ -86,7 +86,7 @@ def _parts(facts: Facts, sizes: Mapping[str, int], metrics: Metrics) -> dict[str
     }
 
 
-def _facts(facts: Facts) -> str:
+def _facts(facts: FolderSummary) -> str:
     told = {
         "base model": facts.base_model,
         "task": facts.front.get("pipeline_tag") or facts.task,
@@ -96,7 +96,7 @@ def _facts(facts: Facts) -> str:
     return "".join(f"<div><dt>{key}</dt><dd>{printable(value)}</dd></div>" for key, value in told.items() if value)
 
 
-def _tiles(facts: Facts, sizes: Mapping[str, int]) -> list[tuple[str, str, str]]:
+def _tiles(facts: FolderSummary, sizes: Mapping[str, int]) -> list[tuple[str, str, str]]:
     """The few numbers that matter most: what, how much, compared with what."""
     tiles = []
     if "dense" in sizes:

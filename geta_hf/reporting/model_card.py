@@ -18,10 +18,10 @@ from geta_hf.reporting.folder_summary import (
     CARD_NAME,
     LOCAL_BASE,
     METRICS_NAME,
-    Facts,
+    FolderSummary,
     check_metrics,
-    read_facts,
     read_metrics,
+    read_summary,
 )
 from geta_hf.reporting.structure_svg import BITS, Grid, Row, draw, layer_grid, printable
 from geta_hf.utils.files import write_whole
@@ -72,7 +72,7 @@ def write_card(
     path = Path(folder)
     known, fresh = read_metrics(path), check_metrics(metrics or {}, "metrics")
     merged = {side: {**known.get(side, {}), **fresh.get(side, {})} for side in (*known, *fresh)}
-    facts = read_facts(path)
+    facts = read_summary(path)
     text = _card(facts, base_model, task, dataset, merged, repo_id)
     if fresh:
         write_whole(path / METRICS_NAME, json.dumps(merged, indent=2) + "\n")
@@ -103,13 +103,13 @@ def model_card(
     Raises:
         GETAError: no exported folder, or metrics that are no finite numbers.
     """
-    facts = read_facts(folder)
+    facts = read_summary(folder)
     found = facts.metrics if metrics is None else check_metrics(metrics, "metrics")
     return _card(facts, base_model, task, dataset, found, repo_id)
 
 
 def _card(
-    facts: Facts,
+    facts: FolderSummary,
     base_model: str | None,
     task: str | None,
     dataset: str | None,
@@ -128,7 +128,7 @@ def _card(
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body}\n"
 
 
-def _base(facts: Facts, base_model: str | None) -> dict[str, Any]:
+def _base(facts: FolderSummary, base_model: str | None) -> dict[str, Any]:
     """What the head of a card says of the base model; a local path is nothing that the Hub could link to."""
     if not base_model:
         return {key: facts.front[key] for key in _BASE_KEYS if key in facts.front}
@@ -137,7 +137,7 @@ def _base(facts: Facts, base_model: str | None) -> dict[str, Any]:
     return {LOCAL_BASE: Path(base_model).name}
 
 
-def _front(facts: Facts, task: str | None, results: list[dict[str, Any]]) -> dict[str, Any]:
+def _front(facts: FolderSummary, task: str | None, results: list[dict[str, Any]]) -> dict[str, Any]:
     """What the Hub reads of the task, the tags and the metrics of the compressed model."""
     own: dict[str, Any] = {"pipeline_tag": task} if task else {}
     own["tags"] = list(dict.fromkeys((*_strings(facts.front.get("tags")), *_TAGS)))
@@ -156,7 +156,7 @@ def _result(model: str, task: str | None, dataset: str, metrics: Metrics) -> lis
     return [{"name": model.rpartition("/")[2], "results": [result]}]
 
 
-def _body(facts: Facts, base_model: str | None, metrics: Metrics, name: str) -> str:
+def _body(facts: FolderSummary, base_model: str | None, metrics: Metrics, name: str) -> str:
     rows = table_rows(facts.structure, facts.costs, facts.sizes, metrics, size_name="bytes of tensors")
     parts = format_table(("part", "bytes"), [(part, f"{size:,}") for part, size in facts.parts.items()])
     sections = [
@@ -181,7 +181,7 @@ _COUNTED = (
 )
 
 
-def how_counted(facts: Facts) -> str:
+def how_counted(facts: FolderSummary) -> str:
     """What the figures of the table mean, in a sentence or two."""
     if not (dropped := len(facts.structure.dropped)):
         return _COUNTED
@@ -189,7 +189,7 @@ def how_counted(facts: Facts) -> str:
     return f"{_COUNTED} Parameters, MACs and BOPs of the dense model leave out the {layers} removed whole."
 
 
-def summary(facts: Facts, base_model: str | None) -> str:
+def summary(facts: FolderSummary, base_model: str | None) -> str:
     """Two sentences: what this is, and how it was made; Markdown that HTML shows as it is."""
     kept = sum(left for left, _ in facts.structure.kept.values())
     before = sum(total for _, total in facts.structure.kept.values())
@@ -205,7 +205,7 @@ def summary(facts: Facts, base_model: str | None) -> str:
     )
 
 
-def ways_to_load(facts: Facts, name: str) -> list[Way]:
+def ways_to_load(facts: FolderSummary, name: str) -> list[Way]:
     """Code that loads a folder: with geta_hf, without it where the folder carries its own code, and for use.
 
     Args:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from geta_hf import qadg
 from geta_hf.qadg import PruningSpace, verify_space
-from geta_hf.surgery.dry_run import rehearse
+from geta_hf.surgery.trial_cut import try_cuts
 from geta_hf.surgery.verify import verify_surgery
 
 
@@ -50,6 +50,6 @@ def build_space(
     verify_space(model, batch, space)
     if not isinstance(model, PreTrainedModel) or any(parameter.is_meta for parameter in model.parameters()):
         return space  # gate 4 cuts a real Hugging Face model
-    space = rehearse(model, space, batch)
+    space = try_cuts(model, space, batch)
     verify_surgery(model, batch, space)
     return space

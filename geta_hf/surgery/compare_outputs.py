@@ -40,7 +40,7 @@ def attention_outputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Ou
         GETAError: the model cannot run the batch, or returns no tensor.
     """
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    with evaluating(model):
+    with comparison_mode(model):
         return {implementation: _outputs(model, inputs, implementation) for implementation in attentions(model)}
 
 
@@ -77,7 +77,7 @@ def _outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor], implementatio
 
 
 @contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
+def comparison_mode(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode without gradients; training flags and the attention implementation are then as before.
 
     What a module cached of its weights in evaluation mode is dropped on both sides: they may have changed before, and
@@ -85,7 +85,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     implementations = [(config, config._attn_implementation) for config in configs]
-    with module_state.evaluating(model):
+    with module_state.eval_mode(model):
         model.train().eval()
         try:
             yield

@@ -19,7 +19,7 @@ from geta_hf.costs.model_costs import forward_uses
 from geta_hf.errors import GETAError
 from geta_hf.qadg.residual_blocks import Block, find_blocks, residual_blocks, skipping, uncached
 from geta_hf.quantization import select_layers
-from geta_hf.surgery.compare_outputs import TOLERANCE, Outputs, attention_outputs, evaluating, prove_equal
+from geta_hf.surgery.compare_outputs import TOLERANCE, Outputs, attention_outputs, comparison_mode, prove_equal
 from geta_hf.surgery.record import stepping
 from geta_hf.surgery.shorter_config import shorter_changes
 from geta_hf.training.preparation import first_batches
@@ -31,7 +31,7 @@ Batch = Mapping[str, Tensor]
 
 
 @dataclass
-class Depth:
+class DroppedLayers:
     """Which blocks a model lost.
 
     Attributes:
@@ -65,7 +65,7 @@ class Depth:
         self._undo.clear()
 
 
-def drop_layers(trainer: GETATrainer, model: nn.Module) -> Depth:
+def drop_layers(trainer: GETATrainer, model: nn.Module) -> DroppedLayers:
     """Remove the layers that a trainer's config asks for; from then on it names them, in checkpoints and exports too.
 
     Raises:
@@ -73,7 +73,7 @@ def drop_layers(trainer: GETATrainer, model: nn.Module) -> Depth:
     """
     config = trainer.geta_config
     if not config.drop_layers:
-        return Depth()
+        return DroppedLayers()
     named = not isinstance(config.drop_layers, int)
     batches = [] if named else first_batches(trainer.get_train_dataloader, config.calibration_batches)
 
@@ -90,7 +90,7 @@ def drop_layers(trainer: GETATrainer, model: nn.Module) -> Depth:
 
 def drop_blocks(
     model: nn.Module, wanted: int | Sequence[str], inputs: Batch, loss: Callable[[], float], layers: Iterable[str] = ()
-) -> Depth:
+) -> DroppedLayers:
     """Remove whole blocks from a model, in place.
 
     Blocks may leave that QADG's residual stream runs through and that only add to it (`find_blocks`). A number of them
@@ -118,7 +118,7 @@ def drop_blocks(
     blocks = find_blocks(model, inputs)
     removed, losses = _choose(model, blocks, wanted, loss) if isinstance(wanted, int) else (_named(blocks, wanted), [])
     names = tuple(block.name for block in removed)
-    depth = Depth(names, _kept(model, removed), tuple(losses), _work(model, layers, inputs, names))
+    depth = DroppedLayers(names, _kept(model, removed), tuple(losses), _work(model, layers, inputs, names))
     expected = _reference(model, removed, inputs)
     try:
         _shorten(model, depth)
@@ -172,7 +172,7 @@ def _choose(
 ) -> tuple[list[Block], list[float]]:
     """The blocks that are missed least, one by one, with the loss before and after each choice."""
     gone: list[Block] = []
-    with evaluating(model):
+    with comparison_mode(model):
         losses = [loss()]
         for _ in range(count):
             found: list[tuple[float, Block]] = []
@@ -248,7 +248,7 @@ def _work(model: PreTrainedModel, layers: Iterable[str], inputs: Batch, removed:
 # --- the shorter model ---------------------------------------------------------------------------------------------
 
 
-def _shorten(model: PreTrainedModel, depth: Depth) -> None:
+def _shorten(model: PreTrainedModel, depth: DroppedLayers) -> None:
     """Take the blocks out; attributes and configurations become what the shorter configuration builds."""
     changes = shorter_changes(model, depth.kept)
     for series, kept in depth.kept.items():
@@ -260,7 +260,7 @@ def _shorten(model: PreTrainedModel, depth: Depth) -> None:
         _set(holder, change.name, change.value, depth)
 
 
-def _cut_list(blocks: nn.Module, kept: Sequence[int], depth: Depth) -> None:
+def _cut_list(blocks: nn.Module, kept: Sequence[int], depth: DroppedLayers) -> None:
     before = dict(blocks._modules)
 
     def undo() -> None:
@@ -270,7 +270,7 @@ def _cut_list(blocks: nn.Module, kept: Sequence[int], depth: Depth) -> None:
     blocks._modules = {str(place): before[str(old)] for place, old in enumerate(kept)}
 
 
-def _set(holder: Any, name: str, value: Any, depth: Depth) -> None:
+def _set(holder: Any, name: str, value: Any, depth: DroppedLayers) -> None:
     before = getattr(holder, name)
     depth._undo.append(lambda: setattr(holder, name, before))
     setattr(holder, name, value)
@@ -301,7 +301,7 @@ def _cache_agrees(model: PreTrainedModel, inputs: Batch) -> bool:
     if not model.can_generate() or "input_ids" not in inputs or model.config.is_encoder_decoder:
         return False
     unpadded = {"input_ids": inputs["input_ids"]}
-    with evaluating(model):
+    with comparison_mode(model):
         whole = model(**unpadded, **uncached(model)).logits[:, -1:]
         try:
             with stepping(model):

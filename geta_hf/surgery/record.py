@@ -12,15 +12,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
-from geta_hf.surgery.compare_outputs import attentions, evaluating, set_attention
+from geta_hf.surgery.compare_outputs import attentions, comparison_mode, set_attention
 from geta_hf.surgery.size_equations import WANTED
-from geta_hf.surgery.size_trace import Trace, trace
+from geta_hf.surgery.size_trace import SizeTrace, trace
 from geta_hf.utils.module_state import running
 
 Batch = Mapping[str, Tensor]
 
 
-def record(model: PreTrainedModel, batch: Batch) -> list[Trace]:
+def record(model: PreTrainedModel, batch: Batch) -> list[SizeTrace]:
     """Record the forward on the batch with every attention implementation, on another shape, and step by step.
 
     Only the first has to succeed: whatever the others would have shown, the proof after surgery runs too.
@@ -32,7 +32,7 @@ def record(model: PreTrainedModel, batch: Batch) -> list[Trace]:
     Raises:
         GETAError: the model cannot run the batch.
     """
-    with evaluating(model):
+    with comparison_mode(model):
         traces = [trace(model, batch, WANTED), *_try(model, other_shape(model, batch))]
         if model.can_generate():
             with stepping(model):
@@ -44,7 +44,7 @@ def record(model: PreTrainedModel, batch: Batch) -> list[Trace]:
     return traces
 
 
-def _try(model: PreTrainedModel, batch: Batch) -> list[Trace]:
+def _try(model: PreTrainedModel, batch: Batch) -> list[SizeTrace]:
     try:
         return [trace(model, batch, WANTED)]
     except GETAError:

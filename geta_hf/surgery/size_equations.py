@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from geta_hf.errors import GETAError
 from geta_hf.qadg.tracing.graph import Ref
-from geta_hf.surgery.size_trace import UNKNOWN, Call, Cut
+from geta_hf.surgery.size_trace import UNKNOWN, Call, SlicedTrace
 from geta_hf.surgery.symbolic_int import Attribute, Expression, Guard, Operation, Size, TaggedInt, Use, evaluate
 
 Demand = tuple[Any, int]
@@ -51,7 +51,7 @@ class Demands:
     uses: list[Equation]
 
 
-def demands(cut: Cut) -> Demands:
+def demands(cut: SlicedTrace) -> Demands:
     """What a cut asks of the attributes of the model, by the forward that was recorded.
 
     Raises:
@@ -79,7 +79,7 @@ def demands(cut: Cut) -> Demands:
     return Demands(list(dict.fromkeys(equations)), guards, fixed)
 
 
-def fold(number: Any, cut: Cut) -> Expression:
+def fold(number: Any, cut: SlicedTrace) -> Expression:
     """A number with every size put in as it is after the cut, so that only attributes are left."""
     expression = number.expression if isinstance(number, TaggedInt) else number
     if isinstance(expression, Size):
@@ -137,14 +137,14 @@ def _sizes(numbers: Iterable[Any], sizes: Iterable[int]) -> Iterator[Demand]:
             yield number, size
 
 
-def _view(call: Call, cut: Cut) -> Iterator[Demand]:
+def _view(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
     numbers, sizes = _numbers(call, 1), cut.sizes(call.outputs[0])
     if len(numbers) == len(sizes):  # not so where a view changes the type of the elements
         yield from _sizes(numbers, sizes)
 
 
-def _factory(start: int) -> Callable[[Call, Cut], Iterator[Demand]]:
-    def rule(call: Call, cut: Cut) -> Iterator[Demand]:
+def _factory(start: int) -> Callable[[Call, SlicedTrace], Iterator[Demand]]:
+    def rule(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
         numbers = _numbers(call, start)
         if len(numbers) == len(cut.flow.shape(call.outputs[0])):
             yield from _made(numbers, call, cut)
@@ -152,19 +152,19 @@ def _factory(start: int) -> Callable[[Call, Cut], Iterator[Demand]]:
     return rule
 
 
-def _made(numbers: Iterable[Any], call: Call, cut: Cut) -> Iterator[Demand]:
+def _made(numbers: Iterable[Any], call: Call, cut: SlicedTrace) -> Iterator[Demand]:
     """The sizes of a new tensor, except those that nothing in this forward depends on."""
     for dim, number in enumerate(numbers):
         if isinstance(number, int) and int(number) != -1 and not cut.free(call.outputs[0], dim):
             yield number, cut.size(call.outputs[0], dim)
 
 
-def _full(call: Call, cut: Cut) -> Iterator[Demand]:
+def _full(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
     size = _given(call, 0 if call.name == "full" else 1, "size")
     yield from _made(size, call, cut) if isinstance(size, list | tuple) else ()
 
 
-def _repeat(call: Call, cut: Cut) -> Iterator[Demand]:
+def _repeat(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
     numbers, before, after = _numbers(call, 1), cut.sizes(call.args[0]), cut.sizes(call.outputs[0])
     before = [1] * (len(after) - len(before)) + before
     for dim, number in enumerate(numbers, start=len(after) - len(numbers)):
@@ -172,7 +172,7 @@ def _repeat(call: Call, cut: Cut) -> Iterator[Demand]:
             yield number, _quotient(call, after[dim], before[dim])
 
 
-def _repeat_interleave(call: Call, cut: Cut) -> Iterator[Demand]:
+def _repeat_interleave(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
     repeats, dim = _given(call, 1, "repeats"), _given(call, 2, "dim")
     if isinstance(repeats, int) and dim is not None:
         yield repeats, _quotient(call, cut.size(call.outputs[0], dim), cut.size(call.args[0], dim))
@@ -184,7 +184,7 @@ def _quotient(call: Call, whole: int, part: int) -> int:
     return whole // part
 
 
-def _split(call: Call, cut: Cut) -> Iterator[Demand]:
+def _split(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
     numbers, dim = _given(call, 1, "split_size_or_sections", "split_size", "split_sizes"), _given(call, 2, "dim") or 0
     sizes = [cut.size(output, dim) for output in call.outputs]
     if isinstance(numbers, int):
@@ -193,7 +193,7 @@ def _split(call: Call, cut: Cut) -> Iterator[Demand]:
     yield from zip(numbers, sizes, strict=True)
 
 
-def _chunk(call: Call, cut: Cut) -> Iterator[Demand]:
+def _chunk(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
     dim = _given(call, 2, "dim") or 0
     sizes = [cut.size(output, dim) for output in call.outputs]
     if len(set(sizes)) > 1 and sizes != [cut.flow.shape(output)[dim] for output in call.outputs]:
@@ -201,13 +201,13 @@ def _chunk(call: Call, cut: Cut) -> Iterator[Demand]:
     yield from ()
 
 
-def _unflatten(call: Call, cut: Cut) -> Iterator[Demand]:
+def _unflatten(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
     numbers = _given(call, 2, "sizes")
     start = int(_given(call, 1, "dim")) % len(cut.flow.shape(call.args[0]))
     yield from _sizes(numbers, cut.sizes(call.outputs[0])[start : start + len(numbers)])
 
 
-def _narrow(call: Call, cut: Cut) -> Iterator[Demand]:
+def _narrow(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
     dim, start, length = (_given(call, i, n) for i, n in ((1, "dim"), (2, "start"), (3, "length")))
     mask = cut.mask(call.args[0], dim)
     if isinstance(start, int):
@@ -215,7 +215,7 @@ def _narrow(call: Call, cut: Cut) -> Iterator[Demand]:
     yield length, cut.size(call.outputs[0], dim)
 
 
-def _arange(call: Call, cut: Cut) -> Iterator[Demand]:
+def _arange(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
     mask = cut.mask(call.outputs[0], 0)
     if mask is None:
         if len(call.args) == 1 and isinstance(call.args[0], TaggedInt):
@@ -227,7 +227,7 @@ def _arange(call: Call, cut: Cut) -> Iterator[Demand]:
     yield call.args[0], stays
 
 
-def _item(call: Call, cut: Cut) -> Iterator[Demand]:
+def _item(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
     """Indexing: bounds and places along a dim that is cut move with what stays before them."""
     source = call.args[0]
     index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
@@ -283,7 +283,7 @@ def _check_step(call: Call, item: slice, mask: NDArray[np.bool_]) -> None:
         raise RefusalError(f"the stride of {item.step} at {call.where} would skip other elements than before")
 
 
-def _convolution(call: Call, cut: Cut) -> Iterator[Demand]:
+def _convolution(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
     groups, weight = _given(call, 6, "groups"), cut.sizes(_given(call, 1, "weight"))
     if groups is None or int(groups) == 1:
         return
@@ -300,7 +300,7 @@ def _convolution(call: Call, cut: Cut) -> Iterator[Demand]:
     yield _own(call, cut, "groups", groups), wanted
 
 
-def _group_norm(call: Call, cut: Cut) -> Iterator[Demand]:
+def _group_norm(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
     source, groups = _given(call, 0, "input"), _given(call, 1, "num_groups")
     mask = cut.mask(source, 1)
     if mask is None:
@@ -311,21 +311,21 @@ def _group_norm(call: Call, cut: Cut) -> Iterator[Demand]:
     yield _own(call, cut, "num_groups", groups), int((left > 0).sum())
 
 
-def _own(call: Call, cut: Cut, name: str, number: Any) -> Any:
+def _own(call: Call, cut: SlicedTrace, name: str, number: Any) -> Any:
     """A number that a layer of torch.nn, whose integers are not tagged, hands on from its own attribute."""
     attribute = Attribute(call.module, name)
     plain = not isinstance(number, TaggedInt) and cut.trace.original.get(attribute) == number
     return attribute if plain else number
 
 
-def _layer_norm(call: Call, cut: Cut) -> Iterator[Demand]:
+def _layer_norm(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
     numbers = _given(call, 1, "normalized_shape")
     sizes = cut.sizes(call.outputs[0])[-len(numbers) :]
     # Plain numbers are those of torch.nn's own layers, which follow their weights.
     yield from ((number, size) for number, size in zip(numbers, sizes, strict=True) if isinstance(number, TaggedInt))
 
 
-def _attention(call: Call, cut: Cut) -> Iterator[Demand]:
+def _attention(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
     for ref in call.args:
         if isinstance(ref, Ref) and tuple(cut.sizes(ref)) != cut.flow.shape(ref):
             raise RefusalError(
@@ -334,7 +334,7 @@ def _attention(call: Call, cut: Cut) -> Iterator[Demand]:
     yield from ()
 
 
-Rule = Callable[[Call, Cut], Iterator[Demand]]
+Rule = Callable[[Call, SlicedTrace], Iterator[Demand]]
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 

@@ -44,7 +44,7 @@ class Call:
 
 
 @dataclass
-class Trace:
+class SizeTrace:
     """A recorded forward.
 
     Attributes:
@@ -125,7 +125,7 @@ def _position(recorder: Recorder, tensor: Tensor) -> int | None:
     return value if known else None
 
 
-def trace(model: nn.Module, batch: Mapping[str, Any], names: frozenset[str]) -> Trace:
+def trace(model: nn.Module, batch: Mapping[str, Any], names: frozenset[str]) -> SizeTrace:
     """Record `model(**batch)`, with sizes traced back to the integers that modules hold.
 
     The model, its attributes included, is as before afterwards.
@@ -143,7 +143,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any], names: frozenset[str]) -> 
     with _tagged_attributes(model, log, original), mode:
         graph = capture(model, batch)
         log.close()
-    return Trace(propagate(merge_branches(graph)), mode.calls, log, original)
+    return SizeTrace(propagate(merge_branches(graph)), mode.calls, log, original)
 
 
 @contextmanager
@@ -215,7 +215,7 @@ class InconsistentError(GETAError):
     """What is to leave does not leave together, by the recorded forward."""
 
 
-class Cut:
+class SlicedTrace:
     """What stays of every tensor of a trace, given what stays of the parameters.
 
     Args:
@@ -226,7 +226,7 @@ class Cut:
         InconsistentError: the indices are not all that leaves with them.
     """
 
-    def __init__(self, trace: Trace, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
+    def __init__(self, trace: SizeTrace, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
         self.trace, self.flow = trace, trace.flow
         self._linked: NDArray[np.bool_] | None = None
         self.removed = _removed_atoms(self.flow, kept)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from torch import Tensor
 
 from geta_hf.surgery.size_equations import Demands, Equation, RefusalError, demands
-from geta_hf.surgery.size_trace import Cut, InconsistentError, Trace
+from geta_hf.surgery.size_trace import InconsistentError, SizeTrace, SlicedTrace
 from geta_hf.surgery.symbolic_int import Attribute, Expression, Guard, Size, attributes, evaluate
 
 Values = dict[Attribute, int]
@@ -17,7 +17,7 @@ Values = dict[Attribute, int]
 _MOST_STEPS = 2000
 
 
-def solve(traces: Sequence[Trace], kept: Mapping[str, Mapping[int, Tensor]]) -> Values:
+def solve(traces: Sequence[SizeTrace], kept: Mapping[str, Mapping[int, Tensor]]) -> Values:
     """The attributes that modules must hold after a cut, so that the model's own forward runs on what stays.
 
     Args:
@@ -41,12 +41,12 @@ def solve(traces: Sequence[Trace], kept: Mapping[str, Mapping[int, Tensor]]) -> 
     return {attribute: value for attribute, value in values.items() if value != original[attribute]}
 
 
-def _cuts(traces: Sequence[Trace], kept: Mapping[str, Mapping[int, Tensor]]) -> Iterator[Cut]:
-    yield Cut(traces[0], kept)
+def _cuts(traces: Sequence[SizeTrace], kept: Mapping[str, Mapping[int, Tensor]]) -> Iterator[SlicedTrace]:
+    yield SlicedTrace(traces[0], kept)
     for trace in traces[1:]:
         # An operator that only this forward uses may freeze what leaves; it then has nothing to say.
         with suppress(InconsistentError):
-            yield Cut(trace, kept)
+            yield SlicedTrace(trace, kept)
 
 
 def _direct(equations: Iterable[Equation], original: Values) -> Values:

@@ -18,9 +18,9 @@ from geta_hf.errors import GETAError
 from geta_hf.qadg.groups import Family
 from geta_hf.qadg.replay import Replay, ReplayError, double
 from geta_hf.qadg.space import PruningSpace, kept_indices
-from geta_hf.surgery.compare_outputs import attention_outputs, evaluating, prove_equal
+from geta_hf.surgery.compare_outputs import attention_outputs, comparison_mode, prove_equal
 from geta_hf.surgery.record import other_shape, record, stepping
-from geta_hf.surgery.size_trace import Cut, Trace
+from geta_hf.surgery.size_trace import SizeTrace, SlicedTrace
 from geta_hf.surgery.slice import slice_model
 from geta_hf.surgery.solve_attributes import solve
 from geta_hf.utils.module_state import HALVES, in_single_precision
@@ -53,7 +53,7 @@ def verify_surgery(model: PreTrainedModel, batch: Batch, space: PruningSpace, se
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise GETAError(f"gate 4 runs {type(model).__name__} itself, but it is on meta; pass a model with real tensors")
     generator = torch.Generator().manual_seed(seed)
-    bench = Bench(_randomized(model, batch, space, seed), batch, space)
+    bench = SurgeryTrial(_randomized(model, batch, space, seed), batch, space)
     for removal in _removals(space.prunable, generator):
         reason = bench.refusal(removal)
         if reason is None:
@@ -64,7 +64,7 @@ def verify_surgery(model: PreTrainedModel, batch: Batch, space: PruningSpace, se
         raise GETAError(f"{' with '.join(removal)} fails gate 4 (surgery): {reason}; mark it unprunable")
 
 
-class Bench:
+class SurgeryTrial:
     """A model whose groups are removed in trial, and what was recorded of it.
 
     Args:
@@ -118,7 +118,9 @@ class Bench:
                 check_generation(self.model, small, batches[0])
 
 
-def prove_replay(trace: Trace, kept: Mapping[str, Mapping[int, Tensor]], small: PreTrainedModel, batch: Batch) -> float:
+def prove_replay(
+    trace: SizeTrace, kept: Mapping[str, Mapping[int, Tensor]], small: PreTrainedModel, batch: Batch
+) -> float:
     """Compare a cut model with the recorded graph on its tensors, whose norms and means run over what is left.
 
     Args:
@@ -137,7 +139,7 @@ def prove_replay(trace: Trace, kept: Mapping[str, Mapping[int, Tensor]], small: 
     values = [(place, v) for place, v in enumerate(trace.flow.graph.values) if v.kind in ("parameter", "buffer")]
     weights = {place: partial(_wide, tensors[value.names[0]]) for place, value in values if trace.flow.known(place)}
     try:
-        expected = Replay(trace.flow, Cut(trace, kept).removed).run(weights)
+        expected = Replay(trace.flow, SlicedTrace(trace, kept).removed).run(weights)
     except ReplayError as error:
         raise GETAError(f"the recorded graph does not run on what is left: {error}") from error
     differences = []
@@ -195,7 +197,7 @@ def _slices(model: nn.Module, families: Iterable[Family], removal: Removal) -> I
 
 def check_generation(masked: PreTrainedModel, small: PreTrainedModel, batch: Batch) -> None:
     """The last logits from a cache, and tokens generated with a cache and without: all as before, where it could."""
-    with evaluating(masked), evaluating(small):
+    with comparison_mode(masked), comparison_mode(small):
         for what, run in (("step by step", _last_logits), ("with a cache", _tokens(True)), ("without", _tokens(False))):
             reference = _attempt(partial(run, masked, batch))
             if reference is None:

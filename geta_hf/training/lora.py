@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from geta_hf.errors import GETAError
-from geta_hf.methods.qasso.frozen import Adapter, Frozen
+from geta_hf.methods.qasso.frozen import Adapter, FrozenWeights
 from geta_hf.qadg import PruningSpace
 from geta_hf.quantization import quantized_layers, quantizer_prefixes
 from geta_hf.quantization.layers import absorb
@@ -161,7 +161,7 @@ def attach_lora(model: nn.Module, plan: LoraPlan) -> None:
         layer.lora = LowRank(a, b, start.scaling[_ADAPTER], isinstance(layer, Conv1D))
 
 
-def find_frozen(model: nn.Module, space: PruningSpace) -> Frozen:
+def find_frozen_weights(model: nn.Module, space: PruningSpace) -> FrozenWeights:
     """What is cut or quantized and not trained, and what moves it.
 
     Args:
@@ -176,7 +176,7 @@ def find_frozen(model: nn.Module, space: PruningSpace) -> Frozen:
         f"{name}.weight": Adapter(f"{name}.lora.A", f"{name}.lora.B", low_rank.scale, low_rank.transposed)
         for name, low_rank in layers.items()
     }
-    return Frozen(names, adapters)
+    return FrozenWeights(names, adapters)
 
 
 @contextmanager

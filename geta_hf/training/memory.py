@@ -22,19 +22,19 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArg
 
 from geta_hf.config import GETAConfig
 from geta_hf.errors import MemoryUnknown
-from geta_hf.methods.qasso.frozen import Frozen
+from geta_hf.methods.qasso.frozen import FrozenWeights
 from geta_hf.methods.qasso.joint_step import needs_gradients
 from geta_hf.methods.qasso.schedule import Schedule
 from geta_hf.qadg import PruningSpace, build_space
-from geta_hf.qadg.group_labels import find_cuts
-from geta_hf.qadg.tracing.dummy_inputs import empty_model, example_batch
+from geta_hf.qadg.group_labels import find_group_labels
+from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs
 from geta_hf.quantization import detach_quantizers, quantized_layers
 from geta_hf.quantization.kernels import outlined
 from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.surgery.drop_layers import check_drop
 from geta_hf.training.distillation import Distiller
 from geta_hf.training.fake_tensors import OUTLINE, Live, outline_of, outlines, without_data
-from geta_hf.training.lora import attach_lora, find_frozen, plan_lora
+from geta_hf.training.lora import attach_lora, find_frozen_weights, plan_lora
 from geta_hf.training.memory_report import PARTS, MemoryPlan, Moment
 from geta_hf.training.plan import Plan, make_ledger, make_plan
 from geta_hf.training.preparation import attach, empty_copy, quantizer_parameters, without_untrained
@@ -121,13 +121,13 @@ def _checkpoint(model: PreTrainedModel, args: TrainingArguments) -> None:
     enable(kwargs or None, **options)
 
 
-def _frozen(student: nn.Module, space: PruningSpace | None) -> Frozen:
+def _frozen(student: nn.Module, space: PruningSpace | None) -> FrozenWeights:
     """Of a model with LoRA: what stands still, and has a gradient for as long as it takes to add it up."""
     adapted = any(layer.lora is not None for layer in quantized_layers(student).values())
-    return find_frozen(student, space) if adapted and space is not None else Frozen()
+    return find_frozen_weights(student, space) if adapted and space is not None else FrozenWeights()
 
 
-def _note_gradients(student: nn.Module, live: Live, frozen: Frozen) -> None:
+def _note_gradients(student: nn.Module, live: Live, frozen: FrozenWeights) -> None:
     """Count gradients as such; those of frozen tensors are read and dropped, as QASSO does."""
     named = dict(student.named_parameters())
 
@@ -150,7 +150,7 @@ def _forward_and_backward(
     distiller: Distiller | None,
     inputs: dict[str, Tensor],
     args: TrainingArguments,
-    frozen: Frozen,
+    frozen: FrozenWeights,
 ) -> Moment:
     """The highest level of the micro-batches of one step."""
     live = Live()
@@ -256,7 +256,7 @@ class _Forgetting:
         descent = needs_gradients(config)
         share = plan.removed_groups / max(plan.groups, 1) / config.pruning_periods
         tensors = dict(model.named_parameters())
-        cuts = find_cuts(space.trainable, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        cuts = find_group_labels(space.trainable, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
         remembered = work = largest = 0
         for cut in cuts:
             tensor = tensors[cut.tensor]
@@ -274,7 +274,7 @@ class _Forgetting:
 
 
 def _rehearsal(model: PreTrainedModel, batch: Mapping[str, Tensor], space: PruningSpace | None) -> int:
-    """Bytes of what `geta_hf.surgery.dry_run` cuts on a copy, and of the logits that it compares."""
+    """Bytes of what `geta_hf.surgery.trial_cut` cuts on a copy, and of the logits that it compares."""
     if space is None:
         return 0
     tensors = dict(model.named_parameters())
@@ -334,7 +334,7 @@ def dry_run(
     if config is None:
         return DryRun(parameters, None, None, plan_memory(empty, batch, args))
     _check_stages(config, args, steps)
-    example = example_batch(empty)
+    example = make_dummy_inputs(empty)
     if config.drop_layers:
         check_drop(empty, config.drop_layers, example)
     space = build_space(empty, example, prune=config.prune, keep=config.keep)

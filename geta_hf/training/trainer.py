@@ -19,7 +19,7 @@ from transformers.utils import logging
 from geta_hf.config import CONFIG_NAME, GETAConfig
 from geta_hf.errors import GETAError
 from geta_hf.export import ExportReport, export
-from geta_hf.methods.qasso.frozen import Frozen, check_rules
+from geta_hf.methods.qasso.frozen import FrozenWeights, check_rules
 from geta_hf.methods.qasso.metrics import compression_state
 from geta_hf.methods.qasso.optimizer import QASSO
 from geta_hf.methods.qasso.schedule import COOLDOWN, Schedule
@@ -34,10 +34,10 @@ from geta_hf.quantization import (
 from geta_hf.reporting.model_card import write_card
 from geta_hf.serialization.tied_weights import check_ties
 from geta_hf.surgery.drop_layers import drop_layers
-from geta_hf.surgery.dry_run import rehearse
+from geta_hf.surgery.trial_cut import try_cuts
 from geta_hf.training.checkpoints import base_name, check_checkpoint, write_notes
 from geta_hf.training.distillation import Distiller, dense_copy
-from geta_hf.training.lora import attach_lora, find_frozen, merged, plan_lora
+from geta_hf.training.lora import attach_lora, find_frozen_weights, merged, plan_lora
 from geta_hf.training.plan import Plan, channel_dims, layer_uses, make_ledger, make_plan, quantized_inputs
 from geta_hf.training.preparation import (
     SeededByEpoch,
@@ -163,7 +163,7 @@ class GETATrainer(Trainer):
         model, batch = self._plain_model, self._batch
         found = build_space(model, batch, prune=self.geta_config.prune, keep=self.geta_config.keep)
         found = found if self.lora is not None else without_untrained(found, model)
-        return rehearse(model, found, batch) if isinstance(model, PreTrainedModel) else found
+        return try_cuts(model, found, batch) if isinstance(model, PreTrainedModel) else found
 
     def _calibrate(self, target_bits: int) -> None:
         """Put quantizers on the inputs of the quantized layers, their ranges found on real batches."""
@@ -206,7 +206,7 @@ class GETATrainer(Trainer):
             return self.optimizer  # resumed in the same trainer; `train` has checked that
         opt_model: nn.Module = self._plain_model if model is None else model
         base = super().create_optimizer(opt_model)
-        frozen = Frozen() if self.lora is None else find_frozen(opt_model, self.space)
+        frozen = FrozenWeights() if self.lora is None else find_frozen_weights(opt_model, self.space)
         hold_frozen(base, [p for name, p in opt_model.named_parameters() if name in frozen.names])
         names: dict[Tensor, str] = {parameter: name for name, parameter in opt_model.named_parameters()}
         if any(parameter not in names for group in base.param_groups for parameter in group["params"]):

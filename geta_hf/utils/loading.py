@@ -9,7 +9,7 @@ from geta_hf.errors import GETAError
 
 
 @contextmanager
-def told(message: str) -> Iterator[None]:
+def one_line_errors(message: str) -> Iterator[None]:
     """Turns what a library raises for a mistyped name, no network or a damaged folder into one sentence.
 
     Args:

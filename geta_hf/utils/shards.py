@@ -70,7 +70,7 @@ def largest_of(value: Tensor, shard: Shard | None) -> Tensor:
     return value
 
 
-def agree(vector: Tensor) -> Tensor:
+def from_first_process(vector: Tensor) -> Tensor:
     """The first process's values on all of them, so that a last digit can't make their choices differ."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return vector

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from geta_hf.qadg.tracing.dummy_inputs import example_batch
+from geta_hf.qadg.tracing.dummy_inputs import make_dummy_inputs
 from tests.architectures.audio import AUDIO
 from tests.architectures.base import Architecture
 from tests.architectures.decoders import DECODERS
@@ -51,4 +51,4 @@ def build(name: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     model = model_class(config).eval()
     if architecture.inputs is not None:
         return model, architecture.inputs()
-    return model, example_batch(model, length=architecture.length)
+    return model, make_dummy_inputs(model, length=architecture.length)

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from geta_hf.costs.sensitivity import by_learned_width, by_sensitivity, nearest, rounding_errors, spend
+from geta_hf.costs.sensitivity import allocate, by_learned_width, by_sensitivity, nearest, rounding_errors
 from geta_hf.quantization.functional import quantize, step_size
 
 WIDTHS = (2, 3, 4, 6, 8)
@@ -48,12 +48,12 @@ def test_a_budget_that_comes_out_even_is_spent_to_the_last_step() -> None:
     weights = torch.tensor([512.0, 1024, 1312, 1312, 1312, 512, 1024], dtype=torch.float64)
     cost = (weights / weights.sum())[:, None].expand(7, 5)
     priority = -torch.arange(5.0).expand(7, 5)
-    assert spend(priority, cost[None], [3.0]) == [3] * 7
+    assert allocate(priority, cost[None], [3.0]) == [3] * 7
 
 
 def test_every_budget_limits_what_is_spent() -> None:
     cost = torch.tensor([[[1.0], [1.0], [1.0]], [[5.0], [1.0], [1.0]]])
-    assert spend(torch.tensor([[3.0], [2.0], [1.0]]), cost, [2.0, 4.0]) == [0, 1, 1]
+    assert allocate(torch.tensor([[3.0], [2.0], [1.0]]), cost, [2.0, 4.0]) == [0, 1, 1]
 
 
 @pytest.mark.parametrize("budget", [0.0, 3.0, 7.5, 11.0, 100.0])
@@ -64,7 +64,7 @@ def test_spending_is_the_best_of_all_allocations_up_to_one_step(budget: float) -
     errors = torch.rand(3, 1) * 4.0 ** -torch.arange(5.0)  # convex, as rounding errors are
     cost = size[:, None].expand(3, 4)
     priority = by_sensitivity(errors, torch.tensor([1.0, 0.5, 3.0]), cost)
-    steps = spend(priority, cost[None], [budget])
+    steps = allocate(priority, cost[None], [budget])
     gains = priority * cost
 
     def gain(chosen: tuple[int, ...]) -> float:
@@ -85,9 +85,9 @@ def test_learned_widths_move_together() -> None:
     widths = [4, 5, 6, 7, 8]
     priority = by_learned_width(bits, widths)
     cost = torch.ones(3, 4)
-    assert spend(priority, cost[None], [5]) == [4, 1, 0]
-    assert spend(priority, cost[None], [2]) == [2, 0, 0]
-    assert spend(priority, cost[None], [12]) == [4, 4, 4]
+    assert allocate(priority, cost[None], [5]) == [4, 1, 0]
+    assert allocate(priority, cost[None], [2]) == [2, 0, 0]
+    assert allocate(priority, cost[None], [12]) == [4, 4, 4]
 
 
 def test_the_nearest_allowed_width() -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModel, BertForQuestionAnswering, BertForTokenClassi
 
 from geta_hf.errors import GETAError
 from geta_hf.export import export
-from geta_hf.export.export import compress, whole_bits
+from geta_hf.export.export import compress, integer_bits
 from geta_hf.qadg import PruningSpace, build_space, zero_groups
 from geta_hf.quantization import FixedQuantizer, attach_input_quantizers, quantized_layers, step_size
 from geta_hf.serialization.packed_layers import packed_layers
@@ -215,11 +215,11 @@ def test_a_folder_on_float_activations_is_as_before(exported: Path) -> None:
 
 
 def test_channels_of_a_layer_agree_on_their_bits(tmp_path: Path) -> None:
-    assert whole_bits("layer", torch.tensor([4.0, 3.9995, 4.0004])) == 4
+    assert integer_bits("layer", torch.tensor([4.0, 3.9995, 4.0004])) == 4
     with pytest.raises(GETAError, match=r"layer has channels of \[4, 5\] bits, but a layer is stored at one width"):
-        whole_bits("layer", torch.tensor([4.0, 5.0, 4.0]))
+        integer_bits("layer", torch.tensor([4.0, 5.0, 4.0]))
     with pytest.raises(GETAError, match=r"layer has 4\.5000 bits, which is not whole"):
-        whole_bits("layer", torch.tensor([4.0, 4.5, 4.0]))
+        integer_bits("layer", torch.tensor([4.0, 4.5, 4.0]))
     model, space, _ = trained()
     quantizer = quantized_layers(model)[QUERY].input_quantizer
     with torch.no_grad():

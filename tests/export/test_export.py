@@ -15,7 +15,7 @@ from transformers import AutoModelForQuestionAnswering, BertTokenizer, PreTraine
 
 from geta_hf.errors import GETAError
 from geta_hf.export import ExportReport, export
-from geta_hf.export.export import compress, whole_bits
+from geta_hf.export.export import compress, integer_bits
 from geta_hf.qadg import PruningSpace, build_space, zero_groups
 from geta_hf.quantization import attach_quantizers, quantized_layers, step_size
 from geta_hf.serialization.packed_layers import packed_layers
@@ -196,11 +196,11 @@ def test_bits_must_be_snapped(trained: Trained, tmp_path: Path, bits: float, mes
 
 
 def test_whole_bits_forgives_rounding_alone() -> None:
-    assert whole_bits("layer", torch.tensor([7.9995])) == 8
+    assert integer_bits("layer", torch.tensor([7.9995])) == 8
     with pytest.raises(GETAError, match="cool-down must snap bits"):
-        whole_bits("layer", torch.tensor([7.998]))
+        integer_bits("layer", torch.tensor([7.998]))
     with pytest.raises(GETAError, match="nan bits"):
-        whole_bits("layer", torch.tensor([float("nan")]))
+        integer_bits("layer", torch.tensor([float("nan")]))
 
 
 def test_tied_quantized_weights_are_refused(trained: Trained, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from geta_hf.export import export
 from geta_hf.qadg import build_space, zero_groups
 from geta_hf.surgery.compare_outputs import attention_outputs
-from geta_hf.surgery.dry_run import rehearse
+from geta_hf.surgery.trial_cut import try_cuts
 from geta_hf.surgery.verify import mask_groups
 from geta_hf.training.plan import make_ledger
 from tests.architectures import build
@@ -32,7 +32,7 @@ FAST = ("gpt2", "opt", "phi3", "t5", "deberta-v2", "mixtral", "wav2vec2", "resne
 @pytest.mark.parametrize("name", sorted(QUICK - set(FAST)))
 def test_every_common_architecture_is_exported_and_reloaded(name: str, tmp_path: Path) -> None:
     model, batch = build(name)
-    space = rehearse(model, build_space(model, batch), batch)
+    space = try_cuts(model, build_space(model, batch), batch)
     kept = train_by_hand(model, space)
     report = export(model, tmp_path / "out", space=space, batch=batch)
     assert {family: count for family, (count, _) in report.kept.items()} == kept
@@ -60,7 +60,7 @@ def test_masked_sliced_and_reloaded_agree(name: str, tmp_path: Path) -> None:
 def test_tied_layers_are_packed_once(tmp_path: Path) -> None:
     """The attention and MLP of one block serve several; some modules would be initialized in their full size."""
     model, batch = build("zamba")
-    space = rehearse(model, build_space(model, batch), batch)
+    space = try_cuts(model, build_space(model, batch), batch)
     train_by_hand(model, space)
     ledger = make_ledger(model, space)
     report = export(model, tmp_path / "out", space=space, batch=batch)

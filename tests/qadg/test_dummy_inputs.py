@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from geta_hf.errors import GETAError
-from geta_hf.qadg.tracing.dummy_inputs import empty_model, example_batch
+from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs
 from tests.architectures import ARCHITECTURES, build
 from tests.architectures.base import ENCODER, GQA, T5
 from tests.conftest import tiny_bert_config
@@ -80,7 +80,7 @@ def test_experts_that_no_memory_would_hold() -> None:
     config = MixtralConfig(num_hidden_layers=1, num_local_experts=100_000)
     model = empty_model(config)
     assert max(parameter.numel() for parameter in model.parameters()) > 1e13
-    assert example_batch(model).keys() == {"input_ids", "attention_mask"}
+    assert make_dummy_inputs(model).keys() == {"input_ids", "attention_mask"}
 
 
 @pytest.mark.parametrize("part", ["", "config.json"])
@@ -125,7 +125,7 @@ def test_what_cannot_be_built_is_said() -> None:
 
 def test_text_is_ordinary_tokens_with_padding_at_the_end() -> None:
     config = tiny_bert_config(vocab_size=12, pad_token_id=7, eos_token_id=[3, 4], image_token_id=5)
-    batch = example_batch(BertForTokenClassification(config), rows=3, length=16)
+    batch = make_dummy_inputs(BertForTokenClassification(config), rows=3, length=16)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     assert ids.shape == mask.shape == (3, 16)
     assert mask.sum(1).tolist() == [16, 16, 12]
@@ -135,14 +135,14 @@ def test_text_is_ordinary_tokens_with_padding_at_the_end() -> None:
 
 def test_the_same_batch_every_time(bert: PreTrainedModel) -> None:
     state = torch.get_rng_state()
-    first, second = example_batch(bert), example_batch(bert)
+    first, second = make_dummy_inputs(bert), make_dummy_inputs(bert)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_pictures_have_the_dtype_of_the_model() -> None:
     model = empty_model(ViTConfig(image_size=(16, 32), num_channels=1, dtype="bfloat16"))
-    pixels = example_batch(model)["pixel_values"]
+    pixels = make_dummy_inputs(model)["pixel_values"]
     assert pixels.shape == (2, 1, 16, 32) and pixels.dtype == torch.bfloat16
 
 
@@ -185,7 +185,7 @@ def test_the_text_has_room_for_every_picture(name: str) -> None:
 
 def test_an_empty_model_gets_the_same_batch_as_a_full_one() -> None:
     model, batch = build("blip-2")
-    same = example_batch(empty_model(model.config))
+    same = make_dummy_inputs(empty_model(model.config))
     assert batch.keys() == same.keys()
     assert all(torch.equal(batch[name], same[name]) for name in batch)
 
@@ -193,9 +193,9 @@ def test_an_empty_model_gets_the_same_batch_as_a_full_one() -> None:
 def test_what_cannot_be_made_is_said() -> None:
     model, _ = build("informer")
     with pytest.raises(GETAError, match=r"past_time_features.*pass a batch of your own"):
-        example_batch(model)
+        make_dummy_inputs(model)
 
 
 def test_a_decoder_input_comes_only_where_it_is_taken() -> None:
     config = T5Config(**T5, architectures=["T5EncoderModel"])
-    assert "decoder_input_ids" not in example_batch(empty_model(config))
+    assert "decoder_input_ids" not in make_dummy_inputs(empty_model(config))

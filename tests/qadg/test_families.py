@@ -130,10 +130,10 @@ def test_verify_runs_all_gates_and_gives_up_what_the_models_code_cannot_follow()
 
 def test_verify_on_meta_stops_before_the_model_itself():
     config = BertConfig(hidden_size=HIDDEN, num_attention_heads=HEADS, intermediate_size=CHANNELS, num_hidden_layers=1)
-    from geta_hf.qadg.tracing.dummy_inputs import empty_model, example_batch
+    from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs
 
     model = empty_model(config)
-    assert len(build_space(model, example_batch(model), verify=True).prunable) == 2
+    assert len(build_space(model, make_dummy_inputs(model), verify=True).prunable) == 2
 
 
 def test_factors_of_one_dim_are_two_families_however_alike_they_cut():

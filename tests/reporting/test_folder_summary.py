@@ -13,7 +13,7 @@ from geta_hf import build_space, export
 from geta_hf.costs.model_costs import measure_costs
 from geta_hf.errors import GETAError
 from geta_hf.reporting.comparison import load_model
-from geta_hf.reporting.folder_summary import EMBEDDINGS, PACKED, REST, SCALES, check_metrics, read_facts
+from geta_hf.reporting.folder_summary import EMBEDDINGS, PACKED, REST, SCALES, check_metrics, read_summary
 from geta_hf.serialization.sizes import tensor_bytes, tensor_sizes
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
 from tests.small_folders import exported, written
@@ -21,7 +21,7 @@ from tests.small_folders import exported, written
 
 def test_costs_are_those_of_the_loaded_models(tmp_path: Path) -> None:
     dense, small = exported(tmp_path)
-    facts = read_facts(small)
+    facts = read_summary(small)
     names = list(facts.structure.bits)
     for side, folder in (("dense", dense), ("compressed", small)):
         found, expected = facts.costs[side], measure_costs(load_model(folder), 40, names)
@@ -33,7 +33,7 @@ def test_costs_are_those_of_the_loaded_models(tmp_path: Path) -> None:
 
 def test_every_byte_of_a_tensor_has_one_part(tmp_path: Path) -> None:
     dense, small = exported(tmp_path)
-    facts, model = read_facts(small), load_model(small)
+    facts, model = read_summary(small), load_model(small)
     parts = facts.parts
     assert sum(parts.values()) == tensor_bytes(small) == facts.sizes["compressed"]
     assert facts.sizes["dense"] == tensor_bytes(dense)
@@ -50,7 +50,7 @@ def test_a_rounded_embedding_is_stored_and_multiplies_nothing(tmp_path: Path) ->
     facts = []
     for name, bits in (("plain", None), ("rounded", 8)):
         export(model, tmp_path / name, space=space, batch=batch, embedding_bits=bits)
-        facts.append(read_facts(tmp_path / name))
+        facts.append(read_summary(tmp_path / name))
     plain, rounded = facts
     assert rounded.costs == plain.costs and len(rounded.structure.bits) == len(plain.structure.bits) + 1
     saved = plain.parts[EMBEDDINGS] - rounded.parts[EMBEDDINGS]
@@ -59,7 +59,7 @@ def test_a_rounded_embedding_is_stored_and_multiplies_nothing(tmp_path: Path) ->
 
 
 def test_what_it_is_and_what_it_is_for(tmp_path: Path) -> None:
-    facts = read_facts(exported(tmp_path)[1])
+    facts = read_summary(exported(tmp_path)[1])
     assert (facts.architecture, facts.auto_class) == ("BertForQuestionAnswering", "AutoModelForQuestionAnswering")
     assert facts.task == "question-answering" and facts.base_model is None
     assert facts.config["bits"] == [2, 16] and facts.versions["folder format"] == "1"
@@ -77,7 +77,7 @@ def test_what_it_is_and_what_it_is_for(tmp_path: Path) -> None:
 )
 def test_the_auto_class_is_found_by_the_architecture(tmp_path: Path, architecture: str, auto: str, task: str) -> None:
     config = {"model_type": "unheard_of", "architectures": [architecture]}
-    facts = read_facts(written(tmp_path / "m", {}, {"a": 4}, config=config))
+    facts = read_summary(written(tmp_path / "m", {}, {"a": 4}, config=config))
     assert (facts.auto_class, facts.task) == (auto, task)
 
 
@@ -87,7 +87,7 @@ def test_an_unknown_architecture_is_loaded_as_its_own_code_says(tmp_path: Path) 
         "architectures": ["X"],
         "auto_map": {"AutoConfig": "a.C", "AutoModelForCausalLM": "a.X"},
     }
-    facts = read_facts(written(tmp_path / "m", {}, {"a": 4}, config=config))
+    facts = read_summary(written(tmp_path / "m", {}, {"a": 4}, config=config))
     assert (facts.auto_class, facts.task, facts.remote_code) == ("AutoModelForCausalLM", "text-generation", True)
     assert facts.costs == {} and facts.dense_bytes is None and facts.parts == {PACKED: 40, REST: 20}
 
@@ -101,7 +101,7 @@ def test_an_unknown_architecture_is_loaded_as_its_own_code_says(tmp_path: Path) 
 )
 def test_a_model_of_other_inputs_has_parameters_but_no_macs(tmp_path: Path, config, layer: str) -> None:
     name = "ViTForImageClassification" if layer == "classifier" else "T5ForConditionalGeneration"
-    costs = read_facts(
+    costs = read_summary(
         written(tmp_path / "m", {}, {layer: 4}, config={**config.to_dict(), "architectures": [name]})
     ).costs
     assert costs["dense"].macs == 0 and costs["dense"].mean_bits == 32 and costs["compressed"].mean_bits == 4
@@ -115,17 +115,17 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     for spoiled in (whole[:-1], whole + b"x", whole[:40], b"", b"\xff" * 64):
         weights.write_bytes(spoiled)
         with pytest.raises(GETAError, match=r"model\.safetensors is damaged or cut short"):
-            read_facts(small)
+            read_summary(small)
     weights.write_bytes(whole)
     assert len(tensor_sizes(weights)) > 10
     (small / "README.md").write_text("---\na: [\n---\n")
     with pytest.raises(GETAError, match=r"README\.md: the YAML"):
-        read_facts(small)
+        read_summary(small)
     (small / "README.md").write_text("no front matter")
-    assert read_facts(small).front == {}
+    assert read_summary(small).front == {}
     (small / "geta_config.json").write_text("[]")
     with pytest.raises(GETAError, match=r"geta_config\.json holds list"):
-        read_facts(small)
+        read_summary(small)
     with pytest.raises(GETAError, match=r"holds no \.safetensors"):
         tensor_bytes(tmp_path)
 
@@ -136,7 +136,7 @@ def test_a_stranger_s_config_is_refused_before_it_is_used(tmp_path: Path) -> Non
     config["quantization_config"]["fixes"]["shapes"]["bert.embeddings.word_embeddings.weight"] = [10**12, 32]
     (small / "config.json").write_text(json.dumps(config))
     with pytest.raises(GETAError, match="word_embeddings"):
-        read_facts(small)
+        read_summary(small)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "high", None, True])

@@ -14,7 +14,7 @@ from PIL import Image
 
 from geta_hf.errors import GETAError
 from geta_hf.reporting.comparison import load_model
-from geta_hf.reporting.folder_summary import read_facts
+from geta_hf.reporting.folder_summary import read_summary
 from geta_hf.reporting.html_report import short_bytes, write_report
 from geta_hf.serialization.sizes import tensor_bytes
 from tests.small_folders import exported, written
@@ -67,7 +67,7 @@ def test_it_needs_nothing_else_and_runs_nothing(folder: Path, tmp_path: Path) ->
 
 def test_it_shows_what_was_kept_and_counted(folder: Path, tmp_path: Path) -> None:
     metrics = {"dense": {"em": 80.5}, "compressed": {"em": 79.25}}
-    page, facts = Page(write_report(folder, tmp_path / "report.html", metrics=metrics)), read_facts(folder)
+    page, facts = Page(write_report(folder, tmp_path / "report.html", metrics=metrics)), read_summary(folder)
     for words in ("80.50", "79.25", "question-answering", "BertForQuestionAnswering", "target_sparsity", "[2, 16]"):
         assert words in page.words, words
     small = facts.costs["compressed"]
@@ -86,7 +86,7 @@ def test_a_dense_folder_is_measured_beside_it(folder: Path, tmp_path: Path) -> N
     load_model(dense).bfloat16().save_pretrained(dense)
     page = Page(write_report(folder, tmp_path / "report.html", dense=dense))
     assert any(re.fullmatch(r"\d+\.\d\d \(\d+\.\d\dx faster\)", words) for words in page.words)
-    assert f"{tensor_bytes(dense):,}" in page.words and tensor_bytes(dense) == read_facts(folder).dense_bytes // 2
+    assert f"{tensor_bytes(dense):,}" in page.words and tensor_bytes(dense) == read_summary(folder).dense_bytes // 2
 
 
 def test_metrics_of_the_folder_are_read(folder: Path, tmp_path: Path) -> None:

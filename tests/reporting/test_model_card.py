@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from geta_hf.config import CONFIG_NAME
 from geta_hf.errors import GETAError
 from geta_hf.reporting.comparison import load_model, read_structure
-from geta_hf.reporting.folder_summary import METRICS_NAME, read_facts
+from geta_hf.reporting.folder_summary import METRICS_NAME, read_summary
 from geta_hf.reporting.model_card import PICTURE_NAME, model_card, table_of, ways_to_load, write_card
 from geta_hf.reporting.structure_svg import layer_grid
 from tests.elsewhere import run_elsewhere
@@ -127,15 +127,15 @@ def test_its_other_python_loads_the_model_where_geta_hf_is_not(folder: Path) -> 
 def test_ways_to_load_follow_the_folder(tmp_path: Path) -> None:
     config = {"model_type": "x", "architectures": ["X"]}
     code = {"auto_map": {"AutoConfig": "a.C", "AutoModelForCausalLM": "a.X"}}
-    plain = ways_to_load(read_facts(written(tmp_path / "a", {}, {"a": 4}, config=config)), "me/a")
+    plain = ways_to_load(read_summary(written(tmp_path / "a", {}, {"a": 4}, config=config)), "me/a")
     assert [way.language for way in plain] == ["python", "python"] and "trust_remote_code" not in plain[0].code
     assert "load_for_inference" in plain[1].code
-    own = ways_to_load(read_facts(written(tmp_path / "b", {}, {"a": 4}, config={**config, **code})), "me/b")
+    own = ways_to_load(read_summary(written(tmp_path / "b", {}, {"a": 4}, config={**config, **code})), "me/b")
     assert [way.language for way in own] == ["python", "python", "bash"]
     assert "trust_remote_code=True" in own[1].code and "import geta_hf" not in own[1].code
     assert own[2].code.startswith("lm_eval --model hf --model_args pretrained=me/b,trust_remote_code=True ")
     task = {"model_type": "x", "architectures": ["BertForSequenceClassification"]}
-    piped = ways_to_load(read_facts(written(tmp_path / "c", {}, {"a": 4}, config=task)), 'a"b')
+    piped = ways_to_load(read_summary(written(tmp_path / "c", {}, {"a": 4}, config=task)), 'a"b')
     assert 'pipeline("text-classification", model="a\\"b")' in piped[1].code
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForQuestionAnswering
 from geta_hf import build_space, export
 from geta_hf.quantization import attach_input_quantizers
 from geta_hf.serialization.remote_code import CARRIED
-from geta_hf.surgery.dry_run import rehearse
+from geta_hf.surgery.trial_cut import try_cuts
 from tests.architectures import build
 from tests.elsewhere import run_elsewhere
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
@@ -132,7 +132,7 @@ def test_many_architectures(tmp_path: Path) -> None:
     expected = {}
     for name in MANY:
         model, batch = build(name)
-        space = rehearse(model, build_space(model, batch), batch)
+        space = try_cuts(model, build_space(model, batch), batch)
         train_by_hand(model, space)
         export(model, tmp_path / name, space=space, batch=batch)
         save_file({key: value.contiguous() for key, value in batch.items()}, tmp_path / f"{name}.batch")

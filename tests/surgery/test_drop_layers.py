@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArgument
 from geta_hf import GETAConfig, GETATrainer
 from geta_hf.convert import convert
 from geta_hf.errors import GETAError
-from geta_hf.qadg.tracing.dummy_inputs import example_batch
+from geta_hf.qadg.tracing.dummy_inputs import make_dummy_inputs
 from geta_hf.reporting.comparison import compare
 from geta_hf.surgery.drop_layers import drop_blocks, mean_loss
 from geta_hf.training.distillation import Distiller
@@ -49,7 +49,7 @@ def deep(name: str, **settings: object) -> tuple[PreTrainedModel, dict[str, Tens
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    batch = example_batch(model)
+    batch = make_dummy_inputs(model)
     return model, {**batch, "labels": batch["input_ids"]}
 
 

@@ -27,7 +27,7 @@ from transformers import (
 from geta_hf import GETAConfig, GETATrainer
 from geta_hf.convert import convert
 from geta_hf.errors import GETAError
-from geta_hf.methods.qasso.frozen import Watch
+from geta_hf.methods.qasso.frozen import GradientSums
 from geta_hf.qadg import zero_groups
 from geta_hf.quantization import quantized_layers, select_layers
 from geta_hf.training.lora import LORA_NAME, load_lora, merged, plan_lora
@@ -143,14 +143,14 @@ def test_the_optimizer_holds_state_of_the_small_matrices_alone(tmp_path) -> None
 
 
 def test_no_two_large_gradients_exist_at_once(tmp_path, monkeypatch) -> None:
-    made, held, seen, add = trainer(tmp_path), [], {}, Watch.add
+    made, held, seen, add = trainer(tmp_path), [], {}, GradientSums.add
 
-    def note(watch: Watch, name: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
+    def note(watch: GradientSums, name: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
         held.append(sum(p.grad is not None for n, p in made.model.named_parameters() if n in watch.frozen.names))
         seen.setdefault(made.qasso.phase.stage, set()).add(name)
         add(watch, name, x, gradient)
 
-    monkeypatch.setattr(Watch, "add", note)
+    monkeypatch.setattr(GradientSums, "add", note)
     made.train()
     assert set(held) == {1}
     assert seen == {stage: set(made.qasso.frozen.names) for stage in ("projection", "joint")}

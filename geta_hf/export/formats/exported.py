@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from geta_hf.errors import GETAError
 from geta_hf.export.formats.integers import Style, plain_copy, store_integers
 from geta_hf.serialization.encode import activation_bits
-from geta_hf.surgery.compare_outputs import evaluating
+from geta_hf.surgery.compare_outputs import comparison_mode
 from geta_hf.surgery.record import other_shape
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def traceable(model: PreTrainedModel, batch: Mapping[str, Tensor], style: Style)
 
 
 def _outputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    with evaluating(model):
+    with comparison_mode(model):
         return float_tensors(type(model).forward(model, **batch, return_dict=True))
 
 

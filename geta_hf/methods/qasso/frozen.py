@@ -19,7 +19,7 @@ from geta_hf.config import GETAConfig
 from geta_hf.errors import GETAError
 from geta_hf.methods.qasso.saliency import sum_others
 from geta_hf.methods.qasso.slices import Named, Slice
-from geta_hf.qadg.group_labels import Cut
+from geta_hf.qadg.group_labels import GroupLabels
 from geta_hf.quantization.lora import merge
 
 
@@ -38,14 +38,14 @@ class Adapter:
     scale: float
     transposed: bool = False
 
-    def follow(self, cut: Cut) -> Cut:
+    def follow(self, cut: GroupLabels) -> GroupLabels:
         """The cut of A or B that takes the same rows or columns off B A as `cut` takes off W."""
         of_output = cut.dim == (1 if self.transposed else 0)
         return replace(cut, tensor=self.b, dim=0) if of_output else replace(cut, tensor=self.a, dim=1)
 
 
 @dataclass(frozen=True)
-class Frozen:
+class FrozenWeights:
     """What is not trained though it is cut or quantized.
 
     Attributes:
@@ -64,12 +64,12 @@ class Frozen:
         own = self.adapters[name]
         return merge(value, named[own.a].detach(), named[own.b].detach(), own.scale, own.transposed)
 
-    def with_adapters(self, cuts: Sequence[Cut]) -> list[Cut]:
+    def with_adapters(self, cuts: Sequence[GroupLabels]) -> list[GroupLabels]:
         """The cuts, and those of the adapters that follow from them."""
         return [*cuts, *(self.adapters[cut.tensor].follow(cut) for cut in cuts if cut.tensor in self.adapters)]
 
 
-class Watch:
+class GradientSums:
     """Sums over the gradients of frozen tensors since the last step, each of which exists for an instant.
 
     Args:
@@ -81,11 +81,16 @@ class Watch:
     """
 
     def __init__(
-        self, frozen: Frozen, cuts: Sequence[Cut], groups: int, own_weights: Sequence[str], device: torch.device
+        self,
+        frozen: FrozenWeights,
+        cuts: Sequence[GroupLabels],
+        groups: int,
+        own_weights: Sequence[str],
+        device: torch.device,
     ) -> None:
         self.frozen = frozen
         self._layers = {weight: position for position, weight in enumerate(own_weights)}
-        self._cuts: dict[str, list[Cut]] = {}
+        self._cuts: dict[str, list[GroupLabels]] = {}
         for cut in cuts:
             self._cuts.setdefault(cut.tensor, []).append(replace(cut, label=cut.label.to(device)))
         self._inner = torch.zeros(groups + 1, device=device)

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from geta_hf.config import GETAConfig
-from geta_hf.costs import bit_allocation as finish
+from geta_hf.costs import bit_allocation
 from geta_hf.costs.ledger import Ledger
 from geta_hf.costs.quantizer_table import Quantizers
 from geta_hf.costs.selection import Limits, find_chunks
 from geta_hf.costs.targets import GROUPS, Target, solve_target, take_due
 from geta_hf.errors import GETAError
 from geta_hf.methods.qasso.checks import check_base, check_covered
-from geta_hf.methods.qasso.frozen import Frozen, Watch, check_rules, forget
+from geta_hf.methods.qasso.frozen import FrozenWeights, GradientSums, check_rules, forget
 from geta_hf.methods.qasso.joint_step import Pairs, Redundant, find_pairs, needs_gradients
 from geta_hf.methods.qasso.nan_guard import note_bad, refuse_bad, squared_gradients
 from geta_hf.methods.qasso.projection import project_step_size, relative_step
@@ -32,10 +32,10 @@ from geta_hf.methods.qasso.saliency import fisher_scores, group_sums, hesso_scor
 from geta_hf.methods.qasso.schedule import COOLDOWN, JOINT, PROJECTION, WARMUP, Phase, Schedule
 from geta_hf.methods.qasso.slices import Slice, build_slices, remember, zero_moments, zero_slices
 from geta_hf.methods.qasso.state import put_vectors, take_vectors
-from geta_hf.qadg.group_labels import Cut, family_of_group, family_starts
+from geta_hf.qadg.group_labels import GroupLabels, family_of_group, family_starts
 from geta_hf.qadg.groups import Family
 from geta_hf.qadg.space import PruningSpace
-from geta_hf.utils.shards import agree, local
+from geta_hf.utils.shards import from_first_process, local
 
 IMPORTANT, REDUNDANT, REMOVED = 0, 1, 2
 _STEP = "qasso_step"
@@ -83,7 +83,7 @@ class QASSO(torch.optim.Optimizer):
         input_quantizers: Sequence[str] = (),
         ledger: Ledger | None = None,
         channel_dims: Mapping[str, int] | None = None,
-        frozen: Frozen | None = None,
+        frozen: FrozenWeights | None = None,
         goal: Target | None = None,
     ) -> None:
         super().__init__(base.param_groups, {})
@@ -106,15 +106,15 @@ class QASSO(torch.optim.Optimizer):
         self.curvature = torch.zeros(self.quantizers.weight_layers)
         self.bad_step = torch.full((2, layers), -1, dtype=torch.int64)
         self.gamma: Tensor | None = None
-        self.frozen = frozen or Frozen()
+        self.frozen = frozen or FrozenWeights()
         self._watch = self._make_watch(named) if self.frozen.names else None
         self._family = family_of_group(self.families)
         self._forget_index()
 
-    def _make_watch(self, named: Named) -> Watch:
+    def _make_watch(self, named: Named) -> GradientSums:
         check_rules(self.config)
         device = local(next(iter(named.values()))).device
-        return Watch(self.frozen, self.ledger.cuts, self.ledger.groups, self.quantizers.own_weights, device)
+        return GradientSums(self.frozen, self.ledger.cuts, self.ledger.groups, self.quantizers.own_weights, device)
 
     def _follow_base(self) -> None:
         # load_state_dict of the base replaces both containers; they are always shared, never copied.
@@ -122,7 +122,7 @@ class QASSO(torch.optim.Optimizer):
 
     def _forget_index(self) -> None:
         """Drop everything derived from `status` and devices; it is rebuilt at the next step."""
-        self._cuts: list[Cut] | None = None
+        self._cuts: list[GroupLabels] | None = None
         self._drop_slices()
 
     def _drop_slices(self) -> None:
@@ -186,7 +186,7 @@ class QASSO(torch.optim.Optimizer):
         self.param_groups[0][_STEP] += 1
         if phase.stage != COOLDOWN and self.finished and self.quantizers.prefixes:
             self.check_finite()
-            finish.settle_widths(self, named)
+            bit_allocation.allocate_bits(self, named)
         return loss
 
     def watch_frozen(self) -> None:
@@ -273,7 +273,7 @@ class QASSO(torch.optim.Optimizer):
         """Choose redundant groups so that (p+1)/P of the way is gone at the period's end; a host sync once a period."""
         if not self.families:
             return
-        scores = agree(self._scores(named)).cpu()
+        scores = from_first_process(self._scores(named)).cpu()
         if not bool(torch.isfinite(scores).all()):
             worst = self.families[int(self._family[int(torch.isfinite(scores).logical_not().nonzero()[0])])]
             raise GETAError(

@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from geta_hf.qadg.group_labels import Cut
+from geta_hf.qadg.group_labels import GroupLabels
 from geta_hf.utils.shards import Shard, add_up, local, shard_of
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
-def group_sums(cuts: Sequence[Cut], named: Mapping[str, Tensor], groups: int, product: Product) -> Tensor:
+def group_sums(cuts: Sequence[GroupLabels], named: Mapping[str, Tensor], groups: int, product: Product) -> Tensor:
     """Σ of product(x, g) over each group's slices, fp32, shape (groups,).
 
     Args:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geta_hf.qadg.group_labels import Cut, marked
+from geta_hf.qadg.group_labels import GroupLabels, marked
 from geta_hf.utils.shards import Shard, local, shard_of
 
 Named = Mapping[str, Tensor]
@@ -100,7 +100,7 @@ class Slice:
         return value
 
 
-def build_slices(cuts: Sequence[Cut], mask: Tensor, family: Tensor, named: Named) -> list[Slice]:
+def build_slices(cuts: Sequence[GroupLabels], mask: Tensor, family: Tensor, named: Named) -> list[Slice]:
     """The slices of the masked groups, one a cut that loses any.
 
     Args:

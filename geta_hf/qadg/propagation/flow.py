@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from geta_hf.qadg.groups import Frozen
+from geta_hf.qadg.groups import UnsupportedOperator
 from geta_hf.qadg.propagation.element_ids import FROZEN, Ids, Terms
 from geta_hf.qadg.tracing.graph import Graph, Node, Ref, Value
 
@@ -125,9 +125,9 @@ class Flow:
             self._unknown[node.op, node.module, reason] += 1
 
     @property
-    def frozen(self) -> tuple[Frozen, ...]:
+    def frozen(self) -> tuple[UnsupportedOperator, ...]:
         """What no rule covered."""
-        return tuple(Frozen(*key, count) for key, count in self._unknown.items())
+        return tuple(UnsupportedOperator(*key, count) for key, count in self._unknown.items())
 
     def broadcast(self, values: Iterable[int | Ref], shape: Sequence[int]) -> list[Dim]:
         """The dims of an elementwise result: operands of full size leave together, stretched ones have no say."""

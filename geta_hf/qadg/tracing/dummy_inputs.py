@@ -119,7 +119,7 @@ def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     )
 
 
-def example_batch(model: PreTrainedModel, rows: int = 2, length: int = 8) -> Batch:
+def make_dummy_inputs(model: PreTrainedModel, rows: int = 2, length: int = 8) -> Batch:
     """Make inputs that `model(**batch)` runs with, from what the model says of itself.
 
     What is needed follows from `main_input_name`, `input_modalities` and the forward's signature; sizes follow from

@@ -13,7 +13,7 @@ from geta_hf.methods.qasso.forgetting import SHRINK, forget_rate, joint_step_siz
 from geta_hf.methods.qasso.projection import project_step_size, relative_step
 from geta_hf.methods.qasso.saliency import fisher_scores, group_sums, hesso_scores, taylor_scores
 from geta_hf.methods.qasso.schedule import Schedule, resolve_duration
-from geta_hf.qadg.group_labels import Cut, find_cuts
+from geta_hf.qadg.group_labels import GroupLabels, find_group_labels
 from geta_hf.quantization.functional import bit_width, clip_power, quantize, step_size
 from tests.methods.qasso.toy import Toy, toy_space
 
@@ -81,7 +81,7 @@ def test_group_sums_add_all_members_on_their_own_rows() -> None:
     bias = torch.tensor([100.0, 200.0, 300.0, 400.0, 1e6])
     label = torch.tensor([0, 1, 1, 0, 2])  # the last row leaves with no group
     named = {"up": weight, "bias": bias, "down": weight.t().contiguous()}
-    cuts = [Cut("up", 0, label), Cut("bias", 0, label), Cut("down", 1, label)]
+    cuts = [GroupLabels("up", 0, label), GroupLabels("bias", 0, label), GroupLabels("down", 1, label)]
     sums = group_sums(cuts, named, 2, lambda x, g: x)
     assert sums.tolist() == [2 * (30 + 3) + 500, 2 * (12 + 21) + 500]
     assert group_sums(cuts, named, 2, torch.mul).tolist() == [0, 0]  # without a gradient
@@ -90,7 +90,7 @@ def test_group_sums_add_all_members_on_their_own_rows() -> None:
 def test_labels_number_the_groups_of_all_families() -> None:
     families = toy_space().families
     shapes = {name: tuple(p.shape) for name, p in Toy().named_parameters()}
-    found = {(cut.tensor, cut.dim): cut.label.tolist() for cut in find_cuts(families, shapes)}
+    found = {(cut.tensor, cut.dim): cut.label.tolist() for cut in find_group_labels(families, shapes)}
     heads, channels = [3] * 3 + [2] * 3 + [1] * 3 + [0] * 3, [4, 5, 6, 7, 8, 9]
     assert found == {
         ("layers.0.weight", 0): heads,

@@ -10,13 +10,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalL
 
 from geta_hf import GETAConfig
 from geta_hf.errors import GETAError
-from geta_hf.methods.qasso.frozen import Adapter, Frozen, Watch, check_rules, forget
+from geta_hf.methods.qasso.frozen import Adapter, FrozenWeights, GradientSums, check_rules, forget
 from geta_hf.methods.qasso.saliency import group_sums
 from geta_hf.methods.qasso.slices import build_slices
 from geta_hf.qadg import build_space
-from geta_hf.qadg.group_labels import Cut
+from geta_hf.qadg.group_labels import GroupLabels
 from geta_hf.quantization import attach_quantizers, detach_quantizers, quantized_layers, select_layers
-from geta_hf.training.lora import attach_lora, find_frozen, plan_lora
+from geta_hf.training.lora import attach_lora, find_frozen_weights, plan_lora
 from geta_hf.training.plan import make_ledger
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -54,9 +54,9 @@ def test_scores_are_those_of_the_full_parameter_run(make, parts: int, targets) -
     for layer in quantized_layers(model).values():
         if layer.lora is not None:
             nn.init.normal_(layer.lora.B, std=0.05)
-    named, frozen = dict(model.named_parameters()), find_frozen(model, space)
+    named, frozen = dict(model.named_parameters()), find_frozen_weights(model, space)
     weights = [layer.weight for layer in ledger.layers]
-    watch = Watch(frozen, ledger.cuts, ledger.groups, weights, torch.device("cpu"))
+    watch = GradientSums(frozen, ledger.cuts, ledger.groups, weights, torch.device("cpu"))
     watch.follow(True, named)
     for loss in losses(model, parts):
         loss.backward()
@@ -91,9 +91,11 @@ def test_slices_shrink_evenly_to_exactly_zero_and_all_else_stays(transposed: boo
     named = {"w": torch.randn(8, 6), "a": torch.randn(2, 6), "b": torch.randn(8, 2)}
     if transposed:
         named["w"] = named["w"].t().contiguous()
-    frozen = Frozen(frozenset({"w"}), {"w": Adapter("a", "b", 0.5, transposed)})
+    frozen = FrozenWeights(frozenset({"w"}), {"w": Adapter("a", "b", 0.5, transposed)})
     rows, columns = torch.arange(8) // 2, torch.tensor([4, 5, 6, 6, 6, 6])
-    cuts = frozen.with_adapters([Cut("w", int(transposed), rows), Cut("w", int(not transposed), columns)])
+    cuts = frozen.with_adapters(
+        [GroupLabels("w", int(transposed), rows), GroupLabels("w", int(not transposed), columns)]
+    )
     assert [(cut.tensor, cut.dim) for cut in cuts[2:]] == [("b", 0), ("a", 1)]
     mask = torch.tensor([False, True, False, False, True, False])
     slices = build_slices(cuts, mask, torch.tensor([0, 0, 0, 0, 1, 1]), named)

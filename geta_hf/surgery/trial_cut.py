@@ -13,12 +13,12 @@ from transformers.utils import logging
 from geta_hf.errors import GETAError
 from geta_hf.qadg.groups import Family
 from geta_hf.qadg.space import PruningSpace
-from geta_hf.surgery.verify import Bench, Removal
+from geta_hf.surgery.verify import Removal, SurgeryTrial
 
 logger = logging.get_logger(__name__)
 
 
-def rehearse(model: PreTrainedModel, space: PruningSpace, batch: Mapping[str, Tensor]) -> PruningSpace:
+def try_cuts(model: PreTrainedModel, space: PruningSpace, batch: Mapping[str, Tensor]) -> PruningSpace:
     """Cut a few groups of every prunable family away on a copy and compare with the same groups zeroed.
 
     Args:
@@ -32,7 +32,7 @@ def rehearse(model: PreTrainedModel, space: PruningSpace, batch: Mapping[str, Te
     Raises:
         GETAError: no prunable family is left.
     """
-    bench = Bench(model, batch, space)
+    bench = SurgeryTrial(model, batch, space)
     reason = bench.refusal(_some_of_each(space.prunable))
     if reason is None:
         return space
@@ -51,7 +51,7 @@ def rehearse(model: PreTrainedModel, space: PruningSpace, batch: Mapping[str, Te
     return left
 
 
-def _refused(bench: Bench, families: Iterable[Family]) -> dict[str, str]:
+def _refused(bench: SurgeryTrial, families: Iterable[Family]) -> dict[str, str]:
     """The families that cannot be cut away, with the reason; those of a kind that can be are not tried one by one."""
     refused = {}
     for kind in dict.fromkeys(family.kind for family in families):

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from geta_hf.errors import GETAError
 from geta_hf.qadg import PruningSpace, build_space
 from geta_hf.surgery import verify as gate
-from geta_hf.surgery.dry_run import rehearse
 from geta_hf.surgery.slice import slice_model
+from geta_hf.surgery.trial_cut import try_cuts
 from tests.export.tiny_encoders import some_batch, tiny_bloom, tiny_mixture, tiny_model
 
 
@@ -21,14 +21,14 @@ def test_a_model_that_follows_keeps_its_space_and_itself(kind: str) -> None:
     model, batch = tiny_model(kind), some_batch()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     space = build_space(model, batch)
-    assert rehearse(model, space, batch) is space
+    assert try_cuts(model, space, batch) is space
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_heads_whose_positions_are_computed_as_the_model_runs_are_frozen_before_training() -> None:
     model, batch = tiny_bloom(), some_batch()
     space = build_space(model, batch)
-    left = rehearse(model, space, batch)
+    left = try_cuts(model, space, batch)
     assert {family.kind for family in space.prunable} == {"heads", "channels"}
     assert {family.kind for family in left.prunable} == {"channels"}
     assert all("does not follow" in f.reason and "arange" in f.reason for f in left.families if f.kind == "heads")
@@ -43,7 +43,7 @@ def test_one_family_that_fails_does_not_freeze_its_kind(monkeypatch: pytest.Monk
     monkeypatch.setattr(gate, "slice_model", shifted)
     model, batch = tiny_model("bert"), some_batch()
     space = build_space(model, batch)
-    left = rehearse(model, space, batch)
+    left = try_cuts(model, space, batch)
     gone = {f.name for f in space.prunable} - {f.name for f in left.prunable}
     assert gone == {"bert.encoder.layer.1:channels"}
 
@@ -56,7 +56,7 @@ def test_a_wrong_cut_of_everything_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(gate, "slice_model", shifted)
     model, batch = tiny_model("bert"), some_batch()
     with pytest.raises(GETAError, match=r"nothing in .* can be cut away"):
-        rehearse(model, build_space(model, batch), batch)
+        try_cuts(model, build_space(model, batch), batch)
 
 
 def test_rounding_in_16_bits_freezes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +64,7 @@ def test_rounding_in_16_bits_freezes_nothing(monkeypatch: pytest.MonkeyPatch) ->
     model, batches = tiny_mixture()
     space = build_space(model, batches[0])
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert all(rehearse(model, space, batch) is space for batch in batches)
+    assert all(try_cuts(model, space, batch) is space for batch in batches)
     after = model.state_dict()
     assert all(value.dtype == after[name].dtype and torch.equal(value, after[name]) for name, value in before.items())
     monkeypatch.setattr(gate, "in_single_precision", lambda _: nullcontext())
@@ -73,6 +73,6 @@ def test_rounding_in_16_bits_freezes_nothing(monkeypatch: pytest.MonkeyPatch) ->
 
 def _rehearsed(model: PreTrainedModel, space: PruningSpace, batch: dict[str, torch.Tensor]) -> PruningSpace | None:
     try:
-        return rehearse(model, space, batch)
+        return try_cuts(model, space, batch)
     except GETAError:  # nothing at all was left
         return None
