@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from geta_hf.errors import GETAError
-from geta_hf.files import write_whole
+from geta_hf.utils.files import write_whole
 
 CONFIG_NAME = "geta_config.json"
 
@@ -97,8 +97,8 @@ class GETAConfig:
 
     How much to prune is said by `target_sparsity` or `target_parameters`, how small the model shall be by
     `target_bops` or `target_bytes`, and the widths by `bits` and `mean_bits`. What is left out is solved for before
-    training (`geta_hf.plan`); of pruning, size and `mean_bits` at most two are given. Without any target half of the
-    groups go.
+    training (`geta_hf.training.plan`); of pruning, size and `mean_bits` at most two are given. Without any target half
+    of the groups go.
 
     Attributes:
         target_sparsity: share of the prunable groups to remove, in [0, 1); K = round(share · groups) in the paper.
@@ -138,7 +138,7 @@ class GETAConfig:
         saliency_decay: decay of the saliency's moving average, in [0, 1).
         eta, xi, epsilon: η and ξ of Eqs. 13-14, in (0, 1), and the magnitude below which a group counts as forgotten.
         distill_logits, distill_hidden: weights of the teacher's logits and hidden states in the loss; see
-            `geta_hf.distillation`.
+            `geta_hf.training.distillation`.
         distill_temperature: softens both distributions, above 0.
         include, exclude: regular expressions over module names that choose the layers to quantize.
         drop_layers: whole layers to remove before anything else: how many, chosen one by one as those without which

@@ -6,8 +6,8 @@ import pytest
 from transformers import TrainingArguments
 
 from geta_hf import GETAError
-from recipes import bert_squad
-from recipes import phi2_commonsense as recipe
+from recipes import language_modeling as recipe
+from recipes import question_answering as bert_squad
 
 MODEL = ["--model_name_or_path", "model", "--use_cpu"]
 
