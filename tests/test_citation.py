@@ -1,4 +1,4 @@
-"""The citation file follows the required keys of CFF 1.2.0 and agrees with the package."""
+"""Check the required keys of the citation file (CFF 1.2.0), and that it agrees with the package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the guide for contributors and the glossary name is there: files, folders and objects of the package."""
+"""Check that the files, folders and objects named in the guide for contributors and the glossary exist."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOMS = tuple(sorted(path.stem for path in PACKAGE.iterdir() if path.suffix == "
 
 
 def names_in(page: str) -> set[str]:
-    """Return what stands in single backquotes on a page."""
+    """Return the texts in single backquotes on a page."""
     text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.S)
     return set(re.findall(r"`([^`\n]+)`", text))
 
