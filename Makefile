@@ -29,7 +29,7 @@ style: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build runs *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt
