@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from geta_hf.errors import GETAError
-from geta_hf.methods.qasso.frozen import Adapter, FrozenWeights
+from geta_hf.methods.frozen_weights import Adapter, FrozenWeights
 from geta_hf.qadg import PruningSpace
 from geta_hf.quantization import quantized_layers, quantizer_prefixes
 from geta_hf.quantization.layers import absorb

@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArg
 
 from geta_hf.config import GETAConfig
 from geta_hf.errors import MemoryUnknown
-from geta_hf.methods.qasso.frozen import FrozenWeights
+from geta_hf.methods.frozen_weights import FrozenWeights
 from geta_hf.methods.qasso.joint_step import needs_gradients
 from geta_hf.methods.qasso.schedule import Schedule
 from geta_hf.qadg import PruningSpace, build_space

@@ -19,7 +19,8 @@ from transformers.utils import logging
 from geta_hf.config import CONFIG_NAME, GETAConfig
 from geta_hf.errors import GETAError
 from geta_hf.export import ExportReport, export
-from geta_hf.methods.qasso.frozen import FrozenWeights, check_rules
+from geta_hf.methods.frozen_weights import FrozenWeights
+from geta_hf.methods.qasso.frozen import check_rules
 from geta_hf.methods.qasso.metrics import compression_state
 from geta_hf.methods.qasso.optimizer import QASSO
 from geta_hf.methods.qasso.schedule import COOLDOWN, Schedule

@@ -23,8 +23,9 @@ from geta_hf.costs.quantizer_table import Quantizers
 from geta_hf.costs.selection import Limits, find_chunks
 from geta_hf.costs.targets import GROUPS, Target, solve_target, take_due
 from geta_hf.errors import GETAError
+from geta_hf.methods.frozen_weights import FrozenWeights
 from geta_hf.methods.qasso.checks import check_base, check_covered
-from geta_hf.methods.qasso.frozen import FrozenWeights, GradientSums, check_rules, forget
+from geta_hf.methods.qasso.frozen import GradientSums, check_rules, forget
 from geta_hf.methods.qasso.joint_step import Pairs, Redundant, find_pairs, needs_gradients
 from geta_hf.methods.qasso.nan_guard import note_bad, refuse_bad, squared_gradients
 from geta_hf.methods.qasso.projection import project_step_size, relative_step

@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalL
 
 from geta_hf import GETAConfig
 from geta_hf.errors import GETAError
-from geta_hf.methods.qasso.frozen import Adapter, FrozenWeights, GradientSums, check_rules, forget
+from geta_hf.methods.frozen_weights import Adapter, FrozenWeights
+from geta_hf.methods.qasso.frozen import GradientSums, check_rules, forget
 from geta_hf.methods.qasso.saliency import group_sums
 from geta_hf.methods.qasso.slices import build_slices
 from geta_hf.qadg import build_space

@@ -1,0 +1,205 @@
+"""The seam between training and methods: what a `Method` offers, what it is told, and what it ends with.
+
+A trainer, LoRA, distillation, checkpoints, the plan, the memory estimate, surgery and export know these names only.
+The type of the config chooses the method:
+
+    METHODS[MyConfig] = MyMethod
+    method = make_method(MyConfig(target_sparsity=0.3))
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from geta_hf.config import GETAConfig
+from geta_hf.costs.ledger import Ledger
+from geta_hf.costs.targets import Target
+from geta_hf.errors import GETAError
+from geta_hf.methods.frozen_weights import FrozenWeights
+from geta_hf.qadg import PruningSpace
+
+Batches = Callable[[int], Sequence[Mapping[str, Any]]]
+"""Return the first N batches of the training data, without labels, on the model's device."""
+
+
+@dataclass(frozen=True)
+class CompressionResult:
+    """What a method decided, as plain data: all that surgery and export read of it.
+
+    Attributes:
+        removed: family name -> bool, shape (groups,), on CPU: True where a group is to be cut away. Every parameter
+            slice of such a group is exactly zero in the model. Families that lose nothing may be left out.
+        weight_bits: module path of every quantized layer -> integer width of its weight in bits.
+        input_bits: module path -> integer width of the layer's input, for the layers that round it.
+    """
+
+    removed: Mapping[str, Tensor]
+    weight_bits: Mapping[str, int]
+    input_bits: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def removed_groups(self) -> int:
+        """The number of removed groups over all families."""
+        return sum(int(mask.sum()) for mask in self.removed.values())
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run tells its method before the first step.
+
+    Attributes:
+        space: the pruning space of the model.
+        ledger: sizes of everything that groups and widths change.
+        target: what the run is to end with, solved before training.
+        total_steps: optimizer steps of the run.
+        steps_per_epoch: optimizer steps of one epoch; NaN where the data has no length.
+        frozen: weights that are cut or quantized but not trained, as under LoRA.
+    """
+
+    space: PruningSpace
+    ledger: Ledger
+    target: Target
+    total_steps: int
+    steps_per_epoch: float
+    frozen: FrozenWeights = field(default_factory=FrozenWeights)
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that a method takes in a training step on top of weights, gradients and the base optimizer's state.
+
+    Attributes:
+        kept: bytes that live from step to step.
+        temporary: the most bytes that are alive at once within a step.
+    """
+
+    kept: int = 0
+    temporary: int = 0
+
+
+class Method(ABC):
+    """One way to compress a model while it is trained.
+
+    The calls come in this order: `check`, `attach`, `wrap_optimizer`; then for each step `before_backward`,
+    `extra_loss` and the optimizer's own `step`, in which all that a method does per step happens; then `finish` and
+    `result`. Whatever a resumed run needs must be in the optimizer's `state_dict` or in the model's parameters.
+
+    Args:
+        config: the limits, and the method's own rules.
+    """
+
+    stages: ClassVar[tuple[str, ...]] = ("training",)
+    """The stages by name, in order; `metrics` logs the number of the present one, from 1."""
+
+    def __init__(self, config: GETAConfig) -> None:
+        self.config = config
+
+    # --- before training ----------------------------------------------------------------------------------------------
+
+    def check(self, frozen_weights: bool) -> None:
+        """Raise GETAError for rules that cannot work in this run.
+
+        Args:
+            frozen_weights: whether the weights are frozen and adapters trained, as under LoRA. A method has to say
+                that it can score and remove groups of such weights; by default it cannot.
+        """
+        if frozen_weights:
+            raise GETAError(f"{type(self).__name__} needs trained weights; leave peft_config out")
+
+    def check_stages(self, total_steps: int, steps_per_epoch: float) -> None:
+        """Raise GETAError where the stages do not fit into a run of this length. By default every length fits."""
+
+    @abstractmethod
+    def attach(self, model: nn.Module, batches: Batches | None) -> None:
+        """Put quantizers, and whatever else is trained, on the model, in place.
+
+        Args:
+            model: dense; its parameters keep their names.
+            batches: where ranges of inputs are measured; None where only shapes count, as on a model without data.
+        """
+
+    def memory(self, model: nn.Module, space: PruningSpace, removed_groups: int) -> StepMemory:
+        """Estimate what the method takes in a step, for `plan_memory`. By default nothing.
+
+        Args:
+            model: with its quantizers, on any device or on meta.
+            space: its pruning space.
+            removed_groups: how many groups the plan removes.
+        """
+        return StepMemory()
+
+    # --- in training --------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def wrap_optimizer(
+        self, base: torch.optim.Optimizer, names: Mapping[Tensor, str], model: nn.Module, run: Run
+    ) -> torch.optim.Optimizer:
+        """Return the optimizer of the run; all per-step logic sits in its `step`.
+
+        Args:
+            base: over all trained parameters, quantizers' included.
+            names: the model's name of every parameter.
+            model: as `attach` left it.
+            run: what is known of the run.
+        """
+
+    def before_backward(self, model: nn.Module) -> None:
+        """Prepare for one forward and backward pass. By default nothing."""
+
+    def extra_loss(self, model: nn.Module) -> Tensor | None:
+        """Return a term to add to the loss, 0-d, or None."""
+        return None
+
+    def check_finite(self) -> None:
+        """Raise GETAError where something became NaN or infinite; may wait for the device. By default nothing."""
+
+    @property
+    @abstractmethod
+    def step_count(self) -> int:
+        """The number of optimizer steps done so far."""
+
+    @property
+    @abstractmethod
+    def finished(self) -> bool:
+        """Whether everything that is to be removed is exactly zero, so that the model can be exported."""
+
+    @property
+    def stage(self) -> str:
+        """The name of the present stage, one of `stages`."""
+        return self.stages[0]
+
+    def metrics(self) -> dict[str, float]:
+        """Return what is logged next to the loss. By default the number of the stage."""
+        return {"stage": self.stages.index(self.stage) + 1}
+
+    # --- after training -----------------------------------------------------------------------------------------------
+
+    def finish(self, model: nn.Module) -> None:
+        """Do what is left to do once the last step is done, such as rounding; called once. By default nothing."""
+
+    @abstractmethod
+    def result(self) -> CompressionResult:
+        """Return what was decided. Raise GETAError before `finished`."""
+
+
+METHODS: dict[type[GETAConfig], type[Method]] = {}
+"""The method that each type of config chooses."""
+
+
+def make_method(config: GETAConfig) -> Method:
+    """Make the method that a config chooses by its type, or by the nearest type that it inherits from.
+
+    Raises:
+        GETAError: no method is entered in `METHODS` for this type.
+    """
+    for kind in type(config).__mro__:
+        if kind in METHODS:
+            return METHODS[kind](config)
+    known = ", ".join(kind.__name__ for kind in METHODS)
+    raise GETAError(f"no method is known for a {type(config).__name__}; there are methods for {known}")
