@@ -7,6 +7,8 @@ The type of the config chooses the method:
     method = make_method(MyConfig(target_sparsity=0.3))
 """
 
+# ruff: noqa: B027 - hooks that do nothing by default, which a method may leave out
+
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
