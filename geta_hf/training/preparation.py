@@ -1,4 +1,4 @@
-"""What is done to a model, its families and its optimizer before the first step."""
+"""Prepare data, models and families before the first step."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SeededByEpoch(Sampler[int]):
 
 
 def first_batches(loader: Callable[[], Iterable[Any]], count: int) -> list[Any]:
-    """The first batches of a data loader; all random states are then as they were.
+    """Return the first batches of a data loader, and leave all random states as they were.
 
     Args:
         loader: makes it.
@@ -80,13 +80,13 @@ def attach(model: nn.Module, config: GETAConfig) -> None:
 
 
 def empty_copy(model: nn.Module) -> Any:
-    """A copy of a model without the data of its parameters, to be filled later."""
+    """Copy a model without the data of its parameters, to be filled later."""
     empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, empty)
 
 
 def without_untrained(space: PruningSpace, model: nn.Module) -> PruningSpace:
-    """The space with families that cut a frozen parameter no longer prunable."""
+    """Return the space with families that cut a frozen parameter marked as not prunable."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
     def follow(family: Family) -> Family:
