@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -12,7 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
 
 from geta_hf import GETAConfig, PruningSpace, build_space, convert, perplexity, prepare_for_inference
 from geta_hf.cli import main
@@ -225,11 +226,32 @@ def same_arithmetic() -> bool:
     return runs.arithmetic() == runs.read_json(runs.EXPECTED / "arithmetic.json")
 
 
+class OptimizerState(TrainerCallback):
+    """Keeps what the optimizer holds when training begins, which is what it read from the checkpoint."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.loaded = copy.deepcopy(kwargs["optimizer"].state_dict())
+
+
+def check_nothing_is_lost(stored: dict[str, Any], loaded: dict[str, Any]) -> None:
+    """Check that all of a stored optimizer state has been loaded; more may have been added."""
+    assert len(loaded["param_groups"]) == len(stored["param_groups"])
+    for mine, theirs in zip(loaded["param_groups"], stored["param_groups"], strict=True):
+        assert {key: mine.get(key) for key in theirs} == theirs
+    for position, values in stored["state"].items():
+        for key, value in values.items():
+            found = loaded["state"][position][key]
+            assert torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value, (position, key)
+
+
 @pytest.mark.parametrize(("name", "step"), PAIRS)
 def test_checkpoints_resume_to_the_same_weights(name: str, step: int, tmp_path: Path, same_arithmetic: bool) -> None:
     """Bit for bit, up to the exported folder. Where sums differ, the run must only reach its end."""
     trainer = runs.make_trainer(name, tmp_path / "run")
-    trainer.train(resume_from_checkpoint=str(runs.CHECKPOINTS / name / f"checkpoint-{step}"))
+    checkpoint, read = runs.CHECKPOINTS / name / f"checkpoint-{step}", OptimizerState()
+    trainer.add_callback(read)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    check_nothing_is_lost(torch.load(checkpoint / "optimizer.pt", weights_only=True), read.loaded)
     assert trainer.state.global_step == runs.STEPS
     trainer.export_model(tmp_path / "out")
     ours, theirs = (runs.read_json(home / "geta_structure.json") for home in (tmp_path / "out", runs.EXPORTS / name))
