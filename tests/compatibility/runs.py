@@ -261,6 +261,12 @@ def outputs_of(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     return found.logits if "logits" in found else found.last_hidden_state
 
 
+def method_state(trainer: GETATrainer) -> dict[str, Tensor]:
+    """Return the vectors that the compression itself keeps in the optimizer's state, as a checkpoint names them."""
+    kept = trainer.optimizer.state_dict()["state"].values()
+    return {key: value for values in kept for key, value in values.items() if key.startswith("qasso.")}
+
+
 def arithmetic() -> str:
     """Return a digest of what this machine and these libraries compute, without geta_hf.
 

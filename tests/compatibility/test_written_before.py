@@ -264,6 +264,9 @@ def test_checkpoints_resume_to_the_same_weights(name: str, step: int, tmp_path: 
         pytest.skip("this machine or its libraries sum in another order: weights are not compared bit for bit")
     for key, value in final.items():
         assert torch.equal(state[key], value), key
+    held = runs.method_state(trainer)
+    for key, value in load_file(runs.EXPECTED / "final" / f"{name}-state.safetensors").items():
+        assert torch.equal(held[key], value), key
     assert ours == theirs
     for file in ("model.safetensors", "geta_config.json"):
         assert (tmp_path / "out" / file).read_bytes() == (runs.EXPORTS / name / file).read_bytes(), file

@@ -74,6 +74,7 @@ def _write_run(name: str, work: Path) -> None:
         _check_equal(again, final, target)
     if runs.RUNS[name].checkpoints:
         runs.save_tensors(runs.EXPECTED / "final" / f"{name}.safetensors", final)
+        runs.save_tensors(runs.EXPECTED / "final" / f"{name}-state.safetensors", runs.method_state(trainer))
 
 
 def _check_equal(trainer: GETATrainer, final: dict[str, Tensor], checkpoint: Path) -> None:
