@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval.squad import load_questions, predict, sample, score
 from geta_hf import attach_quantizers, export
 from geta_hf.qadg import PruningSpace
-from geta_hf.report import format_table
+from geta_hf.utils.tables import format_table
 
 NOTHING = PruningSpace(())
 

@@ -23,9 +23,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from geta_hf.cost import bytes_on_disk
+from geta_hf.costs.model_costs import bytes_on_disk
 from geta_hf.inference import load_for_inference
-from geta_hf.report import format_table
+from geta_hf.utils.tables import format_table
 
 
 def ways_of(folder: str, device: str) -> dict[str, Any]:

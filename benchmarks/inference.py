@@ -41,7 +41,7 @@ from geta_hf.export.export import compress
 from geta_hf.inference import load_for_inference, prepare_for_inference
 from geta_hf.qadg import PruningSpace, zero_groups
 from geta_hf.quantization import quantized_layers, step_size
-from geta_hf.report import format_table
+from geta_hf.utils.tables import format_table
 
 SIZES: dict[str, dict[str, Any]] = {
     "minilm": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},

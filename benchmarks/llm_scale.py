@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM, Traine
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.memory import peak_bytes
 from geta_hf import GETAConfig, GETATrainer, build_space
-from geta_hf.qasso import STAGES
-from geta_hf.report import format_table
+from geta_hf.methods.qasso.schedule import STAGES
+from geta_hf.utils.tables import format_table
 
 SIZES = {
     "1.3b": {"num_hidden_layers": 24, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32},

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForC
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.memory import peak_bytes
 from geta_hf import GETAConfig, GETATrainer
-from geta_hf.report import format_table
+from geta_hf.utils.tables import format_table
 
 METHODS = ("full", "lora")
 VOCABULARY = 512

@@ -29,7 +29,7 @@ from transformers import PhiConfig, PhiForCausalLM, TrainingArguments
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.memory import peak_bytes
 from geta_hf import GETAConfig, GETATrainer, dry_run
-from geta_hf.report import format_table
+from geta_hf.utils.tables import format_table
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "fp32-adamw": {"optim": "adamw_torch"},

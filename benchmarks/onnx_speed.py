@@ -25,7 +25,7 @@ from transformers import BertConfig, BertForQuestionAnswering, PreTrainedModel
 from geta_hf import attach_quantizers, build_space, export
 from geta_hf.export.formats.onnx import write_onnx
 from geta_hf.quantization import quantized_layers, step_size
-from geta_hf.report import format_table
+from geta_hf.utils.tables import format_table
 
 Batch = dict[str, torch.Tensor]
 SIZES = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}

@@ -26,12 +26,12 @@ import torch
 from transformers import BertConfig, BertForQuestionAnswering, LlamaConfig, PhiConfig, PreTrainedConfig
 
 from geta_hf.qadg import PruningSpace, build_space
-from geta_hf.qadg.capture import capture
-from geta_hf.qadg.example import empty_model, example_batch
-from geta_hf.qadg.families import find_families
-from geta_hf.qadg.merge import merge_branches
-from geta_hf.qadg.propagate import propagate
-from geta_hf.report import format_table
+from geta_hf.qadg.families.find import find_families
+from geta_hf.qadg.propagation.propagate import propagate
+from geta_hf.qadg.tracing.capture import capture
+from geta_hf.qadg.tracing.dummy_inputs import empty_model, example_batch
+from geta_hf.qadg.tracing.merge import merge_branches
+from geta_hf.utils.tables import format_table
 
 CONFIGS: dict[str, PreTrainedConfig] = {
     "bert-base": BertConfig(architectures=["BertForMaskedLM"]),

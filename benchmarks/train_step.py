@@ -30,9 +30,9 @@ from transformers import BertConfig, BertForQuestionAnswering, PhiConfig, PhiFor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.memory import peak_bytes
 from geta_hf import QASSO, GETAConfig, Schedule, attach_quantizers, build_space
-from geta_hf.qasso import COOLDOWN, STAGES
+from geta_hf.methods.qasso.schedule import COOLDOWN, STAGES
 from geta_hf.quantization import freeze_quantizers, quantizer_prefixes
-from geta_hf.report import format_table
+from geta_hf.utils.tables import format_table
 
 Batch = dict[str, torch.Tensor]
 METHODS = ("plain", "geta")

@@ -20,11 +20,12 @@ import torch
 import transformers
 
 from geta_hf import GETAError
-from geta_hf.export import rehearse, verify_surgery
 from geta_hf.qadg import PruningSpace, verify_space
 from geta_hf.qadg.build import space_of
 from geta_hf.qadg.policy import apply_policy
-from geta_hf.qadg.propagate import analyse
+from geta_hf.qadg.propagation.propagate import analyse
+from geta_hf.surgery.dry_run import rehearse
+from geta_hf.surgery.verify import verify_surgery
 from tests.architectures import ARCHITECTURES, build
 
 HEADER = (

@@ -21,7 +21,7 @@ TRAINING=(--per_device_train_batch_size 8 --gradient_accumulation_steps 1 --grad
 run() {
     local home=$1 name=$2
     shift 2
-    [ -d "$home/$name/export" ] || "$PYTHON" recipes/phi2_commonsense.py recipes/configs/phi2.yaml \
+    [ -d "$home/$name/export" ] || "$PYTHON" recipes/language_modeling.py recipes/configs/phi2.yaml \
         --model_name_or_path "$home/model" --train_file "$home/train.txt" --eval_file "$home/held_out.txt" \
         --max_steps "$STEPS" --output_dir "$home/$name" "${TEXT[@]}" "${TRAINING[@]}" "$@" 2>&1 | tee "$home/$name.log"
 }

@@ -41,9 +41,9 @@ from eval.study_tasks import (
     training_arguments,
 )
 from geta_hf import GETAConfig, GETAError, GETATrainer, PruningSpace
+from geta_hf.costs.bit_allocation import settle_widths
+from geta_hf.costs.targets import solve_target
 from geta_hf.qadg import kept_indices, zero_groups
-from geta_hf.qasso.finish import settle_widths
-from geta_hf.qasso.target import solve_target
 
 RULES = {
     "saliency": ("fisher", "taylor", "hesso"),

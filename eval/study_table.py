@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from geta_hf.report import format_table
+from geta_hf.utils.tables import format_table
 
 DENSE, CONTROL, PAPER, OURS = "dense", "dense, trained on", "paper preset", "defaults"
 ROUNDED, TAUGHT = "defaults, rounded only after training", "defaults, with a teacher"

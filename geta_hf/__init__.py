@@ -3,24 +3,25 @@
 Importing the package lets `AutoModelForX.from_pretrained` read folders that it exported.
 """
 
-from geta_hf.card import write_card
 from geta_hf.config import GETAConfig
 from geta_hf.convert import convert
-from geta_hf.cost import Costs, measure_costs
+from geta_hf.costs.model_costs import Costs, measure_costs
 from geta_hf.errors import GETAError
 from geta_hf.evaluation import Evaluation, evaluate, perplexity
-from geta_hf.export import export, verify_surgery
-from geta_hf.hub import push_to_hub
+from geta_hf.export import export
 from geta_hf.inference import prepare_for_inference
-from geta_hf.memory import DryRun, MemoryPlan, dry_run, plan_memory
-from geta_hf.plan import Plan
+from geta_hf.methods.qasso.optimizer import QASSO
+from geta_hf.methods.qasso.schedule import Schedule
 from geta_hf.qadg import PruningSpace, apply_policy, build_space, verify_space
-from geta_hf.qasso import QASSO, Schedule
 from geta_hf.quantization import attach_input_quantizers, attach_quantizers, detach_quantizers
-from geta_hf.report_page import write_report
-from geta_hf.trainer import GETATrainer
-
-__version__ = "0.1.0.dev0"
+from geta_hf.reporting.html_report import write_report
+from geta_hf.reporting.hub import push_to_hub
+from geta_hf.reporting.model_card import write_card
+from geta_hf.surgery.verify import verify_surgery
+from geta_hf.training.memory import DryRun, MemoryPlan, dry_run, plan_memory
+from geta_hf.training.plan import Plan
+from geta_hf.training.trainer import GETATrainer
+from geta_hf.utils.version import __version__ as __version__
 
 __all__ = [
     "QASSO",

@@ -14,13 +14,13 @@ from geta_hf.convert import convert
 from geta_hf.errors import GETAError
 from geta_hf.evaluation.command import add_command as add_eval
 from geta_hf.export.formats import FORMATS
-from geta_hf.hub import files_to_push, push_to_hub
-from geta_hf.page import gather, gather_frozen, pattern, span, write_page
 from geta_hf.qadg.build import space_of
-from geta_hf.qadg.example import empty_model, example_batch
-from geta_hf.qadg.groups import Family, PruningSpace
-from geta_hf.qadg.propagate import analyse
-from geta_hf.report_page import write_report
+from geta_hf.qadg.propagation.propagate import analyse
+from geta_hf.qadg.space import Family, PruningSpace
+from geta_hf.qadg.tracing.dummy_inputs import empty_model, example_batch
+from geta_hf.reporting.graph_page import gather, gather_frozen, pattern, span, write_page
+from geta_hf.reporting.html_report import write_report
+from geta_hf.reporting.hub import files_to_push, push_to_hub
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, Union, get
 import yaml
 
 from geta_hf.errors import GETAError
-from geta_hf.files import write_whole
+from geta_hf.utils.files import write_whole
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -17,24 +17,24 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from geta_hf.card import write_card
-from geta_hf.checkpoints import Progress, base_name, read_progress, stored_headers
 from geta_hf.config import CONFIG_NAME, GETAConfig
 from geta_hf.errors import GETAError
 from geta_hf.export import ExportReport, export
 from geta_hf.export.export import STRUCTURE_NAME, copy_beside, write_structure
-from geta_hf.export.folder import check_target, write_folder
 from geta_hf.export.formats import writer
-from geta_hf.export.remote_code import save_compressed
-from geta_hf.export.sizes import check_shards, shard_options
-from geta_hf.facts import CARD_NAME, outline
-from geta_hf.lora import load_lora, merge_stored, plan_lora
-from geta_hf.preparation import attach, quantizer_parameters
 from geta_hf.qadg import build_space
-from geta_hf.qadg.example import example_batch
-from geta_hf.qadg.groups import Family, PruningSpace
+from geta_hf.qadg.space import Family, PruningSpace
+from geta_hf.qadg.tracing.dummy_inputs import example_batch
 from geta_hf.quantization import attach_input_quantizers, select_layers
-from geta_hf.report import is_export, load_model
+from geta_hf.reporting.comparison import is_export, load_model
+from geta_hf.reporting.folder_summary import CARD_NAME, outline
+from geta_hf.reporting.model_card import write_card
+from geta_hf.serialization.atomic_folder import check_target, write_folder
+from geta_hf.serialization.remote_code import save_compressed
+from geta_hf.serialization.sizes import check_shards, shard_options
+from geta_hf.training.checkpoints import Progress, base_name, read_progress, stored_headers
+from geta_hf.training.lora import load_lora, merge_stored, plan_lora
+from geta_hf.training.preparation import attach, quantizer_parameters
 
 
 def convert(

@@ -2,9 +2,9 @@
 
     python recipes/demo.py [folder, default runs/demo]
 
-The same recipe as for SQuAD, `recipes/bert_squad.py`, runs twice: dense from scratch, then from that with GETA to half
-of all groups and 4 to 8 bits. Everything lands in the folder; `structure.png` shows what is left of every layer, and
-`report.html` all that is known of the compressed model.
+The same recipe as for SQuAD, `recipes/question_answering.py`, runs twice: dense from scratch, then from that with GETA
+to half of all groups and 4 to 8 bits. Everything lands in the folder; `structure.png` shows what is left of every
+layer, and `report.html` all that is known of the compressed model.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from geta_hf import report, write_card, write_report
-from recipes import bert_squad, demo_data
+from geta_hf import write_card, write_report
+from geta_hf.reporting import comparison as report
+from recipes import demo_data
+from recipes import question_answering as bert_squad
 
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 COMPRESSED_EPOCHS = 3

@@ -9,7 +9,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from geta_hf import GETAError
-from geta_hf.told import told
+from geta_hf.utils.loading import told
 
 
 def load_config(name: str) -> PreTrainedConfig:

@@ -15,16 +15,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering
 
 from geta_hf import GETAConfig
-from geta_hf.checkpoints import PROGRESS_NAME
 from geta_hf.cli import main
 from geta_hf.convert import convert
 from geta_hf.errors import GETAError
 from geta_hf.export.export import copy_beside
-from geta_hf.facts import read_facts
-from geta_hf.hub import files_to_push
-from geta_hf.report import read_structure
-from geta_hf.report_page import write_report
-from tests.test_trainer import SMALL, trainer
+from geta_hf.reporting.comparison import read_structure
+from geta_hf.reporting.folder_summary import read_facts
+from geta_hf.reporting.html_report import write_report
+from geta_hf.reporting.hub import files_to_push
+from geta_hf.training.checkpoints import PROGRESS_NAME
+from tests.training.test_trainer import SMALL, trainer
 
 IDS = {"input_ids": torch.arange(3, 19).view(2, 8)}
 

@@ -11,15 +11,15 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from geta_hf.card import write_card
 from geta_hf.errors import GETAError
 from geta_hf.evaluation.harness import check_folder, check_numbers, evaluate, load, open_tasks
 from geta_hf.evaluation.scores import Evaluation
 from geta_hf.evaluation.table import SHARES, remarks, shown, side_by_side, text_table
 from geta_hf.evaluation.tasks import SUITE
 from geta_hf.evaluation.texts import TextScore, perplexity, read_text, window
-from geta_hf.files import write_whole
-from geta_hf.report import read_structure
+from geta_hf.reporting.comparison import read_structure
+from geta_hf.reporting.model_card import write_card
+from geta_hf.utils.files import write_whole
 
 _RUN_OPTIONS = ("data_dir", "num_fewshot", "limit", "batch_size")
 

@@ -24,12 +24,12 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
-from geta_hf.causal import check_causal, check_vocabulary, embedding_rows
 from geta_hf.errors import GETAError
+from geta_hf.evaluation.causal_lm import check_causal, check_vocabulary, embedding_rows
 from geta_hf.evaluation.scores import Evaluation, read_scores
 from geta_hf.evaluation.tasks import split_names, stock_folder, stock_tasks, write_tasks
-from geta_hf.export.readable import read_json
-from geta_hf.told import told
+from geta_hf.serialization.validate import read_json
+from geta_hf.utils.loading import told
 
 # Scores that are no means (a perplexity) get their standard error by drawing anew; lm-eval's 100,000 draws take longer
 # than the model does.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from geta_hf.evaluation.scores import Evaluation, Score, difference
 from geta_hf.evaluation.tasks import BLIMP, COMMONSENSE, SUITE, blimp_size
 from geta_hf.evaluation.texts import TextScore
-from geta_hf.report import format_table
+from geta_hf.utils.tables import format_table
 
 SHARES = ("acc", "acc_norm", "mean", "mean_acc")  # from 0 to 1, shown in per cent
 _TEXT_UNITS = ("nats per token", "perplexity", "bits per byte")

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from geta_hf.errors import GETAError
-from geta_hf.files import write_whole
+from geta_hf.utils.files import write_whole
 
 SUITE = "commonsense"
 COMMONSENSE: Mapping[str, str] = {

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from geta_hf.causal import positions
 from geta_hf.errors import GETAError
+from geta_hf.evaluation.causal_lm import positions
 from geta_hf.evaluation.harness import check_fit, prefix_token
 
 _POSITIONS = 2048  # of one batch: logits of a large vocabulary take 0.2 MB each

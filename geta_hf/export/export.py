@@ -16,25 +16,9 @@ from transformers import PreTrainedModel
 
 from geta_hf.config import CONFIG_NAME
 from geta_hf.errors import GETAError
-from geta_hf.export.embeddings import RoundedEmbedding, rounded_embedding
-from geta_hf.export.equations import WANTED
-from geta_hf.export.folder import check_target, write_folder
 from geta_hf.export.formats import writer
-from geta_hf.export.gate import norm_coupled, prove_replay
-from geta_hf.export.hf_quantizer import GETAQuantizationConfig, attach_quantizer, has_quantizer
-from geta_hf.export.packed import packed_layers
-from geta_hf.export.packing import MAX_BITS, MIN_BITS
-from geta_hf.export.record import record
-from geta_hf.export.remote_code import save_compressed
-from geta_hf.export.saving import activation_bits, pack_layer, weight_bits, weight_holders
-from geta_hf.export.sizes import check_shards, shard_options, tensor_bytes
-from geta_hf.export.solve import solve
-from geta_hf.export.surgery import slice_model
-from geta_hf.export.ties import check_ties
-from geta_hf.export.trace import trace
-from geta_hf.export.verify import Outputs, attention_outputs, prove_alike
 from geta_hf.qadg import build_space, verify_space
-from geta_hf.qadg.groups import PruningSpace, kept_indices, zero_groups
+from geta_hf.qadg.space import PruningSpace, kept_indices, zero_groups
 from geta_hf.quantization import (
     FixedQuantizer,
     QuantizedLayer,
@@ -44,6 +28,22 @@ from geta_hf.quantization import (
     float_inputs,
     quantized_layers,
 )
+from geta_hf.serialization.atomic_folder import check_target, write_folder
+from geta_hf.serialization.bitpack import MAX_BITS, MIN_BITS
+from geta_hf.serialization.embeddings import RoundedEmbedding, rounded_embedding
+from geta_hf.serialization.encode import activation_bits, pack_layer, weight_bits, weight_holders
+from geta_hf.serialization.hf_quantizer import GETAQuantizationConfig, attach_quantizer, has_quantizer
+from geta_hf.serialization.packed_layers import packed_layers
+from geta_hf.serialization.remote_code import save_compressed
+from geta_hf.serialization.sizes import check_shards, shard_options, tensor_bytes
+from geta_hf.serialization.tied_weights import check_ties
+from geta_hf.surgery.compare_outputs import Outputs, attention_outputs, prove_alike
+from geta_hf.surgery.record import record
+from geta_hf.surgery.size_equations import WANTED
+from geta_hf.surgery.size_trace import trace
+from geta_hf.surgery.slice import slice_model
+from geta_hf.surgery.solve_attributes import solve
+from geta_hf.surgery.verify import norm_coupled, prove_replay
 
 STRUCTURE_NAME = "geta_structure.json"
 PICTURE_NAME = "geta_structure.svg"

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from geta_hf.errors import GETAError
-from geta_hf.export.packed import PackedConv1D, PackedLayer, PackedLinear
-from geta_hf.export.packing import BYTE_BITS
-from geta_hf.export.saving import fill, layer_codes
-from geta_hf.hooks import rebind_forward
 from geta_hf.inference.products import MOST_INPUTS, integer_product, on_gpu, round_rows, scaled
 from geta_hf.inference.weight_only import HALF_BITS, HAS_TRITON, pack_halves, unpack_halves, weight_only_linear
 from geta_hf.quantization.maths import integer_codes
+from geta_hf.serialization.bitpack import BYTE_BITS
+from geta_hf.serialization.encode import fill, layer_codes
+from geta_hf.serialization.packed_layers import PackedConv1D, PackedLayer, PackedLinear
+from geta_hf.utils.accelerate_hooks import rebind_forward
 
 FLOAT, STATIC, DYNAMIC, WEIGHT_ONLY = "float", "int8 static", "int8 dynamic", "weight only"
 """The paths of a layer: its own forward on a float weight; integer products, with the trained step size of its input or

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from geta_hf.export.hf_quantizer import QUANT_METHOD, GETAHfQuantizer, tied_weights
-from geta_hf.export.packed import packed_layers
-from geta_hf.export.readable import check_readable
 from geta_hf.inference.layers import fits_integers, reserve_integers
 from geta_hf.inference.prepare import InferenceReport, check_compute, prepare_for_inference
+from geta_hf.serialization.hf_quantizer import QUANT_METHOD, GETAHfQuantizer, tied_weights
+from geta_hf.serialization.packed_layers import packed_layers
+from geta_hf.serialization.validate import check_readable
 
 _LOADING = Lock()  # transformers looks the plug-in up in one table for all threads
 

@@ -13,8 +13,6 @@ from torch.utils.benchmark import Timer
 from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
-from geta_hf.export.packed import PackedLayer, packed_layers
-from geta_hf.export.verify import evaluating
 from geta_hf.inference.layers import (
     DYNAMIC,
     FLOAT,
@@ -27,7 +25,9 @@ from geta_hf.inference.layers import (
 )
 from geta_hf.inference.products import on_gpu
 from geta_hf.inference.weight_only import HAS_TRITON
-from geta_hf.report import format_table
+from geta_hf.serialization.packed_layers import PackedLayer, packed_layers
+from geta_hf.surgery.compare_outputs import evaluating
+from geta_hf.utils.tables import format_table
 
 COMPUTE = ("auto", "int8", "float")
 

@@ -9,12 +9,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
-from geta_hf.qadg.families import find_families
-from geta_hf.qadg.flow import Flow
-from geta_hf.qadg.graph import Node
-from geta_hf.qadg.groups import PruningSpace
+from geta_hf.qadg.families.find import find_families
 from geta_hf.qadg.policy import apply_policy
-from geta_hf.qadg.propagate import analyse
+from geta_hf.qadg.propagation.flow import Flow
+from geta_hf.qadg.propagation.propagate import analyse
+from geta_hf.qadg.space import PruningSpace
+from geta_hf.qadg.tracing.graph import Node
 from geta_hf.qadg.verify import verify_space
 
 
@@ -60,7 +60,8 @@ def build_space(
 
 def _verify_surgery(model: nn.Module, batch: Mapping[str, Any], space: PruningSpace) -> PruningSpace:
     """Gate 4, where there is a Hugging Face model with weights to cut; without what its own code can't follow."""
-    from geta_hf.export import rehearse, verify_surgery  # the one step against the way of the data, on demand alone
+    from geta_hf.surgery.dry_run import rehearse
+    from geta_hf.surgery.verify import verify_surgery  # the one step against the way of the data, on demand alone
 
     if not isinstance(model, PreTrainedModel) or any(parameter.is_meta for parameter in model.parameters()):
         return space

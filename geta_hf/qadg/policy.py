@@ -7,7 +7,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from geta_hf.errors import GETAError
-from geta_hf.qadg.groups import COUPLINGS, KINDS, Family, PruningSpace
+from geta_hf.qadg.space import COUPLINGS, KINDS, Family, PruningSpace
 
 PRUNABLE_KINDS = frozenset({"heads", "channels"})
 

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from geta_hf.qadg.flow import Flow
-from geta_hf.qadg.graph import Node, Ref, map_nested
-from geta_hf.qadg.rules_compute import FAKE_QUANTIZERS, reduced
-from geta_hf.qadg.rules_conv import batch_statistics
-from geta_hf.qadg.rules_index import single_pick
-from geta_hf.qadg.rules_shape import FACTORIES
-from geta_hf.qadg.staying import Staying
+from geta_hf.qadg.propagation.flow import Flow
+from geta_hf.qadg.propagation.keep_masks import Staying
+from geta_hf.qadg.propagation.rules_compute import FAKE_QUANTIZERS, reduced
+from geta_hf.qadg.propagation.rules_conv import batch_statistics
+from geta_hf.qadg.propagation.rules_index import single_pick
+from geta_hf.qadg.propagation.rules_shape import FACTORIES
+from geta_hf.qadg.tracing.graph import Node, Ref, map_nested
 
 Weights = Mapping[int, Callable[[], torch.Tensor]]
 """Makes a parameter or buffer when the replay comes to it; it is dropped after its last use."""

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from geta_hf.errors import GETAError
-from geta_hf.files import write_whole
-from geta_hf.qadg.groups import COUPLINGS, KINDS, Family, Frozen, Member, PruningSpace
+from geta_hf.qadg.space import COUPLINGS, KINDS, Family, Frozen, Member, PruningSpace
+from geta_hf.utils.files import write_whole
 
 FORMAT_VERSION = 1
 TABLES = "pruning_space.json"

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from geta_hf.errors import GETAError
-from geta_hf.qadg.families import find_families
-from geta_hf.qadg.flow import Flow
-from geta_hf.qadg.groups import Family, PruningSpace, kept_indices
-from geta_hf.qadg.propagate import analyse
+from geta_hf.qadg.families.find import find_families
+from geta_hf.qadg.propagation.element_ids import FROZEN
+from geta_hf.qadg.propagation.flow import Flow
+from geta_hf.qadg.propagation.propagate import analyse
 from geta_hf.qadg.replay import Replay, ReplayError, Weights, double
-from geta_hf.qadg.terms import FROZEN
+from geta_hf.qadg.space import Family, PruningSpace, kept_indices
 from geta_hf.qadg.variants import variants
 
 TOLERANCE = 1e-9

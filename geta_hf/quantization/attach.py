@@ -177,7 +177,7 @@ def cut_quantizers(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -
 
     Args:
         model: with quantizers, its weights cut already.
-        kept: tensor name -> dim -> int64 indices that stayed, as `geta_hf.qadg.groups.kept_indices` gives them.
+        kept: tensor name -> dim -> int64 indices that stayed, as `geta_hf.qadg.space.kept_indices` gives them.
     """
     for name, layer in quantized_layers(model).items():
         quantizer, dim = layer.weight_quantizer, layer.weight_quantizer.channel_dim

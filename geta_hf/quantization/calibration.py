@@ -14,7 +14,7 @@ from geta_hf.errors import GETAError
 from geta_hf.quantization.attach import matching, quantized_layers
 from geta_hf.quantization.layers import QuantizedLayer
 from geta_hf.quantization.quantizer import Quantizer, best_share, check_clipping, count_magnitudes
-from geta_hf.temporarily import evaluating
+from geta_hf.utils.module_state import evaluating
 
 
 class _Range:

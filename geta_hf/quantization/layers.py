@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from geta_hf.errors import GETAError
-from geta_hf.hooks import rebind_forward
 from geta_hf.quantization.fixed import InputQuantizedLayer
 from geta_hf.quantization.kinds import base_type
 from geta_hf.quantization.linear import quantized_linear
 from geta_hf.quantization.lora import LowRank
 from geta_hf.quantization.quantizer import Quantizer
+from geta_hf.utils.accelerate_hooks import rebind_forward
 
 
 class QuantizedLayer(InputQuantizedLayer):

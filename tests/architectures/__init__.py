@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from geta_hf.qadg.example import example_batch
+from geta_hf.qadg.tracing.dummy_inputs import example_batch
 from tests.architectures.audio import AUDIO
 from tests.architectures.base import Architecture
 from tests.architectures.decoders import DECODERS

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_encoders import some_batch, tiny_model, train_by_hand
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from geta_hf.export import export
 from geta_hf.qadg import PruningSpace, build_space
+from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
 
 
 @pytest.fixture(autouse=True)

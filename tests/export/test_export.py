@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_encoders import CLASSES, some_batch, tiny_bloom, tiny_model, train_by_hand
 from torch import nn
 from transformers import AutoModelForQuestionAnswering, BertTokenizer, PreTrainedModel
 
 from geta_hf.errors import GETAError
 from geta_hf.export import ExportReport, export
 from geta_hf.export.export import compress, whole_bits
-from geta_hf.export.packed import packed_layers
-from geta_hf.export.surgery import slice_model
 from geta_hf.qadg import PruningSpace, build_space, zero_groups
 from geta_hf.quantization import attach_quantizers, quantized_layers, step_size
+from geta_hf.serialization.packed_layers import packed_layers
+from geta_hf.surgery.slice import slice_model
+from tests.export.tiny_encoders import CLASSES, some_batch, tiny_bloom, tiny_model, train_by_hand
 
 # The package offers the function under the module's name, so the module is asked for by its full name.
 export_module = importlib.import_module("geta_hf.export.export")

@@ -9,15 +9,16 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from geta_hf.export import export, rehearse
-from geta_hf.export.gate import mask_groups
-from geta_hf.export.verify import attention_outputs
-from geta_hf.plan import make_ledger
+from geta_hf.export import export
 from geta_hf.qadg import build_space, zero_groups
+from geta_hf.surgery.compare_outputs import attention_outputs
+from geta_hf.surgery.dry_run import rehearse
+from geta_hf.surgery.verify import mask_groups
+from geta_hf.training.plan import make_ledger
 from tests.architectures import build
-from tests.export.test_gate import with_kinds
 from tests.export.tiny_encoders import train_by_hand
 from tests.qadg.test_architectures import QUICK
+from tests.surgery.test_verify import with_kinds
 
 
 def logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:

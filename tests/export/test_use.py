@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_encoders import some_batch, tiny_model, train_by_hand
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -24,8 +23,9 @@ from transformers import (
 )
 
 from geta_hf import GETAError, build_space, export
-from geta_hf.export.packed import PackedEmbedding, PackedRows, packed_layers
 from geta_hf.quantization import attach_quantizers
+from geta_hf.serialization.packed_layers import PackedEmbedding, PackedRows, packed_layers
+from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
 
 IDS = torch.arange(24).view(2, 12) % 60
 

@@ -23,7 +23,7 @@ from transformers import (
     RobertaForQuestionAnswering,
 )
 
-from geta_hf.qadg.groups import PruningSpace
+from geta_hf.qadg.space import PruningSpace
 from geta_hf.quantization import attach_quantizers, quantized_layers, step_size
 
 CLASSES = {

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from geta_hf.export.packed import packed_layers
 from geta_hf.inference import layers, prepare, prepare_for_inference, products
 from geta_hf.inference.layers import DYNAMIC, FEW_ROWS, FLOAT, WEIGHT_ONLY, IntegerLayer
+from geta_hf.serialization.packed_layers import packed_layers
 from tests.inference.models import bert, error, files, gpt2, outputs
 
 SHAPES: list[tuple[int, ...]] = [(3, 5), (FEW_ROWS,), (5, FEW_ROWS)]

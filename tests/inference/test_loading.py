@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoModelForQuestionAnswering
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from geta_hf.errors import GETAError
-from geta_hf.export.hf_quantizer import GETAHfQuantizer
-from geta_hf.export.packed import PackedLayer, packed_layers
 from geta_hf.inference import load_for_inference, prepare_for_inference
 from geta_hf.inference.layers import DYNAMIC, FLOAT, STATIC, IntegerLayer
+from geta_hf.serialization.hf_quantizer import GETAHfQuantizer
+from geta_hf.serialization.packed_layers import PackedLayer, packed_layers
 from tests.inference.models import bert, files, gpt2, outputs
 
 KINDS: dict[str, Any] = {

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForQuestionAnswering
 
 from geta_hf.errors import GETAError
-from geta_hf.export.packed import packed_layers
 from geta_hf.inference import InferenceReport, prepare, prepare_for_inference
 from geta_hf.inference.layers import DYNAMIC, FLOAT, STATIC, IntegerConv1D, IntegerLayer, set_path
+from geta_hf.serialization.packed_layers import packed_layers
 from tests.export.tiny_encoders import some_batch, tiny_model
 from tests.inference.models import bert, error, files, gpt2, outputs, t5
 

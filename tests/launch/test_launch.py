@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForQuestionAnswering
 
 from geta_hf import GETAConfig
-from geta_hf.checkpoints import check_checkpoint, write_notes
 from geta_hf.errors import GETAError
+from geta_hf.training.checkpoints import check_checkpoint, write_notes
 from tests.launch.scenarios import RULES, make, outcome, whole_run
 
 ROOT = Path(__file__).resolve().parents[2]

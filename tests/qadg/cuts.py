@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from geta_hf.qadg import Family, PruningSpace, kept_indices, verify_space
 from geta_hf.qadg.build import space_of
-from geta_hf.qadg.flow import Flow
-from geta_hf.qadg.propagate import analyse
+from geta_hf.qadg.propagation.flow import Flow
+from geta_hf.qadg.propagation.propagate import analyse
 from geta_hf.qadg.replay import Replay, double
 
 Batch = dict[str, Tensor]

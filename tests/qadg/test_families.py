@@ -11,7 +11,7 @@ from transformers import BertConfig, LlamaConfig
 from geta_hf import attach_quantizers
 from geta_hf.errors import GETAError
 from geta_hf.qadg import PruningSpace, build_space
-from geta_hf.qadg.groups import COUPLINGS, KINDS, Family
+from geta_hf.qadg.space import COUPLINGS, KINDS, Family
 from tests.architectures import build
 
 from .models import CHANNELS, HEAD_DIM, HEADS, HIDDEN, make
@@ -130,7 +130,7 @@ def test_verify_runs_all_gates_and_gives_up_what_the_models_code_cannot_follow()
 
 def test_verify_on_meta_stops_before_the_model_itself():
     config = BertConfig(hidden_size=HIDDEN, num_attention_heads=HEADS, intermediate_size=CHANNELS, num_hidden_layers=1)
-    from geta_hf.qadg.example import empty_model, example_batch
+    from geta_hf.qadg.tracing.dummy_inputs import empty_model, example_batch
 
     model = empty_model(config)
     assert len(build_space(model, example_batch(model), verify=True).prunable) == 2

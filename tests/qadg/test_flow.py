@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from geta_hf.qadg.flow import Flow
-from geta_hf.qadg.graph import Graph
+from geta_hf.qadg.propagation.flow import Flow
+from geta_hf.qadg.tracing.graph import Graph
 
 
 def atoms(flow: Flow, dim: np.ndarray | None) -> list[list[int]] | None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from geta_hf.qadg import PruningSpace, build_space, verify_space
-from geta_hf.qadg.capture import capture
-from geta_hf.qadg.merge import merge_branches
+from geta_hf.qadg.tracing.capture import capture
+from geta_hf.qadg.tracing.merge import merge_branches
 from geta_hf.quantization import attach_input_quantizers, attach_quantizers, quantized_layers
 from tests.architectures import build
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from geta_hf.qadg import PruningSpace, verify_space
 from geta_hf.qadg.build import space_of
-from geta_hf.qadg.propagate import analyse
+from geta_hf.qadg.propagation.propagate import analyse
 
 from .cuts import all_prunable, as_cut, channels, cuts, linears, proven, singles
 

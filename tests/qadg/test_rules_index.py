@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from geta_hf.qadg.build import space_of
-from geta_hf.qadg.propagate import analyse
+from geta_hf.qadg.propagation.propagate import analyse
 
 from .cuts import Between, channels, cuts, linears, singles
 

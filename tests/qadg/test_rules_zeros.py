@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from geta_hf.qadg.propagate import analyse
-from geta_hf.qadg.rules_zeros import where_removed
+from geta_hf.qadg.propagation.propagate import analyse
+from geta_hf.qadg.propagation.rules_zeros import where_removed
 
 from .cuts import linears
 

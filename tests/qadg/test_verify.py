@@ -11,7 +11,7 @@ from torch import nn
 
 from geta_hf.errors import GETAError
 from geta_hf.qadg import Family, Member, PruningSpace, build_space, verify_space
-from geta_hf.qadg.propagate import RULES
+from geta_hf.qadg.propagation.propagate import RULES
 
 from .models import MODELS, Block, make
 
@@ -132,8 +132,8 @@ def test_a_rule_that_forgets_something_is_caught(operator, monkeypatch, batch):
 
 
 def build_space_with_all_prunable(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> PruningSpace:
-    from geta_hf.qadg.families import find_families
-    from geta_hf.qadg.propagate import analyse
+    from geta_hf.qadg.families.find import find_families
+    from geta_hf.qadg.propagation.propagate import analyse
 
     flow = analyse(model, batch)
     families: list[Family] = [replace(f, prunable=f.size > 1) for f in find_families(flow)]

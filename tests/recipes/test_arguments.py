@@ -13,8 +13,8 @@ from transformers import TrainingArguments
 
 from geta_hf import GETAConfig, GETAError, config
 from geta_hf.config import CompressionConfig, above, setting, settings_of
-from recipes import bert_squad
-from recipes import phi2_commonsense as recipe
+from recipes import language_modeling as recipe
+from recipes import question_answering as bert_squad
 from recipes.arguments import describe_config
 
 ROOT = Path(__file__).parent.parent.parent

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from geta_hf.report import read_structure
+from geta_hf.reporting.comparison import read_structure
 from recipes import demo
 
 

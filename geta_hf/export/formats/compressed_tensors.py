@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
 from geta_hf.export.formats.vanilla import write_plain
-from geta_hf.export.packed import PackedLayer, packed_layers
-from geta_hf.export.saving import layer_codes
+from geta_hf.serialization.encode import layer_codes
+from geta_hf.serialization.packed_layers import PackedLayer, packed_layers
 
 MAX_BITS = 8
 _FORMAT = "pack-quantized"

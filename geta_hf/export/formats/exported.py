@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
 from geta_hf.export.formats.integers import Style, plain_copy, store_integers
-from geta_hf.export.record import other_shape
-from geta_hf.export.saving import activation_bits
-from geta_hf.export.verify import evaluating
+from geta_hf.serialization.encode import activation_bits
+from geta_hf.surgery.compare_outputs import evaluating
+from geta_hf.surgery.record import other_shape
 
 if TYPE_CHECKING:
     from transformers.exporters import DynamoConfig, ExportedModel

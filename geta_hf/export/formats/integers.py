@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from geta_hf.export.formats.plain import LEFT_OUT
-from geta_hf.export.packed import PackedLayer, packed_layers
-from geta_hf.export.packing import BYTE_BITS
-from geta_hf.export.saving import fill, layer_codes, weight_holders
 from geta_hf.quantization.fixed import FixedQuantizer, output_dim
 from geta_hf.quantization.maths import quantize
+from geta_hf.serialization.bitpack import BYTE_BITS
+from geta_hf.serialization.encode import fill, layer_codes, weight_holders
+from geta_hf.serialization.packed_layers import PackedLayer, packed_layers
 
 Style = Literal["operators", "arithmetic", "float"]
 """What a traced graph has: quantize and dequantize operators, the same in plain arithmetic, or float weights."""

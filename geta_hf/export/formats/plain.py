@@ -18,11 +18,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from geta_hf.errors import GETAError
-from geta_hf.export.config_view import is_config
-from geta_hf.export.fixes import read_attribute
-from geta_hf.export.hf_quantizer import GETAQuantizationConfig
-from geta_hf.export.packed import packed_layers
-from geta_hf.export.saving import dense_weight
+from geta_hf.serialization.encode import dense_weight
+from geta_hf.serialization.hf_quantizer import GETAQuantizationConfig
+from geta_hf.serialization.packed_layers import packed_layers
+from geta_hf.surgery.config_view import is_config
+from geta_hf.surgery.fixes import read_attribute
 
 Place = tuple[str | int, ...]
 """The way to one number in config.json: keys of objects, places in lists."""

@@ -13,10 +13,10 @@ from transformers.utils import logging
 
 from geta_hf.errors import GETAError
 from geta_hf.export.formats.plain import plain_models
-from geta_hf.export.gate import check_generation
-from geta_hf.export.saving import activation_bits
-from geta_hf.export.verify import attention_outputs, prove_alike
-from geta_hf.temporarily import HALVES
+from geta_hf.serialization.encode import activation_bits
+from geta_hf.surgery.compare_outputs import attention_outputs, prove_alike
+from geta_hf.surgery.verify import check_generation
+from geta_hf.utils.module_state import HALVES
 
 logger = logging.get_logger(__name__)
 

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from geta_hf.errors import GETAError
-from geta_hf.export.embeddings import rounded_embedding
 from geta_hf.export.export import compress
 from geta_hf.export.formats import compressed_tensors as writer
 from geta_hf.export.formats.compressed_tensors import write_compressed_tensors
 from geta_hf.export.formats.vanilla import write_vanilla
-from geta_hf.export.packed import packed_layers
-from geta_hf.export.saving import dense_weight, layer_codes
 from geta_hf.qadg import PruningSpace, build_space
 from geta_hf.quantization import attach_quantizers, quantized_layers, step_size
+from geta_hf.serialization.embeddings import rounded_embedding
+from geta_hf.serialization.encode import dense_weight, layer_codes
+from geta_hf.serialization.packed_layers import packed_layers
 from tests.architectures import build
 from tests.elsewhere import run_elsewhere
 from tests.export.formats.uniform import compressed, cut, logits, prepared, tiny

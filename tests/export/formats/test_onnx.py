@@ -15,9 +15,9 @@ from geta_hf.export import export
 from geta_hf.export.formats import exported
 from geta_hf.export.formats.exported import EXACT, Sample, difference, load
 from geta_hf.export.formats.onnx import write_onnx
-from geta_hf.export.packed import packed_layers
-from geta_hf.export.saving import layer_codes
 from geta_hf.qadg import build_space
+from geta_hf.serialization.encode import layer_codes
+from geta_hf.serialization.packed_layers import packed_layers
 from tests.export.formats.test_integers import compressed, gpt2, vit
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
 

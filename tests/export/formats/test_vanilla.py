@@ -19,10 +19,10 @@ from geta_hf.export import export
 from geta_hf.export.formats import plain as plain_module
 from geta_hf.export.formats.plain import _Search, plain_models
 from geta_hf.export.formats.vanilla import write_plain, write_vanilla
-from geta_hf.export.gate import mask_groups
-from geta_hf.export.hf_quantizer import attach_quantizer
-from geta_hf.export.surgery import slice_model
 from geta_hf.qadg import build_space
+from geta_hf.serialization.hf_quantizer import attach_quantizer
+from geta_hf.surgery.slice import slice_model
+from geta_hf.surgery.verify import mask_groups
 from tests.architectures import build
 from tests.elsewhere import run_elsewhere
 from tests.export.formats.uniform import compressed, cut, halved, logits, prepared, tiny

@@ -1,0 +1,175 @@
+"""What a model holds and what leaves with each group: plain data in which any target can be counted without the model.
+
+Everything here is on CPU and is asked at period boundaries only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from geta_hf.qadg.group_labels import Cut, find_cuts, marked
+from geta_hf.qadg.space import Family
+from geta_hf.quantization.functional import FLOAT_BITS
+
+ROUNDING = 1e-9
+"""What counts as rounding of an amount, as a share of it."""
+
+Entry = tuple[str, list[int], int]
+"""Of a tensor in a file: its type, shape and bytes."""
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """A quantized weight.
+
+    Attributes:
+        weight: its name.
+        uses: how often each of its elements is multiplied in one forward pass, relative to the other layers.
+        channel_dim: the dimension with a step size of its own for each index; None for one step size in all.
+    """
+
+    weight: str
+    uses: float = 1.0
+    channel_dim: int | None = None
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Sizes of all tensors of a model and what the groups cut of them.
+
+    Attributes:
+        shapes: shape of every tensor that is stored, by name; tied ones once.
+        item_bytes: bytes of one element of each of them.
+        cuts: what the groups cut.
+        groups: number of groups.
+        layers: the quantized weights.
+        buffers: those of the tensors that are no parameters.
+        row_bits: width of every other tensor that an export rounds, with a step size for each row.
+        stored_as: what a file calls tensors that transformers renames or splits as it saves them: name -> the names and
+            shapes of its equal pieces before anything is cut.
+        dropped: elements times uses of the quantized weights of whole layers that left before; BOPs are relative to
+            the model that still had them.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    cuts: Sequence[Cut]
+    groups: int
+    layers: Sequence[LayerEntry]
+    item_bytes: Mapping[str, int] = field(default_factory=dict)
+    buffers: Collection[str] = ()
+    row_bits: Mapping[str, int] = field(default_factory=dict)
+    stored_as: Mapping[str, Sequence[tuple[str, tuple[int, ...]]]] = field(default_factory=dict)
+    dropped: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        families: Sequence[Family],
+        shapes: Mapping[str, tuple[int, ...]],
+        layers: Sequence[LayerEntry],
+        item_bytes: Mapping[str, int] | None = None,
+        buffers: Collection[str] = (),
+        row_bits: Mapping[str, int] | None = None,
+    ) -> Ledger:
+        """Count the groups of these families over these tensors."""
+        groups = sum(family.size for family in families)
+        return cls(shapes, find_cuts(families, shapes), groups, layers, item_bytes or {}, buffers, row_bits or {})
+
+    @classmethod
+    def of_tensors(cls, families: Sequence[Family], named: Mapping[str, Tensor], weights: Sequence[str]) -> Ledger:
+        """Count over these tensors and quantized weights alone, which is enough for all targets but bytes."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
+        return cls.of(families, shapes, [LayerEntry(weight) for weight in weights])
+
+    def left(self, gone: Tensor) -> dict[str, list[int]]:
+        """Shapes of the tensors that are cut, once the groups of `gone`, bool (groups,), have left."""
+        shapes: dict[str, list[int]] = {}
+        for cut in self.cuts:
+            shape = shapes.setdefault(cut.tensor, list(self.shapes[cut.tensor]))
+            shape[cut.dim] -= int(marked(cut.label, gone).sum())
+        return shapes
+
+    @property
+    def nothing(self) -> Tensor:
+        """The mask of no group."""
+        return torch.zeros(self.groups, dtype=torch.bool)
+
+    def prunable_parameters(self, gone: Tensor) -> int:
+        """Elements that are left of all that could leave with some group."""
+        fixed = self._cut_elements(torch.ones(self.groups, dtype=torch.bool))
+        return self._cut_elements(gone) - fixed
+
+    def _cut_elements(self, gone: Tensor) -> int:
+        left = self.left(gone)
+        return sum(math.prod(shape) for name, shape in left.items() if name not in self.buffers)
+
+    def weights(self, gone: Tensor) -> Tensor:
+        """Elements left of every quantized weight, float64, shape (layers,)."""
+        left = self.left(gone)
+        sizes = [math.prod(left.get(layer.weight, self.shapes[layer.weight])) for layer in self.layers]
+        return torch.tensor(sizes, dtype=torch.float64)
+
+    def relative_bops(self, gone: Tensor, bits: Tensor | float, input_bits: Tensor | float = FLOAT_BITS) -> float:
+        """BOPs of the quantized layers relative to the dense model's: Σ MACs · b_w · b_a, dense 32 · 32.
+
+        Args:
+            bits, input_bits: of each layer's weight and input, shape (layers,), or one number for all.
+        """
+        uses = torch.tensor([layer.uses for layer in self.layers], dtype=torch.float64)
+        dense = ((self.weights(self.nothing) * uses).sum() + self.dropped) * FLOAT_BITS**2
+        return float((self.weights(gone) * uses * bits * input_bits).sum() / dense)
+
+    def stored_bytes(self, gone: Tensor, bits: Tensor | float, quantized_inputs: bool = False) -> int:
+        """Bytes of the safetensors file that an export writes: packed codes, scales, all other tensors, and its header.
+
+        Args:
+            bits: whole for an exact count; a real mean width gives the size to be expected.
+            quantized_inputs: whether each layer stores the step size of its input, too.
+        """
+        left = self.left(gone)
+        widths = torch.as_tensor(bits, dtype=torch.float64).expand(len(self.layers)).tolist()
+        packed = {layer.weight: (layer, width) for layer, width in zip(self.layers, widths, strict=True)}
+        sizes: dict[str, Entry] = {}
+        for name, full in self.shapes.items():
+            shape = left.get(name, list(full))
+            if name in self.row_bits:
+                length = math.ceil(math.prod(shape) * self.row_bits[name] / 8)
+                sizes[name], sizes[f"{name}_scale"] = ("U8", [length], length), ("F32", shape[:1], 4 * shape[0])
+                continue
+            if name not in packed:
+                sizes[name] = ("F32", shape, math.prod(shape) * self.item_bytes[name])
+                continue
+            layer, width = packed[name]
+            length = math.ceil(math.prod(shape) * width / 8)
+            scales = 1 if layer.channel_dim is None else shape[layer.channel_dim]
+            sizes[name] = ("U8", [length], length)
+            sizes[f"{name}_scale"] = ("F32", [scales], 4 * scales)
+            if quantized_inputs:
+                sizes[f"{name.removesuffix('weight')}input_scale"] = ("F32", [1], 4)
+        return sum(size for _, _, size in sizes.values()) + _header_bytes(self._as_stored(sizes))
+
+    def _as_stored(self, sizes: Mapping[str, Entry]) -> dict[str, Entry]:
+        """The entries of a file's header; pieces of what was split have the shape of before, which is no shorter."""
+        found: dict[str, Entry] = {}
+        for name, (kind, shape, size) in sizes.items():
+            pieces = self.stored_as.get(name, [(name, ())])
+            for piece, whole in pieces:
+                found[piece] = (kind, shape if len(pieces) == 1 else list(whole), size // len(pieces))
+        return found
+
+
+def _header_bytes(sizes: Mapping[str, Entry]) -> int:
+    """Length word and JSON of a safetensors file, padded to 8 bytes."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    ordered = sorted(sizes.items(), key=lambda item: (item[1][0] == "U8", item[0]))  # as safetensors lays them out
+    for name, (kind, shape, size) in ordered:
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    return 8 + -(-len(json.dumps(header, separators=(",", ":"))) // 8) * 8

@@ -1,0 +1,184 @@
+"""What a model costs: parameters, MACs, BOPs under both definitions, bits and bytes. Two counts that are never mixed:
+
+`bops_linear` is the paper's definition: the quantized linears alone, MACs · b_w · b_a, 32 for a float side.
+`bops_full` counts every matmul of a forward pass, attention's included, and one addition an element looked up in an
+embedding table; all that is not quantized at 32 · 32.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from geta_hf.errors import GETAError
+from geta_hf.quantization import quantized_layers
+from geta_hf.quantization.functional import FLOAT_BITS
+from geta_hf.utils.module_state import evaluating
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One quantized layer.
+
+    Attributes:
+        name: module path.
+        weights: elements of its weight that are left; MACs a token for a linear.
+        bits: width of the weight; 32 where it is float.
+        input_bits: width of the layer's input; 32 where it is float.
+    """
+
+    name: str
+    weights: int
+    bits: float
+    input_bits: float = FLOAT_BITS
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one model costs for one sequence of `tokens` tokens.
+
+    Attributes:
+        parameters: elements of all parameters, tied ones once.
+        macs: multiply-accumulates of all matmuls of one forward pass.
+        bops_linear: the paper's BOPs, over the layers in `layers`.
+        bops_full: BOPs of every matmul and embedding look-up.
+        mean_bits: mean width over the weights of `layers`.
+        layers: the layers that are quantized, or would be.
+    """
+
+    tokens: int
+    parameters: int
+    macs: int
+    bops_linear: float
+    bops_full: float
+    mean_bits: float
+    layers: tuple[LayerCost, ...]
+
+
+def linear_bops(layers: Sequence[LayerCost], tokens: int = 1) -> float:
+    """The paper's BOPs: Σ weights · tokens · b_w · b_a."""
+    return sum(layer.weights * tokens * layer.bits * layer.input_bits for layer in layers)
+
+
+def mean_bits(layers: Sequence[LayerCost]) -> float:
+    """Mean width a weight. Raises GETAError when there is no layer."""
+    weights = sum(layer.weights for layer in layers)
+    if not weights:
+        raise GETAError("there is no quantized weight to average bits over")
+    return sum(layer.weights * layer.bits for layer in layers) / weights
+
+
+def layer_costs(model: nn.Module, names: Sequence[str] | None = None) -> tuple[LayerCost, ...]:
+    """The quantized layers of a model being trained or reloaded, as they stand; an embedding has no products.
+
+    Args:
+        model: with quantizers attached, or loaded from an exported folder, or dense.
+        names: the layers to count for a dense model, at 32 bits.
+    """
+    bits, inputs = _trained_bits(model)
+    if not bits:
+        stored: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+        exported = stored is not None and getattr(stored, "quant_method", None) == "geta"
+        bits = stored.bits if exported else dict.fromkeys(names or (), FLOAT_BITS)
+        inputs = stored.activation_bits if exported else {}
+    return tuple(
+        LayerCost(name, model.get_parameter(f"{name}.weight").numel(), width, inputs.get(name, FLOAT_BITS))
+        for name, width in bits.items()
+        if not isinstance(model.get_submodule(name), nn.Embedding)
+    )
+
+
+def _trained_bits(model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
+    """Present widths of weights and of inputs by layer; over output channels their mean."""
+    layers = quantized_layers(model)
+    bits = {name: float(layer.weight_quantizer.bits().mean()) for name, layer in layers.items()}
+    quantizers = {name: layer.input_quantizer for name, layer in layers.items()}
+    return bits, {name: float(own.bits()) for name, own in quantizers.items() if own is not None}
+
+
+@torch.no_grad()
+def measure_costs(model: PreTrainedModel, tokens: int = 384, names: Sequence[str] | None = None) -> Costs:
+    """Count one forward pass of a dense or reloaded model on one sequence.
+
+    Args:
+        model: a text model; it is not changed.
+        tokens: length of the sequence.
+        names: for a dense model, the layers that the paper's definition counts, such as `select_layers` gives.
+    """
+    layers = layer_costs(model, names)
+    # Fused attention kernels are not counted by torch, so count the same maths done eagerly.
+    eager = copy.deepcopy(model).eval()
+    eager.set_attn_implementation("eager")
+    (uses, _), looked_up = count_uses(eager, [layer.name for layer in layers]), _count_look_ups(eager)
+    with FlopCounterMode(display=False) as counter:
+        eager(torch.zeros(1, tokens, dtype=torch.long, device=model.device))
+    macs = counter.get_total_flops() // 2
+    executed = {layer.name: layer.weights * uses[layer.name] for layer in layers}
+    linear = sum(executed[layer.name] * layer.bits * layer.input_bits for layer in layers)
+    rest = macs - sum(executed.values()) + sum(looked_up)
+    return Costs(
+        tokens=tokens,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        macs=macs,
+        bops_linear=linear,
+        bops_full=linear + rest * FLOAT_BITS * FLOAT_BITS,
+        mean_bits=mean_bits(layers) if layers else FLOAT_BITS,
+        layers=layers,
+    )
+
+
+def count_uses(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, int], list[RemovableHandle]]:
+    """Count, from now on, how often each named layer's weight is used: once a token by a linear, once a position by a
+    convolution, anew each time a shared layer runs.
+
+    Returns:
+        Layer name to count, which grows as the model runs, and what to remove to stop counting.
+    """
+    uses = dict.fromkeys(names, 0)
+
+    def count(name: str, layer: nn.Module, output: Tensor) -> None:
+        uses[name] += output.numel() // output.shape[1 if isinstance(layer, nn.Conv2d) else -1]
+
+    return uses, [
+        model.get_submodule(name).register_forward_hook(lambda m, _i, output, name=name: count(name, m, output))
+        for name in uses
+    ]
+
+
+def forward_uses(model: nn.Module, names: Iterable[str], batch: Mapping[str, Any]) -> dict[str, int]:
+    """How often each named layer's weight is used in one forward pass on a batch, as `count_uses` counts."""
+    uses, hooks = count_uses(model, names)
+    try:
+        with evaluating(model):
+            model(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return uses
+
+
+def _count_look_ups(model: nn.Module) -> list[int]:
+    """Elements that each call of an embedding will look up."""
+    looked_up: list[int] = []
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(lambda _m, _i, output: looked_up.append(output.numel()))
+    return looked_up
+
+
+def bytes_on_disk(directory: str | os.PathLike[str]) -> int:
+    """Bytes of all safetensors files of a folder. Raises GETAError when there is none."""
+    files = list(Path(directory).glob("*.safetensors"))
+    if not files:
+        raise GETAError(f"{directory} holds no .safetensors file")
+    return sum(file.stat().st_size for file in files)

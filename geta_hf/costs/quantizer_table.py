@@ -1,0 +1,143 @@
+"""All quantizers of a model as three flat vectors, so that one operator serves every layer.
+
+An entry is one (d, q_m): a layer has one, or one an output channel. Weights' quantizers come first, activations' after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from geta_hf.quantization.functional import bit_width
+from geta_hf.utils.shards import add_up, local, shard_of
+
+Named = Mapping[str, Tensor]
+Values = tuple[Tensor, Tensor, Tensor]
+
+
+class Quantizers:
+    """Where the (d, q_m, t) of every quantizer lie in the flat vectors.
+
+    Args:
+        weights: weight name -> prefix of its quantizer's parameters; tied weights share one.
+        activations: prefixes of the quantizers of layers' inputs.
+        named: all trained parameters by name, whose shapes say how many entries a quantizer has.
+        channel_dims: prefix -> the weight's dimension along which a quantizer of several entries runs.
+
+    Attributes:
+        layer: int64, shape (entries,): the position in `prefixes` that an entry belongs to.
+        weight_layers: how many of `prefixes` quantize weights.
+        own_weights: the weight of each of these; of tied ones the first.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, str],
+        activations: Sequence[str],
+        named: Named,
+        channel_dims: Mapping[str, int] | None = None,
+    ) -> None:
+        self.weights, self.channel_dims = dict(weights), dict(channel_dims or {})
+        of_weights = list(dict.fromkeys(weights.values()))
+        self.prefixes = [*of_weights, *activations]
+        self.weight_layers = len(of_weights)
+        first = {prefix: weight for weight, prefix in reversed(self.weights.items())}
+        self.own_weights = [first[prefix] for prefix in of_weights]
+        sizes = [named[f"{prefix}.d"].numel() for prefix in self.prefixes]
+        self._positions = {prefix: position for position, prefix in enumerate(self.prefixes)}
+        self.sizes = sizes
+        self.names = {leaf: [f"{prefix}.{leaf}" for prefix in self.prefixes] for leaf in ("d", "q_m", "t")}
+        ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
+        self.spans = {p: slice(*ends[i : i + 2]) for i, p in enumerate(self.prefixes)}
+        self._entries = torch.tensor(sizes, dtype=torch.int64)
+        self.layer = torch.repeat_interleave(torch.arange(len(sizes)), self._entries)
+
+    def position(self, weight: str) -> int:
+        """Position in `prefixes` of a weight's quantizer; -1 where it has none."""
+        return self._positions.get(self.weights.get(weight, ""), -1)
+
+    def to(self, device: torch.device) -> None:
+        """Keep the index of layers, and their numbers of entries, where the parameters are."""
+        self.layer, self._entries = self.layer.to(device), self._entries.to(device)
+
+    def read(self, named: Named) -> Values:
+        """(d, q_m, t) of all entries on every process, fp32, shape (entries,) each; t is 1 where it is not trained."""
+        d, q_m = self.gather("d", named, 0.0), self.gather("q_m", named, 0.0)
+        return d, q_m, self.gather("t", named, 1.0)
+
+    @torch.no_grad()
+    def gather(self, leaf: str, named: Named, missing: float, gradient: bool = False) -> Tensor:
+        """One parameter of all quantizers, or its gradient, shape (entries,); `missing` where there is none."""
+        found = [named.get(name) for name in self.names[leaf]]
+        device = self.layer.device
+        if all(parameter is None for parameter in found):
+            return torch.full(self.layer.shape, missing, device=device)
+        if any(shard_of(parameter) is not None for parameter in found if parameter is not None):
+            return self._gather_shards(found, missing, gradient)
+        values = [p.grad if gradient and p is not None else p for p in found]
+        default = torch.full((1,), missing, device=device)
+        pairs = zip(values, self.sizes, strict=True)
+        return torch.cat([(default if value is None else value).expand(size) for value, size in pairs])
+
+    def _gather_shards(self, found: Sequence[Tensor | None], missing: float, gradient: bool) -> Tensor:
+        """`gather` where every process holds some of the entries."""
+        flat, absent, held = torch.zeros(self.layer.shape, device=self.layer.device), [], None
+        for parameter, span in zip(found, self.spans.values(), strict=True):
+            value = parameter.grad if gradient and parameter is not None else parameter
+            if parameter is None or value is None:
+                absent.append(span)
+                continue
+            shard = shard_of(parameter)
+            assert shard is not None
+            held = shard
+            # A parameter of one entry that serves all channels is held whole by one process.
+            place = flat[span] if parameter.numel() == 1 else flat[span][shard.start : shard.stop]
+            if shard.stop > shard.start:
+                place.copy_(local(value.detach()).expand(place.shape))
+        add_up(flat, held)
+        for span in absent:
+            flat[span] = missing
+        return flat
+
+    @torch.no_grad()
+    def write_step_sizes(self, flat: Tensor, named: Named) -> None:
+        """Set every d from a vector of shape (entries,)."""
+        self._write("d", flat, named)
+
+    @torch.no_grad()
+    def write_clipping(self, flat: Tensor, named: Named) -> None:
+        """Set every q_m from a vector of shape (entries,)."""
+        self._write("q_m", flat, named)
+
+    def _write(self, leaf: str, flat: Tensor, named: Named) -> None:
+        targets, values = [], []
+        for name, part in zip(self.names[leaf], flat.split(self.sizes), strict=True):
+            shard = shard_of(named[name])
+            targets.append(local(named[name].detach()))
+            values.append(part if shard is None else part[shard.start : shard.stop])
+        if targets:
+            torch._foreach_copy_(targets, values)
+
+    def along(self, prefix: str, flat: Tensor, dims: int) -> Tensor:
+        """One weight's entries of a flat vector, shaped to multiply the whole weight of `dims` dimensions."""
+        values = flat[self.spans[prefix]]
+        if values.numel() == 1:
+            return values
+        shape = [1] * dims
+        shape[self.channel_dims[prefix]] = -1
+        return values.view(shape)
+
+    def of_weights(self, values: Tensor) -> Tensor:
+        """Values of weights' layers, shape (weight_layers,), for every entry; 0 for those of activations."""
+        return torch.cat([values, values.new_zeros(len(self.prefixes) - self.weight_layers)])[self.layer]
+
+    def by_layer(self, entries: Tensor) -> Tensor:
+        """Mean over each layer's entries, shape (layers,)."""
+        total = torch.zeros(len(self.prefixes), device=entries.device).index_add_(0, self.layer, entries)
+        return total / self._entries
+
+    def bits(self, named: Named) -> Tensor:
+        """Present width of every layer, real, shape (layers,); over channels the mean."""
+        return self.by_layer(bit_width(*self.read(named)))

@@ -1,0 +1,200 @@
+"""Which groups become redundant next: the lowest scores, up to an exact amount, and never a family's last group.
+
+Groups leave in chunks: single groups by default, several where the kept count has to stay a multiple of something, and
+one of every family of a kind where all layers have to keep equally many.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from geta_hf.config import GETAConfig
+from geta_hf.errors import GETAError
+from geta_hf.qadg.group_labels import family_starts
+from geta_hf.qadg.space import Family
+
+TOLERANCE = 0.005
+"""How far below its goal an amount may end, as a share of the goal, before smaller chunks are looked for."""
+
+ATTEMPTS = 256
+"""How many chunks are tried then."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What every family keeps.
+
+    Attributes:
+        min_kept: a count, or below 1 a share; at least one group in any case.
+        multiple_of: kept channels are a multiple of this.
+        uniform: families of like kind and size lose equally many groups.
+    """
+
+    min_kept: float = 1
+    multiple_of: int = 1
+    uniform: bool = False
+
+    @classmethod
+    def of(cls, config: GETAConfig) -> Limits:
+        """The limits that a config asks for."""
+        return cls(config.min_kept, config.multiple_of, config.uniform)
+
+    def least(self, family: Family) -> int:
+        """How many groups a family keeps at least.
+
+        Raises:
+            GETAError: the family has fewer than that to begin with.
+        """
+        count = math.ceil(self.min_kept * family.size - 1e-9) if self.min_kept < 1 else int(self.min_kept)
+        step = self.multiple(family)
+        least = -(-max(count, 1) // step) * step
+        if count > family.size:
+            raise GETAError(f"min_kept = {self.min_kept} is more than the {family.size} groups of {family.name}")
+        return min(least, family.size)  # a family of no whole multiple stays as it is
+
+    def multiple(self, family: Family) -> int:
+        """What the kept count of a family is a multiple of."""
+        return self.multiple_of if family.kind == "channels" else 1
+
+    def chunks(self, family: Family, kept: int) -> list[int]:
+        """Sizes of the chunks in which a family of `kept` groups can still lose some, in order."""
+        step, least, sizes = self.multiple(family), self.least(family), []
+        while kept > least:
+            size = min(kept % step or step, kept - least)
+            if kept - size < least:
+                break
+            sizes.append(size)
+            kept -= size
+        return sizes
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Groups that leave together, in the order in which they are to leave: flat vectors, since there may be many.
+
+    Attributes:
+        groups: int64, shape (groups that may leave,): their numbers, chunk by chunk.
+        sizes: int64, shape (chunks,): groups of each chunk.
+        scores: float64, shape (chunks,), ascending: mean scores.
+    """
+
+    groups: Tensor
+    sizes: Tensor
+    scores: Tensor
+
+    def first(self, count: int) -> Tensor:
+        """The numbers of the groups of the first `count` chunks."""
+        return self.groups[: int(self.sizes[:count].sum())]
+
+
+def find_chunks(families: Sequence[Family], scores: Tensor, gone: Tensor, limits: Limits) -> Chunks:
+    """All chunks that may leave, by ascending score; those of one family in the order in which they must leave.
+
+    Args:
+        scores: shape (groups,), finite.
+        gone: bool, shape (groups,): groups that have left.
+    """
+    groups: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
+    owner: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
+    first = 0
+    for together in _alike(families, limits):
+        lists = [limits.chunks(family, int((~gone[start : start + family.size]).sum())) for start, family in together]
+        count = min(len(sizes) for sizes in lists)
+        for (start, family), sizes in zip(together, lists, strict=True):
+            used = torch.tensor(sizes[:count], dtype=torch.int64)
+            own = slice(start, start + family.size)
+            order = torch.sort(scores[own].double().masked_fill(gone[own], math.inf), stable=True).indices
+            groups.append(order[: int(used.sum())] + start)
+            owner.append(torch.repeat_interleave(torch.arange(first, first + count), used))
+        first += count
+    return _in_order(torch.cat(groups), torch.cat(owner), scores, first)
+
+
+def _alike(families: Sequence[Family], limits: Limits) -> list[list[tuple[int, Family]]]:
+    """Families with the number of their first group, those together that must lose equally many."""
+    lists: dict[object, list[tuple[int, Family]]] = defaultdict(list)
+    for start, family in zip(family_starts(families), families, strict=True):
+        key = (family.kind, family.size, family.parameters) if limits.uniform else family.name
+        lists[key].append((start, family))
+    return list(lists.values())
+
+
+def _in_order(groups: Tensor, owner: Tensor, scores: Tensor, count: int) -> Chunks:
+    """Sort chunks by their mean score; `owner` is the chunk of each of `groups`."""
+    sizes = torch.bincount(owner, minlength=count)
+    total = torch.zeros(count, dtype=torch.float64).index_add_(0, owner, scores[groups].double())
+    mean, order = torch.sort(total / sizes.clamp_min(1), stable=True)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(count))
+    return Chunks(groups[torch.sort(rank[owner], stable=True).indices], sizes[order], mean)
+
+
+def take_count(chunks: Chunks, count: int, exact: bool = True) -> Tensor:
+    """The numbers of `count` groups, the lowest scores first.
+
+    Args:
+        exact: pass over chunks that are too large for what is missing; otherwise stop at the first one.
+
+    Raises:
+        GETAError: there are not so many.
+    """
+    if len(chunks.groups) < count:
+        raise GETAError(f"{count} more groups can't be removed, since every family keeps its least; lower the target")
+    fitting = int((chunks.sizes.cumsum(0) <= count).sum())
+    taken = [chunks.first(fitting)]
+    missing = count - len(taken[0])
+    for numbers in chunks.groups[len(taken[0]) :].split(chunks.sizes[fitting:].tolist()) if exact and missing else ():
+        if len(numbers) <= missing:
+            taken.append(numbers)
+            missing -= len(numbers)
+    return torch.cat(taken)
+
+
+def take_until(chunks: Chunks, gone: Tensor, amount: Callable[[Tensor], float], goal: float) -> Tensor:
+    """The fewest lowest-scoring chunks after which `amount` is at most `goal`; all of them where it can't be.
+
+    Where the last of them goes far beyond, smaller ones take its place.
+
+    Args:
+        gone: bool, shape (groups,): groups that have left.
+        amount: what is left of the model under a mask of groups gone; falls with every group.
+        goal: in the unit of `amount`.
+    """
+
+    def after(taken: Tensor) -> float:
+        mask = gone.clone()
+        mask[taken] = True
+        return amount(mask)
+
+    low, high = 0, len(chunks.sizes)
+    while low < high:
+        middle = (low + high) // 2
+        if after(chunks.first(middle)) <= goal:
+            high = middle
+        else:
+            low = middle + 1
+    taken = chunks.first(low)
+    if low and after(taken) < goal * (1 - TOLERANCE):
+        return _nearer(chunks, low - 1, after, goal)
+    return taken
+
+
+def _nearer(chunks: Chunks, count: int, after: Callable[[Tensor], float], goal: float) -> Tensor:
+    """The first `count` chunks and, of the next ones, those that do not go far beyond the goal; else the least."""
+    taken, nearest = chunks.first(count), chunks.first(count + 1)
+    least = after(nearest)
+    for numbers in chunks.groups[len(taken) :].split(chunks.sizes[count:].tolist())[1 : 1 + ATTEMPTS]:
+        more = torch.cat([taken, numbers])
+        left = after(more)
+        if left > goal:
+            taken = more
+        elif left > least:
+            nearest, least = more, left
+        if goal * (1 - TOLERANCE) <= least:
+            break
+    return nearest

@@ -1,0 +1,231 @@
+"""What a run shall end with, solved before training: how much leaves, in which unit, and what the widths may spend."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from geta_hf.config import GETAConfig
+from geta_hf.costs.ledger import ROUNDING, Ledger
+from geta_hf.costs.selection import Chunks, Limits, take_count, take_until
+from geta_hf.errors import GETAError
+from geta_hf.qadg.group_labels import family_starts
+from geta_hf.qadg.space import Family
+from geta_hf.quantization.functional import FLOAT_BITS
+
+logger = logging.getLogger(__name__)
+
+GROUPS, PARAMETERS, BOPS, BYTES, MEAN_BITS = "groups", "parameters", "bops", "bytes", "mean bits"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Goals of one run; amounts are what is left at the end.
+
+    Attributes:
+        unit: GROUPS, PARAMETERS, BOPS or BYTES: what pruning is counted in.
+        amount: how much of it is left; for GROUPS exact, otherwise at most.
+        bits: mean width that `amount` was solved for.
+        budgets: what widths may spend at most of MEAN_BITS, BOPS or BYTES; none where they are as learned.
+        input_bits: width of the layers' inputs that BOPs are planned with.
+    """
+
+    unit: str
+    amount: float
+    bits: float
+    budgets: Mapping[str, float] = field(default_factory=dict)
+    input_bits: float = FLOAT_BITS
+
+    def left(self, ledger: Ledger, gone: Tensor) -> float:
+        """What is left of the model once the groups of `gone`, bool (groups,), have left, in `unit`."""
+        if self.unit == GROUPS:
+            return int((~gone).sum())
+        if self.unit == PARAMETERS:
+            return ledger.prunable_parameters(gone)
+        return self.spent(self.unit, ledger, gone, self.bits)
+
+    def spent(
+        self, unit: str, ledger: Ledger, gone: Tensor, bits: Tensor | float, input_bits: Tensor | None = None
+    ) -> float:
+        """What a model of these groups and widths has of BOPS, BYTES or MEAN_BITS; by default with planned inputs."""
+        if unit == BOPS:
+            return ledger.relative_bops(gone, bits, self.input_bits if input_bits is None else input_bits)
+        if unit == BYTES:
+            return ledger.stored_bytes(gone, bits, self.input_bits < FLOAT_BITS)
+        weights = ledger.weights(gone)
+        return float((weights * bits).sum() / weights.sum())
+
+
+def most_removed(families: Sequence[Family], limits: Limits, share: float = 1.0) -> Tensor:
+    """bool (groups,): about `share` of every family gone, or as much as its limits allow; the last groups of each."""
+    gone = torch.zeros(sum(family.size for family in families), dtype=torch.bool)
+    for start, family in zip(family_starts(families), families, strict=True):
+        end = start + family.size
+        gone[end - _nearest_removal(family, limits, share * family.size) : end] = True
+    return gone
+
+
+def _nearest_removal(family: Family, limits: Limits, goal: float) -> int:
+    """The number of groups next to `goal` that a family can lose in whole chunks."""
+    if limits.multiple(family) == 1:
+        return min(math.floor(goal + 0.5), family.size - limits.least(family))
+    removed = 0
+    for size in limits.chunks(family, family.size):
+        if removed + size / 2 > goal:
+            break
+        removed += size
+    return removed
+
+
+def take_due(target: Target, ledger: Ledger, chunks: Chunks, gone: Tensor, done: int, periods: int) -> Tensor:
+    """The numbers of the groups that become redundant so that `done` of `periods` of the way is gone then.
+
+    Args:
+        chunks: those that may leave, the lowest scores first.
+        gone: bool, shape (groups,): groups that have left.
+    """
+    whole = target.left(ledger, ledger.nothing)
+    if target.unit != GROUPS:
+        goal = whole + (target.amount - whole) * done / periods
+        return take_until(chunks, gone, lambda mask: target.left(ledger, mask), goal)
+    due = (int(whole - target.amount) * done) // periods
+    taken = take_count(chunks, due - int(gone.sum()), exact=done == periods)
+    if done == periods and int(gone.sum()) + len(taken) < due:
+        logger.warning("%d of K = %d groups go: no chunk is small enough", int(gone.sum()) + len(taken), due)
+    return taken
+
+
+def solve_target(config: GETAConfig, families: Sequence[Family], ledger: Ledger) -> Target:
+    """Turn the targets of a config into amounts.
+
+    Args:
+        families: those that may lose groups.
+
+    Raises:
+        GETAError: a target below what the bit range and the least that families keep allow; says what is reachable.
+    """
+    size_unit, size = _size(config)
+    input_bits = config.activation_bits[1] if config.activation_bits else FLOAT_BITS
+    blank = Target(GROUPS, ledger.groups, float(config.widths[-1]), input_bits=input_bits)
+    if size_unit is not None and config.target_sparsity is None and config.target_parameters is None:
+        return _solve_size(replace(blank, unit=size_unit, amount=size), config, families, ledger)
+    target = _solve_pruning(blank, config, families, ledger)
+    if size_unit is None:
+        mean = config.wanted_mean_bits
+        return target if mean is None else replace(target, bits=mean, budgets={MEAN_BITS: mean})
+    return _solve_widths(replace(target, budgets={size_unit: size}), config, families, ledger)
+
+
+def _size(config: GETAConfig) -> tuple[str | None, float]:
+    if config.target_bops is not None:
+        return BOPS, config.target_bops
+    return (None, math.inf) if config.target_bytes is None else (BYTES, config.target_bytes)
+
+
+def _solve_pruning(blank: Target, config: GETAConfig, families: Sequence[Family], ledger: Ledger) -> Target:
+    """The share of groups or of parameters that was asked for, as an amount."""
+    least = most_removed(families, Limits.of(config))
+    if config.target_parameters is None:
+        share = config.target_sparsity or 0.0
+        removed = math.floor(share * ledger.groups + 0.5)
+        reachable = int(least.sum())
+        if removed > reachable:
+            best = math.floor(1000 * reachable / max(ledger.groups, 1)) / 1000
+            raise GETAError(
+                f"target_sparsity = {share} asks for K = {removed} of {ledger.groups} groups, but every one of the "
+                f"{len(families)} families keeps its least, so at most {reachable} can go: lower target_sparsity to "
+                f"{best}, or min_kept"
+            )
+        return replace(blank, amount=ledger.groups - removed)
+    whole, rest = ledger.prunable_parameters(ledger.nothing), ledger.prunable_parameters(least)
+    amount = (1 - config.target_parameters) * whole
+    if amount < rest * (1 - ROUNDING):
+        best = math.floor(1000 * (1 - rest / whole)) / 1000
+        raise GETAError(
+            f"target_parameters = {config.target_parameters} leaves {amount:,.0f} of {whole:,} prunable parameters, "
+            f"but families that keep their least hold {rest:,}: lower it to {best}"
+        )
+    return replace(blank, unit=PARAMETERS, amount=max(amount, rest))
+
+
+def _solve_size(target: Target, config: GETAConfig, families: Sequence[Family], ledger: Ledger) -> Target:
+    """A size alone, or with a mean width: the widths it is pruned for. Half of the groups before narrower widths."""
+    lowest, highest = float(config.widths[0]), float(config.widths[-1])
+    least, bits, budgets = most_removed(families, Limits.of(config)), config.mean_bits, {target.unit: target.amount}
+    _check_size(target, ledger, least, bits or lowest, "families at their least", "bits, mean_bits or min_kept")
+    _warn_if_loose(target, ledger, ledger.nothing, bits or highest)
+    if bits is not None:
+        return replace(target, bits=bits, budgets={**budgets, MEAN_BITS: bits})
+    half = most_removed(families, Limits.of(config), 0.5)
+    return replace(target, bits=_widest(target, ledger, half, lowest, (lowest + highest) / 2), budgets=budgets)
+
+
+def _solve_widths(target: Target, config: GETAConfig, families: Sequence[Family], ledger: Ledger) -> Target:
+    """A share to prune and a size: the mean width that is left for it, if all layers lose the same share."""
+    gone = even_removal(target, families, ledger, Limits.of(config))
+    lowest, highest = float(config.widths[0]), float(config.widths[-1])
+    ((unit, size),) = target.budgets.items()
+    sized = replace(target, unit=unit, amount=size)
+    _check_size(sized, ledger, gone, lowest, "what is to be pruned gone", "bits, or prune more")
+    _warn_if_loose(sized, ledger, gone, highest)
+    return replace(target, bits=_widest(sized, ledger, gone, lowest, highest))
+
+
+def _check_size(sized: Target, ledger: Ledger, gone: Tensor, bits: float, pruned: str, remedy: str) -> None:
+    """Raises GETAError where a size stays out of reach; says what can be reached."""
+    reachable = sized.spent(sized.unit, ledger, gone, bits)
+    if reachable > sized.amount * (1 + ROUNDING):
+        raise GETAError(
+            f"{_named(sized)} can't be reached: with {pruned}, at {bits:g} bits it is "
+            f"{_figure(sized.unit, reachable)}; raise it, or lower {remedy}"
+        )
+
+
+def _warn_if_loose(sized: Target, ledger: Ledger, gone: Tensor, bits: float) -> None:
+    most = sized.spent(sized.unit, ledger, gone, bits)
+    if most < sized.amount:
+        logger.warning(
+            "%s limits nothing: at %g bits it is %s as it is", _named(sized), bits, _figure(sized.unit, most)
+        )
+
+
+def _widest(target: Target, ledger: Ledger, gone: Tensor, lowest: float, highest: float) -> float:
+    """The widest mean in [lowest, highest] at which a removal meets the amount; `lowest` where none does."""
+    if target.spent(target.unit, ledger, gone, highest) <= target.amount:
+        return highest
+    for _ in range(40):
+        middle = (lowest + highest) / 2
+        if target.spent(target.unit, ledger, gone, middle) <= target.amount:
+            lowest = middle
+        else:
+            highest = middle
+    return lowest
+
+
+def even_removal(target: Target, families: Sequence[Family], ledger: Ledger, limits: Limits) -> Tensor:
+    """bool (groups,): the groups gone if every family loses the same share and the target is met; for the plan."""
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        if target.left(ledger, most_removed(families, limits, middle)) <= target.amount:
+            high = middle
+        else:
+            low = middle
+    return most_removed(families, limits, high)
+
+
+def _named(sized: Target) -> str:
+    return f"target_{sized.unit} = {sized.amount:{',.0f' if sized.unit == BYTES else '.4g'}}"
+
+
+def _figure(unit: str, amount: float) -> str:
+    """An amount that can be reached, rounded up, so that what is read here can be asked for."""
+    if unit == BYTES:
+        return f"{math.ceil(amount):,}"
+    digits = 3 - math.floor(math.log10(amount))
+    return f"{math.ceil(amount * 10**digits - ROUNDING) / 10**digits:.{digits}f}"

@@ -1,0 +1,9 @@
+"""QASSO (arXiv GETA, CVPR 2025, Algorithms 2 and 3): prune groups and learn bit widths inside an optimizer's steps.
+
+It wraps any torch optimizer. Nothing here knows Trainer, Accelerate or how a folder is written.
+"""
+
+from geta_hf.methods.qasso.optimizer import QASSO
+from geta_hf.methods.qasso.schedule import COOLDOWN, JOINT, PROJECTION, STAGES, WARMUP, Phase, Schedule
+
+__all__ = ["COOLDOWN", "JOINT", "PROJECTION", "QASSO", "STAGES", "WARMUP", "Phase", "Schedule"]

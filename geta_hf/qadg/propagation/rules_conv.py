@@ -1,0 +1,218 @@
+"""Convolutions, their norms, and pooling: channels pass, places in the image stay."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from geta_hf.qadg.propagation.flow import Dim, Flow
+from geta_hf.qadg.propagation.rules_shape import Rule
+from geta_hf.qadg.tracing.graph import Node
+
+
+def _convolution(flow: Flow, node: Node) -> None:
+    """Shape (batch, channels, places...) with a kernel (out, in / groups, ...); the other way round when transposed."""
+    source, weight, bias = (node.inputs[name] for name in ("input", "weight", "bias"))
+    dims, kernel = flow.dims(source), flow.dims(weight)
+    flow.freeze([*dims[2:], *kernel[2:]])
+    transposed, groups = node.inputs.get("transposed", False), node.inputs["groups"]
+    first, second = kernel[0], kernel[1]
+    if groups == 1:
+        incoming, made = (first, second) if transposed else (second, first)
+        flow.unify(dims[1], incoming)
+        row, column = made, incoming
+    else:
+        made, row, column = _grouped(flow, node, dims[1])
+    if flow.value(weight).weight_like:
+        flow.mark("row", row)
+        flow.mark("column", column)
+    if bias is not None:
+        made = flow.unify(made, flow.dims(bias)[0])
+    shape = flow.graph.values[node.outputs[0]].shape
+    macs = math.prod(flow.shape(source) if transposed else shape) * math.prod(flow.shape(weight)[1:])
+    flow.count_macs(macs, (dims[1], made) if groups == 1 else (made,))
+    flow.put(node.outputs[0], [dims[0], made, *[None] * (len(shape) - 2)])
+
+
+def _grouped(flow: Flow, node: Node, channels: Dim) -> tuple[Dim, Dim, Dim]:
+    """Channels made, and what counts as rows and columns of the kernel.
+
+    Input and output channels are seen as (group, channel within): whole groups leave together on both sides, and
+    channels within leave from every group alike. Depthwise is the case of one input channel a group.
+    """
+    weight, groups = node.inputs["weight"], node.inputs["groups"]
+    first, second = flow.dims(weight)[:2]
+    n, within = flow.shape(weight)[:2]
+    count = flow.shape(node.inputs["input"])[1]
+    if node.inputs.get("transposed", False):
+        flow.unify(channels, first)
+        outer, _ = flow.split(first, (groups, count // groups))
+        return flow.merge((outer, second), (groups, within)), None, first
+    if within == 1 and n == groups:
+        made = flow.unify(channels, first)
+        return made, None, None
+    into, inside = flow.split(channels, (groups, count // groups))
+    outof, _ = flow.split(first, (groups, n // groups))
+    flow.unify(into, outof)
+    if within > 1:
+        flow.unify(inside, second)
+    return first, first, second
+
+
+def batch_statistics(node: Node) -> bool:
+    """Whether a batch norm takes its statistics from what it normalises, not from buffers."""
+    return bool(node.inputs.get("training", False)) or node.inputs.get("running_mean") is None
+
+
+def _batch_norm(flow: Flow, node: Node) -> None:
+    """Every channel for itself; with the batch's own statistics, the other dims are normalised together."""
+    dims = flow.dims(node.inputs["input"])
+    if batch_statistics(node):
+        for dim in (dims[0], *dims[2:]):
+            flow.mark("norm", dim)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if node.inputs.get(name) is not None:
+            dims[1] = flow.unify(dims[1], flow.dims(node.inputs[name])[0])
+    flow.put(node.outputs[0], dims)
+    for value in node.outputs[1:]:
+        shape = flow.graph.values[value].shape
+        flow.put(value, [dims[1] if n == flow.shape(node.inputs["input"])[1] else None for n in shape])
+
+
+def _group_norm(flow: Flow, node: Node) -> None:
+    """Whole groups pass; channels within one, and places, are normalised together."""
+    dims, groups, channels = flow.dims(node.inputs["input"]), node.inputs["group"], node.inputs["C"]
+    for name in ("weight", "bias"):
+        if node.inputs[name] is not None:
+            dims[1] = flow.unify(dims[1], flow.dims(node.inputs[name])[0])
+    outer = dims[1]
+    if groups != channels:
+        outer, inner = flow.split(dims[1], (groups, channels // groups))
+        flow.mark("norm", inner)
+    for places in dims[2:]:
+        flow.mark("norm", places)
+    flow.put(node.outputs[0], dims)
+    for value in node.outputs[1:]:
+        flow.put(value, [dims[0], outer])
+
+
+def _layer_norm(flow: Flow, node: Node) -> None:
+    source = node.inputs["input"]
+    dims = flow.dims(source)
+    count = len(node.inputs["normalized_shape"])
+    for name in ("weight", "bias"):
+        if node.inputs.get(name) is not None:
+            flow.broadcast((source, node.inputs[name]), flow.shape(source))
+    for dim in dims[-count:]:
+        flow.mark("norm", dim)
+    flow.put(node.outputs[0], dims)
+    for value in node.outputs[1:]:
+        flow.put(value, dims[:-count] + [None] * count)
+
+
+def _weight_norm(flow: Flow, node: Node) -> None:
+    """weight = g · v / ‖v‖ over all dims but one; along that one a slice of zeros is 0 / 0, so it counts as a norm."""
+    dims, dim = flow.dims(node.inputs["v"]), node.inputs["dim"]
+    dims[dim] = flow.unify(dims[dim], flow.dims(node.inputs["g"])[dim])
+    flow.mark("norm", dims[dim])
+    flow.put(node.outputs[0], dims)
+    for value in node.outputs[1:]:
+        flow.put(value, flow.dims(node.inputs["g"]))
+
+
+def _places(flow: Flow, node: Node) -> None:
+    """Pooling and resampling: as many places as the operator's name says; the dims before them pass."""
+    count = int(re.search(r"(\d)d", node.op)[1])  # type: ignore[index]
+    dims = flow.dims(next(node.refs()))
+    flow.freeze(dims[-count:])
+    for value in list(node.refs())[1:]:
+        flow.freeze(flow.dims(value))
+    for value in node.outputs:
+        flow.put(value, dims[:-count] + [None] * count)
+
+
+def _resample(flow: Flow, node: Node) -> None:
+    """Places are taken from a grid, which stays."""
+    dims, grid = flow.dims(node.inputs["input"]), flow.dims(node.inputs["grid"])
+    flow.freeze([*dims[2:], *grid[1:]])
+    flow.put(node.outputs[0], [flow.unify(dims[0], grid[0]), dims[1], *[None] * (len(dims) - 2)])
+
+
+def _im2col(flow: Flow, node: Node) -> None:
+    """(batch, channels, height, width) to (batch, channels · kernel, blocks)."""
+    _into_channels(flow, node, math.prod(node.inputs["kernel_size"]))
+
+
+def _col2im(flow: Flow, node: Node) -> None:
+    _out_of_channels(flow, node, -2, math.prod(node.inputs["kernel_size"]))
+
+
+def _pixel_shuffle(flow: Flow, node: Node) -> None:
+    """(…, channels · r², height, width) to (…, channels, height · r, width · r)."""
+    _out_of_channels(flow, node, -3, node.inputs["upscale_factor"] ** 2)
+
+
+def _pixel_unshuffle(flow: Flow, node: Node) -> None:
+    _into_channels(flow, node, node.inputs["downscale_factor"] ** 2)
+
+
+def _into_channels(flow: Flow, node: Node, count: int) -> None:
+    """Places, which stay, become `count` channels of every channel."""
+    dims, shape = flow.dims(node.inputs["self"]), flow.shape(node.inputs["self"])
+    flow.freeze(dims[-2:])
+    result = [*dims[:-3], flow.merge((dims[-3], None), (shape[-3], count))]
+    places = len(flow.graph.values[node.outputs[0]].shape) - len(result)
+    flow.put(node.outputs[0], [*result, *[None] * places])
+
+
+def _out_of_channels(flow: Flow, node: Node, dim: int, count: int) -> None:
+    """Every `count` channels along `dim`, which leave together, become places of one."""
+    dims, shape = flow.dims(node.inputs["self"]), flow.shape(node.inputs["self"])
+    flow.freeze(dims[dim + 1 :])
+    outer, inner = flow.split(dims[dim], (shape[dim] // count, count))
+    flow.freeze([inner])
+    flow.put(node.outputs[0], [*dims[:dim], outer, None, None])
+
+
+_POOLS = (
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "max_pool2d_with_indices",
+    "max_pool3d_with_indices",
+    "_adaptive_avg_pool2d",
+    "_adaptive_avg_pool3d",
+    "adaptive_max_pool2d",
+    "upsample_nearest1d",
+    "upsample_nearest2d",
+    "upsample_nearest3d",
+    "_upsample_nearest_exact2d",
+    "upsample_linear1d",
+    "upsample_bilinear2d",
+    "_upsample_bilinear2d_aa",
+    "upsample_bicubic2d",
+    "_upsample_bicubic2d_aa",
+    "upsample_trilinear3d",
+)
+
+CONV_RULES: dict[str, Rule] = {
+    **dict.fromkeys(("convolution", "_convolution", "convolution_overrideable"), _convolution),
+    **dict.fromkeys(
+        (
+            "native_batch_norm",
+            "_native_batch_norm_legit",
+            "_native_batch_norm_legit_no_training",
+            "_batch_norm_no_update",
+        ),
+        _batch_norm,
+    ),
+    "native_group_norm": _group_norm,
+    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), _layer_norm),
+    "_weight_norm_interface": _weight_norm,
+    **dict.fromkeys(_POOLS, _places),
+    **dict.fromkeys(("grid_sampler_2d", "grid_sampler_3d"), _resample),
+    "im2col": _im2col,
+    "col2im": _col2im,
+    "pixel_shuffle": _pixel_shuffle,
+    "pixel_unshuffle": _pixel_unshuffle,
+}

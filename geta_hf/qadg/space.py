@@ -1,0 +1,290 @@
+"""The pruning space as plain data: which slices of which tensors leave together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from geta_hf.errors import GETAError
+
+KINDS = ("heads", "query_heads", "channels", "head_dim", "residual", "other")
+"""Attention heads (with grouped queries: a key-value head and its query heads); query heads evenly across those; MLP,
+expert and convolution channels; dims within heads; the residual stream's width; the rest."""
+
+COUPLINGS = ("norm", "tied", "output")
+"""A normalisation or a mean over the dim; a tensor tied across the model; a layer that makes an output."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One (tensor, dim) that a family cuts.
+
+    Attributes:
+        tensor: name in the model's `state_dict()` (a parameter, or rarely a buffer).
+        dim: the dimension that is cut.
+        index: int64, shape (groups, width), on CPU: row g holds the indices along `dim` that leave with group g.
+    """
+
+    tensor: str
+    dim: int
+    index: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Family:
+    """The groups of one kind in one place, such as the attention heads of layer 3.
+
+    Attributes:
+        name: module path and kind, such as `encoder.layer.3.attention:heads`; unique in its space.
+        kind: one of `KINDS`.
+        members: every (tensor, dim) that a group cuts; all have the same number of groups.
+        prunable: whether the policy lets QASSO remove groups of this family.
+        reason: why not, when not prunable; otherwise empty.
+        excludes: names of families that cut the same indices and must not be pruned together with this one.
+        couplings: which of `COUPLINGS` it has.
+        parameters: elements of parameters that leave with one group.
+        macs: multiply-accumulates of the batch it was built with that leave with one group, on average.
+    """
+
+    name: str
+    kind: str
+    members: tuple[Member, ...]
+    prunable: bool
+    reason: str = ""
+    excludes: tuple[str, ...] = ()
+    couplings: tuple[str, ...] = ()
+    parameters: int = 0
+    macs: int = 0
+
+    @property
+    def size(self) -> int:
+        """The number of groups."""
+        return self.members[0].index.shape[0]
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What no rule covers, reported instead of guessed: operator, module path, why, and how often."""
+
+    operator: str
+    module: str
+    reason: str
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class PruningSpace:
+    """All families of one model, and what was frozen.
+
+    Attributes:
+        families: every family found, prunable or not.
+        shapes: the full shape of every tensor that a member names, to check a model against.
+        frozen: operators that no rule covers.
+        untouched: parameters that no operator read; they can't be pruned.
+        buffers: those of the tensors in `shapes` that are buffers.
+        matrix_parameters: elements of all parameters of two or more dims.
+    """
+
+    families: tuple[Family, ...]
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    frozen: tuple[Frozen, ...] = ()
+    untouched: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
+    matrix_parameters: int = 0
+
+    @property
+    def prunable(self) -> tuple[Family, ...]:
+        """The families that QASSO may choose from."""
+        return tuple(family for family in self.families if family.prunable)
+
+    @property
+    def trainable(self) -> tuple[Family, ...]:
+        """The prunable families with their parameters alone: no optimizer touches a buffer."""
+        return tuple(
+            replace(family, members=tuple(member for member in family.members if member.tensor not in self.buffers))
+            for family in self.prunable
+        )
+
+    @property
+    def num_groups(self) -> int:
+        """The number of prunable groups, |G| in the paper."""
+        return sum(family.size for family in self.prunable)
+
+    @classmethod
+    def from_config(
+        cls,
+        source: str | PreTrainedConfig,
+        batch: Mapping[str, Any] | None = None,
+        *,
+        prune: Sequence[str] = (),
+        keep: Sequence[str] = (),
+    ) -> PruningSpace:
+        """The space of a model of which only the configuration is at hand: no weights are read or stored.
+
+        Args:
+            source: a Hub name, a local folder, a `config.json`, or a configuration.
+            batch: what the model runs; made from the configuration when None.
+            prune: see `build_space`.
+            keep: see `build_space`.
+
+        Raises:
+            GETAError: there is no such configuration, no batch can be made from it, or as `build_space`.
+        """
+        from geta_hf.qadg.build import build_space
+        from geta_hf.qadg.tracing.dummy_inputs import empty_model, example_batch
+
+        model = empty_model(source)
+        return build_space(model, example_batch(model) if batch is None else batch, prune=prune, keep=keep)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the space into a folder, as JSON and safetensors."""
+        from geta_hf.qadg.storage import save_space
+
+        save_space(self, folder)
+
+    @classmethod
+    def load(cls, folder: str | Path, model: nn.Module | None = None) -> PruningSpace:
+        """Read what `save` wrote.
+
+        Args:
+            folder: where it is.
+            model: what it is to fit; checked by names and shapes.
+
+        Raises:
+            GETAError: no space, a damaged one, or one of another model.
+        """
+        from geta_hf.qadg.storage import load_space
+
+        space = load_space(folder)
+        if model is not None:
+            space.check(model)
+        return space
+
+    def check(self, model: nn.Module) -> None:
+        """Check that a model has all tensors that the families cut, in their full shapes.
+
+        Raises:
+            GETAError: naming the first tensor that is missing or has another shape.
+        """
+        tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        tensors |= dict(model.named_buffers(remove_duplicate=False))
+        for name in self.shapes:
+            _check_shape(name, tensors.get(name), self)
+
+    def coverage(self, prunable_only: bool = False) -> float:
+        """The share of the matrix parameters' elements that some family cuts, 0 to 1."""
+        cut: dict[tuple[str, int], torch.Tensor] = {}
+        for family in self.prunable if prunable_only else self.families:
+            for member in family.members:
+                size = self.shapes[member.tensor][member.dim]
+                hit = cut.setdefault((member.tensor, member.dim), torch.zeros(size, dtype=torch.bool))
+                hit[member.index.flatten()] = True
+        left: dict[str, float] = {}
+        for (tensor, _), hit in cut.items():
+            left[tensor] = left.get(tensor, 1.0) * (1.0 - float(hit.float().mean()))
+        parameters = self.shapes.keys() - set(self.buffers)
+        matrices = {name: math.prod(self.shapes[name]) for name in parameters if len(self.shapes[name]) > 1}
+        covered = sum(matrices[name] * (1.0 - rest) for name, rest in left.items() if name in matrices)
+        return covered / self.matrix_parameters if self.matrix_parameters else 0.0
+
+
+def zero_groups(model: nn.Module, space: PruningSpace) -> dict[str, torch.Tensor]:
+    """Which groups of the prunable families are exactly zero in `model` (what QASSO leaves behind, paper Sec. 5).
+
+    Args:
+        model: holds the tensors that the space names, at their full shapes, on any device.
+        space: what `build_space` gave for it.
+
+    Returns:
+        For every prunable family, by name: bool, shape (groups,), on CPU; True where every parameter slice of the
+        group is exactly zero. Buffers have no say: no optimizer touches them.
+
+    Raises:
+        GETAError: the model lacks a parameter of the space, or has it in another shape.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    used: dict[tuple[str, int], torch.Tensor] = {}
+    result: dict[str, torch.Tensor] = {}
+    for family in space.prunable:
+        zero = torch.ones(family.size, dtype=torch.bool)
+        for member in family.members:
+            key = (member.tensor, member.dim)
+            if key not in used:
+                tensor = parameters.get(member.tensor, buffers.get(member.tensor))
+                _check_shape(member.tensor, tensor, space)
+                used[key] = _nonzero(tensor, member.dim) if member.tensor in parameters else torch.empty(0)
+            if member.tensor in parameters:
+                zero &= ~used[key][member.index].any(dim=1)
+        result[family.name] = zero
+    return result
+
+
+def _check_shape(name: str, tensor: torch.Tensor | None, space: PruningSpace) -> None:
+    if tensor is None:
+        raise GETAError(f"the pruning space names {name}, which the model lacks; build the space for this very model")
+    if tuple(tensor.shape) != space.shapes[name]:
+        raise GETAError(
+            f"{name} has shape {tuple(tensor.shape)}, but {space.shapes[name]} in the pruning space; "
+            "build the space for this very model"
+        )
+
+
+def _nonzero(tensor: torch.Tensor | None, dim: int) -> torch.Tensor:
+    """For every index along `dim`, whether anything there is not zero; on CPU."""
+    assert tensor is not None
+    others = [position for position in range(tensor.dim()) if position != dim]
+    nonzero = tensor.detach() != 0
+    return (nonzero.any(dim=others) if others else nonzero).cpu()
+
+
+def kept_indices(space: PruningSpace, removed: Mapping[str, torch.Tensor]) -> dict[str, dict[int, torch.Tensor]]:
+    """What stays of every tensor when groups are removed.
+
+    Args:
+        space: all families.
+        removed: family name to bool, shape (groups,): True for the groups to remove. Families left out stay whole.
+
+    Returns:
+        Tensor name to dim to the kept indices: int64, ascending, on CPU. Only dims that lose something are listed.
+
+    Raises:
+        GETAError: an unknown family, a mask of another shape or dtype, a family that would lose its last group, or
+            two families that cut the same indices.
+    """
+    families = {family.name: family for family in space.families}
+    gone: dict[tuple[str, int], torch.Tensor] = {}
+    losing = {name for name, mask in removed.items() if bool(mask.any())}
+    for name, mask in removed.items():
+        if name not in families:
+            raise GETAError(f"no family {name} in the pruning space; it has {', '.join(families) or 'none'}")
+        family, mask = families[name], mask.cpu()
+        _check_removal(family, mask, losing)
+        for member in family.members if name in losing else ():
+            key = (member.tensor, member.dim)
+            cut = gone.setdefault(key, torch.zeros(space.shapes[member.tensor][member.dim], dtype=torch.bool))
+            cut[member.index[mask].flatten()] = True
+    kept: dict[str, dict[int, torch.Tensor]] = {}
+    for (tensor, dim), cut in gone.items():
+        kept.setdefault(tensor, {})[dim] = torch.nonzero(~cut).flatten()
+    return kept
+
+
+def _check_removal(family: Family, mask: torch.Tensor, losing: set[str]) -> None:
+    if mask.dtype != torch.bool or tuple(mask.shape) != (family.size,):
+        raise GETAError(
+            f"the mask of {family.name} is {mask.dtype} of shape {tuple(mask.shape)}; "
+            f"pass torch.bool of shape ({family.size},)"
+        )
+    if bool(mask.all()):
+        raise GETAError(f"{family.name} would lose all of its {family.size} groups; keep at least one")
+    clash = losing.intersection(family.excludes)
+    if family.name in losing and clash:
+        raise GETAError(f"{family.name} and {', '.join(sorted(clash))} cut the same indices; remove from one only")

@@ -1,0 +1,378 @@
+"""A model without weights, and a batch that it runs: all that the dependency graph needs of a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.models.auto import modeling_auto
+from transformers.utils import ModelOutput
+
+from geta_hf.errors import GETAError
+from geta_hf.qadg.tracing.capture import capture
+
+# For a configuration that names no class of its own: the first task that knows it. Models of several modalities come
+# before text alone, and a plain trunk last.
+_TASKS = (
+    modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
+    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    modeling_auto.MODEL_FOR_MASKED_LM_MAPPING,
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING,
+    modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    modeling_auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING,
+    modeling_auto.MODEL_FOR_CTC_MAPPING,
+    modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING,
+    modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING,
+    modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
+    modeling_auto.MODEL_FOR_PRETRAINING_MAPPING,
+    modeling_auto.MODEL_MAPPING,
+)
+
+_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+_HUGE = 2**26  # elements; no buffer is that large
+
+_PIXELS = (64, 256)  # side of an image where the configuration names none: every common stride divides it
+_SAMPLES = 4000  # a quarter of a second of sound at 16 kHz
+_FRAMES = 64  # and as many of its spectra as common strides divide
+
+Batch = dict[str, Tensor]
+
+
+def empty_model(source: str | PreTrainedConfig) -> PreTrainedModel:
+    """Build a Hugging Face model from its configuration alone; no weight is downloaded, stored or initialised.
+
+    The class is the first of `config.architectures` that transformers has, else the one that the auto classes give.
+    Code from the Hub is never run.
+
+    Args:
+        source: a Hub name, a local folder, a `config.json` file, or a configuration (which is left as it is).
+
+    Returns:
+        The model in evaluation mode, tied as usual: parameters on meta, buffers real, on CPU.
+
+    Raises:
+        GETAError: the configuration cannot be found or reached, transformers has no class for it, or the class needs
+            a package that is not there.
+    """
+    config = copy.deepcopy(source) if isinstance(source, PreTrainedConfig) else _load_config(source)
+    model_class = _model_class(config)
+    # Tensors are made on CPU, where buffers get their content, and a parameter goes to meta as soon as a module holds
+    # it. Memory that is never written costs nothing, as long as the system grants it.
+    try:
+        with _HugeOnMeta(), no_init_weights(), init_empty_weights(include_buffers=False):
+            model = model_class._from_config(config)
+    except (ImportError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise GETAError(
+            f"{model_class.__name__} cannot be built from its {type(config).__name__}: {' '.join(str(error).split())} "
+            "Install what is missing, or correct the configuration"
+        ) from error
+    model.tie_weights()
+    return model.eval()
+
+
+class _HugeOnMeta(TorchFunctionMode):
+    """Makes tensors that are too large for a buffer on meta: all experts of a layer are more than memory may hold."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _FACTORIES and kwargs.get("device") is None:
+            outline = func(*args, **kwargs | {"device": "meta"})
+            if outline.numel() > _HUGE:
+                return outline
+        return func(*args, **kwargs)
+
+
+def _load_config(source: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise GETAError(
+            f"no configuration for {source!r}: {' '.join(str(error).split())} Pass a name on the Hub (which needs a "
+            "network), a local folder or config.json whose model_type transformers knows, or a configuration object"
+        ) from error
+
+
+def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    for task in _TASKS:
+        known: Any = task.get(type(config), ())
+        for found in known if isinstance(known, tuple) else (known,):
+            return found
+    raise GETAError(
+        f"transformers {transformers.__version__} has no model class for {type(config).__name__} with architectures "
+        f"{config.architectures}; build the model yourself and pass it with a batch"
+    )
+
+
+def example_batch(model: PreTrainedModel, rows: int = 2, length: int = 8) -> Batch:
+    """Make inputs that `model(**batch)` runs with, from what the model says of itself.
+
+    What is needed follows from `main_input_name`, `input_modalities` and the forward's signature; sizes follow from
+    the configuration; where that leaves several layouts of pictures or sound, they are tried in turn, without computing
+    with the parameters. Token ids are random but no special tokens; the last row of text ends in padding. A language
+    model whose pictures come in no layout known here gets text alone, and what sees stays untouched.
+
+    Args:
+        model: any Hugging Face model, on any device or meta.
+        rows: how many samples.
+        length: how many tokens, where there is text.
+
+    Returns:
+        Keyword arguments of the forward, on CPU, floating-point ones in the model's dtype. The same at every call.
+
+    Raises:
+        GETAError: an argument is needed of which nothing is known; pass a batch of your own then.
+    """
+    return _Maker(model, rows, length).batch()
+
+
+class _Maker:
+    """Makes the arguments of one model's forward."""
+
+    def __init__(self, model: PreTrainedModel, rows: int, length: int) -> None:
+        self.model, self.rows, self.length = model, rows, length
+        self.config = model.config
+        self.generator = torch.Generator().manual_seed(0)
+        self.arguments = inspect.signature(model.forward).parameters
+        modalities = model.input_modalities
+        self.modalities = {modalities} if isinstance(modalities, str) else set(modalities)
+        self.main = model.main_input_name
+
+    def batch(self) -> Batch:
+        """All arguments."""
+        batch = self.text() | self.series()
+        if self.config.is_encoder_decoder and "decoder_input_ids" in self.arguments:
+            batch["decoder_input_ids"] = self.token_ids(self.length)
+        batch = self.with_pictures(batch) or self.first_that_runs([*self.with_sound(batch), batch])
+        missing = [name for name, p in self.arguments.items() if _required(p) and name not in batch]
+        if missing or not batch:
+            raise GETAError(
+                f"{type(self.model).__name__} needs {', '.join(missing) or self.main}, for which no example can be "
+                f"made; pass a batch of your own (its forward takes {', '.join(self.arguments)})"
+            )
+        return batch
+
+    def first_that_runs(self, candidates: list[Batch]) -> Batch:
+        """The first batch that the forward takes, or else the first with all it needs; an only one is not tried."""
+        required = {name for name, p in self.arguments.items() if _required(p)}
+        candidates = [c for c in candidates if required <= c.keys() and (self.main in c or not self.wants(self.main))]
+        running = (c for c in candidates if len(candidates) == 1 or _runs(self.model, c) is not None)
+        return next(running, _first(candidates, {}))
+
+    def wants(self, name: str) -> bool:
+        """Whether the forward cannot do without this argument."""
+        return name in self.arguments and (name == self.main or _required(self.arguments[name]))
+
+    def takes(self, name: str, modality: str) -> bool:
+        """Whether the forward has an argument of which it can make use."""
+        return name in self.arguments and (self.wants(name) or modality in self.modalities)
+
+    def text(self) -> Batch:
+        """Token ids and their mask, the last row padded; where words have places on a page, these too."""
+        if not self.takes("input_ids", "text"):
+            return {}
+        ids = self.token_ids(self.length)
+        mask = torch.ones_like(ids)
+        padding = self.length // 4
+        if padding:
+            mask[-1, -padding:] = 0
+            ids[-1, -padding:] = self.padding_token()
+        batch = {"input_ids": ids}
+        if "attention_mask" in self.arguments:
+            batch["attention_mask"] = mask
+        if "bbox" in self.arguments:
+            batch["bbox"] = torch.tensor([1, 2, 5, 7]).expand(self.rows, self.length, 4).contiguous()
+        return batch
+
+    def token_ids(self, length: int) -> Tensor:
+        """Ordinary tokens: special ones (padding, end, image...) have a meaning of their own."""
+        special = set(_special_tokens(self.config))
+        ordinary = [token for token in range(min(self.vocabulary(), 1000)) if token not in special] or [0]
+        chosen = torch.randint(len(ordinary), (self.rows, length), generator=self.generator)
+        return torch.tensor(ordinary)[chosen]
+
+    def vocabulary(self) -> int:
+        """How many tokens every part of the model knows."""
+        return min((size for size in _settings(self.config, "vocab_size") if isinstance(size, int)), default=2)
+
+    def padding_token(self) -> int:
+        """The one that the configuration names, if it is inside the vocabulary."""
+        return _first([token for token in _settings(self.config, "pad_token_id") if token < self.vocabulary()], 0)
+
+    def noise(self, *shape: int) -> Tensor:
+        """Normal noise in the model's dtype."""
+        return torch.randn(*shape, generator=self.generator).to(self.model.dtype)
+
+    def with_pictures(self, text: Batch) -> Batch:
+        """The text with pictures or clips in the first layout that the model takes; nothing where there is none."""
+        if self.main == "pixel_values_videos":
+            return text | {self.main: self.noise(self.rows, self.frames(), self.channels(), *self.sizes()[0])}
+        if not self.takes("pixel_values", "image"):
+            return {}
+        tokens = _settings(self.config, "image_token_id", "image_token_index")
+        if not tokens:
+            return self.first_that_runs([*(text | pictures for pictures in self.pictures([])), text])
+        for pictures in self.pictures([1, 2, 3, 5]):
+            if (count := self.tokens_per_picture(pictures)) is not None:
+                return self.with_image_tokens(text, tokens[0], count) | pictures
+        return text
+
+    def pictures(self, several: list[int]) -> Iterator[Batch]:
+        """Layouts of pictures: as patches, alone, as clips, and with so many tiles each."""
+        channels = self.channels()
+        patch = _first([size for size in _settings(self.config, "patch_size") if isinstance(size, int)], 1)
+        if "image_grid_thw" in self.arguments:
+            side = 2 * _first(_settings(self.config, "spatial_merge_size", "merge_size"), 1)
+            depth = _first(_settings(self.config, "temporal_patch_size"), 1)
+            yield {
+                "pixel_values": self.noise(self.rows * side**2, channels * depth * patch**2),
+                "image_grid_thw": torch.tensor([[1, side, side]] * self.rows),
+            }
+        if "spatial_shapes" in self.arguments:
+            yield {
+                "pixel_values": self.noise(self.rows, 16, channels * patch**2),
+                "pixel_attention_mask": torch.ones(self.rows, 16, dtype=torch.long),
+                "spatial_shapes": torch.tensor([[4, 4]] * self.rows),
+            }
+        clips = [self.frames()] if _settings(self.config, "num_frames") or "video" in self.modalities else []
+        for frames, (height, width) in itertools.product([[], *([count] for count in clips + several)], self.sizes()):
+            batch = {"pixel_values": self.noise(self.rows, *frames, channels, height, width)}
+            yield batch
+            if "image_sizes" in self.arguments:
+                yield batch | {"image_sizes": torch.tensor([[height, width]] * self.rows)}
+
+    def tokens_per_picture(self, pictures: Batch) -> int | None:
+        """How many image tokens the text must hold for each picture; None when this layout does not fit."""
+        shapes = _runs(_ImageFeatures(self.model), pictures)
+        if shapes is None:
+            return None
+        return sum(shape[:-1].numel() for shape in shapes) // self.rows
+
+    def with_image_tokens(self, text: Batch, token: int, count: int) -> Batch:
+        """The text with `count` image tokens in front of every row."""
+        front = torch.full((self.rows, count), token)
+        ids = torch.cat([front, text["input_ids"]], dim=1)
+        batch = text | {"input_ids": ids}
+        if "attention_mask" in text:
+            batch["attention_mask"] = torch.cat([torch.ones_like(front), text["attention_mask"]], dim=1)
+        if "mm_token_type_ids" in self.arguments:
+            batch["mm_token_type_ids"] = (ids == token).long()
+        return batch
+
+    def frames(self) -> int:
+        """How many frames a clip has."""
+        return _first(_settings(self.config, "num_frames", "frames_per_clip"), 4)
+
+    def channels(self) -> int:
+        """How many colours a picture has."""
+        return _first(_settings(self.config, "num_channels", "in_channels", "in_chans"), 3)
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Heights and widths to try."""
+        size = _first(_settings(self.config, "image_size", "crop_size"), None)
+        if size is None:
+            return [(pixels, pixels) for pixels in _PIXELS]
+        if isinstance(size, Mapping):
+            return [(size["height"], size["width"])]
+        return [(size[0], size[1]) if isinstance(size, list | tuple) else (size, size)]
+
+    def with_sound(self, text: Batch) -> Iterator[Batch]:
+        """The text with spectra or waves in every layout that models take."""
+        if self.wants("input_features"):
+            masks = self.arguments.keys() & {"input_features_mask", "feature_attention_mask"}
+            for shape in self.spectra():
+                sound = {"input_features": self.noise(self.rows, *shape)}
+                for time in shape if masks else ():
+                    yield text | sound | {mask: torch.ones(self.rows, time, dtype=torch.long) for mask in masks}
+                yield text | sound
+        if self.wants("input_values"):
+            channels = [*_settings(self.config, "audio_channels"), 1]
+            waves: list[tuple[int, ...]] = [(_SAMPLES,), *((count, _SAMPLES) for count in channels)]
+            for layout in [*self.spectra(), *waves]:
+                yield text | {"input_values": self.noise(self.rows, *layout)}
+
+    def spectra(self) -> Iterator[tuple[int, int]]:
+        """Layouts of spectra: time x bins and bins x time, as long as we like or as the model insists."""
+        bins = _settings(
+            self.config, "num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim"
+        )
+        frames = _settings(self.config, "max_length")
+        doubled = [2 * positions for positions in _settings(self.config, "max_source_positions")]
+        for time, count in itertools.product([_FRAMES, *frames, *doubled], bins):
+            yield from ((time, count), (count, time))
+
+    def series(self) -> Batch:
+        """Past values of a time series, where they alone are enough."""
+        if not self.wants("past_values"):
+            return {}
+        past = _first(_settings(self.config, "context_length"), 16)
+        channels = _settings(self.config, "num_input_channels", "input_size")
+        return {"past_values": self.noise(self.rows, past, *channels[:1])}
+
+
+class _ImageFeatures(nn.Module):
+    """The part of a model that turns pictures into what takes the place of image tokens."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **pictures: Tensor) -> Any:
+        owner: Any = self.model if "get_image_features" in dir(type(self.model)) else self.model.base_model
+        features = owner.get_image_features(**pictures)
+        return features["pooler_output"] if isinstance(features, ModelOutput) else features
+
+
+def _runs(model: nn.Module, batch: Batch) -> list[torch.Size] | None:
+    """The shapes of the outputs, or None when the forward refuses the batch."""
+    try:
+        graph = capture(model, batch)
+    except GETAError:
+        return None
+    return [torch.Size(graph.values[position].shape) for position in graph.outputs]
+
+
+def _required(parameter: inspect.Parameter) -> bool:
+    named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    return named and parameter.default is parameter.empty
+
+
+def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A configuration and those inside it, outermost first."""
+    level = [config]
+    while level:
+        yield from level
+        inner = (value for outer in level for value in vars(outer).values())
+        level = [value for value in inner if isinstance(value, PreTrainedConfig)]
+
+
+def _settings(config: PreTrainedConfig, *names: str) -> list[Any]:
+    """The values that these fields have, earlier names first, then outer configurations first."""
+    found = (getattr(inner, name, None) for name in names for inner in _configs(config))
+    return [value for value in found if value is not None]
+
+
+def _special_tokens(config: PreTrainedConfig) -> Iterator[int]:
+    for inner in _configs(config):
+        for name, value in vars(inner).items():
+            if name.endswith(("_token_id", "_token_index")):
+                yield from value if isinstance(value, list | tuple) else (value,)
+
+
+def _first(values: list[Any], default: Any) -> Any:
+    return values[0] if values else default

@@ -1,0 +1,147 @@
+"""To the Hub: exactly the files of an exported folder, in one commit, or none of them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+
+from geta_hf.errors import GETAError
+from geta_hf.reporting.comparison import read_structure
+from geta_hf.serialization.sizes import tensor_sizes
+from geta_hf.serialization.validate import INDEX, read_json, weight_files
+from geta_hf.training.checkpoints import PROGRESS_NAME, WORLD_NAME
+
+_NOT_OURS = {"trainer_state.json", WORLD_NAME, PROGRESS_NAME}
+_UNFINISHED = (".tmp", ".lock", ".part", ".incomplete", ".bak", ".pyc", "~")
+_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_LOGS = re.compile(r"__pycache__|runs|checkpoint-\d+")
+_READ_AS_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+
+
+def files_to_push(folder: str | os.PathLike[str]) -> list[tuple[str, int]]:
+    """What `push_to_hub` would upload of an exported folder.
+
+    Hidden and temporary files, checkpoints and logs of a training and pickled files are left out.
+
+    Args:
+        folder: an exported folder.
+
+    Returns:
+        Name with forward slashes and bytes of every file, by name.
+
+    Raises:
+        GETAError: no whole export: no config.json or geta_structure.json, a shard that is missing or cut short, or
+            weights that the index does not name.
+    """
+    path = Path(folder)
+    read_structure(path)
+    read_json(path / "config.json")
+    names = sorted(_names(path, path))
+    _check_weights(path, set(filter(_READ_AS_WEIGHTS.fullmatch, names)) - {INDEX})
+    return [(name, (path / name).stat().st_size) for name in names]
+
+
+def push_to_hub(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    dry_run: bool = False,
+) -> str:
+    """Upload an exported folder to a repository on the Hub, which is created if there is none.
+
+    All files appear in one commit, so that a reader meets the old model or the new one. Weights that the repository
+    holds under other names are deleted in the same commit, or they might be read in place of the new ones.
+
+    Args:
+        folder: an exported folder.
+        repo_id: `user/name`, or `name` for the token's own user.
+        private: whether a repository that is created is private; by default as the user's or organization's settings.
+        token: of the Hub, with the right to write; by default the one of `hf auth login`, or of HF_TOKEN.
+        revision: branch, created if there is none; by default `main`.
+        commit_message: by default "Upload" with the folder's name.
+        dry_run: check everything that can be checked here and send nothing.
+
+    Returns:
+        The commit's address, or the repository's in a dry run.
+
+    Raises:
+        GETAError: no whole export, a malformed name, no token, no right to write, or an upload that was interrupted.
+            The repository is then as it was, but that it may have been created empty.
+    """
+    path = Path(folder)
+    names = [name for name, _ in files_to_push(path)]
+    try:
+        huggingface_hub.utils.validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise GETAError(f"{repo_id!r} is no repository's name ({error}); give user/name") from error
+    api = HfApi(token=token)
+    if dry_run:
+        return f"{api.endpoint}/{repo_id}"
+    if token is None and huggingface_hub.get_token() is None:
+        raise GETAError("no token for the Hub; run `hf auth login`, set HF_TOKEN, or pass token=")
+    try:
+        return _push(api, path, names, repo_id, private, revision, commit_message or f"Upload {path.resolve().name}")
+    except OfflineModeIsEnabled as error:
+        raise GETAError(f"{repo_id} was not pushed: HF_HUB_OFFLINE is set; unset it to reach the Hub") from error
+    # A dropped connection, a full disk and a refusal come as errors of httpx, OSErrors, or a RuntimeError of a thread.
+    except Exception as error:
+        raise GETAError(
+            f"{repo_id} was not pushed: {_reason(error)}; what it held is still there. Check the token's rights and "
+            f"the network, then push again"
+        ) from error
+
+
+def _push(
+    api: HfApi, folder: Path, names: list[str], repo_id: str, private: bool | None, revision: str | None, message: str
+) -> str:
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    remote = api.list_repo_files(repo_id, revision=revision)
+    stale = [name for name in remote if _READ_AS_WEIGHTS.fullmatch(name) and name not in names]
+    operations: list[Any] = [CommitOperationAdd(name, folder / name) for name in names]
+    operations += [CommitOperationDelete(name) for name in stale]
+    # Not upload_folder, which spreads a large folder over several commits.
+    return api.create_commit(repo_id, operations, commit_message=message, revision=revision).commit_url
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error and of what caused it: that says what went wrong rather than where."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    lines = [str(one).strip().partition("\n")[0].rstrip(".") or type(one).__name__ for one in chain]
+    return ": ".join(dict.fromkeys(lines))
+
+
+def _names(folder: Path, root: Path) -> Iterator[str]:
+    for entry in folder.iterdir():
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            if not _LOGS.fullmatch(entry.name):
+                yield from _names(entry, root)
+        elif entry.is_file() and entry.name not in _NOT_OURS and not entry.name.endswith(_UNFINISHED + _PICKLED):
+            yield entry.relative_to(root).as_posix()
+
+
+def _check_weights(folder: Path, found: set[str]) -> None:
+    """Refuse a folder whose weights are not exactly those it loads: one file, or the shards that its index names."""
+    named = weight_files(folder)
+    if missing := sorted(named - found):
+        raise GETAError(f"{folder} lacks {', '.join(missing)}; export the folder again, nothing was pushed")
+    if stray := sorted(found - named):
+        raise GETAError(f"{folder} has weights that it does not load: {', '.join(stray)}; delete them, then push")
+    for name in sorted(named):
+        tensor_sizes(folder / name)  # which finds what is damaged

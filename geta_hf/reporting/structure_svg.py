@@ -1,0 +1,194 @@
+"""What is left of every layer as one SVG picture: layers side by side, bars for what was kept, shades for bits."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from statistics import mean
+
+from geta_hf.reporting.comparison import Structure
+from geta_hf.reporting.graph_page import pattern
+
+KEPT, BITS, INPUTS = "kept", "bits of weights", "bits of inputs"
+MANY_ROWS = 40
+"""Beyond that many rows of a section, those alike but for a number (experts, blocks of a stage) share one."""
+
+_NUMBER = re.compile(r"(?<![^.#])\d+(?![^.:#])")
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+_LABEL, _BAR, _CELL, _GAP, _LETTER, _NARROWEST, _WIDE = 15, 34, 22, 7, 6.3, 300, 700
+_STEPS = (26, 40)
+_STYLE = """
+svg { --text: #1c2430; --quiet: #667085; --before: #d5dae3; --kept: #2f6fb5; --bits: #d9772b; --inputs: #2a9d6f; }
+@media (prefers-color-scheme: dark) {
+  svg { --text: #e6eaf0; --quiet: #98a2b3; --before: #3a4554; --kept: #5b9be6; --bits: #d9772b; --inputs: #2fae7c; }
+}
+"""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One layer's entry of a row.
+
+    Attributes:
+        text: what is written there.
+        share: how full its bar, or how dark its square is, in [0, 1].
+        title: the whole of it, for a pointer that rests on it.
+    """
+
+    text: str
+    share: float
+    title: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """The same thing in every layer.
+
+    Attributes:
+        section: `KEPT`, `BITS` or `INPUTS`.
+        label: what it is, without what all names share.
+        cells: column -> cell; a layer may lack one.
+    """
+
+    section: str
+    label: str
+    cells: dict[str, Cell]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Everything by layer. `columns` are the layers' numbers in order, "–" for what belongs to no numbered layer."""
+
+    columns: list[str]
+    rows: list[Row]
+
+
+def printable(text: object) -> str:
+    """Any text with what neither UTF-8 nor XML can hold replaced, and escaped for HTML, SVG and attributes."""
+    return html.escape(_UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", str(text)))
+
+
+def layer_grid(structure: Structure) -> Grid:
+    """Arrange a structure by layer: the first number in a name is its column, what stands around it is its row."""
+    rows = [Row(KEPT, label, _map(cells, _kept)) for label, cells in _arranged(structure.kept).items()]
+    for section, bits in ((BITS, structure.bits), (INPUTS, structure.activation_bits)):
+        rows += [Row(section, label, _map(cells, _bits)) for label, cells in _arranged(bits).items()]
+    found = {column for row in rows for column in row.cells}
+    return Grid(sorted(found, key=lambda column: int(column) if column.isdecimal() else 10**9), rows)
+
+
+def _map(cells: Mapping[str, list[tuple[str, object]]], make: object) -> dict[str, Cell]:
+    return {column: make(entries) for column, entries in cells.items()}  # type: ignore[operator]
+
+
+def _arranged(values: Mapping[str, object]) -> dict[str, dict[str, list[tuple[str, object]]]]:
+    """Label -> column -> the named values there."""
+    places = {name: _split(name) for name in values}
+    if len({(before, after) for before, _, after in places.values()}) > MANY_ROWS:
+        places = {name: (before, number, pattern(after)) for name, (before, number, after) in places.items()}
+    shared = _shared([before for before, number, _ in places.values() if number])
+    rows: dict[str, dict[str, list[tuple[str, object]]]] = {}
+    for name, (before, number, after) in places.items():
+        label = f"{before.removeprefix(shared)}*{after}".removeprefix("*") if number else before
+        label = label.lstrip(".:").replace(":", " ") or before.rstrip(".") or name
+        rows.setdefault(label, {}).setdefault(number or "–", []).append((name, values[name]))
+    return rows
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    found = _NUMBER.search(name)
+    return (name, "", "") if found is None else (name[: found.start()], found[0], name[found.end() :])
+
+
+def _shared(prefixes: Sequence[str]) -> str:
+    """The leading parts that all prefixes have in common."""
+    parts = zip(*(prefix.split(".") for prefix in prefixes), strict=False)
+    return ".".join(same[0] for same in takewhile(lambda same: len(set(same)) == 1, parts))
+
+
+def _kept(entries: Sequence[tuple[str, tuple[int, int]]]) -> Cell:
+    left, before = (sum(counts) for counts in zip(*(counts for _, counts in entries), strict=True))
+    return Cell(str(left), left / max(before, 1), f"{_names(entries)}: {left:,} of {before:,}")
+
+
+def _bits(entries: Sequence[tuple[str, int]]) -> Cell:
+    widths = [bits for _, bits in entries]
+    lowest, highest = min(widths), max(widths)
+    text = str(lowest) if lowest == highest else f"{mean(widths):.1f}"
+    spread = text if lowest == highest else f"{lowest} to {highest}, {text} on average"
+    return Cell(text, math.log2(mean(widths) / 2) / 3, f"{_names(entries)}: {spread} bits")
+
+
+def _names(entries: Sequence[tuple[str, object]]) -> str:
+    return entries[0][0] if len(entries) == 1 else f"{entries[0][0]} and {len(entries) - 1} more"
+
+
+def draw(grid: Grid, standalone: bool = False) -> str:
+    """The grid as one SVG element.
+
+    Args:
+        grid: see `layer_grid`.
+        standalone: with the colours inside, for a file of its own; otherwise the page around it sets `--text`,
+            `--quiet`, `--before`, `--kept`, `--bits` and `--inputs`.
+    """
+    longest = max((len(cell.text) for row in grid.rows for cell in row.cells.values()), default=1)
+    step = max(_STEPS[0], round(5.9 * longest + 3), min(_STEPS[1], _WIDE // max(len(grid.columns), 1)))
+    width = max(_NARROWEST, step * len(grid.columns) + 2)
+    top, parts, section = 0, list[str](), ""
+    for row in grid.rows:
+        if row.section != section:
+            section = row.section
+            parts += _heading(section, grid.columns, step, top)
+            top += 44
+        parts.append(_label(row.label, top, width))
+        height = _BAR + 14 if section == KEPT else _CELL
+        for place, column in enumerate(grid.columns):
+            if column in row.cells:
+                paint = _bar if section == KEPT else _square
+                parts += paint(row.cells[column], section, place * step + 1, top + _LABEL, step - 3)
+        top += _LABEL + height + _GAP
+    style = f"<style>{_STYLE}</style>" if standalone else ""
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top}" viewBox="0 0 {width} {top}" '
+        f'role="img" aria-label="what is kept of every layer, and its bits" font-family="system-ui, sans-serif" '
+        f'font-size="11">{style}{"".join(parts)}</svg>'
+    )
+
+
+def _heading(section: str, columns: Sequence[str], step: int, top: int) -> Iterator[str]:
+    yield _text(section, 1, top + 16, "--text", "start", 13, ' font-weight="600"')
+    for place, column in enumerate(columns):
+        yield _text(column, place * step + step / 2, top + 34, "--quiet")
+
+
+def _label(label: str, top: int, width: int) -> str:
+    room = int(width / _LETTER)
+    short = label if len(label) <= room else f"{label[: room // 3]}…{label[-(room - room // 3 - 1) :]}"
+    return f"<g><title>{printable(label)}</title>{_text(short, 1, top + 10, '--quiet', 'start')}</g>"
+
+
+def _bar(cell: Cell, section: str, left: float, top: float, width: float) -> Iterator[str]:
+    height = round(_BAR * cell.share, 1)
+    yield f"<g><title>{printable(cell.title)}</title>{_box(left, top, width, _BAR, '--before')}"
+    yield _box(left, top + _BAR - height, width, height, "--kept")
+    yield f"{_text(cell.text, left + width / 2, top + _BAR + 11, '--text', size=9 if len(cell.text) > 4 else 10)}</g>"
+
+
+def _square(cell: Cell, section: str, left: float, top: float, width: float) -> Iterator[str]:
+    colour, shade = "--bits" if section == BITS else "--inputs", round(0.12 + 0.83 * max(0.0, min(cell.share, 1.0)), 2)
+    yield f"<g><title>{printable(cell.title)}</title>{_box(left, top, width, _CELL, colour, shade)}"
+    yield f"{_text(cell.text, left + width / 2, top + 15, '--text')}</g>"
+
+
+def _box(left: float, top: float, width: float, height: float, colour: str, opacity: float = 1) -> str:
+    at = f'x="{left:g}" y="{top:g}" width="{width:g}" height="{height:g}"'
+    return f'<rect {at} rx="2" style="fill:var({colour})" fill-opacity="{opacity:g}"/>'
+
+
+def _text(text: str, x: float, y: float, colour: str, anchor: str = "middle", size: int = 11, more: str = "") -> str:
+    at = f'x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}"'
+    return f'<text {at} style="fill:var({colour})"{more}>{printable(text)}</text>'

@@ -1,0 +1,81 @@
+"""The vocabulary's embedding at a few bits: rounded after training, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from geta_hf.errors import GETAError
+from geta_hf.quantization import channel_clipping_values
+from geta_hf.quantization.maths import integer_codes, step_size
+from geta_hf.serialization.bitpack import BYTE_BITS, MIN_BITS
+
+
+@dataclass(frozen=True)
+class RoundedEmbedding:
+    """How an embedding was rounded.
+
+    Attributes:
+        name: path of the module.
+        bits: width of its codes.
+        step_size: d of every row, fp32, shape (rows,).
+    """
+
+    name: str
+    bits: int
+    step_size: Tensor
+
+    def codes(self, layer: nn.Module) -> Tensor:
+        """The integers that the rounded weight stands for, int32, in its shape."""
+        weight = layer.get_parameter("weight").detach()
+        if weight.shape[0] != self.step_size.numel():
+            raise GETAError(f"{self.name} lost rows, so its {self.bits} bits no longer fit; leave embedding_bits out")
+        return torch.round(weight.float() / self.step_size.to(weight.device)[:, None]).to(torch.int32)
+
+
+@contextmanager
+def rounded_embedding(model: PreTrainedModel, bits: int | None) -> Iterator[RoundedEmbedding | None]:
+    """A model whose input embedding is rounded to `bits` bits; it is as it was afterwards.
+
+    Every row has the step size of least squared error. What is tied to the embedding sees the same values.
+
+    Args:
+        model: with a plain embedding as its input embedding.
+        bits: 2 to 8; None leaves the model alone.
+
+    Raises:
+        GETAError: other bits, or no embedding to round.
+    """
+    if bits is None:
+        yield None
+        return
+    name, layer = input_embedding(model, bits)
+    weight = layer.weight.data
+    clipping = channel_clipping_values(weight, bits, name=f"{name}.weight")
+    d = step_size(float(bits), clipping, torch.ones(1, device=weight.device))
+    rows = d[:, None]
+    layer.weight.data = (integer_codes(weight, rows, clipping[:, None]).float() * rows).to(weight.dtype)
+    try:
+        yield RoundedEmbedding(name, bits, d.cpu())
+    finally:
+        layer.weight.data = weight
+
+
+def input_embedding(model: Any, bits: int) -> tuple[str, nn.Embedding]:
+    """The embedding that `embedding_bits` means, and its path. Raises GETAError as `rounded_embedding`."""
+    if not isinstance(bits, int) or isinstance(bits, bool) or not MIN_BITS <= bits <= BYTE_BITS:
+        raise GETAError(f"embedding_bits is {bits!r}; an embedding is rounded to {MIN_BITS} to {BYTE_BITS} bits")
+    try:
+        layer = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        layer = None
+    if not isinstance(layer, nn.Embedding):
+        kind = "none" if layer is None else f"a {type(layer).__name__}"
+        raise GETAError(f"the input embedding of {type(model).__name__} is {kind}; leave embedding_bits out")
+    return next(name for name, module in model.named_modules() if module is layer), layer

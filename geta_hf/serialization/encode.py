@@ -1,0 +1,186 @@
+"""How packed layers come to be, what a file gets of them, and the way back: all that loading does without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from geta_hf.errors import GETAError
+from geta_hf.quantization.fixed import FixedQuantizer
+from geta_hf.serialization.bitpack import MAX_BITS, MIN_BITS, ROWS_AT_ONCE, columns, largest_code, stream_length, unpack
+from geta_hf.serialization.packed_layers import (
+    INPUT_SCALE,
+    WEIGHT_SCALE,
+    PackedLayer,
+    PackedRows,
+    become_packed,
+    packed_layers,
+)
+from geta_hf.utils.accelerate_hooks import offload, offloaded, rebind_forward
+
+_CASTS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack signed codes into the bit stream that `unpack` reads.
+
+    Args:
+        codes: integers of any shape, |n| <= 2^(bits-1) - 1.
+        bits: 2 to 16.
+
+    Returns:
+        uint8 of shape (ceil(numel * bits / 8),), on CPU.
+
+    Raises:
+        GETAError: `bits` out of range, or a code that does not fit.
+    """
+    if not isinstance(bits, int) or isinstance(bits, bool) or not MIN_BITS <= bits <= MAX_BITS:
+        raise GETAError(f"bits is {bits!r}; a packed weight has a whole number of {MIN_BITS} to {MAX_BITS} bits")
+    flat = codes.detach().reshape(-1).cpu()
+    if (largest := _largest(flat)) > largest_code(bits):
+        raise GETAError(f"code {largest} does not fit in {bits} bits, the largest is {largest_code(bits)}")
+    stream = torch.zeros(-(-flat.numel() // 8), bits, dtype=torch.uint8)
+    for start in range(0, stream.shape[0], ROWS_AT_ONCE):
+        part = flat[8 * start : 8 * (start + ROWS_AT_ONCE)].to(torch.int32) + 2 ** (bits - 1)
+        rows = F.pad(part, (0, -part.numel() % 8)).view(-1, 8)
+        stream[start : start + ROWS_AT_ONCE] = _to_bytes(rows, bits)
+    return stream.view(-1)[: stream_length(flat.numel(), bits)].clone()
+
+
+def _largest(codes: Tensor) -> int:
+    # abs() would wrap around at the smallest integer.
+    return max(-int(codes.min()), int(codes.max())) if codes.numel() else 0
+
+
+def _to_bytes(rows: Tensor, bits: int) -> Tensor:
+    """Unsigned int32 codes (n, 8) to bytes (n, bits)."""
+    out = torch.zeros(rows.shape[0], bits, dtype=torch.uint8)
+    for j, first, shift, touched in columns(bits):
+        value = rows[:, j] << shift
+        for k in range(touched):
+            out[:, first + k] |= (value >> (8 * k) & 255).to(torch.uint8)
+    return out
+
+
+def pack_layer(
+    name: str,
+    layer: nn.Module,
+    codes: Tensor,
+    bits: int,
+    step_size: float | Tensor,
+    input_quantizer: FixedQuantizer | None = None,
+    tied: bool = False,
+) -> None:
+    """Turn a plain layer into its packed kind, in place.
+
+    Args:
+        name, layer, bits, tied: see `become_packed`.
+        codes: integers n, the shape of the layer's weight.
+        step_size: d, a number or of shape (1,) or (channels,).
+        input_quantizer: rounds the layer's input; None leaves it float.
+
+    Raises:
+        GETAError: the layer's class has no packed kind, or a code does not fit.
+    """
+    if (largest := _largest(codes)) > largest_code(bits):
+        raise GETAError(
+            f"{name}: code {largest} does not fit in {bits} bits, the largest is {largest_code(bits)}; its clipping "
+            f"value, step size and bit width disagree"
+        )
+    dtype, device = layer.get_parameter("weight").dtype, layer.get_parameter("weight").device
+    packed = become_packed(name, layer, bits, tied)
+    rebind_forward(packed)
+    packed.input_quantizer = input_quantizer
+    packed.step_size = torch.as_tensor(step_size, dtype=torch.float32).detach().cpu().reshape(-1)
+    fill(packed, codes.to(device), dtype)
+
+
+def fill(layer: PackedLayer, codes: Tensor, dtype: torch.dtype) -> None:
+    """Make the weight of these codes, in its shape and on its device; the layer computes in the given type."""
+    weight = layer.stored(codes, dtype)
+    layer.stream = None if layer.holds(codes, weight) else pack(codes, layer.bits)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.settle()
+
+
+def layer_codes(name: str, layer: PackedLayer, weight: Tensor | None = None) -> Tensor:
+    """The integers n that the weight stands for, int32, of its shape and on its device.
+
+    Args:
+        name: path of the layer, for the error.
+        layer: a packed layer.
+        weight: the weight where the layer's own is offloaded.
+
+    Raises:
+        GETAError: the weight is no longer what codes can say, so that saving them would lose the change.
+    """
+    weight = (layer.weight if weight is None else weight).detach()
+    if not weight.is_floating_point():
+        return layer.read_back(weight)
+    if layer.stream is None:
+        codes = layer.read_back(weight)
+    else:
+        codes = unpack(layer.stream, layer.bits, weight.numel()).view(weight.shape).to(weight.device, torch.int32)
+    expected, within = layer.decoded(codes), _largest(codes) <= largest_code(layer.bits)
+    if not within or not any(torch.equal(weight, expected.to(cast).to(weight.dtype)) for cast in _CASTS):
+        raise GETAError(
+            f"{name}.weight was changed after it was decoded, and its codes no longer describe it; train the model "
+            f"before the export, not after"
+        )
+    return codes
+
+
+def packed_tensors(name: str, layer: PackedLayer, weight: Tensor | None = None) -> dict[str, Tensor]:
+    """What a file holds of this layer's weight, by tensor name; arguments and errors are those of `layer_codes`."""
+    tensors = {"weight": pack(layer_codes(name, layer, weight), layer.bits), WEIGHT_SCALE: layer.step_size.cpu()}
+    if layer.input_quantizer is not None:
+        tensors[INPUT_SCALE] = layer.input_quantizer.scale
+    return {f"{name}.{leaf}": tensor for leaf, tensor in tensors.items()}
+
+
+def dense_weight(layer: PackedLayer) -> Tensor:
+    """The decoded weight, in the type that the layer computes in."""
+    weight = layer.weight.detach()
+    return weight if weight.is_floating_point() else layer.decoded(layer.read_back(weight)).to(layer.float_dtype)
+
+
+def unpack_layer(layer: PackedLayer) -> None:
+    """Turn a packed layer into what it was before, with its decoded weight and without rounding of its input."""
+    plain_class: Any = layer.plain_class
+    if isinstance(layer, PackedRows) and layer.weight.is_meta:  # others are offloaded as they are used
+        offload(layer, layer.decoded(layer.read_back(offloaded(layer))).to(layer.float_dtype))
+    layer.weight = nn.Parameter(dense_weight(layer), requires_grad=True)
+    if isinstance(layer, PackedRows):
+        del layer.row_scale
+    if "like" in layer._buffers:
+        del layer.like
+    for leaf in layer.OWN:
+        vars(layer).pop(leaf, None)
+    del layer.input_quantizer
+    layer.__class__ = plain_class
+    rebind_forward(layer)
+
+
+def weight_holders(model: nn.Module, layers: Iterable[str]) -> dict[str, list[tuple[nn.Module, str]]]:
+    """For each of these layers every (module, attribute) that holds its weight: one, or more where it is tied."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append((module, leaf))
+    return {name: found[id(model.get_submodule(name).weight)] for name in layers}
+
+
+def weight_bits(model: nn.Module) -> dict[str, int]:
+    """Module path -> bits of its packed weight."""
+    return {name: layer.bits for name, layer in packed_layers(model).items()}
+
+
+def activation_bits(model: nn.Module) -> dict[str, int]:
+    """Module path -> bits of its input, for the packed layers that round it."""
+    inputs = {name: layer.input_quantizer for name, layer in packed_layers(model).items()}
+    return {name: quantizer.bits for name, quantizer in inputs.items() if quantizer is not None}

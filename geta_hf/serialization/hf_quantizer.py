@@ -1,0 +1,162 @@
+"""The whole plug-in of transformers: it loads a compressed model as `loader` does, saves it and makes it plain again.
+
+Importing this module registers it, so `AutoModelForX.from_pretrained(folder)` works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.accelerate import load_offloaded_parameter
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils import logging
+
+from geta_hf.errors import GETAError
+from geta_hf.serialization.encode import activation_bits, packed_tensors, unpack_layer, weight_bits, weight_holders
+from geta_hf.serialization.loader import (
+    QUANT_METHOD,
+    GETALoader,
+    GETAQuantizationConfig,
+    apply_fixes,
+    find_module,
+    tied_weights,
+)
+from geta_hf.serialization.packed_layers import PackedLayer, packed_layers
+from geta_hf.surgery.fixes import Fixes
+
+__all__ = [
+    "QUANT_METHOD",
+    "GETAHfQuantizer",
+    "GETAQuantizationConfig",
+    "apply_fixes",
+    "attach_quantizer",
+    "has_quantizer",
+    "tied_weights",
+]
+
+logger = logging.get_logger(__name__)
+
+
+class GETAHfQuantizer(GETALoader):
+    """Shrinks and prepares a freshly built model, verifies and decodes what was loaded, and packs what is saved."""
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        super()._process_model_after_weight_loading(model, **kwargs)
+        if not model.is_custom_code():  # or a folder saved anew would name code that it does not hold
+            vars(model.config).pop("auto_map", None)
+        attach_quantizer(model, _renamed(self.quantization_config.fixes, lambda name: find_module(model, name)))
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The state dict with packed data in place of the decoded weights, for `save_pretrained`.
+
+        config.json is written next, so it is made to say what is saved: a model may share it with the one around it.
+        """
+        if not model.is_custom_code() and "auto_map" not in vars(model.config):
+            logger.warning_once(
+                "a folder of save_pretrained alone has neither the code to load it without geta_hf nor a model card; "
+                "copy the export's own folder, or use `geta-hf export`, to have them"
+            )
+        for part in _models(model).values():
+            vars(part.config).pop("quantization_config", None)
+        model.config.quantization_config = self.quantization_config
+        state = remove_tied_weights_from_state_dict(model.state_dict(), model)
+        for target, source in model.all_tied_weights_keys.items():
+            if source in state and target in state and state[target].is_meta:  # offloaded, which hides the tie
+                del state[target]
+        for name, layer in packed_layers(model).items():
+            if (weight := state.pop(f"{name}.weight", None)) is not None:  # else tied to one that is saved
+                offloaded = load_offloaded_parameter(model, f"{name}.weight") if weight.is_meta else None
+                state.update(packed_tensors(name, layer, offloaded))
+        return state, {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        layers = packed_layers(model)
+        holders = weight_holders(model, layers)
+        for name, layer in layers.items():
+            unpack_layer(layer)
+            for holder, leaf in holders[name]:
+                setattr(holder, leaf, layer.weight)
+        return model
+
+    def remove_quantization_config(self, model: PreTrainedModel) -> None:
+        """What `dequantize` does last. A model that was cut keeps its fix list, without which no folder of it loads."""
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                vars(module).pop("hf_quantizer", None)
+            vars(module).pop("resize_token_embeddings", None)
+        super().remove_quantization_config(model)
+        fixes = self.quantization_config.fixes
+        if any(fixes[part] for part in ("shapes", "keep", "attrs")):
+            attach_quantizer(model, fixes)
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = GETAQuantizationConfig
+AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = GETAHfQuantizer
+
+
+def attach_quantizer(model: PreTrainedModel, fixes: Fixes) -> None:
+    """Make a model whose layers were packed in memory save itself as a loaded one does, and so every model inside it.
+
+    Args:
+        model: with whatever packed layers it has.
+        fixes: what was cut, in the model's own names.
+    """
+    for path, part in _models(model).items():
+        config = GETAQuantizationConfig(
+            bits=weight_bits(part),
+            fixes=_fixes_below(model, fixes, part) if path else fixes,
+            activation_bits=activation_bits(part),
+            partial=bool(path),
+        )
+        part.hf_quantizer = GETAHfQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
+        vars(part)["resize_token_embeddings"] = partial(_resize_token_embeddings, part)
+    model.config.quantization_config = model.hf_quantizer.quantization_config  # type: ignore[union-attr]
+
+
+def _fixes_below(model: PreTrainedModel, fixes: Fixes, part: PreTrainedModel) -> Fixes:
+    """What a fix list says of a model inside, in the names that modules have there."""
+    names = {id(module): name for name, module in part.named_modules()}
+    return _renamed(fixes, lambda name: names.get(id(model.get_submodule(name))))
+
+
+def _models(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
+    """The model and every model inside it that can be saved alone, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+
+
+def _renamed(fixes: Fixes, find: Callable[[str], str | None]) -> Fixes:
+    """A fix list with other names for its modules; what is in none of them is left out."""
+
+    def tensors(entries: dict[str, Any]) -> dict[str, Any]:
+        parts = {name: name.rpartition(".") for name in entries}
+        places = {name: (find(path), leaf) for name, (path, _, leaf) in parts.items()}
+        return {f"{p}.{leaf}".removeprefix("."): entries[name] for name, (p, leaf) in places.items() if p is not None}
+
+    attrs = {path: values for name, values in fixes["attrs"].items() if (path := find(name)) is not None}
+    return {**fixes, "shapes": tensors(fixes["shapes"]), "keep": tensors(fixes["keep"]), "attrs": attrs}
+
+
+def _resize_token_embeddings(model: Any, *args: Any, **kwargs: Any) -> nn.Module:
+    """The model's own `resize_token_embeddings`, which knows no packed weights."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    wanted = args[0] if args else kwargs.get("new_num_tokens")
+    same = wanted in (None, ends[0].weight.shape[0]) and len(args) < 2 and not kwargs.get("pad_to_multiple_of")
+    if not same and any(isinstance(end, PackedLayer) for end in ends):
+        raise GETAError("a packed embedding keeps its size; call model.dequantize() first, then resize it")
+    resized: nn.Module = type(model).resize_token_embeddings(model, *args, **kwargs)
+    return resized
+
+
+def has_quantizer(model: nn.Module) -> bool:
+    """Whether a model was loaded through some plug-in of transformers, this one or another."""
+    return getattr(model, "hf_quantizer", None) is not None

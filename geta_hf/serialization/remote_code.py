@@ -1,0 +1,148 @@
+"""The code that a folder carries, so that it loads where geta_hf is not installed: `trust_remote_code=True`.
+
+The modules that read a folder are copied as they stand, side by side, with their imports of each other made relative.
+`modeling_geta.py` beside them names the model's classes for transformers' `auto_map`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.models.auto import modeling_auto
+from transformers.utils import logging
+
+from geta_hf.errors import GETAError
+
+logger = logging.get_logger(__name__)
+
+CARRIED = (
+    "geta_hf.errors",
+    "geta_hf.quantization.maths",
+    "geta_hf.quantization.fixed",
+    "geta_hf.serialization.bitpack",
+    "geta_hf.serialization.packed_layers",
+    "geta_hf.serialization.decode",
+    "geta_hf.surgery.config_view",
+    "geta_hf.surgery.fixes",
+    "geta_hf.serialization.loader",
+)
+"""The modules that are copied. They may import each other, torch, safetensors and transformers, and nothing else."""
+
+MODELING = "modeling_geta"
+
+_OWN_IMPORT = re.compile(r"^(\s*from )(geta_hf[\w.]*)( import)", re.MULTILINE)
+
+
+def save_compressed(model: PreTrainedModel, folder: Path, **kwargs: Any) -> None:
+    """`save_pretrained` of a compressed model, with the code that loads it where geta_hf is not installed.
+
+    A model whose class is not transformers' own gets no code, with a warning: such a folder needs geta_hf.
+
+    Args:
+        model: loaded from an export, or made by `compress`.
+        folder: where to; made if it does not exist.
+        kwargs: for `save_pretrained`.
+    """
+    own = _library_class(type(model))
+    if own is None:
+        logger.warning("%s is not a class of transformers; its folder loads only with geta_hf", type(model).__name__)
+        model.save_pretrained(folder, **kwargs)
+        return
+    model.config.auto_map = auto_map(model, own)
+    try:
+        model.save_pretrained(folder, **kwargs)
+    finally:
+        del model.config.auto_map
+    for name, text in code_files(model, own).items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def auto_map(model: PreTrainedModel, own: type[PreTrainedModel]) -> dict[str, str]:
+    """Auto class -> class in the folder's code, for every auto class that offers this model or its base."""
+    found = {"AutoConfig": f"{MODELING}.{type(model.config).__name__}"}
+    for auto, classes in _auto_classes(model.config):
+        chosen = next((kind for kind in classes if kind in (own, _base_class(own))), None)
+        if chosen is not None:
+            found[auto] = f"{MODELING}.{chosen.__name__}"
+    return found
+
+
+def _auto_classes(config: Any) -> Iterator[tuple[str, tuple[type, ...]]]:
+    """Every auto class that knows the config, and the model classes that it chooses from."""
+    for name, auto in inspect.getmembers(modeling_auto, inspect.isclass):
+        mapping = getattr(auto, "_model_mapping", None)
+        if name.startswith("AutoModel") and mapping is not None and type(config) in mapping:
+            classes = mapping[type(config)]
+            yield name, classes if isinstance(classes, tuple) else (classes,)
+
+
+def _library_class(kind: type) -> Any:
+    """The first of a model's classes that transformers defines for an architecture; None where there is none."""
+    return next((base for base in kind.__mro__ if base.__module__.startswith("transformers.models.")), None)
+
+
+def _base_class(own: type[PreTrainedModel]) -> Any:
+    """The class of the model without its head."""
+    mapping: Any = modeling_auto.AutoModel._model_mapping
+    classes = mapping.get(own.config_class, own)
+    return classes[0] if isinstance(classes, tuple) else classes
+
+
+def code_files(model: PreTrainedModel, own: type[PreTrainedModel]) -> dict[str, str]:
+    """The files of code that a folder of this model carries: name -> text."""
+    files = {f"{_flat(name)}.py": _relative(importlib.import_module(name)) for name in CARRIED}
+    return {**files, f"{MODELING}.py": _modeling(model, own)}
+
+
+def _flat(module: str) -> str:
+    leaf = module.rpartition(".")[2]
+    return f"geta_{leaf}"
+
+
+def _relative(module: ModuleType) -> str:
+    """The source of a module with its imports of geta_hf made relative."""
+
+    def flat(match: re.Match[str]) -> str:
+        if match[2] not in CARRIED:
+            raise GETAError(f"{module.__name__} imports {match[2]}, which folders do not carry; add it to CARRIED")
+        return f"{match[1]}.{_flat(match[2])}{match[3]}"
+
+    return _OWN_IMPORT.sub(flat, inspect.getsource(module))
+
+
+def _modeling(model: PreTrainedModel, own: type[PreTrainedModel]) -> str:
+    config = type(model.config)
+    classes = dict.fromkeys([config, own, _base_class(own)])
+    lines = [
+        f'"""{own.__name__} as geta_hf compressed it: `from_pretrained(FOLDER, trust_remote_code=True)`.',
+        "",
+        "The classes are those of transformers; the import of the quantizer lets them read packed weights.",
+        '"""',
+        "",
+        *(f"import {module}" for module in sorted({kind.__module__ for kind in classes})),
+        "",
+        f"from .{_flat(CARRIED[-1])} import GETALoader  # noqa: F401",
+        *_conversions(config.model_type),
+    ]
+    for kind in classes:
+        body = "pass" if kind is config else f"config_class = {config.__name__}"
+        lines += ["", "", f"class {kind.__name__}({kind.__module__}.{kind.__name__}):", f"    {body}"]
+    return "\n".join(lines) + "\n"
+
+
+def _conversions(model_type: str) -> Iterator[str]:
+    """transformers renames and merges tensors of its own classes alone, unless it is told to for others too."""
+    if get_checkpoint_conversion_mapping(model_type) is None:
+        return
+    yield "from transformers import conversion_mapping as conversions"
+    yield ""
+    yield f'mapping = conversions.get_checkpoint_conversion_mapping("{model_type}")'
+    yield f'conversions.register_checkpoint_conversion_mapping("{model_type}", mapping, overwrite=True)'

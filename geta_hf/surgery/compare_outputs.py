@@ -1,0 +1,181 @@
+"""The proof that two models compute the same: every export ends with it, or is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from geta_hf.errors import GETAError
+from geta_hf.quantization import detach_quantizers, quantized_layers
+from geta_hf.utils import module_state
+
+# Largest difference allowed, as a share of the largest logit (of 1 where logits are small): rounding differs with the
+# sizes of the matrices, and nothing else may. Models in double precision may compute a few steps in single.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Outputs beyond this are fillers for masked positions; they must match, but say nothing of the scale of the others.
+_FILLER = 1e4
+_PIECE = 1 << 20  # elements compared at once
+
+Outputs = dict[str, dict[str, Tensor]]
+
+
+def attention_outputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Outputs:
+    """Every floating-point output of the model in evaluation mode, under each attention implementation it has.
+
+    The model is left as it was.
+
+    Args:
+        model: any Hugging Face model.
+        batch: keyword arguments of its forward; moved to the model's device.
+
+    Returns:
+        attention implementation (`eager`, `sdpa`) -> output name -> tensor.
+
+    Raises:
+        GETAError: the model cannot run the batch, or returns no tensor.
+    """
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    with evaluating(model):
+        return {implementation: _outputs(model, inputs, implementation) for implementation in attentions(model)}
+
+
+_OWN = "own"
+
+
+def attentions(model: PreTrainedModel) -> tuple[str, ...]:
+    """The attention implementations that a model is tried with; `own` is what each of its parts has now."""
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return ("eager", "sdpa") if all(part._supports_sdpa for part in parts) else (_OWN, "eager")
+
+
+def set_attention(model: PreTrainedModel, implementation: str) -> None:
+    """Choose one of `attentions`."""
+    if implementation != _OWN:
+        model.set_attn_implementation(implementation)
+
+
+def _outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor], implementation: str) -> dict[str, Tensor]:
+    set_attention(model, implementation)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # some draw what they mask in evaluation, too
+            # The class's forward: accelerate wraps an instance's own in autocast, which the copies do not have.
+            result = type(model).forward(model, **inputs, return_dict=True)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        raise GETAError(
+            f"{type(model).__name__} cannot run the batch with {sorted(inputs)} ({implementation} attention): {error}"
+        ) from error
+    tensors = {name: value for name, value in result.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    if not tensors:
+        raise GETAError(f"{type(model).__name__} returns no tensor to compare, only {sorted(result)}")
+    return tensors
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without gradients; training flags and the attention implementation are then as before.
+
+    What a module cached of its weights in evaluation mode is dropped on both sides: they may have changed before, and
+    may change again. Modules drop it as they enter training mode.
+    """
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    implementations = [(config, config._attn_implementation) for config in configs]
+    with module_state.evaluating(model):
+        model.train().eval()
+        try:
+            yield
+        finally:
+            model.train()
+            for config, implementation in implementations:
+                config._attn_implementation_internal = implementation
+
+
+def prove_alike(
+    first: PreTrainedModel, outputs: Outputs, second: PreTrainedModel, batch: Mapping[str, Tensor], what: str
+) -> float:
+    """`prove_equal` of two models, which 16 bits alone do not decide.
+
+    Their rounding is coarse enough to send a token to another expert. What differs in 16 bits is therefore compared
+    again in single precision, on copies that hold the same weights, where a wrong cut differs as well.
+
+    Args:
+        first: the reference, quantized or not.
+        outputs: of `first` on the batch.
+        second, what: the model under test, and how to call it in an error.
+        batch: keyword arguments of both.
+
+    Returns:
+        The largest absolute difference.
+
+    Raises:
+        GETAError: an output differs by more than the tolerance.
+    """
+    try:
+        return prove_equal(outputs, attention_outputs(second, batch), first.dtype, what)
+    except GETAError:
+        if first.dtype not in module_state.HALVES:
+            raise
+    expected = attention_outputs(_widened(first), batch)
+    return prove_equal(expected, attention_outputs(_widened(second), batch), torch.float32, what)
+
+
+@torch.no_grad()
+def _widened(model: PreTrainedModel) -> PreTrainedModel:
+    """A plain copy in single precision, whose quantized weights are what the model computes with."""
+    wide = copy.deepcopy(model)
+    rounded = {layer.weight: layer.quantized_weight() for layer in quantized_layers(wide).values()}
+    for weight, value in rounded.items():  # as 16 bits hold it
+        weight.data = value
+    return detach_quantizers(wide).to(torch.float32)  # type: ignore[return-value]
+
+
+def prove_equal(reference: Outputs, found: Outputs, dtype: torch.dtype, what: str) -> float:
+    """Compare two models' outputs.
+
+    Args:
+        reference: of the trained model.
+        found: of the model under test, on the same batch.
+        dtype: the model's, which sets the tolerance.
+        what: how to call the model under test in an error.
+
+    Returns:
+        The largest absolute difference.
+
+    Raises:
+        GETAError: an output differs by more than the tolerance; the message names it.
+    """
+    largest = 0.0
+    for implementation, tensors in reference.items():
+        for name, expected in tensors.items():
+            where = f"the {what} model's {name} ({implementation} attention)"
+            actual = found[implementation].get(name)
+            if actual is None or actual.shape != expected.shape:
+                shape = None if actual is None else tuple(actual.shape)
+                raise GETAError(f"{where} has shape {shape}, the trained model's {tuple(expected.shape)}")
+            difference = _difference(expected, actual)
+            allowed = TOLERANCE[dtype] * _scale(expected)
+            if not difference <= allowed:  # also true of NaN
+                raise GETAError(
+                    f"{where} differs by {difference:.3g} from the trained model's; allowed is {allowed:.3g}"
+                )
+            largest = max(largest, difference)
+    return largest
+
+
+def _difference(expected: Tensor, actual: Tensor) -> float:
+    """The largest absolute difference, piece by piece: logits are many, and double precision takes much of them."""
+    pieces = zip(expected.flatten().split(_PIECE), actual.to(expected.device).flatten().split(_PIECE), strict=True)
+    # Equal infinities (masked positions) differ by NaN, though they agree.
+    gaps = [torch.where(a == b, 0.0, (a.double() - b.double()).abs()).max() for a, b in pieces if a.numel()]
+    return float(torch.stack(gaps).max()) if gaps else 0.0
+
+
+def _scale(expected: Tensor) -> float:
+    sizes = (piece.abs() for piece in expected.flatten().split(_PIECE) if piece.numel())
+    largest = [torch.where(size < _FILLER, size, 0.0).max() for size in sizes]
+    return max(1.0, float(torch.stack(largest).max())) if largest else 1.0

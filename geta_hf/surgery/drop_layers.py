@@ -1,0 +1,311 @@
+"""Depth pruning: whole blocks leave a model before anything else happens to it.
+
+What is left is an ordinary, shorter model of the same class: its configuration says so, and every step after this one
+(quantizers, pruning space, plan, training, export) sees no other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from geta_hf.costs.model_costs import forward_uses
+from geta_hf.errors import GETAError
+from geta_hf.qadg.residual_blocks import Block, find_blocks, residual_blocks, skipping, uncached
+from geta_hf.quantization import select_layers
+from geta_hf.surgery.compare_outputs import TOLERANCE, Outputs, attention_outputs, evaluating, prove_equal
+from geta_hf.surgery.record import stepping
+from geta_hf.surgery.shorter_config import shorter_changes
+from geta_hf.training.preparation import first_batches
+
+if TYPE_CHECKING:
+    from geta_hf.training.trainer import GETATrainer
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass
+class Depth:
+    """Which blocks a model lost.
+
+    Attributes:
+        removed: their module paths in the dense model, in the order in which they were chosen.
+        kept: path of every list that lost some -> the dense places of those that stay.
+        losses: mean loss on the calibration batches: of the dense model, and after each choice; empty where the blocks
+            were named.
+        work: elements times uses of their quantized weights, as a ledger counts them.
+    """
+
+    removed: tuple[str, ...] = ()
+    kept: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    losses: tuple[float, ...] = ()
+    work: float = 0.0
+    _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
+
+    def __str__(self) -> str:
+        count = sum(len(places) for places in self.kept.values()) + len(self.removed)
+        text = f"layers removed: {', '.join(self.removed)} ({len(self.removed)} of {count})"
+        if self.losses:
+            text += f"; calibration loss {self.losses[0]:.4g}, without them {self.losses[-1]:.4g}"
+        return text
+
+    def restore(self) -> None:
+        """Give the model its blocks back."""
+        while self._undo:
+            self._undo.pop()()
+
+    def settle(self) -> None:
+        """Let go of the removed blocks, whose memory is held until then so that they can be given back."""
+        self._undo.clear()
+
+
+def drop_layers(trainer: GETATrainer, model: nn.Module) -> Depth:
+    """Remove the layers that a trainer's config asks for; from then on it names them, in checkpoints and exports too.
+
+    Raises:
+        GETAError: as `drop_blocks` and `mean_loss`.
+    """
+    config = trainer.geta_config
+    if not config.drop_layers:
+        return Depth()
+    named = not isinstance(config.drop_layers, int)
+    batches = [] if named else first_batches(trainer.get_train_dataloader, config.calibration_batches)
+
+    def loss() -> float:
+        with trainer.accelerator.autocast():
+            own = mean_loss(model, batches).to(trainer.args.device)
+        return float(trainer.accelerator.reduce(own, "mean"))  # every process has batches of its own
+
+    chosen = select_layers(model, config.include, config.exclude)
+    depth = drop_blocks(model, config.drop_layers, trainer._batch, loss, chosen)
+    trainer.geta_config = dataclasses.replace(config, drop_layers=list(depth.removed))
+    return depth
+
+
+def drop_blocks(
+    model: nn.Module, wanted: int | Sequence[str], inputs: Batch, loss: Callable[[], float], layers: Iterable[str] = ()
+) -> Depth:
+    """Remove whole blocks from a model, in place.
+
+    Blocks may leave that QADG's residual stream runs through and that only add to it (`find_blocks`). A number of them
+    is chosen one by one: the one without which the loss is lowest, computed without it and without those chosen before.
+    The shorter model must be what its shorter configuration builds, give the logits of the dense one with those blocks
+    skipped, and the same logits with a cache as without.
+
+    Args:
+        model: dense, with its weights; without quantizers.
+        wanted: how many blocks, or their module paths.
+        inputs: one batch without labels, for the proofs.
+        loss: computes the model's loss as it stands, such as by `mean_loss`; the same number on every process.
+        layers: paths of the layers that would be quantized, to count the work of those that leave.
+
+    Raises:
+        GETAError: a model that is not Hugging Face's, too few blocks that may leave, a path that is none of them, or
+            a configuration that can't say which blocks are left. The model is then as before.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise GETAError(
+            f"drop_layers shortens a Hugging Face model by its configuration, which {type(model).__name__} lacks; set "
+            f"it to 0"
+        )
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    blocks = find_blocks(model, inputs)
+    removed, losses = _choose(model, blocks, wanted, loss) if isinstance(wanted, int) else (_named(blocks, wanted), [])
+    names = tuple(block.name for block in removed)
+    depth = Depth(names, _kept(model, removed), tuple(losses), _work(model, layers, inputs, names))
+    expected = _reference(model, removed, inputs)
+    try:
+        _shorten(model, depth)
+        _prove(model, expected, inputs)
+    except BaseException:
+        depth.restore()
+        raise
+    return depth
+
+
+def check_drop(model: PreTrainedModel, wanted: int | Sequence[str], inputs: Batch) -> None:
+    """Find what stands against removing layers before there are weights; whether each may leave shows with them only.
+
+    Args:
+        model: on any device or meta; left unchanged.
+        wanted, inputs: as in `drop_blocks`.
+
+    Raises:
+        GETAError: too few layers, a path that is none, or a configuration that can't say which layers are left.
+    """
+    blocks = residual_blocks(model, inputs)
+    if isinstance(wanted, int):
+        _choose(model, blocks, wanted, lambda: 0.0)
+    else:
+        shorter_changes(model, _kept(model, _named(blocks, wanted)))
+
+
+def mean_loss(model: Any, batches: Sequence[Mapping[str, Any]]) -> Tensor:
+    """The model's own loss, 0-d: the mean over batches with labels, which are moved to its device.
+
+    Raises:
+        GETAError: there is no batch, or the model computes no loss of it.
+    """
+    losses = []
+    for batch in batches:
+        inputs = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, Tensor)}
+        losses.append(model(**inputs, **uncached(model)).loss)
+    if not losses or any(loss is None for loss in losses):
+        raise GETAError(
+            "drop_layers chooses layers by the model's own loss, but the batches of train_dataset hold no labels; add "
+            "them, or name the layers to remove"
+        )
+    return torch.stack([loss.detach().float() for loss in losses]).mean()
+
+
+# --- which blocks -------------------------------------------------------------------------------------------------
+
+
+def _choose(
+    model: PreTrainedModel, blocks: Sequence[Block], count: int, loss: Callable[[], float]
+) -> tuple[list[Block], list[float]]:
+    """The blocks that are missed least, one by one, with the loss before and after each choice."""
+    gone: list[Block] = []
+    with evaluating(model):
+        losses = [loss()]
+        for _ in range(count):
+            found: list[tuple[float, Block]] = []
+            for block in _removable(model, blocks, gone):
+                with skipping(model, [*gone, block]):
+                    found.append((loss(), block))
+            found.sort(key=lambda pair: (pair[0] != pair[0], pair[0]))  # NaN last
+            best = next((pair for pair in found if _can_be_said(model, [*gone, pair[1]])), None)
+            if best is None:
+                raise GETAError(_too_many(model, blocks, count, len(gone)))
+            losses.append(best[0])
+            gone.append(best[1])
+    return gone, losses
+
+
+def _can_be_said(model: PreTrainedModel, removed: Sequence[Block]) -> bool:
+    """Whether a shorter configuration builds what is left."""
+    try:
+        shorter_changes(model, _kept(model, removed))
+    except GETAError:
+        return False
+    return True
+
+
+def _removable(model: nn.Module, blocks: Sequence[Block], gone: Sequence[Block]) -> Iterator[Block]:
+    """The blocks that may still leave; a list never loses its last one."""
+    for block in blocks:
+        left = len(model.get_submodule(block.series)._modules) - sum(other.series == block.series for other in gone)
+        if not block.reason and block not in gone and left > 1:
+            yield block
+
+
+def _too_many(model: nn.Module, blocks: Sequence[Block], count: int, possible: int) -> str:
+    reasons = "; ".join(dict.fromkeys(f"{block.name}: {block.reason}" for block in blocks if block.reason))
+    return (
+        f"drop_layers = {count}, but at most {possible} layers of {type(model).__name__} may leave; lower it. One "
+        f"layer stays in every list, as do those that no shorter configuration builds, and these: {reasons or 'none'}"
+    )
+
+
+def _named(blocks: Sequence[Block], names: Sequence[str]) -> list[Block]:
+    known = {block.name: block for block in blocks}
+    for name in names:
+        if name not in known:
+            raise GETAError(
+                f"drop_layers names {name!r}, which is no layer of the residual stream; there are "
+                f"{', '.join(known) or 'none'}. A model that was shortened before takes drop_layers = 0"
+            )
+        if known[name].reason:
+            raise GETAError(f"drop_layers names {name}, which can't leave: {known[name].reason}; leave it out")
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+def _kept(model: nn.Module, removed: Sequence[Block]) -> dict[str, tuple[int, ...]]:
+    kept = {}
+    for series in dict.fromkeys(block.series for block in removed):
+        gone = {int(block.name.rpartition(".")[2]) for block in removed if block.series == series}
+        kept[series] = tuple(place for place in range(len(model.get_submodule(series)._modules)) if place not in gone)
+        if not kept[series]:
+            raise GETAError(f"drop_layers names all of {series}; keep at least one of them")
+    return kept
+
+
+def _work(model: PreTrainedModel, layers: Iterable[str], inputs: Batch, removed: Iterable[str]) -> float:
+    """Σ elements · uses of the layers within blocks that are about to leave, relative to the one used most beside."""
+    within = tuple(f"{name}." for name in removed)
+    uses = forward_uses(model, layers, inputs)
+    most = max((count for name, count in uses.items() if not name.startswith(within)), default=0) or 1
+    gone = {name: count or most for name, count in uses.items() if name.startswith(within)}
+    return sum(model.get_parameter(f"{name}.weight").numel() * count / most for name, count in gone.items())
+
+
+# --- the shorter model ---------------------------------------------------------------------------------------------
+
+
+def _shorten(model: PreTrainedModel, depth: Depth) -> None:
+    """Take the blocks out; attributes and configurations become what the shorter configuration builds."""
+    changes = shorter_changes(model, depth.kept)
+    for series, kept in depth.kept.items():
+        _cut_list(model.get_submodule(series), kept, depth)
+    for change in changes:
+        holder: Any = model.get_submodule(change.module)
+        for name in change.path:
+            holder = getattr(holder, name)
+        _set(holder, change.name, change.value, depth)
+
+
+def _cut_list(blocks: nn.Module, kept: Sequence[int], depth: Depth) -> None:
+    before = dict(blocks._modules)
+
+    def undo() -> None:
+        blocks._modules = before
+
+    depth._undo.append(undo)
+    blocks._modules = {str(place): before[str(old)] for place, old in enumerate(kept)}
+
+
+def _set(holder: Any, name: str, value: Any, depth: Depth) -> None:
+    before = getattr(holder, name)
+    depth._undo.append(lambda: setattr(holder, name, before))
+    setattr(holder, name, value)
+
+
+# --- the proof ----------------------------------------------------------------------------------------------------
+
+
+def _reference(model: PreTrainedModel, removed: Sequence[Block], inputs: Batch) -> tuple[Outputs, bool]:
+    """The dense model's outputs without the blocks, and whether its cache changes nothing."""
+    with skipping(model, removed):
+        outputs = attention_outputs(model, inputs)
+    return outputs, _cache_agrees(model, inputs)
+
+
+def _prove(model: PreTrainedModel, expected: tuple[Outputs, bool], inputs: Batch) -> None:
+    outputs, cached = expected
+    prove_equal(outputs, attention_outputs(model, inputs), model.dtype, "shortened")
+    if cached and not _cache_agrees(model, inputs):
+        raise GETAError(
+            f"without these layers {type(model).__name__} gives other logits with a cache than without; drop other "
+            f"layers, or set drop_layers to 0"
+        )
+
+
+def _cache_agrees(model: PreTrainedModel, inputs: Batch) -> bool:
+    """Whether the last token's logits are the same step by step; False for a model that can't do that."""
+    if not model.can_generate() or "input_ids" not in inputs or model.config.is_encoder_decoder:
+        return False
+    unpadded = {"input_ids": inputs["input_ids"]}
+    with evaluating(model):
+        whole = model(**unpadded, **uncached(model)).logits[:, -1:]
+        try:
+            with stepping(model):
+                stepped = model(**unpadded)
+        except Exception:  # a model without a cache says so in many kinds of errors
+            return False
+    return float((whole - stepped).abs().max()) <= TOLERANCE[model.dtype] * max(1.0, float(whole.abs().max()))

@@ -1,0 +1,76 @@
+"""Export tried before training: what a model cannot follow must be known before hours are spent on it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from geta_hf.errors import GETAError
+from geta_hf.qadg.space import Family, PruningSpace
+from geta_hf.surgery.verify import Bench, Removal
+
+logger = logging.get_logger(__name__)
+
+
+def rehearse(model: PreTrainedModel, space: PruningSpace, batch: Mapping[str, Tensor]) -> PruningSpace:
+    """Cut a few groups of every prunable family away on a copy and compare with the same groups zeroed.
+
+    Args:
+        model: with or without quantizers; left unchanged.
+        space: its pruning space.
+        batch: inputs to compare on.
+
+    Returns:
+        The space; families that the model cannot follow are no longer prunable, with the reason.
+
+    Raises:
+        GETAError: no prunable family is left.
+    """
+    bench = Bench(model, batch, space)
+    reason = bench.refusal(_some_of_each(space.prunable))
+    if reason is None:
+        return space
+    refused = _refused(bench, space.prunable)
+    families = tuple(
+        dataclasses.replace(family, prunable=False, reason=refused[family.name]) if family.name in refused else family
+        for family in space.families
+    )
+    left = dataclasses.replace(space, families=families)
+    if left.prunable:
+        reason = bench.refusal(_some_of_each(left.prunable))
+    if reason is not None:
+        raise GETAError(f"nothing in {type(model).__name__} can be cut away: {reason}")
+    for text in dict.fromkeys(refused.values()):
+        logger.warning("%d families are not pruned: %s", list(refused.values()).count(text), text)
+    return left
+
+
+def _refused(bench: Bench, families: Iterable[Family]) -> dict[str, str]:
+    """The families that cannot be cut away, with the reason; those of a kind that can be are not tried one by one."""
+    refused = {}
+    for kind in dict.fromkeys(family.kind for family in families):
+        alike = [family for family in families if family.kind == kind]
+        reason = bench.refusal(_some_of_each(alike))
+        for family in alike if reason is not None else ():
+            own = bench.refusal(_some_of_each([family]))
+            if own is not None:
+                refused[family.name] = f"the model does not follow when {kind} are cut away: {own}"
+    return refused
+
+
+def _some_of_each(families: Iterable[Family]) -> Removal:
+    """One to three groups of each family, by turns, since what holds for equal counts alone does not hold in training.
+
+    They come from the middle: the removal of the last one would hide shifted indices.
+    """
+    removal = {}
+    for position, family in enumerate(family for family in families if family.size > 1):
+        middle = (family.size - 1) // 2
+        places = torch.arange(family.size)
+        removal[family.name] = (places <= middle) & (places > middle - 1 - position % 3)
+    return removal

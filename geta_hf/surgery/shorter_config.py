@@ -1,0 +1,155 @@
+"""The configuration of a model with fewer blocks, and what it builds: found by building it, not by its names."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from geta_hf.errors import GETAError
+from geta_hf.qadg.tracing.dummy_inputs import empty_model
+
+Path = tuple[str, ...]
+Kept = Mapping[str, Sequence[int]]
+"""Path of a list of modules -> the places of those that stay."""
+
+
+class Change(NamedTuple):
+    """An attribute of a module of the shorter model, or of the configuration that `path` leads to from there."""
+
+    module: str
+    path: Path
+    name: str
+    value: Any
+
+
+def shorter_changes(model: PreTrainedModel, kept: Kept) -> list[Change]:
+    """Every attribute that is another one in what the shorter configuration builds.
+
+    Raises:
+        GETAError: no configuration builds the blocks that stay, just as they are.
+    """
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    dense = empty_model(config)
+    for series, places in kept.items():
+        config = _shorter_config(config, series, places)
+    short = empty_model(config)
+    _check_tensors(dense, short, kept)
+    changes: list[Change] = []
+    for place, twin in short.named_modules():
+        origin = dense.get_submodule(_before(place, kept))
+        _check_alike(origin, twin, place)
+        changes += _differences(origin, twin, place)
+    return changes
+
+
+def _before(place: str, kept: Kept) -> str:
+    """The path that a module of the shorter model had in the dense one."""
+    for series, places in kept.items():
+        if place.startswith(f"{series}."):
+            number, dot, rest = place.removeprefix(f"{series}.").partition(".")
+            return f"{series}.{places[int(number)]}{dot}{rest}"
+    return place
+
+
+def _check_tensors(dense: nn.Module, short: nn.Module, kept: Kept) -> None:
+    theirs = {name: tuple(tensor.shape) for name, tensor in dense.state_dict().items()}
+    built = {_before(name, kept): tuple(tensor.shape) for name, tensor in short.state_dict().items()}
+    gone = [f"{series}.{place}." for series, places in kept.items() for place in _missing(dense, series, places)]
+    for name in dict.fromkeys((*theirs, *built)):
+        if theirs.get(name) != built.get(name) and not name.startswith(tuple(gone)):
+            raise GETAError(
+                f"{name} has shape {theirs.get(name, 'none')}, but {built.get(name, 'none')} in what the shorter "
+                f"configuration builds; drop other layers, or set drop_layers to 0"
+            )
+
+
+def _missing(model: nn.Module, series: str, kept: Sequence[int]) -> list[int]:
+    return [place for place in range(len(model.get_submodule(series)._modules)) if place not in kept]
+
+
+def _check_alike(origin: nn.Module, twin: nn.Module, place: str) -> None:
+    """Raises GETAError where a module that the shorter configuration builds is not the one that stands there."""
+    buffers = dict(origin.named_buffers(recurse=False))
+    same = type(origin) is type(twin) and all(
+        name in buffers and (buffer.is_meta or torch.equal(buffer, buffers[name]))
+        for name, buffer in twin.named_buffers(recurse=False)
+    )
+    if not same:
+        raise GETAError(
+            f"the shorter configuration builds {place or 'the model'} otherwise ({type(twin).__name__} for a "
+            f"{type(origin).__name__}, or other buffers); drop other layers, or set drop_layers to 0"
+        )
+
+
+def _differences(origin: Any, twin: Any, place: str, path: Path = ()) -> Iterator[Change]:
+    """What differs because of the places: whole numbers and lists are taken over, anything else is refused."""
+    for name, value in vars(twin).items():
+        before = vars(origin).get(name)
+        if isinstance(value, PreTrainedConfig) and isinstance(before, PreTrainedConfig):
+            yield from _differences(before, value, place, (*path, name))
+        elif _plain(value) and _plain(before) and value != before:
+            if not isinstance(value, int | list | tuple | dict) or isinstance(value, bool):
+                raise GETAError(
+                    f"{name} of {place} is {before!r}, but {value!r} in what the shorter configuration builds; drop "
+                    f"other layers, or set drop_layers to 0"
+                )
+            yield Change(place, path, name, value)
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, list | tuple | dict):
+        return all(map(_plain, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, int | float | str)
+
+
+def _shorter_config(config: PreTrainedConfig, series: str, kept: Sequence[int]) -> PreTrainedConfig:
+    """The configuration that builds fewer blocks in one list, found by trying every number of that size.
+
+    Lists with an entry for every block, such as `layer_types`, are cut where that number stands.
+    """
+    dense = empty_model(config)
+    count = len(dense.get_submodule(series)._modules)
+    wanted = {**_lengths(dense, series), series: len(kept)}
+    for path, own in _configs(config):
+        for name in [name for name, value in vars(own).items() if type(value) is int and value == count]:
+            tried = copy.deepcopy(config)
+            changed = dict(_configs(tried))[path]
+            for other, value in vars(own).items():
+                if isinstance(value, list | tuple) and len(value) == count:
+                    setattr(changed, other, type(value)(value[place] for place in kept))
+            setattr(changed, name, len(kept))
+            if _builds(tried, series, wanted):
+                return tried
+    raise GETAError(
+        f"no number in {type(config).__name__} makes {series} {len(kept)} layers long, so the shorter model could not "
+        f"be loaded again; set drop_layers to 0"
+    )
+
+
+def _configs(config: PreTrainedConfig, path: Path = ()) -> Iterator[tuple[Path, PreTrainedConfig]]:
+    """A configuration and all that stand in it, each with the names that lead there."""
+    yield path, config
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            yield from _configs(value, (*path, name))
+
+
+def _builds(config: PreTrainedConfig, series: str, wanted: Mapping[str, int]) -> bool:
+    try:
+        short = empty_model(config)
+    except GETAError:
+        return False
+    found = _lengths(short, series)
+    return {**found, series: len(short.get_submodule(series)._modules)} == wanted
+
+
+def _lengths(model: nn.Module, series: str) -> dict[str, int]:
+    """Lengths of all lists of modules but those within `series`."""
+    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    return {path: len(module) for path, module in lists.items() if not path.startswith(f"{series}.")}

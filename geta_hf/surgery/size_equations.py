@@ -1,0 +1,363 @@
+"""What every call that takes sizes demands of the numbers it is given, once slices have left.
+
+One rule per torch function: it reads the recorded call and yields (number, what it must be). A number is a constant of
+the code or an expression in the modules' attributes; which attributes to change follows from these in `solve`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from geta_hf.errors import GETAError
+from geta_hf.qadg.tracing.graph import Ref
+from geta_hf.surgery.size_trace import UNKNOWN, Call, Cut
+from geta_hf.surgery.symbolic_int import Attribute, Expression, Guard, Operation, Size, TaggedInt, Use, evaluate
+
+Demand = tuple[Any, int]
+"""A number of the call, plain or tagged, and what it must be."""
+
+
+class RefusalError(GETAError):
+    """The model's code cannot follow a cut; the message says where and why."""
+
+
+@dataclass(frozen=True)
+class Equation:
+    """`expression`, in attributes alone, must come to `wanted`."""
+
+    expression: Expression
+    wanted: int
+    where: str
+
+
+@dataclass
+class Demands:
+    """All that one cut asks of the attributes.
+
+    Attributes:
+        equations: sizes that must come out right.
+        guards: comparisons that must come out as they did.
+        uses: numbers in the arithmetic, with the value they had, which must not change.
+    """
+
+    equations: list[Equation]
+    guards: list[Guard]
+    uses: list[Equation]
+
+
+def demands(cut: Cut) -> Demands:
+    """What a cut asks of the attributes of the model, by the forward that was recorded.
+
+    Raises:
+        RefusalError: a call that no change of attributes can make right.
+    """
+    trace = cut.trace
+    calls = [c for c in trace.calls if not any(item is UNKNOWN for item in (*c.args, *c.kwargs.values()))]
+
+    def old(leaf: Attribute | Size) -> int:
+        return trace.original[leaf] if isinstance(leaf, Attribute) else cut.flow.shape(Ref(leaf.value))[leaf.dim]
+
+    equations = [
+        Equation(fold(number, cut), wanted, f"{call.name} at {call.where} in {call.module or 'the model'}")
+        for call in calls
+        if call.name in RULES
+        for number, wanted in RULES[call.name](call, cut)
+        if isinstance(number, int | Attribute)  # and not a tensor, whose content is the model's affair
+    ]
+    guards = [
+        Guard(g.comparison, fold(g.left, cut), fold(g.right, cut), g.outcome, g.where)
+        for g in dict.fromkeys(trace.log.guards)
+    ]
+    uses = chain(trace.log.uses, (use for call in calls for use in _uses(call)))
+    fixed = [Equation(fold(u.expression, cut), evaluate(u.expression, old), u.where) for u in dict.fromkeys(uses)]
+    return Demands(list(dict.fromkeys(equations)), guards, fixed)
+
+
+def fold(number: Any, cut: Cut) -> Expression:
+    """A number with every size put in as it is after the cut, so that only attributes are left."""
+    expression = number.expression if isinstance(number, TaggedInt) else number
+    if isinstance(expression, Size):
+        return cut.size(Ref(expression.value), expression.dim)
+    if not isinstance(expression, Operation):
+        return expression
+    operands = tuple(fold(operand, cut) for operand in expression.operands)
+    folded = Operation(expression.function, operands)
+    if all(isinstance(operand, int) for operand in operands) and not (
+        expression.function in ("floordiv", "mod") and operands[1] == 0
+    ):
+        return evaluate(folded, lambda _: 0)
+    return folded
+
+
+# Where a tensor is multiplied by a number, or a number by a tensor, the number is more than a size.
+_OPERATORS = ("mul", "div", "true_divide", "add", "sub", "rsub", "pow", "floor_divide", "remainder", "fmod", "truediv")
+_ARITHMETIC = frozenset(
+    [name for plain in _OPERATORS for name in (plain, f"__{plain}__", f"__r{plain}__")]
+    + ["multiply", "divide", "subtract", "tensor", "full", "new_full", "full_like", "linspace"]
+)
+
+
+def _uses(call: Call) -> Iterator[Use]:
+    """The numbers of a call that enter its result as themselves."""
+    if call.name == "scaled_dot_product_attention":
+        if call.kwargs.get("scale") is None and len(call.args) < 7:
+            query = call.args[0] if call.args else call.kwargs["query"]
+            yield Use(Size(query.value, -1), f"the default scale at {call.where}")
+    elif call.name in _ARITHMETIC:
+        skipped = 1 if call.name == "full" else 2 if call.name == "new_full" else 0
+        for item in chain(call.args[skipped:], call.kwargs.values()):
+            if isinstance(item, TaggedInt):
+                yield Use(item.expression, f"{call.name} at {call.where}")
+
+
+def _given(call: Call, place: int, *names: str) -> Any:
+    """An argument by position or by one of its names; None when it was not given."""
+    if len(call.args) > place:
+        return call.args[place]
+    return next((call.kwargs[name] for name in names if name in call.kwargs), None)
+
+
+def _numbers(call: Call, start: int) -> Sequence[Any]:
+    """Sizes given one by one, as one sequence, or by name; -1 for whatever is no number."""
+    given = call.args[start:] or tuple(call.kwargs[n] for n in ("size", "shape", "sizes", "dims") if n in call.kwargs)
+    flat = given[0] if given and isinstance(given[0], list | tuple) else given
+    return [number if isinstance(number, int) else -1 for number in flat]
+
+
+def _sizes(numbers: Iterable[Any], sizes: Iterable[int]) -> Iterator[Demand]:
+    """Every number is the size beside it; -1 follows by itself."""
+    for number, size in zip(numbers, sizes, strict=True):
+        if int(number) != -1:
+            yield number, size
+
+
+def _view(call: Call, cut: Cut) -> Iterator[Demand]:
+    numbers, sizes = _numbers(call, 1), cut.sizes(call.outputs[0])
+    if len(numbers) == len(sizes):  # not so where a view changes the type of the elements
+        yield from _sizes(numbers, sizes)
+
+
+def _factory(start: int) -> Callable[[Call, Cut], Iterator[Demand]]:
+    def rule(call: Call, cut: Cut) -> Iterator[Demand]:
+        numbers = _numbers(call, start)
+        if len(numbers) == len(cut.flow.shape(call.outputs[0])):
+            yield from _made(numbers, call, cut)
+
+    return rule
+
+
+def _made(numbers: Iterable[Any], call: Call, cut: Cut) -> Iterator[Demand]:
+    """The sizes of a new tensor, except those that nothing in this forward depends on."""
+    for dim, number in enumerate(numbers):
+        if isinstance(number, int) and int(number) != -1 and not cut.free(call.outputs[0], dim):
+            yield number, cut.size(call.outputs[0], dim)
+
+
+def _full(call: Call, cut: Cut) -> Iterator[Demand]:
+    size = _given(call, 0 if call.name == "full" else 1, "size")
+    yield from _made(size, call, cut) if isinstance(size, list | tuple) else ()
+
+
+def _repeat(call: Call, cut: Cut) -> Iterator[Demand]:
+    numbers, before, after = _numbers(call, 1), cut.sizes(call.args[0]), cut.sizes(call.outputs[0])
+    before = [1] * (len(after) - len(before)) + before
+    for dim, number in enumerate(numbers, start=len(after) - len(numbers)):
+        if int(number) != -1 and not cut.free(call.outputs[0], dim):
+            yield number, _quotient(call, after[dim], before[dim])
+
+
+def _repeat_interleave(call: Call, cut: Cut) -> Iterator[Demand]:
+    repeats, dim = _given(call, 1, "repeats"), _given(call, 2, "dim")
+    if isinstance(repeats, int) and dim is not None:
+        yield repeats, _quotient(call, cut.size(call.outputs[0], dim), cut.size(call.args[0], dim))
+
+
+def _quotient(call: Call, whole: int, part: int) -> int:
+    if part == 0 or whole % part:
+        raise RefusalError(f"{call.name} at {call.where}: {part} elements cannot be repeated to {whole}")
+    return whole // part
+
+
+def _split(call: Call, cut: Cut) -> Iterator[Demand]:
+    numbers, dim = _given(call, 1, "split_size_or_sections", "split_size", "split_sizes"), _given(call, 2, "dim") or 0
+    sizes = [cut.size(output, dim) for output in call.outputs]
+    if isinstance(numbers, int):
+        numbers = [numbers] * max(1, len(sizes) - 1)
+        sizes = sizes[: len(numbers)]
+    yield from zip(numbers, sizes, strict=True)
+
+
+def _chunk(call: Call, cut: Cut) -> Iterator[Demand]:
+    dim = _given(call, 2, "dim") or 0
+    sizes = [cut.size(output, dim) for output in call.outputs]
+    if len(set(sizes)) > 1 and sizes != [cut.flow.shape(output)[dim] for output in call.outputs]:
+        raise RefusalError(f"chunk at {call.where} gives equal parts, but {sizes} elements of them stay")
+    yield from ()
+
+
+def _unflatten(call: Call, cut: Cut) -> Iterator[Demand]:
+    numbers = _given(call, 2, "sizes")
+    start = int(_given(call, 1, "dim")) % len(cut.flow.shape(call.args[0]))
+    yield from _sizes(numbers, cut.sizes(call.outputs[0])[start : start + len(numbers)])
+
+
+def _narrow(call: Call, cut: Cut) -> Iterator[Demand]:
+    dim, start, length = (_given(call, i, n) for i, n in ((1, "dim"), (2, "start"), (3, "length")))
+    mask = cut.mask(call.args[0], dim)
+    if isinstance(start, int):
+        yield start, int(start) if mask is None else int(mask[: int(start)].sum())
+    yield length, cut.size(call.outputs[0], dim)
+
+
+def _arange(call: Call, cut: Cut) -> Iterator[Demand]:
+    mask = cut.mask(call.outputs[0], 0)
+    if mask is None:
+        if len(call.args) == 1 and isinstance(call.args[0], TaggedInt):
+            yield call.args[0], int(call.args[0])
+        return
+    stays = int(mask.sum())
+    if len(call.args) != 1 or not mask[:stays].all():
+        raise RefusalError(f"arange at {call.where}: its content cannot lose other elements than the last ones")
+    yield call.args[0], stays
+
+
+def _item(call: Call, cut: Cut) -> Iterator[Demand]:
+    """Indexing: bounds and places along a dim that is cut move with what stays before them."""
+    source = call.args[0]
+    index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
+    if any(isinstance(item, Ref | list | bool) for item in index):
+        return
+    dim, rank = 0, len(cut.flow.shape(source))
+    used = sum(item is not None and item is not Ellipsis for item in index)
+    for item in index:
+        if item is Ellipsis:
+            dim += rank - used
+        elif item is not None:
+            mask = cut.mask(source, dim)
+            yield from _unmoved(item) if mask is None else _moved(call, item, mask)
+            dim += 1
+
+
+def _bounds(item: Any) -> list[Any]:
+    return [n for n in ((item.start, item.stop) if isinstance(item, slice) else (item,)) if isinstance(n, int)]
+
+
+def _unmoved(item: Any) -> Iterator[Demand]:
+    for number in _bounds(item):
+        if isinstance(number, TaggedInt):
+            yield number, int(number)
+
+
+def _moved(call: Call, item: Any, mask: NDArray[np.bool_]) -> Iterator[Demand]:
+    if isinstance(item, slice):
+        _check_step(call, item, mask)
+        for number in _bounds(item):
+            place = int(number)
+            if place >= 0 and (place < len(mask) or isinstance(number, TaggedInt)):
+                yield number, int(mask[:place].sum()) + max(0, place - len(mask))
+            elif 0 > place > -len(mask):
+                yield number, -int(mask[place:].sum())
+    elif isinstance(item, int):
+        place = int(item)
+        if not mask[place]:
+            raise RefusalError(f"index {place} at {call.where} reads an element that leaves")
+        yield item, int(mask[:place].sum()) if place >= 0 else -int(mask[place:].sum())
+
+
+def _check_step(call: Call, item: slice, mask: NDArray[np.bool_]) -> None:
+    """A stride keeps its meaning only where what it skips leaves evenly."""
+    if item.step in (None, 1):
+        return
+    chosen = np.zeros(len(mask), np.bool_)
+    chosen[item] = True
+    start = int(mask[: int(item.start or 0)].sum())
+    stays = np.zeros(int(mask.sum()), np.bool_)
+    stays[start :: int(item.step)] = True
+    if item.stop is not None or not np.array_equal(chosen[mask], stays):
+        raise RefusalError(f"the stride of {item.step} at {call.where} would skip other elements than before")
+
+
+def _convolution(call: Call, cut: Cut) -> Iterator[Demand]:
+    groups, weight = _given(call, 6, "groups"), cut.sizes(_given(call, 1, "weight"))
+    if groups is None or int(groups) == 1:
+        return
+    source, output = _given(call, 0, "input"), call.outputs[0]
+    transposed = call.name.startswith("conv_transpose")
+    # The weight's second dim holds the channels of one group: inputs, or outputs where transposed.
+    channels = [cut.size(ref, len(cut.flow.shape(ref)) + 1 - len(weight)) for ref in (source, output)]
+    divided, other = channels[::-1] if transposed else channels
+    wanted, rest = divmod(divided, weight[1])
+    if rest or other % wanted:
+        raise RefusalError(
+            f"{call.module}: a weight of shape {tuple(weight)} divides {channels[0]} channels into no whole groups"
+        )
+    yield _own(call, cut, "groups", groups), wanted
+
+
+def _group_norm(call: Call, cut: Cut) -> Iterator[Demand]:
+    source, groups = _given(call, 0, "input"), _given(call, 1, "num_groups")
+    mask = cut.mask(source, 1)
+    if mask is None:
+        return
+    left = mask.reshape(int(groups), -1).sum(axis=1)
+    if len(set(left[left > 0].tolist())) > 1:
+        raise RefusalError(f"{call.module}: groups of {left.tolist()} channels cannot be normalised together")
+    yield _own(call, cut, "num_groups", groups), int((left > 0).sum())
+
+
+def _own(call: Call, cut: Cut, name: str, number: Any) -> Any:
+    """A number that a layer of torch.nn, whose integers are not tagged, hands on from its own attribute."""
+    attribute = Attribute(call.module, name)
+    plain = not isinstance(number, TaggedInt) and cut.trace.original.get(attribute) == number
+    return attribute if plain else number
+
+
+def _layer_norm(call: Call, cut: Cut) -> Iterator[Demand]:
+    numbers = _given(call, 1, "normalized_shape")
+    sizes = cut.sizes(call.outputs[0])[-len(numbers) :]
+    # Plain numbers are those of torch.nn's own layers, which follow their weights.
+    yield from ((number, size) for number, size in zip(numbers, sizes, strict=True) if isinstance(number, TaggedInt))
+
+
+def _attention(call: Call, cut: Cut) -> Iterator[Demand]:
+    for ref in call.args:
+        if isinstance(ref, Ref) and tuple(cut.sizes(ref)) != cut.flow.shape(ref):
+            raise RefusalError(
+                f"{call.module}: nn.MultiheadAttention has no heads of another size than its inputs give"
+            )
+    yield from ()
+
+
+Rule = Callable[[Call, Cut], Iterator[Demand]]
+
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("view", "reshape"), _view),
+    **dict.fromkeys(("expand", "broadcast_to"), _factory(1)),
+    **dict.fromkeys(("zeros", "ones", "empty", "rand", "randn"), _factory(0)),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_empty"), _factory(1)),
+    **dict.fromkeys(("full", "new_full"), _full),
+    **dict.fromkeys(("repeat", "tile"), _repeat),
+    **dict.fromkeys(("split", "split_with_sizes"), _split),
+    **dict.fromkeys(_CONVOLUTIONS, _convolution),
+    **dict.fromkeys(("layer_norm", "rms_norm"), _layer_norm),
+    "repeat_interleave": _repeat_interleave,
+    "chunk": _chunk,
+    "multi_head_attention_forward": _attention,
+    "unflatten": _unflatten,
+    "narrow": _narrow,
+    "arange": _arange,
+    "__getitem__": _item,
+    "group_norm": _group_norm,
+}
+"""Torch functions whose arguments are sizes or places."""
+
+WANTED = frozenset([*RULES, *_ARITHMETIC, "scaled_dot_product_attention"])
+"""The torch functions whose calls a trace has to record."""

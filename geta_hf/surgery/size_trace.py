@@ -1,0 +1,300 @@
+"""One recorded forward in which every size knows where it comes from: the integers of the modules, or other sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from geta_hf.errors import GETAError
+from geta_hf.qadg.propagation.flow import Flow
+from geta_hf.qadg.propagation.keep_masks import Staying
+from geta_hf.qadg.propagation.propagate import propagate
+from geta_hf.qadg.tracing.capture import capture
+from geta_hf.qadg.tracing.graph import Ref
+from geta_hf.qadg.tracing.merge import merge_branches
+from geta_hf.qadg.tracing.recorder import Recorder
+from geta_hf.surgery.config_view import ConfigView, is_config
+from geta_hf.surgery.symbolic_int import Attribute, Log, Size, TaggedInt, location
+
+UNKNOWN = Ref(-1)
+"""Stands for a tensor that no recorded operator made."""
+
+_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a torch function, seen as the model's code made it: `args` with every recorded tensor as a `Ref`."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: tuple[Ref, ...]
+    module: str
+    where: str
+
+
+@dataclass
+class Trace:
+    """A recorded forward.
+
+    Attributes:
+        flow: the propagated graph.
+        calls: in the order of execution.
+        log: comparisons and arithmetic uses of tagged integers.
+        original: the value of every attribute that was read or may be set.
+    """
+
+    flow: Flow
+    calls: list[Call] = field(default_factory=list)
+    log: Log = field(default_factory=Log)
+    original: dict[Attribute, int] = field(default_factory=dict)
+
+
+class _SizeMode(TorchFunctionMode):
+    """Tags the sizes that the model's code reads, and records the calls that it makes."""
+
+    def __init__(self, names: frozenset[str], log: Log) -> None:
+        super().__init__()
+        self.names, self.log = names, log
+        self.calls: list[Call] = []
+        self.recorder: Recorder | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        recorder = _get_current_dispatch_mode()
+        if not isinstance(recorder, Recorder):
+            return result
+        if recorder is not self.recorder:  # a capture that failed is begun anew
+            self.recorder = recorder
+            self.calls.clear()
+            self.log.restart()
+        name = getattr(func, "__name__", "")
+        if func == _SHAPE or name == "size":
+            return self._tagged(recorder, args, kwargs or {}, result)
+        if name in self.names:
+            self._record(recorder, name, args, kwargs or {}, result)
+        return result
+
+    def _tagged(self, recorder: Recorder, args: Any, kwargs: Any, result: Any) -> Any:
+        value = _position(recorder, args[0])
+        if value is None:
+            return result
+        if isinstance(result, torch.Size):
+            return torch.Size(
+                [TaggedInt(size, Size(value, dim), self.log, self.log.run) for dim, size in enumerate(result)]
+            )
+        dim = args[1] if len(args) > 1 else kwargs["dim"]
+        return TaggedInt(result, Size(value, int(dim) % args[0].dim()), self.log, self.log.run)
+
+    def _record(self, recorder: Recorder, name: str, args: Any, kwargs: Any, result: Any) -> None:
+        def reference(item: Any) -> Any:
+            if isinstance(item, Tensor):
+                value = _position(recorder, item)
+                return UNKNOWN if value is None else Ref(value)
+            if isinstance(item, list):
+                return [reference(inner) for inner in item]
+            return tuple(reference(inner) for inner in item) if isinstance(item, tuple) else history(item)
+
+        def history(item: Any) -> Any:
+            """Numbers of another run are plain."""
+            if isinstance(item, slice):
+                return slice(history(item.start), history(item.stop), history(item.step))
+            plain = isinstance(item, TaggedInt) and isinstance(self.log.expression_of(item), int)
+            return int(item) if plain else item
+
+        outputs = tuple(map(reference, result if isinstance(result, list | tuple) else (result,)))
+        if outputs and all(isinstance(output, Ref) and output != UNKNOWN for output in outputs):
+            named = {key: reference(item) for key, item in kwargs.items()}
+            self.calls.append(Call(name, reference(args), named, outputs, recorder.module[-1], location()))
+
+
+def _position(recorder: Recorder, tensor: Tensor) -> int | None:
+    """Which recorded value a tensor is; none when it was reshaped in place since."""
+    value = recorder.find(tensor)
+    known = value is not None and recorder.graph.values[value].shape == tuple(tensor.shape)
+    return value if known else None
+
+
+def trace(model: nn.Module, batch: Mapping[str, Any], names: frozenset[str]) -> Trace:
+    """Record `model(**batch)`, with sizes traced back to the integers that modules hold.
+
+    The model, its attributes included, is as before afterwards.
+
+    Args:
+        model: as `geta_hf.qadg.tracing.capture.capture` takes it.
+        batch: the keyword arguments of its forward.
+        names: of the torch functions whose calls are wanted.
+
+    Raises:
+        GETAError: the model cannot run the batch.
+    """
+    log, original = Log(), dict[Attribute, int]()
+    mode = _SizeMode(names, log)
+    with _tagged_attributes(model, log, original), mode:
+        graph = capture(model, batch)
+        log.close()
+    return Trace(propagate(merge_branches(graph)), mode.calls, log, original)
+
+
+@contextmanager
+def _tagged_attributes(model: nn.Module, log: Log, original: dict[Attribute, int]) -> Iterator[None]:
+    """Let every integer that a module outside torch.nn holds be a tagged one for a while.
+
+    Those of torch.nn follow from their tensors.
+    """
+    before: list[tuple[nn.Module, str, Any]] = []
+    for path, module in model.named_modules():
+        tag = _tagger(path, log, original)
+        for name, value in list(vars(module).items()):
+            if not name.startswith("_") and (tagged := tag(name, value)) is not value and not of_torch(module):
+                before.append((module, name, value))
+                module.__dict__[name] = tagged
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            module.__dict__[name] = value
+
+
+def of_torch(module: nn.Module) -> bool:
+    """Whether a module is a layer of torch.nn itself."""
+    return type(module).__module__.startswith("torch.nn.")
+
+
+def _tagger(path: str, log: Log, original: dict[Attribute, int]) -> Callable[[str, Any], Any]:
+    """What puts a tagged value in place of a plain one, which is returned when there is nothing to tag."""
+
+    def integer(name: str, value: int) -> TaggedInt:
+        attribute = Attribute(path, name)
+        original[attribute] = int(value)
+        return TaggedInt(value, attribute, log)
+
+    def tag(name: str, value: Any) -> Any:
+        if _is_integer(value):
+            return integer(name, value)
+        if type(value) in (list, tuple) and value and all(_is_integer(item) for item in value):
+            return type(value)(integer(f"{name}[{place}]", item) for place, item in enumerate(value))
+        return _TaggedConfig(value, name, tag) if is_config(value) else value
+
+    return tag
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class _TaggedConfig(ConfigView):
+    """A configuration whose integers are tagged as they are read, those that a property computes too."""
+
+    __slots__ = ("_name", "_tag")
+
+    def __init__(self, base: Any, name: str, tag: Callable[[str, Any], Any]) -> None:
+        super().__init__(base)
+        object.__setattr__(self, "_name", name)
+        object.__setattr__(self, "_tag", tag)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._base, name)
+        if name.startswith("_"):
+            return value
+        name = self._base.attribute_map.get(name, name)
+        return self._tag(f"{self._name}.{name}", value)
+
+
+class InconsistentError(GETAError):
+    """What is to leave does not leave together, by the recorded forward."""
+
+
+class Cut:
+    """What stays of every tensor of a trace, given what stays of the parameters.
+
+    Args:
+        trace: a recorded forward.
+        kept: tensor name -> dim -> int64 indices that stay, as `geta_hf.qadg.space.kept_indices` gives them.
+
+    Raises:
+        InconsistentError: the indices are not all that leaves with them.
+    """
+
+    def __init__(self, trace: Trace, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
+        self.trace, self.flow = trace, trace.flow
+        self._linked: NDArray[np.bool_] | None = None
+        self.removed = _removed_atoms(self.flow, kept)
+        self._staying = Staying(self.flow, self.removed)
+        self._check(kept)
+
+    def _check(self, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
+        """Raise unless what the removed atoms take from the parameters is just what is to leave."""
+        for position, value in enumerate(self.flow.graph.values):
+            if value.kind != "parameter" or not self.flow.known(position):
+                continue
+            dims = next((kept[name] for name in value.names if name in kept), {})
+            for dim, size in enumerate(value.shape):
+                mask = self.mask(Ref(position), dim)
+                stays = np.arange(size) if mask is None else np.flatnonzero(mask)
+                if not np.array_equal(stays, dims[dim].numpy() if dim in dims else np.arange(size)):
+                    raise InconsistentError(
+                        f"dim {dim} of {value.names[0]} cannot be cut to the indices asked for: its slices do not "
+                        f"leave alone in the dependency graph; build the space for this very model"
+                    )
+
+    def mask(self, ref: Ref, dim: int) -> NDArray[np.bool_] | None:
+        """Which elements along a dim stay; None when all do."""
+        return self._staying.mask(ref.value, dim)
+
+    def free(self, ref: Ref, dim: int) -> bool:
+        """Whether no parameter has a part in a dim, so that its size may be any: nothing reads it in this forward."""
+        ids = self.flow.dims(ref)[dim] if self.flow.known(ref.value) else None
+        if self._linked is None:
+            self._linked = _parameter_atoms(self.flow)
+        return ids is not None and not self._linked[self.flow.terms.atoms(ids)].any()
+
+    def size(self, ref: Ref, dim: int) -> int:
+        """The size of a dim after the cut."""
+        mask = self.mask(ref, dim)
+        return self.flow.shape(ref)[dim] if mask is None else int(mask.sum())
+
+    def sizes(self, ref: Ref) -> list[int]:
+        """The shape of a tensor after the cut."""
+        return [self.size(ref, dim) for dim in range(len(self.flow.shape(ref)))]
+
+
+def _parameter_atoms(flow: Flow) -> NDArray[np.bool_]:
+    """For every id, whether it is an atom that a parameter carries, or the frozen one."""
+    found = np.zeros(flow.terms.count, np.bool_)
+    found[0] = True
+    for position, value in enumerate(flow.graph.values):
+        if value.kind == "parameter" and flow.known(position):
+            for ids in flow.dims(position):
+                if ids is not None:
+                    found[flow.terms.atoms(ids)] = True
+    return found
+
+
+def _removed_atoms(flow: Flow, kept: Mapping[str, Mapping[int, Tensor]]) -> NDArray[np.bool_]:
+    """The atoms that occur in what leaves, and nowhere in what stays of the tensors that are cut."""
+    gone, stays = np.zeros(flow.terms.count, np.bool_), np.zeros(flow.terms.count, np.bool_)
+    for position, value in enumerate(flow.graph.values):
+        dims = next((kept[name] for name in value.names if name in kept), None)
+        if dims is None or value.kind == "input" or not flow.known(position):
+            continue
+        for dim, ids in enumerate(flow.dims(position)):
+            if dim in dims and ids is not None:
+                table = flow.terms.atoms(ids)
+                mask = np.zeros(len(ids), np.bool_)
+                mask[dims[dim].numpy()] = True
+                stays[table[mask]] = True
+                gone[table[~mask]] = True
+    gone &= ~stays
+    gone[0] = False
+    return gone

@@ -1,0 +1,169 @@
+"""From equations to the attributes to change: those that a cut forces, and no others."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+
+from torch import Tensor
+
+from geta_hf.surgery.size_equations import Demands, Equation, RefusalError, demands
+from geta_hf.surgery.size_trace import Cut, InconsistentError, Trace
+from geta_hf.surgery.symbolic_int import Attribute, Expression, Guard, Size, attributes, evaluate
+
+Values = dict[Attribute, int]
+
+_MOST_STEPS = 2000
+
+
+def solve(traces: Sequence[Trace], kept: Mapping[str, Mapping[int, Tensor]]) -> Values:
+    """The attributes that modules must hold after a cut, so that the model's own forward runs on what stays.
+
+    Args:
+        traces: recorded forwards of the model, at least one; each may show attributes that the others do not.
+        kept: tensor name -> dim -> int64 indices that stay.
+
+    Returns:
+        The attributes that change, with their new values.
+
+    Raises:
+        RefusalError: no values do, or the model uses a number that changes for more than a size.
+    """
+    asked = [demands(cut) for cut in _cuts(traces, kept)]
+    original = {attribute: value for trace in traces for attribute, value in trace.original.items()}
+    equations = list(dict.fromkeys(equation for one in asked for equation in one.equations))
+    guards = list(dict.fromkeys(guard for one in asked for guard in one.guards))
+    values = _direct(equations, original)
+    for part, its_guards in _parts(equations, guards):
+        values.update(_Search(part, its_guards, original).run(values))
+    _check_uses(asked, original | values)
+    return {attribute: value for attribute, value in values.items() if value != original[attribute]}
+
+
+def _cuts(traces: Sequence[Trace], kept: Mapping[str, Mapping[int, Tensor]]) -> Iterator[Cut]:
+    yield Cut(traces[0], kept)
+    for trace in traces[1:]:
+        # An operator that only this forward uses may freeze what leaves; it then has nothing to say.
+        with suppress(InconsistentError):
+            yield Cut(trace, kept)
+
+
+def _direct(equations: Iterable[Equation], original: Values) -> Values:
+    """What equations of a single attribute say; each is settled by it, changed or not."""
+    values: Values = {}
+    reasons: dict[Attribute, str] = {}
+    for equation in equations:
+        expression = equation.expression
+        if isinstance(expression, int) and expression != equation.wanted:
+            raise RefusalError(f"{equation.where}: the code fixes {expression}, where {equation.wanted} is needed")
+        if isinstance(expression, Attribute):
+            value = values.setdefault(expression, equation.wanted)
+            reason = reasons.setdefault(expression, equation.where)
+            if value != equation.wanted:
+                raise RefusalError(
+                    f"{expression} must be {value} for {reason}, but {equation.wanted} for {equation.where}"
+                )
+    return values
+
+
+def _parts(equations: Iterable[Equation], guards: Iterable[Guard]) -> Iterator[tuple[list[Equation], list[Guard]]]:
+    """Equations and guards that share attributes, part by part."""
+    parent: dict[Attribute, Attribute] = {}
+
+    def root(attribute: Attribute) -> Attribute:
+        while parent.setdefault(attribute, attribute) != attribute:
+            attribute = parent[attribute]
+        return attribute
+
+    rows = [(equation, list(attributes(equation.expression))) for equation in equations]
+    conditions = [(guard, [*attributes(guard.left), *attributes(guard.right)]) for guard in guards]
+    for _, names in [*rows, *conditions]:
+        for name in names[1:]:
+            parent[root(name)] = root(names[0])
+    parts: dict[Attribute | None, tuple[list[Equation], list[Guard]]] = {}
+    for equation, names in rows:
+        parts.setdefault(root(names[0]) if names else None, ([], []))[0].append(equation)
+    for guard, names in conditions:
+        parts.setdefault(root(names[0]) if names else None, ([], []))[1].append(guard)
+    yield from parts.values()
+
+
+class _Search:
+    """Settles the equations of one part in turn, each by the smallest change: one attribute not settled yet.
+
+    Then comparisons that would come out otherwise are mended in the same way. Those that cannot be are left: a
+    forward that goes another way, as one with a single head may, is not wrong for that, and the proof will tell.
+    """
+
+    def __init__(self, equations: list[Equation], guards: list[Guard], original: Values) -> None:
+        self.equations, self.guards, self.original = equations, guards, original
+        self.steps = 0
+        self.reason = ""
+
+    def run(self, settled: Values) -> Values:
+        """The attributes settled before, and those of this part.
+
+        Raises:
+            RefusalError: there is an equation that no attribute can settle.
+        """
+        found = self._extend(settled)
+        if found is None:
+            raise RefusalError(self.reason)
+        return found
+
+    def _extend(self, settled: Values) -> Values | None:
+        self.steps += 1
+        for equation in self.equations:
+            if not self._holds(equation, settled):
+                self.reason = self.reason or self._complaint(equation, settled)
+                return self._mend(equation, attributes(equation.expression), settled)
+        for guard in self.guards:
+            if not self._holds(guard, settled):
+                mended = self._mend(guard, [*attributes(guard.left), *attributes(guard.right)], settled)
+                return settled if mended is None else mended
+        return settled
+
+    def _mend(self, wrong: Equation | Guard, names: Iterable[Attribute], settled: Values) -> Values | None:
+        for name in dict.fromkeys(names):
+            for value in () if name in settled else range(1, self.original[name] + 1):
+                trial = {**settled, name: value}
+                if self._holds(wrong, trial) and self.steps < _MOST_STEPS:
+                    found = self._extend(trial)
+                    if found is not None:
+                        return found
+        return None
+
+    def _holds(self, claim: Equation | Guard, settled: Values) -> bool:
+        if isinstance(claim, Equation):
+            return self._value(claim.expression, settled) == claim.wanted
+        left, right = self._value(claim.left, settled), self._value(claim.right, settled)
+        comparable = left is not None and right is not None
+        return comparable and getattr(operator, claim.comparison)(left, right) == claim.outcome
+
+    def _complaint(self, equation: Equation, settled: Values) -> str:
+        found = self._value(equation.expression, settled)
+        return (
+            f"{equation.where}: {equation.expression} comes to {found}, where {equation.wanted} is needed, and no "
+            f"attribute can be changed for it"
+        )
+
+    def _value(self, expression: Expression, settled: Values) -> int | None:
+        def look_up(leaf: Attribute | Size) -> int:
+            assert isinstance(leaf, Attribute)
+            return settled[leaf] if leaf in settled else self.original[leaf]
+
+        try:
+            return evaluate(expression, look_up)
+        except ZeroDivisionError:
+            return None
+
+
+def _check_uses(asked: Iterable[Demands], values: Values) -> None:
+    for use in dict.fromkeys(use for one in asked for use in one.uses):
+        found = evaluate(use.expression, lambda leaf: values[leaf])  # type: ignore[index]
+        if found != use.wanted:
+            raise RefusalError(
+                f"{use.where} computes with the number {use.wanted}, which would become {found}: more than a size "
+                f"changes"
+            )

@@ -1,0 +1,280 @@
+"""Gate 4: after surgery the Hugging Face model itself, with its own code, computes what the masked model did."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from geta_hf.errors import GETAError
+from geta_hf.qadg.replay import Replay, ReplayError, double
+from geta_hf.qadg.space import Family, PruningSpace, kept_indices
+from geta_hf.surgery.compare_outputs import attention_outputs, evaluating, prove_equal
+from geta_hf.surgery.record import other_shape, record, stepping
+from geta_hf.surgery.size_trace import Cut, Trace
+from geta_hf.surgery.slice import slice_model
+from geta_hf.surgery.solve_attributes import solve
+from geta_hf.utils.module_state import HALVES, in_single_precision
+
+Batch = Mapping[str, Tensor]
+Removal = dict[str, Tensor]
+
+_NEW_TOKENS = 3
+
+
+def verify_surgery(model: PreTrainedModel, batch: Batch, space: PruningSpace, seed: int = 0) -> None:
+    """Let a model pass gate 4: cut for real, with different counts in every layer, it still computes the same.
+
+    Runs on a copy with random weights, biases and norm weights away from 0 and 1, in double precision where the model
+    fixes no types of its own. From every prunable family another number of groups is removed (never all; families that
+    exclude each other in turn), the tensors are sliced and the modules' attributes solved for. Then the model's own
+    forward must give what it gave with the removed slices at zero, within 1e-6 of the scale of the outputs: with eager
+    and with sdpa attention, on the batch and on another shape, and in generation with and without a cache, if it can.
+    Families that a norm runs over are compared with the recorded graph on the sliced tensors instead.
+
+    Args:
+        model: on any device, with real tensors; left unchanged.
+        batch: one batch of real inputs; a small one will do.
+        space: what to check; only its prunable families are.
+        seed: of the random weights and of what is removed.
+
+    Raises:
+        GETAError: naming the families and what went wrong.
+    """
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise GETAError(f"gate 4 runs {type(model).__name__} itself, but it is on meta; pass a model with real tensors")
+    generator = torch.Generator().manual_seed(seed)
+    bench = Bench(_randomized(model, batch, space, seed), batch, space)
+    for removal in _removals(space.prunable, generator):
+        reason = bench.refusal(removal)
+        if reason is None:
+            continue
+        for name, mask in removal.items():
+            if len(removal) > 1 and (own := bench.refusal({name: mask})) is not None:
+                raise GETAError(f"{name} fails gate 4 (surgery): {own}; mark it unprunable")
+        raise GETAError(f"{' with '.join(removal)} fails gate 4 (surgery): {reason}; mark it unprunable")
+
+
+class Bench:
+    """A model whose groups are removed in trial, and what was recorded of it.
+
+    Args:
+        model: left unchanged.
+        batch: one batch of real inputs.
+        space: the pruning space of the model.
+
+    Raises:
+        GETAError: the model cannot run the batch.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch: Batch, space: PruningSpace) -> None:
+        self.model, self.families, self.space = model, {family.name: family for family in space.families}, space
+        self.batches, self.generates = [_cast(batch, model.dtype)], model.can_generate()
+        self.traces = record(model, self.batches[0])
+        other = other_shape(model, self.batches[0])
+        if _attempt(lambda: attention_outputs(model, other)) is not None:
+            self.batches.append(other)
+
+    def refusal(self, removal: Removal) -> str | None:
+        """Why the groups cannot be cut away, or None where they can."""
+        try:
+            self._check(removal)
+        except GETAError as error:
+            return str(error)
+        return None
+
+    def _check(self, removal: Removal) -> None:
+        try:
+            self._compare(removal)
+        except GETAError:
+            if self.model.dtype not in HALVES:
+                raise
+            with in_single_precision(self.model):  # what differs may be rounding alone
+                self._compare(removal)
+
+    def _compare(self, removal: Removal) -> None:
+        kept = kept_indices(self.space, removal)
+        values = solve(self.traces, kept)
+        batches = [_cast(batch, self.model.dtype) for batch in self.batches]
+        small = copy.deepcopy(self.model, {id(parameter): parameter for parameter in self.model.parameters()})
+        slice_model(small, kept, values)
+        if norm_coupled(self.space, removal):
+            prove_replay(self.traces[0], kept, small, batches[0])
+            return
+        with masked_groups(self.model, self.families.values(), removal):
+            for batch in batches:
+                reference = attention_outputs(self.model, batch)
+                prove_equal(reference, attention_outputs(small, batch), self.model.dtype, "cut")
+            if self.generates:
+                check_generation(self.model, small, batches[0])
+
+
+def prove_replay(trace: Trace, kept: Mapping[str, Mapping[int, Tensor]], small: PreTrainedModel, batch: Batch) -> float:
+    """Compare a cut model with the recorded graph on its tensors, whose norms and means run over what is left.
+
+    Args:
+        trace: of the model before it was cut, without quantizers.
+        kept: what it was cut to.
+        small: the cut model.
+        batch: what was recorded.
+
+    Returns:
+        The largest absolute difference.
+
+    Raises:
+        GETAError: an output differs by more than the tolerance, or the graph does not run.
+    """
+    tensors = dict(small.named_parameters()) | dict(small.named_buffers())
+    values = [(place, v) for place, v in enumerate(trace.flow.graph.values) if v.kind in ("parameter", "buffer")]
+    weights = {place: partial(_wide, tensors[value.names[0]]) for place, value in values if trace.flow.known(place)}
+    try:
+        expected = Replay(trace.flow, Cut(trace, kept).removed).run(weights)
+    except ReplayError as error:
+        raise GETAError(f"the recorded graph does not run on what is left: {error}") from error
+    differences = []
+    for implementation, outputs in attention_outputs(small, batch).items():
+        for tensor in expected:
+            alike = [output.cpu() for output in outputs.values() if output.shape == tensor.shape]
+            if alike and tensor.is_floating_point():
+                closest = min(alike, key=lambda output: float((output - tensor).abs().max()))
+                whole, part = {implementation: {"output": tensor}}, {implementation: {"output": closest}}
+                differences.append(prove_equal(whole, part, small.dtype, "cut"))
+    if not differences:
+        raise GETAError(f"no output of {type(small).__name__} has the shape that the recorded graph gives it")
+    return max(differences)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return double(tensor).cpu()
+
+
+def norm_coupled(space: PruningSpace, removal: Mapping[str, Tensor]) -> bool:
+    """Whether a norm or a mean runs over something that leaves, so that zeros do not do what a cut does."""
+    return any("norm" in f.couplings and bool(removal[f.name].any()) for f in space.families if f.name in removal)
+
+
+@torch.no_grad()
+def mask_groups(model: nn.Module, families: Iterable[Family], removal: Removal) -> None:
+    """Set the groups to zero that `removal` names."""
+    for tensor, dim, index in _slices(model, families, removal):
+        tensor.index_fill_(dim, index, 0)
+
+
+@contextmanager
+def masked_groups(model: nn.Module, families: Iterable[Family], removal: Removal) -> Iterator[None]:
+    """`mask_groups` for a while; no more memory is taken than that of the groups. Afterwards all is as before."""
+    before: list[tuple[Tensor, int, Tensor, Tensor]] = []
+    with torch.no_grad():
+        try:
+            for tensor, dim, index in _slices(model, families, removal):
+                before.append((tensor, dim, index, tensor.index_select(dim, index)))
+                tensor.index_fill_(dim, index, 0)
+            yield
+        finally:
+            for tensor, dim, index, values in reversed(before):  # where two overlap, the first one saw the values
+                tensor.index_copy_(dim, index, values)
+
+
+def _slices(model: nn.Module, families: Iterable[Family], removal: Removal) -> Iterator[tuple[Tensor, int, Tensor]]:
+    """Tensor, dim and indices of everything that leaves."""
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for family in families:
+        for member in family.members if family.name in removal else ():
+            tensor = tensors[member.tensor]
+            yield tensor, member.dim, member.index[removal[family.name]].flatten().to(tensor.device)
+
+
+def check_generation(masked: PreTrainedModel, small: PreTrainedModel, batch: Batch) -> None:
+    """The last logits from a cache, and tokens generated with a cache and without: all as before, where it could."""
+    with evaluating(masked), evaluating(small):
+        for what, run in (("step by step", _last_logits), ("with a cache", _tokens(True)), ("without", _tokens(False))):
+            reference = _attempt(partial(run, masked, batch))
+            if reference is None:
+                continue
+            try:
+                found = run(small, batch)
+            except Exception as error:
+                raise GETAError(f"the cut model cannot generate {what} any more: {error}") from error
+            prove_equal({what: {"generation": reference}}, {what: {"generation": found}}, masked.dtype, "cut")
+
+
+def _last_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    with stepping(model):
+        return model(**batch)
+
+
+def _tokens(cached: bool) -> Callable[[PreTrainedModel, Batch], Tensor]:
+    def run(model: PreTrainedModel, batch: Batch) -> Tensor:
+        if not model.config.is_encoder_decoder and _masks_tokens(model, batch):
+            # Tokens go on at the right, where a training batch is padded; without a mask transformers would guess one.
+            batch = {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+        tokens = model.generate(**batch, max_new_tokens=_NEW_TOKENS, do_sample=False, use_cache=cached)  # type: ignore[operator]
+        return tokens.double()
+
+    return run
+
+
+def _masks_tokens(model: PreTrainedModel, batch: Batch) -> bool:
+    return "input_ids" in batch and "attention_mask" in inspect.signature(model.forward).parameters
+
+
+def _attempt(run: Callable[[], Any]) -> Any:
+    """The result, or None where a model cannot do what is asked of it: that shows in many kinds of errors."""
+    try:
+        return run()
+    except Exception:
+        return None
+
+
+def _cast(batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+
+
+@torch.no_grad()
+def _randomized(model: PreTrainedModel, batch: Batch, space: PruningSpace, seed: int) -> PreTrainedModel:
+    """A copy with random weights, in double precision where the model runs in it."""
+    wide = _with_random_weights(model, space, seed).double()
+    outputs = _attempt(lambda: attention_outputs(wide, _cast(batch, wide.dtype))) or {}
+    # A filler that single precision rounds to its lowest number may be beyond it here, and make NaN.
+    sound = [not tensor.isnan().any() for tensors in outputs.values() for tensor in tensors.values()]
+    return wide if sound and all(sound) else _with_random_weights(model, space, seed)
+
+
+def _with_random_weights(model: PreTrainedModel, space: PruningSpace, seed: int) -> PreTrainedModel:
+    generator = torch.Generator().manual_seed(seed)
+    copied = copy.deepcopy(model)
+    cut = {member.tensor for family in space.families for member in family.members}
+    buffers = [buffer for name, buffer in copied.named_buffers() if name in cut and buffer.is_floating_point()]
+    for tensor in (*copied.parameters(), *buffers):
+        if tensor.dim() == 1 and tensor.numel() > 1:
+            tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+        elif tensor.numel() > 1:
+            # Large enough for attention that is far from even, where a wrong head would not show.
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) / math.prod(tensor.shape[1:]) ** 0.5)
+    return copied
+
+
+def _removals(families: Iterable[Family], generator: torch.Generator) -> Iterator[Removal]:
+    """Removals that together touch every family; each of them from many at once, and another number from each."""
+    left = [family for family in families if family.size > 1]
+    while left:
+        norm, chosen = "norm" in left[0].couplings, dict[str, Family]()
+        for family in left:
+            if ("norm" in family.couplings) == norm and not chosen.keys() & set(family.excludes):
+                chosen[family.name] = family
+        left = [family for family in left if family.name not in chosen]
+        yield {name: _some(family.size, place, generator) for place, (name, family) in enumerate(chosen.items())}
+
+
+def _some(size: int, place: int, generator: torch.Generator) -> Tensor:
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[torch.randperm(size, generator=generator)[: 1 + place % (size - 1)]] = True
+    return mask

@@ -1,0 +1,1 @@
+"""Run a method inside Hugging Face's Trainer: plan, memory, distillation, LoRA, checkpoints and the trainer itself."""

@@ -1,0 +1,368 @@
+"""What memory a training run will need, by part, known before it: one step is run on tensors that hold no data.
+
+The model's own code, Trainer's way to the loss, the teacher and the optimizer are run on fake tensors, and every
+storage counts for as long as something keeps it alive. So whatever changes memory (autocast, activation checkpointing,
+attention kernels, the dtype of weights) is followed, not modelled. What QASSO keeps is counted from what groups cut.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils.operations import convert_to_fp32
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+
+from geta_hf.config import GETAConfig
+from geta_hf.errors import MemoryUnknown
+from geta_hf.methods.qasso.frozen import Frozen
+from geta_hf.methods.qasso.joint_step import needs_gradients
+from geta_hf.methods.qasso.schedule import Schedule
+from geta_hf.qadg import PruningSpace, build_space
+from geta_hf.qadg.group_labels import find_cuts
+from geta_hf.qadg.tracing.dummy_inputs import empty_model, example_batch
+from geta_hf.quantization import detach_quantizers, quantized_layers
+from geta_hf.quantization.kernels import outlined
+from geta_hf.quantization.quantizer import Quantizer
+from geta_hf.surgery.drop_layers import check_drop
+from geta_hf.training.distillation import Distiller
+from geta_hf.training.fake_tensors import OUTLINE, Live, outline_of, outlines, without_data
+from geta_hf.training.lora import attach_lora, find_frozen, plan_lora
+from geta_hf.training.memory_report import PARTS, MemoryPlan, Moment
+from geta_hf.training.plan import Plan, make_ledger, make_plan
+from geta_hf.training.preparation import attach, empty_copy, quantizer_parameters, without_untrained
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+_STATES_8BIT = {"adam": 2, "ademamix": 3, "lion": 1, "rmsprop": 1}
+"""States of an element that 8-bit optimizers keep, by a part of Trainer's name for them."""
+
+
+def plan_memory(
+    model: PreTrainedModel,
+    batch: Mapping[str, Tensor],
+    args: TrainingArguments,
+    config: GETAConfig | None = None,
+    space: PruningSpace | None = None,
+    plan: Plan | None = None,
+) -> MemoryPlan:
+    """Find what memory one process needs to train a model, without its weights and in seconds.
+
+    Not counted: evaluation and export, what DDP's buckets and FSDP's gathering add or sharding saves, torch.compile,
+    the CUDA context (some 0.5 GB), and what an allocator wastes.
+
+    Args:
+        model: on any device, or on meta; with its quantizers attached where it is to be quantized. Left unchanged.
+        batch: the largest that training will see, labels included; only shapes and dtypes are read.
+        args: Trainer's own: `optim`, `bf16`, `gradient_checkpointing`, `gradient_accumulation_steps` and the device.
+        config: of a GETA run, for distillation, stages and rules; None for a plain one.
+        space, plan: the pruning space and what the run is to end with; without them nothing is counted for pruning.
+
+    Raises:
+        MemoryUnknown: the forward asks for data, or fails, where there is none.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    student = without_data(model, mode, args.device).train()
+    student.config.use_cache = args.use_cache
+    if args.gradient_checkpointing:
+        _checkpoint(student, args)
+    teacher = _fake_teacher(model, mode, args.device, config)
+    inputs = {name: outline_of(value, mode, args.device) for name, value in batch.items()}
+    with outlined(OUTLINE), outlines(mode):
+        distiller = _distiller(student, teacher, config)
+        backward = _forward_and_backward(student, distiller, inputs, args, _frozen(student, space))
+        state, temporary, notes = _optimizer(student, args)
+    forgetting = _Forgetting.of(model, config, space, plan)
+    held = {"optimizer": state, "pruning": forgetting.remembered}
+    gradients = sum(p.nbytes for p in student.parameters() if p.requires_grad)
+    temporary = max(temporary, forgetting.temporaries)
+    if config is not None and config.drop_layers:
+        notes = (*notes, "whole, though drop_layers will take layers out before training")
+    copies = _rehearsal(model, batch, space)
+    before = Moment(backward.weights, teacher=backward.teacher, activations=copies) if copies else Moment()
+    return MemoryPlan(
+        before,
+        dataclasses.replace(backward, **held),
+        dataclasses.replace(backward, **held, gradients=gradients, activations=temporary),
+        notes,
+    )
+
+
+# --- tensors without data -----------------------------------------------------------------------------------------
+
+
+def _fake_teacher(
+    model: PreTrainedModel, mode: FakeTensorMode, device: torch.device, config: GETAConfig | None
+) -> nn.Module | None:
+    if config is None or not (config.distill_logits or config.distill_hidden):
+        return None
+    return detach_quantizers(without_data(model, mode, device))
+
+
+def _distiller(student: PreTrainedModel, teacher: nn.Module | None, config: GETAConfig | None) -> Distiller | None:
+    if teacher is None or config is None:
+        return None
+    return Distiller(student, teacher, logits=config.distill_logits, hidden=config.distill_hidden)
+
+
+def _checkpoint(model: PreTrainedModel, args: TrainingArguments) -> None:
+    """Activation checkpointing as Trainer switches it on, under its name before and after transformers 5.20."""
+    kwargs: dict[str, Any] = dict(args.gradient_checkpointing_kwargs or {})  # type: ignore[arg-type]
+    options = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(kwargs or None, **options)
+
+
+def _frozen(student: nn.Module, space: PruningSpace | None) -> Frozen:
+    """Of a model with LoRA: what stands still, and has a gradient for as long as it takes to add it up."""
+    adapted = any(layer.lora is not None for layer in quantized_layers(student).values())
+    return find_frozen(student, space) if adapted and space is not None else Frozen()
+
+
+def _note_gradients(student: nn.Module, live: Live, frozen: Frozen) -> None:
+    """Count gradients as such; those of frozen tensors are read and dropped, as QASSO does."""
+    named = dict(student.named_parameters())
+
+    @torch.no_grad()
+    def read(name: str, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        _ = (frozen.merged(name, named) * parameter.grad).float()
+        parameter.grad = None
+
+    for name, parameter in named.items():
+        if name in frozen.names:
+            parameter.requires_grad_()
+            parameter.register_post_accumulate_grad_hook(partial(read, name))
+        elif parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: live.hold(p.grad, "gradients"))
+
+
+def _forward_and_backward(
+    student: PreTrainedModel,
+    distiller: Distiller | None,
+    inputs: dict[str, Tensor],
+    args: TrainingArguments,
+    frozen: Frozen,
+) -> Moment:
+    """The highest level of the micro-batches of one step."""
+    live = Live()
+    own = {id(parameter) for parameter in quantizer_parameters(student, trained=False).values()}
+    for tensor in (*student.parameters(), *student.buffers()):
+        live.hold(tensor, "quantizers" if id(tensor) in own else "weights")
+    for tensor in () if distiller is None else (*distiller.teacher.parameters(), *distiller.teacher.buffers()):
+        live.hold(tensor, "teacher")
+    for tensor in inputs.values():
+        live.hold(tensor, "activations")
+    _note_gradients(student, live, frozen)
+    try:
+        with live:
+            for _ in range(min(2, args.gradient_accumulation_steps)):  # from the second on, gradients stay
+                _loss(student, distiller, inputs, args).backward()
+    except Exception as error:  # a model's own code may fail on tensors without data in any way
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise MemoryUnknown(f"the memory of {type(student).__name__} can't be foreseen: {text}") from error
+    student.zero_grad()
+    for name in frozen.names:
+        student.get_parameter(name).requires_grad_(False)
+    return Moment(**{part: live.highest[part] for part in PARTS})
+
+
+def _loss(
+    student: PreTrainedModel, distiller: Distiller | None, inputs: dict[str, Tensor], args: TrainingArguments
+) -> Tensor:
+    """As `GETATrainer.compute_loss` and Accelerate make it."""
+    half = torch.float16 if args.fp16 else torch.bfloat16
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(args.device.type, half, enabled=args.bf16 or args.fp16)
+
+    with autocast():
+        outputs = student(**(inputs if distiller is None else distiller.student_inputs(inputs)))
+    if args.bf16 or args.fp16:
+        outputs = convert_to_fp32(outputs)
+    loss = outputs["loss"]
+    if distiller is not None:
+        with autocast():
+            loss = loss + distiller.loss(inputs, outputs)
+    return loss
+
+
+# --- the optimizer ------------------------------------------------------------------------------------------------
+
+
+def _optimizer(student: PreTrainedModel, args: TrainingArguments) -> tuple[int, int, tuple[str, ...]]:
+    """Bytes of the base optimizer's state, bytes that its step takes besides, and what is not known."""
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    live = Live()
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, student)
+        with live:
+            for parameter in parameters:
+                live.hold(parameter, "weights")
+                live.hold(parameter.grad, "gradients")  # type: ignore[arg-type]
+            before = live.level
+            optimizer = kind(parameters, **options)
+            optimizer.step()
+            state = live.level - before
+    except Exception as error:  # not installed, or a kernel of its own that wants data
+        return _optimizer_by_name(parameters, args, error)
+    return state, live.peak - before - state, ()
+
+
+def _optimizer_by_name(
+    parameters: Iterable[Tensor], args: TrainingArguments, error: Exception
+) -> tuple[int, int, tuple[str, ...]]:
+    name = str(getattr(args.optim, "value", args.optim))
+    states = next((count for part, count in _STATES_8BIT.items() if part in name and "8bit" in name), None)
+    if states is None:
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return 0, 0, (f"not counted: the state of optim={name}, which can't be foreseen here ({text})",)
+    # 8-bit optimizers keep small tensors in fp32, and a scale for every 256 elements of the others.
+    sizes = [p.numel() for p in parameters]
+    return int(sum(states * (4 * n if n < 4096 else n + 4 * math.ceil(n / 256)) for n in sizes)), 0, ()
+
+
+# --- pruning ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Forgetting:
+    """What QASSO keeps of the slices that one period forgets, and the most that its own work takes in a step.
+
+    Attributes:
+        remembered: bytes of the slices' values, kept from step to step through the joint stage.
+        temporaries: bytes that are alive at once for saliency, for forgetting, or where widths are settled.
+    """
+
+    remembered: int = 0
+    temporaries: int = 0
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, config: GETAConfig | None, space: PruningSpace | None, plan: Plan | None
+    ) -> _Forgetting:
+        if config is None or space is None or plan is None:
+            return cls()
+        descent = needs_gradients(config)
+        share = plan.removed_groups / max(plan.groups, 1) / config.pruning_periods
+        tensors = dict(model.named_parameters())
+        cuts = find_cuts(space.trainable, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        remembered = work = largest = 0
+        for cut in cuts:
+            tensor = tensors[cut.tensor]
+            if not tensor.requires_grad:  # shrinks in place
+                continue
+            item, part = tensor.element_size(), float((cut.label < plan.groups).sum()) / len(cut.label)
+            elements = int(tensor.numel() * part * share)
+            remembered += elements * item * (2 if descent else 1)
+            # x after the base step and clipped, both fp32; fp32 copies of others; residue, gradient and step.
+            work += elements * (8 + (0 if item == 4 else 4) + (12 if descent else 0))
+            largest = max(largest, 12 * elements)
+        saliency = (tensor.numel() * (4 if tensor.element_size() == 4 else 6) for tensor in tensors.values())
+        settled = (layer.weight.numel() * 16 for layer in quantized_layers(model).values())
+        return cls(remembered, max(work + largest, *saliency, *settled))
+
+
+def _rehearsal(model: PreTrainedModel, batch: Mapping[str, Tensor], space: PruningSpace | None) -> int:
+    """Bytes of what `geta_hf.surgery.dry_run` cuts on a copy, and of the logits that it compares."""
+    if space is None:
+        return 0
+    tensors = dict(model.named_parameters())
+    cut = {member.tensor for family in space.prunable for member in family.members}
+    copies = sum(tensors[name].nbytes for name in cut if name in tensors)
+    ids = batch.get(model.main_input_name)
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    if ids is None or not isinstance(vocabulary, int) or not model.can_generate():
+        return copies
+    # Two rows of the batch and one more; eager and sdpa, cut and masked, and one that was measured beside them.
+    return copies + (min(2, ids.shape[0]) + 1) * ids.shape[1] * vocabulary * 5 * model.dtype.itemsize
+
+
+# --- before a run -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would do, found without weights: the space, the plan (None for a plain run) and the memory."""
+
+    parameters: int
+    space: PruningSpace | None
+    plan: Plan | None
+    memory: MemoryPlan
+
+    def __str__(self) -> str:
+        parts = [f"parameters: {self.parameters / 1e6:,.1f} M", self.plan, self.memory]
+        return "\n\n".join(str(part) for part in parts if part is not None)
+
+
+def dry_run(
+    model: PreTrainedModel | PreTrainedConfig,
+    batch: Mapping[str, Tensor],
+    args: TrainingArguments,
+    config: GETAConfig | None = None,
+    peft_config: LoraConfig | None = None,
+    steps: int | None = None,
+) -> DryRun:
+    """Find the pruning space, solve the targets and foresee the memory of a run, without reading a weight.
+
+    Args:
+        model: plain, on any device or on meta, and left unchanged; or a configuration, whose `architectures` and
+            `dtype` say what is trained.
+        batch: the largest that training will see, labels included; only shapes and dtypes are read.
+        args: Trainer's own.
+        config: None for a plain run.
+        peft_config: as GETATrainer takes it, with `config`.
+        steps: of the optimizer in the whole run, where it is known; `args.max_steps` needs no repetition.
+
+    Raises:
+        GETAError: nothing to quantize or to prune, a target out of reach, layers to drop that can't be, stages that do
+            not fit into the steps.
+        MemoryUnknown: a forward that asks for data; what was planned comes with it.
+    """
+    empty: PreTrainedModel = empty_copy(model) if isinstance(model, PreTrainedModel) else empty_model(model)
+    parameters = sum(parameter.numel() for parameter in empty.parameters())
+    if config is None:
+        return DryRun(parameters, None, None, plan_memory(empty, batch, args))
+    _check_stages(config, args, steps)
+    example = example_batch(empty)
+    if config.drop_layers:
+        check_drop(empty, config.drop_layers, example)
+    space = build_space(empty, example, prune=config.prune, keep=config.keep)
+    space = space if peft_config is not None else without_untrained(space, empty)
+    attach(empty, config)
+    _attach_input_quantizers(empty, config)
+    plan = make_plan(config, space, make_ledger(empty, space, embedding_bits=config.embedding_bits), empty)
+    if peft_config is not None:
+        attach_lora(empty, plan_lora(empty, peft_config, quantized_layers(empty)))
+    try:
+        return DryRun(parameters, space, plan, plan_memory(empty, batch, args, config, space, plan))
+    except MemoryUnknown as error:
+        error.plan = plan
+        raise
+
+
+def _check_stages(config: GETAConfig, args: TrainingArguments, steps: int | None) -> None:
+    """Raises GETAError for stages that do not fit into the run, as far as its length is known."""
+    stages, limited = (config.warmup, config.projection, config.joint), args.max_steps > 0
+    if (steps is None and not limited) or (limited and any("epoch" in str(stage) for stage in stages)):
+        return
+    total = args.max_steps if limited else steps
+    assert total is not None
+    Schedule.from_config(config, total, math.nan if limited else total / args.num_train_epochs)
+
+
+def _attach_input_quantizers(model: nn.Module, config: GETAConfig) -> None:
+    """What calibration puts on the layers' inputs, for the shapes alone: ranges need data."""
+    for layer in quantized_layers(model).values() if config.activation_bits is not None else ():
+        start = torch.ones(1, device=layer.weight.device)
+        layer.input_quantizer = Quantizer(start, config.initial_bits, config.learn_activation_exponent, start.device)

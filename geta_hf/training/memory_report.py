@@ -1,0 +1,67 @@
+"""What a dry run says of memory: bytes by part and moment, and as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from geta_hf.utils.tables import format_table
+
+PARTS = {
+    "weights": "weights and buffers",
+    "quantizers": "quantizers (d, q_m, t)",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "pruning": "slices being forgotten",
+    "teacher": "teacher",
+    "activations": "activations, temporaries",
+}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes alive at one moment of training, by what they are for; gradients are those that exist just then."""
+
+    weights: int = 0
+    quantizers: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    pruning: int = 0
+    teacher: int = 0
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The moments that may hold the most memory, of one process on its device.
+
+    Attributes:
+        preparation: while GETATrainer is made, where cutting is rehearsed on copies; empty for a plain run.
+        backward: the highest level of forward and backward, in the joint stage, once the optimizer has its state.
+        step: the highest level of the optimizer's step, QASSO's own part included.
+        notes: what could not be counted.
+    """
+
+    preparation: Moment
+    backward: Moment
+    step: Moment
+    notes: tuple[str, ...] = ()
+
+    @property
+    def peak(self) -> int:
+        """Bytes that the run needs at its highest level, the allocator's own overhead aside."""
+        return max(moment.total for moment in (self.preparation, self.backward, self.step))
+
+    def __str__(self) -> str:
+        moments = (self.preparation, self.backward, self.step)
+        unit, scale = ("GB", 1e9) if self.peak >= 1e9 else ("MB", 1e6)
+        sizes = [(text, [getattr(moment, part) / scale for moment in moments]) for part, text in PARTS.items()]
+        sizes.append(("in all", [moment.total / scale for moment in moments]))
+        rows = [(text, *(f"{value:,.2f}" for value in values)) for text, values in sizes if any(values)]
+        table = format_table((f"memory, {unit}", "before", "forward and backward", "optimizer's step"), rows)
+        return "\n".join((table, f"peak: {self.peak / scale:,.2f} {unit}", *self.notes))

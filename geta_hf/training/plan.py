@@ -1,0 +1,231 @@
+"""The plan of a run, made before training: what would leave, at which widths, and what that comes to."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from geta_hf.config import GETAConfig
+from geta_hf.costs.ledger import LayerEntry, Ledger
+from geta_hf.costs.model_costs import forward_uses
+from geta_hf.costs.selection import Limits
+from geta_hf.costs.targets import BYTES, GROUPS, Target, even_removal, solve_target
+from geta_hf.qadg import PruningSpace
+from geta_hf.qadg.group_labels import family_starts
+from geta_hf.quantization import input_quantizer_prefixes, quantized_layers
+from geta_hf.quantization.quantizer import Quantizer
+from geta_hf.serialization.embeddings import input_embedding
+from geta_hf.serialization.sizes import stored_names
+from geta_hf.utils.tables import format_table
+
+_NAMED = 4
+"""How many modules without a quantizer a plan names."""
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """Families that are alike.
+
+    Attributes:
+        kind: such as `heads`.
+        families: how many there are.
+        groups: groups of each.
+        removed: groups that each would lose if all lost the same share.
+    """
+
+    kind: str
+    families: int
+    groups: int
+    removed: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is to end with.
+
+    Attributes:
+        rows: the prunable families. Training chooses which of them lose more and which less.
+        target: the goals as amounts.
+        removed_groups: K where the target counts groups, otherwise as if all families lost the same share.
+        exact: whether training removes just that many: K without `uniform` or `multiple_of`, under which up to one
+            chunk fewer may go.
+        groups: prunable groups.
+        kept_parameters: share of the prunable parameters that would be left.
+        mean_bits: planned mean width of the weights; None where it is learned without a budget.
+        relative_bops: of the quantized layers, against 32 · 32 bits.
+        bytes: of the exported model.safetensors.
+        unquantized: modules in the model's lists of layers with a matrix that no quantizer covers, numbers as `*`,
+            the largest first.
+        unquantized_share: their share of all matrix weights in those lists.
+    """
+
+    rows: tuple[PlanRow, ...]
+    target: Target
+    removed_groups: int
+    exact: bool
+    groups: int
+    kept_parameters: float
+    mean_bits: float | None
+    relative_bops: float
+    bytes: int
+    unquantized: tuple[str, ...] = ()
+    unquantized_share: float = 0.0
+
+    def __str__(self) -> str:
+        header = ("families", "number", "groups of each", "to remove if even", "kept")
+        table = [(r.kind, f"{r.families}", f"{r.groups}", f"{r.removed}", f"{r.groups - r.removed}") for r in self.rows]
+        bits = "learned" if self.mean_bits is None else f"{self.mean_bits:.2f}"
+        about = "" if self.exact else "about "
+        lines = [
+            format_table(header, table),
+            f"groups to remove: {about}{self.removed_groups:,} of {self.groups:,}; prunable parameters kept: "
+            f"{self.kept_parameters:.1%}",
+            f"mean bits: {bits}; relative BOPs: {self.relative_bops:.2%}; exported model: {self.bytes / 1e6:,.2f} MB",
+        ]
+        if self.unquantized:
+            more = len(self.unquantized) - _NAMED
+            names = ", ".join(self.unquantized[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+            lines.append(f"not quantized: {self.unquantized_share:.1%} of the layers' matrix weights ({names})")
+        return "\n".join(lines)
+
+
+def make_plan(config: GETAConfig, space: PruningSpace, ledger: Ledger, model: nn.Module | None = None) -> Plan:
+    """Solve the targets of a config for a model.
+
+    Args:
+        config, space, ledger: of the model.
+        model: with its quantizers attached, to say which weights have none; without it nothing is said of that.
+
+    Raises:
+        GETAError: a target that can't be reached; says what can.
+    """
+    families = space.trainable
+    target = solve_target(config, families, ledger)
+    gone = even_removal(target, families, ledger, Limits.of(config))
+    removed = ledger.groups - int(target.amount) if target.unit == GROUPS else int(gone.sum())
+    whole = ledger.prunable_parameters(ledger.nothing)
+    unquantized, share = ((), 0.0) if model is None else _unquantized(model)
+    return Plan(
+        rows=_rows(space, gone),
+        target=target,
+        removed_groups=removed,
+        exact=target.unit == GROUPS and not config.uniform and config.multiple_of == 1,
+        groups=ledger.groups,
+        kept_parameters=ledger.prunable_parameters(gone) / max(whole, 1),
+        mean_bits=target.bits if target.budgets else None,
+        relative_bops=ledger.relative_bops(gone, target.bits, target.input_bits),
+        bytes=int(target.spent(BYTES, ledger, gone, target.bits)),
+        unquantized=unquantized,
+        unquantized_share=share,
+    )
+
+
+def _unquantized(model: nn.Module) -> tuple[tuple[str, ...], float]:
+    """Modules in lists of layers with a matrix that no quantizer covers, and their share of all matrices there."""
+    base: nn.Module = getattr(model, "base_model", model)
+    inside = {id(part) for blocks in base.modules() if isinstance(blocks, nn.ModuleList) for part in blocks.modules()}
+    matrices = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # no norms, no biases
+    covered = {id(layer.weight) for layer in quantized_layers(model).values()}
+    bare, whole = Counter[str](), 0
+    for path, module in model.named_modules():
+        if id(module) not in inside or isinstance(module, nn.Embedding):
+            continue
+        for name, tensor in module.named_parameters(path, recurse=False):
+            if tensor.ndim >= 2 and name in matrices:
+                whole += tensor.numel()
+                bare[re.sub(r"\b\d+\b", "*", path)] += 0 if id(tensor) in covered else tensor.numel()
+    return tuple(path for path, count in bare.most_common() if count), sum(bare.values()) / max(whole, 1)
+
+
+def _rows(space: PruningSpace, gone: Tensor) -> tuple[PlanRow, ...]:
+    counts: dict[tuple[str, int, int], int] = {}
+    for start, family in zip(family_starts(space.trainable), space.trainable, strict=True):
+        key = (family.kind, family.size, int(gone[start : start + family.size].sum()))
+        counts[key] = counts.get(key, 0) + 1
+    return tuple(PlanRow(kind, number, size, removed) for (kind, size, removed), number in counts.items())
+
+
+def make_ledger(
+    model: nn.Module,
+    space: PruningSpace,
+    uses: Mapping[str, float] | None = None,
+    embedding_bits: int | None = None,
+    dropped: float = 0.0,
+) -> Ledger:
+    """Everything that an export would store of a model that is about to be trained.
+
+    Args:
+        model: with its quantizers attached, whole in this process.
+        space: its pruning space.
+        uses: of `layer_uses`; by default every weight is used equally often.
+        embedding_bits: width of the input embedding in the export; None where it is not rounded.
+        dropped: of `geta_hf.surgery.drop_layers`, the work of layers that left before.
+
+    Raises:
+        GETAError: an embedding that is to be rounded, of a model that has none.
+    """
+    quantizers = (n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Quantizer))
+    own = {f"{name}.{leaf}" for name in quantizers for leaf in ("d", "q_m", "t")}
+    shapes, item_bytes, seen = {}, {}, set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in own and id(tensor) not in seen:
+            seen.add(id(tensor))
+            shapes[name], item_bytes[name] = tuple(tensor.shape), tensor.element_size()
+    layers = []
+    for name, layer in quantized_layers(model).items():
+        if f"{name}.weight" in shapes:
+            dim = layer.weight_quantizer.channel_dim
+            layers.append(LayerEntry(f"{name}.weight", (uses or {}).get(name, 1.0), dim))
+    # Groups are counted over parameters and buffers alike, since an export cuts both.
+    rounded = _embedding_weight(model, embedding_bits, shapes)
+    ledger = Ledger.of(space.prunable, shapes, layers, item_bytes, space.buffers, rounded)
+    return replace(ledger, dropped=dropped, stored_as=_stored_names(model, ledger))
+
+
+def _stored_names(model: nn.Module, ledger: Ledger) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """What a file calls the model's tensors and the step sizes beside them, where it is another name."""
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    packed = [layer.weight for layer in ledger.layers]
+    scales = [f"{name}_scale" for name in (*packed, *ledger.row_bits)]
+    inputs = [f"{name.removesuffix('weight')}input_scale" for name in packed]
+    return stored_names(model, {**ledger.shapes, **dict.fromkeys((*scales, *inputs), (1,))})
+
+
+def _embedding_weight(model: nn.Module, bits: int | None, shapes: Collection[str]) -> dict[str, int]:
+    """The name under which the input embedding's weight is stored, which may be one that it is tied to, and `bits`."""
+    if bits is None:
+        return {}
+    _, layer = input_embedding(model, bits)
+    names = [name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor is layer.weight]
+    return {name: bits for name in names if name in shapes}
+
+
+def channel_dims(model: nn.Module) -> dict[str, int]:
+    """Prefix of each quantizer with a step size an output channel -> the weight's dimension it runs along."""
+    dims = {}
+    for name, layer in quantized_layers(model).items():
+        if (dim := layer.weight_quantizer.channel_dim) is not None:
+            dims[f"{name}.weight_quantizer"] = dim
+    return dims
+
+
+def layer_uses(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, float]:
+    """How often each quantized weight is used in one forward pass, relative to the one that is used most.
+
+    Layers that the batch does not reach, such as experts, count as 1.
+    """
+    uses = forward_uses(model, quantized_layers(model), batch)
+    most = max(uses.values(), default=0) or 1
+    return {name: (count or most) / most for name, count in uses.items()}
+
+
+def quantized_inputs(model: nn.Module) -> list[str]:
+    """Prefixes of the quantizers of layers' inputs."""
+    return list(input_quantizer_prefixes(model).values())

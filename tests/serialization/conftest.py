@@ -1,0 +1,3 @@
+"""The fixtures of the export tests."""
+
+from tests.export.conftest import _exported, exported, quiet, trained  # noqa: F401

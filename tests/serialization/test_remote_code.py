@@ -1,0 +1,179 @@
+"""A folder in an environment that has never seen geta_hf."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForQuestionAnswering
+
+from geta_hf import build_space, export
+from geta_hf.quantization import attach_input_quantizers
+from geta_hf.serialization.remote_code import CARRIED
+from geta_hf.surgery.dry_run import rehearse
+from tests.architectures import build
+from tests.elsewhere import run_elsewhere
+from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
+
+ALLOWED = {"torch", "transformers", "safetensors"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export with everything: cut, packed, with a rounded embedding and rounded inputs."""
+    home = tmp_path_factory.mktemp("remote")
+    model = tiny_model()
+    space = build_space(model, some_batch())
+    train_by_hand(model, space)
+    attach_input_quantizers(model, [some_batch()], initial_bits=8, target_bits=8)
+    export(model, home / "out", space=space, batch=some_batch(), embedding_bits=4)
+    save_file(some_batch(), home / "batch.safetensors")
+    return home / "out"
+
+
+RUN = """
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForQuestionAnswering
+batch = load_file("batch.safetensors")
+model = AutoModelForQuestionAnswering.from_pretrained("out", trust_remote_code=True)
+with torch.no_grad():
+    found = dict(model(**batch))
+    base = AutoModel.from_pretrained("out", trust_remote_code=True)(**batch).last_hidden_state
+save_file({**found, "base": base}, "found.safetensors")
+try:
+    model.save_pretrained("again")
+except ValueError as error:
+    assert "not serializable" in str(error)
+try:
+    model.dequantize()
+except ValueError as error:
+    assert "import geta_hf" in str(error)
+print(type(model).__name__, model.get_input_embeddings().weight.dtype)
+"""
+
+
+def test_it_gives_the_same_outputs_and_refuses_to_be_saved(folder: Path) -> None:
+    assert run_elsewhere(RUN, folder.parent).split() == ["BertForQuestionAnswering", "torch.int8"]
+    model = AutoModelForQuestionAnswering.from_pretrained(folder)
+    found = load_file(folder.parent / "found.safetensors")
+    with torch.no_grad():
+        expected = model(**some_batch())
+        assert torch.equal(model.bert(**some_batch()).last_hidden_state, found["base"])
+    assert torch.equal(expected.start_logits, found["start_logits"])
+    assert torch.equal(expected.end_logits, found["end_logits"])
+    assert not (folder.parent / "again").exists()
+
+
+def test_without_the_flag_it_is_a_loud_error(folder: Path) -> None:
+    code = """
+from transformers import AutoModelForQuestionAnswering
+try:
+    AutoModelForQuestionAnswering.from_pretrained("out", trust_remote_code=False)
+except Exception as error:
+    print("refused", type(error).__name__)
+"""
+    assert run_elsewhere(code, folder.parent).startswith("refused")
+
+
+def test_with_geta_hf_nothing_of_the_folder_runs(folder: Path, tmp_path: Path) -> None:
+    for path in folder.glob("*.py"):
+        assert "geta_hf" not in {name.partition(".")[0] for name in imported(path)}
+        (tmp_path / path.name).write_text("raise SystemExit('this must not run')\n", encoding="utf-8")
+    for path in folder.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    model = AutoModelForQuestionAnswering.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "again")
+    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+MANY = [
+    "bart",
+    "clip",
+    "deberta-v2",
+    "gpt2",
+    "mixtral",
+    "phi3",
+    "qwen2_moe",
+    "t5",
+    "vit",
+    "wav2vec2",
+    "whisper",
+    "zamba",
+]
+LOAD_ALL = """
+import json, sys
+from pathlib import Path
+import torch, transformers
+from safetensors.torch import load_file, save_file
+for folder in sorted(path for path in Path(".").iterdir() if (path / "config.json").exists()):
+    config = json.loads((folder / "config.json").read_text())
+    (architecture,) = config["architectures"]
+    autos = [auto for auto, name in config["auto_map"].items() if name.endswith("." + architecture)]
+    batch = load_file(f"{folder}.batch")
+    for auto in autos:
+        model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)
+        with torch.no_grad():
+            found = model(**batch)
+    plain = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+    save_file({name: value.contiguous() for name, value in plain.items()}, f"{folder}.found")
+    print(folder, len(autos))
+"""
+
+
+@pytest.mark.slow
+def test_many_architectures(tmp_path: Path) -> None:
+    expected = {}
+    for name in MANY:
+        model, batch = build(name)
+        space = rehearse(model, build_space(model, batch), batch)
+        train_by_hand(model, space)
+        export(model, tmp_path / name, space=space, batch=batch)
+        save_file({key: value.contiguous() for key, value in batch.items()}, tmp_path / f"{name}.batch")
+        with torch.no_grad():
+            expected[name] = type(model).from_pretrained(tmp_path / name)(**batch)
+    lines = run_elsewhere(LOAD_ALL, tmp_path).splitlines()
+    assert [line.split()[0] for line in lines] == sorted(MANY)
+    assert all(int(line.split()[1]) >= 1 for line in lines)
+    for name in MANY:
+        for key, value in load_file(tmp_path / f"{name}.found").items():
+            assert torch.equal(value, expected[name][key]), (name, key)
+
+
+def imported(path: Path, at_once: bool = False) -> set[str]:
+    """What a file imports, or of that what it does as soon as it is imported itself."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = set()
+    for node in tree.body if at_once else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_what_is_carried_imports_nothing_that_an_environment_may_lack(name: str) -> None:
+    path = Path(str(importlib.import_module(name).__file__))
+    standard = {
+        "__future__",
+        "math",
+        "os",
+        "re",
+        "json",
+        "collections",
+        "functools",
+        "itertools",
+        "typing",
+        "copy",
+        "pathlib",
+    }
+    whole, at_once = imported(path), imported(path, at_once=True)
+    for module in whole - {"accelerate.utils"} | at_once:  # which is there where something was offloaded
+        assert module in CARRIED or module.partition(".")[0] in ALLOWED | standard, module
