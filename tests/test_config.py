@@ -91,6 +91,16 @@ def test_tuples_and_numbers_written_as_text_are_taken() -> None:
     config = GETAConfig(bits=[4, 8], include=("query",), exclude=("key",))  # type: ignore[arg-type]
     assert GETAConfig.from_dict(config.to_dict()) == config and config.exclude == ["key"]
     assert GETAConfig.from_dict({"epsilon": "1e-9"}).epsilon == 1e-9  # as YAML 1.1 reads it
+    assert GETAConfig.from_dict({"warmup": "1e1"}).warmup == "1e1"  # a length may be text
+    with pytest.raises(GETAError, match="saliency = '1e3' must be one of"):
+        GETAConfig.from_dict({"saliency": "1e3"})
+
+
+def test_the_bounds_of_a_closed_range_are_allowed() -> None:
+    lowest = GETAConfig(0, (2, 2), saliency_decay=0, epsilon=0, distill_logits=0, multiple_of=1, embedding_bits=2)
+    assert (lowest.target_sparsity, lowest.bits, lowest.epsilon, lowest.embedding_bits) == (0, (2, 2), 0, 2)
+    highest = GETAConfig(bits=(16, 16), initial_bits=16, embedding_bits=8, min_kept=1.0)
+    assert (highest.bits, highest.embedding_bits, highest.min_kept) == ((16, 16), 8, 1)
 
 
 def test_the_reduction_ends_at_the_upper_bits() -> None:
@@ -124,6 +134,7 @@ def test_the_reduction_ends_at_the_upper_bits() -> None:
         ),
         ({"target_sparsity": 0.5, "target_bops": 0.1, "mean_bits": 5}, "can't all be met; give two of them"),
         ({"target_bops": 1.5}, r"target_bops = 1.5 must be a number in \(0, 1\)"),
+        ({"target_bops": 0}, r"target_bops = 0 must be a number in \(0, 1\)"),
         ({"target_bytes": 1.5e6}, "target_bytes = 1500000.0 must be an integer"),
         ({"min_kept": 0}, "min_kept"),
         ({"min_kept": 2.5}, "min_kept = 2.5 must be an integer count of at least 1, or a share"),
