@@ -94,6 +94,8 @@ def test_tuples_and_numbers_written_as_text_are_taken() -> None:
     assert GETAConfig.from_dict({"warmup": "1e1"}).warmup == "1e1"  # a length may be text
     with pytest.raises(GETAError, match="saliency = '1e3' must be one of"):
         GETAConfig.from_dict({"saliency": "1e3"})
+    with pytest.raises(GETAError, match="multiple_of = '4' must be an integer"):
+        GETAConfig.from_dict({"multiple_of": "4"})
 
 
 def test_the_bounds_of_a_closed_range_are_allowed() -> None:
