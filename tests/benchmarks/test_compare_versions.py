@@ -45,7 +45,8 @@ def test_each_table_has_a_header_of_its_own() -> None:
 
 def test_ratios_are_taken_within_pairs() -> None:
     pairs = [({"a": 2.0}, {"a": 1.0}), ({"a": 30.0}, {"a": 10.0}), ({"a": 4.0}, {"a": 4.0})]
-    assert compare(pairs) == {"a": {"this": 4.0, "other": 4.0, "ratio": 2.0, "low": 1.0, "high": 3.0}}
+    expected = {"this": 4.0, "other": 4.0, "ratio": 2.0, "low": 1.0, "high": 3.0, "minima": 2.0}
+    assert compare(pairs) == {"a": expected}
 
 
 def test_figures_that_a_run_lacks_or_that_are_zero_have_no_ratio() -> None:
@@ -57,7 +58,7 @@ def test_checkouts_take_turns_in_going_first(
 ) -> None:
     order = []
 
-    def run(what: str, checkout: Path, arguments: list[str]) -> dict[str, float]:
+    def run(what: str, checkout: Path, arguments: list[str], cpu_time: bool) -> dict[str, float]:
         order.append(checkout)
         return {"seconds": 3.0 if checkout == HERE else 2.0}
 
@@ -75,6 +76,16 @@ def test_each_checkout_is_what_its_run_imports(tmp_path: Path) -> None:
     script.write_text("import os, sys\nprint('| a | build_space |')\nprint('| b |', len(sys.argv), '|')\n"
                       "assert os.environ['PYTHONPATH'] == os.getcwd()\n")  # fmt: skip
     assert compare_versions.run("qadg", tmp_path, ["x"]) == {"a b, build_space": 2.0}
+
+
+@pytest.mark.parametrize("cpu_time", [False, True])
+def test_the_clock_of_a_benchmark_and_of_what_it_starts(tmp_path: Path, cpu_time: bool) -> None:
+    script = tmp_path / "benchmarks" / "qadg.py"
+    script.parent.mkdir()
+    program = "import time; print(int(time.perf_counter is time.process_time))"
+    script.write_text(f"import subprocess, sys\nprint('| a | build_space |\\n| b |', end='', flush=True)\n"
+                      f"subprocess.run([sys.executable, '-c', {program!r}], check=True)\n")  # fmt: skip
+    assert compare_versions.run("qadg", tmp_path, [], cpu_time) == {"a b, build_space": float(cpu_time)}
 
 
 def test_a_benchmark_without_figures_is_an_error(tmp_path: Path) -> None:
