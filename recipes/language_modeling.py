@@ -42,7 +42,7 @@ from geta_hf.errors import MemoryUnknown
 from geta_hf.evaluation.causal_lm import check_causal, check_vocabulary, positions
 from geta_hf.utils.loading import one_line_errors
 from recipes import loading, text_data
-from recipes.arguments import parse_sections, read_values
+from recipes.arguments import parse_sections, print_help, read_values
 from recipes.documents import prepare_tokenizer
 from recipes.output import export
 from recipes.text_data import DataArguments
@@ -347,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or "--help" in argv or "-h" in argv:
         print(__doc__)
-        _parser().print_help()
+        print_help(_parser())
         return {}
     arguments = parse_arguments(argv)
     if arguments.model.plan_only:

@@ -34,7 +34,7 @@ from eval import squad, squad_features
 from eval.squad_features import Question
 from geta_hf import GETAConfig, GETAError, GETATrainer, write_card
 from geta_hf.utils.loading import one_line_errors
-from recipes.arguments import parse_sections, read_values
+from recipes.arguments import parse_sections, print_help, read_values
 from recipes.loading import check_resume, load_config, load_tokenizer
 from recipes.output import export
 
@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or "--help" in argv or "-h" in argv:
         print(__doc__)
-        _parser().print_help()
+        print_help(_parser())
         return {}
     results = run(parse_arguments(argv))
     if results:
