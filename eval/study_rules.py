@@ -42,6 +42,7 @@ from eval.study_tasks import (
 )
 from geta_hf import GETAConfig, GETAError, GETATrainer, PruningSpace
 from geta_hf.costs.targets import solve_target
+from geta_hf.methods.qasso.optimizer import bit_choices
 from geta_hf.methods.rounding import round_bits
 from geta_hf.qadg import kept_indices, zero_groups
 
@@ -161,7 +162,8 @@ def _round(trainer: GETATrainer, config: GETAConfig) -> None:
     assert qasso is not None and model is not None
     named = dict(model.named_parameters())
     target = solve_target(config, qasso.families, qasso.ledger)
-    round_bits(qasso.quantizers, named, named.get, qasso.curvature, qasso.ledger, target, qasso.removed_mask, config)
+    choices = bit_choices(config)
+    round_bits(qasso.quantizers, named, named.get, qasso.curvature, qasso.ledger, target, qasso.removed_mask, choices)
 
 
 def kept_shares(model: PreTrainedModel, space: PruningSpace) -> dict[str, float]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geta_hf.config import GETAConfig
+from geta_hf.config import CompressionConfig
 from geta_hf.costs import sensitivity
 from geta_hf.costs.ledger import Ledger
 from geta_hf.costs.sensitivity import RoundingErrors
@@ -33,22 +33,25 @@ class BitChoices:
         inputs: integer widths of layers' inputs, ascending.
         by_sensitivity: spend the budget where the expected loss falls most; otherwise move the learned widths together
             until they meet it.
+        search_clipping: let clipping values follow the widths; otherwise they stay.
     """
 
     weights: Sequence[int]
     inputs: Sequence[int]
     by_sensitivity: bool = True
+    search_clipping: bool = True
 
     @classmethod
-    def of(cls, config: GETAConfig) -> BitChoices:
-        """Return the choices that a config allows, none of them above the upper bound after projection."""
+    def of(cls, config: CompressionConfig, by_sensitivity: bool = True, search_clipping: bool = True) -> BitChoices:
+        """Return the choices that a config allows, none of them above the upper bound at the end of training."""
         # A `bit_reduction` of the user's own may end between two integers.
         highest = math.floor(config.final_upper_bits + 1e-6)
         lower, upper = config.activation_bits or config.bits
         return cls(
             weights=[bits for bits in config.widths if bits <= highest],
             inputs=list(range(lower, upper + 1)),
-            by_sensitivity=config.bit_rule == "sensitivity",
+            by_sensitivity=by_sensitivity,
+            search_clipping=search_clipping,
         )
 
     def needs_errors(self, target: Target) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geta_hf.config import GETAConfig
+from geta_hf.config import CompressionConfig
 from geta_hf.errors import GETAError
 from geta_hf.qadg.group_labels import family_starts
 from geta_hf.qadg.groups import Family
@@ -41,7 +41,7 @@ class Limits:
     uniform: bool = False
 
     @classmethod
-    def of(cls, config: GETAConfig) -> Limits:
+    def of(cls, config: CompressionConfig) -> Limits:
         """The limits that a config asks for."""
         return cls(config.min_kept, config.multiple_of, config.uniform)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from geta_hf.config import GETAConfig
+from geta_hf.config import CompressionConfig
 from geta_hf.costs.ledger import ROUNDING, Ledger
 from geta_hf.costs.selection import Chunks, Limits, take_count, take_until
 from geta_hf.errors import GETAError
@@ -100,7 +100,7 @@ def take_due(target: Target, ledger: Ledger, chunks: Chunks, removed: Tensor, do
     return taken
 
 
-def solve_target(config: GETAConfig, families: Sequence[Family], ledger: Ledger) -> Target:
+def solve_target(config: CompressionConfig, families: Sequence[Family], ledger: Ledger) -> Target:
     """Turn the targets of a config into amounts.
 
     Args:
@@ -121,13 +121,13 @@ def solve_target(config: GETAConfig, families: Sequence[Family], ledger: Ledger)
     return _solve_widths(replace(target, budgets={size_unit: size}), config, families, ledger)
 
 
-def _size(config: GETAConfig) -> tuple[str | None, float]:
+def _size(config: CompressionConfig) -> tuple[str | None, float]:
     if config.target_bops is not None:
         return BOPS, config.target_bops
     return (None, math.inf) if config.target_bytes is None else (BYTES, config.target_bytes)
 
 
-def _solve_pruning(blank: Target, config: GETAConfig, families: Sequence[Family], ledger: Ledger) -> Target:
+def _solve_pruning(blank: Target, config: CompressionConfig, families: Sequence[Family], ledger: Ledger) -> Target:
     """The share of groups or of parameters that was asked for, as an amount."""
     least = most_removed(families, Limits.of(config))
     if config.target_parameters is None:
@@ -153,7 +153,7 @@ def _solve_pruning(blank: Target, config: GETAConfig, families: Sequence[Family]
     return replace(blank, unit=PARAMETERS, amount=max(amount, rest))
 
 
-def _solve_size(target: Target, config: GETAConfig, families: Sequence[Family], ledger: Ledger) -> Target:
+def _solve_size(target: Target, config: CompressionConfig, families: Sequence[Family], ledger: Ledger) -> Target:
     """A size alone, or with a mean width: the widths it is pruned for. Half of the groups before narrower widths."""
     lowest, highest = float(config.widths[0]), float(config.widths[-1])
     least, bits, budgets = most_removed(families, Limits.of(config)), config.mean_bits, {target.unit: target.amount}
@@ -165,7 +165,7 @@ def _solve_size(target: Target, config: GETAConfig, families: Sequence[Family], 
     return replace(target, bits=_widest(target, ledger, half, lowest, (lowest + highest) / 2), budgets=budgets)
 
 
-def _solve_widths(target: Target, config: GETAConfig, families: Sequence[Family], ledger: Ledger) -> Target:
+def _solve_widths(target: Target, config: CompressionConfig, families: Sequence[Family], ledger: Ledger) -> Target:
     """A share to prune and a size: the mean width that is left for it, if all layers lose the same share."""
     removed = even_removal(target, families, ledger, Limits.of(config))
     lowest, highest = float(config.widths[0]), float(config.widths[-1])

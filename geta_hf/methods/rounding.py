@@ -12,7 +12,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from geta_hf.config import GETAConfig
 from geta_hf.costs.bit_allocation import BitAllocation, BitChoices, LearnedBits, allocate_bits
 from geta_hf.costs.ledger import Ledger
 from geta_hf.costs.quantizer_table import Named, Quantizers
@@ -30,7 +29,7 @@ def round_bits(
     ledger: Ledger,
     target: Target,
     removed: Tensor,
-    config: GETAConfig,
+    choices: BitChoices,
 ) -> BitAllocation:
     """Choose integer widths and set (d, q_m) to them, in place; waits for the device.
 
@@ -42,15 +41,12 @@ def round_bits(
         ledger: sizes of the model.
         target: with the budgets of the widths.
         removed: bool, shape (groups,): groups that are zero for good.
-        config: allowed widths, and the rules.
+        choices: allowed widths, and the rules.
     """
-    choices = BitChoices.of(config)
-    # A search looks for q_m with t = 1, and with the paper's q_m = max|W| there is nothing to search for.
-    search = config.clipping == "mse" and not config.learn_exponent
     values = quantizers.read(named)
     rounding = None
     if choices.needs_errors(target):
-        rounding = measure_errors(quantizers, values, weight_of, choices.weights, search)
+        rounding = measure_errors(quantizers, values, weight_of, choices.weights, choices.search_clipping)
     chosen = allocate_bits(
         _learned_bits(quantizers, named), rounding, curvature.cpu().double(), ledger, target, removed, choices
     )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from geta_hf.config import GETAConfig
+from geta_hf.costs.bit_allocation import BitChoices
 from geta_hf.costs.ledger import Ledger
 from geta_hf.costs.quantizer_table import Quantizers
 from geta_hf.costs.selection import Limits, find_chunks
@@ -48,6 +49,13 @@ _STEP = "qasso_step"
 _SCHEDULE = "qasso_schedule"
 
 Named = dict[str, Tensor]
+
+
+def bit_choices(config: GETAConfig) -> BitChoices:
+    """Return the final widths that a config allows, and its rule."""
+    # A search looks for q_m at t = 1. Under the paper's q_m = max|W| there is nothing to search for.
+    search = config.clipping == "mse" and not config.learn_exponent
+    return BitChoices.of(config, config.bit_rule == "sensitivity", search)
 
 
 class QASSO(torch.optim.Optimizer):
@@ -361,7 +369,7 @@ class QASSO(torch.optim.Optimizer):
             self.ledger,
             self.target,
             self.removed_mask,
-            self.config,
+            bit_choices(self.config),
         )
 
     # --- guards -------------------------------------------------------------------------------------------------------
