@@ -6,8 +6,20 @@ export read. It knows nothing of Trainer. The type of the config chooses it, by 
 
 from geta_hf.config import GETAConfig
 from geta_hf.methods.base import METHODS, CompressionResult, Method, Run, StepMemory, make_method
+from geta_hf.methods.post_training import PostTrainingConfig, PostTrainingMethod
 from geta_hf.methods.qasso.method import QASSOMethod
 
 METHODS[GETAConfig] = QASSOMethod
+METHODS[PostTrainingConfig] = PostTrainingMethod
 
-__all__ = ["METHODS", "CompressionResult", "Method", "QASSOMethod", "Run", "StepMemory", "make_method"]
+__all__ = [
+    "METHODS",
+    "CompressionResult",
+    "Method",
+    "PostTrainingConfig",
+    "PostTrainingMethod",
+    "QASSOMethod",
+    "Run",
+    "StepMemory",
+    "make_method",
+]

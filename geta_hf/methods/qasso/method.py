@@ -71,7 +71,7 @@ class QASSOMethod(Method):
             model: dense.
             batches: where ranges of inputs are measured; without, they start at 1, for the shapes alone.
         """
-        config = self.config
+        config = self._training_config
         attach_quantizers(
             model,
             include=config.include,

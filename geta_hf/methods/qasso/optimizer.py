@@ -164,7 +164,7 @@ class QASSO(torch.optim.Optimizer):
             self._cool_down_step(named)
         self.param_groups[0][_STEP] += 1
         if self.finished and phase.stage != COOLDOWN:
-            self._fix_quantizers(named)
+            self.fix_bits(bit_choices(self.config))  # (d*, q_m*, t*) of line 22
         return loss
 
     def _warm_up_step(self, named: Named) -> None:
@@ -356,10 +356,17 @@ class QASSO(torch.optim.Optimizer):
 
     # --- line 22: fixing the quantizers -------------------------------------------------------------------------------
 
-    def _fix_quantizers(self, named: Named) -> None:
-        """Give every layer an integer width that meets the target; (d, q_m, t) stay at that. Waits for the device."""
+    @torch.no_grad()
+    def fix_bits(self, choices: BitChoices) -> None:
+        """Give every layer an integer width that meets the target, by these choices; waits for the device.
+
+        Raises:
+            GETAError: something became NaN or infinite before.
+        """
         if not self.quantizers.prefixes:
             return
+        named = self._named()
+        self._follow_device(named)
         self.check_finite()
         round_bits(
             self.quantizers,
@@ -369,7 +376,7 @@ class QASSO(torch.optim.Optimizer):
             self.ledger,
             self.target,
             self.removed_mask,
-            bit_choices(self.config),
+            choices,
         )
 
     # --- guards -------------------------------------------------------------------------------------------------------
