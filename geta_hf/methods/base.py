@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from geta_hf.config import GETAConfig
+from geta_hf.config import CompressionConfig
 from geta_hf.costs.ledger import Ledger
 from geta_hf.costs.targets import Target
 from geta_hf.errors import GETAError
@@ -99,7 +99,7 @@ class Method(ABC):
     stages: ClassVar[tuple[str, ...]] = ("training",)
     """The stages by name, in order; `metrics` logs the number of the present one, from 1."""
 
-    def __init__(self, config: GETAConfig) -> None:
+    def __init__(self, config: CompressionConfig) -> None:
         self.config = config
 
     # --- before training ----------------------------------------------------------------------------------------------
@@ -172,6 +172,11 @@ class Method(ABC):
         """Whether everything that is to be removed is exactly zero, so that the model can be exported."""
 
     @property
+    def removed_groups(self) -> int:
+        """The number of groups that are zero for good by now. By default those of `result`, and none before."""
+        return self.result().removed_groups if self.finished else 0
+
+    @property
     def stage(self) -> str:
         """The name of the present stage, one of `stages`."""
         return self.stages[0]
@@ -190,11 +195,11 @@ class Method(ABC):
         """Return what was decided. Raise GETAError before `finished`."""
 
 
-METHODS: dict[type[GETAConfig], type[Method]] = {}
+METHODS: dict[type[CompressionConfig], type[Method]] = {}
 """The method that each type of config chooses."""
 
 
-def make_method(config: GETAConfig) -> Method:
+def make_method(config: CompressionConfig) -> Method:
     """Make the method that a config chooses by its type, or by the nearest type that it inherits from.
 
     Raises:
