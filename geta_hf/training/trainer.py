@@ -24,7 +24,7 @@ from geta_hf.methods.qasso.frozen import check_rules
 from geta_hf.methods.qasso.metrics import compression_state
 from geta_hf.methods.qasso.optimizer import QASSO
 from geta_hf.methods.qasso.schedule import COOLDOWN, Schedule
-from geta_hf.qadg import PruningSpace, build_space
+from geta_hf.qadg import PruningSpace
 from geta_hf.quantization import (
     attach_input_quantizers,
     detach_quantizers,
@@ -34,8 +34,8 @@ from geta_hf.quantization import (
 )
 from geta_hf.reporting.model_card import write_card
 from geta_hf.serialization.tied_weights import check_ties
+from geta_hf.surgery.build_space import prepare_space
 from geta_hf.surgery.drop_layers import drop_layers
-from geta_hf.surgery.trial_cut import try_cuts
 from geta_hf.training.checkpoints import base_name, check_checkpoint, write_notes
 from geta_hf.training.distillation import Distiller, dense_copy
 from geta_hf.training.lora import attach_lora, find_frozen_weights, merged, plan_lora
@@ -161,10 +161,9 @@ class GETATrainer(Trainer):
     # --- the pruning space ----------------------------------------------------------------------------------------
 
     def _build_space(self) -> PruningSpace:
-        model, batch = self._plain_model, self._batch
-        found = build_space(model, batch, prune=self.geta_config.prune, keep=self.geta_config.keep)
-        found = found if self.lora is not None else without_untrained(found, model)
-        return try_cuts(model, found, batch) if isinstance(model, PreTrainedModel) else found
+        model, config = self._plain_model, self.geta_config
+        narrow = None if self.lora is not None else partial(without_untrained, model=model)
+        return prepare_space(model, self._batch, prune=config.prune, keep=config.keep, narrow=narrow)[0]
 
     def _calibrate(self, target_bits: int) -> None:
         """Put quantizers on the inputs of the quantized layers, their ranges found on real batches."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from geta_hf.surgery.record import other_shape, record, stepping
+from geta_hf.errors import GETAError
+from geta_hf.qadg import build_space, kept_indices
+from geta_hf.surgery import record
+from geta_hf.surgery.record import other_shape, record_sizes, stepping
+from geta_hf.surgery.solve_attributes import solve
 from tests.architectures import build
 
 
@@ -43,7 +48,57 @@ def test_an_own_forward_of_the_instance_is_put_back() -> None:
 def test_a_model_is_recorded_in_several_ways_and_left_as_it_was() -> None:
     model, batch = build("gpt2")
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
-    traces = record(model, batch)
-    assert len(traces) == 4  # the batch, another shape, token by token, eager attention
+    recordings = record_sizes(model, batch)
+    first, together = recordings.traces
     assert before == {name: vars(module) for name, module in model.named_modules()}
-    assert all(trace.original and trace.calls for trace in traces)
+    assert all(trace.original and trace.calls for trace in recordings.traces)
+    assert recordings.flow is first.flow
+    shapes = {value.shape for value in together.flow.graph.values if value.kind == "input"}
+    assert shapes == {(3, 6), (2, 8)}  # another shape, and the batch step by step and under eager attention
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "t5", "deberta-v2", "swin"])
+def test_variations_recorded_together_say_what_they_say_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = build(name)
+    space = build_space(model, batch)
+    removal = {f.name: torch.arange(f.size) < 1 + place % (f.size - 1) for place, f in enumerate(space.prunable)}
+    kept = kept_indices(space, removal)
+    together = record_sizes(model, batch)
+    monkeypatch.setattr(record, "_keeps_apart", lambda first, other: False)
+    alone = record_sizes(model, batch)
+    assert len(together.traces) == 2 < len(alone.traces) or name in ("deberta-v2", "swin")
+    assert solve(together.traces, kept) == solve(alone.traces, kept)
+
+
+def test_a_variation_that_ties_more_than_the_batch_is_recorded_alone() -> None:
+    """Step by step, falcon's heads share what the plain forward keeps apart: a joint recording would say nothing."""
+    model, batch = build("falcon")
+    recordings = record_sizes(model, batch)
+    assert len(recordings.traces) == 4
+    apart = [record._keeps_apart(recordings.flow, trace.flow) for trace in recordings.traces]
+    assert apart == [True, True, False, True]
+
+
+def test_variations_that_fail_cost_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = build("gpt2")
+
+    def refused(model: object, inputs: object) -> None:
+        raise ValueError("no cache")
+
+    monkeypatch.setattr(record, "_last_logits_in_steps", refused)
+    assert len(record_sizes(model, batch).traces) == 3  # the batch, another shape, eager attention
+
+
+def test_the_batch_itself_must_be_recorded() -> None:
+    model, _ = build("gpt2")
+    with pytest.raises(GETAError, match="cannot run the batch"):
+        record_sizes(model, {"pixel_values": torch.zeros(2, 3, 4, 4)})
+
+
+def test_variations_show_attributes_that_the_batch_does_not() -> None:
+    """Only eager attention of gpt_bigcode reads the size of its keys."""
+    model, batch = build("gpt_bigcode")
+    space = build_space(model, batch)
+    kept = kept_indices(space, {f.name: torch.arange(f.size) < 1 for f in space.prunable if f.kind == "heads"})
+    recordings = record_sizes(model, batch)
+    assert solve(recordings.traces[:1], kept).items() < solve(recordings.traces, kept).items()
