@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import os
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +37,7 @@ from geta_hf.quantization import (
 from geta_hf.reporting.model_card import write_card
 from geta_hf.serialization.tied_weights import check_ties
 from geta_hf.surgery.build_space import prepare_space
-from geta_hf.surgery.drop_layers import drop_layers
+from geta_hf.surgery.drop_layers import DroppedLayers, drop_layers, mean_loss
 from geta_hf.training.checkpoints import base_name, check_checkpoint, write_notes
 from geta_hf.training.distillation import Distiller, dense_copy
 from geta_hf.training.lora import attach_lora, find_frozen_weights, merged, plan_lora
@@ -108,7 +110,7 @@ class GETATrainer(Trainer):
         self._batch = {name: value[:2] for name, value in self._sample_batches(1)[0].items()}
         if teacher is None and (config.distill_logits or config.distill_hidden):
             teacher = dense_copy(model)  # as it is before layers go and quantizers come
-        self.depth = drop_layers(self, model)
+        self.depth = self._drop_layers(model, chosen)
         try:
             if peft_config is not None and self.depth.removed:
                 self.lora = plan_lora(model, peft_config, select_layers(model, config.include, config.exclude))
@@ -127,7 +129,7 @@ class GETATrainer(Trainer):
             detach_quantizers(model)  # so that the same model can be tried again under another config
             self.depth.restore()
             raise
-        self.depth.settle()
+        self.depth.release()
         self._skeleton = empty_copy(model) if self.is_fsdp_enabled else None
         self._bad_loss = torch.zeros((), dtype=torch.bool, device=self.args.device)
         self._frozen = False
@@ -157,6 +159,23 @@ class GETATrainer(Trainer):
             device=self.args.device,
             kept=self.depth.kept,
         )
+
+    def _drop_layers(self, model: Any, chosen: Iterable[str]) -> DroppedLayers:
+        """Remove the blocks that the config asks for; from then on it names them, in checkpoints and exports too."""
+        config = self.geta_config
+        if not config.drop_layers:
+            return DroppedLayers()
+        by_loss = isinstance(config.drop_layers, int)
+        batches = first_batches(self.get_train_dataloader, config.calibration_batches) if by_loss else []
+
+        def loss() -> float:
+            with self.accelerator.autocast():
+                own = mean_loss(model, batches).to(self.args.device)
+            return float(self.accelerator.reduce(own, "mean"))  # every process has batches of its own
+
+        dropped = drop_layers(model, config.drop_layers, self._batch, loss, chosen)
+        self.geta_config = replace(config, drop_layers=list(dropped.removed))
+        return dropped
 
     # --- the pruning space ----------------------------------------------------------------------------------------
 

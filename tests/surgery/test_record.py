@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
 from geta_hf.qadg import build_space, kept_indices
 from geta_hf.surgery import record
+from geta_hf.surgery.compare_outputs import set_attention
 from geta_hf.surgery.record import other_shape, record_sizes, stepping
 from geta_hf.surgery.solve_attributes import solve
 from tests.architectures import build
@@ -95,10 +99,24 @@ def test_the_batch_itself_must_be_recorded() -> None:
         record_sizes(model, {"pixel_values": torch.zeros(2, 3, 4, 4)})
 
 
-def test_variations_show_attributes_that_the_batch_does_not() -> None:
-    """Only eager attention of gpt_bigcode reads the size of its keys."""
-    model, batch = build("gpt_bigcode")
-    space = build_space(model, batch)
-    kept = kept_indices(space, {f.name: torch.arange(f.size) < 1 for f in space.prunable if f.kind == "heads"})
-    recordings = record_sizes(model, batch)
-    assert solve(recordings.traces[:1], kept).items() < solve(recordings.traces, kept).items()
+def test_the_other_attention_is_among_what_is_recorded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = build("gpt2")
+    chosen, own = [], model.config._attn_implementation
+
+    def noted(model: PreTrainedModel, implementation: str) -> None:
+        chosen.append(implementation)
+        set_attention(model, implementation)
+
+    monkeypatch.setattr(record, "set_attention", noted)
+    record_sizes(model, batch)
+    assert (own, chosen) == ("sdpa", ["eager"])
+    assert model.config._attn_implementation == own
+
+
+def test_each_variation_computes_what_modules_cache() -> None:
+    """Levit gathers its biases of attention once for as long as it is in evaluation mode."""
+    model, batch = build("levit")
+    variations = [record._Variation(batch), record._Variation(batch)]
+    (together,) = record._try(model, record._joined(variations), record._all_of(model, variations))
+    gathered = Counter(node.module for node in together.flow.graph.nodes if node.op == "index")
+    assert gathered and all(count % 2 == 0 for count in gathered.values())
