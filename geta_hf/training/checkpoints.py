@@ -168,12 +168,10 @@ def _check_world(folder: Path, processes: int, sharded: bool) -> None:
 def _check_config(folder: Path, config: CompressionConfig) -> None:
     theirs, ours = read_config(folder / CONFIG_NAME).to_dict(), config.to_dict()
     names = dict.fromkeys((*ours, *theirs))
-    changed = {
-        name: (theirs.get(name), ours.get(name)) for name in names if theirs.get(name) != ours.get(name)
-    }
+    changed = {name: (theirs.get(name), ours.get(name)) for name in names if theirs.get(name) != ours.get(name)}
     if changed:
         text = ", ".join(f"{name}: {old!r} there, {new!r} here" for name, (old, new) in changed.items())
-        raise GETAError(f"{folder} was written under another GETAConfig ({text}); resume with the same")
+        raise GETAError(f"{folder} was written under another {type(config).__name__} ({text}); resume with the same")
 
 
 def _check_shapes(folder: Path, model: nn.Module) -> None:

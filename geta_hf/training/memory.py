@@ -24,9 +24,10 @@ from geta_hf.config import CompressionConfig
 from geta_hf.errors import MemoryUnknown
 from geta_hf.methods import Method, StepMemory, make_method
 from geta_hf.methods.frozen_weights import FrozenWeights
+from geta_hf.methods.parameter_groups import quantizer_parameters
 from geta_hf.qadg import PruningSpace, build_space
 from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs
-from geta_hf.quantization import detach_quantizers, quantized_layers, quantizer_parameters
+from geta_hf.quantization import detach_quantizers, quantized_layers
 from geta_hf.quantization.kernels import outlined
 from geta_hf.surgery.drop_layers import check_drop
 from geta_hf.training.distillation import Distiller
@@ -104,7 +105,9 @@ def _fake_teacher(
     return detach_quantizers(without_data(model, mode, device))
 
 
-def _distiller(student: PreTrainedModel, teacher: nn.Module | None, config: CompressionConfig | None) -> Distiller | None:
+def _distiller(
+    student: PreTrainedModel, teacher: nn.Module | None, config: CompressionConfig | None
+) -> Distiller | None:
     if teacher is None or config is None:
         return None
     return Distiller(student, teacher, logits=config.distill_logits, hidden=config.distill_hidden)

@@ -11,14 +11,14 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from geta_hf.config import GETAConfig
+from geta_hf.config import CompressionConfig
 from geta_hf.costs.ledger import LayerEntry, Ledger
 from geta_hf.costs.model_costs import forward_uses
 from geta_hf.costs.selection import Limits
 from geta_hf.costs.targets import BYTES, GROUPS, Target, even_removal, solve_target
 from geta_hf.qadg import PruningSpace
 from geta_hf.qadg.group_labels import family_starts
-from geta_hf.quantization import input_quantizer_prefixes, quantized_layers
+from geta_hf.quantization import quantized_layers
 from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.serialization.embeddings import input_embedding
 from geta_hf.serialization.sizes import stored_names
@@ -95,7 +95,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(config: GETAConfig, space: PruningSpace, ledger: Ledger, model: nn.Module | None = None) -> Plan:
+def make_plan(config: CompressionConfig, space: PruningSpace, ledger: Ledger, model: nn.Module | None = None) -> Plan:
     """Solve the targets of a config for a model.
 
     Args:
@@ -207,15 +207,6 @@ def _embedding_weight(model: nn.Module, bits: int | None, shapes: Collection[str
     return {name: bits for name in names if name in shapes}
 
 
-def channel_dims(model: nn.Module) -> dict[str, int]:
-    """Map the prefix of each per-channel quantizer to the weight's dimension that it runs along."""
-    dims = {}
-    for name, layer in quantized_layers(model).items():
-        if (dim := layer.weight_quantizer.channel_dim) is not None:
-            dims[f"{name}.weight_quantizer"] = dim
-    return dims
-
-
 def layer_uses(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, float]:
     """Count how often each quantized weight is used in one forward pass, relative to the most used one.
 
@@ -224,8 +215,3 @@ def layer_uses(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, float]:
     uses = forward_uses(model, quantized_layers(model), batch)
     most = max(uses.values(), default=0) or 1
     return {name: (count or most) / most for name, count in uses.items()}
-
-
-def quantized_inputs(model: nn.Module) -> list[str]:
-    """Return the prefixes of the quantizers of layers' inputs."""
-    return list(input_quantizer_prefixes(model).values())

@@ -22,12 +22,13 @@ from geta_hf.errors import GETAError
 from geta_hf.export import ExportReport, export
 from geta_hf.methods import Method, Run, make_method
 from geta_hf.methods.frozen_weights import FrozenWeights
+from geta_hf.methods.parameter_groups import quantizer_parameters
 from geta_hf.qadg import PruningSpace
-from geta_hf.quantization import detach_quantizers, quantizer_parameters, select_layers
+from geta_hf.quantization import detach_quantizers, select_layers
 from geta_hf.reporting.model_card import write_card
 from geta_hf.serialization.tied_weights import check_ties
+from geta_hf.surgery.build_space import prepare_space
 from geta_hf.surgery.drop_layers import DroppedLayers, drop_layers, mean_loss
-from geta_hf.surgery.trial_cut import prepare_space
 from geta_hf.training.checkpoints import base_name, check_checkpoint, write_notes
 from geta_hf.training.distillation import Distiller, dense_copy
 from geta_hf.training.lora import LoraPlan, attach_lora, find_frozen_weights, merged, plan_lora
@@ -215,14 +216,12 @@ class GETATrainer(Trainer):
 
     def _find_space(self, model: nn.Module) -> PruningSpace:
         """Build the pruning space; families that the model's code cannot follow are no longer prunable."""
-        trained = (lambda space: space) if self.lora is not None else partial(without_untrained, model=model)
-        return prepare_space(
-            self._plain_model,
-            self._batch,
-            prune=self.geta_config.prune,
-            keep=self.geta_config.keep,
-            restrict=trained,
+        # Under LoRA every weight is frozen, and groups are removed through the merged weight.
+        narrow = None if self.lora is not None else partial(without_untrained, model=model)
+        space, _ = prepare_space(
+            model, self._batch, prune=self.geta_config.prune, keep=self.geta_config.keep, narrow=narrow
         )
+        return space
 
     def _sample_batches(self, count: int) -> list[dict[str, Tensor]]:
         """Return the first batches without labels, on the model's device; random states are left as they were."""
@@ -262,10 +261,6 @@ class GETATrainer(Trainer):
         opt_model: nn.Module = self._plain_model if model is None else model
         base = super().create_optimizer(opt_model)
         names: dict[Tensor, str] = {parameter: name for name, parameter in opt_model.named_parameters()}
-        if any(parameter not in names for group in base.param_groups for parameter in group["params"]):
-            raise GETAError(
-                "the optimizer holds a parameter that the model lacks; make it from this model's parameters"
-            )
         self.optimizer = self.method.wrap_optimizer(base, names, opt_model, self._describe_run(opt_model))
         self._wrapped = True
         return self.optimizer
@@ -443,14 +438,14 @@ class GETATrainer(Trainer):
                 batch={name: value.to(model.device) for name, value in self._batch.items()},
                 config=self.run_config,
                 processing_class=self.processing_class,
-                result=self.method.result(),
+                expected_zero_groups=self.method.result().removed_groups,
                 embedding_bits=self.geta_config.embedding_bits,
                 finish=card,
                 overwrite=overwrite,
             )
 
     def _gather_model(self) -> PreTrainedModel:
-        """Return the trained model as one process has it; under FSDP2 gathered on the CPU, which takes all processes."""
+        """Return the full trained model; under FSDP2 it is gathered on the CPU, which takes all processes."""
         if self._skeleton is None:
             return self._plain_model
         state = self.accelerator.get_state_dict(self.model)

@@ -16,7 +16,7 @@ from geta_hf.convert import convert
 from geta_hf.errors import GETAError
 from geta_hf.qadg.tracing.dummy_inputs import make_dummy_inputs
 from geta_hf.reporting.comparison import compare
-from geta_hf.surgery.drop_layers import drop_blocks, mean_loss
+from geta_hf.surgery.drop_layers import drop_layers, mean_loss
 from geta_hf.training.distillation import Distiller
 from tests.architectures import ARCHITECTURES, build
 
@@ -58,7 +58,7 @@ def unlabelled(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def dropped(model: PreTrainedModel, wanted: int | list[str], batch: dict[str, Tensor]):
-    return drop_blocks(model, wanted, unlabelled(batch), lambda: float(mean_loss(model, [batch])))
+    return drop_layers(model, wanted, unlabelled(batch), lambda: float(mean_loss(model, [batch])))
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def test_a_shorter_model_computes_what_the_dense_one_does_without_those_layers(n
     model, batch = deep(name)
     expected = muted(model, [1, 3])(**unlabelled(batch)).logits
     depth = dropped(model, ["model.layers.1", "model.layers.3"], batch)
-    depth.settle()
+    depth.release()
     assert depth.kept == {"model.layers": (0, 2, 4)} and model.config.num_hidden_layers == 3
     assert (model(**unlabelled(batch)).logits - expected).abs().max() <= 1e-5
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2]
@@ -178,7 +178,7 @@ def test_what_can_not_be_is_said() -> None:
     with pytest.raises(GETAError, match=r"names bert.encoder.layer.0, which can't leave: the residual stream does not"):
         dropped(bert, ["bert.encoder.layer.0"], inputs)
     with pytest.raises(GETAError, match="shortens a Hugging Face model by its configuration, which Linear lacks"):
-        drop_blocks(nn.Linear(2, 2), 1, {}, lambda: 0.0)
+        drop_layers(nn.Linear(2, 2), 1, {}, lambda: 0.0)
     assert len(model.model.layers) == LAYERS and model.config.num_hidden_layers == LAYERS
 
 
