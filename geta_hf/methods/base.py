@@ -116,7 +116,12 @@ class Method(ABC):
             raise GETAError(f"{type(self).__name__} needs trained weights; leave peft_config out")
 
     def check_stages(self, total_steps: int, steps_per_epoch: float) -> None:
-        """Raise GETAError where the stages do not fit into a run of this length. By default every length fits."""
+        """Raise GETAError where the stages do not fit into a run of this length. By default every length fits.
+
+        Args:
+            total_steps: optimizer steps of the run.
+            steps_per_epoch: NaN where it is not known yet; stages in epochs are then not checked.
+        """
 
     @abstractmethod
     def attach(self, model: nn.Module, batches: Batches | None) -> None:
