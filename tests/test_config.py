@@ -264,7 +264,7 @@ def test_a_method_has_one_class() -> None:
 def test_the_method_chooses_the_class_that_reads() -> None:
     kind = search_config()
     for method in ("sparse", None, ["qasso"]):
-        with pytest.raises(GETAError, match=r"unknown method .*; known are \['qasso', 'search'\]"):
+        with pytest.raises(GETAError, match=r"unknown method .*; known are \[.*'qasso', 'search'\]"):
             read_config({"method": method})
     with pytest.raises(
         GETAError, match=r"GETAConfig has method 'qasso', not 'search'; read the values with .*read_config"
