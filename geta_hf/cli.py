@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("export", help="write a run or an exported folder in some format")
     command.add_argument("source", metavar="SOURCE", help="a run, a checkpoint, or an exported folder")
     command.add_argument("target", metavar="OUT", help="the folder to write")
-    command.add_argument("--format", default="geta", choices=("geta", *FORMATS), help="geta by default")
+    command.add_argument("--format", default="geta", choices=tuple(FORMATS), help="geta by default")
     command.add_argument("--embedding-bits", type=int, metavar="N", help="round the vocabulary's embedding, 2 to 8")
     command.add_argument("--max-shard-size", metavar="SIZE", help="split weights beyond it, such as 2GB (geta format)")
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model's folder")

@@ -9,6 +9,7 @@ from geta_hf.quantization.attach import (
     quantized_layers,
     quantizer_prefixes,
     select_layers,
+    without_quantizers,
 )
 from geta_hf.quantization.calibration import attach_input_quantizers
 from geta_hf.quantization.fixed import FixedQuantizer
@@ -47,4 +48,5 @@ __all__ = [
     "quantizer_prefixes",
     "select_layers",
     "step_size",
+    "without_quantizers",
 ]

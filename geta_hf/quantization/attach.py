@@ -20,6 +20,10 @@ from geta_hf.quantization.layers import (
     revert,
 )
 from geta_hf.quantization.quantizer import Quantizer, channel_clipping_values, check_clipping, clipping_value
+from geta_hf.utils.accelerate_hooks import rebind_forward
+
+_OWN = ("weight_quantizer", "input_quantizer", "lora")
+"""What a quantized layer has that a plain one lacks."""
 
 Layers = dict[str, nn.Module]
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -197,3 +201,26 @@ def float_inputs(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, quantizer in zip(layers, before, strict=True):
             layer.input_quantizer = quantizer
+
+
+@contextmanager
+def without_quantizers(model: nn.Module) -> Iterator[None]:
+    """Let all quantized layers of a model compute as before they had quantizers, on their own weights, for a while.
+
+    No tensor is copied. What LoRA adds to a weight has no part in it.
+    """
+    before = [(layer, type(layer), layer._modules, dict(vars(layer))) for layer in quantized_layers(model).values()]
+    try:
+        for layer, _, modules, attributes in before:
+            layer._modules = {name: module for name, module in modules.items() if name not in _OWN}
+            for name in _OWN:
+                layer.__dict__.pop(name, None)
+            layer.__class__ = attributes["_plain_class"]
+            rebind_forward(layer)
+        yield
+    finally:
+        for layer, kind, modules, attributes in before:
+            layer.__class__ = kind
+            layer._modules = modules
+            layer.__dict__.update({name: attributes[name] for name in _OWN if name in attributes})
+            rebind_forward(layer)
