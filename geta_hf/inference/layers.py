@@ -116,7 +116,7 @@ class IntegerLayer(PackedLayer):
         rows = pack_halves(rows) if self.halved else rows.to(torch.int8, memory_format=torch.contiguous_format)
         return self._transposed(rows)
 
-    def settle(self) -> None:
+    def finish_loading(self) -> None:
         like = torch.empty(0, dtype=self.__dict__.pop("_dtype"), device=self.weight.device)
         self.register_buffer("like", like, persistent=False)
 

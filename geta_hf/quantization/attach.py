@@ -16,8 +16,8 @@ from geta_hf.quantization.layers import (
     LAYER_TYPES,
     QuantizedLayer,
     check_convertible,
-    convert,
-    revert,
+    dequantize_layer,
+    quantize_layer,
 )
 from geta_hf.quantization.quantizer import Quantizer, channel_clipping_values, check_clipping, clipping_value
 
@@ -119,7 +119,7 @@ def attach_quantizers(
             by_weight[id(weight)] = Quantizer(q_m, initial_bits, learn_t, weight.device, dim)
     for layer in chosen.values():  # only once nothing can fail, so that no model is left half converted
         quantizer = by_weight[id(layer.weight)]
-        convert(layer, quantizer)
+        quantize_layer(layer, quantizer)
         quantizer.train(layer.training)
     return chosen
 
@@ -148,7 +148,7 @@ def _refuse_foreign_ties(model: nn.Module, chosen: Layers) -> None:
 def detach_quantizers(model: nn.Module) -> nn.Module:
     """Give the plain model back, in place: original classes, no quantizer of weights or inputs, weights as trained."""
     for layer in quantized_layers(model).values():
-        revert(layer)
+        dequantize_layer(layer)
     return model
 
 

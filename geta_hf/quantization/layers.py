@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from geta_hf.errors import GETAError
 from geta_hf.quantization.fixed import InputQuantizedLayer
-from geta_hf.quantization.kinds import base_type
+from geta_hf.quantization.layer_types import base_type
 from geta_hf.quantization.linear import quantized_linear
 from geta_hf.quantization.lora import LowRank
 from geta_hf.quantization.quantizer import Quantizer
@@ -47,7 +47,9 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         x, own = self.quantized_input(input), self.weight_quantizer
-        return quantized_linear(x, self.weight, self.bias, *own.along(self.weight), own.exponent, own.frozen, self.lora)
+        return quantized_linear(
+            x, self.weight, self.bias, *own.broadcast_over(self.weight), own.exponent, own.frozen, self.lora
+        )
 
 
 class QuantConv1D(QuantizedLayer, Conv1D):
@@ -57,7 +59,7 @@ class QuantConv1D(QuantizedLayer, Conv1D):
         x, own = self.quantized_input(x), self.weight_quantizer
         if self.lora is None:
             return F.linear(x, self.quantized_weight().t(), self.bias)
-        d, q_m = (value.t() for value in own.along(self.weight))
+        d, q_m = (value.t() for value in own.broadcast_over(self.weight))
         return quantized_linear(x, self.weight.t(), self.bias, d, q_m, own.exponent, own.frozen, self.lora)
 
 
@@ -93,7 +95,7 @@ def check_convertible(layer: nn.Module, name: str) -> None:
         )
 
 
-def convert(layer: nn.Module, quantizer: Quantizer) -> None:
+def quantize_layer(layer: nn.Module, quantizer: Quantizer) -> None:
     """Turn a plain layer, as `check_convertible` accepts it, into its quantized kind, in place."""
     # Remembered on the instance, since a subclass of a plain layer must come back as itself.
     layer.__dict__["_plain_class"] = type(layer)
@@ -112,7 +114,7 @@ def absorb(layer: QuantizedLayer) -> None:
         layer.lora = None
 
 
-def revert(layer: QuantizedLayer) -> None:
+def dequantize_layer(layer: QuantizedLayer) -> None:
     """Turn a quantized layer back into what it was, in place; the weight keeps its unquantized, merged value."""
     absorb(layer)
     del layer.weight_quantizer, layer.input_quantizer, layer.lora

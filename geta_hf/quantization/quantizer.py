@@ -55,7 +55,7 @@ class Quantizer(SinglePrecision):
 
     def forward(self, x: Tensor) -> Tensor:
         """x^Q with straight-through gradients; shape and dtype of x."""
-        return functional.fake_quantize(x, *self.along(x), self.exponent, self.frozen)
+        return functional.fake_quantize(x, *self.broadcast_over(x), self.exponent, self.frozen)
 
     @torch.no_grad()
     def bits(self) -> Tensor:
@@ -65,9 +65,9 @@ class Quantizer(SinglePrecision):
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """The integers n with x^Q = d · n, int32, shape of x."""
-        return functional.integer_codes(x, *self.along(x), self.exponent)
+        return functional.integer_codes(x, *self.broadcast_over(x), self.exponent)
 
-    def along(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def broadcast_over(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """d and q_m as they are broadcast over x."""
         if self.channel_dim is None:
             return self.d, self.q_m

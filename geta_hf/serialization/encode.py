@@ -104,7 +104,7 @@ def fill(layer: PackedLayer, codes: Tensor, dtype: torch.dtype) -> None:
     weight = layer.stored(codes, dtype)
     layer.stream = None if layer.holds(codes, weight) else pack(codes, layer.bits)
     layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.settle()
+    layer.finish_loading()
 
 
 def layer_codes(name: str, layer: PackedLayer, weight: Tensor | None = None) -> Tensor:

@@ -28,7 +28,7 @@ from geta_hf.surgery.fixes import (
     check_attributes,
     no_fixes,
     read_fixes,
-    settle_experts,
+    set_expert_counts,
     shrink_attribute,
     shrink_buffer,
     shrink_tensor,
@@ -208,7 +208,7 @@ class GETALoader(HfQuantizer):
                 shrink_buffer(model, buffer, dims)
         for name, layer in packed_layers(model).items():
             layer.weight.requires_grad_(False)
-            layer.settle()
+            layer.finish_loading()
             if INPUT_SCALE in layer._buffers:
                 self._take_input_scale(model, name, layer)
         _share_step_sizes(model)
@@ -296,7 +296,7 @@ def apply_fixes(model: PreTrainedModel, fixes: Fixes) -> None:
                 shrink_attribute(path, model.get_submodule(path), attribute, value)
     check_attributes(model, cut)
     _skip_initialization(model, cut)
-    settle_experts(model, fixes)
+    set_expert_counts(model, fixes)
 
 
 def _skip_initialization(model: PreTrainedModel, cut: Iterable[str]) -> None:

@@ -76,7 +76,7 @@ class PackedLayer(InputQuantizedLayer):
         """What the weight is in memory, of codes in its shape; `dtype` is what the layer computes in."""
         return self.decoded(codes).to(dtype)
 
-    def settle(self) -> None:
+    def finish_loading(self) -> None:
         """What is left to do once the weight is where it belongs."""
 
     def read_back(self, weight: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class PackedRows(PackedLayer, nn.Embedding):
         self.__dict__["_dtype"] = dtype
         return codes.to(torch.int8)
 
-    def settle(self) -> None:
+    def finish_loading(self) -> None:
         device = torch.device("cpu") if self.weight.is_meta else self.weight.device
         self.register_buffer("like", torch.empty(0, dtype=self.__dict__.pop("_dtype"), device=device), persistent=False)
         self.row_scale = _RowScale(self.step_size.to(device))
