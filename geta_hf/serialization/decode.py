@@ -31,7 +31,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Header(NamedTuple):
-    """What the header of a file says of one tensor.
+    """The header of one tensor in a file.
 
     Attributes:
         file: path of the file.

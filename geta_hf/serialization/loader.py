@@ -124,7 +124,7 @@ class GETALoader(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """True, which means adapters on top: transformers refuses to train a quantized model without them."""
+        """Return True, which means adapters on top: transformers refuses to train a quantized model without them."""
         return True
 
     @property
