@@ -125,9 +125,11 @@ def test_decodes_to_the_declared_dtype() -> None:
     assert torch.equal(layer.weight, layer.decoded(layer_codes("layer", layer)).bfloat16())
 
 
-def test_weight_changed_after_decoding_cannot_be_saved() -> None:
+@pytest.mark.parametrize("value", [1e-4, STEP * (largest_code(BITS) + 1)])
+def test_weight_changed_after_decoding_cannot_be_saved(value: float) -> None:
+    """A value between two steps, and a step that the bit width does not have."""
     layer = packed_layer()
-    layer.weight.data[0, 0] += 1e-4
+    layer.weight.data[0, 0] = torch.tensor(value)
     with pytest.raises(GETAError, match=r"layer\.weight was changed"):
         packed_tensors("layer", layer)
 
