@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from geta_hf.qadg.propagation.flow import Flow
-from geta_hf.qadg.propagation.keep_masks import Staying
+from geta_hf.qadg.propagation.keep_masks import KeepMasks
 from geta_hf.qadg.propagation.rules_compute import FAKE_QUANTIZERS, reduced
 from geta_hf.qadg.propagation.rules_conv import batch_statistics
 from geta_hf.qadg.propagation.rules_index import single_pick
@@ -37,7 +37,7 @@ class Replay:
     def __init__(self, flow: Flow, removed: NDArray[np.bool_] | None = None, zeroed: bool = False) -> None:
         self.flow = flow
         self.zeroed = zeroed
-        self._staying = Staying(flow, removed)
+        self._staying = KeepMasks(flow, removed)
         self._env: dict[int, torch.Tensor] = {}
         self._weights: Weights = {}
         self._read = {ref for node in flow.graph.nodes for ref in _reads(node)}
@@ -122,13 +122,13 @@ class Replay:
     def _decided(self, value: int) -> bool:
         """Whether a result is replayed as it was recorded, since other parameters would decide otherwise."""
         known = self.flow.graph.values[value]
-        return known.kind == "result" and known.data is not None
+        return known.role == "result" and known.data is not None
 
     def _call(self, node: Node) -> Any:
         inputs = {name: map_nested(self._resolve, argument) for name, argument in node.inputs.items()}
-        adapter = ADAPTERS.get(node.op)
-        if adapter is not None:
-            return adapter(self, node, inputs)
+        rule = REPLAY_RULES.get(node.op)
+        if rule is not None:
+            return rule(self, node, inputs)
         if node.random:
             return self._noise(node, inputs)
         result = node.call(inputs)
@@ -306,9 +306,9 @@ def _widen(result: Any, shape: torch.Size, staying: dict[int, torch.Tensor]) -> 
     return (full, *results[1:]) if isinstance(result, tuple) else full
 
 
-Adapter = Callable[[Replay, Node, dict[str, Any]], Any]
+ReplayRule = Callable[[Replay, Node, dict[str, Any]], Any]
 
-ADAPTERS: dict[str, Adapter] = {
+REPLAY_RULES: dict[str, ReplayRule] = {
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), _view),
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"), _split),
     "expand": _expand,

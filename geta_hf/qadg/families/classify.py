@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geta_hf.qadg.families.output_layers import output_weights
-from geta_hf.qadg.families.partition import Draft, Slot
-from geta_hf.qadg.propagation.element_ids import FROZEN, Ids
+from geta_hf.qadg.families.partition import Draft, TensorDim
+from geta_hf.qadg.propagation.element_ids import PINNED, Ids
 from geta_hf.qadg.propagation.flow import Flow
 
 Mask = NDArray[np.bool_]
@@ -25,7 +25,7 @@ def family_of_atoms(drafts: Sequence[Draft], count: int) -> Ids:
 
 def find_kinds(flow: Flow, drafts: Sequence[Draft], excludes: dict[int, set[int]]) -> list[str]:
     """The kind of every draft."""
-    terms = flow.terms
+    terms = flow.ids
     head = terms.marked("head") & terms.marked("split")
     added, linked = terms.marked("sum"), terms.marked("row") & terms.marked("column")
     flags = {"heads": head, "head_dim": terms.marked("attended"), "residual": added, "channels": linked}
@@ -40,7 +40,7 @@ def find_kinds(flow: Flow, drafts: Sequence[Draft], excludes: dict[int, set[int]
 
 def _spans(draft: Draft) -> bool:
     """Whether a family runs through more than one layer: its tensors lie in different entries of a list of modules."""
-    paths = [slot.value.names[0].split(".")[:-1] for slot, _ in draft.members]
+    paths = [tensor_dim.value.names[0].split(".")[:-1] for tensor_dim, _ in draft.members]
     common = _common(paths)
     following = {path[len(common)] for path in paths if len(path) > len(common)}
     return not any(part.isdigit() for part in common) or sum(part.isdigit() for part in following) > 1
@@ -55,13 +55,13 @@ def _query_heads(position: int, kinds: list[str], drafts: Sequence[Draft], exclu
     return "query_heads" if larger else "heads"
 
 
-def find_excludes(slots: Sequence[Slot], family: Ids) -> dict[int, set[int]]:
+def find_excludes(tensor_dims: Sequence[TensorDim], family: Ids) -> dict[int, set[int]]:
     """Families that meet in one element's term cut the same indices."""
     excludes: dict[int, set[int]] = {}
-    for slot in slots:
-        if slot.table.shape[1] == 1:
+    for tensor_dim in tensor_dims:
+        if tensor_dim.table.shape[1] == 1:
             continue
-        met = np.where(slot.table == FROZEN, -1, family[slot.table])
+        met = np.where(tensor_dim.table == PINNED, -1, family[tensor_dim.table])
         for first in range(met.shape[1]):
             for second in range(first + 1, met.shape[1]):
                 _note_pairs(met[:, first], met[:, second], excludes)
@@ -81,14 +81,14 @@ def _note_pairs(left: Ids, right: Ids, excludes: dict[int, set[int]]) -> None:
 
 def find_couplings(flow: Flow, drafts: Sequence[Draft]) -> list[tuple[str, ...]]:
     """What every draft is coupled to: a norm, a tied tensor, an output."""
-    norm, facing = flow.terms.marked("norm"), output_weights(flow.graph)
+    norm, facing = flow.ids.marked("norm"), output_weights(flow.graph)
     found = []
     for draft in drafts:
-        cut = [slot for slot, _ in draft.members]
+        cut = [tensor_dim for tensor_dim, _ in draft.members]
         flags = {
             "norm": bool(norm[draft.atoms].any()),
-            "tied": any(len(slot.value.names) > 1 for slot in cut),
-            "output": any(slot.position in facing for slot in cut),
+            "tied": any(len(tensor_dim.value.names) > 1 for tensor_dim in cut),
+            "output": any(tensor_dim.position in facing for tensor_dim in cut),
         }
         found.append(tuple(name for name, flag in flags.items() if flag))
     return found
@@ -98,7 +98,7 @@ def find_names(drafts: Sequence[Draft], kinds: Sequence[str]) -> list[str]:
     """The longest module path that all members share, and the kind; unique."""
     names: list[str] = []
     for draft, kind in zip(drafts, kinds, strict=True):
-        path = ".".join(_common([slot.value.names[0].split(".")[:-1] for slot, _ in draft.members]))
+        path = ".".join(_common([tensor_dim.value.names[0].split(".")[:-1] for tensor_dim, _ in draft.members]))
         name = f"{path}:{kind}" if path else kind
         taken = sum(other == name or other.startswith(f"{name}#") for other in names)
         names.append(f"{name}#{taken + 1}" if taken else name)
@@ -117,9 +117,9 @@ def _common(paths: Sequence[Sequence[str]]) -> list[str]:
 def parameters_per_group(draft: Draft) -> int:
     """Elements of parameters that leave with one group."""
     counts = (
-        index.shape[1] * slot.value.elements // slot.value.shape[slot.dim]
-        for slot, index in draft.members
-        if slot.value.kind == "parameter"
+        index.shape[1] * tensor_dim.value.elements // tensor_dim.value.shape[tensor_dim.dim]
+        for tensor_dim, index in draft.members
+        if tensor_dim.value.role == "parameter"
     )
     return sum(counts)
 
@@ -131,7 +131,7 @@ def macs_per_group(flow: Flow, drafts: Sequence[Draft], family: Ids) -> list[int
         for ids in dims:
             if ids is None:
                 continue
-            found = family[flow.terms.atoms(ids)]
+            found = family[flow.ids.atoms(ids)]
             share = np.bincount(found[found >= 0].ravel(), minlength=len(drafts)) / len(ids)
             total += macs * share
     return [round(macs / len(draft.atoms)) for macs, draft in zip(total, drafts, strict=True)]

@@ -14,17 +14,17 @@ from geta_hf.qadg.families.classify import (
     macs_per_group,
     parameters_per_group,
 )
-from geta_hf.qadg.families.partition import Draft, find_drafts, find_slots
+from geta_hf.qadg.families.partition import Draft, find_drafts, find_tensor_dims
 from geta_hf.qadg.groups import Family, Member
 from geta_hf.qadg.propagation.flow import Flow
 
 
 def find_families(flow: Flow) -> tuple[Family, ...]:
     """Every family, in the order of the parameters that they cut first; none is prunable before a policy says so."""
-    slots = find_slots(flow)
-    drafts = find_drafts(slots, flow.terms.count)
-    family = family_of_atoms(drafts, flow.terms.count)
-    excludes = find_excludes(slots, family)
+    tensor_dims = find_tensor_dims(flow)
+    drafts = find_drafts(tensor_dims, flow.ids.count)
+    family = family_of_atoms(drafts, flow.ids.count)
+    excludes = find_excludes(tensor_dims, family)
     kinds = find_kinds(flow, drafts, excludes)
     names, couplings = find_names(drafts, kinds), find_couplings(flow, drafts)
     macs = macs_per_group(flow, drafts, family)

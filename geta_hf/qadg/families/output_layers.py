@@ -46,7 +46,7 @@ def _parameters(graph: Graph, made: dict[int, int], node: Node) -> Iterator[int]
     pending = [ref for ref in node.refs() if graph.values[ref].weight_like]
     while pending:
         value = pending.pop()
-        if graph.values[value].kind == "parameter":
+        if graph.values[value].role == "parameter":
             yield value
         elif value in made:
             pending += [ref for ref in graph.nodes[made[value]].refs() if graph.values[ref].weight_like]

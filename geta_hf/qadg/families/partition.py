@@ -1,4 +1,4 @@
-"""Where every atom cuts: slots are dims of tensors, and atoms that cut the same slots alike make a family."""
+"""Sort atoms into families: atoms that cut the same dims of the same tensors alike make a family."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from geta_hf.qadg.propagation.element_ids import FROZEN, Ids
+from geta_hf.qadg.propagation.element_ids import PINNED, Ids
 from geta_hf.qadg.propagation.flow import Flow
 from geta_hf.qadg.tracing.graph import Value
 
 
 @dataclass
-class Slot:
+class TensorDim:
     """One dim of one tensor.
 
     Attributes:
@@ -41,10 +41,10 @@ class Slot:
 
 @dataclass
 class Draft:
-    """A family on its way: its atoms, ascending, and for every slot the index of shape (groups, width)."""
+    """A family on its way: its atoms, ascending, and for every tensor_dim the index of shape (groups, width)."""
 
     atoms: Ids
-    members: list[tuple[Slot, Ids]]
+    members: list[tuple[TensorDim, Ids]]
 
     @property
     def cut(self) -> int:
@@ -52,25 +52,25 @@ class Draft:
         return sum(index.size for _, index in self.members)
 
 
-def find_slots(flow: Flow) -> list[Slot]:
+def find_tensor_dims(flow: Flow) -> list[TensorDim]:
     """Every cuttable dim of every parameter in use, and of every buffer that shares an atom with one."""
-    slots: list[Slot] = []
+    tensor_dims: list[TensorDim] = []
     for position, value in enumerate(flow.graph.values):
-        if value.kind not in ("parameter", "buffer") or not flow.known(position):
+        if value.role not in ("parameter", "buffer") or not flow.known(position):
             continue
         for dim, ids in enumerate(flow.dims(position)):
-            slot = None if ids is None else _slot(position, value, dim, flow.terms.atoms(ids))
-            if slot is not None:
-                slots.append(slot)
-    cut = np.zeros(flow.terms.count, np.bool_)
-    for slot in slots:
-        if slot.value.kind == "parameter":
-            cut[slot.atoms] = True
-    return [slot for slot in slots if cut[slot.atoms].any()]
+            tensor_dim = None if ids is None else _tensor_dim(position, value, dim, flow.ids.atoms(ids))
+            if tensor_dim is not None:
+                tensor_dims.append(tensor_dim)
+    cut = np.zeros(flow.ids.count, np.bool_)
+    for tensor_dim in tensor_dims:
+        if tensor_dim.value.role == "parameter":
+            cut[tensor_dim.atoms] = True
+    return [tensor_dim for tensor_dim in tensor_dims if cut[tensor_dim.atoms].any()]
 
 
-def _slot(position: int, value: Value, dim: int, table: Ids) -> Slot | None:
-    index, column = (places.astype(np.int32) for places in np.nonzero(table != FROZEN))
+def _tensor_dim(position: int, value: Value, dim: int, table: Ids) -> TensorDim | None:
+    index, column = (places.astype(np.int32) for places in np.nonzero(table != PINNED))
     if not len(index):
         return None
     atom = table[index, column]
@@ -79,7 +79,7 @@ def _slot(position: int, value: Value, dim: int, table: Ids) -> Slot | None:
     if table.shape[1] > 1:
         first += table.shape[1]
         np.minimum.at(first, np.searchsorted(atoms, atom), column)
-    return Slot(position, value, dim, table, atom, index, atoms, width, first)
+    return TensorDim(position, value, dim, table, atom, index, atoms, width, first)
 
 
 def _count(atom: Ids) -> tuple[Ids, Ids]:
@@ -95,41 +95,41 @@ def _count(atom: Ids) -> tuple[Ids, Ids]:
     return present + np.int32(low), count[present].astype(np.int32)
 
 
-def find_drafts(slots: Sequence[Slot], count: int) -> list[Draft]:
+def find_drafts(tensor_dims: Sequence[TensorDim], count: int) -> list[Draft]:
     """Atoms with the same signature form a family, in the order of the parameters that they cut first."""
-    signature = _signatures(slots, count)
+    signature = _signatures(tensor_dims, count)
     drafts: dict[int, Draft] = {}
-    for slot in slots:
-        labels = signature[slot.atom]
-        for label, part in _parts(slot, labels):
-            atoms = np.sort(slot.atom[part]) if label not in drafts else drafts[label].atoms
+    for tensor_dim in tensor_dims:
+        labels = signature[tensor_dim.atom]
+        for label, part in _parts(tensor_dim, labels):
+            atoms = np.sort(tensor_dim.atom[part]) if label not in drafts else drafts[label].atoms
             if label not in drafts:
                 drafts[label] = Draft(atoms[np.append(True, np.diff(atoms) > 0)], [])
-            drafts[label].members.append((slot, slot.index[part].reshape(len(drafts[label].atoms), -1)))
+            drafts[label].members.append((tensor_dim, tensor_dim.index[part].reshape(len(drafts[label].atoms), -1)))
     return list(drafts.values())
 
 
-def _parts(slot: Slot, labels: Ids) -> list[tuple[int, NDArray[np.intp]]]:
-    """The places of each label in a slot, ordered by atom and then by index."""
-    if (labels == labels[0]).all() and (np.diff(slot.atom) > 0).all():
+def _parts(tensor_dim: TensorDim, labels: Ids) -> list[tuple[int, NDArray[np.intp]]]:
+    """The places of each label in a tensor_dim, ordered by atom and then by index."""
+    if (labels == labels[0]).all() and (np.diff(tensor_dim.atom) > 0).all():
         return [(int(labels[0]), np.arange(len(labels)))]
-    order = np.lexsort((slot.index, slot.atom, labels))
+    order = np.lexsort((tensor_dim.index, tensor_dim.atom, labels))
     parts = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
     return [(int(labels[part[0]]), part) for part in parts]
 
 
-def _signatures(slots: Sequence[Slot], count: int) -> Ids:
-    """For every atom a number, equal for atoms that cut the same slots in the same widths (partition refinement)."""
+def _signatures(tensor_dims: Sequence[TensorDim], count: int) -> Ids:
+    """For every atom a number, equal for atoms that cut the same dims with the same counts (partition refinement)."""
     signature = np.zeros(count, np.int32)
     last = 1
-    for slot in slots:
-        known = signature[slot.atoms]
-        shape = slot.width.astype(np.int64) * slot.table.shape[1] + slot.column
+    for tensor_dim in tensor_dims:
+        known = signature[tensor_dim.atoms]
+        shape = tensor_dim.width.astype(np.int64) * tensor_dim.table.shape[1] + tensor_dim.column
         if (known == known[0]).all() and (shape == shape[0]).all():
-            signature[slot.atoms] = last
+            signature[tensor_dim.atoms] = last
             last += 1
             continue
         keys, label = np.unique(known.astype(np.int64) * (int(shape.max()) + 1) + shape, return_inverse=True)
-        signature[slot.atoms] = last + label.ravel()
+        signature[tensor_dim.atoms] = last + label.ravel()
         last += len(keys)
     return signature

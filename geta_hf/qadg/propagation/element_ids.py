@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int32]
 
-FROZEN = 0
+PINNED = 0
 _UNBOUND = -1
 
 
-class Terms:
+class ElementIds:
     """The ids of one graph."""
 
     def __init__(self) -> None:
@@ -58,16 +58,16 @@ class Terms:
             bound = self._outer[columns] != _UNBOUND
             if not bound.any():
                 return _compact(columns)
-            inner = np.where(bound, self._inner[columns], FROZEN)
+            inner = np.where(bound, self._inner[columns], PINNED)
             columns = np.where(bound, self._outer[columns], columns)
             columns = np.stack([columns, inner], axis=2).reshape(len(ids), -1)
-            columns = self.find(columns[:, (columns != FROZEN).any(axis=0)])
+            columns = self.find(columns[:, (columns != PINNED).any(axis=0)])
 
     def pair(self, outer: Ids, inner: Ids) -> Ids:
         """The terms (outer[i], inner[i]); where one is frozen, the other alone."""
         outer, inner = self.find(outer), self.find(inner)
-        both = (outer != FROZEN) & (inner != FROZEN) & (outer != inner)
-        result = np.where(outer != FROZEN, outer, inner)
+        both = (outer != PINNED) & (inner != PINNED) & (outer != inner)
+        result = np.where(outer != PINNED, outer, inner)
         if both.any():
             terms = self.fresh(int(both.sum()))
             self._outer[terms], self._inner[terms] = outer[both], inner[both]
@@ -78,9 +78,9 @@ class Terms:
         """The terms of a merged dim, shape (len(outer) * len(inner),), inner running fastest."""
         return self.pair(np.repeat(outer, len(inner)), np.tile(inner, len(outer)))
 
-    def freeze(self, ids: Ids) -> None:
+    def pin(self, ids: Ids) -> None:
         """Nothing of `ids` may leave, hence none of their atoms."""
-        self._parent[self.atoms(ids)] = FROZEN
+        self._parent[self.atoms(ids)] = PINNED
 
     def mark(self, flag: str, ids: Ids) -> None:
         """Flag the atoms of `ids`, and whatever they are unified with or bound to later."""
@@ -91,7 +91,7 @@ class Terms:
         flags = np.zeros(self.count, np.bool_)
         for ids in self._marks.get(flag, []):
             flags[self.atoms(ids)] = True
-        flags[FROZEN] = False
+        flags[PINNED] = False
         return flags
 
     def unify(self, left: Ids, right: Ids) -> None:
@@ -103,12 +103,12 @@ class Terms:
             a, b = self._different(left, right)
             if not len(a):
                 return
-            many_a, many_b = (a != FROZEN).sum(axis=1), (b != FROZEN).sum(axis=1)
+            many_a, many_b = (a != PINNED).sum(axis=1), (b != PINNED).sum(axis=1)
             dead = (many_a == 0) | (many_b == 0)
             same = many_a == many_b
             if dead.any():
-                self._parent[a[dead]] = FROZEN
-                self._parent[b[dead]] = FROZEN
+                self._parent[a[dead]] = PINNED
+                self._parent[b[dead]] = PINNED
             elif same.any():
                 self._union(a[same].ravel(), b[same].ravel())
             else:
@@ -116,17 +116,17 @@ class Terms:
 
     def _settle_unequal(self, short: Ids, long: Ids) -> None:
         """Rows with fewer atoms on one side: bind a lone atom to the product, else join all atoms of the row."""
-        lone = (short[:, 1:] == FROZEN).all(axis=1) & ~(short[:, :1] == long).any(axis=1)
+        lone = (short[:, 1:] == PINNED).all(axis=1) & ~(short[:, :1] == long).any(axis=1)
         if lone.any():
-            if not self._freeze_contradictions(short[lone, 0], long[lone]):
+            if not self._pin_contradictions(short[lone, 0], long[lone]):
                 self._bind(short[lone, 0], long[lone])
             return
         rows = np.concatenate([short, long], axis=1)
         first = np.repeat(rows[:, 0], rows.shape[1])
-        present = rows.ravel() != FROZEN
+        present = rows.ravel() != PINNED
         self._union(first[present], rows.ravel()[present])
 
-    def _freeze_contradictions(self, atoms: Ids, terms: Ids) -> bool:
+    def _pin_contradictions(self, atoms: Ids, terms: Ids) -> bool:
         """An atom that is to be several products at once is what they have in common; the rest stays. Whether any.
 
         So the factor of a stretched dim, merged with another before it met the frozen dim that it runs along, goes.
@@ -138,10 +138,10 @@ class Terms:
         if (times == 1).all():
             return False
         pairs = np.stack([np.repeat(rows[:, 0], rows.shape[1] - 1), rows[:, 1:].ravel()])
-        (x, atom), count = np.unique(pairs[:, pairs[1] != FROZEN], axis=1, return_counts=True)
+        (x, atom), count = np.unique(pairs[:, pairs[1] != PINNED], axis=1, return_counts=True)
         common = count == times[np.searchsorted(owner, x)]
         doomed = ~common & np.isin(x, x[common])
-        self._parent[atom[doomed]] = FROZEN
+        self._parent[atom[doomed]] = PINNED
         return bool(doomed.any())
 
     def _different(self, left: Ids, right: Ids) -> tuple[Ids, Ids]:
@@ -185,7 +185,7 @@ def _compact(columns: Ids) -> Ids:
     """Drop repeats within each row and move the zeros to its right."""
     for column in range(1, columns.shape[1]):
         repeated = (columns[:, :column] == columns[:, column : column + 1]).any(axis=1)
-        columns[repeated, column] = FROZEN
-    order = np.argsort(columns == FROZEN, axis=1, kind="stable")
+        columns[repeated, column] = PINNED
+    order = np.argsort(columns == PINNED, axis=1, kind="stable")
     columns = np.take_along_axis(columns, order, axis=1)
-    return columns[:, : max(1, int((columns != FROZEN).sum(axis=1).max(initial=0)))]
+    return columns[:, : max(1, int((columns != PINNED).sum(axis=1).max(initial=0)))]

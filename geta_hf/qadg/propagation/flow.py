@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from geta_hf.qadg.groups import UnsupportedOperator
-from geta_hf.qadg.propagation.element_ids import FROZEN, Ids, Terms
+from geta_hf.qadg.propagation.element_ids import PINNED, ElementIds, Ids
 from geta_hf.qadg.tracing.graph import Graph, Node, Ref, Value
 
 Dim = Ids | None
@@ -30,12 +30,12 @@ class Flow:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.terms = Terms()
+        self.ids = ElementIds()
         self._dims: dict[int, list[Dim]] = {}
         self.readers = graph.consumers()
         self.nonnegative: set[int] = set()
         self.contractions: list[tuple[int, tuple[Dim, ...]]] = []
-        parameters = (position for position, value in enumerate(graph.values) if value.kind == "parameter")
+        parameters = (position for position, value in enumerate(graph.values) if value.role == "parameter")
         self.numbers: dict[int, float | None] = dict.fromkeys(parameters, 0.0)
         self.numbered = 0
         self._unknown: Counter[tuple[str, str, str]] = Counter()
@@ -77,55 +77,55 @@ class Flow:
         position = value.value if isinstance(value, Ref) else value
         if position not in self._dims:
             known = self.graph.values[position]
-            frozen = known.kind == "input"
-            self._dims[position] = [None if frozen or n <= 1 else self.terms.fresh(n) for n in known.shape]
+            frozen = known.role == "input"
+            self._dims[position] = [None if frozen or n <= 1 else self.ids.fresh(n) for n in known.shape]
         return list(self._dims[position])
 
-    def put(self, value: int, dims: Sequence[Dim]) -> None:
+    def set_dims(self, value: int, dims: Sequence[Dim]) -> None:
         """Set the ids of a result."""
         shape = self.graph.values[value].shape
         assert len(dims) == len(shape), (shape, len(dims))
         assert all(d is None or n <= 1 or len(d) == n for d, n in zip(dims, shape, strict=True)), shape
         self._dims[value] = [None if n <= 1 else d for d, n in zip(dims, shape, strict=True)]
 
-    def freeze(self, dims: Iterable[Dim]) -> None:
+    def pin(self, dims: Iterable[Dim]) -> None:
         """No element of `dims` may leave."""
         for dim in dims:
             if dim is not None:
-                self.terms.freeze(dim)
+                self.ids.pin(dim)
 
-    def hold(self, node: Node, dims: Iterable[Dim], reason: str) -> None:
+    def pin_and_report(self, node: Node, dims: Iterable[Dim], reason: str) -> None:
         """Freeze dims for what an operator does with them, and report it where something could have left."""
-        live = [dim for dim in dims if dim is not None and (self.terms.atoms(dim) != FROZEN).any()]
-        self.freeze(live)
+        live = [dim for dim in dims if dim is not None and (self.ids.atoms(dim) != PINNED).any()]
+        self.pin(live)
         if live and any(self.graph.values[value].from_parameter for value in node.refs()):
             self._unknown[node.op, node.module, reason] += 1
 
     def mark(self, flag: str, dim: Dim) -> None:
         """Flag the atoms of a dim."""
         if dim is not None:
-            self.terms.mark(flag, dim)
+            self.ids.mark(flag, dim)
 
     def unify(self, left: Dim, right: Dim) -> Dim:
         """Let two dims leave element by element together; frozen when either is."""
         if left is None or right is None:
-            self.freeze((left, right))
+            self.pin((left, right))
             return None
         if left is not right and not np.array_equal(left, right):
-            self.terms.unify(left, right)
+            self.ids.unify(left, right)
         return left
 
-    def unknown(self, node: Node, reason: str) -> None:
+    def pin_unsupported(self, node: Node, reason: str) -> None:
         """Freeze all that an operator reads, and report it when a parameter had a part in that."""
         for value in node.refs():
-            self.freeze(self.dims(value))
+            self.pin(self.dims(value))
         for value in node.outputs:
-            self.put(value, [None] * len(self.graph.values[value].shape))
+            self.set_dims(value, [None] * len(self.graph.values[value].shape))
         if any(self.graph.values[value].from_parameter for value in node.refs()):
             self._unknown[node.op, node.module, reason] += 1
 
     @property
-    def frozen(self) -> tuple[UnsupportedOperator, ...]:
+    def unsupported(self) -> tuple[UnsupportedOperator, ...]:
         """What no rule covered."""
         return tuple(UnsupportedOperator(*key, count) for key, count in self._unknown.items())
 
@@ -149,7 +149,7 @@ class Flow:
             return None
         merged = np.zeros(1, np.int32)
         for dim, size in zip(dims, sizes, strict=True):
-            merged = self.terms.product(merged, np.zeros(size, np.int32) if dim is None else dim)
+            merged = self.ids.product(merged, np.zeros(size, np.int32) if dim is None else dim)
         return merged
 
     def split(self, dim: Dim, sizes: Sequence[int]) -> list[Dim]:
@@ -167,17 +167,17 @@ class Flow:
 
     def _factor(self, dim: Ids, n: int, m: int) -> tuple[Dim, Dim]:
         """Write dim as a product of an outer dim of n and an inner one of m elements, binding atoms where needed."""
-        table = self.terms.atoms(dim).reshape(n, m, -1)
+        table = self.ids.atoms(dim).reshape(n, m, -1)
         by_outer = (table == table[:, :1]).all(axis=(0, 1))
         by_inner = (table == table[:1]).all(axis=(0, 1)) & ~by_outer
         outer = [table[:, 0, column] for column in np.flatnonzero(by_outer)]
         inner = [table[0, :, column] for column in np.flatnonzero(by_inner)]
         mixed = np.flatnonzero(~by_outer & ~by_inner)
         if len(mixed):
-            new_outer, new_inner = self.terms.fresh(n), self.terms.fresh(m)
-            terms = self.terms.product(new_outer, new_inner)
+            new_outer, new_inner = self.ids.fresh(n), self.ids.fresh(m)
+            terms = self.ids.product(new_outer, new_inner)
             for column in mixed:
-                self.terms.unify(terms, table[:, :, column].ravel())
+                self.ids.unify(terms, table[:, :, column].ravel())
             outer.append(new_outer)
             inner.append(new_inner)
         return self._join(outer), self._join(inner)
@@ -185,13 +185,13 @@ class Flow:
     def _join(self, factors: list[Ids]) -> Dim:
         joined: Dim = None
         for factor in factors:
-            joined = factor if joined is None else self.terms.pair(joined, factor)
+            joined = factor if joined is None else self.ids.pair(joined, factor)
         return joined
 
     def view(self, dims: Sequence[Dim], before: Sequence[int], after: Sequence[int]) -> list[Dim]:
         """The dims of a tensor of shape `before` seen with shape `after`, stretch by stretch of equal size."""
         if math.prod(before) == 0:
-            self.freeze(dims)
+            self.pin(dims)
             return [None] * len(after)
         result: list[Dim] = []
         i = j = 0

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from geta_hf.qadg.propagation.flow import Dim, Flow
 
 
-class Staying:
+class KeepMasks:
     """Which elements stay along the dims of a flow's values.
 
     Args:
@@ -29,6 +29,6 @@ class Staying:
         if ids is None:
             return None
         if id(ids) not in self._masks:
-            stays = np.logical_not(self._removed[self._flow.terms.atoms(ids)].any(axis=1))
+            stays = np.logical_not(self._removed[self._flow.ids.atoms(ids)].any(axis=1))
             self._masks[id(ids)] = (ids, None if stays.all() else stays)
         return self._masks[id(ids)][1]

@@ -12,20 +12,20 @@ from geta_hf.qadg.propagation.rules_compute import COMPUTE_RULES, pointwise
 from geta_hf.qadg.propagation.rules_conv import CONV_RULES
 from geta_hf.qadg.propagation.rules_index import INDEX_RULES
 from geta_hf.qadg.propagation.rules_shape import SHAPE_RULES, Rule
-from geta_hf.qadg.tracing.capture import capture
 from geta_hf.qadg.tracing.graph import Graph, Node
 from geta_hf.qadg.tracing.merge import merge_branches
+from geta_hf.qadg.tracing.record_forward import record_forward
 
 RULES: dict[str, Rule] = SHAPE_RULES | INDEX_RULES | COMPUTE_RULES | CONV_RULES
 """Operator name to rule. An operator with more than an elementwise effect on ids needs an entry here to pass them."""
 
 
-def analyse(model: nn.Module, batch: Mapping[str, Any], times: int = 1) -> Flow:
+def record_and_propagate(model: nn.Module, batch: Mapping[str, Any], times: int = 1) -> Flow:
     """Record the model on the batch, merge quantizer branches, and propagate ids (paper Alg. 1, lines 1-14).
 
     With `times` above one the recording is repeated, and an error tells when it is not the same every time.
     """
-    return propagate(merge_branches(capture(model, batch, times)))
+    return propagate(merge_branches(record_forward(model, batch, times)))
 
 
 def propagate(graph: Graph) -> Flow:
@@ -34,7 +34,7 @@ def propagate(graph: Graph) -> Flow:
     for node in graph.nodes:
         _apply(flow, node)
     for value in graph.outputs:
-        flow.freeze(flow.dims(value))
+        flow.pin(flow.dims(value))
     return flow
 
 
@@ -47,4 +47,4 @@ def _apply(flow: Flow, node: Node) -> None:
     elif not any(True for _ in node.refs()):
         SHAPE_RULES["new_zeros"](flow, node)
     else:
-        flow.unknown(node, "no rule for this operator")
+        flow.pin_unsupported(node, "no rule for this operator")

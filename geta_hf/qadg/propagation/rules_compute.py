@@ -20,7 +20,7 @@ def pointwise(flow: Flow, node: Node) -> None:
         for dim in dims:
             flow.mark("sum", dim)
     for value in node.outputs:
-        flow.put(value, dims)
+        flow.set_dims(value, dims)
 
 
 def _contract(flow: Flow, left: Ref, right: Ref) -> list[Dim]:
@@ -45,32 +45,32 @@ def _contract(flow: Flow, left: Ref, right: Ref) -> list[Dim]:
 
 
 def _matmul(flow: Flow, node: Node) -> None:
-    flow.put(node.outputs[0], _contract(flow, node.inputs["self"], node.inputs["mat2"]))
+    flow.set_dims(node.outputs[0], _contract(flow, node.inputs["self"], node.inputs["mat2"]))
 
 
 def _matvec(flow: Flow, node: Node) -> None:
     matrix, vector = flow.dims(node.inputs["self"]), flow.dims(node.inputs["vec"])
     flow.unify(matrix[1], vector[0])
-    flow.put(node.outputs[0], matrix[:1])
+    flow.set_dims(node.outputs[0], matrix[:1])
 
 
 def _dot(flow: Flow, node: Node) -> None:
     flow.unify(flow.dims(node.inputs["self"])[0], flow.dims(node.inputs["tensor"])[0])
-    flow.put(node.outputs[0], [])
+    flow.set_dims(node.outputs[0], [])
 
 
 def _solve(flow: Flow, node: Node) -> None:
     """Every unknown depends on every equation, so those stay; the right-hand sides pass."""
     matrix, right = flow.dims(node.inputs["self"]), flow.dims(node.inputs["B"])
     solved = right[-2] if node.inputs["left"] else right[-1]
-    flow.hold(node, [*matrix[-2:], solved], "every unknown depends on every equation")
+    flow.pin_and_report(node, [*matrix[-2:], solved], "every unknown depends on every equation")
     batch = [flow.unify(a, b) for a, b in zip(matrix[:-2], right[:-2], strict=True)]
-    flow.put(node.outputs[0], [*batch, *right[-2:]])
+    flow.set_dims(node.outputs[0], [*batch, *right[-2:]])
 
 
 def _add_matmul(flow: Flow, node: Node) -> None:
     left, right = ("mat1", "mat2") if node.op == "addmm" else ("batch1", "batch2")
-    flow.put(node.outputs[0], _contract(flow, node.inputs[left], node.inputs[right]))
+    flow.set_dims(node.outputs[0], _contract(flow, node.inputs[left], node.inputs[right]))
     flow.broadcast((node.outputs[0], node.inputs["self"]), flow.graph.values[node.outputs[0]].shape)
 
 
@@ -83,11 +83,11 @@ def reduced(flow: Flow, node: Node) -> tuple[set[int], list[Dim]]:
     return {dim % len(dims) for dim in ([chosen] if isinstance(chosen, int) else chosen) if dims}, dims
 
 
-def _put_reduced(flow: Flow, node: Node, over: set[int], dims: list[Dim]) -> None:
+def _set_reduced(flow: Flow, node: Node, over: set[int], dims: list[Dim]) -> None:
     kept = [dim for position, dim in enumerate(dims) if position not in over]
     for value in node.outputs:
         same_rank = len(flow.graph.values[value].shape) == len(dims)
-        flow.put(value, [None if p in over else dim for p, dim in enumerate(dims)] if same_rank else kept)
+        flow.set_dims(value, [None if p in over else dim for p, dim in enumerate(dims)] if same_rank else kept)
 
 
 def _sum(flow: Flow, node: Node) -> None:
@@ -97,7 +97,7 @@ def _sum(flow: Flow, node: Node) -> None:
     over, dims = reduced(flow, node)
     for position in over:
         flow.mark("norm", dims[position])
-    _put_reduced(flow, node, over, dims)
+    _set_reduced(flow, node, over, dims)
 
 
 def _smallest(node: Node) -> bool:
@@ -108,8 +108,8 @@ def _smallest(node: Node) -> bool:
 def _order(flow: Flow, node: Node) -> None:
     """Reductions that choose: what they run over stays."""
     over, dims = reduced(flow, node)
-    flow.hold(node, [dims[position] for position in over], "it chooses among the elements along the dim")
-    _put_reduced(flow, node, over, dims)
+    flow.pin_and_report(node, [dims[position] for position in over], "it chooses among the elements along the dim")
+    _set_reduced(flow, node, over, dims)
 
 
 def _extreme(flow: Flow, node: Node) -> None:
@@ -126,7 +126,7 @@ def _extreme(flow: Flow, node: Node) -> None:
     if (len(node.outputs) > 1 and node.op != "aminmax") or not within:
         return _order(flow, node)
     over, dims = reduced(flow, node)
-    _put_reduced(flow, node, over, dims)
+    _set_reduced(flow, node, over, dims)
 
 
 def _check(flow: Flow, node: Node) -> None:
@@ -134,7 +134,7 @@ def _check(flow: Flow, node: Node) -> None:
     if where_removed(flow, node.inputs["self"].value, node) != float(node.op in ("all", "_is_all_true")):
         return _order(flow, node)
     over, dims = reduced(flow, node)
-    _put_reduced(flow, node, over, dims)
+    _set_reduced(flow, node, over, dims)
 
 
 def _distance(flow: Flow, node: Node) -> None:
@@ -142,7 +142,7 @@ def _distance(flow: Flow, node: Node) -> None:
     left, right = flow.dims(node.inputs["x1"]), flow.dims(node.inputs["x2"])
     flow.unify(left[-1], right[-1])
     batch = [flow.unify(a, b) for a, b in zip(left[:-2], right[:-2], strict=True)]
-    flow.put(node.outputs[0], [*batch, left[-2], right[-2]])
+    flow.set_dims(node.outputs[0], [*batch, left[-2], right[-2]])
 
 
 def _fake_quantize(flow: Flow, node: Node) -> None:
@@ -152,15 +152,15 @@ def _fake_quantize(flow: Flow, node: Node) -> None:
         axis: int = node.inputs["axis"]
         dims[axis] = flow.unify(dims[axis], flow.dims(node.inputs[name])[0])
     for value in node.outputs:
-        flow.put(value, dims)
+        flow.set_dims(value, dims)
 
 
 def _loss(flow: Flow, node: Node) -> None:
     """A loss of logits and labels: the classes stay, and nothing that leaves passes through it."""
     for value in node.refs():
-        flow.freeze(flow.dims(value))
+        flow.pin(flow.dims(value))
     for value in node.outputs:
-        flow.put(value, [None] * len(flow.graph.values[value].shape))
+        flow.set_dims(value, [None] * len(flow.graph.values[value].shape))
 
 
 FAKE_QUANTIZERS = (

@@ -14,7 +14,7 @@ def _convolution(flow: Flow, node: Node) -> None:
     """Shape (batch, channels, places...) with a kernel (out, in / groups, ...); the other way round when transposed."""
     source, weight, bias = (node.inputs[name] for name in ("input", "weight", "bias"))
     dims, kernel = flow.dims(source), flow.dims(weight)
-    flow.freeze([*dims[2:], *kernel[2:]])
+    flow.pin([*dims[2:], *kernel[2:]])
     transposed, groups = node.inputs.get("transposed", False), node.inputs["groups"]
     first, second = kernel[0], kernel[1]
     if groups == 1:
@@ -31,7 +31,7 @@ def _convolution(flow: Flow, node: Node) -> None:
     shape = flow.graph.values[node.outputs[0]].shape
     macs = math.prod(flow.shape(source) if transposed else shape) * math.prod(flow.shape(weight)[1:])
     flow.count_macs(macs, (dims[1], made) if groups == 1 else (made,))
-    flow.put(node.outputs[0], [dims[0], made, *[None] * (len(shape) - 2)])
+    flow.set_dims(node.outputs[0], [dims[0], made, *[None] * (len(shape) - 2)])
 
 
 def _grouped(flow: Flow, node: Node, channels: Dim) -> tuple[Dim, Dim, Dim]:
@@ -73,10 +73,10 @@ def _batch_norm(flow: Flow, node: Node) -> None:
     for name in ("weight", "bias", "running_mean", "running_var"):
         if node.inputs.get(name) is not None:
             dims[1] = flow.unify(dims[1], flow.dims(node.inputs[name])[0])
-    flow.put(node.outputs[0], dims)
+    flow.set_dims(node.outputs[0], dims)
     for value in node.outputs[1:]:
         shape = flow.graph.values[value].shape
-        flow.put(value, [dims[1] if n == flow.shape(node.inputs["input"])[1] else None for n in shape])
+        flow.set_dims(value, [dims[1] if n == flow.shape(node.inputs["input"])[1] else None for n in shape])
 
 
 def _group_norm(flow: Flow, node: Node) -> None:
@@ -91,9 +91,9 @@ def _group_norm(flow: Flow, node: Node) -> None:
         flow.mark("norm", inner)
     for places in dims[2:]:
         flow.mark("norm", places)
-    flow.put(node.outputs[0], dims)
+    flow.set_dims(node.outputs[0], dims)
     for value in node.outputs[1:]:
-        flow.put(value, [dims[0], outer])
+        flow.set_dims(value, [dims[0], outer])
 
 
 def _layer_norm(flow: Flow, node: Node) -> None:
@@ -105,9 +105,9 @@ def _layer_norm(flow: Flow, node: Node) -> None:
             flow.broadcast((source, node.inputs[name]), flow.shape(source))
     for dim in dims[-count:]:
         flow.mark("norm", dim)
-    flow.put(node.outputs[0], dims)
+    flow.set_dims(node.outputs[0], dims)
     for value in node.outputs[1:]:
-        flow.put(value, dims[:-count] + [None] * count)
+        flow.set_dims(value, dims[:-count] + [None] * count)
 
 
 def _weight_norm(flow: Flow, node: Node) -> None:
@@ -115,27 +115,27 @@ def _weight_norm(flow: Flow, node: Node) -> None:
     dims, dim = flow.dims(node.inputs["v"]), node.inputs["dim"]
     dims[dim] = flow.unify(dims[dim], flow.dims(node.inputs["g"])[dim])
     flow.mark("norm", dims[dim])
-    flow.put(node.outputs[0], dims)
+    flow.set_dims(node.outputs[0], dims)
     for value in node.outputs[1:]:
-        flow.put(value, flow.dims(node.inputs["g"]))
+        flow.set_dims(value, flow.dims(node.inputs["g"]))
 
 
 def _places(flow: Flow, node: Node) -> None:
     """Pooling and resampling: as many places as the operator's name says; the dims before them pass."""
     count = int(re.search(r"(\d)d", node.op)[1])  # type: ignore[index]
     dims = flow.dims(next(node.refs()))
-    flow.freeze(dims[-count:])
+    flow.pin(dims[-count:])
     for value in list(node.refs())[1:]:
-        flow.freeze(flow.dims(value))
+        flow.pin(flow.dims(value))
     for value in node.outputs:
-        flow.put(value, dims[:-count] + [None] * count)
+        flow.set_dims(value, dims[:-count] + [None] * count)
 
 
 def _resample(flow: Flow, node: Node) -> None:
     """Places are taken from a grid, which stays."""
     dims, grid = flow.dims(node.inputs["input"]), flow.dims(node.inputs["grid"])
-    flow.freeze([*dims[2:], *grid[1:]])
-    flow.put(node.outputs[0], [flow.unify(dims[0], grid[0]), dims[1], *[None] * (len(dims) - 2)])
+    flow.pin([*dims[2:], *grid[1:]])
+    flow.set_dims(node.outputs[0], [flow.unify(dims[0], grid[0]), dims[1], *[None] * (len(dims) - 2)])
 
 
 def _im2col(flow: Flow, node: Node) -> None:
@@ -159,19 +159,19 @@ def _pixel_unshuffle(flow: Flow, node: Node) -> None:
 def _into_channels(flow: Flow, node: Node, count: int) -> None:
     """Places, which stay, become `count` channels of every channel."""
     dims, shape = flow.dims(node.inputs["self"]), flow.shape(node.inputs["self"])
-    flow.freeze(dims[-2:])
+    flow.pin(dims[-2:])
     result = [*dims[:-3], flow.merge((dims[-3], None), (shape[-3], count))]
     places = len(flow.graph.values[node.outputs[0]].shape) - len(result)
-    flow.put(node.outputs[0], [*result, *[None] * places])
+    flow.set_dims(node.outputs[0], [*result, *[None] * places])
 
 
 def _out_of_channels(flow: Flow, node: Node, dim: int, count: int) -> None:
     """Every `count` channels along `dim`, which leave together, become places of one."""
     dims, shape = flow.dims(node.inputs["self"]), flow.shape(node.inputs["self"])
-    flow.freeze(dims[dim + 1 :])
+    flow.pin(dims[dim + 1 :])
     outer, inner = flow.split(dims[dim], (shape[dim] // count, count))
-    flow.freeze([inner])
-    flow.put(node.outputs[0], [*dims[:dim], outer, None, None])
+    flow.pin([inner])
+    flow.set_dims(node.outputs[0], [*dims[:dim], outer, None, None])
 
 
 _POOLS = (

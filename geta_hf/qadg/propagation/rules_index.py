@@ -15,32 +15,32 @@ from geta_hf.qadg.tracing.graph import Node, Ref
 
 def _embedding(flow: Flow, node: Node) -> None:
     rows, columns = flow.dims(node.inputs["weight"])
-    flow.freeze([rows])
-    flow.put(node.outputs[0], [*flow.dims(node.inputs["indices"]), columns])
+    flow.pin([rows])
+    flow.set_dims(node.outputs[0], [*flow.dims(node.inputs["indices"]), columns])
 
 
 def _gather(flow: Flow, node: Node) -> None:
     source, index, dim = node.inputs["self"], node.inputs["index"], node.inputs["dim"]
     ids, chosen = flow.dims(source), flow.dims(index)
     if not ids:
-        return flow.put(node.outputs[0], [])
-    flow.freeze([ids[dim]])
+        return flow.set_dims(node.outputs[0], [])
+    flow.pin([ids[dim]])
     for position, (n, m) in enumerate(zip(flow.shape(source), flow.shape(index), strict=True)):
         if position == dim % len(ids):
             continue
         if n == m:
             chosen[position] = flow.unify(ids[position], chosen[position])
         else:
-            flow.freeze([ids[position], chosen[position]])
+            flow.pin([ids[position], chosen[position]])
             chosen[position] = None
-    flow.put(node.outputs[0], chosen)
+    flow.set_dims(node.outputs[0], chosen)
 
 
 def _scatter(flow: Flow, node: Node) -> None:
     """Like a gather, written the other way: what is written into leaves with what is written."""
     own, dim = flow.dims(node.inputs["self"]), node.inputs["dim"]
     if not own:
-        return flow.put(node.outputs[0], [])
+        return flow.set_dims(node.outputs[0], [])
     parts = [node.inputs[name] for name in ("index", "src", "source", "value") if name in node.inputs]
     parts = [part for part in parts if isinstance(part, Ref) and len(flow.shape(part)) == len(own)]
     for position, (n, ids) in enumerate(zip(flow.shape(node.inputs["self"]), own, strict=True)):
@@ -50,9 +50,9 @@ def _scatter(flow: Flow, node: Node) -> None:
             for other in others:
                 own[position] = flow.unify(own[position], other)
         else:
-            flow.freeze([ids, *others])
+            flow.pin([ids, *others])
             own[position] = None
-    flow.put(node.outputs[0], own)
+    flow.set_dims(node.outputs[0], own)
 
 
 def _index(flow: Flow, node: Node) -> None:
@@ -64,26 +64,26 @@ def _index(flow: Flow, node: Node) -> None:
         position, places = picked
         ids = dims[position]
         dims[position] = None if ids is None else _checked(flow, ids[places])
-        return flow.put(node.outputs[0], dims)
+        return flow.set_dims(node.outputs[0], dims)
     masks = any(flow.value(ref).dtype in (torch.bool, torch.uint8) for ref in used.values())
     if masks and (len(used) > 1 or flow.value(next(iter(used.values()))).content is None):
-        return flow.unknown(node, "selects by a mask that the parameters have a part in")
-    rank = _freeze_indexed(flow, dims, used)
+        return flow.pin_unsupported(node, "selects by a mask that the parameters have a part in")
+    rank = _pin_indexed(flow, dims, used)
     chosen: list[Dim] = [None] * (1 if masks else max(len(flow.shape(ref)) for ref in used.values()))
     first, last = min(used), max(used)
     if masks or last - first + 1 == len(used):
-        return flow.put(node.outputs[0], dims[:first] + chosen + dims[first + rank :])
+        return flow.set_dims(node.outputs[0], dims[:first] + chosen + dims[first + rank :])
     rest = [ids for position, ids in enumerate(dims) if position not in used]
-    flow.put(node.outputs[0], chosen + rest)
+    flow.set_dims(node.outputs[0], chosen + rest)
 
 
-def _freeze_indexed(flow: Flow, dims: Sequence[Dim], used: dict[int, Ref]) -> int:
+def _pin_indexed(flow: Flow, dims: Sequence[Dim], used: dict[int, Ref]) -> int:
     """Freeze the dims that are indexed, and the indices; how many dims that are, side by side."""
     covered = 0
     for position, ref in used.items():
         mask = flow.value(ref).dtype in (torch.bool, torch.uint8)
         rank = len(flow.shape(ref)) if mask else 1
-        flow.freeze([*dims[position : position + rank], *flow.dims(ref)])
+        flow.pin([*dims[position : position + rank], *flow.dims(ref)])
         covered += rank
     return covered
 
@@ -109,7 +109,7 @@ def single_pick(flow: Flow, node: Node) -> tuple[int, np.ndarray[Any, np.dtype[n
 def _checked(flow: Flow, ids: Dim) -> Dim:
     """A dim of one element carries no ids, so what it held must stay."""
     if ids is not None and len(ids) == 1:
-        flow.freeze([ids])
+        flow.pin([ids])
     return ids
 
 
@@ -117,10 +117,10 @@ def _index_put(flow: Flow, node: Node) -> None:
     """Writes values at indexed places; the dims that are not indexed leave together with the values'."""
     dims, values = flow.dims(node.inputs["self"]), node.inputs["values"]
     used = {position: ref for position, ref in enumerate(node.inputs["indices"]) if ref is not None}
-    rank = _freeze_indexed(flow, dims, used)
+    rank = _pin_indexed(flow, dims, used)
     first = min(used)
     if max(used) - first + 1 != len(used):
-        return flow.unknown(node, "writes at indices that are not side by side")
+        return flow.pin_unsupported(node, "writes at indices that are not side by side")
     own, theirs = flow.shape(node.inputs["self"]), flow.dims(values)
     rest = list(range(first + rank, len(dims)))
     aligned = dict(zip(reversed(rest), reversed(range(len(theirs))), strict=False))
@@ -129,26 +129,26 @@ def _index_put(flow: Flow, node: Node) -> None:
         if place is not None and flow.shape(values)[place] == own[position]:
             dims[position] = flow.unify(ids, theirs[place])
         elif position < first:
-            flow.freeze([ids])
-    flow.freeze(ids for place, ids in enumerate(theirs) if place not in aligned.values())
-    flow.put(node.outputs[0], [None if position < first + rank else ids for position, ids in enumerate(dims)])
+            flow.pin([ids])
+    flow.pin(ids for place, ids in enumerate(theirs) if place not in aligned.values())
+    flow.set_dims(node.outputs[0], [None if position < first + rank else ids for position, ids in enumerate(dims)])
 
 
 def _index_select(flow: Flow, node: Node) -> None:
     dims, dim = flow.dims(node.inputs["self"]), node.inputs["dim"]
-    flow.freeze([dims[dim], *flow.dims(node.inputs["index"])])
+    flow.pin([dims[dim], *flow.dims(node.inputs["index"])])
     dims[dim] = None
-    flow.put(node.outputs[0], dims)
+    flow.set_dims(node.outputs[0], dims)
 
 
 def _index_add(flow: Flow, node: Node) -> None:
     dims, dim = flow.dims(node.inputs["self"]), node.inputs["dim"]
     source = flow.dims(node.inputs["source"])
-    flow.freeze([dims[dim], source[dim], *flow.dims(node.inputs["index"])])
+    flow.pin([dims[dim], source[dim], *flow.dims(node.inputs["index"])])
     merged = [
         None if p == dim % len(dims) else flow.unify(a, b) for p, (a, b) in enumerate(zip(dims, source, strict=True))
     ]
-    flow.put(node.outputs[0], merged)
+    flow.set_dims(node.outputs[0], merged)
 
 
 def _masked_scatter(flow: Flow, node: Node) -> None:
@@ -169,17 +169,17 @@ def _masked_scatter(flow: Flow, node: Node) -> None:
         if back <= len(chosen) and flow.shape(node.inputs["mask"])[-back] == shape[-back]:
             flow.unify(dims[-back], chosen[-back])
     for ids in (dims, theirs, chosen):
-        flow.freeze(ids[: len(ids) - passed] if passed <= len(ids) else [])
-    flow.put(node.outputs[0], [None if p < len(shape) - passed else ids for p, ids in enumerate(dims)])
+        flow.pin(ids[: len(ids) - passed] if passed <= len(ids) else [])
+    flow.set_dims(node.outputs[0], [None if p < len(shape) - passed else ids for p, ids in enumerate(dims)])
 
 
 def _pad(flow: Flow, node: Node) -> None:
     dims, pad = flow.dims(node.inputs["self"]), node.inputs["pad" if "pad" in node.inputs else "padding"]
     for back in range(len(pad) // 2):
         if pad[2 * back] or pad[2 * back + 1]:
-            flow.freeze([dims[-1 - back]])
+            flow.pin([dims[-1 - back]])
             dims[-1 - back] = None
-    flow.put(node.outputs[0], dims)
+    flow.set_dims(node.outputs[0], dims)
 
 
 def _along(flow: Flow, node: Node) -> None:
@@ -188,33 +188,35 @@ def _along(flow: Flow, node: Node) -> None:
     named = node.inputs.get("dim", node.inputs.get("dims"))
     for dim in ([named] if isinstance(named, int) else named) or range(len(dims)):
         if dims:
-            flow.hold(node, [dims[dim]], "every element along the dim, or its place, decides about the result")
+            flow.pin_and_report(
+                node, [dims[dim]], "every element along the dim, or its place, decides about the result"
+            )
             dims[dim] = None
     for value in node.outputs:
-        flow.put(value, dims)
+        flow.set_dims(value, dims)
 
 
 def _last_two(flow: Flow, node: Node) -> None:
     """A triangle or a diagonal: the places in the last two dims matter."""
     dims = flow.dims(node.inputs["self"])
-    flow.hold(node, dims[-2:], "the place in the last two dims decides about the result")
-    flow.put(node.outputs[0], [*dims[:-2], None, None])
+    flow.pin_and_report(node, dims[-2:], "the place in the last two dims decides about the result")
+    flow.set_dims(node.outputs[0], [*dims[:-2], None, None])
 
 
 def _unfold(flow: Flow, node: Node) -> None:
     """Overlapping windows along a dim, whose places get a dim of their own at the end."""
     dims, dim = flow.dims(node.inputs["self"]), node.inputs["dimension"]
-    flow.hold(node, [dims[dim]], "the place along the dim decides about the result")
+    flow.pin_and_report(node, [dims[dim]], "the place along the dim decides about the result")
     dims[dim] = None
-    flow.put(node.outputs[0], [*dims, None])
+    flow.set_dims(node.outputs[0], [*dims, None])
 
 
 def _look_up(flow: Flow, node: Node) -> None:
     """The boundaries stay; the values that are looked up pass."""
     names = ("sorted_sequence", "self") if node.op == "searchsorted" else ("boundaries", "self")
-    flow.freeze(flow.dims(node.inputs[names[0]]))
+    flow.pin(flow.dims(node.inputs[names[0]]))
     own = node.inputs[names[1]]
-    flow.put(node.outputs[0], flow.dims(own) if isinstance(own, Ref) else [])
+    flow.set_dims(node.outputs[0], flow.dims(own) if isinstance(own, Ref) else [])
 
 
 INDEX_RULES: dict[str, Rule] = {

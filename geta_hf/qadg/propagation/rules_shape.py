@@ -15,12 +15,12 @@ Rule = Callable[[Flow, Node], None]
 def _view(flow: Flow, node: Node) -> None:
     source = node.inputs["self"]
     after = flow.graph.values[node.outputs[0]].shape
-    flow.put(node.outputs[0], flow.view(flow.dims(source), flow.shape(source), after))
+    flow.set_dims(node.outputs[0], flow.view(flow.dims(source), flow.shape(source), after))
 
 
 def _same(flow: Flow, node: Node) -> None:
     """One tensor in, the same dims out."""
-    flow.put(node.outputs[0], flow.dims(next(node.refs())))
+    flow.set_dims(node.outputs[0], flow.dims(next(node.refs())))
 
 
 def _transpose(flow: Flow, node: Node) -> None:
@@ -28,18 +28,18 @@ def _transpose(flow: Flow, node: Node) -> None:
     if len(dims) > 1:
         first, second = (0, 1) if node.op == "t" else (node.inputs["dim0"], node.inputs["dim1"])
         dims[first], dims[second] = dims[second], dims[first]
-    flow.put(node.outputs[0], dims)
+    flow.set_dims(node.outputs[0], dims)
 
 
 def _permute(flow: Flow, node: Node) -> None:
     dims = flow.dims(node.inputs["self"])
-    flow.put(node.outputs[0], [dims[position] for position in node.inputs["dims"]])
+    flow.set_dims(node.outputs[0], [dims[position] for position in node.inputs["dims"]])
 
 
 def _unsqueeze(flow: Flow, node: Node) -> None:
     dims = flow.dims(node.inputs["self"])
     dims.insert(node.inputs["dim"] % (len(dims) + 1), None)
-    flow.put(node.outputs[0], dims)
+    flow.set_dims(node.outputs[0], dims)
 
 
 def _squeeze(flow: Flow, node: Node) -> None:
@@ -47,7 +47,7 @@ def _squeeze(flow: Flow, node: Node) -> None:
     chosen = node.inputs.get("dim", list(range(len(shape))))
     gone = {dim % len(shape) for dim in ([chosen] if isinstance(chosen, int) else chosen) if shape[dim] == 1}
     dims = flow.dims(node.inputs["self"])
-    flow.put(node.outputs[0], [dim for position, dim in enumerate(dims) if position not in gone])
+    flow.set_dims(node.outputs[0], [dim for position, dim in enumerate(dims) if position not in gone])
 
 
 def _expand(flow: Flow, node: Node) -> None:
@@ -56,14 +56,14 @@ def _expand(flow: Flow, node: Node) -> None:
     new = len(target) - len(source)
     dims = [None] * new + flow.dims(node.inputs["self"])
     stretched = [position < new or source[position - new] != size for position, size in enumerate(target)]
-    fresh: list[Dim] = [flow.terms.fresh(n) if s else d for n, s, d in zip(target, stretched, dims, strict=True)]
-    flow.put(node.outputs[0], fresh)
+    fresh: list[Dim] = [flow.ids.fresh(n) if s else d for n, s, d in zip(target, stretched, dims, strict=True)]
+    flow.set_dims(node.outputs[0], fresh)
 
 
 def _repeat(flow: Flow, node: Node) -> None:
     repeats = node.inputs["repeats"]
     dims = [None] * (len(repeats) - len(flow.shape(node.inputs["self"]))) + flow.dims(node.inputs["self"])
-    flow.put(node.outputs[0], [None if d is None else np.tile(d, n) for d, n in zip(dims, repeats, strict=True)])
+    flow.set_dims(node.outputs[0], [None if d is None else np.tile(d, n) for d, n in zip(dims, repeats, strict=True)])
 
 
 def _slice(flow: Flow, node: Node) -> None:
@@ -71,14 +71,14 @@ def _slice(flow: Flow, node: Node) -> None:
     ids = dims[dim]
     if ids is not None:
         dims[dim] = ids[slice(node.inputs["start"], node.inputs["end"], node.inputs["step"])]
-        _freeze_single(flow, dims[dim])
-    flow.put(node.outputs[0], dims)
+        _pin_single(flow, dims[dim])
+    flow.set_dims(node.outputs[0], dims)
 
 
-def _freeze_single(flow: Flow, ids: Dim) -> None:
+def _pin_single(flow: Flow, ids: Dim) -> None:
     """A dim of one element carries no ids, so what it held must stay."""
     if ids is not None and len(ids) == 1:
-        flow.freeze([ids])
+        flow.pin([ids])
 
 
 def _select(flow: Flow, node: Node) -> None:
@@ -86,8 +86,8 @@ def _select(flow: Flow, node: Node) -> None:
     ids = dims.pop(node.inputs["dim"])
     if ids is not None:
         index = node.inputs["index"]
-        flow.freeze([ids[[index]]])
-    flow.put(node.outputs[0], dims)
+        flow.pin([ids[[index]]])
+    flow.set_dims(node.outputs[0], dims)
 
 
 def _split(flow: Flow, node: Node) -> None:
@@ -98,16 +98,16 @@ def _split(flow: Flow, node: Node) -> None:
         part = list(dims)
         if ids is not None:
             part[dim] = ids[start : start + size]
-            _freeze_single(flow, part[dim])
+            _pin_single(flow, part[dim])
         start += size
-        flow.put(value, part)
+        flow.set_dims(value, part)
 
 
 def _unbind(flow: Flow, node: Node) -> None:
     dims = flow.dims(node.inputs["self"])
-    flow.freeze([dims.pop(node.inputs["dim"])])
+    flow.pin([dims.pop(node.inputs["dim"])])
     for value in node.outputs:
-        flow.put(value, dims)
+        flow.set_dims(value, dims)
 
 
 def _cat(flow: Flow, node: Node) -> None:
@@ -130,25 +130,25 @@ def _cat(flow: Flow, node: Node) -> None:
             sizes = [flow.shape(ref)[dim] for ref in parts]
             filled = [np.zeros(n, np.int32) if i is None else i for i, n in zip(column, sizes, strict=True)]
             result.append(np.concatenate(filled))
-    flow.put(node.outputs[0], result)
+    flow.set_dims(node.outputs[0], result)
 
 
 def _stack(flow: Flow, node: Node) -> None:
     parts = node.inputs["tensors"]
     dims = flow.broadcast(parts, flow.shape(parts[0]))
     dims.insert(node.inputs["dim"] % (len(dims) + 1), None)
-    flow.put(node.outputs[0], dims)
+    flow.set_dims(node.outputs[0], dims)
 
 
 def _view_as_complex(flow: Flow, node: Node) -> None:
     """The last dim, real and imaginary part, stays."""
     dims = flow.dims(node.inputs["self"])
-    flow.freeze([dims.pop()])
-    flow.put(node.outputs[0], dims)
+    flow.pin([dims.pop()])
+    flow.set_dims(node.outputs[0], dims)
 
 
 def _view_as_real(flow: Flow, node: Node) -> None:
-    flow.put(node.outputs[0], [*flow.dims(node.inputs["self"]), None])
+    flow.set_dims(node.outputs[0], [*flow.dims(node.inputs["self"]), None])
 
 
 def _glu(flow: Flow, node: Node) -> None:
@@ -159,14 +159,14 @@ def _glu(flow: Flow, node: Node) -> None:
         first, second = np.split(ids, 2)
         flow.unify(first, second)
         dims[dim] = first
-        _freeze_single(flow, first)
-    flow.put(node.outputs[0], dims)
+        _pin_single(flow, first)
+    flow.set_dims(node.outputs[0], dims)
 
 
 def _factory(flow: Flow, node: Node) -> None:
     """New content that depends on no tensor: each element may leave."""
     for value in node.outputs:
-        flow.put(value, [flow.terms.fresh(n) for n in flow.graph.values[value].shape])
+        flow.set_dims(value, [flow.ids.fresh(n) for n in flow.graph.values[value].shape])
 
 
 FACTORIES = frozenset({"new_zeros", "new_ones", "new_empty", "new_full"})

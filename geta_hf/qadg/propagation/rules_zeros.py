@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from geta_hf.qadg.propagation.element_ids import FROZEN
+from geta_hf.qadg.propagation.element_ids import PINNED
 from geta_hf.qadg.propagation.flow import Dim, Flow
 from geta_hf.qadg.tracing.graph import Node, Ref, map_nested
 
@@ -76,7 +76,7 @@ class _Numbers:
         return self._known.get(value) == 0
 
     def _live(self, dim: Dim) -> bool:
-        return dim is not None and bool((self._flow.terms.atoms(dim) != FROZEN).any())
+        return dim is not None and bool((self._flow.ids.atoms(dim) != PINNED).any())
 
     def _harmless(self, ref: Ref | None, dims: Iterable[Dim]) -> bool:
         """Whether an operand is zero wherever something leaves along those of its dims that the result keeps."""
@@ -128,7 +128,7 @@ class _Numbers:
             if not isinstance(item, Ref):
                 return item
             value, own = self._graph.values[item.value], self._flow.shape(item)
-            if value.kind == "constant" and value.elements == 1 and value.data is not None:
+            if value.role == "constant" and value.elements == 1 and value.data is not None:
                 return value.data.reshape(())
             number = self._known.get(item.value)
             if number is None or any(len(own) < back or own[-back] != shape[-back] for back in live):

@@ -21,7 +21,7 @@ class Value:
     """One tensor of the forward pass.
 
     Attributes:
-        kind: `parameter`, `buffer`, `input`, `constant` or `result`.
+        role: `parameter`, `buffer`, `input`, `constant` or `result`.
         names: the `state_dict()` names of a parameter or buffer (several when tied, the canonical one first), or
             the name of an input.
         data: the content of a buffer, input or constant, on CPU, and of a decision (an integer or boolean result
@@ -33,7 +33,7 @@ class Value:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    kind: str
+    role: str
     names: tuple[str, ...] = ()
     data: torch.Tensor | None = None
     content: torch.Tensor | None = None

@@ -92,7 +92,7 @@ def _left_over(graph: Graph, absorbed: set[int], readers: dict[int, list[int]], 
 def _single_element_leaves(graph: Graph) -> set[int]:
     """Single-element parameters and buffers, and single-element values computed from them."""
     values = graph.values
-    found = {p for p, v in enumerate(values) if v.elements == 1 and v.kind in ("parameter", "buffer")}
+    found = {p for p, v in enumerate(values) if v.elements == 1 and v.role in ("parameter", "buffer")}
     for node in graph.nodes:
         if any(ref in found for ref in node.refs()):
             found.update(value for value in node.outputs if values[value].elements == 1)
@@ -105,7 +105,7 @@ def _channel_scales(graph: Graph, readers: dict[int, list[int]]) -> dict[int, in
     scales = {
         position: position
         for position, value in enumerate(values)
-        if value.kind in ("parameter", "buffer") and value.elements > 1 and value.elements in value.shape
+        if value.role in ("parameter", "buffer") and value.elements > 1 and value.elements in value.shape
     }
     for node in graph.nodes:
         roots = {scales.get(ref) for ref in node.refs() if values[ref].elements > 1}

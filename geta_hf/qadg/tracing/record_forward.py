@@ -21,7 +21,7 @@ _SETTINGS = {"use_cache": False, "_experts_implementation_internal": "batched_mm
 """Of every config while recording: a cache is no output, and the experts' fused kernel has no meta version."""
 
 
-def capture(model: nn.Module, batch: Mapping[str, Any], times: int = 1) -> Graph:
+def record_forward(model: nn.Module, batch: Mapping[str, Any], times: int = 1) -> Graph:
     """Record `model(**batch)` in evaluation mode, without gradients and without computing with the parameters.
 
     Where that fails and the parameters are real, they are computed with after all: in some mixtures of experts the
