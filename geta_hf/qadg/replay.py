@@ -40,7 +40,7 @@ class Replay:
         self._staying = KeepMasks(flow, removed)
         self._env: dict[int, torch.Tensor] = {}
         self._weights: Weights = {}
-        self._read = {ref for node in flow.graph.nodes for ref in _reads(node)}
+        self._read = {ref for node in flow.graph.nodes for ref in node.refs_with_body()}
 
     def run(self, weights: Weights) -> list[torch.Tensor]:
         """The model's outputs for the given parameters and buffers (already sliced), inputs and constants as recorded.
@@ -49,12 +49,12 @@ class Replay:
             ReplayError: the slices do not fit together.
         """
         graph = self.flow.graph
-        last_use = {ref: position for position, node in enumerate(graph.nodes) for ref in _reads(node)}
+        last_use = {ref: position for position, node in enumerate(graph.nodes) for ref in node.refs_with_body()}
         self._env, self._weights = {}, weights
         with torch.no_grad():
             for position, node in enumerate(graph.nodes):
                 self._step(node)
-                for ref in [*_reads(node), *node.outputs]:
+                for ref in [*node.refs_with_body(), *node.outputs]:
                     if last_use.get(ref, -1) <= position and ref not in graph.outputs:
                         self._env.pop(ref, None)
             return [self._tensor(value) for value in graph.outputs]
@@ -154,10 +154,6 @@ class Replay:
     def _assert_shape(self, value: int, tensor: torch.Tensor, what: str) -> None:
         if tuple(tensor.shape) != self.shape(value):
             raise ReplayError(f"{what}: shape {tuple(tensor.shape)}, where the groups say {self.shape(value)}")
-
-
-def _reads(node: Node) -> list[int]:
-    return [ref for inner in (node, *node.body) for ref in inner.refs()]
 
 
 def double(tensor: torch.Tensor) -> torch.Tensor:

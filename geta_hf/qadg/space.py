@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from geta_hf.qadg.propagation.flow import Flow
 from geta_hf.qadg.propagation.propagate import record_and_propagate
 from geta_hf.qadg.storage import read_space, write_space
 from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs
-from geta_hf.qadg.tracing.graph import Node
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ def space_of(flow: Flow, prune: Sequence[str] = (), keep: Sequence[str] = ()) ->
     parameters = {p: value for p, value in enumerate(flow.graph.values) if value.role == "parameter"}
     named = {member.tensor for family in families for member in family.members}
     shapes = {value.names[0]: value.shape for value in flow.graph.values if value.names and value.names[0] in named}
-    read = {ref for node in flow.graph.nodes for ref in _reads(node)}
+    read = {ref for node in flow.graph.nodes for ref in node.refs_with_body()}
     space = PruningSpace(
         families,
         shapes,
@@ -191,11 +190,6 @@ def space_of(flow: Flow, prune: Sequence[str] = (), keep: Sequence[str] = ()) ->
         matrix_parameters=sum(value.elements for value in parameters.values() if len(value.shape) > 1),
     )
     return apply_policy(space, prune, keep)
-
-
-def _reads(node: Node) -> Iterator[int]:
-    for inner in (node, *node.body):
-        yield from inner.refs()
 
 
 def _nothing_prunable(model: str, space: PruningSpace) -> str:
