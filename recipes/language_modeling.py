@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from geta_hf import DryRun, GETAConfig, GETAError, GETATrainer, MemoryPlan, dry_run, write_card
 from geta_hf.errors import MemoryUnknown
 from geta_hf.evaluation.causal_lm import check_causal, check_vocabulary, positions
+from geta_hf.evaluation.texts import perplexity_of_rows
 from geta_hf.utils.loading import one_line_errors
 from recipes import loading, text_data
 from recipes.arguments import parse_sections, read_values
@@ -249,7 +250,7 @@ class HeldOut:
 
     def score(self, model: PreTrainedModel) -> dict[str, Any]:
         """Perplexity of a model."""
-        return text_data.perplexity(model, self.rows, self.collate, self.batch_size, self.bf16)
+        return perplexity_of_rows(model, self.rows, self.collate, self.batch_size, self.bf16)
 
 
 def held_out(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> HeldOut | None:

@@ -30,9 +30,9 @@ from transformers import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from eval import squad, squad_features
-from eval.squad_features import Question
 from geta_hf import GETAConfig, GETAError, GETATrainer, write_card
+from geta_hf.evaluation import squad, squad_features
+from geta_hf.evaluation.squad_features import Question
 from geta_hf.utils.loading import one_line_errors
 from recipes.arguments import parse_sections, read_values
 from recipes.loading import check_resume, load_config, load_tokenizer
