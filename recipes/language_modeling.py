@@ -40,10 +40,10 @@ from geta_hf.evaluation.causal_lm import check_causal, check_vocabulary, positio
 from geta_hf.evaluation.texts import perplexity_of_rows
 from geta_hf.utils.loading import one_line_errors
 from recipes import loading, text_data
-from recipes.arguments import parse_sections, read_values
+from recipes.arguments import parse_sections, print_help, read_values
 from recipes.documents import prepare_tokenizer
 from recipes.run import Arguments as SharedArguments
-from recipes.run import export, make_trainer, print_scores, print_usage, run_command, save_results, train, wants_help
+from recipes.run import export, make_trainer, print_scores, run_command, save_results, train, wants_help
 from recipes.text_data import DataArguments
 
 logger = logging.get_logger(__name__)
@@ -328,7 +328,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the recipe, from the command line or from Python: `main(["config.yaml", "--seed", "1"])`."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if wants_help(argv):
-        print_usage(__doc__, _parser())
+        print(__doc__)
+        print_help(_parser())
         return {}
     arguments = parse_arguments(argv)
     if arguments.model.plan_only:

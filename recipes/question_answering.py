@@ -31,14 +31,13 @@ from geta_hf import GETAError, write_card
 from geta_hf.evaluation import squad, squad_features
 from geta_hf.evaluation.squad_features import Question
 from geta_hf.utils.loading import one_line_errors
-from recipes.arguments import parse_sections, read_values
+from recipes.arguments import parse_sections, print_help, read_values
 from recipes.loading import check_resume, load_config, load_tokenizer
 from recipes.run import (
     Arguments,
     export,
     make_trainer,
     print_scores,
-    print_usage,
     run_command,
     save_results,
     train,
@@ -203,7 +202,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the recipe, from the command line or from Python: `main(["config.yaml", "--seed", "1"])`."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if wants_help(argv):
-        print_usage(__doc__, _parser())
+        print(__doc__)
+        print_help(_parser())
         return {}
     results = run(parse_arguments(argv))
     print_scores(results, ("em", "f1", "questions", "train_seconds"))

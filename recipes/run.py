@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 
-from geta_hf import GETAConfig, GETAError, GETATrainer
+from geta_hf import GETAError, GETATrainer
+from geta_hf.config import CompressionConfig
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Arguments:
     model: Any
     data: Any
     training: TrainingArguments
-    geta: GETAConfig | None
+    geta: CompressionConfig | None
 
     @property
     def output(self) -> Path:
@@ -89,12 +90,6 @@ def save_results(arguments: Arguments, results: dict[str, Any]) -> dict[str, Any
 def wants_help(argv: Sequence[str]) -> bool:
     """Return whether a command line asks for help, or gives nothing to run."""
     return not argv or "--help" in argv or "-h" in argv
-
-
-def print_usage(text: str | None, parser: HfArgumentParser) -> None:
-    """Print a recipe's docstring and its options."""
-    print(text)
-    parser.print_help()
 
 
 def print_scores(results: dict[str, Any], names: Sequence[str]) -> None:

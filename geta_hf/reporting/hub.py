@@ -159,8 +159,6 @@ def _check_weights(folder: Path, found: set[str]) -> None:
     if missing := sorted(named - found):
         raise GETAError(f"{folder} lacks {', '.join(missing)}; export the folder again, nothing was pushed")
     if stray := sorted(found - named):
-        raise GETAError(
-            f"{folder} has weights that are not the model's: {', '.join(stray)}; delete them, then push"
-        )
+        raise GETAError(f"{folder} has weights that are not the model's: {', '.join(stray)}; delete them, then push")
     for name in sorted(named):
         tensor_sizes(folder / name)  # raises for a damaged file

@@ -147,10 +147,10 @@ class DefaultScale(Middle):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (Literal(), r"view at test_solve.py:\d+ in the model: the code fixes 3, where 2 is needed"),
-        (RunTimeScale(), r"test_solve.py:\d+ computes with the number 12, which would become 8"),
-        (Slopes(width=12), r"arange at test_solve.py:\d+: its content cannot lose other elements"),
-        (DefaultScale(), r"the default scale at test_solve.py:\d+ computes with the number 12"),
+        (Literal(), r"view at test_solve_attributes.py:\d+ in the model: the code fixes 3, where 2 is needed"),
+        (RunTimeScale(), r"test_solve_attributes.py:\d+ computes with the number 12, which would become 8"),
+        (Slopes(width=12), r"arange at test_solve_attributes.py:\d+: its content cannot lose other elements"),
+        (DefaultScale(), r"the default scale at test_solve_attributes.py:\d+ computes with the number 12"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
