@@ -54,6 +54,12 @@ class Costs:
         bops_full: BOPs of every matmul and embedding look-up.
         mean_bits: mean width over the weights of `layers`.
         layers: the layers that are quantized, or would be.
+
+    Example:
+        >>> import geta_hf
+        >>> costs = geta_hf.Costs(tokens=8, parameters=100, macs=800, bops_linear=6.4e4, bops_full=8e4, mean_bits=8.0, layers=())
+        >>> costs.bops_linear / (costs.macs * 32 * 32)
+        0.078125
     """
 
     tokens: int

@@ -33,6 +33,16 @@ class PruningSpace:
         untouched: parameters that no operator read; they can't be pruned.
         buffers: those of the tensors in `shapes` that are buffers.
         matrix_parameters: elements of all parameters of two or more dims.
+
+    Example:
+        >>> from transformers import BertConfig
+        >>> from geta_hf import PruningSpace
+        >>> sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 1}
+        >>> space = PruningSpace.from_config(BertConfig(vocab_size=30, **sizes))
+        >>> space.num_groups
+        36
+        >>> [(family.kind, family.size, family.parameters) for family in space.prunable]
+        [('heads', 4, 268), ('channels', 32, 33)]
     """
 
     families: tuple[Family, ...]
@@ -225,6 +235,14 @@ def apply_policy(space: PruningSpace, prune: Sequence[str] = (), keep: Sequence[
 
     Raises:
         GETAError: an entry that is no kind, no coupling, and matches no family.
+
+    Example:
+        >>> from transformers import BertConfig
+        >>> from geta_hf import PruningSpace, apply_policy
+        >>> sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 1}
+        >>> space = PruningSpace.from_config(BertConfig(vocab_size=30, **sizes))
+        >>> [family.kind for family in apply_policy(space, keep=["heads"]).prunable]
+        ['channels']
     """
     return replace(space, families=choose_prunable(space.families, prune, keep))
 

@@ -82,6 +82,28 @@ class QASSO(torch.optim.Optimizer):
     Raises:
         GETAError: a target that can't be reached, a member of a prunable family or a quantizer that is not in `base`, a
             base optimizer or a kind of parameter that can't be wrapped.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 1}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=30, **sizes))
+        >>> batch = {"input_ids": torch.arange(1, 9)[None]}
+        >>> from geta_hf import QASSO, GETAConfig, Schedule, attach_quantizers, build_space
+        >>> from geta_hf.quantization import quantizer_prefixes
+        >>> space = build_space(model, batch)
+        >>> _ = attach_quantizers(model)
+        >>> config = GETAConfig(target_sparsity=0.5)
+        >>> schedule = Schedule.from_config(config, total_steps=40, steps_per_epoch=40)
+        >>> names = {parameter: name for name, parameter in model.named_parameters()}
+        >>> base = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> optimizer = QASSO(base, names, space, quantizer_prefixes(model), schedule, config)
+        >>> for _ in range(40):
+        ...     model(**batch, labels=torch.tensor([1])).loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> optimizer.removed_groups, optimizer.finished
+        (18, True)
     """
 
     def __init__(

@@ -81,7 +81,16 @@ class Phase:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps of each stage; cool-down takes what is left of `total`."""
+    """Steps of each stage; cool-down takes what is left of `total`.
+
+    Example:
+        >>> from geta_hf import GETAConfig, Schedule
+        >>> schedule = Schedule.from_config(GETAConfig(), total_steps=100, steps_per_epoch=50)
+        >>> schedule.warmup, schedule.projection, schedule.joint
+        (10, 10, 40)
+        >>> schedule.at(25).stage
+        'joint'
+    """
 
     warmup: int
     projection: int
