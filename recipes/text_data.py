@@ -54,7 +54,7 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         if self.template is not None:
-            self.template = self.template.replace("\\n", "\n")  # a shell passes \\n as two characters
+            self.template = self.template.replace("\\n", "\n")  # a shell passes the line break as two characters
 
     @property
     def evaluates(self) -> bool:
