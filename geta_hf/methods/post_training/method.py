@@ -45,7 +45,7 @@ class PostTrainingMethod(QASSOMethod):
 
     @property
     def finished(self) -> bool:
-        """Whether the joint stage is over, and weights are rounded."""
+        """True once the joint stage is over and weights are rounded."""
         return self._rounded and super().finished
 
     @torch.no_grad()

@@ -451,7 +451,7 @@ class QASSO(torch.optim.Optimizer):
 
     @property
     def finished(self) -> bool:
-        """Whether the joint stage is over: all groups that were to be removed are zero, and widths are integers."""
+        """True once the joint stage is over: all that was to be removed is zero, and widths are integers."""
         return self.phase.stage == COOLDOWN
 
     @property
@@ -492,7 +492,7 @@ class QASSO(torch.optim.Optimizer):
 
     @property
     def removed_groups(self) -> int:
-        """How many groups are exactly zero for good."""
+        """The number of groups that are exactly zero for good."""
         return int(self.removed_mask.sum())
 
     @property
