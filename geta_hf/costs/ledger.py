@@ -160,7 +160,7 @@ class Ledger:
         return sum(size for _, _, size in sizes.values()) + _header_bytes(self._as_stored(sizes))
 
     def _as_stored(self, sizes: Mapping[str, Entry]) -> dict[str, Entry]:
-        """Return the entries of a file's header; of split tensors with the shapes before any cut, which are no shorter."""
+        """Return the entries of a file's header; of split tensors with their shapes before any cut."""
         found: dict[str, Entry] = {}
         for name, (kind, shape, size) in sizes.items():
             pieces = self.stored_as.get(name, [(name, ())])

@@ -108,11 +108,8 @@ def take_due(target: Target, ledger: Ledger, chunks: Chunks, removed: Tensor, do
     due = (int(dense - target.amount) * done) // periods
     taken = take_count(chunks, due - int(removed.sum()), exact=done == periods)
     if done == periods and int(removed.sum()) + len(taken) < due:
-        logger.warning(
-            "%d of K = %d groups are removed: no chunk is small enough for the rest",
-            int(removed.sum()) + len(taken),
-            due,
-        )
+        count = int(removed.sum()) + len(taken)
+        logger.warning("%d of K = %d groups are removed: no chunk is small enough for the rest", count, due)
     return taken
 
 

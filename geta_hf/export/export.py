@@ -38,9 +38,9 @@ from geta_hf.serialization.remote_code import save_compressed
 from geta_hf.serialization.sizes import check_shards, shard_options, tensor_bytes
 from geta_hf.serialization.tied_weights import check_ties
 from geta_hf.surgery.compare_outputs import Outputs, attention_outputs, prove_alike
-from geta_hf.surgery.record import record
+from geta_hf.surgery.record import record_sizes
 from geta_hf.surgery.size_equations import WANTED
-from geta_hf.surgery.size_trace import trace
+from geta_hf.surgery.size_trace import trace_sizes
 from geta_hf.surgery.slice import slice_model
 from geta_hf.surgery.solve_attributes import solve
 from geta_hf.surgery.verify import norm_coupled, prove_replay
@@ -205,7 +205,7 @@ def _prove_norms(
     """The proof where a norm runs over what was cut: the recorded graph without quantizers, on the packed weights."""
     plain = copy.deepcopy(model)
     detach_quantizers(plain)
-    return prove_replay(trace(plain, batch, WANTED), kept, small, batch)
+    return prove_replay(trace_sizes(plain, batch, WANTED), kept, small, batch)
 
 
 def check_never_exported(model: nn.Module) -> None:
@@ -263,7 +263,7 @@ def compress(
         GETAError: bits that are not whole, codes beyond their bit width, a cut that cannot be.
     """
     kept = kept_indices(space, removed)
-    values = solve(record(model, batch), kept) if kept else {}
+    values = solve(record_sizes(model, batch).traces, kept) if kept else {}
     small = copy.deepcopy(model)
     fixes = slice_model(small, kept, values)
     cut_quantizers(small, kept)

@@ -89,8 +89,9 @@ class Method(ABC):
     """One way to compress a model while it is trained.
 
     The calls come in this order: `check`, `attach`, `wrap_optimizer`; then for each step `before_backward`,
-    `extra_loss` and the optimizer's own `step`, in which all that a method does per step happens; then `finish` and
-    `result`. Whatever a resumed run needs must be in the optimizer's `state_dict` or in the model's parameters.
+    `extra_loss` and the optimizer's own `step`, in which all that a method does per step happens, the first and the
+    last one included; then `result`. Whatever a resumed run needs must be in the optimizer's `state_dict` or in the
+    model's parameters.
 
     Args:
         config: the limits, and the method's own rules.
@@ -115,7 +116,12 @@ class Method(ABC):
             raise GETAError(f"{type(self).__name__} needs trained weights; leave peft_config out")
 
     def check_stages(self, total_steps: int, steps_per_epoch: float) -> None:
-        """Raise GETAError where the stages do not fit into a run of this length. By default every length fits."""
+        """Raise GETAError where the stages do not fit into a run of this length. By default every length fits.
+
+        Args:
+            total_steps: optimizer steps of the run.
+            steps_per_epoch: NaN where it is not known yet; stages in epochs are then not checked.
+        """
 
     @abstractmethod
     def attach(self, model: nn.Module, batches: Batches | None) -> None:
@@ -186,9 +192,6 @@ class Method(ABC):
         return {"stage": self.stages.index(self.stage) + 1}
 
     # --- after training -----------------------------------------------------------------------------------------------
-
-    def finish(self, model: nn.Module) -> None:
-        """Do what is left to do once the last step is done, such as rounding; called once. By default nothing."""
 
     @abstractmethod
     def result(self) -> CompressionResult:

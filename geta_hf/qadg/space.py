@@ -138,6 +138,7 @@ def build_space(
     *,
     prune: Sequence[str] = (),
     keep: Sequence[str] = (),
+    flow: Flow | None = None,
 ) -> PruningSpace:
     """Find what may be removed from `model`: the quantization-aware dependency graph (paper Sec. 4, Alg. 1).
 
@@ -150,6 +151,7 @@ def build_space(
         batch: one batch of real inputs; one or two rows will do, with padding if training has it.
         prune: kinds, couplings or name patterns to make prunable beside heads and channels; see `apply_policy`.
         keep: kinds, couplings or name patterns to keep whole.
+        flow: a propagated recording of this model on this batch that took the same path twice; recorded here when None.
 
     Returns:
         Every family found, those that the policy lets QASSO prune with `prunable` set and the others with the reason
@@ -159,7 +161,8 @@ def build_space(
         GETAError: the model cannot run the batch, returns no tensor, nothing in it may be pruned, or an entry of
             `prune` or `keep` matches nothing.
     """
-    flow = analyse(model, batch, times=2)
+    if flow is None:
+        flow = analyse(model, batch, times=2)
     space = space_of(flow, prune, keep)
     if not space.prunable:
         raise GETAError(_nothing_prunable(type(model).__name__, space))

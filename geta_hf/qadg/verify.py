@@ -214,6 +214,7 @@ def verify_space(
     space: PruningSpace,
     seed: int = 0,
     removal: Removal | None = None,
+    flow: Flow | None = None,
 ) -> None:
     """Let a space pass gates 2 and 3: its groups are complete, and removing them is the same as zeroing them.
 
@@ -232,19 +233,20 @@ def verify_space(
         space: what to check; only its prunable families are.
         seed: for the random weights and removals.
         removal: the only one to try instead: family name to bool, shape (groups,), True for the groups that leave.
+        flow: a propagated recording of this model on the (first) batch; recorded here when None.
 
     Raises:
         GETAError: a gate failed (names the family and the gate), the families differ from batch to batch, or the space
             belongs to another model.
     """
     expected: list[Family] | None = None
-    for flow in _flows(model, batch):
-        found, first = find_families(flow), expected is None
+    for recorded in _flows(model, batch, flow):
+        found, first = find_families(recorded), expected is None
         if expected is None:
             names = {family.name for family in space.prunable}
             expected = [family for family in found if family.name in names]
-        _check_same_families(expected, found, flow)
-        bench = _Bench(flow, model, space, seed)
+        _check_same_families(expected, found, recorded)
+        bench = _Bench(recorded, model, space, seed)
         rounds = bench.removals(_ROUNDS if first else 1) if removal is None else [bench.possible(removal)]
         for trial in rounds:
             try:
@@ -259,11 +261,14 @@ def verify_space(
                 raise GETAError(f"{name} fails {reason}; {remedy}") from None
 
 
-def _flows(model: nn.Module, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Iterator[Flow]:
+def _flows(
+    model: nn.Module, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]], first: Flow | None
+) -> Iterator[Flow]:
+    batches = [batch] if isinstance(batch, Mapping) else batch
+    yield analyse(model, batches[0]) if first is None else first
     if not isinstance(batch, Mapping):
-        yield from (analyse(model, item) for item in batch)
+        yield from (analyse(model, item) for item in batches[1:])
         return
-    yield analyse(model, batch)
     for other in variants(model, batch):
         try:
             flow = analyse(model, other)

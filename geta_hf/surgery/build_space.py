@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeGuard
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from geta_hf import qadg
 from geta_hf.qadg import PruningSpace, verify_space
+from geta_hf.qadg.tracing.capture import check_same_path
+from geta_hf.surgery.record import Recordings, record_batch, record_sizes
 from geta_hf.surgery.trial_cut import try_cuts
 from geta_hf.surgery.verify import verify_surgery
 
@@ -44,12 +46,52 @@ def build_space(
         GETAError: the model cannot run the batch, returns no tensor, nothing in it may be pruned, an entry of `prune`
             or `keep` matches nothing, or a gate failed.
     """
-    space = qadg.build_space(model, batch, prune=prune, keep=keep)
     if not verify:
-        return space
-    verify_space(model, batch, space)
-    if not isinstance(model, PreTrainedModel) or any(parameter.is_meta for parameter in model.parameters()):
-        return space  # gate 4 cuts a real Hugging Face model
-    space = try_cuts(model, space, batch)
-    verify_surgery(model, batch, space)
+        return qadg.build_space(model, batch, prune=prune, keep=keep)
+    space, recordings = prepare_space(model, batch, prune=prune, keep=keep)
+    verify_space(model, batch, space, flow=None if recordings is None else recordings.flow)
+    if _can_be_cut(model):
+        verify_surgery(model, batch, space)
     return space
+
+
+def prepare_space(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    prune: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    narrow: Callable[[PruningSpace], PruningSpace] | None = None,
+) -> tuple[PruningSpace, Recordings | None]:
+    """Build a pruning space and take out of it, by trial cuts, what the model's own code can't follow.
+
+    Three recordings serve both: the batch (the space comes from it), the same batch again to see whether the forward
+    takes the same path, and all variations of the batch together. A model that surgery does not cut, because it is not
+    Hugging Face's or is on meta, is recorded twice, and nothing is cut in trial.
+
+    Args:
+        model, batch, prune, keep: as in `build_space`; the model is unchanged afterwards.
+        narrow: what else is to become unprunable before anything is cut in trial, such as parameters that are not
+            trained: takes the space and returns the narrower one.
+
+    Returns:
+        The space, and what was recorded of the model; None for a model that surgery does not cut.
+
+    Raises:
+        GETAError: as `build_space` and `try_cuts`.
+    """
+    if not _can_be_cut(model):
+        space = qadg.build_space(model, batch, prune=prune, keep=keep)
+        return space if narrow is None else narrow(space), None
+    first = record_batch(model, batch)
+    check_same_path(model, batch, first.graph)
+    space = qadg.build_space(model, batch, prune=prune, keep=keep, flow=first.flow)
+    if narrow is not None:
+        space = narrow(space)
+    recordings = record_sizes(model, batch, first)
+    return try_cuts(model, space, batch, recordings), recordings
+
+
+def _can_be_cut(model: nn.Module) -> TypeGuard[PreTrainedModel]:
+    """Whether gate 4 applies: it cuts a real Hugging Face model."""
+    return isinstance(model, PreTrainedModel) and not any(parameter.is_meta for parameter in model.parameters())

@@ -6,10 +6,9 @@ What is left is an ordinary, shorter model of the same class: its configuration 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +17,9 @@ from transformers import PreTrainedModel
 from geta_hf.costs.model_costs import forward_uses
 from geta_hf.errors import GETAError
 from geta_hf.qadg.residual_blocks import Block, find_blocks, residual_blocks, skipping, uncached
-from geta_hf.quantization import select_layers
 from geta_hf.surgery.compare_outputs import TOLERANCE, Outputs, attention_outputs, comparison_mode, prove_equal
 from geta_hf.surgery.record import stepping
 from geta_hf.surgery.shorter_config import shorter_changes
-from geta_hf.training.preparation import first_batches
-
-if TYPE_CHECKING:
-    from geta_hf.training.trainer import GETATrainer
 
 Batch = Mapping[str, Tensor]
 
@@ -60,35 +54,12 @@ class DroppedLayers:
         while self._undo:
             self._undo.pop()()
 
-    def settle(self) -> None:
-        """Let go of the removed blocks, whose memory is held until then so that they can be given back."""
+    def release(self) -> None:
+        """Free the removed blocks, which are held until then so that `restore` can put them back."""
         self._undo.clear()
 
 
-def drop_layers(trainer: GETATrainer, model: nn.Module) -> DroppedLayers:
-    """Remove the layers that a trainer's config asks for; from then on it names them, in checkpoints and exports too.
-
-    Raises:
-        GETAError: as `drop_blocks` and `mean_loss`.
-    """
-    config = trainer.geta_config
-    if not config.drop_layers:
-        return DroppedLayers()
-    named = not isinstance(config.drop_layers, int)
-    batches = [] if named else first_batches(trainer.get_train_dataloader, config.calibration_batches)
-
-    def loss() -> float:
-        with trainer.accelerator.autocast():
-            own = mean_loss(model, batches).to(trainer.args.device)
-        return float(trainer.accelerator.reduce(own, "mean"))  # every process has batches of its own
-
-    chosen = select_layers(model, config.include, config.exclude)
-    depth = drop_blocks(model, config.drop_layers, trainer._batch, loss, chosen)
-    trainer.geta_config = dataclasses.replace(config, drop_layers=list(depth.removed))
-    return depth
-
-
-def drop_blocks(
+def drop_layers(
     model: nn.Module, wanted: int | Sequence[str], inputs: Batch, loss: Callable[[], float], layers: Iterable[str] = ()
 ) -> DroppedLayers:
     """Remove whole blocks from a model, in place.
@@ -118,15 +89,15 @@ def drop_blocks(
     blocks = find_blocks(model, inputs)
     removed, losses = _choose(model, blocks, wanted, loss) if isinstance(wanted, int) else (_named(blocks, wanted), [])
     names = tuple(block.name for block in removed)
-    depth = DroppedLayers(names, _kept(model, removed), tuple(losses), _work(model, layers, inputs, names))
+    dropped = DroppedLayers(names, _kept(model, removed), tuple(losses), _work(model, layers, inputs, names))
     expected = _reference(model, removed, inputs)
     try:
-        _shorten(model, depth)
+        _shorten(model, dropped)
         _prove(model, expected, inputs)
     except BaseException:
-        depth.restore()
+        dropped.restore()
         raise
-    return depth
+    return dropped
 
 
 def check_drop(model: PreTrainedModel, wanted: int | Sequence[str], inputs: Batch) -> None:
@@ -134,7 +105,7 @@ def check_drop(model: PreTrainedModel, wanted: int | Sequence[str], inputs: Batc
 
     Args:
         model: on any device or meta; left unchanged.
-        wanted, inputs: as in `drop_blocks`.
+        wanted, inputs: as in `drop_layers`.
 
     Raises:
         GETAError: too few layers, a path that is none, or a configuration that can't say which layers are left.
@@ -248,31 +219,31 @@ def _work(model: PreTrainedModel, layers: Iterable[str], inputs: Batch, removed:
 # --- the shorter model ---------------------------------------------------------------------------------------------
 
 
-def _shorten(model: PreTrainedModel, depth: DroppedLayers) -> None:
+def _shorten(model: PreTrainedModel, dropped: DroppedLayers) -> None:
     """Take the blocks out; attributes and configurations become what the shorter configuration builds."""
-    changes = shorter_changes(model, depth.kept)
-    for series, kept in depth.kept.items():
-        _cut_list(model.get_submodule(series), kept, depth)
+    changes = shorter_changes(model, dropped.kept)
+    for series, kept in dropped.kept.items():
+        _cut_list(model.get_submodule(series), kept, dropped)
     for change in changes:
         holder: Any = model.get_submodule(change.module)
         for name in change.path:
             holder = getattr(holder, name)
-        _set(holder, change.name, change.value, depth)
+        _set(holder, change.name, change.value, dropped)
 
 
-def _cut_list(blocks: nn.Module, kept: Sequence[int], depth: DroppedLayers) -> None:
+def _cut_list(blocks: nn.Module, kept: Sequence[int], dropped: DroppedLayers) -> None:
     before = dict(blocks._modules)
 
     def undo() -> None:
         blocks._modules = before
 
-    depth._undo.append(undo)
+    dropped._undo.append(undo)
     blocks._modules = {str(place): before[str(old)] for place, old in enumerate(kept)}
 
 
-def _set(holder: Any, name: str, value: Any, depth: DroppedLayers) -> None:
+def _set(holder: Any, name: str, value: Any, dropped: DroppedLayers) -> None:
     before = getattr(holder, name)
-    depth._undo.append(lambda: setattr(holder, name, before))
+    dropped._undo.append(lambda: setattr(holder, name, before))
     setattr(holder, name, value)
 
 

@@ -1,54 +1,206 @@
-"""The forwards that are recorded of a model before surgery: each may read attributes that the others do not."""
+"""The forwards that are recorded of a model before surgery: each may read attributes that the others do not.
+
+One forward shows only what it runs. Eager attention reads a number of heads that sdpa never asks for, a cache is made
+with sizes that a plain forward does not need, and a batch whose size happens to equal a head's hides which of the two a
+reshape meant. An attribute that no recording shows keeps its old value, and the cut model then fails or, worse,
+computes something else.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
+from geta_hf.qadg.propagation.element_ids import FROZEN
+from geta_hf.qadg.propagation.flow import Flow
+from geta_hf.qadg.tracing.capture import main_tensors
+from geta_hf.qadg.tracing.graph import Value
 from geta_hf.surgery.compare_outputs import attentions, comparison_mode, set_attention
 from geta_hf.surgery.size_equations import WANTED
-from geta_hf.surgery.size_trace import SizeTrace, trace
+from geta_hf.surgery.size_trace import SizeTrace, trace_sizes
 from geta_hf.utils.module_state import running
 
 Batch = Mapping[str, Tensor]
 
 
-def record(model: PreTrainedModel, batch: Batch) -> list[SizeTrace]:
-    """Record the forward on the batch with every attention implementation, on another shape, and step by step.
+@dataclass(frozen=True)
+class Recordings:
+    """What was recorded of one model on one batch, as plain data that is handed from step to step.
 
-    Only the first has to succeed: whatever the others would have shown, the proof after surgery runs too.
+    Attributes:
+        traces: the batch as it is under the model's own attention first, then its variations, in one recording or one
+            each.
+    """
+
+    traces: tuple[SizeTrace, ...]
+
+    @property
+    def flow(self) -> Flow:
+        """The propagated graph of the batch as it is, from which a pruning space can be built and verified."""
+        return self.traces[0].flow
+
+
+@dataclass(frozen=True)
+class _Variation:
+    """Another way to run a model: on `batch`, under an attention implementation, in one pass or token by token."""
+
+    batch: Batch
+    attention: str | None = None
+    in_steps: bool = False
+
+
+def record_sizes(model: PreTrainedModel, batch: Batch, first: SizeTrace | None = None) -> Recordings:
+    """Record the forward on the batch, and once more with all its variations in one recording.
+
+    The variations are another shape, the tokens but the last followed by the last with the cache (generating models),
+    and the other attention implementations. They run one after the other in a single recording. Only where that fails,
+    or ties together what the first recording keeps apart, is each of them recorded alone.
+
+    Only the first recording has to succeed: whatever the others would have shown, the proof after surgery runs too.
 
     Args:
-        model: left unchanged.
+        model: unchanged afterwards.
         batch: one batch of real inputs.
+        first: a recording of `batch` by `record_batch` that is at hand.
+
+    Raises:
+        GETAError: the model cannot run the batch.
+    """
+    first = record_batch(model, batch) if first is None else first
+    with comparison_mode(model):
+        variations = _variations(model, batch)
+        together = _try(model, _joined(variations), _all_of(model, variations))
+        if together and _keeps_apart(first.flow, together[0].flow):
+            return Recordings((first, *together))
+        return Recordings((first, *(trace for variation in variations for trace in _record_alone(model, variation))))
+
+
+def record_batch(model: PreTrainedModel, batch: Batch) -> SizeTrace:
+    """Record the forward on the batch as it is, under the model's own attention.
 
     Raises:
         GETAError: the model cannot run the batch.
     """
     with comparison_mode(model):
-        traces = [trace(model, batch, WANTED), *_try(model, other_shape(model, batch))]
-        if model.can_generate():
-            with stepping(model):
-                traces += _try(model, batch)
-        own = model.config._attn_implementation
-        for attention in set(attentions(model)) - {"own", own}:
-            set_attention(model, attention)
-            traces += _try(model, batch)
-    return traces
+        return trace_sizes(model, batch, WANTED)
 
 
-def _try(model: PreTrainedModel, batch: Batch) -> list[SizeTrace]:
+def _variations(model: PreTrainedModel, batch: Batch) -> list[_Variation]:
+    found = [_Variation(other_shape(model, batch))]
+    if model.can_generate():
+        found.append(_Variation(batch, in_steps=True))
+    # Last, since nothing sets the model's own implementation again before the recording ends.
+    own = model.config._attn_implementation
+    for attention in attentions(model):
+        if attention not in ("own", own):
+            found.append(_Variation(batch, attention))
+    return found
+
+
+def _try(model: PreTrainedModel, batch: Batch, mode: AbstractContextManager[None]) -> list[SizeTrace]:
     try:
-        return [trace(model, batch, WANTED)]
+        with mode:
+            return [trace_sizes(model, batch, WANTED)]
     except GETAError:
         return []
+
+
+# --- each variation alone -----------------------------------------------------------------------------------------
+
+
+def _record_alone(model: PreTrainedModel, variation: _Variation) -> list[SizeTrace]:
+    if variation.attention is not None:
+        set_attention(model, variation.attention)
+    return _try(model, variation.batch, stepping(model) if variation.in_steps else nullcontext())
+
+
+# --- all of them in one recording ---------------------------------------------------------------------------------
+
+
+def _joined(variations: Sequence[_Variation]) -> dict[str, Tensor]:
+    """The inputs of all variations, each name with the place of its variation in front.
+
+    Every variation has inputs of its own, so that sizes of one say nothing of another.
+    """
+    joined = {}
+    for place, variation in enumerate(variations):
+        for name, tensor in variation.batch.items():
+            joined[f"{place}.{name}"] = tensor
+    return joined
+
+
+@contextmanager
+def _all_of(model: PreTrainedModel, variations: Sequence[_Variation]) -> Iterator[None]:
+    """Let the forward of the model run all variations, on the inputs that `_joined` gives, for a while."""
+    own = model.forward
+
+    def forward(**joined: Any) -> list[Any]:
+        outputs: list[Any] = []
+        for place, variation in enumerate(variations):
+            prefix = f"{place}."
+            inputs = {name.removeprefix(prefix): item for name, item in joined.items() if name.startswith(prefix)}
+            outputs.append(_run(model, own, variation, inputs))
+        return outputs
+
+    with running(model, forward):
+        yield
+
+
+def _run(model: PreTrainedModel, own: Callable[..., Any], variation: _Variation, inputs: dict[str, Any]) -> Any:
+    # What modules cache in evaluation mode is dropped in training mode: each variation has to compute it itself, or it
+    # would show none of the attributes that go into it.
+    model.train().eval()
+    if variation.attention is not None:
+        set_attention(model, variation.attention)
+    if variation.in_steps:
+        return _last_logits_in_steps(model, inputs)
+    # Outputs keep their shape, so only what the model is there for may be one, as in a recording of its own.
+    return main_tensors(own(**inputs))
+
+
+def _keeps_apart(first: Flow, other: Flow) -> bool:
+    """Whether whatever may leave alone by the first recording may do so by the other one too.
+
+    An operator that only one variation uses may pin what leaves, or tie it to more. Then the whole recording has
+    nothing to say of such a cut, and what the other variations in it would have shown is lost with it.
+    """
+    pairs: list[NDArray[np.int32]] = []
+    theirs = {value.names[0]: place for place, value in _parameters(other)}
+    for place, value in _parameters(first):
+        if value.names[0] not in theirs:
+            continue
+        for ids, other_ids in zip(first.dims(place), other.dims(theirs[value.names[0]]), strict=True):
+            if ids is None:  # nothing may leave here anyway
+                continue
+            atoms = first.terms.atoms(ids)
+            other_atoms = np.zeros_like(atoms) if other_ids is None else other.terms.atoms(other_ids)
+            if atoms.shape != other_atoms.shape:
+                return False
+            pairs.append(np.stack([other_atoms.ravel(), atoms.ravel()]))
+    if not pairs:
+        return True
+    image, source = np.unique(np.concatenate(pairs, axis=1), axis=1)
+    pinned = (image == FROZEN) & (source != FROZEN)
+    return not pinned.any() and len(np.unique(image)) == len(image)
+
+
+def _parameters(flow: Flow) -> Iterator[tuple[int, Value]]:
+    for place, value in enumerate(flow.graph.values):
+        if value.kind == "parameter" and flow.known(place):
+            yield place, value
+
+
+# --- the variations themselves ------------------------------------------------------------------------------------
 
 
 def other_shape(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
@@ -70,21 +222,27 @@ def other_shape(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
 @contextmanager
 def stepping(model: PreTrainedModel) -> Iterator[None]:
     """Let the forward of a generating model run all tokens but the last, and then the last alone with the cache."""
-    whole = type(model).forward
-    accepted = inspect.signature(whole).parameters
 
     def forward(**inputs: Any) -> Any:
-        # An encoder's mask is as long as its own input, and a decoder's grows with the tokens seen.
-        tokens = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
-        ids = inputs.pop(tokens)
-        first = {"attention_mask": inputs["attention_mask"][:, :-1]} if _masks_tokens(inputs, tokens, ids) else {}
-        past = whole(model, **{**inputs, **first, tokens: ids[:, :-1]}, use_cache=True)
-        # Whatever the forward returns and takes again is its cache, by any name.
-        cache = {name: value for name, value in past.items() if name in accepted and name not in inputs}
-        return whole(model, **{**inputs, **cache, tokens: ids[:, -1:]}, use_cache=True).logits
+        return _last_logits_in_steps(model, inputs)
 
     with running(model, forward):
         yield
+
+
+def _last_logits_in_steps(model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
+    whole = type(model).forward
+    accepted = inspect.signature(whole).parameters
+    # An encoder's mask is as long as its own input, and a decoder's grows with the tokens seen.
+    tokens = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+    ids = inputs.pop(tokens)
+    first = dict(inputs)
+    if _masks_tokens(inputs, tokens, ids):
+        first["attention_mask"] = inputs["attention_mask"][:, :-1]
+    past = whole(model, **{**first, tokens: ids[:, :-1]}, use_cache=True)
+    # Whatever the forward returns and takes again is its cache, by any name.
+    cache = {name: value for name, value in past.items() if name in accepted and name not in inputs}
+    return whole(model, **{**inputs, **cache, tokens: ids[:, -1:]}, use_cache=True).logits
 
 
 def _masks_tokens(inputs: Mapping[str, Any], tokens: str, ids: Tensor) -> bool:

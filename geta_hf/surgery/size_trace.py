@@ -19,7 +19,7 @@ from geta_hf.qadg.propagation.flow import Flow
 from geta_hf.qadg.propagation.keep_masks import Staying
 from geta_hf.qadg.propagation.propagate import propagate
 from geta_hf.qadg.tracing.capture import capture
-from geta_hf.qadg.tracing.graph import Ref
+from geta_hf.qadg.tracing.graph import Graph, Ref
 from geta_hf.qadg.tracing.merge import merge_branches
 from geta_hf.qadg.tracing.recorder import Recorder
 from geta_hf.surgery.config_view import ConfigView, is_config
@@ -48,12 +48,14 @@ class SizeTrace:
     """A recorded forward.
 
     Attributes:
-        flow: the propagated graph.
+        graph: as it was recorded.
+        flow: the propagated graph, its quantizer branches merged.
         calls: in the order of execution.
         log: comparisons and arithmetic uses of tagged integers.
         original: the value of every attribute that was read or may be set.
     """
 
+    graph: Graph
     flow: Flow
     calls: list[Call] = field(default_factory=list)
     log: Log = field(default_factory=Log)
@@ -125,7 +127,7 @@ def _position(recorder: Recorder, tensor: Tensor) -> int | None:
     return value if known else None
 
 
-def trace(model: nn.Module, batch: Mapping[str, Any], names: frozenset[str]) -> SizeTrace:
+def trace_sizes(model: nn.Module, batch: Mapping[str, Any], names: frozenset[str]) -> SizeTrace:
     """Record `model(**batch)`, with sizes traced back to the integers that modules hold.
 
     The model, its attributes included, is as before afterwards.
@@ -143,7 +145,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any], names: frozenset[str]) -> 
     with _tagged_attributes(model, log, original), mode:
         graph = capture(model, batch)
         log.close()
-    return SizeTrace(propagate(merge_branches(graph)), mode.calls, log, original)
+    return SizeTrace(graph, propagate(merge_branches(graph)), mode.calls, log, original)
 
 
 @contextmanager

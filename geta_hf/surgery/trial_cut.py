@@ -13,18 +13,22 @@ from transformers.utils import logging
 from geta_hf.errors import GETAError
 from geta_hf.qadg.groups import Family
 from geta_hf.qadg.space import PruningSpace
+from geta_hf.surgery.record import Recordings
 from geta_hf.surgery.verify import Removal, SurgeryTrial
 
 logger = logging.get_logger(__name__)
 
 
-def try_cuts(model: PreTrainedModel, space: PruningSpace, batch: Mapping[str, Tensor]) -> PruningSpace:
+def try_cuts(
+    model: PreTrainedModel, space: PruningSpace, batch: Mapping[str, Tensor], recordings: Recordings | None = None
+) -> PruningSpace:
     """Cut a few groups of every prunable family away on a copy and compare with the same groups zeroed.
 
     Args:
-        model: with or without quantizers; left unchanged.
+        model: with or without quantizers; unchanged afterwards.
         space: its pruning space.
         batch: inputs to compare on.
+        recordings: of this very model on this batch, as `record_sizes` makes them; made here when None.
 
     Returns:
         The space; families that the model cannot follow are no longer prunable, with the reason.
@@ -32,7 +36,7 @@ def try_cuts(model: PreTrainedModel, space: PruningSpace, batch: Mapping[str, Te
     Raises:
         GETAError: no prunable family is left.
     """
-    bench = SurgeryTrial(model, batch, space)
+    bench = SurgeryTrial(model, batch, space, recordings)
     reason = bench.refusal(_some_of_each(space.prunable))
     if reason is None:
         return space

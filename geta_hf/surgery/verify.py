@@ -19,7 +19,7 @@ from geta_hf.qadg.groups import Family
 from geta_hf.qadg.replay import Replay, ReplayError, double
 from geta_hf.qadg.space import PruningSpace, kept_indices
 from geta_hf.surgery.compare_outputs import attention_outputs, comparison_mode, prove_equal
-from geta_hf.surgery.record import other_shape, record, stepping
+from geta_hf.surgery.record import Recordings, other_shape, record_sizes, stepping
 from geta_hf.surgery.size_trace import SizeTrace, SlicedTrace
 from geta_hf.surgery.slice import slice_model
 from geta_hf.surgery.solve_attributes import solve
@@ -68,18 +68,24 @@ class SurgeryTrial:
     """A model whose groups are removed in trial, and what was recorded of it.
 
     Args:
-        model: left unchanged.
+        model: unchanged afterwards.
         batch: one batch of real inputs.
         space: the pruning space of the model.
+        recordings: of this very model on this batch; made here when None.
 
     Raises:
         GETAError: the model cannot run the batch.
     """
 
-    def __init__(self, model: PreTrainedModel, batch: Batch, space: PruningSpace) -> None:
-        self.model, self.families, self.space = model, {family.name: family for family in space.families}, space
-        self.batches, self.generates = [_cast(batch, model.dtype)], model.can_generate()
-        self.traces = record(model, self.batches[0])
+    def __init__(
+        self, model: PreTrainedModel, batch: Batch, space: PruningSpace, recordings: Recordings | None = None
+    ) -> None:
+        self.model = model
+        self.space = space
+        self.families = {family.name: family for family in space.families}
+        self.batches = [_cast(batch, model.dtype)]
+        self.generates = model.can_generate()
+        self.recordings = record_sizes(model, self.batches[0]) if recordings is None else recordings
         other = other_shape(model, self.batches[0])
         if _attempt(lambda: attention_outputs(model, other)) is not None:
             self.batches.append(other)
@@ -103,12 +109,12 @@ class SurgeryTrial:
 
     def _compare(self, removal: Removal) -> None:
         kept = kept_indices(self.space, removal)
-        values = solve(self.traces, kept)
+        values = solve(self.recordings.traces, kept)
         batches = [_cast(batch, self.model.dtype) for batch in self.batches]
         small = copy.deepcopy(self.model, {id(parameter): parameter for parameter in self.model.parameters()})
         slice_model(small, kept, values)
         if norm_coupled(self.space, removal):
-            prove_replay(self.traces[0], kept, small, batches[0])
+            prove_replay(self.recordings.traces[0], kept, small, batches[0])
             return
         with masked_groups(self.model, self.families.values(), removal):
             for batch in batches:

@@ -48,7 +48,7 @@ def train(
     steps: int = STEPS,
     watch: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """Do the remaining steps, and what comes after the last one."""
+    """Do the remaining steps."""
     for step in range(method.step_count, steps):
         method.before_backward(model)
         optimizer.zero_grad()
@@ -61,5 +61,3 @@ def train(
         optimizer.step()
         method.check_finite()
         watch(step)
-    if method.step_count == STEPS:
-        method.finish(model)

@@ -10,7 +10,7 @@ from geta_hf.errors import GETAError
 from geta_hf.qadg import build_space
 from geta_hf.qadg.space import kept_indices
 from geta_hf.surgery.compare_outputs import attention_outputs, prove_alike, prove_equal
-from geta_hf.surgery.record import record
+from geta_hf.surgery.record import record_sizes
 from geta_hf.surgery.slice import slice_model
 from geta_hf.surgery.solve_attributes import solve
 from geta_hf.surgery.verify import mask_groups
@@ -107,7 +107,7 @@ def test_16_bits_alone_do_not_decide() -> None:
     mask_groups(masked, space.prunable, removal)
     kept = kept_indices(space, removal)
     small = copy.deepcopy(masked)
-    slice_model(small, kept, solve(record(masked, batches[0]), kept))
+    slice_model(small, kept, solve(record_sizes(masked, batches[0]).traces, kept))
 
     def refused(prove: Callable[[dict[str, torch.Tensor]], float]) -> int:
         count = 0

@@ -16,7 +16,7 @@ from geta_hf.convert import convert
 from geta_hf.errors import GETAError
 from geta_hf.qadg.tracing.dummy_inputs import make_dummy_inputs
 from geta_hf.reporting.comparison import compare
-from geta_hf.surgery.drop_layers import drop_blocks, mean_loss
+from geta_hf.surgery.drop_layers import drop_layers, mean_loss
 from geta_hf.training.distillation import Distiller
 from tests.architectures import ARCHITECTURES, build
 
@@ -58,7 +58,7 @@ def unlabelled(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def dropped(model: PreTrainedModel, wanted: int | list[str], batch: dict[str, Tensor]):
-    return drop_blocks(model, wanted, unlabelled(batch), lambda: float(mean_loss(model, [batch])))
+    return drop_layers(model, wanted, unlabelled(batch), lambda: float(mean_loss(model, [batch])))
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def test_a_shorter_model_computes_what_the_dense_one_does_without_those_layers(n
     model, batch = deep(name)
     expected = muted(model, [1, 3])(**unlabelled(batch)).logits
     depth = dropped(model, ["model.layers.1", "model.layers.3"], batch)
-    depth.settle()
+    depth.release()
     assert depth.kept == {"model.layers": (0, 2, 4)} and model.config.num_hidden_layers == 3
     assert (model(**unlabelled(batch)).logits - expected).abs().max() <= 1e-5
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2]
@@ -178,7 +178,7 @@ def test_what_can_not_be_is_said() -> None:
     with pytest.raises(GETAError, match=r"names bert.encoder.layer.0, which can't leave: the residual stream does not"):
         dropped(bert, ["bert.encoder.layer.0"], inputs)
     with pytest.raises(GETAError, match="shortens a Hugging Face model by its configuration, which Linear lacks"):
-        drop_blocks(nn.Linear(2, 2), 1, {}, lambda: 0.0)
+        drop_layers(nn.Linear(2, 2), 1, {}, lambda: 0.0)
     assert len(model.model.layers) == LAYERS and model.config.num_hidden_layers == LAYERS
 
 
@@ -258,9 +258,10 @@ def test_bops_are_relative_to_the_dense_model(trained: GETATrainer) -> None:
 
 
 def test_the_config_of_a_run_names_the_layers(trained: GETATrainer, tmp_path: Path) -> None:
-    assert trained.geta_config.drop_layers == list(trained.depth.removed) and len(trained.depth.removed) == 2
+    assert trained.run_config.drop_layers == list(trained.depth.removed) and len(trained.depth.removed) == 2
+    assert trained.geta_config.drop_layers == 2  # what was given is not replaced
     report = trained.export_model(tmp_path / "small")
-    assert GETAConfig.load(tmp_path / "small" / "geta_config.json") == trained.geta_config
+    assert GETAConfig.load(tmp_path / "small" / "geta_config.json") == trained.run_config
     small = AutoModelForCausalLM.from_pretrained(report.path)
     assert len(small.model.layers) == 3
     ids = torch.arange(4, 10)[None]
@@ -275,7 +276,7 @@ def test_the_table_counts_the_dense_model_whole(trained: GETATrainer, tmp_path: 
     rows = {
         cells[0]: cells[1:] for cells in ([c.strip() for c in line.split("|")[1:-1]] for line in table.splitlines())
     }
-    assert rows["layers removed"] == ["", ", ".join(trained.geta_config.drop_layers)]
+    assert rows["layers removed"] == ["", ", ".join(trained.run_config.drop_layers)]
     found = float(rows["relative BOPs, paper (quantized linears)"][1].rstrip("%")) / 100
     assert found == pytest.approx(trained.compression_state()["relative_bops"], abs=1e-4)
 
@@ -291,11 +292,11 @@ def test_a_checkpoint_is_exported_and_becomes_a_vanilla_folder(trained: GETATrai
 def test_a_resumed_run_lost_the_same_layers_or_is_refused(trained: GETATrainer, tmp_path: Path) -> None:
     checkpoint = f"{trained.args.output_dir}/checkpoint-14"
     again = trainer(tmp_path)
-    assert again.geta_config == trained.geta_config
+    assert again.run_config == trained.run_config
     again.train(resume_from_checkpoint=checkpoint)
     assert all(torch.equal(t, trained.model.state_dict()[name]) for name, t in again.model.state_dict().items())
     other = [f"model.layers.{place}" for place in range(2)]
-    assert other != trained.geta_config.drop_layers
+    assert other != trained.run_config.drop_layers
     with pytest.raises(
         GETAError, match=r"another GETAConfig \(drop_layers: \['model.layers.\d', 'model.layers.\d'\] there"
     ):

@@ -13,7 +13,7 @@ from transformers import BertConfig
 
 from geta_hf.surgery.fixes import write_attribute
 from geta_hf.surgery.size_equations import RULES, WANTED, RefusalError
-from geta_hf.surgery.size_trace import InconsistentError, trace
+from geta_hf.surgery.size_trace import InconsistentError, trace_sizes
 from geta_hf.surgery.slice import slice_model
 from geta_hf.surgery.solve_attributes import solve
 
@@ -85,7 +85,7 @@ def kept(index: Tensor, parts: int = 1) -> dict[str, dict[int, Tensor]]:
 
 def check(model: nn.Module, keep: dict[str, dict[int, Tensor]], expected: dict[str, int]) -> None:
     """The solution is the expected one, and the model then computes what it did with zeros."""
-    values = solve([trace(model, BATCH, WANTED)], keep)
+    values = solve([trace_sizes(model, BATCH, WANTED)], keep)
     assert {str(attribute): value for attribute, value in values.items()} == expected
     zeros = model.down.weight.detach().clone()
     gone = torch.ones(WIDTH, dtype=torch.bool)
@@ -113,7 +113,7 @@ def check(model: nn.Module, keep: dict[str, dict[int, Tensor]], expected: dict[s
 )
 def test_attributes_follow(model: nn.Module, keep: dict, expected: dict[str, int]) -> None:
     before = {name: value for name, value in vars(model).items() if not name.startswith("_")}
-    solve([trace(model, BATCH, WANTED)], keep)
+    solve([trace_sizes(model, BATCH, WANTED)], keep)
     assert {name: value for name, value in vars(model).items() if not name.startswith("_")} == before
     check(model, keep, expected)
 
@@ -156,7 +156,7 @@ class DefaultScale(Middle):
 )
 def test_refusals_say_where_and_why(model: nn.Module, reason: str) -> None:
     with pytest.raises(RefusalError, match=reason):
-        solve([trace(model, BATCH, WANTED)], kept(HEAD))
+        solve([trace_sizes(model, BATCH, WANTED)], kept(HEAD))
 
 
 def test_a_number_that_scales_may_not_follow() -> None:
@@ -165,12 +165,12 @@ def test_a_number_that_scales_may_not_follow() -> None:
             return x.view(-1, self.width) * self.width
 
     with pytest.raises(RefusalError, match=r"mul at .* computes with the number 12"):
-        solve([trace(Both(width=12), BATCH, WANTED)], kept(HEAD))
-    assert solve([trace(TensorScale(width=12), BATCH, WANTED)], kept(HEAD)) == {}
+        solve([trace_sizes(Both(width=12), BATCH, WANTED)], kept(HEAD))
+    assert solve([trace_sizes(TensorScale(width=12), BATCH, WANTED)], kept(HEAD)) == {}
 
 
 def test_slopes_may_lose_their_last_elements() -> None:
-    assert list(solve([trace(Slopes(width=12), BATCH, WANTED)], kept(torch.arange(9))).values()) == [9]
+    assert list(solve([trace_sizes(Slopes(width=12), BATCH, WANTED)], kept(torch.arange(9))).values()) == [9]
 
 
 class Grouped(nn.Module):
@@ -189,7 +189,7 @@ def test_groups_of_convolutions_and_norms_follow() -> None:
     model, batch = Grouped(), {"x": torch.randn(2, 5, 7)}
     rows = {f"{n}.{leaf}": {0: HEAD} for n in ("first", "depth", "norm") for leaf in ("weight", "bias")}
     keep = {**rows, "last.weight": {1: HEAD}}
-    values = solve([trace(model, batch, WANTED)], keep)
+    values = solve([trace_sizes(model, batch, WANTED)], keep)
     fixes = slice_model(model, keep, values)
     assert fixes["attrs"]["depth"] == {"groups": 8, "in_channels": 8, "out_channels": 8}
     assert fixes["attrs"]["norm"] == {"num_groups": 8, "num_channels": 8}
@@ -200,7 +200,7 @@ def test_indices_that_do_not_leave_together_are_refused() -> None:
     keep = kept(HEAD)
     del keep["up.bias"]
     with pytest.raises(InconsistentError, match=r"dim 0 of up.bias cannot be cut"):
-        solve([trace(Heads(heads=3, size=4), BATCH, WANTED)], keep)
+        solve([trace_sizes(Heads(heads=3, size=4), BATCH, WANTED)], keep)
 
 
 def test_without_its_rule_a_call_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +208,7 @@ def test_without_its_rule_a_call_says_nothing(monkeypatch: pytest.MonkeyPatch) -
     model = Heads(heads=3, size=4)
     for name in ("view", "reshape"):
         monkeypatch.delitem(RULES, name)
-    values = solve([trace(model, BATCH, WANTED)], kept(HEAD))
+    values = solve([trace_sizes(model, BATCH, WANTED)], kept(HEAD))
     assert values == {}
     slice_model(model, kept(HEAD), values)
     with pytest.raises(RuntimeError, match="invalid for input"):

@@ -61,7 +61,7 @@ def test_a_trial_copies_what_is_cut_alone(monkeypatch: pytest.MonkeyPatch) -> No
 
     model, batch = build("gpt2")
     space = with_kinds(build_space(model, batch), "channels")
-    bench = gate.Bench(model, batch, space)
+    bench = gate.SurgeryTrial(model, batch, space)
     monkeypatch.setattr(gate, "slice_model", noted(gate.slice_model))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert bench.refusal({family.name: torch.arange(family.size) < 5 for family in space.prunable}) is None

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from geta_hf.config import GETAConfig
 from geta_hf.errors import GETAError
-from geta_hf.methods.base import CompressionResult
+from geta_hf.methods.base import CompressionResult, Run
 from geta_hf.methods.qasso.method import QASSOMethod
 from geta_hf.methods.qasso.optimizer import bit_choices
 
@@ -21,7 +22,7 @@ class PostTrainingMethod(QASSOMethod):
         config: a PostTrainingConfig.
     """
 
-    _rounded = False
+    _last_step = 0
 
     @property
     def _training_config(self) -> GETAConfig:
@@ -38,34 +39,36 @@ class PostTrainingMethod(QASSOMethod):
             target_bytes=None,
         )
 
-    def before_backward(self, model: nn.Module) -> None:
-        """Prepare for one more step, after which weights are to be rounded again."""
-        self._rounded = False
-        super().before_backward(model)
+    def wrap_optimizer(
+        self, base: torch.optim.Optimizer, names: Mapping[Tensor, str], model: nn.Module, run: Run
+    ) -> torch.optim.Optimizer:
+        """Return a QASSO that rounds weights in the last step of the run, so that the last checkpoint is rounded."""
+        optimizer = super().wrap_optimizer(base, names, model, run)
+        self._last_step = run.total_steps
+        optimizer.register_step_post_hook(self._round_after_last_step)
+        return optimizer
+
+    @torch.no_grad()
+    def _round_after_last_step(self, *_: object) -> None:
+        """Choose the final widths and set (d, q_m) to them, in place; waits for the device."""
+        optimizer = self.optimizer
+        if optimizer is not None and optimizer.finished and optimizer.step_count == self._last_step:
+            optimizer.fix_bits(bit_choices(self.config))
 
     @property
     def finished(self) -> bool:
-        """True once the joint stage is over and weights are rounded."""
-        return self._rounded and super().finished
-
-    @torch.no_grad()
-    def finish(self, model: nn.Module) -> None:
-        """Choose the final widths and set (d, q_m) to them, in place; waits for the device.
-
-        A run that was stopped before the end of its joint stage stays as it is.
-        """
-        optimizer = self.optimizer
-        if optimizer is None or not optimizer.finished:
-            return
-        optimizer.fix_bits(bit_choices(self.config))
-        self._rounded = True
+        """True once the last step is done, and weights are rounded with it."""
+        return super().finished and self.step_count >= self._last_step
 
     def result(self) -> CompressionResult:
         """Return removed groups by family and integer widths by module path.
 
         Raises:
-            GETAError: the joint stage is not over, or `finish` was not called after the last step.
+            GETAError: the last step is not done.
         """
-        if self.optimizer is not None and self.optimizer.finished and not self._rounded:
-            raise GETAError("weights are rounded after the last step; train to the end")
+        if super().finished and not self.finished:
+            raise GETAError(
+                f"weights are rounded in the last step, {self._last_step}, and this is step {self.step_count}; "
+                f"train to the end"
+            )
         return super().result()

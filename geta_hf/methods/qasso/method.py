@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -62,6 +63,9 @@ class QASSOMethod(Method):
 
     def check_stages(self, total_steps: int, steps_per_epoch: float) -> None:
         """Raise GETAError where the stages do not fit into a run of this length."""
+        stages = (self.config.warmup, self.config.projection, self.config.joint)
+        if math.isnan(steps_per_epoch) and any("epoch" in str(stage) for stage in stages):
+            return
         Schedule.from_config(self.config, total_steps, steps_per_epoch)
 
     def attach(self, model: nn.Module, batches: Batches | None) -> None:

@@ -53,6 +53,19 @@ def capture(model: nn.Module, batch: Mapping[str, Any], times: int = 1) -> Graph
     return graph
 
 
+def check_same_path(model: nn.Module, batch: Mapping[str, Any], graph: Graph) -> None:
+    """Record the model on the batch again and compare with a graph that is at hand.
+
+    Args:
+        model, batch: as in `capture`.
+        graph: what `capture` gave for them, its branches not merged.
+
+    Raises:
+        GETAError: the operators are not the same.
+    """
+    _check_same_path(model, graph, capture(model, batch))
+
+
 def _check_same_path(model: nn.Module, first: Graph, second: Graph) -> None:
     for one, other in zip_longest(_steps(first), _steps(second)):
         if one != other:
@@ -90,7 +103,7 @@ def _record(model: nn.Module, batch: Mapping[str, Any], real: bool) -> Graph:
                 output = model(**inputs)
         except Exception as error:
             raise GETAError(_failed_forward(model, batch, error)) from error
-        graph.outputs = tuple(dict.fromkeys(recorder.value_of(tensor) for tensor in _main_tensors(output)))
+        graph.outputs = tuple(dict.fromkeys(recorder.value_of(tensor) for tensor in main_tensors(output)))
     if not graph.outputs:
         raise GETAError(
             f"{type(model).__name__} returned a {type(output).__name__} without a tensor; "
@@ -117,7 +130,7 @@ def _input(name: str, item: Any, recorder: Recorder) -> Any:
     return tensor
 
 
-def _main_tensors(output: Any) -> list[torch.Tensor]:
+def main_tensors(output: Any) -> list[torch.Tensor]:
     """What the model is there for; all tensors when that leaves none."""
     if isinstance(output, Mapping):
         main = {name: item for name, item in output.items() if not name.startswith("encoder_")}
