@@ -54,6 +54,13 @@ class Costs:
         bops_full: BOPs of every matmul and embedding look-up.
         mean_bits: mean width over the weights of `layers`.
         layers: the layers that are quantized, or would be.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> from geta_hf import Costs, measure_costs
+    >>> model = BertModel(BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2))
+    >>> costs: Costs = measure_costs(model, tokens=8)
+    >>> costs.tokens, costs.mean_bits, costs.layers
+    (8, 32, ())
     """
 
     tokens: int
@@ -114,6 +121,13 @@ def measure_costs(model: PreTrainedModel, tokens: int = 384, names: Sequence[str
         model: a text model; it is not changed.
         tokens: length of the sequence.
         names: for a dense model, the layers that the paper's definition counts, such as `select_layers` gives.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> from geta_hf import measure_costs
+    >>> model = BertModel(BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2))
+    >>> costs = measure_costs(model, tokens=8, names=["encoder.layer.0.output.dense"])
+    >>> costs.bops_linear == 32 * 64 * 8 * 32 * 32
+    True
     """
     layers = layer_costs(model, names)
     # Fused attention kernels are not counted by torch, so count the same maths done eagerly.

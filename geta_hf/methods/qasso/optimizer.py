@@ -82,6 +82,27 @@ class QASSO(torch.optim.Optimizer):
     Raises:
         GETAError: a target that can't be reached, a member of a prunable family or a quantizer that is not in `base`, a
             base optimizer or a kind of parameter that can't be wrapped.
+
+    >>> import torch
+    >>> from geta_hf import GETAConfig, QASSO, PruningSpace, Schedule, attach_quantizers
+    >>> model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(4, 4)])})
+    >>> _ = attach_quantizers(model)
+    >>> names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    >>> config = GETAConfig(target_sparsity=0.0, mean_bits=5)
+    >>> optimizer = QASSO(
+    ...     torch.optim.SGD(list(names), lr=0.01),
+    ...     names,
+    ...     PruningSpace(families=()),
+    ...     {"blocks.0.weight": "blocks.0.weight_quantizer"},
+    ...     Schedule.from_config(config, total_steps=50, steps_per_epoch=50),
+    ...     config,
+    ... )
+    >>> for _ in range(50):
+    ...     model["blocks"][0](torch.ones(2, 4)).sum().backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    >>> optimizer.finished, round(optimizer.bits()["blocks.0.weight_quantizer"])
+    (True, 5)
     """
 
     def __init__(

@@ -81,7 +81,15 @@ class Phase:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps of each stage; cool-down takes the rest of `total`."""
+    """Steps of each stage; cool-down takes the rest of `total`.
+
+    >>> from geta_hf import GETAConfig, Schedule
+    >>> schedule = Schedule.from_config(GETAConfig(warmup=10, projection=0.2), total_steps=100, steps_per_epoch=50)
+    >>> schedule.warmup, schedule.projection, schedule.joint
+    (10, 20, 40)
+    >>> schedule.at(10).stage, schedule.at(99).stage
+    ('projection', 'cool-down')
+    """
 
     warmup: int
     projection: int
