@@ -30,7 +30,7 @@ from geta_hf.qadg.space import PruningSpace
 from geta_hf.qadg.tracing.dummy_inputs import make_dummy_inputs
 from geta_hf.quantization import select_layers
 from geta_hf.reporting.comparison import is_export, load_model
-from geta_hf.reporting.folder_summary import CARD_NAME, outline
+from geta_hf.reporting.folder_summary import CARD_NAME, empty_model_of
 from geta_hf.reporting.model_card import write_card
 from geta_hf.serialization.atomic_folder import check_target, write_folder
 from geta_hf.serialization.remote_code import save_compressed
@@ -129,7 +129,7 @@ def _rewrite(folder: Path, target: Path, format: str, max_shard_size: int | str 
 def _kept(folder: Path, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
     """Family -> (groups kept, groups before), as far as sizes tell: those of the model, and of one never cut."""
     config = read_config(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else GETAConfig()
-    dense = outline(folder)
+    dense = empty_model_of(folder)
     if dense is None:
         return {}
     space = build_space(dense, batch, prune=config.prune, keep=config.keep)

@@ -16,11 +16,9 @@ from torch import Tensor
 
 from geta_hf.costs.ledger import ROUNDING
 from geta_hf.costs.quantizer_table import Quantizers, Values
+from geta_hf.quantization.clipping import BINS, search_clipping
 from geta_hf.quantization.functional import clip_power
-from geta_hf.quantization.quantizer import squared_errors
 from geta_hf.utils.shards import Shard, add_up, largest_of, local, shard_of
-
-BINS = 4096
 
 
 @dataclass(frozen=True)
@@ -117,10 +115,9 @@ def rounding_errors(
         candidates = torch.cat([candidates, torch.linspace(0.05, 1.0, 96, device=counts.device) * largest])
     errors, clips = [], []
     for bits in widths:
-        error = squared_errors(centres, candidates[:, None], bits) @ counts
-        best = error.argmin()
-        errors.append(error[best])
-        clips.append(candidates[best])
+        error, clip = search_clipping(counts, centres, candidates, bits)
+        errors.append(error)
+        clips.append(clip)
     return torch.stack(errors), torch.stack(clips)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
-from geta_hf.quantization import detach_quantizers, quantized_layers
+from geta_hf.quantization import quantized_layers, without_quantizers
 from geta_hf.utils import module_state
 
 # Largest difference allowed, as a share of the largest logit (of 1 where logits are small): rounding differs with the
@@ -96,18 +95,24 @@ def comparison_mode(model: PreTrainedModel) -> Iterator[None]:
 
 
 def prove_alike(
-    first: PreTrainedModel, outputs: Outputs, second: PreTrainedModel, batch: Mapping[str, Tensor], what: str
+    first: PreTrainedModel,
+    outputs: Outputs,
+    second: PreTrainedModel,
+    batch: Mapping[str, Tensor],
+    what: str,
+    found: Outputs | None = None,
 ) -> float:
-    """`prove_equal` of two models, which 16 bits alone do not decide.
+    """Compare two models by `prove_equal`, but do not let 16 bits alone decide.
 
     Their rounding is coarse enough to send a token to another expert. What differs in 16 bits is therefore compared
-    again in single precision, on copies that hold the same weights, where a wrong cut differs as well.
+    again in single precision, with the same weights, where a wrong cut differs as well.
 
     Args:
         first: the reference, quantized or not.
         outputs: of `first` on the batch.
         second, what: the model under test, and how to call it in an error.
         batch: keyword arguments of both.
+        found: outputs of `second` on the batch, where they are at hand.
 
     Returns:
         The largest absolute difference.
@@ -116,22 +121,32 @@ def prove_alike(
         GETAError: an output differs by more than the tolerance.
     """
     try:
-        return prove_equal(outputs, attention_outputs(second, batch), first.dtype, what)
+        return prove_equal(outputs, attention_outputs(second, batch) if found is None else found, first.dtype, what)
     except GETAError:
         if first.dtype not in module_state.HALVES:
             raise
-    expected = attention_outputs(_widened(first), batch)
-    return prove_equal(expected, attention_outputs(_widened(second), batch), torch.float32, what)
+    with _widened(first):
+        expected = attention_outputs(first, batch)
+    with _widened(second):
+        return prove_equal(expected, attention_outputs(second, batch), torch.float32, what)
 
 
-@torch.no_grad()
-def _widened(model: PreTrainedModel) -> PreTrainedModel:
-    """A plain copy in single precision, whose quantized weights are what the model computes with."""
-    wide = copy.deepcopy(model)
-    rounded = {layer.weight: layer.quantized_weight() for layer in quantized_layers(wide).values()}
-    for weight, value in rounded.items():  # as 16 bits hold it
-        weight.data = value
-    return detach_quantizers(wide).to(torch.float32)  # type: ignore[return-value]
+@contextmanager
+def _widened(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model compute in single precision for a while, on the very weights that it computes with in 16 bits."""
+    with torch.no_grad():
+        # Rounded in 16 bits: rounding in single precision would give some weights another code.
+        rounded = {layer.weight: layer.quantized_weight() for layer in quantized_layers(model).values()}
+    before = {weight: weight.data for weight in rounded}
+    with without_quantizers(model):
+        try:
+            for weight, value in rounded.items():
+                weight.data = value
+            with module_state.in_single_precision(model):
+                yield
+        finally:
+            for weight, data in before.items():
+                weight.data = data
 
 
 def prove_equal(reference: Outputs, found: Outputs, dtype: torch.dtype, what: str) -> float:

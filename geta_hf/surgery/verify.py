@@ -18,7 +18,7 @@ from geta_hf.errors import GETAError
 from geta_hf.qadg.groups import Family
 from geta_hf.qadg.replay import Replay, ReplayError, double
 from geta_hf.qadg.space import PruningSpace, kept_indices
-from geta_hf.surgery.compare_outputs import attention_outputs, comparison_mode, prove_equal
+from geta_hf.surgery.compare_outputs import Outputs, attention_outputs, comparison_mode, prove_equal
 from geta_hf.surgery.record import Recordings, other_shape, record_sizes, stepping
 from geta_hf.surgery.size_trace import SizeTrace, SlicedTrace
 from geta_hf.surgery.slice import slice_model
@@ -125,15 +125,20 @@ class SurgeryTrial:
 
 
 def prove_replay(
-    trace: SizeTrace, kept: Mapping[str, Mapping[int, Tensor]], small: PreTrainedModel, batch: Batch
+    trace: SizeTrace,
+    kept: Mapping[str, Mapping[int, Tensor]],
+    small: PreTrainedModel,
+    batch: Batch,
+    outputs: Outputs | None = None,
 ) -> float:
-    """Compare a cut model with the recorded graph on its tensors, whose norms and means run over what is left.
+    """Compare a cut model with the recorded graph on its tensors, whose norms and means run over what remains.
 
     Args:
         trace: of the model before it was cut, without quantizers.
         kept: what it was cut to.
         small: the cut model.
         batch: what was recorded.
+        outputs: of the cut model on the batch, where they are at hand.
 
     Returns:
         The largest absolute difference.
@@ -142,16 +147,17 @@ def prove_replay(
         GETAError: an output differs by more than the tolerance, or the graph does not run.
     """
     tensors = dict(small.named_parameters()) | dict(small.named_buffers())
-    values = [(place, v) for place, v in enumerate(trace.flow.graph.values) if v.kind in ("parameter", "buffer")]
+    values = [(place, v) for place, v in enumerate(trace.flow.graph.values) if v.role in ("parameter", "buffer")]
     weights = {place: partial(_wide, tensors[value.names[0]]) for place, value in values if trace.flow.known(place)}
     try:
         expected = Replay(trace.flow, SlicedTrace(trace, kept).removed).run(weights)
     except ReplayError as error:
         raise GETAError(f"the recorded graph does not run on what is left: {error}") from error
     differences = []
-    for implementation, outputs in attention_outputs(small, batch).items():
+    outputs = attention_outputs(small, batch) if outputs is None else outputs
+    for implementation, found in outputs.items():
         for tensor in expected:
-            alike = [output.cpu() for output in outputs.values() if output.shape == tensor.shape]
+            alike = [output.cpu() for output in found.values() if output.shape == tensor.shape]
             if alike and tensor.is_floating_point():
                 closest = min(alike, key=lambda output: float((output - tensor).abs().max()))
                 whole, part = {implementation: {"output": tensor}}, {implementation: {"output": closest}}

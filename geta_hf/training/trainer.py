@@ -438,7 +438,7 @@ class GETATrainer(Trainer):
                 batch={name: value.to(model.device) for name, value in self._batch.items()},
                 config=self.run_config,
                 processing_class=self.processing_class,
-                expected_zero_groups=self.method.result().removed_groups,
+                result=self.method.result(),
                 embedding_bits=self.geta_config.embedding_bits,
                 finish=card,
                 overwrite=overwrite,

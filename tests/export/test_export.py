@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ from torch import nn
 from transformers import AutoModelForQuestionAnswering, BertTokenizer, PreTrainedModel
 
 from geta_hf.errors import GETAError
-from geta_hf.export import ExportReport, export
+from geta_hf.export import ExportReport, export, plan, steps
 from geta_hf.export.export import compress, integer_bits
+from geta_hf.export.formats import geta
 from geta_hf.qadg import PruningSpace, build_space, zero_groups
 from geta_hf.quantization import attach_quantizers, quantized_layers, step_size
 from geta_hf.serialization.packed_layers import packed_layers
@@ -23,7 +23,6 @@ from geta_hf.surgery.slice import slice_model
 from tests.export.tiny_encoders import CLASSES, some_batch, tiny_bloom, tiny_model, train_by_hand
 
 # The package offers the function under the module's name, so the module is asked for by its full name.
-export_module = importlib.import_module("geta_hf.export.export")
 
 Trained = tuple[PreTrainedModel, PruningSpace]
 NOTHING = PruningSpace(())
@@ -229,14 +228,14 @@ def test_failed_proof_leaves_the_target_as_it_was(
     if overwrite:
         run(trained, tmp_path / "out")
     before = {path.name: path.read_bytes() for path in tmp_path.glob("out/*")}
-    save = export_module.save_compressed
+    save = geta.save_compressed
 
     def damaged(model: PreTrainedModel, *args: Any) -> None:
         with torch.no_grad():
             model.qa_outputs.bias.add_(0.01)
         save(model, *args)
 
-    monkeypatch.setattr(export_module, "save_compressed", damaged)
+    monkeypatch.setattr(geta, "save_compressed", damaged)
     with pytest.raises(GETAError, match=r"the reloaded model's .* differs by 0\.01"):
         run(trained, tmp_path / "out", overwrite=overwrite)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("out/*")} == before
@@ -248,7 +247,7 @@ def test_wrong_cut_is_caught_before_anything_is_written(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leaf: str
 ) -> None:
     """A mutation: one tensor is cut at other indices than the rest of its groups."""
-    kept_indices = export_module.kept_indices
+    kept_indices = plan.kept_indices
 
     def mutated(*args: Any) -> Any:
         kept = kept_indices(*args)
@@ -258,7 +257,7 @@ def test_wrong_cut_is_caught_before_anything_is_written(
             dims[dim] = (index + 1) % size
         return kept
 
-    monkeypatch.setattr(export_module, "kept_indices", mutated)
+    monkeypatch.setattr(plan, "kept_indices", mutated)
     with pytest.raises(GETAError, match=r"cannot be cut to the indices asked for"):
         run(trained, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -276,7 +275,7 @@ def test_wrong_slices_are_caught_before_anything_is_written(
         shifted = {dim: (index + 1) % size[dim] for dim, index in kept[name].items()}
         return slice_model(model, {**kept, name: shifted}, values)
 
-    monkeypatch.setattr(export_module, "slice_model", mutated)
+    monkeypatch.setattr(steps, "slice_model", mutated)
     with pytest.raises(GETAError, match=r"the cut model's start_logits \(eager attention\) differs by"):
         run(trained, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

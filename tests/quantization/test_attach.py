@@ -24,7 +24,7 @@ from geta_hf.quantization import (
     quantizer_prefixes,
     select_layers,
 )
-from geta_hf.quantization.kinds import base_type
+from geta_hf.quantization.layer_types import base_type
 
 
 def in_list(*layers: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ import pytest
 
 from geta_hf.errors import GETAError
 from geta_hf.export.formats import exported
-from geta_hf.export.formats.executorch import write_executorch
+from geta_hf.export.formats.experimental.executorch import write_executorch
 from tests.export.formats.test_integers import compressed, gpt2
 from tests.export.tiny_encoders import some_batch, tiny_model
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eval.squad_features import Question
+from geta_hf.evaluation.squad_features import Question
 
 FILLER = "the job of a baker is in oslo. "  # 9 tokens
 

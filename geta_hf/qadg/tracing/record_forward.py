@@ -1,4 +1,9 @@
-"""Record one forward pass: multi-element parameters on meta, what does not depend on them computed for real."""
+"""Record one forward pass of a model: the trace graph that paper Alg. 1 starts from.
+
+Parameters of several elements are swapped for stand-ins on meta, so that nothing is computed with them; what does not
+depend on them is computed for real. The recorder (`recorder.py`) sees the calls. This module prepares the model for it,
+and restores every attribute of every module afterwards, as it is the user's model and not a copy.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +23,17 @@ from geta_hf.qadg.tracing.graph import Graph, Value
 from geta_hf.qadg.tracing.recorder import KeptContent, Recorder
 
 _SETTINGS = {"use_cache": False, "_experts_implementation_internal": "batched_mm"}
-"""Of every config while recording: a cache is no output, and the experts' fused kernel has no meta version."""
+"""Fields of every config while recording: a cache is no output, and experts' fused kernel has no meta version."""
 
 
-def capture(model: nn.Module, batch: Mapping[str, Any], times: int = 1) -> Graph:
+def record_forward(model: nn.Module, batch: Mapping[str, Any], times: int = 1) -> Graph:
     """Record `model(**batch)` in evaluation mode, without gradients and without computing with the parameters.
 
     Where that fails and the parameters are real, they are computed with after all: in some mixtures of experts the
     control flow depends on them. The model is as before afterwards: parameters, buffers, tying, hooks, training flags.
 
     Args:
-        model: any module that returns tensors, tuples, lists or mappings of them (a `ModelOutput` is one). Of a
+        model: any module that returns tensors, tuples, lists or mappings of them (a `ModelOutput` is one). In a
             mapping, what a part of the model made on the way is no output: nested mappings and `encoder_*`.
         batch: the keyword arguments of its forward; tensors of any device.
         times: how often to record, to see that the operators are the same every time.
@@ -42,12 +47,14 @@ def capture(model: nn.Module, batch: Mapping[str, Any], times: int = 1) -> Graph
     """
     if not isinstance(batch, Mapping):
         raise GETAError(f"batch is a {type(batch).__name__}; pass a dict of the model's keyword arguments instead")
+    real = False
     try:
-        graph, real = _record(model, batch, real=False), False
+        graph = _record(model, batch, real)
     except GETAError:
         if any(parameter.is_meta for parameter in model.parameters()):
             raise
-        graph, real = _record(model, batch, real=True), True
+        real = True
+        graph = _record(model, batch, real)
     for _ in range(times - 1):
         _check_same_path(model, graph, _record(model, batch, real))
     return graph
@@ -57,16 +64,17 @@ def check_same_path(model: nn.Module, batch: Mapping[str, Any], graph: Graph) ->
     """Record the model on the batch again and compare with a graph that is at hand.
 
     Args:
-        model, batch: as in `capture`.
-        graph: what `capture` gave for them, its branches not merged.
+        model, batch: as in `record_forward`.
+        graph: what `record_forward` gave for them, its branches not merged.
 
     Raises:
         GETAError: the operators are not the same.
     """
-    _check_same_path(model, graph, capture(model, batch))
+    _check_same_path(model, graph, record_forward(model, batch))
 
 
 def _check_same_path(model: nn.Module, first: Graph, second: Graph) -> None:
+    """Raise an error when two recordings differ: a graph of one path says nothing about the others."""
     for one, other in zip_longest(_steps(first), _steps(second)):
         if one != other:
             step = one or other
@@ -79,7 +87,7 @@ def _check_same_path(model: nn.Module, first: Graph, second: Graph) -> None:
 
 
 def _steps(graph: Graph) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """What is done with parameters; the rest, such as a table of positions, may come from a cache another time."""
+    """Yield what is done with parameters; the rest, such as a table of positions, may come from a cache next time."""
     for node in graph.nodes:
         if node.outputs and graph.values[node.outputs[0]].from_parameter:
             yield node.op, node.module, graph.values[node.outputs[0]].shape
@@ -93,7 +101,8 @@ def _record(model: nn.Module, batch: Mapping[str, Any], real: bool) -> Graph:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(_unchanged(model))
         stack.enter_context(_recordable(model))
-        model.train().eval()  # both, since what a model cached in evaluation mode is dropped in training mode alone
+        # Both, since what a model cached in evaluation mode is only dropped in training mode.
+        model.train().eval()
         _swap_in_stand_ins(model, recorder)
         stack.enter_context(_module_paths(model, recorder))
         inputs = {name: _input(name, item, recorder) for name, item in batch.items()}
@@ -113,7 +122,9 @@ def _record(model: nn.Module, batch: Mapping[str, Any], real: bool) -> Graph:
 
 
 def _failed_forward(model: nn.Module, batch: Mapping[str, Any], error: Exception) -> str:
-    shapes = [f"{n} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else f"{n}={x!r}" for n, x in batch.items()]
+    shapes = []
+    for name, item in batch.items():
+        shapes.append(f"{name} {tuple(item.shape)}" if isinstance(item, torch.Tensor) else f"{name}={item!r}")
     return (
         f"{type(model).__name__} cannot run the batch with inputs {', '.join(shapes) or 'none'}: "
         f"{type(error).__name__}: {error}. Pass a batch that model(**batch) accepts, with control flow that "
@@ -124,6 +135,7 @@ def _failed_forward(model: nn.Module, batch: Mapping[str, Any], error: Exception
 def _input(name: str, item: Any, recorder: Recorder) -> Any:
     if not isinstance(item, torch.Tensor):
         return item
+    # Two copies: the forward may write to the one that it gets.
     tensor = item.detach().cpu().clone()
     value = Value(tuple(item.shape), item.dtype, "input", (name,), tensor.clone(), from_input=True)
     recorder.add(tensor, value)
@@ -131,7 +143,11 @@ def _input(name: str, item: Any, recorder: Recorder) -> Any:
 
 
 def main_tensors(output: Any) -> list[torch.Tensor]:
-    """What the model is there for; all tensors when that leaves none."""
+    """Return the tensors that the model is there for; all tensors if that leaves none.
+
+    These are pinned later. If the hidden states of an encoder counted as outputs, they could not be pruned, for no
+    other reason than that a sequence-to-sequence model returns them along the way.
+    """
     if isinstance(output, Mapping):
         main = {name: item for name, item in output.items() if not name.startswith("encoder_")}
         own = {name: item for name, item in main.items() if not isinstance(item, Mapping)}
@@ -153,7 +169,11 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
 
 @contextmanager
 def _recordable(model: nn.Module) -> Iterator[None]:
-    """Change what can't be recorded, in configs and in torch, for a while."""
+    """Turn off what can't be recorded, in configs and in torch, while the context lasts.
+
+    In torch these are fused kernels, which would appear as one operator without a rule: the fast path of transformer
+    layers, and oneDNN's.
+    """
     configs = {id(m.config): vars(m.config) for m in model.modules() if isinstance(m, PreTrainedModel)}
     before = [(fields, {name: fields[name] for name in _SETTINGS if name in fields}) for fields in configs.values()]
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -172,26 +192,31 @@ def _recordable(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Leave every module's attributes, parameters, buffers, hooks and training flag as they were."""
+    """Restore every module's attributes, parameters, buffers, hooks and training flag at the end."""
     before = [(module, dict(module.__dict__), _containers(module)) for module in model.modules()]
     try:
         yield
     finally:
         for module, attributes, containers in before:
+            # In place, as others hold the same dicts: the handle of a hook refers to the dict that the hook is in.
             module.__dict__.clear()
             module.__dict__.update(attributes)
             for container, content in containers:
                 container.clear()
-                (container.extend if isinstance(container, list) else container.update)(content)
+                if isinstance(container, list):
+                    container.extend(content)
+                else:
+                    container.update(content)
 
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
-    """The dicts and lists among a module's attributes, each with a copy: parameters, buffers, hooks, own caches."""
+    """Return the dicts and lists among a module's attributes, each with a copy: parameters, buffers, hooks, caches."""
     return [(item, item.copy()) for item in module.__dict__.values() if isinstance(item, dict | list)]
 
 
 @contextmanager
 def _module_paths(model: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Tell the recorder which module is running; one that is not the model's own counts as part of its caller."""
     paths = {id(module): path for path, module in model.named_modules()}
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -209,25 +234,33 @@ def _module_paths(model: nn.Module, recorder: Recorder) -> Iterator[None]:
 
 
 def _swap_in_stand_ins(model: nn.Module, recorder: Recorder) -> None:
-    """Swap parameters and buffers through an identity map, so that what is tied stays tied."""
+    """Swap parameters and buffers for stand-ins, through an identity map, so that tied ones stay tied.
+
+    A stand-in for each *name* would make two values out of a tied weight, of which one could be pruned alone.
+    """
     stand_ins: dict[int, torch.Tensor] = {}
-    for kind, named in (("parameter", model.named_parameters), ("buffer", model.named_buffers)):
+    for role, named in (("parameter", model.named_parameters), ("buffer", model.named_buffers)):
         names: dict[int, list[str]] = {}
         originals: dict[int, torch.Tensor] = {}
         for name, tensor in named(remove_duplicate=False):
             names.setdefault(id(tensor), []).append(name)
             originals[id(tensor)] = tensor
         for key, original in originals.items():
-            stand_in = _parameter_stand_in(original, recorder.real) if kind == "parameter" else _copy(original)
-            data = None if kind == "parameter" or original.is_meta else _copy(original)
-            value = Value(tuple(original.shape), original.dtype, kind, tuple(names[key]), data)
-            value.from_parameter = kind == "parameter"
+            data = None
+            if role == "parameter":
+                stand_in: torch.Tensor = _parameter_stand_in(original, recorder.real)
+            else:
+                stand_in = _copy(original)
+                data = None if original.is_meta else _copy(original)
+            value = Value(tuple(original.shape), original.dtype, role, tuple(names[key]), data)
+            value.from_parameter = role == "parameter"
             recorder.add(stand_in, value)
             recorder.substitute(original, stand_in)
             stand_ins[key] = stand_in
     for module in model.modules():
-        for slot in (module._parameters, module._buffers):
-            slot.update({n: stand_ins[id(t)] for n, t in slot.items() if t is not None})  # type: ignore[misc]
+        for tensors in (module._parameters, module._buffers):
+            swapped = {name: stand_ins[id(tensor)] for name, tensor in tensors.items() if tensor is not None}
+            tensors.update(swapped)  # type: ignore[arg-type]
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -235,7 +268,10 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _parameter_stand_in(parameter: torch.Tensor, real: bool) -> nn.Parameter:
-    """On meta; only one of a single element (a quantizer's step size, say) has no dims to track and stays real."""
+    """Return a stand-in on meta, or a real one for a parameter of a single element, such as a quantizer's step size.
+
+    That has no dims to track, and code often reads it as a number, which meta cannot give.
+    """
     if real or (parameter.numel() == 1 and not parameter.is_meta):
         return nn.Parameter(_copy(parameter), requires_grad=parameter.requires_grad)
     return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)

@@ -1,4 +1,4 @@
-"""SQuAD v1.1's questions: read from files or rows, cut into windows, turned into training features."""
+"""Read SQuAD v1.1's questions from files or rows, split paragraphs into windows, and make training features."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from transformers.tokenization_utils_base import BatchEncoding, PreTrainedTokeni
 from geta_hf.errors import GETAError
 
 MAX_QUESTION_TOKENS = 64
-CHUNK = 128  # questions per tokenizer call: large enough to be quick, small enough for a live progress bar
+CHUNK = 128  # questions per tokenizer call: large enough to be fast, small enough for a live progress bar
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question with its paragraph and its reference answers.
+    """Hold one question with its paragraph and its reference answers.
 
     Attributes:
         id: unique in its file.
         question: the text of the question.
         context: the paragraph that holds the answer.
-        answers: the reference answers; any of them is right.
+        answers: the reference answers, each of them correct.
         starts: the character offset of each answer in `context`.
     """
 
@@ -42,10 +42,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Window:
-    """One piece of a paragraph together with its question, as the model reads it.
+    """Hold one piece of a paragraph together with its question, as the model reads it.
 
     Attributes:
-        question: position of the question in the list that was tokenized.
+        question: index of the question in the list that was tokenized.
         inputs: the model's inputs, each an array of shape (tokens,).
         offsets: int64, shape (tokens, 2): characters [start, end) in the paragraph; -1 outside the paragraph.
     """
@@ -59,7 +59,7 @@ class Window:
 
 
 def load_questions(path: str | Path) -> list[Question]:
-    """Reads a file in SQuAD's nested format.
+    """Read a file in SQuAD's nested format.
 
     Args:
         path: a `.json` or `.json.gz` file with `data > paragraphs > qas`.
@@ -73,12 +73,10 @@ def load_questions(path: str | Path) -> list[Question]:
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
             articles = json.load(file)["data"]
-        questions = [
-            _question(qa, paragraph["context"])
-            for a in articles
-            for paragraph in a["paragraphs"]
-            for qa in paragraph["qas"]
-        ]
+        questions = []
+        for article in articles:
+            for paragraph in article["paragraphs"]:
+                questions += [_question(qa, paragraph["context"]) for qa in paragraph["qas"]]
     except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise GETAError(f"{path}: not readable as JSON ({error}); give a SQuAD file (.json or .json.gz)") from error
     except (KeyError, TypeError) as error:
@@ -87,30 +85,38 @@ def load_questions(path: str | Path) -> list[Question]:
             '{"data": [{"paragraphs": [{"context", "qas": [{"id", "question", "answers"}]}]}]}'
         ) from error
     if not questions:
-        raise GETAError(f"{path}: holds no question")
+        raise GETAError(f"{path}: contains no question")
     return questions
 
 
 def _question(qa: Mapping[str, Any], context: str) -> Question:
-    answers = qa["answers"]
-    texts, starts = [a["text"] for a in answers], [int(a["answer_start"]) for a in answers]
-    return Question(str(qa["id"]), qa["question"], context, tuple(texts), tuple(starts))
+    texts = tuple(answer["text"] for answer in qa["answers"])
+    starts = tuple(int(answer["answer_start"]) for answer in qa["answers"])
+    return Question(str(qa["id"]), qa["question"], context, texts, starts)
 
 
 def question_from_row(row: Mapping[str, Any]) -> Question:
-    """One row of the Hub's `squad`: id, question, context, answers {text: [...], answer_start: [...]}."""
+    """Make a question of one row of the Hub's `squad`.
+
+    Args:
+        row: id, question, context, and answers {text: [...], answer_start: [...]}.
+
+    Raises:
+        GETAError: a column is missing or has another form.
+    """
     try:
         answers = row["answers"]
-        texts, starts = tuple(answers["text"]), tuple(int(start) for start in answers["answer_start"])
+        texts = tuple(answers["text"])
+        starts = tuple(int(start) for start in answers["answer_start"])
         return Question(str(row["id"]), row["question"], row["context"], texts, starts)
     except (KeyError, TypeError) as error:
         raise GETAError(f"dataset row is not in SQuAD's flat format (at {error}); columns: {sorted(row)}") from error
 
 
 def sample(questions: Sequence[Question], limit: int | None, seed: int = 0) -> list[Question]:
-    """A random `limit` of the questions, the same for the same seed; all of them when `limit` is None or larger."""
+    """Sample `limit` questions, the same ones for the same seed; return all if `limit` is None or larger."""
     if limit is not None and limit < 1:
-        raise GETAError(f"a limit of {limit} questions leaves nothing; give at least 1")
+        raise GETAError(f"a limit of {limit} questions is too small; give at least 1")
     if limit is None or limit >= len(questions):
         return list(questions)
     return random.Random(seed).sample(list(questions), limit)
@@ -126,14 +132,14 @@ def windows(
     doc_stride: int = 128,
     progress: bool = False,
 ) -> Iterator[Window]:
-    """Cuts every paragraph into overlapping windows behind its question, in the order of the questions.
+    """Split every paragraph into overlapping windows, each preceded by the question, in the order of the questions.
 
     Args:
-        tokenizer: a fast tokenizer, because the offsets come from it.
-        questions: what to tokenize; a question longer than 64 tokens loses its end.
-        max_length: tokens a window, question and special tokens included.
-        doc_stride: tokens that neighbouring windows share.
-        progress: shows a bar over the questions.
+        tokenizer: a fast tokenizer; only those give offsets.
+        questions: the questions to tokenize; a question longer than 64 tokens is truncated.
+        max_length: tokens of a window, with question and special tokens.
+        doc_stride: tokens that neighboring windows share.
+        progress: show a progress bar.
 
     Raises:
         GETAError: a slow tokenizer, or a length with no room for the stride.
@@ -161,8 +167,8 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int, doc_st
     room = max_length - MAX_QUESTION_TOKENS - tokenizer.num_special_tokens_to_add(pair=True)
     if not 0 <= doc_stride < room:
         raise GETAError(
-            f"max_length={max_length} leaves {room} tokens of paragraph beside a question of {MAX_QUESTION_TOKENS}; "
-            f"doc_stride={doc_stride} must be from 0 to {room - 1}, or max_length larger"
+            f"max_length={max_length} has room for {room} tokens of a paragraph next to a question of "
+            f"{MAX_QUESTION_TOKENS}; doc_stride={doc_stride} must be from 0 to {room - 1}, or max_length larger"
         )
 
 
@@ -174,21 +180,28 @@ def _short_questions(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Que
 
 
 def _split(encoded: BatchEncoding, first: int) -> Iterator[Window]:
-    owners, offsets = encoded.pop("overflow_to_sample_mapping"), encoded.pop("offset_mapping")
+    owners = encoded.pop("overflow_to_sample_mapping")
+    offsets = encoded.pop("offset_mapping")
     for row, owner in enumerate(owners):
         inside = np.array([sequence == 1 for sequence in encoded.sequence_ids(row)])
         spans = np.where(inside[:, None], np.array(offsets[row], dtype=np.int64), -1)
-        yield Window(first + owner, {key: np.array(encoded[key][row], dtype=np.int32) for key in encoded}, spans)
+        inputs = {key: np.array(encoded[key][row], dtype=np.int32) for key in encoded}
+        yield Window(first + owner, inputs, spans)
 
 
 # --------------------------------------------------------------------------------------------------------- training
 
 
 def locate(question: Question) -> int | None:
-    """Where the first reference answer starts: at its given offset, or else at the occurrence nearest to it."""
+    """Return the character offset of the first reference answer, or None if its paragraph does not contain it.
+
+    If the answer is not at the given offset, the occurrence nearest to it counts.
+    """
     if not question.answers or not question.answers[0].strip():
         return None
-    answer, given = question.answers[0], question.starts[0]
+    answer = question.answers[0]
+    given = question.starts[0]
+    # The lookahead also finds occurrences that overlap.
     found = [match.start() for match in re.finditer(f"(?={re.escape(answer)})", question.context)]
     return min(found, key=lambda start: abs(start - given), default=None)
 
@@ -200,17 +213,21 @@ def training_features(
     doc_stride: int = 128,
     progress: bool = False,
 ) -> tuple[list[dict[str, Any]], int]:
-    """Windows with the positions of the first reference answer.
+    """Make training features: windows with the positions of the first reference answer.
 
     Returns:
-        The features: the model's inputs (arrays of shape (tokens,)), `start_positions` and `end_positions`, both the
-        CLS token's (or the first token's) where the window does not hold the whole answer. And how many questions
-        were dropped because their paragraph does not contain their answer.
+        The features: the model's inputs (arrays of shape (tokens,)), `start_positions` and `end_positions`. Both are
+        those of the CLS token (or of the first token) where the window does not contain the complete answer. Also
+        the number of questions that were dropped because their paragraph does not contain their answer.
 
     Raises:
-        GETAError: as `windows`, or when no question is left.
+        GETAError: as `windows`, or no question remains.
     """
-    kept = [(question, start) for question in questions if (start := locate(question)) is not None]
+    kept: list[tuple[Question, int]] = []
+    for question in questions:
+        start = locate(question)
+        if start is not None:
+            kept.append((question, start))
     if not kept:
         raise GETAError(f"none of {len(questions)} questions has an answer that occurs in its paragraph")
     features = []
@@ -227,6 +244,6 @@ def _positions(window: Window, start: int, end: int, cls_token_id: int | None) -
     if len(inside) == 0 or start < begins[0] or end > ends[-1]:
         is_cls = np.flatnonzero(window.inputs["input_ids"] == cls_token_id)
         return (int(is_cls[0]),) * 2 if len(is_cls) else (0, 0)
-    first = np.searchsorted(ends, start, side="right")  # the first token that ends behind the answer's start
+    first = np.searchsorted(ends, start, side="right")  # the first token that ends after the answer's start
     last = np.searchsorted(begins, end, side="left") - 1  # the last token that begins before its end
     return int(inside[first]), int(inside[max(first, last)])

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 from transformers import BertTokenizer
 
-from eval import squad_features
-from eval.squad_features import Question
 from geta_hf.errors import GETAError
+from geta_hf.evaluation import squad_features
+from geta_hf.evaluation.squad_features import Question
 from recipes import demo_data
-from tests.eval.questions import FILLER, ask
+from tests.evaluation.questions import FILLER, ask
 
 
 def nested(questions: list[Question]) -> dict:

@@ -7,7 +7,7 @@ import pytest
 
 from geta_hf.errors import GETAError
 from geta_hf.export.formats import exported
-from geta_hf.export.formats.openvino import write_openvino
+from geta_hf.export.formats.experimental.openvino import write_openvino
 from tests.export.formats.test_integers import compressed, vit
 from tests.export.tiny_encoders import some_batch, tiny_model
 

@@ -1,0 +1,1 @@
+"""Formats that the project's tests cannot write for lack of the packages: offered as the others are, but not proved."""

@@ -1,0 +1,267 @@
+"""Step 1 of an export: decide what is removed and at how many bits the rest is stored, and refuse what cannot be.
+
+Nothing is copied or written here. Whatever stands against an export is found on the trained model itself, before a
+second one takes memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from geta_hf.errors import GETAError
+from geta_hf.methods.base import CompressionResult
+from geta_hf.qadg import PruningSpace, build_space, kept_indices, verify_space, zero_groups
+from geta_hf.qadg.tracing.record_forward import check_same_path
+from geta_hf.quantization import quantized_layers, without_quantizers
+from geta_hf.serialization.bitpack import MAX_BITS, MIN_BITS
+from geta_hf.serialization.embeddings import input_embedding
+from geta_hf.serialization.hf_quantizer import GETAQuantizationConfig, has_quantizer
+from geta_hf.serialization.packed_layers import packed_layers
+from geta_hf.serialization.tied_weights import check_ties
+from geta_hf.surgery.record import Recordings, record_batch, record_sizes
+from geta_hf.surgery.size_trace import SizeTrace
+from geta_hf.surgery.solve_attributes import solve
+from geta_hf.surgery.symbolic_int import Attribute
+from geta_hf.surgery.verify import norm_coupled
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What an export does to a trained model, as plain data.
+
+    Attributes:
+        batch: what the proofs run on.
+        result: removed groups of every prunable family, bit widths of every quantized layer.
+        kept: tensor name -> dim -> int64 indices that remain.
+        attributes: what the modules' attributes become, so that the model's own code follows.
+        kept_counts: family -> (groups kept, groups before).
+        norms: whether a norm runs over something that is removed, so that zeros do not do what a cut does.
+        recordings: of the trained model without its quantizers; None where nothing is removed.
+    """
+
+    batch: Mapping[str, Tensor]
+    result: CompressionResult
+    kept: Mapping[str, Mapping[int, Tensor]]
+    attributes: Mapping[Attribute, int]
+    kept_counts: dict[str, tuple[int, int]]
+    norms: bool
+    recordings: Recordings | None
+
+
+def plan_export(
+    model: PreTrainedModel,
+    space: PruningSpace | None = None,
+    batch: Mapping[str, Tensor] | None = None,
+    result: CompressionResult | None = None,
+    expected_zero_groups: int | None = None,
+    embedding_bits: int | None = None,
+) -> ExportPlan:
+    """Decide what is cut and how it is stored; pass gates 2 and 3 for it, and solve for the attributes.
+
+    The forward is recorded twice at most, where groups are removed; a space to be built takes another recording.
+
+    Args:
+        model: trained, with its quantizers; unchanged afterwards.
+        space: the pruning space used in training; built from the batch when None.
+        batch: what the proofs run on; the model's `dummy_inputs` when None.
+        result: what the method decided; read from the model when None.
+        expected_zero_groups: how many groups training was to remove.
+        embedding_bits: to which the input embedding is to be rounded; only checked here.
+
+    Raises:
+        GETAError: whatever keeps the model from being exported; see `geta_hf.export.export`.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise GETAError(f"export takes a transformers model, not a {type(model).__name__}")
+    check_never_exported(model)
+    if embedding_bits is not None:
+        input_embedding(model, embedding_bits)
+    batch = dict(model.dummy_inputs if batch is None else batch)
+    first: SizeTrace | None = None
+    if space is None:
+        # Quantizers change nothing about the groups, and without them the graph serves the proof on packed weights too.
+        with without_quantizers(model):
+            first = record_batch(model, batch)
+            check_same_path(model, batch, first.graph)
+        space = build_space(model, batch, flow=first.flow)
+    _check_zero_groups(model, space, expected_zero_groups)
+    if result is None:
+        result = read_result(model, space)
+    else:
+        check_result(result, model, space)
+    return plan_cut(model, space, batch, result, first)
+
+
+def plan_cut(
+    model: PreTrainedModel,
+    space: PruningSpace,
+    batch: Mapping[str, Tensor],
+    result: CompressionResult,
+    first: SizeTrace | None = None,
+    verify: bool = True,
+) -> ExportPlan:
+    """Record a model and solve for the attributes that a result changes.
+
+    Args:
+        model, space, batch: as in `plan_export`.
+        result: what is removed; it is taken as it is.
+        first: a recording of the batch that is at hand, of the model without its quantizers.
+        verify: let the removal pass gates 2 and 3 first.
+
+    Raises:
+        GETAError: weights that are tied so that they cannot be packed, a gate that failed, or a cut that the model's
+            code cannot follow.
+    """
+    check_ties(model)
+    removed = _all_families(result.removed, space)
+    kept = kept_indices(space, removed)
+    recordings = _record(model, batch, first) if kept else None
+    if recordings is not None and verify:
+        verify_space(model, [batch], space, removal=removed, flow=recordings.flow)
+    return ExportPlan(
+        batch=batch,
+        result=result,
+        kept=kept,
+        attributes={} if recordings is None else solve(recordings.traces, kept),
+        kept_counts={name: (int((~mask).sum()), mask.numel()) for name, mask in removed.items()},
+        norms=norm_coupled(space, removed),
+        recordings=recordings,
+    )
+
+
+def _record(model: PreTrainedModel, batch: Mapping[str, Tensor], first: SizeTrace | None) -> Recordings:
+    with without_quantizers(model):
+        return record_sizes(model, batch, first)
+
+
+def check_never_exported(model: nn.Module) -> None:
+    """Raise GETAError for a model that was packed, cut or quantized before: there is no second time."""
+    kind = type(model).__name__
+    if packed_layers(model):
+        raise GETAError(f"this {kind} is an export already; save it with save_pretrained, or train the dense model")
+    if not has_quantizer(model):
+        return
+    if isinstance(getattr(model.config, "quantization_config", None), GETAQuantizationConfig):
+        raise GETAError(f"this {kind} was pruned before by geta_hf; start from the dense model")
+    raise GETAError(f"this {kind} was loaded in quantized form; train from full precision")
+
+
+def _check_zero_groups(model: PreTrainedModel, space: PruningSpace, expected: int | None) -> None:
+    found = sum(int(zero.sum()) for zero in zero_groups(model, space).values())
+    if expected is not None and found < expected:
+        raise GETAError(
+            f"export before the groups are zero: {found} of {space.num_groups} groups are zero, {expected} were to be "
+            f"removed; train to the end of the joint stage first"
+        )
+    if not found and not quantized_layers(model):
+        raise GETAError(
+            f"nothing to export: {type(model).__name__} has no quantized layer and none of its {space.num_groups} "
+            f"groups is zero; save it with save_pretrained"
+        )
+
+
+def _all_families(removed: Mapping[str, Tensor], space: PruningSpace) -> dict[str, Tensor]:
+    """Return the masks of all prunable families, those that lose nothing included."""
+    nothing = {family.name: torch.zeros(family.size, dtype=torch.bool) for family in space.prunable}
+    return nothing | dict(removed)
+
+
+# --- what the method decided --------------------------------------------------------------------------------------
+
+
+def read_result(model: nn.Module, space: PruningSpace) -> CompressionResult:
+    """Read off a trained model what its method decided: groups that are zero, integer widths of the quantizers.
+
+    Args:
+        model: trained, at full shapes.
+        space: its pruning space.
+
+    Raises:
+        GETAError: a bit width that is no integer of 2 to 16.
+    """
+    removed = {}
+    for name, zero in zero_groups(model, space).items():
+        mask = zero.clone()
+        if mask.all():
+            mask[0] = False  # no layer can lose its last group
+        removed[name] = mask
+    return CompressionResult(removed, *read_widths(model))
+
+
+def check_result(result: CompressionResult, model: nn.Module, space: PruningSpace) -> None:
+    """Check that a model is what its method says: removed groups are zero, quantizers have their widths.
+
+    Raises:
+        GETAError: a family or layer that there is not, a removed group that is not zero, or a width that the quantizer
+            does not have. The message names it with its value and the remedy.
+    """
+    zero = zero_groups(model, space)
+    for name, mask in result.removed.items():
+        if name not in zero:
+            raise GETAError(
+                f"the result removes groups of {name}, which is no prunable family of the space; pass the space that "
+                f"the model was trained with"
+            )
+        if mask.dtype != torch.bool or mask.shape != zero[name].shape:
+            raise GETAError(
+                f"the result's mask of {name} is {mask.dtype} of shape {tuple(mask.shape)}; pass torch.bool of shape "
+                f"({zero[name].numel()},)"
+            )
+        wrong = torch.nonzero(mask.cpu() & ~zero[name]).flatten().tolist()
+        if wrong:
+            raise GETAError(
+                f"the result removes group {wrong[0]} of {name}, whose weights are not zero ({len(wrong)} such "
+                f"groups); set them to zero first, as the end of the joint stage does"
+            )
+    found = read_widths(model)
+    for what, theirs, ours in zip(("weight", "input"), (result.weight_bits, result.input_bits), found, strict=True):
+        for name in dict.fromkeys((*theirs, *ours)):
+            if theirs.get(name) != ours.get(name):
+                raise GETAError(
+                    f"the result stores the {what} of {name} at {theirs.get(name, 'no')} bits, but its quantizer has "
+                    f"{ours.get(name, 'none')}; take the result after the widths were rounded, and attach no other "
+                    f"quantizers"
+                )
+
+
+def read_widths(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the integer widths of the weights and of the rounded inputs, by module path.
+
+    Raises:
+        GETAError: as `integer_bits`.
+    """
+    weights, inputs = {}, {}
+    for name, layer in quantized_layers(model).items():
+        weights[name] = integer_bits(name, layer.weight_quantizer.bits())
+        if layer.input_quantizer is not None:
+            inputs[name] = integer_bits(f"the input of {name}", layer.input_quantizer.bits())
+    return weights, inputs
+
+
+def integer_bits(name: str, bits: Tensor) -> int:
+    """Return a learned bit width as the integer that it was rounded to.
+
+    Args:
+        name: path of the layer, for the error.
+        bits: shape (1,), or (channels,), which must agree: a layer is stored at one width.
+
+    Raises:
+        GETAError: not within 1e-3 of an integer, not of 2 to 16, or not the same for all channels.
+    """
+    values = bits.unique().tolist()
+    for value in values:
+        if not MIN_BITS - 1e-3 <= value <= MAX_BITS + 1e-3:
+            raise GETAError(f"{name} has {value:.4g} bits; what is exported has {MIN_BITS} to {MAX_BITS}")
+        if abs(value - round(value)) > 1e-3:
+            raise GETAError(
+                f"{name} has {value:.4f} bits, which is not whole; the cool-down must snap bits before an export"
+            )
+    widths = sorted(set(map(round, values)))
+    if len(widths) > 1:
+        raise GETAError(f"{name} has channels of {widths} bits, but a layer is stored at one width; give all the same")
+    return widths[0]

@@ -1,0 +1,174 @@
+"""Steps 2 to 5 of an export: cut, fill, prove, publish. Each takes what the one before returned.
+
+`geta_hf.export.plan` is step 1. One recording of the trained model serves all: the plan verifies the groups and solves
+for the attributes with it, and the proof replays it where a norm runs over what was removed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from geta_hf.export.formats import Writer
+from geta_hf.export.plan import ExportPlan
+from geta_hf.methods.base import CompressionResult
+from geta_hf.quantization import (
+    FixedQuantizer,
+    QuantizedLayer,
+    cut_quantizers,
+    detach_quantizers,
+    fixed_quantizer,
+    float_inputs,
+    quantized_layers,
+)
+from geta_hf.serialization.atomic_folder import write_folder
+from geta_hf.serialization.embeddings import RoundedEmbedding
+from geta_hf.serialization.encode import activation_bits, pack_layer, weight_holders
+from geta_hf.serialization.hf_quantizer import attach_quantizer
+from geta_hf.surgery.compare_outputs import Outputs, attention_outputs, prove_alike
+from geta_hf.surgery.fixes import Fixes
+from geta_hf.surgery.slice import slice_model
+from geta_hf.surgery.verify import prove_replay
+
+
+@dataclass(frozen=True)
+class CutModel:
+    """A model without its removed groups.
+
+    Attributes:
+        model: shares the tensors that nothing cut with the trained model; its quantizers are still attached.
+        fixes: what makes a freshly built model of this class as small.
+    """
+
+    model: PreTrainedModel
+    fixes: Fixes
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a comparison of the compressed model with the trained one found.
+
+    Attributes:
+        difference: largest absolute difference of any output.
+        outputs: of the compressed model on the batch, as a reference for the folder.
+    """
+
+    difference: float
+    outputs: Outputs
+
+
+def cut(model: PreTrainedModel, plan: ExportPlan) -> CutModel:
+    """Slice the removed groups away in a copy of the model.
+
+    Args:
+        model: trained; unchanged afterwards.
+        plan: what to cut.
+
+    Raises:
+        GETAError: a module whose attributes cannot follow its tensors.
+    """
+    # Parameters are shared: those that are cut or packed are replaced in the copy, and nothing writes to the others.
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    compressed = copy.deepcopy(model, shared)
+    fixes = slice_model(compressed, plan.kept, plan.attributes)
+    cut_quantizers(compressed, plan.kept)
+    return CutModel(compressed, fixes)
+
+
+@torch.no_grad()
+def fill(cut_model: CutModel, plan: ExportPlan, embedding: RoundedEmbedding | None = None) -> PreTrainedModel:
+    """Replace quantized weights by packed codes at their own widths; the model then loads and saves as an export does.
+
+    Args:
+        cut_model: changed in place.
+        plan: the widths.
+        embedding: how the model's embedding was rounded; None where it was not.
+
+    Raises:
+        GETAError: codes beyond their bit width.
+    """
+    model = cut_model.model
+    packed = {name: _packed(name, layer, plan.result) for name, layer in quantized_layers(model).items()}
+    detach_quantizers(model)
+    if embedding is not None:
+        codes = embedding.codes(model.get_submodule(embedding.name))
+        packed[embedding.name] = (codes, embedding.bits, embedding.step_size, None)
+    holders = weight_holders(model, packed)
+    for name, parts in packed.items():
+        layer = model.get_submodule(name)
+        pack_layer(name, layer, *parts, tied=len(holders[name]) > 1)
+        for holder, leaf in holders[name]:
+            setattr(holder, leaf, layer.weight)
+    attach_quantizer(model, cut_model.fixes)
+    return model
+
+
+def _packed(
+    name: str, layer: QuantizedLayer, result: CompressionResult
+) -> tuple[Tensor, int, Tensor, FixedQuantizer | None]:
+    """Codes, bits and step size of a layer's weight, and what rounds its input."""
+    weight, inputs = layer.weight_quantizer, layer.input_quantizer
+    fixed = None if inputs is None else fixed_quantizer(inputs, result.input_bits[name])
+    return weight.codes(layer.weight), result.weight_bits[name], weight.d, fixed
+
+
+def prove(model: PreTrainedModel, compressed: PreTrainedModel, plan: ExportPlan) -> Proof:
+    """Compare the compressed model with the trained one, whose removed groups are zero (gate 4).
+
+    Layers that round their inputs are compared without, since the last bit of a sum may decide which way an activation
+    is rounded. Where a norm runs over what was removed, zeros still count in its mean: the recorded graph, on the
+    compressed model's own weights, takes the place of the trained model.
+
+    Raises:
+        GETAError: an output differs by more than the tolerance.
+    """
+    with float_inputs(compressed):
+        outputs = attention_outputs(compressed, plan.batch)
+        if plan.norms:
+            assert plan.recordings is not None
+            difference = prove_replay(plan.recordings.traces[0], plan.kept, compressed, plan.batch, outputs)
+        else:
+            with float_inputs(model):
+                trained = attention_outputs(model, plan.batch)
+                difference = prove_alike(model, trained, compressed, plan.batch, "cut", outputs)
+    if activation_bits(compressed):  # the folder rounds inputs again, as this model does
+        outputs = attention_outputs(compressed, plan.batch)
+    return Proof(difference, outputs)
+
+
+def publish(
+    target: Path, model: PreTrainedModel, plan: ExportPlan, proof: Proof, write: Writer, finish: Callable[[Path], None]
+) -> float:
+    """Write a folder and let it appear under its name once it is proved; a failure leaves the target as it was.
+
+    Args:
+        target: absolute path.
+        model: compressed.
+        plan: with the batch of the proof.
+        proof: of the compressed model.
+        write: writes and proves the format.
+        finish: adds what lies next to the model.
+
+    Returns:
+        The largest absolute difference of any output, of the compressed model or of the reloaded one.
+
+    Raises:
+        GETAError: the format cannot hold the model, or the folder computes something else.
+    """
+    difference = proof.difference
+
+    def write_all(folder: Path) -> None:
+        nonlocal difference
+        found = write(model, folder, plan.batch)
+        if found is not None:
+            difference = max(difference, found)
+        finish(folder)
+
+    write_folder(target, write_all)
+    return difference
