@@ -21,7 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,7 @@ from eval.study_tasks import (
     training_arguments,
 )
 from geta_hf import GETAConfig, GETAError, GETATrainer, PruningSpace
-from geta_hf.costs.targets import solve_target
-from geta_hf.methods.qasso.optimizer import bit_choices
-from geta_hf.methods.rounding import round_bits
+from geta_hf.methods import PostTrainingConfig
 from geta_hf.qadg import kept_indices, zero_groups
 
 RULES = {
@@ -57,7 +55,7 @@ RULES = {
 
 @dataclass(frozen=True)
 class Cell:
-    """Hold one combination of rules; without rules, a dense model. `rounded` ones are pruned at 16 bits first."""
+    """One combination of rules; without rules, a dense model. `rounded` ones are rounded only in the end."""
 
     name: str
     rules: dict[str, Any] = field(default_factory=dict)
@@ -123,8 +121,6 @@ def run_cell(task: Task, cell: Cell, seed: int, folder: Path, lengths: Lengths, 
         trainer.train()
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         if isinstance(trainer, GETATrainer):
-            if cell.rounded:
-                _round(trainer, _config(cell, limits))
             state = trainer.compression_state()
             found = {"relative_bops": state["relative_bops"], "mean_bits": state["mean_bits"]}
             found |= kept_shares(model, trainer.space)
@@ -143,28 +139,13 @@ def _trainer(
     }
     if not cell.rules:
         return Trainer(**common)
-    config = _config(cell, limits)
-    return GETATrainer(geta_config=_at_16_bits(config) if cell.rounded else config, **common)
+    return GETATrainer(geta_config=_config(cell, limits), **common)
 
 
 def _config(cell: Cell, limits: Limits) -> GETAConfig:
     values = {name: getattr(limits, name) for name in ("target_parameters", "bits", "mean_bits")}
-    return GETAConfig(**{**values, **limits.changes, **cell.rules})
-
-
-def _at_16_bits(config: GETAConfig) -> GETAConfig:
-    """Return the config with the same pruning at 16 bits, which is as good as no rounding."""
-    return replace(config, bits=(16, 16), mean_bits=16)
-
-
-def _round(trainer: GETATrainer, config: GETAConfig) -> None:
-    """Quantize after training, with the bit widths and clipping values of the config."""
-    qasso, model = trainer.qasso, trainer.model
-    assert qasso is not None and model is not None
-    named = dict(model.named_parameters())
-    target = solve_target(config, qasso.families, qasso.ledger)
-    choices = bit_choices(config)
-    round_bits(qasso.quantizers, named, named.get, qasso.curvature, qasso.ledger, target, qasso.removed_mask, choices)
+    kind = PostTrainingConfig if cell.rounded else GETAConfig
+    return kind(**{**values, **limits.changes, **cell.rules})
 
 
 def kept_shares(model: PreTrainedModel, space: PruningSpace) -> dict[str, float]:

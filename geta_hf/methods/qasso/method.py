@@ -1,4 +1,4 @@
-"""QASSO as a `Method`: what a trainer calls, in the order in which it calls it."""
+"""QASSO as a `Method`, with its functions in the order in which a trainer calls them."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ class QASSOMethod(Method):
 
     @property
     def finished(self) -> bool:
-        """Whether the joint stage is over: groups are zero and widths are integers."""
+        """True once the joint stage is over: groups are zero and widths are integers."""
         return self.optimizer is not None and self.optimizer.finished
 
     @property

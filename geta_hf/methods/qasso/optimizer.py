@@ -83,27 +83,26 @@ class QASSO(torch.optim.Optimizer):
         GETAError: a target that can't be reached, a member of a prunable family or a quantizer that is not in `base`, a
             base optimizer or a kind of parameter that can't be wrapped.
 
-    Example:
         >>> import torch
-        >>> from transformers import BertConfig, BertForSequenceClassification
-        >>> sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 1}
-        >>> model = BertForSequenceClassification(BertConfig(vocab_size=30, **sizes))
-        >>> batch = {"input_ids": torch.arange(1, 9)[None]}
-        >>> from geta_hf import QASSO, GETAConfig, Schedule, attach_quantizers, build_space
-        >>> from geta_hf.quantization import quantizer_prefixes
-        >>> space = build_space(model, batch)
-        >>> _ = attach_quantizers(model)
-        >>> config = GETAConfig(target_sparsity=0.5)
-        >>> schedule = Schedule.from_config(config, total_steps=40, steps_per_epoch=40)
-        >>> names = {parameter: name for name, parameter in model.named_parameters()}
-        >>> base = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        >>> optimizer = QASSO(base, names, space, quantizer_prefixes(model), schedule, config)
-        >>> for _ in range(40):
-        ...     model(**batch, labels=torch.tensor([1])).loss.backward()
-        ...     optimizer.step()
-        ...     optimizer.zero_grad()
-        >>> optimizer.removed_groups, optimizer.finished
-        (18, True)
+    >>> from geta_hf import GETAConfig, QASSO, PruningSpace, Schedule, attach_quantizers
+    >>> model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(4, 4)])})
+    >>> _ = attach_quantizers(model)
+    >>> names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    >>> config = GETAConfig(target_sparsity=0.0, mean_bits=5)
+    >>> optimizer = QASSO(
+    ...     torch.optim.SGD(list(names), lr=0.01),
+    ...     names,
+    ...     PruningSpace(families=()),
+    ...     {"blocks.0.weight": "blocks.0.weight_quantizer"},
+    ...     Schedule.from_config(config, total_steps=50, steps_per_epoch=50),
+    ...     config,
+    ... )
+    >>> for _ in range(50):
+    ...     model["blocks"][0](torch.ones(2, 4)).sum().backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    >>> optimizer.finished, round(optimizer.bits()["blocks.0.weight_quantizer"])
+    (True, 5)
     """
 
     def __init__(
@@ -473,7 +472,7 @@ class QASSO(torch.optim.Optimizer):
 
     @property
     def finished(self) -> bool:
-        """Whether the joint stage is over: all groups that were to be removed are zero, and widths are integers."""
+        """True once the joint stage is over: all that was to be removed is zero, and widths are integers."""
         return self.phase.stage == COOLDOWN
 
     @property
@@ -514,7 +513,7 @@ class QASSO(torch.optim.Optimizer):
 
     @property
     def removed_groups(self) -> int:
-        """How many groups are exactly zero for good."""
+        """The number of groups that are exactly zero for good."""
         return int(self.removed_mask.sum())
 
     @property
