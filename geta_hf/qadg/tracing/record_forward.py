@@ -60,6 +60,20 @@ def record_forward(model: nn.Module, batch: Mapping[str, Any], times: int = 1) -
     return graph
 
 
+def check_same_path(model: nn.Module, batch: Mapping[str, Any], graph: Graph) -> None:
+    """Record the model on the batch again and compare with a graph that is at hand.
+
+    Args:
+        model: as in `record_forward`.
+        batch: as in `record_forward`.
+        graph: what `record_forward` gave for them, its branches not merged.
+
+    Raises:
+        GETAError: the operators are not the same.
+    """
+    _check_same_path(model, graph, record_forward(model, batch))
+
+
 def _check_same_path(model: nn.Module, first: Graph, second: Graph) -> None:
     """Raise an error when two recordings differ: a graph of one path says nothing about the others."""
     for one, other in zip_longest(_steps(first), _steps(second)):
@@ -99,7 +113,7 @@ def _record(model: nn.Module, batch: Mapping[str, Any], real: bool) -> Graph:
                 output = model(**inputs)
         except Exception as error:
             raise GETAError(_failed_forward(model, batch, error)) from error
-        graph.outputs = tuple(dict.fromkeys(recorder.value_of(tensor) for tensor in _main_tensors(output)))
+        graph.outputs = tuple(dict.fromkeys(recorder.value_of(tensor) for tensor in main_tensors(output)))
     if not graph.outputs:
         raise GETAError(
             f"{type(model).__name__} returned a {type(output).__name__} without a tensor; "
@@ -129,7 +143,7 @@ def _input(name: str, item: Any, recorder: Recorder) -> Any:
     return tensor
 
 
-def _main_tensors(output: Any) -> list[torch.Tensor]:
+def main_tensors(output: Any) -> list[torch.Tensor]:
     """Return the tensors that the model is there for; all tensors if that leaves none.
 
     These are pinned later. If the hidden states of an encoder counted as outputs, they could not be pruned, for no
