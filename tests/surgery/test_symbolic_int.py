@@ -54,7 +54,7 @@ def test_comparisons_are_noted_with_their_outcome() -> None:
         ("lt", HEADS, 5, False),
         ("eq", HEADS, 12, True),
     ]
-    assert log.guards[0].where.startswith("test_tagged.py:")
+    assert log.guards[0].where.startswith("test_symbolic_int.py:")
 
 
 @pytest.mark.parametrize("use", [lambda n: n**-0.5, lambda n: math.sqrt(n), lambda n: n / 2, lambda n: 1 / n, float])
