@@ -17,8 +17,9 @@ import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from eval.squad import load_questions, predict, sample, score
 from geta_hf import attach_quantizers, export
+from geta_hf.evaluation.squad import predict, score
+from geta_hf.evaluation.squad_features import load_questions, sample
 from geta_hf.qadg import PruningSpace
 from geta_hf.utils.tables import format_table
 

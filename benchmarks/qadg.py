@@ -28,9 +28,9 @@ from transformers import BertConfig, BertForQuestionAnswering, LlamaConfig, PhiC
 from geta_hf.qadg import PruningSpace, build_space
 from geta_hf.qadg.families.find import find_families
 from geta_hf.qadg.propagation.propagate import propagate
-from geta_hf.qadg.tracing.capture import capture
 from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs
 from geta_hf.qadg.tracing.merge import merge_branches
+from geta_hf.qadg.tracing.record_forward import record_forward
 from geta_hf.utils.tables import format_table
 
 CONFIGS: dict[str, PreTrainedConfig] = {
@@ -57,7 +57,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
 }
 LAYERS = (8, 16, 32, 64)
-STEPS = ("empty_model", "capture", "merge", "propagate", "families", "build_space", "from_config")
+STEPS = ("empty_model", "record", "merge", "propagate", "families", "build_space", "from_config")
 
 T = TypeVar("T")
 Timings = defaultdict[str, list[float]]
@@ -133,7 +133,7 @@ def time_steps(config: PreTrainedConfig, timings: Timings) -> torch.nn.Module:
     """Each step of `build_space` for itself, which records once where that records twice, and then both in all."""
     model = timed(timings["empty_model"], empty_model, config)
     batch = make_dummy_inputs(model)
-    graph = timed(timings["capture"], capture, model, batch)
+    graph = timed(timings["record"], record_forward, model, batch)
     merged = timed(timings["merge"], merge_branches, graph)
     flow = timed(timings["propagate"], propagate, merged)
     timed(timings["families"], find_families, flow)

@@ -21,7 +21,7 @@ import transformers
 
 from geta_hf import GETAError
 from geta_hf.qadg import PruningSpace, verify_space
-from geta_hf.qadg.propagation.propagate import analyse
+from geta_hf.qadg.propagation.propagate import record_and_propagate
 from geta_hf.qadg.space import apply_policy, space_of
 from geta_hf.surgery.trial_cut import try_cuts
 from geta_hf.surgery.verify import verify_surgery
@@ -105,7 +105,7 @@ def examine(name: str) -> Result:
 
 def _find(result: Result) -> None:
     model, batch = build(result.name)
-    space = space_of(analyse(model, batch, times=2))
+    space = space_of(record_and_propagate(model, batch, times=2))
     result.norms = not space.prunable
     result.space = apply_policy(space, prune=("norm",)) if result.norms else space
 
@@ -161,7 +161,7 @@ def families_found(space: PruningSpace) -> str:
 def _remarks(result: Result) -> str:
     space = result.space
     counts: Counter[str] = Counter()
-    for frozen in space.frozen:
+    for frozen in space.unsupported:
         counts[f"{frozen.operator}: {frozen.reason}"] += frozen.count
     parts = [f"{what} ({count}x)" for what, count in counts.most_common()]
     parts += [f"{count} families refused: {_one_line(why, 200)}" for why, count in result.refused.most_common(2)]
@@ -180,7 +180,7 @@ def summary(results: Sequence[Result]) -> str:
     lines.append(f"- {sum(r.norms for r in results)} have families coupled to norms alone, which were switched on")
     lines.append(f"- {sum(bool(r.refused) for r in results)} have families that the model's own code can't follow")
     lines.append(f"- {len(results) - len(pruned)} end with nothing to prune")
-    lines.append(f"- {sum(not r.space.frozen for r in results)} have no frozen operator")
+    lines.append(f"- {sum(not r.space.unsupported for r in results)} have no frozen operator")
     if pruned:
         found = sum(r.space.coverage() for r in pruned) / len(pruned)
         prunable = sum(r.space.coverage(prunable_only=True) for r in pruned) / len(pruned)

@@ -41,8 +41,9 @@ from eval.study_tasks import (
     training_arguments,
 )
 from geta_hf import GETAConfig, GETAError, GETATrainer, PruningSpace
-from geta_hf.costs.bit_allocation import allocate_bits
 from geta_hf.costs.targets import solve_target
+from geta_hf.methods.qasso.optimizer import bit_choices
+from geta_hf.methods.rounding import round_bits
 from geta_hf.qadg import kept_indices, zero_groups
 
 RULES = {
@@ -159,8 +160,10 @@ def _round(trainer: GETATrainer, config: GETAConfig) -> None:
     """Post-training quantization: the widths and clipping values of the config, once nothing is trained any more."""
     qasso, model = trainer.qasso, trainer.model
     assert qasso is not None and model is not None
-    qasso.config, qasso.goal = config, solve_target(config, qasso.families, qasso.ledger)
-    allocate_bits(qasso, dict(model.named_parameters()))
+    named = dict(model.named_parameters())
+    target = solve_target(config, qasso.families, qasso.ledger)
+    choices = bit_choices(config)
+    round_bits(qasso.quantizers, named, named.get, qasso.curvature, qasso.ledger, target, qasso.removed_mask, choices)
 
 
 def kept_shares(model: PreTrainedModel, space: PruningSpace) -> dict[str, float]:

@@ -32,9 +32,10 @@ from transformers import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
-from eval import squad
-from eval.squad_features import load_questions, sample, training_features
 from geta_hf import GETAError
+from geta_hf.evaluation import squad
+from geta_hf.evaluation.squad_features import load_questions, sample, training_features
+from geta_hf.evaluation.texts import perplexity_of_rows
 
 HEAD_DIM = 32
 SAVE_EVERY = 200  # steps of the dense training between checkpoints
@@ -337,20 +338,12 @@ def llama_config(options: TextOptions, vocabulary: int) -> LlamaConfig:
     )
 
 
-@torch.no_grad()
 def nats_per_token(model: PreTrainedModel, tokens: Tensor, batch_size: int = 32) -> float:
-    """Mean cross-entropy of every token but a sequence's first.
+    """Return the mean cross-entropy of every token except the first of each sequence.
 
     Args:
-        model: a causal language model; left in its own mode.
+        model: a causal language model; its mode does not change.
         tokens: int64, shape (sequences, block).
-        batch_size: sequences a forward pass.
+        batch_size: sequences of a forward pass.
     """
-    training = model.training
-    model.eval()
-    total = 0.0
-    for batch in tokens.split(batch_size):
-        batch = batch.to(model.device)
-        total += float(model(input_ids=batch, labels=batch).loss) * len(batch)
-    model.train(training)
-    return total / len(tokens)
+    return perplexity_of_rows(model, Blocks(tokens), default_data_collator, batch_size)["nats_per_token"]

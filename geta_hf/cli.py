@@ -15,7 +15,7 @@ from geta_hf.errors import GETAError
 from geta_hf.evaluation.command import add_command as add_eval
 from geta_hf.export.formats import FORMATS
 from geta_hf.qadg.groups import Family
-from geta_hf.qadg.propagation.propagate import analyse
+from geta_hf.qadg.propagation.propagate import record_and_propagate
 from geta_hf.qadg.space import PruningSpace, space_of
 from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs
 from geta_hf.reporting.graph_page import gather, gather_frozen, pattern, span, write_page
@@ -89,7 +89,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     model = empty_model(arguments.model)
     batch = make_dummy_inputs(model)
-    flow = analyse(model, batch)
+    flow = record_and_propagate(model, batch)
     space = space_of(flow, arguments.prune, arguments.keep)
     seconds = time.perf_counter() - start
     sections = [_headline(model, batch, len(flow.graph.nodes)), family_table(space.families), *_remarks(space)]
@@ -190,7 +190,7 @@ def _aligned(rows: Sequence[Sequence[str]], right: set[int]) -> list[str]:
 
 def _remarks(space: PruningSpace) -> Iterator[str]:
     """What is frozen and what nothing reads, if anything."""
-    if space.frozen:
+    if space.unsupported:
         yield "\n".join(("frozen: what these operators read keeps its shape", *_indented(_frozen_table(space))))
     if space.untouched:
         yield "\n".join(("untouched: no operator reads these parameters", *_indented(gather(space.untouched))))

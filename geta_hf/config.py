@@ -1,251 +1,689 @@
-"""`GETAConfig`: the one dataclass that says everything about a run. Saved beside the model as `geta_config.json`."""
+"""The settings of a compression run: one class for the limits that every method shares, and one for each method.
+
+Each setting is declared in one place, with its type, default, help, allowed values and section. Validation, `--help`
+of the recipes, `help(GETAConfig)` and `docs/configuration.md` are derived from these declarations; only checks that
+compare several settings are methods. The config of a run is saved with the model as `geta_config.json`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import os
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from geta_hf.errors import GETAError
 from geta_hf.utils.files import write_whole
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 CONFIG_NAME = "geta_config.json"
 
 Duration = int | float | str
 
-_CHOICES = {
-    "saliency": ("fisher", "taylor", "hesso"),
-    "forgetting": ("uniform", "paper"),
-    "bit_rule": ("sensitivity", "ppsg", "paper"),
-    "clipping": ("mse", "max"),
+SECTIONS = {
+    "Targets": "Set how much to prune with `target_sparsity` or `target_parameters`, the size of the model with "
+    "`target_bops` or `target_bytes`, and the mean width with `mean_bits`: at most two of these three. The others are "
+    "solved for before training. Without a target for pruning or size, `target_sparsity` is 0.5.",
+    "Widths": "A width is the number of bits of each value; b_l and b_u are the lower and the upper bound.",
+    "Quantizers": "A quantizer has a step size d, a clipping value q_m and an exponent t.",
+    "Pruning limits": "A family is a set of groups of one kind, such as the attention heads of a layer.",
+    "Distillation": "A teacher adds terms to the loss. By default it is the model as it was before training.",
+    "Selection": "The parts of the model that are quantized, pruned or removed.",
+    "Stages": "Training starts with warm-up, followed by projection and the joint stage; cool-down takes the remaining "
+    "steps. A length is a number of steps (an integer), a share of training (a float below 1), or text with a unit, "
+    "such as '1.5 epochs' or '200 steps'.",
+    "Rules": "The defaults are the rules that measured best. `GETAConfig.paper()` selects those of the paper.",
 }
+"""The sections of the documentation -> their introduction. A method may name others, which then have none."""
 
+
+# -------------------------------------------------------------------------------------------- how a setting is declared
+
+
+class Check(NamedTuple):
+    """A condition on one value.
+
+    Attributes:
+        holds: decides whether a value of the right type is allowed.
+        text: continues "the value must be a number ..."; not needed where the setting has `expected`.
+    """
+
+    holds: Callable[[Any], bool]
+    text: str = ""
+
+
+def between(low: float, high: float) -> Check:
+    """Return the check for the half-open interval [low, high)."""
+    return Check(lambda value: low <= value < high, f"in [{low}, {high})")
+
+
+def inside(low: float, high: float) -> Check:
+    """Return the check for the open interval (low, high)."""
+    return Check(lambda value: low < value < high, f"in ({low}, {high})")
+
+
+def at_least(low: float) -> Check:
+    """Return the check for values of `low` or more."""
+    return Check(lambda value: value >= low, f"of at least {low}")
+
+
+def above(low: float) -> Check:
+    """Return the check for values greater than `low`."""
+    return Check(lambda value: value > low, f"above {low}")
+
+
+def setting(
+    default: Any,
+    help: str,
+    check: Check | None = None,
+    *,
+    section: str,
+    choices: tuple[str, ...] = (),
+    expected: str = "",
+) -> Any:
+    """Declare one field of a config class; its type is the annotation of the field.
+
+    Args:
+        default: the default value; a list is copied for every config.
+        help: plain English for `--help` and the documentation.
+        check: the range of values, if the type does not say it all. None as a value is never checked.
+        section: one of `SECTIONS`, under which the field is documented.
+        choices: the allowed strings.
+        expected: replaces the generated description of the type and range in messages and documentation.
+    """
+    metadata = {"help": help, "check": check, "section": section, "choices": choices, "expected": expected}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a config class, as declared with `setting`.
+
+    Attributes:
+        name: of the field.
+        hint: its annotation, resolved.
+        default: its default value in this class.
+        help, check, section, choices, expected: see `setting`.
+    """
+
+    name: str
+    hint: Any
+    default: Any
+    help: str = ""
+    check: Check | None = None
+    section: str = "Other"
+    choices: tuple[str, ...] = ()
+    expected: str = ""
+
+    @property
+    def allowed(self) -> str:
+        """The type and the range in words, without None."""
+        if self.expected:
+            return self.expected
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        text = _type_name(self.hint)
+        return text if self.check is None else f"{text} {self.check.text}"
+
+    def accepts(self, value: Any) -> bool:
+        """Return whether the type and the value are allowed."""
+        if value is None and NoneType in _arms(self.hint):
+            return True
+        if not _has_type(value, self.hint) or (self.choices and value not in self.choices):
+            return False
+        return self.check is None or self.check.holds(value)
+
+
+def settings_of(kind: type[CompressionConfig]) -> dict[str, Setting]:
+    """Return the fields of a config class by name, in their order.
+
+    A subclass that redeclares a field with a plain value changes its default only.
+    """
+    hints = get_type_hints(kind)
+    found = {}
+    for field in dataclasses.fields(kind):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        found[field.name] = Setting(field.name, hints[field.name], default, **_metadata(kind, field.name))
+    return found
+
+
+def _metadata(kind: type, name: str) -> Mapping[str, Any]:
+    for base in kind.__mro__:
+        field = vars(base).get("__dataclass_fields__", {}).get(name)
+        if field is not None and "help" in field.metadata:
+            return field.metadata
+    return {}
+
+
+def sections_of(kind: type[CompressionConfig]) -> dict[str, list[Setting]]:
+    """Return the fields of a config class by section, in the order of their first field."""
+    found: dict[str, list[Setting]] = {}
+    for one in settings_of(kind).values():
+        found.setdefault(one.section, []).append(one)
+    return found
+
+
+_NAMES = {bool: ("a bool", "bools"), int: ("an integer", "integers"), float: ("a number", "numbers")}
+_NAMES |= {str: ("a string", "strings")}
+
+
+def _arms(hint: Any) -> tuple[Any, ...]:
+    """Return the types of a union, or the only type."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    """Compare strictly: a bool or NaN is no number, a string no list. Lists and tuples are alike, as JSON has one."""
+    return any(_has_one_type(value, arm) for arm in _arms(hint))
+
+
+def _has_one_type(value: Any, hint: Any) -> bool:
+    origin, items = get_origin(hint), get_args(hint)
+    if origin in (list, tuple):
+        if not isinstance(value, list | tuple):
+            return False
+        if origin is tuple and len(value) != len(items):
+            return False
+        return all(_has_type(item, items[0]) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)
+    if hint in (bool, int):
+        return type(value) is hint
+    return isinstance(value, origin or hint)
+
+
+def _is_finite(value: int | float) -> bool:
+    return isinstance(value, int) or math.isfinite(value)
+
+
+def _type_name(hint: Any) -> str:
+    return " or ".join(_one_type_name(arm) for arm in _arms(hint) if arm is not NoneType)
+
+
+def _one_type_name(hint: Any) -> str:
+    origin, items = get_origin(hint), get_args(hint)
+    if origin is list:
+        return f"a list of {_NAMES[items[0]][1]}"
+    if origin is tuple:
+        return f"a list of {len(items)} {_NAMES[items[0]][1]}"
+    return _NAMES[hint][0] if hint in _NAMES else f"a {(origin or hint).__name__}"
+
+
+def _normalize(value: Any, hint: Any) -> Any:
+    """Convert between list and tuple, as the annotation has it."""
+    if isinstance(value, list | tuple):
+        for arm in _arms(hint):
+            if get_origin(arm) in (list, tuple):
+                return get_origin(arm)(value)
+    return value
+
+
+def _parse_number(value: Any, hint: Any) -> Any:
+    """Convert text for a number. YAML 1.1 reads `1e-8`, without a dot, as text."""
+    if not isinstance(value, str) or float not in _arms(hint) or str in _arms(hint):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+# -------------------------------------------------------------------------------------------------------- documentation
+
+REGENERATE = (
+    """python -c "from geta_hf.config import field_table; print(field_table(), end='')" > docs/configuration.md"""
+)
+"""The command that writes the page again, from the root of the repository."""
+
+_Kind = TypeVar("_Kind", bound="type[CompressionConfig]")
+
+
+def document_attributes(kind: _Kind) -> _Kind:
+    """Append the fields with their help to the docstring of a config class; a class decorator."""
+    lines = [inspect.cleandoc(kind.__doc__ or ""), "", "Attributes:"]
+    for one in settings_of(kind).values():
+        text = f"{one.name}: {one.help} Default: {one.default!r}; {one.allowed}."
+        lines += textwrap.wrap(text, 116, initial_indent=" " * 4, subsequent_indent=" " * 8, break_on_hyphens=False)
+    kind.__doc__ = "\n".join(lines) + "\n"
+    return kind
+
+
+def field_table(kind: type[CompressionConfig] | None = None) -> str:
+    """Return `docs/configuration.md`: all fields of a config class (default: `GETAConfig`) as Markdown tables."""
+    kind = kind or GETAConfig
+    lines = [
+        "# Configuration",
+        "",
+        f"The fields of `{kind.__name__}`, as given in Python (`{kind.__name__}(target_sparsity=0.3)`), in the `geta:` "
+        f"section of a recipe's YAML file, or on its command line (`--geta.target_sparsity 0.3`). A run saves "
+        f"them as `{CONFIG_NAME}`.",
+        "",
+        "This page is generated from the declarations in `geta_hf/config.py`. After a change there, run",
+        "",
+        "```bash",
+        REGENERATE,
+        "```",
+    ]
+    for section, settings in sections_of(kind).items():
+        lines += ["", f"## {section}", ""]
+        if section in SECTIONS:
+            lines += [SECTIONS[section], ""]
+        lines += ["| field | default | value | meaning |", "|---|---|---|---|"]
+        for one in settings:
+            cells = (f"`{one.name}`", f"`{one.default!r}`", one.allowed, one.help)
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------- the classes
+
+CONFIG_CLASSES: dict[str, type[CompressionConfig]] = {}
+"""The name of a method -> its config class. A subclass that sets `method` enters by itself."""
 
 _PRUNING = ("target_sparsity", "target_parameters")
 _SIZES = ("target_bops", "target_bytes")
-_RANGES: list[tuple[str, float, float]] = [
-    ("target_sparsity", 0, 1),
-    ("target_parameters", 0, 1),
-    ("target_bytes", 1, math.inf),
-    ("projection_periods", 1, math.inf),
-    ("pruning_periods", 1, math.inf),
-    ("calibration_batches", 1, math.inf),
-    ("multiple_of", 1, math.inf),
-    ("bit_reduction", 0, math.inf),
-    ("quantizer_learning_rate", 0, math.inf),
-    ("saliency_decay", 0, 1),
-    ("epsilon", 0, 1),
-    ("distill_logits", 0, math.inf),
-    ("distill_hidden", 0, math.inf),
-]
-_SHARES = ("eta", "xi", "target_bops")
+_PAIR = "a pair (b_l, b_u) of integers in 2..16, b_l <= b_u"
 
 
-class _Kind(NamedTuple):
-    holds: Callable[[Any], bool]
-    wanted: str
+def _is_pair_of_widths(pair: tuple[int, int]) -> bool:
+    return 2 <= pair[0] <= pair[1] <= 16
 
 
-def _whole(value: Any) -> bool:
-    return type(value) is int
+def _is_minimum(value: float) -> bool:
+    return 0 < value < 1 or (value >= 1 and float(value).is_integer())
 
 
-def _real(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_depth(value: int | list[str]) -> bool:
+    return not isinstance(value, int) or value >= 0
 
 
-def _pair(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(_whole(b) and 2 <= b <= 16 for b in value)
-
-
-def _list_of(kind: type) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list | tuple) and all(type(item) is kind for item in value)
-
-
-_WHOLE, _REAL = _Kind(_whole, "a whole number"), _Kind(_real, "a number")
-_PAIR, _FLAG = _Kind(_pair, "a pair (b_l, b_u) of whole numbers in 2..16"), _Kind(lambda v: type(v) is bool, "a bool")
-_PATTERNS = _Kind(_list_of(str), "a list of regular expressions")
-_DEPTH = _Kind(lambda v: (_whole(v) and v >= 0) or _list_of(str)(v), "a number of layers, or a list of their paths")
-_POLICY = _Kind(_list_of(str), "a list of kinds, couplings or patterns")
-_KINDS: dict[str, _Kind] = {
-    **dict.fromkeys(("projection_periods", "pruning_periods", "initial_bits"), _WHOLE),
-    **dict.fromkeys(("target_bytes", "multiple_of", "calibration_batches", "embedding_bits"), _WHOLE),
-    **dict.fromkeys(("target_sparsity", "target_parameters", "target_bops", "mean_bits", "bit_reduction"), _REAL),
-    **dict.fromkeys(("quantizer_learning_rate", "saliency_decay", "eta", "xi", "epsilon", "min_kept"), _REAL),
-    **dict.fromkeys(("distill_logits", "distill_hidden", "distill_temperature"), _REAL),
-    **dict.fromkeys(("bits", "activation_bits"), _PAIR),
-    **dict.fromkeys(("per_channel", "uniform", "learn_exponent", "learn_activation_exponent"), _FLAG),
-    **dict.fromkeys(("include", "exclude"), _PATTERNS),
-    **dict.fromkeys(("prune", "keep"), _POLICY),
-    "drop_layers": _DEPTH,
-    "bit_choices": _Kind(_list_of(int), "a list of whole numbers"),
-}
-_OPTIONAL = frozenset((*_PRUNING, *_SIZES, "mean_bits", "bit_choices", "activation_bits", "bit_reduction"))
-_OPTIONAL |= {"include", "embedding_bits"}
-
-
+@document_attributes
 @dataclass
-class GETAConfig:
-    """Limits, stages and rules of one compression run.
+class CompressionConfig:
+    """The limits of a compression run that every method shares.
 
-    How much to prune is said by `target_sparsity` or `target_parameters`, how small the model shall be by
-    `target_bops` or `target_bytes`, and the widths by `bits` and `mean_bits`. What is left out is solved for before
-    training (`geta_hf.training.plan`); of pruning, size and `mean_bits` at most two are given. Without any target half
-    of the groups go.
+    The class of a config chooses the method, so a run takes a subclass such as `GETAConfig`. Code that needs the limits
+    only, such as the plan or the export, works with this class.
 
-    Attributes:
-        target_sparsity: share of the prunable groups to remove, in [0, 1); K = round(share · groups) in the paper.
-        bits: (b_l, b_u), the widths that every quantized layer must end within, each in 2..16.
-        target_parameters: share of the parameters in prunable groups to remove, in [0, 1).
-        target_bops: BOPs of the quantized layers, relative to the dense model at 32 · 32 bits, in (0, 1).
-        target_bytes: bytes of the exported model.safetensors.
-        mean_bits: mean width over the weights that stay, at most; beside a size, both hold. None is the middle of
-            `bits` for the `sensitivity` rule where no size is asked for, and whatever the rule learns for the others.
-        bit_choices: the only widths allowed, such as [4, 8], inside `bits`; None allows every whole number.
-        activation_bits: (b_l, b_u) of the quantizers on the layers' inputs; None leaves activations float.
-        embedding_bits: 2 to 8: the vocabulary's embedding is rounded to it when the model is exported; None leaves it.
-        per_channel: one (d, q_m) an output channel instead of one a layer.
-        calibration_batches: batches that the clipping values of activations are measured on.
-        min_kept: what every family keeps at least: a count, or below 1 a share.
-        multiple_of: kept channels of every family are a multiple of this.
-        uniform: remove equally many groups from every family of like kind and size. With it, or with `multiple_of`, K
-            groups may be out of reach; then up to one chunk fewer go.
-        initial_bits: width before the projection stage, at least b_u.
-        bit_reduction: b_r, bits taken off the upper bound in each projection period. None spreads
-            initial_bits - b_u over the periods; a number of your own must end inside `bits`.
-        warmup, projection, joint: lengths of the stages; cool-down is the rest. An int is steps, a float below 1 a
-            share of training, a string such as "1.5 epochs" or "200 steps" says its unit.
-        projection_periods: B, periods of the projection stage.
-        pruning_periods: P, periods of the joint stage.
-        saliency: `fisher` ranks groups by the EMA of <g, x>² per parameter removed, `taylor` by its root per parameter,
-            `hesso` by the paper's score.
-        forgetting: `uniform` shrinks redundant groups by γ = 1 / (steps left), `paper` by Eq. 13.
-        bit_rule: who decides the widths. `sensitivity` spends `mean_bits`, or the size asked for, where one more bit
-            lowers the expected loss most, at the joint stage's end. `ppsg` learns d under projection alone, which in
-            practice leaves layers at or near b_u; `paper` sets d by Eq. 14 in the joint stage, which sends most layers
-            that lose groups to b_l. Widths that these two learned are moved together where a target asks for others.
-        clipping: where q_m starts: `mse` for least squared error at b_u bits, `max` for max|W|.
-        learn_exponent: train t of weights; otherwise t = 1.
-        learn_activation_exponent: train t of activations; otherwise t = 1, which kernels for inference expect.
-        quantizer_learning_rate: relative step of (d, q_m, t), under the run's own scheduler. At most 3e-3 is advised.
-        saliency_decay: decay of the saliency's moving average, in [0, 1).
-        eta, xi, epsilon: η and ξ of Eqs. 13-14, in (0, 1), and the magnitude below which a group counts as forgotten.
-        distill_logits, distill_hidden: weights of the teacher's logits and hidden states in the loss; see
-            `geta_hf.training.distillation`.
-        distill_temperature: softens both distributions, above 0.
-        include, exclude: regular expressions over module names that choose the layers to quantize.
-        drop_layers: whole layers to remove before anything else: how many, chosen one by one as those without which
-            the loss on `calibration_batches` is lowest, or their paths (`model.layers.3`). A run notes the paths.
-        prune, keep: families to make prunable beside heads and channels, and families to keep whole: kinds
-            (`residual`), couplings (`norm`) or patterns of names (`*.layers.0.*`); see `geta_hf.qadg.apply_policy`.
+    >>> limits = CompressionConfig(target_parameters=0.3, bits=(3, 8), bit_choices=[8, 4])
+    >>> limits.widths
+    [4, 8]
+    >>> limits.wanted_mean_bits
+    6.0
+
+    A method declares its class as follows, with its own settings; the file of a run then names the method, and
+    `read_config` returns the class.
+
+        @dataclass
+        class SearchConfig(CompressionConfig):
+            method: ClassVar[str] = "search"
+            temperature: float = setting(1.0, "Softmax temperature.", above(0), section="Rules")
+
+    Raises:
+        GETAError: a value of the wrong type or out of range, or settings that contradict each other.
     """
 
-    target_sparsity: float | None = None
-    bits: tuple[int, int] = (4, 8)
-    target_parameters: float | None = None
-    target_bops: float | None = None
-    target_bytes: int | None = None
-    mean_bits: float | None = None
-    bit_choices: list[int] | None = None
-    activation_bits: tuple[int, int] | None = None
-    embedding_bits: int | None = None
-    per_channel: bool = False
-    calibration_batches: int = 8
-    min_kept: float = 1
-    multiple_of: int = 1
-    uniform: bool = False
-    initial_bits: int = 16
-    bit_reduction: float | None = None
-    warmup: Duration = 0.1
-    projection: Duration = 0.1
-    joint: Duration = 0.4
-    projection_periods: int = 4
-    pruning_periods: int = 5
-    saliency: str = "fisher"
-    forgetting: str = "uniform"
-    bit_rule: str = "sensitivity"
-    clipping: str = "mse"
-    learn_exponent: bool = False
-    learn_activation_exponent: bool = False
-    quantizer_learning_rate: float = 1e-3
-    saliency_decay: float = 0.95
-    eta: float = 0.999
-    xi: float = 0.999
-    epsilon: float = 1e-8
-    distill_logits: float = 0.0
-    distill_hidden: float = 0.0
-    distill_temperature: float = 2.0
-    include: list[str] | None = None
-    exclude: list[str] = dataclasses.field(default_factory=list)
-    drop_layers: int | list[str] = 0
-    prune: list[str] = dataclasses.field(default_factory=list)
-    keep: list[str] = dataclasses.field(default_factory=list)
+    method: ClassVar[str] = ""
+    """The name of the method, as saved files carry it."""
+
+    target_sparsity: float | None = setting(
+        None,
+        "Share of the prunable groups (heads, channels) to remove, met exactly: K = round(share · groups).",
+        between(0, 1),
+        section="Targets",
+    )
+    bits: tuple[int, int] = setting(
+        (4, 8),
+        "The bounds within which the width of every quantized weight must end.",
+        Check(_is_pair_of_widths),
+        section="Widths",
+        expected=_PAIR,
+    )
+    target_parameters: float | None = setting(
+        None,
+        "Share of the parameters in prunable groups to remove; replaces `target_sparsity`.",
+        between(0, 1),
+        section="Targets",
+    )
+    target_bops: float | None = setting(
+        None,
+        "BOPs of the quantized layers, relative to the dense model at 32 · 32 bits.",
+        inside(0, 1),
+        section="Targets",
+    )
+    target_bytes: int | None = setting(None, "Bytes of the exported model.safetensors.", at_least(1), section="Targets")
+    mean_bits: float | None = setting(
+        None,
+        "Maximum mean bit width of the remaining weights, inside `bits`. With a size target, both apply. None is the "
+        "middle of `bits` if there is no size target.",
+        section="Targets",
+    )
+    bit_choices: list[int] | None = setting(
+        None, "The only widths allowed, such as [4, 8], inside `bits`. None allows every integer.", section="Widths"
+    )
+    activation_bits: tuple[int, int] | None = setting(
+        None,
+        "The bounds for the inputs of the layers, calibrated on `calibration_batches`. None does not quantize "
+        "activations.",
+        Check(_is_pair_of_widths),
+        section="Widths",
+        expected=_PAIR,
+    )
+    embedding_bits: int | None = setting(
+        None,
+        "Width to which the vocabulary's embedding is rounded, row by row, at export. None does not round it.",
+        Check(lambda value: 2 <= value <= 8, "in 2..8"),
+        section="Widths",
+    )
+    per_channel: bool = setting(
+        False, "Use one (d, q_m) for each output channel instead of one for each layer.", section="Quantizers"
+    )
+    calibration_batches: int = setting(
+        8,
+        "Number of batches on which the clipping values of activations are measured.",
+        at_least(1),
+        section="Quantizers",
+    )
+    min_kept: float = setting(
+        1,
+        "Minimum number of groups that remain in every family, or, below 1, their share.",
+        Check(_is_minimum),
+        section="Pruning limits",
+        expected="an integer count of at least 1, or a share above 0 and below 1",
+    )
+    multiple_of: int = setting(
+        1,
+        "The number of remaining channels of every family is a multiple of this.",
+        at_least(1),
+        section="Pruning limits",
+    )
+    uniform: bool = setting(
+        False,
+        "Remove equally many groups from all families of the same kind and size. With this or with `multiple_of`, the "
+        "exact K may be out of reach; then up to one chunk fewer is removed.",
+        section="Pruning limits",
+    )
+    clipping: str = setting(
+        "mse",
+        "Start value of q_m: `mse` has the least squared error at b_u bits, `max` is max|W|.",
+        section="Quantizers",
+        choices=("mse", "max"),
+    )
+    distill_logits: float = setting(
+        0.0, "Weight of the teacher's logits in the loss.", at_least(0), section="Distillation"
+    )
+    distill_hidden: float = setting(
+        0.0, "Weight of the teacher's hidden states in the loss.", at_least(0), section="Distillation"
+    )
+    distill_temperature: float = setting(
+        2.0, "Temperature that softens both distributions.", above(0), section="Distillation"
+    )
+    include: list[str] | None = setting(
+        None,
+        "Regular expressions over module names: the layers to quantize. None selects the attention and MLP layers of "
+        "the repeated blocks.",
+        section="Selection",
+        expected="a list of regular expressions",
+    )
+    exclude: list[str] = setting(
+        [],
+        "Regular expressions over module names: layers not to quantize.",
+        section="Selection",
+        expected="a list of regular expressions",
+    )
+    drop_layers: int | list[str] = setting(
+        0,
+        "Entire layers to remove first: their number, or their paths (`model.layers.3`). A number chooses them one by "
+        "one, each time the layer without which the loss on `calibration_batches` is lowest. The saved config names "
+        "their paths.",
+        Check(_is_depth),
+        section="Selection",
+        expected="a number of layers, or a list of their paths",
+    )
+    prune: list[str] = setting(
+        [],
+        "Families to make prunable in addition to heads and channels: kinds (`residual`), couplings (`norm`) or "
+        "patterns of names (`*.layers.0.*`); see `geta_hf.qadg.apply_policy`.",
+        section="Selection",
+        expected="a list of kinds, couplings or patterns",
+    )
+    keep: list[str] = setting(
+        [],
+        "Families not to prune, named in the same way; overrides `prune`.",
+        section="Selection",
+        expected="a list of kinds, couplings or patterns",
+    )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "method" not in vars(cls):
+            return
+        owner = CONFIG_CLASSES.setdefault(cls.method, cls)
+        if owner is not cls:
+            raise GETAError(f"method {cls.method!r} of {cls.__name__} already belongs to {owner.__name__}")
 
     def __post_init__(self) -> None:
-        self._check_types()
-        self.bits = (self.bits[0], self.bits[1])
-        self.include = None if self.include is None else list(self.include)
-        self.exclude, self.prune, self.keep = list(self.exclude), list(self.prune), list(self.keep)
+        for name, one in settings_of(type(self)).items():
+            value = getattr(self, name)
+            self._check(one.accepts(value), name, one.allowed)
+            setattr(self, name, _normalize(value, one.hint))
         if not any(getattr(self, name) is not None for name in (*_PRUNING, *_SIZES)):
             self.target_sparsity = 0.5
-        self._check_bits()
-        self._check_targets()
-        for name, low, high in _RANGES:
-            value = getattr(self, name)
-            _check(value is None or low <= value < high, name, value, f"in [{low}, {high})")
-        for name in _SHARES:
-            value = getattr(self, name)
-            _check(value is None or 0 < value < 1, name, value, "in (0, 1)")
-        for name, choices in _CHOICES.items():
-            _check(getattr(self, name) in choices, name, getattr(self, name), f"one of {', '.join(choices)}")
-        _check(self.min_kept > 0, "min_kept", self.min_kept, "a count of at least 1, or a share above 0")
-        whole = self.min_kept < 1 or float(self.min_kept).is_integer()
-        _check(whole, "min_kept", self.min_kept, "a whole count, or a share below 1")
-        _check(self.distill_temperature > 0, "distill_temperature", self.distill_temperature, "above 0")
+        if self.bit_choices is not None:
+            self.bit_choices = sorted(set(self.bit_choices))
+        self.check_widths()
+        self.check_targets()
 
-    def _check_types(self) -> None:
-        """Tuples become lists and back through JSON, so both are taken; text never stands for a number or a list."""
-        for name, value in vars(self).items():
-            kind = _KINDS.get(name)
-            if kind is not None and not (value is None and name in _OPTIONAL):
-                _check(kind.holds(value), name, value, kind.wanted)
+    def check_widths(self) -> None:
+        """Raise GETAError for `bit_choices` or `mean_bits` outside `bits`. Methods extend this."""
+        lower, upper = self.bits
+        if self.bit_choices is not None:
+            fits = bool(self.bit_choices) and lower <= self.bit_choices[0] and self.bit_choices[-1] <= upper
+            self._check(fits, "bit_choices", f"widths in {lower}..{upper}, as `bits`")
+        if self.mean_bits is not None:
+            low, high = self.widths[0], self.widths[-1]
+            limit = "bits" if self.bit_choices is None else "bit_choices"
+            self._check(low <= self.mean_bits <= high, "mean_bits", f"in {low}..{high}, as `{limit}`")
 
-    def _check_targets(self) -> None:
-        """At most one way to say how much is pruned and one to say how small the model is, and no contradiction."""
-        given = [[name for name in names if getattr(self, name) is not None] for names in (_PRUNING, _SIZES)]
-        for names in given:
+    def check_targets(self) -> None:
+        """Raise GETAError for two targets of one kind, or for pruning, size and `mean_bits` together."""
+        pruning = [name for name in _PRUNING if getattr(self, name) is not None]
+        sizes = [name for name in _SIZES if getattr(self, name) is not None]
+        for names in (pruning, sizes):
             if len(names) > 1:
-                raise GETAError(f"{' and '.join(names)} say the same thing twice; leave one of them out")
-        if all(given) and self.mean_bits is not None:
+                raise GETAError(f"{' and '.join(names)} set the same target; give only one of them")
+        if pruning and sizes and self.mean_bits is not None:
             raise GETAError(
-                f"{given[0][0]}, {given[1][0]} and mean_bits can't all hold; leave one out, and it is solved for"
+                f"{pruning[0]}, {sizes[0]} and mean_bits can't all be met; give two of them, the third is solved for"
             )
 
-    def _check_bits(self) -> None:
-        lower, upper = self.bits
-        _check(lower <= upper, "bits", self.bits, "(b_l, b_u) with b_l <= b_u")
-        _check(upper <= self.initial_bits <= 16, "initial_bits", self.initial_bits, f"in {upper}..16")
+    def _check(self, holds: bool, name: str, wanted: str) -> None:
+        if not holds:
+            raise GETAError(f"{type(self).__name__}.{name} = {getattr(self, name)!r} must be {wanted}")
+
+    @property
+    def widths(self) -> list[int]:
+        """The integer widths that a layer may end with, ascending."""
         if self.bit_choices is not None:
-            inside = bool(self.bit_choices) and all(lower <= b <= upper for b in self.bit_choices)
-            _check(inside, "bit_choices", self.bit_choices, f"widths in {lower}..{upper}, as `bits`")
-            self.bit_choices = sorted(set(self.bit_choices))
-        if self.mean_bits is not None:
-            low, high, limit = self.widths[0], self.widths[-1], "bits" if self.bit_choices is None else "bit_choices"
-            _check(low <= self.mean_bits <= high, "mean_bits", self.mean_bits, f"in {low}..{high}, as `{limit}`")
+            return self.bit_choices
+        return list(range(self.bits[0], self.bits[1] + 1))
+
+    @property
+    def wanted_mean_bits(self) -> float | None:
+        """`mean_bits`, or the middle of the widths if there is no size target; None if the size alone decides."""
+        sized = self.target_bops is not None or self.target_bytes is not None
+        if self.mean_bits is not None or sized:
+            return self.mean_bits
+        return (self.widths[0] + self.widths[-1]) / 2
+
+    @property
+    def final_upper_bits(self) -> float:
+        """The upper bound of the widths at the end of training."""
+        return self.bits[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types, with the name of the method; `read_config` returns an equal config."""
+        values = dataclasses.asdict(self)
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {"method": self.method, **plain}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build a config of this class from plain data.
+
+        Raises:
+            GETAError: a key that is not a field, another method, or a value that is not allowed.
+        """
+        settings = settings_of(cls)
+        method = values.get("method", cls.method)
+        if method != cls.method:
+            raise GETAError(
+                f"{cls.__name__} has method {cls.method!r}, not {method!r}; read the values with "
+                f"geta_hf.config.read_config, which chooses the class"
+            )
+        given = {name: value for name, value in values.items() if name != "method"}
+        unknown = sorted(set(given) - set(settings))
+        if unknown:
+            raise GETAError(f"unknown {cls.__name__} keys {unknown}; known are {sorted(settings)}")
+        return cls(**{name: _parse_number(value, settings[name].hint) for name, value in given.items()})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON or YAML, by the file's extension. An existing file is replaced in one step."""
+        values = self.to_dict()
+        if Path(path).suffix == ".json":
+            text = json.dumps(values, indent=2) + "\n"
+        else:
+            text = yaml.safe_dump(values, sort_keys=False)
+        write_whole(path, text)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read JSON or YAML, by the file's extension.
+
+        Raises:
+            GETAError: a file that is not a mapping of the fields of this class, or one of another method.
+        """
+        return cls.from_dict(_read_mapping(path))
+
+
+@document_attributes
+@dataclass
+class GETAConfig(CompressionConfig):
+    """The settings of QASSO, GETA's own method (Algorithm 2, https://arxiv.org/abs/2502.16638).
+
+    >>> config = GETAConfig(target_sparsity=0.5, bits=(4, 8))
+    >>> config.wanted_mean_bits
+    6.0
+    >>> GETAConfig(target_bops=0.05, warmup="1 epoch").target_sparsity is None  # solved for before training
+    True
+    >>> GETAConfig.paper(target_sparsity=0.5).saliency
+    'hesso'
+
+    Raises:
+        GETAError: a value of the wrong type or out of range, or settings that contradict each other.
+    """
+
+    method: ClassVar[str] = "qasso"
+
+    initial_bits: int = setting(
+        16,
+        "Width before the projection stage, at least b_u.",
+        Check(lambda value: 2 <= value <= 16, "from b_u to 16"),
+        section="Stages",
+    )
+    bit_reduction: float | None = setting(
+        None,
+        "b_r, the bits by which each projection period lowers the upper bound. None spreads initial_bits - b_u over "
+        "the periods; any other value must end inside `bits`.",
+        at_least(0),
+        section="Stages",
+    )
+    warmup: Duration = setting(
+        0.1,
+        "Length of the warm-up stage.",
+        section="Stages",
+        expected="steps, a share of training, or text such as '1.5 epochs'",
+    )
+    projection: Duration = setting(
+        0.1,
+        "Length of the projection stage.",
+        section="Stages",
+        expected="steps, a share of training, or text such as '1.5 epochs'",
+    )
+    joint: Duration = setting(
+        0.4,
+        "Length of the joint stage.",
+        section="Stages",
+        expected="steps, a share of training, or text such as '1.5 epochs'",
+    )
+    projection_periods: int = setting(4, "B, the number of projection periods.", at_least(1), section="Stages")
+    pruning_periods: int = setting(5, "P, the number of periods of the joint stage.", at_least(1), section="Stages")
+    saliency: str = setting(
+        "fisher",
+        "Score by which groups are removed: `fisher` is the moving average of <g, x>² per parameter removed, `taylor` "
+        "its root per parameter, `hesso` the score of the paper.",
+        section="Rules",
+        choices=("fisher", "taylor", "hesso"),
+    )
+    forgetting: str = setting(
+        "uniform",
+        "Rate at which redundant groups shrink: `uniform` is γ = 1 / (remaining steps of the period), `paper` is "
+        "Eq. 13.",
+        section="Rules",
+        choices=("uniform", "paper"),
+    )
+    bit_rule: str = setting(
+        "sensitivity",
+        "How widths are chosen. `sensitivity` spends `mean_bits`, or the size target, where one more bit lowers the "
+        "expected loss most, at the end of the joint stage. `ppsg` learns d under projection alone; in practice layers "
+        "end at or near b_u. `paper` sets d by Eq. 14 in the joint stage, which takes most layers that lose groups to "
+        "b_l. With these two, `mean_bits` has no default; if a target requires other widths than those learned, all "
+        "are moved together.",
+        section="Rules",
+        choices=("sensitivity", "ppsg", "paper"),
+    )
+    learn_exponent: bool = setting(False, "Train t of weights; otherwise t = 1.", section="Quantizers")
+    learn_activation_exponent: bool = setting(
+        False, "Train t of activations; otherwise t = 1, which inference kernels expect.", section="Quantizers"
+    )
+    quantizer_learning_rate: float = setting(
+        1e-3,
+        "Relative step size of (d, q_m, t), which follows the run's learning rate scheduler. At most 3e-3 is advised.",
+        at_least(0),
+        section="Quantizers",
+    )
+    saliency_decay: float = setting(
+        0.95, "Decay of the moving average of the saliency.", between(0, 1), section="Rules"
+    )
+    eta: float = setting(0.999, "η of Eqs. 13 and 14.", inside(0, 1), section="Rules")
+    xi: float = setting(0.999, "ξ of Eqs. 13 and 14.", inside(0, 1), section="Rules")
+    epsilon: float = setting(
+        1e-8, "Mean magnitude up to which a group counts as forgotten.", between(0, 1), section="Rules"
+    )
+
+    def check_widths(self) -> None:
+        """Raise GETAError for widths that the stages or the rule can't reach."""
+        super().check_widths()
+        upper = self.bits[1]
+        self._check(upper <= self.initial_bits, "initial_bits", f"in {upper}..16")
         if self.activation_bits is not None:
-            low, high = self.activation_bits
-            self.activation_bits = (low, high)
-            fits = low <= high <= self.initial_bits
-            _check(fits, "activation_bits", self.activation_bits, f"(b_l, b_u) with b_l <= b_u <= {self.initial_bits}")
-        if self.embedding_bits is not None:
-            _check(2 <= self.embedding_bits <= 8, "embedding_bits", self.embedding_bits, "in 2..8")
+            fits = self.activation_bits[1] <= self.initial_bits
+            self._check(fits, "activation_bits", f"(b_l, b_u) with b_l <= b_u <= {self.initial_bits}")
         if self.per_channel and self.bit_rule == "paper":
             raise GETAError("Eq. 14 sets one d a layer; with per_channel choose bit_rule='sensitivity' or 'ppsg'")
         if self.bit_reduction is not None:
@@ -260,42 +698,38 @@ class GETAConfig:
                 f"b_u - B·b_r = {sum_text} is below b_l = {lower}; lower bit_reduction or projection_periods"
             )
         if end > upper:
-            raise GETAError(f"b_u - B·b_r = {sum_text} stays above the {upper} bits asked for; raise bit_reduction")
+            raise GETAError(f"b_u - B·b_r = {sum_text} is above the {upper} bits of `bits`; raise bit_reduction")
         if self.widths[0] > end:
             raise GETAError(
                 f"b_u - B·b_r = {sum_text} is below all of bit_choices = {self.widths}; lower bit_reduction"
             )
 
     @property
-    def widths(self) -> list[int]:
-        """The whole widths that a layer may end with, ascending."""
-        if self.bit_choices is not None:
-            return self.bit_choices
-        return list(range(self.bits[0], self.bits[1] + 1))
-
-    @property
     def wanted_mean_bits(self) -> float | None:
-        """`mean_bits`, or the middle of `bits` where the rule needs one and no size is asked for."""
-        sized = self.target_bops is not None or self.target_bytes is not None
-        if self.mean_bits is not None or sized or self.bit_rule != "sensitivity":
+        """`mean_bits`, or the middle of the widths if `bit_rule` is `sensitivity` and there is no size target."""
+        if self.bit_rule != "sensitivity":
             return self.mean_bits
-        return (self.widths[0] + self.widths[-1]) / 2
+        return super().wanted_mean_bits
 
     @property
     def reduction(self) -> float:
-        """b_r, given or derived, in bits a period."""
+        """b_r in bits for each period: `bit_reduction`, or (initial_bits - b_u) / B."""
         if self.bit_reduction is not None:
             return self.bit_reduction
         return (self.initial_bits - self.bits[1]) / self.projection_periods
 
     @property
     def final_upper_bits(self) -> float:
-        """b_u after the projection stage: initial_bits - B·b_r."""
+        """The upper bound after the projection stage: initial_bits - B·b_r."""
         return self.initial_bits - self.projection_periods * self.reduction
 
     @classmethod
-    def paper(cls, **changes: Any) -> GETAConfig:
-        """The paper to the letter: HESSO saliency, Eqs. 13-14, q_m = max|W|, learned t. Fields may be changed."""
+    def paper(cls, **changes: Any) -> Self:
+        """Return the rules of the paper: HESSO saliency, Eqs. 13 and 14, q_m = max|W|, learned t.
+
+        Args:
+            changes: values of any fields, which override these rules too.
+        """
         rules: dict[str, Any] = {
             "saliency": "hesso",
             "forgetting": "paper",
@@ -305,53 +739,36 @@ class GETAConfig:
         }
         return cls(**{**rules, **changes})
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` gives an equal config back."""
-        pairs = {"bits": list(self.bits), "activation_bits": self.activation_bits and list(self.activation_bits)}
-        return {**dataclasses.asdict(self), **pairs}
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> GETAConfig:
-        """Build from plain data. Raises GETAError for a key that is not a field."""
-        fields = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - fields)
-        if unknown:
-            raise GETAError(f"unknown GETAConfig keys {unknown}; known are {sorted(fields)}")
-        numbers = {name for name, kind in _KINDS.items() if kind is _REAL}
-        # YAML 1.1 reads `1e-8`, without a dot, as text.
-        plain: dict[str, Any] = {k: _number(v) if k in numbers else v for k, v in values.items()}
-        return cls(**plain)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON or YAML, by the file's ending; written beside and renamed, so never half a file."""
-        target = Path(path)
-        text = json.dumps(self.to_dict(), indent=2) + "\n" if target.suffix == ".json" else _yaml(self.to_dict())
-        write_whole(target, text)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> GETAConfig:
-        """Read JSON or YAML. Raises GETAError for a file that is not a mapping of GETAConfig's fields."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-            values = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise GETAError(f"{path} can't be read as a GETAConfig: {error}") from error
-        if not isinstance(values, dict):
-            raise GETAError(f"{path} holds {type(values).__name__}, not the mapping of a GETAConfig")
-        return cls.from_dict(values)
+# -------------------------------------------------------------------------------------------------------------- reading
 
 
-def _number(value: Any) -> Any:
+def read_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> CompressionConfig:
+    """Return the config of any method, from a JSON or YAML file or from plain data.
+
+    Args:
+        source: a path, or what `to_dict` returns. Its `method` chooses the class in `CONFIG_CLASSES`; data without one
+            was written for QASSO.
+
+    Raises:
+        GETAError: an unreadable file, an unknown method, or values that its class refuses.
+
+    >>> type(read_config({"bits": [4, 8]})).__name__
+    'GETAConfig'
+    """
+    values = source if isinstance(source, Mapping) else _read_mapping(source)
+    method = values.get("method", GETAConfig.method)
+    if not isinstance(method, str) or method not in CONFIG_CLASSES:
+        raise GETAError(f"unknown method {method!r}; known are {sorted(CONFIG_CLASSES)}")
+    return CONFIG_CLASSES[method].from_dict(values)
+
+
+def _read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def _yaml(values: dict[str, Any]) -> str:
-    return yaml.safe_dump(values, sort_keys=False)
-
-
-def _check(holds: bool, name: str, value: Any, wanted: str) -> None:
-    if not holds:
-        raise GETAError(f"GETAConfig.{name} = {value!r} must be {wanted}")
+        text = Path(path).read_text(encoding="utf-8")
+        values = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise GETAError(f"{path} can't be read as a config: {error}") from error
+    if not isinstance(values, dict):
+        raise GETAError(f"{path} holds {type(values).__name__}, not the fields of a config")
+    return values

@@ -17,25 +17,26 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from geta_hf.config import CONFIG_NAME, GETAConfig
+from geta_hf.config import CONFIG_NAME, CompressionConfig, GETAConfig, read_config
 from geta_hf.errors import GETAError
 from geta_hf.export import ExportReport, export
 from geta_hf.export.folder_files import STRUCTURE_NAME, copy_beside, write_structure
 from geta_hf.export.formats import OWN, writer
 from geta_hf.export.formats.geta import write_geta
+from geta_hf.methods import make_method
+from geta_hf.methods.parameter_groups import quantizer_parameters
 from geta_hf.qadg import build_space
 from geta_hf.qadg.groups import Family
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.qadg.tracing.dummy_inputs import make_dummy_inputs
-from geta_hf.quantization import attach_input_quantizers, select_layers
+from geta_hf.quantization import select_layers
 from geta_hf.reporting.comparison import is_export, load_model
-from geta_hf.reporting.folder_summary import CARD_NAME, outline
+from geta_hf.reporting.folder_summary import CARD_NAME, empty_model_of
 from geta_hf.reporting.model_card import write_card
 from geta_hf.serialization.atomic_folder import check_target, write_folder
 from geta_hf.serialization.sizes import check_shards
 from geta_hf.training.checkpoints import Progress, base_name, read_progress, stored_headers
 from geta_hf.training.lora import load_lora, merge_stored, plan_lora
-from geta_hf.training.preparation import attach, quantizer_parameters
 
 
 def convert(
@@ -75,7 +76,7 @@ def convert(
         return None
     checkpoint = _checkpoint_of(folder)
     _check_apart(checkpoint, place)
-    config = GETAConfig.load(checkpoint / CONFIG_NAME)
+    config = read_config(checkpoint / CONFIG_NAME)
     removed = _finished(read_progress(checkpoint), checkpoint)
     model = load_checkpoint(checkpoint, config)
     batch = make_dummy_inputs(model)
@@ -125,8 +126,8 @@ def _rewrite(folder: Path, target: Path, format: str, max_shard_size: int | str 
 
 def _kept(folder: Path, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
     """Family -> (groups kept, groups before), as far as sizes tell: those of the model, and of one never cut."""
-    config = GETAConfig.load(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else GETAConfig()
-    dense = outline(folder)
+    config = read_config(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else GETAConfig()
+    dense = empty_model_of(folder)
     if dense is None:
         return {}
     space = build_space(dense, batch, prune=config.prune, keep=config.keep)
@@ -163,7 +164,7 @@ def _finished(progress: Progress, checkpoint: Path) -> int:
     return progress.removed_groups
 
 
-def load_checkpoint(checkpoint: Path, config: GETAConfig) -> PreTrainedModel:
+def load_checkpoint(checkpoint: Path, config: CompressionConfig) -> PreTrainedModel:
     """The model of a checkpoint with its trained quantizers, what LoRA learned merged into its weights.
 
     Args:
@@ -179,10 +180,7 @@ def load_checkpoint(checkpoint: Path, config: GETAConfig) -> PreTrainedModel:
     stored = _stored(checkpoint)
     if (lora := load_lora(checkpoint)) is not None:
         merge_stored(model, plan_lora(model, lora, select_layers(model, config.include, config.exclude)), stored)
-    attach(model, config)
-    if config.activation_bits is not None:
-        # Ranges are found anew only to be overwritten by the trained ones.
-        attach_input_quantizers(model, [make_dummy_inputs(model)], learn_t=config.learn_activation_exponent)
+    make_method(config).attach(model, None)  # ranges of inputs are read from the checkpoint
     with torch.no_grad():
         for name, parameter in quantizer_parameters(model, trained=False).items():
             if name not in stored or stored[name].shape != parameter.shape:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -12,19 +14,20 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from geta_hf import GETAConfig, GETAError
+from geta_hf import GETAConfig, GETAError, config
+from geta_hf.config import SECTIONS, CompressionConfig, Setting, sections_of
 
 
-def read_values(argv: Sequence[str], parser: HfArgumentParser) -> tuple[dict[str, Any], GETAConfig | None]:
-    """Reads `[config.yaml] [--key value ...]`; a dotted key reaches into a section, a key alone means true.
+def read_values(argv: Sequence[str], parser: HfArgumentParser) -> tuple[dict[str, Any], CompressionConfig | None]:
+    """Read `[config.yaml] [--key value ...]`; a dotted key reaches into a section, a key alone means true.
 
-    Values of the command line are read as YAML, those of fields that hold text as they stand.
+    Values of the command line are read as YAML, except those of fields that hold text, which are taken literally.
 
     Returns:
         All values but the `geta` section, and that as a config; None where it is missing or null.
 
     Raises:
-        GETAError: a missing file, a malformed argument, or a `geta` section that is none.
+        GETAError: a missing file, a malformed argument, or an invalid `geta` section.
     """
     argv = list(argv)
     values = read_config(argv.pop(0)) if argv and not argv[0].startswith("--") else {}
@@ -32,7 +35,39 @@ def read_values(argv: Sequence[str], parser: HfArgumentParser) -> tuple[dict[str
     geta = values.pop("geta", None)
     if not (geta is None or isinstance(geta, dict)):
         raise GETAError(f"geta: {geta!r} is neither a section with the fields of GETAConfig nor null")
-    return values, None if geta is None else GETAConfig.from_dict(geta)
+    return values, None if geta is None else config.read_config(geta)
+
+
+def print_help(parser: HfArgumentParser) -> None:
+    """Print the recipe's arguments, and those of its `geta` section with help, values and default."""
+    parser.print_help()
+    print()
+    print(describe_config())
+
+
+def describe_config() -> str:
+    """Return the options `--geta.FIELD` of every method as text; a setting that methods share is listed once."""
+    lines = [
+        "compression, the `geta` section (`--geta null` trains without it):",
+        f"  --geta.method NAME  one of {', '.join(config.CONFIG_CLASSES)} (default: {GETAConfig.method})",
+    ]
+    listed: list[Setting] = []
+    for kind in (CompressionConfig, *config.CONFIG_CLASSES.values()):
+        owner = f"method {kind.method}" if kind.method else "every method"
+        for section, settings in sections_of(kind).items():
+            new = [setting for setting in settings if setting not in listed]
+            if new:
+                lines += ["", f"{section}, {owner}:", *_wrapped(SECTIONS.get(section, ""), 2)]
+            for setting in new:
+                lines.append(f"  --geta.{setting.name} VALUE")
+                lines += _wrapped(f"{setting.help} ({setting.allowed}; default: {json.dumps(setting.default)})", 8)
+            listed += new
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, indent: int) -> list[str]:
+    spaces = " " * indent
+    return textwrap.wrap(text, 100, initial_indent=spaces, subsequent_indent=spaces, break_on_hyphens=False)
 
 
 def parse_sections(parser: HfArgumentParser, values: dict[str, Any]) -> tuple[Any, ...]:

@@ -1,7 +1,12 @@
-"""Run `recipes/question_answering.py`, whose former name this is; it goes with the next version."""
+"""Run `recipes/question_answering.py` under its former name, which the next version drops."""
 
-import runpy
+import sys
 from pathlib import Path
 
+# Imported rather than run as `__main__`, so that worker processes find the recipe's classes by their own module.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from recipes.question_answering import main
+from recipes.run import run_command
+
 if __name__ == "__main__":
-    runpy.run_path(str(Path(__file__).with_name("question_answering.py")), run_name="__main__")
+    run_command(main)

@@ -1,10 +1,10 @@
-"""`make demo`: trains a small BERT on generated questions, compresses it, and shows both side by side.
+"""Train a small BERT on generated questions, compress it, and compare both: `make demo`.
 
     python recipes/demo.py [folder, default runs/demo]
 
 The same recipe as for SQuAD, `recipes/question_answering.py`, runs twice: dense from scratch, then from that with GETA
-to half of all groups and 4 to 8 bits. Everything lands in the folder; `structure.png` shows what is left of every
-layer, and `report.html` all that is known of the compressed model.
+to half of all groups and 4 to 8 bits. Everything is written to the folder. The picture that belongs to the compressed
+model's card shows what remains of every layer, and `report.html` all that is known of that model.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from geta_hf import write_card, write_report
-from geta_hf.reporting import comparison as report
-from recipes import demo_data
-from recipes import question_answering as bert_squad
+from geta_hf.export.export import PICTURE_NAME
+from geta_hf.reporting.comparison import compare
+from recipes import demo_data, question_answering
 
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 COMPRESSED_EPOCHS = 3
@@ -27,15 +27,15 @@ TOKENS = 64  # about one question with its paragraph
 
 
 def run(folder: Path, model: Path, output: str, *overrides: str) -> dict[str, Any]:
-    """One run of the recipe on the demo's data."""
+    """Run the recipe on the demo's data."""
     files = ["--train_file", str(folder / "train.json"), "--eval_file", str(folder / "dev.json")]
     paths = ["--model_name_or_path", str(model), "--output_dir", str(folder / output)]
-    return bert_squad.main([str(CONFIG), *files, *paths, *overrides])
+    return question_answering.main([str(CONFIG), *files, *paths, *overrides])
 
 
 def main(folder: Path) -> None:
-    """Writes the data, trains dense and compressed, prints the table and saves the picture."""
-    torch.set_num_threads(1)  # so small a model gains little from more, and loses much where others use the cores
+    """Write the data, train dense and compressed, print the table, and write card, picture and report."""
+    torch.set_num_threads(1)  # more gain little for a model as small as this, and cost much on shared cores
     demo_data.write(folder)
     dense = run(folder, folder / "model", "dense")
     compressed = run(
@@ -46,13 +46,13 @@ def main(folder: Path) -> None:
         *("--geta.target_sparsity", "0.5", "--geta.bits", "[4, 8]"),
     )
     metrics = {
-        name: {"em": results["em"], "f1": results["f1"]}
-        for name, results in (("dense", dense), ("compressed", compressed))
+        "dense": {"em": dense["em"], "f1": dense["f1"]},
+        "compressed": {"em": compressed["em"], "f1": compressed["f1"]},
     }
     exported = folder / "compressed" / "export"
-    print("\n" + report.compare(folder / "dense" / "export", exported, tokens=TOKENS, metrics=metrics))
+    print("\n" + compare(folder / "dense" / "export", exported, tokens=TOKENS, metrics=metrics))
     write_card(exported, task="question-answering", dataset="generated questions", metrics=metrics)
-    print(f"\npicture: {report.plot_structure(exported, folder / 'structure.png')}")
+    print(f"\npicture: {exported / PICTURE_NAME}")
     print(f"report:  {write_report(exported, folder / 'report.html', folder / 'dense' / 'export')}")
 
 

@@ -11,12 +11,10 @@ import jinja2
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from geta_hf import GETAError
+from geta_hf.training.distillation import IGNORED
 
 if TYPE_CHECKING:
     from recipes.text_data import DataArguments
-
-IGNORED = -100
-"""Hugging Face's label of a position that has no target."""
 
 Piece = tuple[str, bool]
 """A part of a document, and whether it is to be learned."""

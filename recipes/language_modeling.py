@@ -1,4 +1,4 @@
-"""Fine-tunes a causal language model and, with a `geta:` section, compresses it while it learns.
+"""Fine-tune a causal language model and, with a `geta:` section, compress it at the same time.
 
     accelerate launch recipes/language_modeling.py recipes/configs/phi2.yaml
     accelerate launch recipes/language_modeling.py recipes/configs/phi2.yaml --plan_only --device_memory 80GB
@@ -8,15 +8,13 @@
 
 The YAML file holds the fields of `ModelArguments`, `DataArguments` and Trainer's own `TrainingArguments`, `geta:` with
 the fields of `GETAConfig`, and, where full gradients do not fit, `lora:` with those of peft's `LoraConfig`.
-`output_dir/export` receives the model, `output_dir/results.json` what came of the run.
+The model is written to `output_dir/export`, the results of the run to `output_dir/results.json`.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,7 +27,6 @@ from transformers import (
     HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
@@ -37,14 +34,16 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from geta_hf import DryRun, GETAConfig, GETAError, GETATrainer, MemoryPlan, dry_run, write_card
+from geta_hf import DryRun, GETAError, MemoryPlan, dry_run, write_card
 from geta_hf.errors import MemoryUnknown
 from geta_hf.evaluation.causal_lm import check_causal, check_vocabulary, positions
+from geta_hf.evaluation.texts import perplexity_of_rows
 from geta_hf.utils.loading import one_line_errors
 from recipes import loading, text_data
-from recipes.arguments import parse_sections, read_values
+from recipes.arguments import parse_sections, print_help, read_values
 from recipes.documents import prepare_tokenizer
-from recipes.output import export
+from recipes.run import Arguments as SharedArguments
+from recipes.run import export, make_trainer, print_scores, run_command, save_results, train, wants_help
 from recipes.text_data import DataArguments
 
 logger = logging.get_logger(__name__)
@@ -53,36 +52,40 @@ _UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 
 @dataclass
 class ModelArguments:
-    """Which model to start from, and where it is to fit."""
+    """Choose the model to start from, and the memory in which it has to fit."""
 
-    model_name_or_path: str = field(metadata={"help": "a model's name on the Hub, or a local folder"})
+    model_name_or_path: str = field(metadata={"help": "name of a model on the Hub, or a local folder"})
     tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "default: the model's own"})
-    dtype: str = field(default="float32", metadata={"help": "of the weights in training: float32 or bfloat16"})
-    plan_only: bool = field(default=False, metadata={"help": "print the plan and the memory; read no weights"})
+    dtype: str = field(default="float32", metadata={"help": "dtype of the weights in training: float32 or bfloat16"})
+    plan_only: bool = field(
+        default=False,
+        metadata={"help": "only print plan and memory; no weights are read"},
+    )
     device_memory: str | None = field(
-        default=None, metadata={"help": "what must be enough, such as 80GB; default: what is free on the device"}
+        default=None,
+        metadata={"help": "memory that must suffice, such as 80GB; default: what is free"},
     )
 
 
 @dataclass
-class Arguments:
-    """Everything that one run needs; `geta` None means plain fine-tuning, `lora` None means all parameters."""
+class Arguments(SharedArguments):
+    """Hold everything that one run needs; without `lora` all parameters are trained."""
 
-    model: ModelArguments
-    data: DataArguments
-    training: TrainingArguments
-    geta: GETAConfig | None
     lora: dict[str, Any] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all settings as plain data."""
+        return {**super().as_json(), "lora": self.lora}
 
 
 # -------------------------------------------------------------------------------------------------------- arguments
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """The run's arguments; see `recipes.arguments.read_values` for how they are written.
+    """Read the run's arguments, in the form that `recipes.arguments.read_values` documents.
 
     Raises:
-        GETAError: an unknown key, a value that can't be, or options that can't go together.
+        GETAError: an unknown key, an invalid value, or options that exclude each other.
     """
     values, geta = read_values(argv, _parser())
     lora = values.pop("lora", None)
@@ -104,7 +107,7 @@ def _check(arguments: Arguments) -> None:
     if not (arguments.lora is None or isinstance(arguments.lora, dict)):
         raise GETAError(f"lora: {arguments.lora!r} is neither a section with the fields of LoraConfig nor null")
     if arguments.lora is not None and arguments.geta is None:
-        raise GETAError("lora without geta is peft's own business; give a geta section, or `--lora null`")
+        raise GETAError("lora without geta is plain peft: use peft itself, add geta, or give `--lora null`")
     if arguments.model.device_memory is not None:
         parse_bytes(arguments.model.device_memory)
     if arguments.training.eval_strategy != "no" and not arguments.data.evaluates:
@@ -113,7 +116,7 @@ def _check(arguments: Arguments) -> None:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of `80GB`, `80G`, `24 GiB` or `1.5TB`.
+    """Return the bytes of `80GB`, `80G`, `24 GiB` or `1.5TB`.
 
     Raises:
         GETAError: not a number with a unit.
@@ -125,7 +128,7 @@ def parse_bytes(text: str) -> int:
 
 
 def lora_config(arguments: Arguments) -> Any:
-    """peft's config; None without a `lora` section."""
+    """Return peft's config; None without a `lora` section."""
     if arguments.lora is None:
         return None
     try:
@@ -142,14 +145,14 @@ def lora_config(arguments: Arguments) -> Any:
 
 
 def check_positions(config: PreTrainedConfig, block_size: int) -> None:
-    """Raises GETAError for rows longer than the model's positions."""
+    """Raise GETAError for rows longer than the model's positions."""
     limit = positions(config)
     if block_size < 2 or (limit is not None and block_size > limit):
         raise GETAError(f"block_size = {block_size} must lie between 2 and the model's {limit} positions")
 
 
 def plan(arguments: Arguments) -> DryRun:
-    """What the run would do and need, found without weights."""
+    """Compute what the run would do and how much memory it needs, without weights."""
     config = loading.load_config(arguments.model.model_name_or_path)
     check_positions(config, arguments.data.block_size)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -161,7 +164,7 @@ def plan(arguments: Arguments) -> DryRun:
 
 
 def free_memory(arguments: Arguments) -> int | None:
-    """Bytes that the run may take: as told, or what is free on its device; None where that is not known."""
+    """Return the bytes that the run may use: `device_memory`, or what is free on its device; None if unknown."""
     if arguments.model.device_memory is not None:
         return parse_bytes(arguments.model.device_memory)
     device = arguments.training.device
@@ -174,12 +177,13 @@ def free_memory(arguments: Arguments) -> int | None:
 
 
 def fit(found: DryRun, free: int | None) -> str:
-    """One sentence: whether the run fits. The estimate was within 10 % of what was measured."""
+    """Say in one sentence whether the run fits. Measured peaks were within 10 % of the estimate."""
     if free is None:
         return "free memory of the device is not known; give --device_memory, such as 80GB"
-    peak, room = _size(found.memory.peak), _size(free)
+    peak = _size(found.memory.peak)
+    room = _size(free)
     if found.memory.peak > free:
-        return f"does not fit: {peak} are needed, {room} are there"
+        return f"does not fit: {peak} are needed, {room} are available"
     tight = "; that is close" if found.memory.peak > 0.9 * free else ""
     return f"fits: {peak} of {room} are needed{tight}"
 
@@ -189,10 +193,10 @@ def _size(count: int) -> str:
 
 
 def check_memory(arguments: Arguments) -> MemoryPlan | None:
-    """The memory that the run will need; None, and a warning, for a model whose memory can't be foreseen.
+    """Estimate the memory that the run will need; warn and return None if that is not possible for the model.
 
     Raises:
-        GETAError: the batch does not fit the device; nothing has been loaded yet.
+        GETAError: the batch does not fit the device. Nothing has been loaded yet.
     """
     try:
         found = plan(arguments)
@@ -209,7 +213,7 @@ def check_memory(arguments: Arguments) -> MemoryPlan | None:
 
 
 def verdict(arguments: Arguments) -> str:
-    """What `--plan_only` prints: the plan, the memory, and whether that fits."""
+    """Return what `--plan_only` prints: the plan, the memory, and whether the run fits."""
     name = arguments.model.model_name_or_path
     try:
         found = plan(arguments)
@@ -222,7 +226,7 @@ def verdict(arguments: Arguments) -> str:
 
 
 def load_model(arguments: ModelArguments) -> PreTrainedModel:
-    """The model with its weights."""
+    """Load the model with its weights."""
     name = arguments.model_name_or_path
     with one_line_errors(f"the model {name} can't be loaded"):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, arguments.dtype))
@@ -231,7 +235,7 @@ def load_model(arguments: ModelArguments) -> PreTrainedModel:
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a padding token; every token has a row in the model's embedding."""
+    """Load the tokenizer, with a padding token, and check that every token has a row in the model's embedding."""
     tokenizer = loading.load_tokenizer(arguments.tokenizer_name_or_path or arguments.model_name_or_path)
     check_vocabulary(loading.load_config(arguments.model_name_or_path).get_text_config().vocab_size, tokenizer)
     prepare_tokenizer(tokenizer)
@@ -240,7 +244,7 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
 
 @dataclass
 class HeldOut:
-    """Rows that are never trained on, and how to score a model on them."""
+    """Hold rows that are never trained on, and how to score a model on them."""
 
     rows: Any
     collate: Any
@@ -248,12 +252,12 @@ class HeldOut:
     bf16: bool
 
     def score(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Perplexity of a model."""
-        return text_data.perplexity(model, self.rows, self.collate, self.batch_size, self.bf16)
+        """Return the perplexity of a model."""
+        return perplexity_of_rows(model, self.rows, self.collate, self.batch_size, self.bf16)
 
 
 def held_out(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> HeldOut | None:
-    """The evaluation rows; None where neither eval_file nor eval_split is given."""
+    """Return the evaluation rows; None if neither eval_file nor eval_split is given."""
     data, training = arguments.data, arguments.training
     if not data.evaluates:
         return None
@@ -262,105 +266,79 @@ def held_out(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> HeldOu
     return HeldOut(ready, text_data.collator(data, tokenizer), training.per_device_eval_batch_size, training.bf16)
 
 
-def make_trainer(
-    arguments: Arguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Any, test: HeldOut | None
-) -> Trainer:
-    """GETATrainer with a `geta` section, Trainer without."""
-    common: dict[str, Any] = {
-        "model": model,
-        "args": arguments.training,
-        "train_dataset": rows,
-        "eval_dataset": None if test is None else test.rows,
-        "data_collator": text_data.collator(arguments.data, tokenizer),
-        "processing_class": tokenizer,
-    }
-    if arguments.geta is None:
-        return Trainer(**common)
-    return GETATrainer(geta_config=arguments.geta, peft_config=lora_config(arguments), **common)
-
-
-def describe(arguments: Arguments) -> dict[str, Any]:
-    """The run's own settings, ready for JSON."""
-    return {
-        "model": asdict(arguments.model),
-        "data": asdict(arguments.data),
-        "training": json.loads(arguments.training.to_json_string()),
-        "geta": arguments.geta.to_dict() if arguments.geta else None,
-        "lora": arguments.lora,
-    }
-
-
 def run(arguments: Arguments) -> dict[str, Any]:
-    """Plans, trains, exports, scores what was exported, and writes `results.json`.
+    """Estimate memory, train, export, score the exported model, and write `results.json`.
 
     Returns:
-        What `results.json` holds; on processes other than the first, nothing.
+        The contents of `results.json`; an empty dict on all processes but the first.
     """
-    output, training = Path(str(arguments.training.output_dir)), arguments.training
+    data, training = arguments.data, arguments.training
+    folder = arguments.output / "export"
     set_seed(training.seed)
-    foreseen = check_memory(arguments)
+    estimate = check_memory(arguments)
     tokenizer = load_tokenizer(arguments.model)
-    data = arguments.data
     test = held_out(arguments, tokenizer)
     rows = text_data.load_rows(data, data.train_file, data.train_split, data.max_train_rows)
     rows = text_data.features(data, tokenizer, rows)
     model = load_model(arguments.model)
-    before = test.score(model.to(training.device)) if test is not None and training.process_index == 0 else None
+    before = None
+    if test is not None and training.process_index == 0:
+        before = test.score(model.to(training.device))
 
     if training.include_num_input_tokens_seen == "no":
         training.include_num_input_tokens_seen = "all" if data.packs else "non_padding"
-    trainer = make_trainer(arguments, model, tokenizer, rows, test)
-    seconds = time.perf_counter()
-    outcome = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    seconds = time.perf_counter() - seconds
-    export(trainer, tokenizer, output / "export")
-    trainer.accelerator.wait_for_everyone()
+    trainer = make_trainer(
+        arguments,
+        peft_config=lora_config(arguments),
+        model=model,
+        train_dataset=rows,
+        eval_dataset=None if test is None else test.rows,
+        data_collator=text_data.collator(data, tokenizer),
+        processing_class=tokenizer,
+    )
+    outcome, seconds = train(trainer)
+    export(trainer, tokenizer, folder)
     if not trainer.is_world_process_zero():
         return {}
+    after = None
+    if test is not None:
+        after = test.score(AutoModelForCausalLM.from_pretrained(folder).to(training.device))
     results = {
         "train_loss": outcome.training_loss,
         "steps": outcome.global_step,
         "tokens": trainer.state.num_input_tokens_seen,
-        "train_seconds": round(seconds, 1),
+        "train_seconds": seconds,
         "before": before,
-        "after": None if test is None else test.score(_exported(output, training)),
-        "memory_foreseen": None if foreseen is None else asdict(foreseen) | {"peak": foreseen.peak},
-        "config": describe(arguments),
+        "after": after,
+        "memory_foreseen": None if estimate is None else asdict(estimate) | {"peak": estimate.peak},
     }
-    (output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    results = save_results(arguments, results)
     if arguments.geta is not None:
-        write_card(output / "export", dataset=data.dataset_name, metrics=_metrics(results))
+        write_card(folder, dataset=data.dataset_name, metrics=_metrics(before, after))
     return results
 
 
-def _exported(output: Path, training: TrainingArguments) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(output / "export").to(training.device)
-
-
-def _metrics(results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    columns = {"dense": results["before"], "compressed": results["after"]}
-    return {name: {"perplexity": score["perplexity"]} for name, score in columns.items() if score is not None}
+def _metrics(before: dict[str, Any] | None, after: dict[str, Any] | None) -> dict[str, dict[str, float]]:
+    """Return the perplexities in the form that the model card takes."""
+    scores = {"dense": before, "compressed": after}
+    return {name: {"perplexity": score["perplexity"]} for name, score in scores.items() if score is not None}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The command; also the way to run the recipe from Python: `main(["config.yaml", "--seed", "1"])`."""
+    """Run the recipe, from the command line or from Python: `main(["config.yaml", "--seed", "1"])`."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or "--help" in argv or "-h" in argv:
+    if wants_help(argv):
         print(__doc__)
-        _parser().print_help()
+        print_help(_parser())
         return {}
     arguments = parse_arguments(argv)
     if arguments.model.plan_only:
         print(verdict(arguments))
         return {}
     results = run(arguments)
-    if results:
-        print(json.dumps({key: results[key] for key in ("train_loss", "tokens", "before", "after", "train_seconds")}))
+    print_scores(results, ("train_loss", "tokens", "before", "after", "train_seconds"))
     return results
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except GETAError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -1,20 +1,18 @@
-"""Fine-tunes a question answering model on SQuAD and, with a `geta:` section, compresses it while it learns.
+"""Fine-tune a question answering model on SQuAD and, with a `geta:` section, compress it at the same time.
 
     accelerate launch recipes/question_answering.py recipes/configs/bert_squad.yaml
     accelerate launch recipes/question_answering.py recipes/configs/bert_squad.yaml --geta.target_sparsity 0.3 --seed 1
     accelerate launch recipes/question_answering.py recipes/configs/bert_squad.yaml --geta null      # plain, dense
 
 The YAML file holds the fields of `ModelArguments`, `DataArguments` and Trainer's own `TrainingArguments`, and `geta:`
-with the fields of `GETAConfig`. `output_dir/export` receives the model, `output_dir/results.json` the scores.
+with the fields of `GETAConfig`. The model is written to `output_dir/export`, the scores to `output_dir/results.json`.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,66 +21,64 @@ from transformers import (
     DataCollatorWithPadding,
     HfArgumentParser,
     PreTrainedModel,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from eval import squad, squad_features
-from eval.squad_features import Question
-from geta_hf import GETAConfig, GETAError, GETATrainer, write_card
+from geta_hf import GETAError, write_card
+from geta_hf.evaluation import squad, squad_features
+from geta_hf.evaluation.squad_features import Question
 from geta_hf.utils.loading import one_line_errors
-from recipes.arguments import parse_sections, read_values
+from recipes.arguments import parse_sections, print_help, read_values
 from recipes.loading import check_resume, load_config, load_tokenizer
-from recipes.output import export
+from recipes.run import (
+    Arguments,
+    export,
+    make_trainer,
+    print_scores,
+    run_command,
+    save_results,
+    train,
+    wants_help,
+)
 
 
 @dataclass
 class ModelArguments:
-    """Which model to start from."""
+    """Choose the model to start from."""
 
-    model_name_or_path: str = field(metadata={"help": "a model's name on the Hub, or a local folder"})
+    model_name_or_path: str = field(metadata={"help": "name of a model on the Hub, or a local folder"})
     tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "default: the model's own"})
 
 
 @dataclass
 class DataArguments:
-    """Which questions to train and to evaluate on: a data set of the Hub, or two local files."""
+    """Choose the questions to train and to evaluate on: a data set of the Hub, or two local files."""
 
     dataset_name: str | None = field(default=None, metadata={"help": "a Hub data set with SQuAD's columns"})
     train_split: str = field(default="train", metadata={"help": "split of the Hub data set to train on"})
     eval_split: str = field(default="validation", metadata={"help": "split of the Hub data set to evaluate on"})
-    train_file: str | None = field(default=None, metadata={"help": "SQuAD file (.json, .json.gz); goes before a split"})
-    eval_file: str | None = field(default=None, metadata={"help": "SQuAD file (.json, .json.gz); goes before a split"})
-    max_train_questions: int | None = field(default=None, metadata={"help": "a random sample of so many; default all"})
-    max_eval_questions: int | None = field(default=None, metadata={"help": "a random sample of so many; default all"})
-    sample_seed: int = field(default=0, metadata={"help": "of both samples"})
-    max_length: int = field(default=384, metadata={"help": "tokens a window in training"})
-    eval_max_length: int = field(default=384, metadata={"help": "tokens a window in evaluation"})
-    doc_stride: int = field(default=128, metadata={"help": "tokens that neighbouring windows share"})
-    evaluate_before_export: bool = field(default=True, metadata={"help": "also score the model in memory"})
-
-
-@dataclass
-class Arguments:
-    """Everything that one run needs; `geta` None means plain fine-tuning."""
-
-    model: ModelArguments
-    data: DataArguments
-    training: TrainingArguments
-    geta: GETAConfig | None
+    train_file: str | None = field(default=None, metadata={"help": "SQuAD file (.json, .json.gz), instead of a split"})
+    eval_file: str | None = field(default=None, metadata={"help": "SQuAD file (.json, .json.gz), instead of a split"})
+    max_train_questions: int | None = field(default=None, metadata={"help": "size of a random sample; default: all"})
+    max_eval_questions: int | None = field(default=None, metadata={"help": "size of a random sample; default: all"})
+    sample_seed: int = field(default=0, metadata={"help": "seed of both samples"})
+    max_length: int = field(default=384, metadata={"help": "tokens of a window in training"})
+    eval_max_length: int = field(default=384, metadata={"help": "tokens of a window in evaluation"})
+    doc_stride: int = field(default=128, metadata={"help": "tokens that neighboring windows share"})
+    evaluate_before_export: bool = field(default=True, metadata={"help": "also score the model before export"})
 
 
 # -------------------------------------------------------------------------------------------------------- arguments
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Reads `[config.yaml] [--key value ...]`; a dotted key reaches into a section, a key alone means true.
+    """Read `[config.yaml] [--key value ...]`; a dotted key sets a field of a section, a key without a value means true.
 
     Raises:
-        GETAError: a missing file, a malformed argument, or a key that no part of the recipe knows.
+        GETAError: a missing file, a malformed argument, or a key that is no field of any section.
     """
     values, geta = read_values(argv, _parser())
     model, data, training = parse_sections(_parser(), values)
@@ -98,12 +94,12 @@ def _parser() -> HfArgumentParser:
 
 
 def load_split(data: DataArguments, file: str | None, split: str, limit: int | None) -> list[Question]:
-    """The questions of a local file, or else of a split of the Hub's data set; at most `limit`."""
+    """Return the questions of a local file, otherwise of a split of the data set on the Hub; at most `limit`."""
     if file is not None:
         questions = squad_features.load_questions(file)
     elif data.dataset_name is not None:
         try:
-            from datasets import load_dataset  # needed for the Hub only
+            from datasets import load_dataset  # only needed for data sets of the Hub
         except ImportError as error:
             raise GETAError("dataset_name needs `pip install datasets`; or give train_file and eval_file") from error
         questions = [squad_features.question_from_row(row) for row in load_dataset(data.dataset_name, split=split)]
@@ -115,7 +111,7 @@ def load_split(data: DataArguments, file: str | None, split: str, limit: int | N
 def tokenize(
     data: DataArguments, tokenizer: PreTrainedTokenizerBase, questions: list[Question], progress: bool
 ) -> list[dict[str, Any]]:
-    """Training windows; says how many questions had to go."""
+    """Return the training windows, and print how many questions were dropped."""
     features, dropped = squad_features.training_features(
         tokenizer, questions, data.max_length, data.doc_stride, progress
     )
@@ -128,40 +124,21 @@ def tokenize(
 
 
 def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model with a question answering head, and its tokenizer."""
+    """Load the model with a question answering head, and its tokenizer."""
     name = arguments.model_name_or_path
-    load_config(name)  # fails first
+    load_config(name)  # first, because it refuses a quantized model before the weights are read
     tokenizer = load_tokenizer(arguments.tokenizer_name_or_path or name)
     with one_line_errors(f"the model {name} can't be loaded"):
         return AutoModelForQuestionAnswering.from_pretrained(name), tokenizer
 
 
-def make_trainer(
-    arguments: Arguments,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    features: list[dict[str, Any]],
-) -> Trainer:
-    """GETATrainer with a `geta` section, Trainer without."""
-    common: dict[str, Any] = {
-        "model": model,
-        "args": arguments.training,
-        "train_dataset": features,
-        "data_collator": DataCollatorWithPadding(tokenizer),
-        "processing_class": tokenizer,
-    }
-    if arguments.geta is None:
-        return Trainer(**common)
-    return GETATrainer(geta_config=arguments.geta, **common)
-
-
-def evaluate(
+def score(
     arguments: Arguments,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: list[Question],
 ) -> dict[str, float | int]:
-    """EM and F1 over all reference answers."""
+    """Return EM and F1 over all reference answers."""
     predictions = squad.predict(
         model,
         tokenizer,
@@ -175,76 +152,63 @@ def evaluate(
     return squad.score(predictions, questions)
 
 
-def describe(arguments: Arguments) -> dict[str, Any]:
-    """The run's own settings, ready for JSON."""
-    return {
-        "model": asdict(arguments.model),
-        "data": asdict(arguments.data),
-        "training": json.loads(arguments.training.to_json_string()),
-        "geta": arguments.geta.to_dict() if arguments.geta else None,
-    }
-
-
 def run(arguments: Arguments) -> dict[str, Any]:
-    """Trains, exports, scores what was exported, and writes `results.json`.
+    """Train, export, score the exported model, and write `results.json`.
 
     Returns:
-        What `results.json` holds; on processes other than the first, nothing.
+        The contents of `results.json`; an empty dict on all processes but the first.
     """
-    output = Path(str(arguments.training.output_dir))
-    set_seed(arguments.training.seed)
-    data = arguments.data
+    data, training = arguments.data, arguments.training
+    folder = arguments.output / "export"
+    set_seed(training.seed)
     eval_questions = load_split(data, data.eval_file, data.eval_split, data.max_eval_questions)
     train_questions = load_split(data, data.train_file, data.train_split, data.max_train_questions)
     model, tokenizer = load_model(arguments.model)
-    features = tokenize(data, tokenizer, train_questions, progress=not arguments.training.disable_tqdm)
+    features = tokenize(data, tokenizer, train_questions, progress=not training.disable_tqdm)
 
-    trainer = make_trainer(arguments, model, tokenizer, features)
-    seconds = time.perf_counter()
-    outcome = trainer.train(resume_from_checkpoint=arguments.training.resume_from_checkpoint)
-    seconds = time.perf_counter() - seconds
+    trainer = make_trainer(
+        arguments,
+        model=model,
+        train_dataset=features,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+    )
+    outcome, seconds = train(trainer)
 
-    trained = None
-    whole = not trainer.is_fsdp_enabled  # of a sharded model no process holds all that it would take
-    if data.evaluate_before_export and whole and trainer.is_world_process_zero():
-        trained = evaluate(arguments, trainer.accelerator.unwrap_model(trainer.model), tokenizer, eval_questions)
-    export(trainer, tokenizer, output / "export")
-    trainer.accelerator.wait_for_everyone()
+    before = None
+    complete = not trainer.is_fsdp_enabled  # under FSDP no process holds the full model that scoring needs
+    if data.evaluate_before_export and complete and trainer.is_world_process_zero():
+        before = score(arguments, trainer.accelerator.unwrap_model(trainer.model), tokenizer, eval_questions)
+    export(trainer, tokenizer, folder)
     if not trainer.is_world_process_zero():
         return {}
+    scores = score(arguments, *squad.load_folder(folder, training.device), eval_questions)
     results = {
-        **evaluate(arguments, *squad.load_folder(output / "export", arguments.training.device), eval_questions),
-        "before_export": trained,
+        **scores,
+        "before_export": before,
         "train_questions": len(train_questions),
         "train_windows": len(features),
         "train_loss": outcome.training_loss,
         "steps": outcome.global_step,
-        "train_seconds": round(seconds, 1),
-        "config": describe(arguments),
+        "train_seconds": seconds,
     }
-    (output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    results = save_results(arguments, results)
     if arguments.geta is not None:
-        scores = {name: results[name] for name in ("em", "f1")}
-        write_card(output / "export", dataset=data.dataset_name, metrics={"compressed": scores})
+        write_card(folder, dataset=data.dataset_name, metrics={"compressed": {"em": scores["em"], "f1": scores["f1"]}})
     return results
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The command; also the way to run the recipe from Python: `main(["config.yaml", "--seed", "1"])`."""
+    """Run the recipe, from the command line or from Python: `main(["config.yaml", "--seed", "1"])`."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or "--help" in argv or "-h" in argv:
+    if wants_help(argv):
         print(__doc__)
-        _parser().print_help()
+        print_help(_parser())
         return {}
     results = run(parse_arguments(argv))
-    if results:
-        shown = ("em", "f1", "questions", "train_seconds")
-        print(json.dumps({key: results[key] for key in shown}))
+    print_scores(results, ("em", "f1", "questions", "train_seconds"))
     return results
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except GETAError as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch.utils.data import DataLoader
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel, default_data_collator
+from transformers import DataCollatorForSeq2Seq, default_data_collator
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from geta_hf import GETAError
-from recipes.documents import IGNORED, asked_columns, cut, has_target, pack, tokenize
+from geta_hf.training.distillation import IGNORED
+from recipes.documents import asked_columns, cut, has_target, pack, tokenize
 
 _BATCH = 1000  # rows that are packed together
 _KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -180,30 +179,3 @@ def largest_batch(data: DataArguments, rows: int) -> dict[str, torch.Tensor]:
     ids = torch.zeros(rows, data.block_size, dtype=torch.long)
     names = ("input_ids", "labels") if data.packs else ("input_ids", "labels", "attention_mask")
     return {name: ids.clone() for name in names}
-
-
-# ------------------------------------------------------------------------------------------------------- perplexity
-
-
-@torch.no_grad()
-def perplexity(model: PreTrainedModel, rows: Any, collate: Any, batch_size: int, bf16: bool = False) -> dict[str, Any]:
-    """exp of the mean loss over every label of the rows, each counted once.
-
-    Returns:
-        `perplexity`, `nats_per_token` and `tokens`, the labels that were predicted.
-    """
-    total, tokens, was_training = 0.0, 0, model.training
-    model.eval()
-    for batch in _batches(rows, collate, batch_size):
-        inputs = {name: value.to(model.device) for name, value in batch.items()}
-        count = int((inputs["labels"][:, 1:] != IGNORED).sum())
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            loss = model(**inputs, use_cache=False).loss
-        total, tokens = total + float(loss) * count, tokens + count
-    model.train(was_training)
-    mean = total / tokens
-    return {"perplexity": math.exp(min(mean, 700)), "nats_per_token": mean, "tokens": tokens}
-
-
-def _batches(rows: Any, collate: Any, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    yield from DataLoader(rows, batch_size=batch_size, collate_fn=collate)

@@ -1,11 +1,57 @@
-"""GETAConfig: what it refuses, what it derives, and that it survives JSON and YAML."""
+"""Config classes: what they refuse and derive, that they survive JSON and YAML, and the documentation from them."""
 
 from __future__ import annotations
 
+import doctest
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
 import pytest
 
-from geta_hf.config import GETAConfig
+from geta_hf import config as module
+from geta_hf.config import (
+    CONFIG_CLASSES,
+    REGENERATE,
+    SECTIONS,
+    CompressionConfig,
+    GETAConfig,
+    above,
+    document_attributes,
+    field_table,
+    read_config,
+    sections_of,
+    setting,
+    settings_of,
+)
 from geta_hf.errors import GETAError
+
+DOCS = Path(__file__).parent.parent / "docs" / "configuration.md"
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch) -> None:
+    """Forget the classes that a test declares."""
+    monkeypatch.setattr(module, "CONFIG_CLASSES", dict(CONFIG_CLASSES))
+
+
+def search_config() -> type[CompressionConfig]:
+    """Declare the config class of another method."""
+
+    @document_attributes
+    @dataclass
+    class SearchConfig(CompressionConfig):
+        """The settings of a search."""
+
+        method: ClassVar[str] = "search"
+        bits: tuple[int, int] = (2, 8)
+        exclude: list[str] = setting(["head"], "Layers not to search.", section="Selection")
+        temperature: float = setting(1.0, "Softmax temperature.", above(0), section="Search")
+        betas: tuple[float, float] = (0.9, 0.99)
+        names: dict | None = None
+
+    return SearchConfig
 
 
 @pytest.mark.parametrize("name", ["geta_config.json", "geta.yaml"])
@@ -45,6 +91,18 @@ def test_tuples_and_numbers_written_as_text_are_taken() -> None:
     config = GETAConfig(bits=[4, 8], include=("query",), exclude=("key",))  # type: ignore[arg-type]
     assert GETAConfig.from_dict(config.to_dict()) == config and config.exclude == ["key"]
     assert GETAConfig.from_dict({"epsilon": "1e-9"}).epsilon == 1e-9  # as YAML 1.1 reads it
+    assert GETAConfig.from_dict({"warmup": "1e1"}).warmup == "1e1"  # a length may be text
+    with pytest.raises(GETAError, match="saliency = '1e3' must be one of"):
+        GETAConfig.from_dict({"saliency": "1e3"})
+    with pytest.raises(GETAError, match="multiple_of = '4' must be an integer"):
+        GETAConfig.from_dict({"multiple_of": "4"})
+
+
+def test_the_bounds_of_a_closed_range_are_allowed() -> None:
+    lowest = GETAConfig(0, (2, 2), saliency_decay=0, epsilon=0, distill_logits=0, multiple_of=1, embedding_bits=2)
+    assert (lowest.target_sparsity, lowest.bits, lowest.epsilon, lowest.embedding_bits) == (0, (2, 2), 0, 2)
+    highest = GETAConfig(bits=(16, 16), initial_bits=16, embedding_bits=8, min_kept=1.0)
+    assert (highest.bits, highest.embedding_bits, highest.min_kept) == ((16, 16), 8, 1)
 
 
 def test_the_reduction_ends_at_the_upper_bits() -> None:
@@ -61,28 +119,32 @@ def test_the_reduction_ends_at_the_upper_bits() -> None:
         ({"bits": (4, 8, 9)}, "pair"),
         ({"bits": (4, 8), "initial_bits": 6}, "initial_bits = 6"),
         ({"bits": (4, 8), "bit_reduction": 4}, r"b_u - B·b_r = 16 - 4 · 4 = 0 is below b_l = 4"),
-        ({"bits": (4, 8), "bit_reduction": 1}, "stays above the 8 bits"),
+        ({"bits": (4, 8), "bit_reduction": 1}, "= 12 is above the 8 bits of `bits`"),
         ({"bit_choices": [8], "bit_reduction": 2.5}, r"= 6\.0 is below all of bit_choices = \[8\]"),
         ({"bit_choices": [2, 4]}, r"bit_choices = \[2, 4\] must be widths in 4..8"),
         ({"bit_choices": []}, "bit_choices"),
-        ({"bit_choices": [4.0]}, "bit_choices = .* a list of whole numbers"),
+        ({"bit_choices": [4.0]}, "bit_choices = .* a list of integers"),
         ({"mean_bits": 9}, r"mean_bits = 9 must be in 4..8"),
         ({"mean_bits": 4, "bit_choices": [5, 6]}, r"mean_bits = 4 must be in 5..6, as `bit_choices`"),
         ({"activation_bits": (8, 20)}, r"activation_bits = \(8, 20\) must be a pair .* in 2..16"),
         ({"activation_bits": (8, 4)}, "activation_bits"),
         ({"per_channel": True, "bit_rule": "paper"}, "Eq. 14 sets one d a layer"),
-        ({"target_sparsity": 0.5, "target_parameters": 0.5}, "target_sparsity and target_parameters say the same"),
-        ({"target_bops": 0.1, "target_bytes": 10**6}, "target_bops and target_bytes say the same thing twice"),
-        ({"target_sparsity": 0.5, "target_bops": 0.1, "mean_bits": 5}, "can't all hold; leave one out"),
-        ({"target_bops": 1.5}, r"target_bops = 1.5 must be in \(0, 1\)"),
-        ({"target_bytes": 1.5e6}, "target_bytes = 1500000.0 must be a whole number"),
+        ({"target_sparsity": 0.5, "target_parameters": 0.5}, "target_sparsity and target_parameters set the same"),
+        (
+            {"target_bops": 0.1, "target_bytes": 10**6},
+            "target_bops and target_bytes set the same target; give only one",
+        ),
+        ({"target_sparsity": 0.5, "target_bops": 0.1, "mean_bits": 5}, "can't all be met; give two of them"),
+        ({"target_bops": 1.5}, r"target_bops = 1.5 must be a number in \(0, 1\)"),
+        ({"target_bops": 0}, r"target_bops = 0 must be a number in \(0, 1\)"),
+        ({"target_bytes": 1.5e6}, "target_bytes = 1500000.0 must be an integer"),
         ({"min_kept": 0}, "min_kept"),
-        ({"min_kept": 2.5}, "min_kept = 2.5 must be a whole count, or a share below 1"),
+        ({"min_kept": 2.5}, "min_kept = 2.5 must be an integer count of at least 1, or a share"),
         ({"multiple_of": 0}, "multiple_of"),
         ({"uniform": 1}, "uniform = 1 must be a bool"),
         ({"distill_logits": -1}, "distill_logits"),
-        ({"distill_temperature": 0}, "distill_temperature = 0 must be above 0"),
-        ({"target_sparsity": 1.0}, r"target_sparsity = 1.0 must be in \[0, 1\)"),
+        ({"distill_temperature": 0}, "distill_temperature = 0 must be a number above 0"),
+        ({"target_sparsity": 1.0}, r"target_sparsity = 1.0 must be a number in \[0, 1\)"),
         ({"target_sparsity": -0.1}, "target_sparsity"),
         ({"saliency": "magic"}, "saliency = 'magic' must be one of fisher, taylor, hesso"),
         ({"pruning_periods": 0}, "pruning_periods"),
@@ -91,14 +153,25 @@ def test_the_reduction_ends_at_the_upper_bits() -> None:
         ({"target_sparsity": "half"}, "target_sparsity = 'half' must be a number"),
         ({"bits": 8}, "bits = 8 must be a pair"),
         ({"bits": None}, "bits = None must be a pair"),
-        ({"projection_periods": "4"}, "projection_periods = '4' must be a whole number"),
-        ({"pruning_periods": 4.0}, "pruning_periods = 4.0 must be a whole number"),
+        ({"projection_periods": "4"}, "projection_periods = '4' must be an integer"),
+        ({"pruning_periods": 4.0}, "pruning_periods = 4.0 must be an integer"),
         ({"epsilon": -1.0}, "epsilon"),
         ({"epsilon": float("nan")}, "epsilon"),
         ({"exclude": "pooler"}, "exclude = 'pooler' must be a list"),
         ({"include": [1]}, "include"),
         ({"prune": "residual"}, "prune = 'residual' must be a list of kinds"),
         ({"keep": [None]}, "keep"),
+        ({"initial_bits": 20}, "initial_bits = 20 must be an integer from b_u to 16"),
+        ({"activation_bits": (4, 8), "initial_bits": 6, "bits": (4, 6)}, r"activation_bits = \(4, 8\) must be .* <= 6"),
+        ({"embedding_bits": 9}, "embedding_bits = 9 must be an integer in 2..8"),
+        ({"embedding_bits": True}, "embedding_bits = True must be an integer"),
+        ({"calibration_batches": 0}, "calibration_batches = 0 must be an integer of at least 1"),
+        ({"distill_hidden": float("inf")}, "distill_hidden = inf must be a number"),
+        ({"saliency_decay": 1}, "saliency_decay"),
+        ({"bit_rule": ["paper"]}, "bit_rule = .* must be one of sensitivity, ppsg, paper"),
+        ({"drop_layers": -1}, "drop_layers = -1 must be a number of layers"),
+        ({"warmup": None}, "warmup = None must be steps, a share of training, or text"),
+        ({"joint": True}, "joint = True must be steps, a share of training, or text"),
     ],
 )
 def test_what_cannot_be_met_is_refused(changes: dict, message: str) -> None:
@@ -112,8 +185,154 @@ def test_unreadable_and_foreign_files_are_refused(tmp_path) -> None:
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(GETAError, match="holds list"):
         GETAConfig.load(tmp_path / "list.yaml")
+    with pytest.raises(GETAError, match="holds list"):
+        read_config(tmp_path / "list.yaml")
     (tmp_path / "torn.json").write_text('{"bits": [4,')
     with pytest.raises(GETAError, match="can't be read"):
         GETAConfig.load(tmp_path / "torn.json")
     with pytest.raises(GETAError, match=r"unknown GETAConfig keys \['sparsity'\]"):
         GETAConfig.from_dict({"sparsity": 0.5})
+
+
+# --- the limits that every method shares, and other methods -----------------------------------------------------------
+
+
+def test_the_shared_limits_need_no_stages() -> None:
+    limits = CompressionConfig(0.5, (3, 6), activation_bits=(8, 16))
+    assert not hasattr(limits, "initial_bits") and limits.final_upper_bits == 6
+    assert limits.widths == [3, 4, 5, 6] and limits.wanted_mean_bits == 4.5
+    assert CompressionConfig(target_bytes=10**6).wanted_mean_bits is None
+    with pytest.raises(GETAError, match=r"CompressionConfig.mean_bits = 9 must be in 4..8, as `bits`"):
+        CompressionConfig(mean_bits=9)
+    with pytest.raises(GETAError, match="can't all be met"):
+        CompressionConfig(target_parameters=0.5, target_bytes=10**6, mean_bits=5)
+
+
+def test_every_shared_limit_is_a_setting_of_geta_in_the_same_place() -> None:
+    shared, own = list(settings_of(CompressionConfig)), list(settings_of(GETAConfig))
+    assert own[: len(shared)] == shared and len(own) > len(shared)
+    config = GETAConfig(0.3, (3, 6))
+    assert isinstance(config, CompressionConfig) and (config.target_sparsity, config.bits) == (0.3, (3, 6))
+
+
+@pytest.mark.parametrize("name", ["geta_config.json", "geta.yaml"])
+def test_a_method_enters_with_its_config_class(tmp_path, name: str) -> None:
+    kind = search_config()
+    config = kind(target_bops=0.1, temperature=0.5)
+    config.save(tmp_path / name)
+    read = read_config(tmp_path / name)
+    assert type(read) is kind and read == config and read.to_dict()["method"] == "search"
+    assert read_config(read.to_dict()) == config and read_config(GETAConfig().to_dict()) == GETAConfig()
+    assert kind.load(tmp_path / name) == config
+    with pytest.raises(GETAError, match=r"SearchConfig.temperature = 0 must be a number above 0"):
+        read_config({"method": "search", "temperature": 0})
+    with pytest.raises(GETAError, match=r"unknown SearchConfig keys \['warmup'\]"):
+        read_config({"method": "search", "warmup": 0.1})
+
+
+def test_a_subclass_changes_defaults_and_keeps_the_rest() -> None:
+    kind = search_config()
+    assert kind().bits == (2, 8) and kind(target_sparsity=0.3).widths[0] == 2
+    mine, shared = settings_of(kind)["bits"], settings_of(CompressionConfig)["bits"]
+    assert (mine.help, mine.allowed, mine.section) == (shared.help, shared.allowed, shared.section)
+    with pytest.raises(GETAError, match=r"SearchConfig.bits = \(1, 8\) must be a pair"):
+        kind(bits=(1, 8))
+    first, second = kind(), kind()
+    first.exclude.append("pooler")
+    assert second.exclude == ["head"]
+
+
+def test_types_without_a_description_are_checked_too() -> None:
+    kind = search_config()
+    for changes, message in [({"betas": [0.9]}, "a list of 2 numbers"), ({"names": [1]}, "a dict")]:
+        with pytest.raises(GETAError, match=message):
+            kind(**changes)
+    assert kind(betas=[0.5, 1]).betas == (0.5, 1) and kind(names={}).names == {}
+
+
+def test_a_method_has_one_class() -> None:
+    class Same(GETAConfig):
+        """Has the method of its base, and is not registered."""
+
+    assert module.CONFIG_CLASSES["qasso"] is GETAConfig and Same.method == "qasso"
+    with pytest.raises(GETAError, match="method 'qasso' of Other already belongs to GETAConfig"):
+
+        class Other(CompressionConfig):
+            method = "qasso"
+
+
+def test_the_method_chooses_the_class_that_reads() -> None:
+    kind = search_config()
+    for method in ("sparse", None, ["qasso"]):
+        with pytest.raises(GETAError, match=r"unknown method .*; known are \[.*'qasso', 'search'\]"):
+            read_config({"method": method})
+    with pytest.raises(
+        GETAError, match=r"GETAConfig has method 'qasso', not 'search'; read the values with .*read_config"
+    ):
+        GETAConfig.from_dict(kind().to_dict())
+
+
+def test_a_file_from_before_methods_is_read_as_qasso(tmp_path) -> None:
+    old = {
+        "target_sparsity": 0.3,
+        "bits": [4, 8],
+        "target_parameters": None,
+        "mean_bits": None,
+        "bit_choices": None,
+        "activation_bits": [4, 8],
+        "min_kept": 1,
+        "initial_bits": 16,
+        "bit_reduction": None,
+        "warmup": "1.5 epochs",
+        "saliency": "hesso",
+        "clipping": "max",
+        "epsilon": 1e-08,
+        "include": ["query"],
+        "exclude": [],
+        "drop_layers": ["model.layers.3"],
+    }
+    (tmp_path / "geta_config.json").write_text(json.dumps(old))
+    expected = GETAConfig(
+        0.3,
+        activation_bits=(4, 8),
+        warmup="1.5 epochs",
+        saliency="hesso",
+        clipping="max",
+        include=["query"],
+        drop_layers=["model.layers.3"],
+    )
+    assert GETAConfig.load(tmp_path / "geta_config.json") == expected == read_config(tmp_path / "geta_config.json")
+    assert type(read_config(old)) is GETAConfig
+
+
+def test_lists_and_tuples_become_what_the_field_has() -> None:
+    config = GETAConfig(drop_layers=("model.layers.1",), activation_bits=[4, 8], keep=("a",))  # type: ignore[arg-type]
+    assert (config.drop_layers, config.activation_bits, config.keep) == (["model.layers.1"], (4, 8), ["a"])
+
+
+# --- documentation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [CompressionConfig, GETAConfig])
+def test_every_setting_is_described_where_it_is_declared(kind: type[CompressionConfig]) -> None:
+    for name, one in settings_of(kind).items():
+        assert one.help.endswith("."), f"{kind.__name__}.{name} needs a sentence of help"
+        assert one.section in SECTIONS and one.allowed, name
+        assert one.accepts(one.default), name
+        assert f"{name}: " in kind.__doc__.partition("Attributes:")[2], f"help({kind.__name__}) lacks {name}"
+
+
+def test_the_page_of_the_docs_is_what_the_declarations_say() -> None:
+    assert DOCS.read_text(encoding="utf-8") == field_table(), f"docs/configuration.md is outdated; run {REGENERATE}"
+
+
+def test_the_table_covers_other_methods() -> None:
+    page = field_table(search_config())
+    assert "| `temperature` | `1.0` | a number above 0 | Softmax temperature. |" in page and "## Search" in page
+    assert "| `bits` | `(2, 8)` | a pair (b_l, b_u) of integers in 2..16" in page and "warmup" not in page
+    assert "max\\|W\\|" in page and list(sections_of(GETAConfig)) == list(SECTIONS)
+
+
+def test_the_examples_in_the_docstrings_hold() -> None:
+    results = doctest.testmod(module)
+    assert results.attempted >= 5 and not results.failed

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "geta_hf"
 PAGES = ("CONTRIBUTING.md", "docs/glossary.md")
-AWAITED = {"compress.py", "methods/base.py", "methods.base.Method", "methods.base.CompressionResult"}
+AWAITED = {"compress.py"}
 """Named before they exist; the layout is still being built. Nothing may be added."""
 
 ROOMS = tuple(sorted(path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()))

@@ -1,133 +1,184 @@
-"""The joint stage's end: widths become whole numbers that meet the budget, and d is computed anew for them."""
+"""Choose the final integer bit width of every quantizer, by what rounding costs and what the target allows.
+
+`allocate_bits` is a pure function of plain data. Measuring its inputs, and writing the step sizes that follow from its
+result, are left to the caller, so that any method can use it, also after training.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from geta_hf.config import CompressionConfig
 from geta_hf.costs import sensitivity
 from geta_hf.costs.ledger import Ledger
-from geta_hf.costs.quantizer_table import Named, Quantizers
+from geta_hf.costs.sensitivity import RoundingErrors
 from geta_hf.costs.targets import BOPS, BYTES, Target
-from geta_hf.quantization.functional import FLOAT_BITS, clip_power, step_size
-from geta_hf.utils.shards import from_first_process, local, shard_of
-
-if TYPE_CHECKING:
-    from geta_hf.config import GETAConfig
-    from geta_hf.methods.qasso.optimizer import QASSO
+from geta_hf.quantization.functional import FLOAT_BITS
 
 logger = logging.getLogger(__name__)
 
 
-def allocate_bits(qasso: QASSO, named: Named) -> None:
-    """Whole widths inside the bounds, by the rule and the budget of the config; (d, q_m, t) then stand still.
+@dataclass(frozen=True)
+class BitChoices:
+    """The widths that are allowed, and the rule that chooses among them.
 
-    Where widths are free to move, so does q_m: the clipping value of least squared error at 8 bits is far too wide for
-    4. Waits for the device.
+    Attributes:
+        weights: integer widths of weights, ascending.
+        inputs: integer widths of layers' inputs, ascending.
+        by_sensitivity: spend the budget where the expected loss falls most; otherwise move the learned widths together
+            until they meet it.
+        search_clipping: let clipping values follow the widths; otherwise they stay.
     """
-    quantizers, config = qasso.quantizers, qasso.config
-    learned = from_first_process(quantizers.bits(named)).cpu().double()
-    count = quantizers.weight_layers
-    inputs = _input_widths(learned[count:], config)
-    chosen, clips = _weight_widths(qasso, named, learned[:count], inputs)
-    d, q_m, t = quantizers.read(named)
-    device = d.device
-    layer_bits = torch.tensor([*chosen, *inputs], dtype=torch.float32, device=device)
-    q_m = q_m * torch.cat([clips.to(device), torch.ones(len(inputs), device=device)])[quantizers.layer]
-    quantizers.write_clipping(q_m, named)
-    quantizers.write_step_sizes(step_size(layer_bits[quantizers.layer], q_m, t), named)
+
+    weights: Sequence[int]
+    inputs: Sequence[int]
+    by_sensitivity: bool = True
+    search_clipping: bool = True
+
+    @classmethod
+    def of(cls, config: CompressionConfig, by_sensitivity: bool = True, search_clipping: bool = True) -> BitChoices:
+        """Return the choices that a config allows, none of them above the upper bound at the end of training."""
+        # A `bit_reduction` of the user's own may end between two integers.
+        highest = math.floor(config.final_upper_bits + 1e-6)
+        lower, upper = config.activation_bits or config.bits
+        return cls(
+            weights=[bits for bits in config.widths if bits <= highest],
+            inputs=list(range(lower, upper + 1)),
+            by_sensitivity=by_sensitivity,
+            search_clipping=search_clipping,
+        )
+
+    def needs_errors(self, target: Target) -> bool:
+        """Return whether there is anything to choose by rounding errors: a budget, and more than one width."""
+        return bool(target.budgets) and len(self.weights) > 1
 
 
-def _input_widths(learned: Tensor, config: GETAConfig) -> list[int]:
-    low, high = config.activation_bits or config.bits
-    return sensitivity.nearest(learned, list(range(low, high + 1))) if len(learned) else []
+@dataclass(frozen=True)
+class LearnedBits:
+    """The real widths that training ended with.
+
+    Attributes:
+        weights: float64, shape (layers,): widths of the quantized weights.
+        inputs: float64, shape (inputs,): widths of the quantized inputs.
+        input_of: for each layer the position of its input in `inputs`; -1 where the input is float.
+    """
+
+    weights: Tensor
+    inputs: Tensor
+    input_of: Sequence[int]
 
 
-def _weight_widths(qasso: QASSO, named: Named, learned: Tensor, inputs: Sequence[int]) -> tuple[list[int], Tensor]:
-    """The width of every weight, and by what its q_m is multiplied, shape (layers,)."""
-    config, target, ledger = qasso.config, qasso.goal, qasso.ledger
-    widths = [width for width in config.widths if width <= math.floor(config.final_upper_bits + 1e-6)]
-    if not target.budgets or len(widths) == 1:
-        return sensitivity.nearest(learned, widths), torch.ones(len(learned))
-    gone, input_bits = qasso.gone, _bits_of_inputs(qasso.quantizers, inputs)
-    errors, clips = _errors(qasso, named, widths)
-    per_bit = torch.stack([_cost_per_bit(unit, ledger, gone, input_bits) for unit in target.budgets])
+@dataclass(frozen=True)
+class BitAllocation:
+    """The widths that were chosen.
+
+    Attributes:
+        weight_bits: integer width of each quantized weight.
+        clip_factors: float32, shape (layers,): what each weight's q_m is to be multiplied by.
+        input_bits: integer width of each quantized input.
+    """
+
+    weight_bits: list[int]
+    clip_factors: Tensor
+    input_bits: list[int]
+
+
+def allocate_bits(
+    learned: LearnedBits,
+    rounding: RoundingErrors | None,
+    curvature: Tensor,
+    ledger: Ledger,
+    target: Target,
+    removed: Tensor,
+    choices: BitChoices,
+) -> BitAllocation:
+    """Choose integer widths inside the limits that spend the target's budgets.
+
+    Clipping values follow the widths: the one of least squared error at 8 bits is far too wide for 4.
+
+    Args:
+        learned: the widths so far. They decide where there is no budget, or where the rule moves them together.
+        rounding: squared errors at each of `choices.weights`; None where `choices.needs_errors` says that none are
+            needed. Then each width is rounded to the nearest choice, and clipping values stay.
+        curvature: float64, shape (layers,): ‖g‖² of each weight, averaged over recent steps; read by the sensitivity
+            rule only.
+        ledger: sizes of the model.
+        target: with the budgets.
+        removed: bool, shape (groups,): groups that are cut away, and cost nothing any more.
+        choices: allowed widths, and the rule.
+    """
+    input_bits = sensitivity.nearest(learned.inputs, choices.inputs) if len(learned.inputs) else []
+    if rounding is None:
+        weight_bits = sensitivity.nearest(learned.weights, choices.weights)
+        return BitAllocation(weight_bits, torch.ones(len(weight_bits)), input_bits)
+    widths = choices.weights
+    per_layer = _bits_of_inputs(learned.input_of, input_bits)
+    per_bit = torch.stack([_cost_per_bit(unit, ledger, removed, per_layer) for unit in target.budgets])
     costs = per_bit[..., None] * torch.tensor(widths, dtype=torch.float64).diff()
-    if config.bit_rule == "sensitivity":
-        curvature = sensitivity.mean_square(qasso.curvature.cpu().double(), ledger.weights(gone))
-        priority = sensitivity.by_sensitivity(errors, curvature, costs[0])
-        trained = torch.tensor([weight in named for weight in qasso.quantizers.own_weights])
-        # Of a weight that is not trained no gradient is known, so it is taken for an average one.
-        priority[~trained] = priority[trained].mean(0) if bool(trained.any()) else 0.0
+    if choices.by_sensitivity:
+        priority = _sensitivity_priority(rounding, curvature, ledger.weights(removed), costs[0])
     else:
-        priority = sensitivity.by_learned_width(learned, widths)
-    left = [_left_to_spend(target, unit, ledger, gone, float(widths[0]), input_bits) for unit in target.budgets]
-    steps = from_first_process(torch.tensor(sensitivity.allocate(priority, costs, left)))
-    return [widths[step] for step in steps.tolist()], clips[torch.arange(len(steps)), steps]
+        priority = sensitivity.by_learned_width(learned.weights, widths)
+    budgets = [_remaining_budget(target, unit, ledger, removed, float(widths[0]), per_layer) for unit in target.budgets]
+    steps = sensitivity.allocate(priority, costs, budgets)
+    clips = rounding.clips[torch.arange(len(steps)), torch.tensor(steps)]
+    return BitAllocation([widths[step] for step in steps], clips, input_bits)
 
 
-def _bits_of_inputs(quantizers: Quantizers, inputs: Sequence[int]) -> Tensor:
-    """Width of each quantized weight's input, 32 where it is float, float64, shape (layers,)."""
-    of_inputs = dict(zip(quantizers.prefixes[quantizers.weight_layers :], inputs, strict=True))
-    names = [f"{weight.rpartition('.')[0]}.input_quantizer" for weight in quantizers.own_weights]
-    return torch.tensor([of_inputs.get(name, FLOAT_BITS) for name in names], dtype=torch.float64)
+def _sensitivity_priority(rounding: RoundingErrors, curvature: Tensor, weights: Tensor, cost: Tensor) -> Tensor:
+    """Return how much one more bit lowers the expected loss per unit of cost, shape (layers, steps).
+
+    Args:
+        weights: remaining elements of each layer, shape (layers,).
+        cost: of each step, in the unit of the first budget, shape (layers, steps).
+    """
+    per_element = sensitivity.mean_square(curvature, weights)
+    priority = sensitivity.by_sensitivity(rounding.errors, per_element, cost)
+    known = rounding.known
+    # No gradient of an untrained weight is known, so it is taken for an average one.
+    priority[~known] = priority[known].mean(0) if bool(known.any()) else 0.0
+    return priority
 
 
-def _cost_per_bit(unit: str, ledger: Ledger, gone: Tensor, input_bits: Tensor) -> Tensor:
-    """What one more bit of each layer adds to what a budget counts, shape (layers,)."""
-    weights = ledger.weights(gone)
+def _bits_of_inputs(input_of: Sequence[int], input_bits: Sequence[int]) -> Tensor:
+    """Return the width of each weight's input, 32 where it is float, float64, shape (layers,)."""
+    bits = [FLOAT_BITS if position < 0 else input_bits[position] for position in input_of]
+    return torch.tensor(bits, dtype=torch.float64)
+
+
+def _cost_per_bit(unit: str, ledger: Ledger, removed: Tensor, input_bits: Tensor) -> Tensor:
+    """Return what one more bit of each layer adds to what a budget counts, shape (layers,)."""
+    weights = ledger.weights(removed)
     if unit == BYTES:
         return weights / 8
     if unit == BOPS:
-        one, uses = torch.ones(len(weights), dtype=torch.float64), [layer.uses for layer in ledger.layers]
-        macs = weights * input_bits * torch.tensor(uses, dtype=torch.float64)
-        return macs / macs.sum() * ledger.relative_bops(gone, one, input_bits)
+        one_bit = torch.ones(len(weights), dtype=torch.float64)
+        uses = torch.tensor([layer.uses for layer in ledger.layers], dtype=torch.float64)
+        macs = weights * input_bits * uses
+        return macs / macs.sum() * ledger.relative_bops(removed, one_bit, input_bits)
     return weights / weights.sum()
 
 
-def _left_to_spend(target: Target, unit: str, ledger: Ledger, gone: Tensor, lowest: float, input_bits: Tensor) -> float:
-    """What of a budget is left with all layers at the lowest width."""
-    budget, spent = target.budgets[unit], target.spent(unit, ledger, gone, lowest, input_bits)
-    # Every packed weight ends on a whole byte, and numbers in the header may grow by a digit.
+def _remaining_budget(
+    target: Target, unit: str, ledger: Ledger, removed: Tensor, lowest: float, input_bits: Tensor
+) -> float:
+    """Return what remains of a budget once all layers have the lowest width."""
+    budget = target.budgets[unit]
+    spent = target.spent(unit, ledger, removed, lowest, input_bits)
+    # Each packed weight ends on a full byte, and numbers in the header may grow by a digit.
     reserve = 2 * len(ledger.layers) + 64 if unit == BYTES else 0
     if budget - reserve < spent:
         logger.warning(
-            "%s: %g were to be left, but with all layers at %g bits it is %g; what was pruned left the costly layers",
+            "%s: the target is %g, but with all layers at %g bits it is %g; the costly layers lost too few groups",
             unit,
             budget,
             lowest,
             spent,
         )
     return budget - reserve - spent
-
-
-def _errors(qasso: QASSO, named: Named, widths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """`sensitivity.rounding_errors` of every weight, on CPU, shape (layers, widths) each; 0 and 1 of untrained ones."""
-    quantizers, config = qasso.quantizers, qasso.config
-    search = config.clipping == "mse" and not config.learn_exponent
-    _, q_m, t = quantizers.read(named)
-    errors = torch.zeros(quantizers.weight_layers, len(widths), dtype=torch.float64)
-    clips = torch.ones(quantizers.weight_layers, len(widths))
-    for position, weight in enumerate(quantizers.own_weights):
-        if weight in named:
-            found = _error_of(quantizers, weight, qasso.frozen.merged(weight, named), q_m, t, widths, search)
-            errors[position], clips[position] = (value.cpu() for value in found)
-    return errors, clips
-
-
-def _error_of(
-    quantizers: Quantizers, name: str, weight: Tensor, q_m: Tensor, t: Tensor, widths: Sequence[int], search: bool
-) -> tuple[Tensor, Tensor]:
-    prefix = quantizers.weights[name]
-    shard, values = shard_of(weight), local(weight).float()
-    clip, power = (quantizers.along(prefix, value, weight.dim()) for value in (q_m, t))
-    if shard is not None and clip.dim() > 1 and clip.shape[shard.dim] > 1:
-        clip = clip.narrow(shard.dim, shard.start, shard.stop - shard.start)
-    if not search:  # what is rounded is min(|x|, q_m)^t
-        values, clip = clip_power(values, clip, power), clip**power
-    return sensitivity.rounding_errors(values.abs() / clip, clip**2, widths, search, shard)

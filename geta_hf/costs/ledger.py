@@ -46,7 +46,7 @@ class Ledger:
     Attributes:
         shapes: shape of every tensor that is stored, by name; tied ones once.
         item_bytes: bytes of one element of each of them.
-        cuts: what the groups cut.
+        labels: the group of each index of each dimension that groups cut.
         groups: number of groups.
         layers: the quantized weights.
         buffers: those of the tensors that are no parameters.
@@ -58,7 +58,7 @@ class Ledger:
     """
 
     shapes: Mapping[str, tuple[int, ...]]
-    cuts: Sequence[GroupLabels]
+    labels: Sequence[GroupLabels]
     groups: int
     layers: Sequence[LayerEntry]
     item_bytes: Mapping[str, int] = field(default_factory=dict)
@@ -89,12 +89,12 @@ class Ledger:
         shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
         return cls.of(families, shapes, [LayerEntry(weight) for weight in weights])
 
-    def left(self, gone: Tensor) -> dict[str, list[int]]:
-        """Shapes of the tensors that are cut, once the groups of `gone`, bool (groups,), have left."""
+    def remaining_shapes(self, removed: Tensor) -> dict[str, list[int]]:
+        """Shapes of the tensors that are cut, once the groups of `removed`, bool (groups,), have left."""
         shapes: dict[str, list[int]] = {}
-        for cut in self.cuts:
+        for cut in self.labels:
             shape = shapes.setdefault(cut.tensor, list(self.shapes[cut.tensor]))
-            shape[cut.dim] -= int(marked(cut.label, gone).sum())
+            shape[cut.dim] -= int(marked(cut.label, removed).sum())
         return shapes
 
     @property
@@ -102,22 +102,22 @@ class Ledger:
         """The mask of no group."""
         return torch.zeros(self.groups, dtype=torch.bool)
 
-    def prunable_parameters(self, gone: Tensor) -> int:
+    def prunable_parameters(self, removed: Tensor) -> int:
         """Elements that are left of all that could leave with some group."""
         fixed = self._cut_elements(torch.ones(self.groups, dtype=torch.bool))
-        return self._cut_elements(gone) - fixed
+        return self._cut_elements(removed) - fixed
 
-    def _cut_elements(self, gone: Tensor) -> int:
-        left = self.left(gone)
+    def _cut_elements(self, removed: Tensor) -> int:
+        left = self.remaining_shapes(removed)
         return sum(math.prod(shape) for name, shape in left.items() if name not in self.buffers)
 
-    def weights(self, gone: Tensor) -> Tensor:
+    def weights(self, removed: Tensor) -> Tensor:
         """Elements left of every quantized weight, float64, shape (layers,)."""
-        left = self.left(gone)
+        left = self.remaining_shapes(removed)
         sizes = [math.prod(left.get(layer.weight, self.shapes[layer.weight])) for layer in self.layers]
         return torch.tensor(sizes, dtype=torch.float64)
 
-    def relative_bops(self, gone: Tensor, bits: Tensor | float, input_bits: Tensor | float = FLOAT_BITS) -> float:
+    def relative_bops(self, removed: Tensor, bits: Tensor | float, input_bits: Tensor | float = FLOAT_BITS) -> float:
         """BOPs of the quantized layers relative to the dense model's: Σ MACs · b_w · b_a, dense 32 · 32.
 
         Args:
@@ -125,16 +125,16 @@ class Ledger:
         """
         uses = torch.tensor([layer.uses for layer in self.layers], dtype=torch.float64)
         dense = ((self.weights(self.nothing) * uses).sum() + self.dropped) * FLOAT_BITS**2
-        return float((self.weights(gone) * uses * bits * input_bits).sum() / dense)
+        return float((self.weights(removed) * uses * bits * input_bits).sum() / dense)
 
-    def stored_bytes(self, gone: Tensor, bits: Tensor | float, quantized_inputs: bool = False) -> int:
+    def stored_bytes(self, removed: Tensor, bits: Tensor | float, quantized_inputs: bool = False) -> int:
         """Bytes of the safetensors file that an export writes: packed codes, scales, all other tensors, and its header.
 
         Args:
             bits: whole for an exact count; a real mean width gives the size to be expected.
             quantized_inputs: whether each layer stores the step size of its input, too.
         """
-        left = self.left(gone)
+        left = self.remaining_shapes(removed)
         widths = torch.as_tensor(bits, dtype=torch.float64).expand(len(self.layers)).tolist()
         packed = {layer.weight: (layer, width) for layer, width in zip(self.layers, widths, strict=True)}
         sizes: dict[str, Entry] = {}

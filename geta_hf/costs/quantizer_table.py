@@ -58,6 +58,12 @@ class Quantizers:
         """Position in `prefixes` of a weight's quantizer; -1 where it has none."""
         return self._positions.get(self.weights.get(weight, ""), -1)
 
+    def input_positions(self) -> list[int]:
+        """Return for each quantized weight the position of its layer's input among the inputs; -1 where it is float."""
+        positions = {prefix: position for position, prefix in enumerate(self.prefixes[self.weight_layers :])}
+        layers = [weight.rpartition(".")[0] for weight in self.own_weights]
+        return [positions.get(f"{layer}.input_quantizer", -1) for layer in layers]
+
     def to(self, device: torch.device) -> None:
         """Keep the index of layers, and their numbers of entries, where the parameters are."""
         self.layer, self._entries = self.layer.to(device), self._entries.to(device)

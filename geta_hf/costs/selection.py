@@ -14,16 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geta_hf.config import GETAConfig
+from geta_hf.config import CompressionConfig
 from geta_hf.errors import GETAError
 from geta_hf.qadg.group_labels import family_starts
 from geta_hf.qadg.groups import Family
 
 TOLERANCE = 0.005
-"""How far below its goal an amount may end, as a share of the goal, before smaller chunks are looked for."""
+"""How far below the wanted amount a removal may end, as a share of it, before smaller chunks are tried."""
 
 ATTEMPTS = 256
-"""How many chunks are tried then."""
+"""How many smaller chunks are tried then."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Limits:
     uniform: bool = False
 
     @classmethod
-    def of(cls, config: GETAConfig) -> Limits:
+    def of(cls, config: CompressionConfig) -> Limits:
         """The limits that a config asks for."""
         return cls(config.min_kept, config.multiple_of, config.uniform)
 
@@ -93,23 +93,26 @@ class Chunks:
         return self.groups[: int(self.sizes[:count].sum())]
 
 
-def find_chunks(families: Sequence[Family], scores: Tensor, gone: Tensor, limits: Limits) -> Chunks:
+def find_chunks(families: Sequence[Family], scores: Tensor, removed: Tensor, limits: Limits) -> Chunks:
     """All chunks that may leave, by ascending score; those of one family in the order in which they must leave.
 
     Args:
         scores: shape (groups,), finite.
-        gone: bool, shape (groups,): groups that have left.
+        removed: bool, shape (groups,): groups that have left.
     """
     groups: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
     owner: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
     first = 0
     for together in _alike(families, limits):
-        lists = [limits.chunks(family, int((~gone[start : start + family.size]).sum())) for start, family in together]
+        lists = []
+        for start, family in together:
+            remaining = int((~removed[start : start + family.size]).sum())
+            lists.append(limits.chunks(family, remaining))
         count = min(len(sizes) for sizes in lists)
         for (start, family), sizes in zip(together, lists, strict=True):
             used = torch.tensor(sizes[:count], dtype=torch.int64)
             own = slice(start, start + family.size)
-            order = torch.sort(scores[own].double().masked_fill(gone[own], math.inf), stable=True).indices
+            order = torch.sort(scores[own].double().masked_fill(removed[own], math.inf), stable=True).indices
             groups.append(order[: int(used.sum())] + start)
             owner.append(torch.repeat_interleave(torch.arange(first, first + count), used))
         first += count
@@ -155,46 +158,46 @@ def take_count(chunks: Chunks, count: int, exact: bool = True) -> Tensor:
     return torch.cat(taken)
 
 
-def take_until(chunks: Chunks, gone: Tensor, amount: Callable[[Tensor], float], goal: float) -> Tensor:
-    """The fewest lowest-scoring chunks after which `amount` is at most `goal`; all of them where it can't be.
+def take_until(chunks: Chunks, removed: Tensor, amount: Callable[[Tensor], float], wanted: float) -> Tensor:
+    """The fewest lowest-scoring chunks after which `amount` is at most `wanted`; all of them where it can't be.
 
     Where the last of them goes far beyond, smaller ones take its place.
 
     Args:
-        gone: bool, shape (groups,): groups that have left.
-        amount: what is left of the model under a mask of groups gone; falls with every group.
-        goal: in the unit of `amount`.
+        removed: bool, shape (groups,): groups that have left.
+        amount: what is left of the model under a mask of groups removed; falls with every group.
+        wanted: in the unit of `amount`.
     """
 
     def after(taken: Tensor) -> float:
-        mask = gone.clone()
+        mask = removed.clone()
         mask[taken] = True
         return amount(mask)
 
     low, high = 0, len(chunks.sizes)
     while low < high:
         middle = (low + high) // 2
-        if after(chunks.first(middle)) <= goal:
+        if after(chunks.first(middle)) <= wanted:
             high = middle
         else:
             low = middle + 1
     taken = chunks.first(low)
-    if low and after(taken) < goal * (1 - TOLERANCE):
-        return _nearer(chunks, low - 1, after, goal)
+    if low and after(taken) < wanted * (1 - TOLERANCE):
+        return _nearer(chunks, low - 1, after, wanted)
     return taken
 
 
-def _nearer(chunks: Chunks, count: int, after: Callable[[Tensor], float], goal: float) -> Tensor:
-    """The first `count` chunks and, of the next ones, those that do not go far beyond the goal; else the least."""
+def _nearer(chunks: Chunks, count: int, after: Callable[[Tensor], float], wanted: float) -> Tensor:
+    """Return the first `count` chunks and those of the next ones that do not go far beyond `wanted`; else the least."""
     taken, nearest = chunks.first(count), chunks.first(count + 1)
     least = after(nearest)
     for numbers in chunks.groups[len(taken) :].split(chunks.sizes[count:].tolist())[1 : 1 + ATTEMPTS]:
         more = torch.cat([taken, numbers])
         left = after(more)
-        if left > goal:
+        if left > wanted:
             taken = more
         elif left > least:
             nearest, least = more, left
-        if goal * (1 - TOLERANCE) <= least:
+        if wanted * (1 - TOLERANCE) <= least:
             break
     return nearest

@@ -8,16 +8,83 @@ estimate falls most per unit of what is being spent, as long as the budget lasts
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from geta_hf.costs.ledger import ROUNDING
-from geta_hf.quantization.quantizer import squared_errors
-from geta_hf.utils.shards import Shard, add_up, largest_of
+from geta_hf.costs.quantizer_table import Quantizers, Values
+from geta_hf.quantization.clipping import BINS, search_clipping
+from geta_hf.quantization.functional import clip_power
+from geta_hf.utils.shards import Shard, add_up, largest_of, local, shard_of
 
-BINS = 4096
+
+@dataclass(frozen=True)
+class RoundingErrors:
+    """What rounding each quantized weight to each of some widths costs; on CPU.
+
+    Attributes:
+        errors: float64, shape (layers, widths): Σ (x - x^Q)².
+        clips: float32, shape (layers, widths): the clipping value of this error, relative to the present one.
+        known: bool, shape (layers,): False for weights that are not trained; their errors are 0 and their clips 1.
+    """
+
+    errors: Tensor
+    clips: Tensor
+    known: Tensor
+
+
+def measure_errors(
+    quantizers: Quantizers,
+    quantizer_values: Values,
+    weight_of: Callable[[str], Tensor | None],
+    widths: Sequence[int],
+    search: bool,
+) -> RoundingErrors:
+    """Measure `rounding_errors` of every quantized weight; waits for the device.
+
+    Args:
+        quantizers: whose weights are measured.
+        quantizer_values: flat (d, q_m, t) of all entries.
+        weight_of: returns the weight of a name, or None where it is not trained. It is called for one weight after the
+            other, so that a merged weight exists only for as long as it is measured.
+        widths: integer widths, ascending.
+        search: look for a better clipping value at each width; otherwise the present one stays.
+    """
+    _, q_m, t = quantizer_values
+    shape = (quantizers.weight_layers, len(widths))
+    errors = torch.zeros(shape, dtype=torch.float64)
+    clips = torch.ones(shape)
+    known = torch.zeros(quantizers.weight_layers, dtype=torch.bool)
+    for layer, name in enumerate(quantizers.own_weights):
+        weight = weight_of(name)
+        if weight is None:
+            continue
+        of_layer, clips_of_layer = _errors_of_layer(quantizers, name, weight, q_m, t, widths, search)
+        errors[layer] = of_layer.cpu()
+        clips[layer] = clips_of_layer.cpu()
+        known[layer] = True
+    return RoundingErrors(errors, clips, known)
+
+
+def _errors_of_layer(
+    quantizers: Quantizers, name: str, weight: Tensor, q_m: Tensor, t: Tensor, widths: Sequence[int], search: bool
+) -> tuple[Tensor, Tensor]:
+    """Return `rounding_errors` of one weight under its own entries of the flat q_m and t."""
+    prefix = quantizers.weights[name]
+    shard = shard_of(weight)
+    values = local(weight).float()
+    clip = quantizers.along(prefix, q_m, weight.dim())
+    power = quantizers.along(prefix, t, weight.dim())
+    if shard is not None and clip.dim() > 1 and clip.shape[shard.dim] > 1:
+        clip = clip.narrow(shard.dim, shard.start, shard.stop - shard.start)
+    if not search:
+        # What is rounded is min(|x|, q_m)^t, on a grid that ends at q_m^t. A search looks for q_m itself, at t = 1.
+        values = clip_power(values, clip, power)
+        clip = clip**power
+    return rounding_errors(values.abs() / clip, clip**2, widths, search, shard)
 
 
 def rounding_errors(
@@ -47,10 +114,9 @@ def rounding_errors(
         candidates = torch.cat([candidates, torch.linspace(0.05, 1.0, 96, device=counts.device) * largest])
     errors, clips = [], []
     for bits in widths:
-        error = squared_errors(centres, candidates[:, None], bits) @ counts
-        best = error.argmin()
-        errors.append(error[best])
-        clips.append(candidates[best])
+        error, clip = search_clipping(counts, centres, candidates, bits)
+        errors.append(error)
+        clips.append(clip)
     return torch.stack(errors), torch.stack(clips)
 
 

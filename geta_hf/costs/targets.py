@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from geta_hf.config import GETAConfig
+from geta_hf.config import CompressionConfig
 from geta_hf.costs.ledger import ROUNDING, Ledger
 from geta_hf.costs.selection import Chunks, Limits, take_count, take_until
 from geta_hf.errors import GETAError
@@ -41,33 +41,33 @@ class Target:
     budgets: Mapping[str, float] = field(default_factory=dict)
     input_bits: float = FLOAT_BITS
 
-    def left(self, ledger: Ledger, gone: Tensor) -> float:
-        """What is left of the model once the groups of `gone`, bool (groups,), have left, in `unit`."""
+    def remaining(self, ledger: Ledger, removed: Tensor) -> float:
+        """What is left of the model once the groups of `removed`, bool (groups,), have left, in `unit`."""
         if self.unit == GROUPS:
-            return int((~gone).sum())
+            return int((~removed).sum())
         if self.unit == PARAMETERS:
-            return ledger.prunable_parameters(gone)
-        return self.spent(self.unit, ledger, gone, self.bits)
+            return ledger.prunable_parameters(removed)
+        return self.spent(self.unit, ledger, removed, self.bits)
 
     def spent(
-        self, unit: str, ledger: Ledger, gone: Tensor, bits: Tensor | float, input_bits: Tensor | None = None
+        self, unit: str, ledger: Ledger, removed: Tensor, bits: Tensor | float, input_bits: Tensor | None = None
     ) -> float:
         """What a model of these groups and widths has of BOPS, BYTES or MEAN_BITS; by default with planned inputs."""
         if unit == BOPS:
-            return ledger.relative_bops(gone, bits, self.input_bits if input_bits is None else input_bits)
+            return ledger.relative_bops(removed, bits, self.input_bits if input_bits is None else input_bits)
         if unit == BYTES:
-            return ledger.stored_bytes(gone, bits, self.input_bits < FLOAT_BITS)
-        weights = ledger.weights(gone)
+            return ledger.stored_bytes(removed, bits, self.input_bits < FLOAT_BITS)
+        weights = ledger.weights(removed)
         return float((weights * bits).sum() / weights.sum())
 
 
 def most_removed(families: Sequence[Family], limits: Limits, share: float = 1.0) -> Tensor:
-    """bool (groups,): about `share` of every family gone, or as much as its limits allow; the last groups of each."""
-    gone = torch.zeros(sum(family.size for family in families), dtype=torch.bool)
+    """Return bool (groups,): about `share` of every family removed, or what limits allow; the last groups of each."""
+    removed = torch.zeros(sum(family.size for family in families), dtype=torch.bool)
     for start, family in zip(family_starts(families), families, strict=True):
         end = start + family.size
-        gone[end - _nearest_removal(family, limits, share * family.size) : end] = True
-    return gone
+        removed[end - _nearest_removal(family, limits, share * family.size) : end] = True
+    return removed
 
 
 def _nearest_removal(family: Family, limits: Limits, goal: float) -> int:
@@ -82,25 +82,25 @@ def _nearest_removal(family: Family, limits: Limits, goal: float) -> int:
     return removed
 
 
-def take_due(target: Target, ledger: Ledger, chunks: Chunks, gone: Tensor, done: int, periods: int) -> Tensor:
-    """The numbers of the groups that become redundant so that `done` of `periods` of the way is gone then.
+def take_due(target: Target, ledger: Ledger, chunks: Chunks, removed: Tensor, done: int, periods: int) -> Tensor:
+    """The numbers of the groups that become redundant so that `done` of `periods` of the way is removed then.
 
     Args:
         chunks: those that may leave, the lowest scores first.
-        gone: bool, shape (groups,): groups that have left.
+        removed: bool, shape (groups,): groups that have left.
     """
-    whole = target.left(ledger, ledger.nothing)
+    whole = target.remaining(ledger, ledger.nothing)
     if target.unit != GROUPS:
         goal = whole + (target.amount - whole) * done / periods
-        return take_until(chunks, gone, lambda mask: target.left(ledger, mask), goal)
+        return take_until(chunks, removed, lambda mask: target.remaining(ledger, mask), goal)
     due = (int(whole - target.amount) * done) // periods
-    taken = take_count(chunks, due - int(gone.sum()), exact=done == periods)
-    if done == periods and int(gone.sum()) + len(taken) < due:
-        logger.warning("%d of K = %d groups go: no chunk is small enough", int(gone.sum()) + len(taken), due)
+    taken = take_count(chunks, due - int(removed.sum()), exact=done == periods)
+    if done == periods and int(removed.sum()) + len(taken) < due:
+        logger.warning("%d of K = %d groups go: no chunk is small enough", int(removed.sum()) + len(taken), due)
     return taken
 
 
-def solve_target(config: GETAConfig, families: Sequence[Family], ledger: Ledger) -> Target:
+def solve_target(config: CompressionConfig, families: Sequence[Family], ledger: Ledger) -> Target:
     """Turn the targets of a config into amounts.
 
     Args:
@@ -121,13 +121,13 @@ def solve_target(config: GETAConfig, families: Sequence[Family], ledger: Ledger)
     return _solve_widths(replace(target, budgets={size_unit: size}), config, families, ledger)
 
 
-def _size(config: GETAConfig) -> tuple[str | None, float]:
+def _size(config: CompressionConfig) -> tuple[str | None, float]:
     if config.target_bops is not None:
         return BOPS, config.target_bops
     return (None, math.inf) if config.target_bytes is None else (BYTES, config.target_bytes)
 
 
-def _solve_pruning(blank: Target, config: GETAConfig, families: Sequence[Family], ledger: Ledger) -> Target:
+def _solve_pruning(blank: Target, config: CompressionConfig, families: Sequence[Family], ledger: Ledger) -> Target:
     """The share of groups or of parameters that was asked for, as an amount."""
     least = most_removed(families, Limits.of(config))
     if config.target_parameters is None:
@@ -153,7 +153,7 @@ def _solve_pruning(blank: Target, config: GETAConfig, families: Sequence[Family]
     return replace(blank, unit=PARAMETERS, amount=max(amount, rest))
 
 
-def _solve_size(target: Target, config: GETAConfig, families: Sequence[Family], ledger: Ledger) -> Target:
+def _solve_size(target: Target, config: CompressionConfig, families: Sequence[Family], ledger: Ledger) -> Target:
     """A size alone, or with a mean width: the widths it is pruned for. Half of the groups before narrower widths."""
     lowest, highest = float(config.widths[0]), float(config.widths[-1])
     least, bits, budgets = most_removed(families, Limits.of(config)), config.mean_bits, {target.unit: target.amount}
@@ -165,20 +165,20 @@ def _solve_size(target: Target, config: GETAConfig, families: Sequence[Family], 
     return replace(target, bits=_widest(target, ledger, half, lowest, (lowest + highest) / 2), budgets=budgets)
 
 
-def _solve_widths(target: Target, config: GETAConfig, families: Sequence[Family], ledger: Ledger) -> Target:
+def _solve_widths(target: Target, config: CompressionConfig, families: Sequence[Family], ledger: Ledger) -> Target:
     """A share to prune and a size: the mean width that is left for it, if all layers lose the same share."""
-    gone = even_removal(target, families, ledger, Limits.of(config))
+    removed = even_removal(target, families, ledger, Limits.of(config))
     lowest, highest = float(config.widths[0]), float(config.widths[-1])
     ((unit, size),) = target.budgets.items()
     sized = replace(target, unit=unit, amount=size)
-    _check_size(sized, ledger, gone, lowest, "what is to be pruned gone", "bits, or prune more")
-    _warn_if_loose(sized, ledger, gone, highest)
-    return replace(target, bits=_widest(sized, ledger, gone, lowest, highest))
+    _check_size(sized, ledger, removed, lowest, "all that is to be pruned removed", "bits, or prune more")
+    _warn_if_loose(sized, ledger, removed, highest)
+    return replace(target, bits=_widest(sized, ledger, removed, lowest, highest))
 
 
-def _check_size(sized: Target, ledger: Ledger, gone: Tensor, bits: float, pruned: str, remedy: str) -> None:
+def _check_size(sized: Target, ledger: Ledger, removed: Tensor, bits: float, pruned: str, remedy: str) -> None:
     """Raises GETAError where a size stays out of reach; says what can be reached."""
-    reachable = sized.spent(sized.unit, ledger, gone, bits)
+    reachable = sized.spent(sized.unit, ledger, removed, bits)
     if reachable > sized.amount * (1 + ROUNDING):
         raise GETAError(
             f"{_named(sized)} can't be reached: with {pruned}, at {bits:g} bits it is "
@@ -186,21 +186,21 @@ def _check_size(sized: Target, ledger: Ledger, gone: Tensor, bits: float, pruned
         )
 
 
-def _warn_if_loose(sized: Target, ledger: Ledger, gone: Tensor, bits: float) -> None:
-    most = sized.spent(sized.unit, ledger, gone, bits)
+def _warn_if_loose(sized: Target, ledger: Ledger, removed: Tensor, bits: float) -> None:
+    most = sized.spent(sized.unit, ledger, removed, bits)
     if most < sized.amount:
         logger.warning(
             "%s limits nothing: at %g bits it is %s as it is", _named(sized), bits, _figure(sized.unit, most)
         )
 
 
-def _widest(target: Target, ledger: Ledger, gone: Tensor, lowest: float, highest: float) -> float:
+def _widest(target: Target, ledger: Ledger, removed: Tensor, lowest: float, highest: float) -> float:
     """The widest mean in [lowest, highest] at which a removal meets the amount; `lowest` where none does."""
-    if target.spent(target.unit, ledger, gone, highest) <= target.amount:
+    if target.spent(target.unit, ledger, removed, highest) <= target.amount:
         return highest
     for _ in range(40):
         middle = (lowest + highest) / 2
-        if target.spent(target.unit, ledger, gone, middle) <= target.amount:
+        if target.spent(target.unit, ledger, removed, middle) <= target.amount:
             lowest = middle
         else:
             highest = middle
@@ -208,11 +208,11 @@ def _widest(target: Target, ledger: Ledger, gone: Tensor, lowest: float, highest
 
 
 def even_removal(target: Target, families: Sequence[Family], ledger: Ledger, limits: Limits) -> Tensor:
-    """bool (groups,): the groups gone if every family loses the same share and the target is met; for the plan."""
+    """bool (groups,): the groups removed if every family loses the same share and the target is met; for the plan."""
     low, high = 0.0, 1.0
     for _ in range(20):
         middle = (low + high) / 2
-        if target.left(ledger, most_removed(families, limits, middle)) <= target.amount:
+        if target.remaining(ledger, most_removed(families, limits, middle)) <= target.amount:
             high = middle
         else:
             low = middle

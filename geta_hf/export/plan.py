@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from geta_hf.errors import GETAError
 from geta_hf.methods.base import CompressionResult
 from geta_hf.qadg import PruningSpace, build_space, kept_indices, verify_space, zero_groups
-from geta_hf.qadg.tracing.capture import check_same_path
+from geta_hf.qadg.tracing.record_forward import check_same_path
 from geta_hf.quantization import quantized_layers, without_quantizers
 from geta_hf.serialization.bitpack import MAX_BITS, MIN_BITS
 from geta_hf.serialization.embeddings import input_embedding

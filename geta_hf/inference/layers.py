@@ -1,7 +1,7 @@
-"""Packed layers that compute on their codes and hold no float weight.
+"""Define packed layers that compute on their codes and hold no float weight.
 
-`weight` is an int8 tensor: the codes as they are, or two 4-bit codes to a byte. On a GPU zeros lie around them, since
-its kernels want sizes in multiples of 8. What is saved is made of the codes, so a folder stays the same bit for bit.
+`weight` is an int8 tensor: one code per byte, or two 4-bit codes per byte. On a GPU it is padded with zeros, since the
+kernels there need sizes in multiples of 8. Saving starts from the codes, so the folder is the same bit for bit.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from geta_hf.utils.accelerate_hooks import rebind_forward
 
 FLOAT, STATIC, DYNAMIC, WEIGHT_ONLY = "float", "int8 static", "int8 dynamic", "weight only"
 """The paths of a layer: its own forward on a float weight; integer products, with the trained step size of its input or
-with one found for each row; codes that are decoded inside the product."""
+with one computed for each row of the input; codes that are decoded inside the product."""
 
 FEW_ROWS = 64
-"""Up to here a GPU waits for weights, so what reads the fewest bytes wins; beyond, what multiplies fastest."""
+"""Up to this many rows of input a GPU waits for the weights, so the path that reads the fewest bytes is fastest; for
+more rows it is the one that multiplies fastest. Hence two products: codes are decoded inside the product for the few
+rows of generation, and int8 is multiplied by int8 for prompts and batches."""
 
-_MULTIPLE = 8  # what a GPU wants sizes to be multiples of
+_MULTIPLE = 8  # the sizes of a weight on a GPU have to be multiples of it
 
 
 class IntegerLayer(PackedLayer):
@@ -38,7 +40,7 @@ class IntegerLayer(PackedLayer):
 
     Attributes:
         path: `STATIC`, `DYNAMIC` or `WEIGHT_ONLY`.
-        for_gpu: whether the weight lies as a GPU wants it.
+        for_gpu: whether the weight is padded for a GPU.
         halved: whether a byte of the weight holds two codes.
     """
 
@@ -65,7 +67,11 @@ class IntegerLayer(PackedLayer):
         return f"{super().extra_repr()}, path={self.path!r}"
 
     def forward(self, input: Tensor) -> Tensor:
-        """What the plain layer gives, in the type of the input."""
+        """Return the output of the plain layer, in the type of the input.
+
+        Raises:
+            GETAError: a gradient is wanted.
+        """
         if torch.is_grad_enabled() and input.requires_grad:
             raise GETAError(
                 f"a layer on the path {self.path!r} has no gradient; compute under torch.no_grad(), or call "
@@ -75,26 +81,29 @@ class IntegerLayer(PackedLayer):
         return out.to(input.dtype).view(*input.shape[:-1], out.shape[-1])
 
     def _product(self, rows: Tensor) -> Tensor:
-        outputs, step = self._rows_first(self._dense_shape)[0], self.step_size.to(rows.device)
-        few, stored = on_gpu(rows) and rows.shape[0] <= FEW_ROWS, self._transposed(self.weight)
+        outputs = self._rows_first(self._dense_shape)[0]
+        step = self.step_size.to(rows.device)
+        stored = self._transposed(self.weight)
+        few = on_gpu(rows) and rows.shape[0] <= FEW_ROWS
         if few or self.path == WEIGHT_ONLY:
-            x, fused = self.quantized_input(rows), few and HAS_TRITON
-            return weight_only_linear(x, stored, step, self.bias, outputs, self.halved, fused)
+            fused = few and HAS_TRITON
+            return weight_only_linear(self.quantized_input(rows), stored, step, self.bias, outputs, self.halved, fused)
         weight = unpack_halves(stored) if self.halved else stored
         own = self.input_quantizer
         if self.path == STATIC and own is not None:
-            codes, input_step = integer_codes(rows, own.d, own.q_m, own.t).to(torch.int8), own.d
-            return scaled(integer_product(codes, weight, outputs), input_step, step, self.bias)
+            codes = integer_codes(rows, own.d, own.q_m, own.t).to(torch.int8)
+            return scaled(integer_product(codes, weight, outputs), own.d, step, self.bias)
         codes, input_step, zero = round_rows(self.quantized_input(rows))
+        # Σ (n_x + z) n_w = Σ n_x n_w + z Σ n_w, and the sums of the weight's codes never change.
         sums = integer_product(codes, weight, outputs).addcmul_(zero, self._totals.to(rows.device))
         return scaled(sums, input_step, step, self.bias)
 
     def _rows_first(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """(out, in) of a shape as the plain layer has it."""
+        """Return (out, in) of a weight's shape in the plain layer."""
         return shape[::-1] if isinstance(self, Conv1D) else shape
 
     def _transposed(self, weight: Tensor) -> Tensor:
-        """A weight (out, in) of one as the plain layer has it, or back."""
+        """Return a weight of the plain layer as (out, in), or the reverse."""
         return weight.t() if isinstance(self, Conv1D) else weight
 
     def read_back(self, weight: Tensor) -> Tensor:
@@ -104,19 +113,21 @@ class IntegerLayer(PackedLayer):
         return self._transposed(codes[:outputs, :inputs].to(torch.int32))
 
     def stored(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """The codes as bytes, row after row of (out, in); `dtype` is kept for the way back."""
-        self.__dict__["_dtype"], self._dense_shape = dtype, tuple(codes.shape)
+        """Return the codes as bytes, row after row of (out, in), padded for a GPU; see `PackedLayer.stored`."""
+        self.__dict__["_dtype"] = dtype
+        self._dense_shape = tuple(codes.shape)
         rows = self._transposed(codes)
         self._totals = rows.sum(1, dtype=torch.int32)
         self.for_gpu = on_gpu(rows)
         self.halved = self.bits <= HALF_BITS and self.for_gpu
         if self.for_gpu:
-            wanted = 2 * _MULTIPLE if self.halved else _MULTIPLE
-            rows = F.pad(rows, (0, -rows.shape[1] % wanted, 0, -rows.shape[0] % _MULTIPLE))
+            # A row of half as many bytes has to be a multiple as well.
+            multiple = 2 * _MULTIPLE if self.halved else _MULTIPLE
+            rows = F.pad(rows, (0, -rows.shape[1] % multiple, 0, -rows.shape[0] % _MULTIPLE))
         rows = pack_halves(rows) if self.halved else rows.to(torch.int8, memory_format=torch.contiguous_format)
         return self._transposed(rows)
 
-    def settle(self) -> None:
+    def finish_loading(self) -> None:
         like = torch.empty(0, dtype=self.__dict__.pop("_dtype"), device=self.weight.device)
         self.register_buffer("like", like, persistent=False)
 
@@ -133,57 +144,65 @@ _INTEGER: dict[Any, Any] = {PackedLinear: IntegerLinear, PackedConv1D: IntegerCo
 
 
 def path_of(layer: PackedLayer) -> str:
-    """The path that a layer takes now."""
+    """Return the path that a layer takes now."""
     return layer.path if isinstance(layer, IntegerLayer) else FLOAT
 
 
 def is_exact(layer: PackedLayer) -> bool:
-    """Whether integer products of a layer are those of its own forward: its input was trained to be 8-bit integers."""
+    """Return whether integer products equal a layer's own forward: training rounded its input to at most 8 bits."""
     return layer.input_quantizer is not None and layer.input_quantizer.bits <= BYTE_BITS
 
 
 def fits_integers(layer: PackedLayer) -> bool:
-    """Whether a layer has any path but `FLOAT`: a linear layer whose codes fit a byte and whose sums fit 32 bits."""
+    """Return whether a layer has a path other than `FLOAT`: it is linear, codes fit a byte and sums fit 32 bits."""
     if not isinstance(layer, nn.Linear | Conv1D) or layer.bits > BYTE_BITS:
         return False
     inputs = layer.dense_shape[0 if isinstance(layer, Conv1D) else 1]
-    # Where a single input is left, torch's product of integers on a CPU is not even computed.
+    # With a single input, torch's integer product on a CPU computes nothing and returns arbitrary numbers.
     return 1 < inputs <= MOST_INPUTS
 
 
 def reserve_integers(layer: PackedLayer) -> None:
-    """Let a layer that `fits_integers`, and whose weight is yet to be loaded, become one on the path `DYNAMIC`."""
-    kind: Any = type(layer)
+    """Turn a layer whose weight is yet to be loaded into an integer layer on the path `DYNAMIC`, in place.
+
+    Args:
+        layer: one that `fits_integers`.
+    """
+    packed_class: Any = type(layer)
     vars(layer).update(path=DYNAMIC, _dense_shape=layer.dense_shape)
-    layer.__class__ = _integer_class(kind)
+    layer.__class__ = _integer_class(packed_class)
 
 
 @torch.no_grad()
 def set_path(name: str, layer: PackedLayer, path: str) -> None:
-    """Let a layer take another path, in place.
+    """Set the path that a layer takes, in place.
 
     Args:
-        name: of the layer in its model, for errors.
-        layer: one that `fits_integers`, on a CPU or GPU, where the path is not `FLOAT`.
+        name: path of the layer in its model, for errors.
+        layer: a packed layer; one that `fits_integers` and is on a CPU or GPU, unless `path` is `FLOAT`.
         path: `FLOAT`, `STATIC` (needs `is_exact`), `DYNAMIC` or `WEIGHT_ONLY`.
 
     Raises:
-        GETAError: the weight is no longer what its codes say.
+        GETAError: the weight was changed, so that it has no codes any more.
     """
     if path_of(layer) == path == FLOAT:
         return
     if isinstance(layer, IntegerLayer) and path != FLOAT and layer.for_gpu == on_gpu(layer.weight):
-        layer.path, layer.step_size = path, layer.step_size.to(layer.weight.device)
+        # Only the arithmetic changes; the weight is laid out as it should be.
+        layer.path = path
+        layer.step_size = layer.step_size.to(layer.weight.device)
         return
-    codes, dtype = layer_codes(name, layer), layer.float_dtype
-    kind: Any = type(layer)
+    codes = layer_codes(name, layer)
+    dtype = layer.float_dtype
+    packed_class: Any = type(layer)
     if isinstance(layer, IntegerLayer):
-        kind = kind.__bases__[1]
+        packed_class = packed_class.__bases__[1]
         for leaf in layer.ADDED:
             del vars(layer)[leaf]
         del layer.like
-    layer.__class__ = kind if path == FLOAT else _integer_class(kind)
+    layer.__class__ = packed_class if path == FLOAT else _integer_class(packed_class)
     rebind_forward(layer)
+    # Integer products alone use the step size in every forward, where a copy from the CPU would make the GPU wait.
     layer.step_size = layer.step_size.to("cpu" if path == FLOAT else codes.device)
     fill(layer, codes, dtype)
     if isinstance(layer, IntegerLayer):
@@ -192,5 +211,5 @@ def set_path(name: str, layer: PackedLayer, path: str) -> None:
 
 @cache
 def _integer_class(packed: Any) -> Any:
-    """The integer kind of a packed class, and of one made for a subclass of a plain layer."""
+    """Return the integer class of a packed class, also of one that was made for a subclass of a plain layer."""
     return _INTEGER.get(packed) or type(packed.__name__.replace("Packed", "Integer", 1), (IntegerLayer, packed), {})

@@ -1,4 +1,4 @@
-"""Loading a folder straight into integers, so that no moment needs the memory of float weights."""
+"""Load a folder directly into integers, so that the memory of float weights is never needed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from geta_hf.serialization.hf_quantizer import QUANT_METHOD, GETAHfQuantizer, ti
 from geta_hf.serialization.packed_layers import packed_layers
 from geta_hf.serialization.validate import check_readable
 
-_LOADING = Lock()  # transformers looks the plug-in up in one table for all threads
+_LOADING = Lock()  # transformers looks the quantizer up in one table for all threads
 
 
 def load_for_inference(
@@ -28,22 +28,22 @@ def load_for_inference(
     batch: Mapping[str, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, InferenceReport]:
-    """`model_class.from_pretrained(folder)` and `prepare_for_inference` in one.
+    """Load a folder by `model_class.from_pretrained` and call `prepare_for_inference` on the model.
 
-    With `compute="int8"` and without a `device_map`, weights of up to 8 bits are read into a byte each, without ever
-    being float: the highest memory is then that of the integers.
+    With `compute="int8"` and without a `device_map`, weights of up to 8 bits are read into one byte each and are never
+    float: the peak memory is then that of the integers.
 
     Args:
         model_class: `AutoModelForX` or a model's own class.
-        folder: what `geta_hf.export` wrote.
+        folder: one that `geta_hf.export` wrote, or its name on the Hub.
         compute, batch: see `prepare_for_inference`.
         kwargs: for `from_pretrained`.
 
     Returns:
-        The model, in evaluation mode, and what was chosen for it.
+        The model, in evaluation mode, and the report of what was chosen for it.
 
     Raises:
-        GETAError: as `prepare_for_inference`, or a folder that is damaged.
+        GETAError: as `prepare_for_inference`, or the folder is damaged.
     """
     check_compute(compute)
     check_readable(folder)
@@ -56,7 +56,7 @@ def load_for_inference(
 
 
 class _IntegerQuantizer(GETAHfQuantizer):
-    """The plug-in that reads whatever can be into integer layers; `prepare_for_inference` then takes back some."""
+    """The quantizer that loads every layer it can as an integer layer; `prepare_for_inference` may undo some."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         super()._process_model_before_weight_loading(model, **kwargs)
@@ -69,6 +69,7 @@ class _IntegerQuantizer(GETAHfQuantizer):
 
 @contextmanager
 def _reading_integers() -> Iterator[None]:
+    # `from_pretrained` offers no argument for the quantizer's class, so its entry in the table is exchanged.
     with _LOADING:
         usual = AUTO_QUANTIZER_MAPPING[QUANT_METHOD]
         AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = _IntegerQuantizer

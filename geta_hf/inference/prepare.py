@@ -1,4 +1,4 @@
-"""Choosing, for every layer of a compressed model, the fastest path that computes the right thing."""
+"""Choose, for every packed layer of a compressed model, the fastest path that computes the right values."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ COMPUTE = ("auto", "int8", "float")
 
 @dataclass(frozen=True)
 class InferenceReport:
-    """What `prepare_for_inference` chose, and what is in memory; `print` it for a table.
+    """The paths that `prepare_for_inference` chose and the memory that the model takes; `print` it for a table.
 
     Attributes:
         paths: module path -> `float`, `int8 static`, `int8 dynamic` or `weight only`, for every packed layer.
-        bytes_before: part of the model -> bytes of its tensors as it was given.
-        bytes_after: the same as it is now.
+        bytes_before: part of the model -> bytes of its tensors before the call.
+        bytes_after: the same after it.
     """
 
     paths: dict[str, str]
@@ -57,32 +57,35 @@ class InferenceReport:
 def prepare_for_inference(
     model: PreTrainedModel, compute: str = "auto", batch: Mapping[str, Tensor] | None = None
 ) -> InferenceReport:
-    """Let every packed layer take the fastest path on its device, in place; to be called again after a move.
+    """Give every packed layer the fastest path on its device, in place. Call it again after moving the model.
 
-    The paths, of which a layer gets one:
+    A layer takes one of these paths:
 
-    - `float`: the layer's own forward on the decoded weight, as the model was loaded. All that is left for weights
-      wider than 8 bits, convolutions, tied weights and offloaded layers.
-    - `int8 static`: 8-bit integers on both sides, where training rounded the input to at most 8 bits. The same values
-      as `float` but for the last bits of fp32.
-    - `int8 dynamic`: every row of the input is rounded to 8 bits as it comes, over a range of its own. Not what was
-      trained, so it is taken on request alone: sentence embeddings of a trained MiniLM keep a cosine of 0.999.
-    - `weight only`, on a GPU: codes of a byte, or of half a byte up to 4 bits, are decoded within the product, which is
-      exact. An integer path takes this kernel too for inputs of up to 64 rows, as in generation.
+    - `float`: the layer's own forward on the decoded weight, as the model was loaded. It is the only one for weights of
+      more than 8 bits, convolutions, tied weights and offloaded layers.
+    - `int8 static`: 8-bit integers on both sides, where training rounded the input to at most 8 bits. The values are
+      those of `float` except for the last bits of fp32.
+    - `int8 dynamic`: every row of the input is rounded to 8 bits over its own range when it comes in. The model was not
+      trained so, and it is chosen on request only: sentence embeddings of a trained MiniLM keep a cosine of 0.999.
+    - `weight only`, on a GPU: codes of one byte, or of half a byte up to 4 bits, are decoded within the product, which
+      is exact. Integer paths use this kernel too for inputs of up to 64 rows, as in generation.
 
-    Integers are for processors that multiply them natively (AVX-512 or AVX VNNI, AMX; any GPU); elsewhere all stays
-    `float`. Without a batch every layer that may leave `float` does. With one, both ways are timed for every layer on
-    what it gets from that batch, and a layer whose forward the model never calls, since it uses the weight itself,
-    stays `float`.
+    Integers are for processors that multiply them natively (AVX-512 or AVX VNNI, AMX; any GPU); on others every layer
+    remains `float`. Without a batch every layer that can do without `float` does. With one, both ways are timed for
+    every layer on its own input in that batch; a layer whose forward the model never calls, because it uses the weight
+    itself, remains `float`.
 
-    A model with an integer layer is left in evaluation mode and without trainable parameters; such layers hold one byte
-    or half a byte for each weight and no float copy. Saving writes the same folder as before, and `compute="float"`
-    brings the float weights back.
+    A model with an integer layer is in evaluation mode and has no trainable parameters afterwards; such layers hold one
+    byte or half a byte for each weight and no float copy. Saving writes the same folder as before, and
+    `compute="float"` restores the float weights.
 
     Args:
-        model: an export as `from_pretrained` gives it, on the device it is to run on.
-        compute: `auto` takes exact paths only; `int8` allows `int8 dynamic` too; `float` undoes everything.
-        batch: keyword arguments of the model's forward, of the sizes it is to be fast on. Default None.
+        model: an export as `from_pretrained` returns it, on the device that it is to run on.
+        compute: `auto` (default) chooses exact paths only; `int8` allows `int8 dynamic` too; `float` undoes everything.
+        batch: keyword arguments of the model's forward, of the sizes that it is to be fast on. Default None.
+
+    Returns:
+        The chosen paths, and the memory before and after, in bytes.
 
     Raises:
         GETAError: an unknown `compute`, a model without packed layers, or weights that were changed after loading.
@@ -106,19 +109,28 @@ def prepare_for_inference(
 
 
 def check_compute(compute: str) -> None:
-    """Raise GETAError unless `compute` is one that `prepare_for_inference` knows."""
+    """Check that `compute` is one that `prepare_for_inference` knows.
+
+    Raises:
+        GETAError: it is not.
+    """
     if compute not in COMPUTE:
         raise GETAError(f"compute is {compute!r}; choose one of {', '.join(COMPUTE)}")
 
 
 def _wanted_paths(model: nn.Module, layers: Mapping[str, PackedLayer], compute: str) -> dict[str, str]:
-    """The layers that may leave `FLOAT`, and for what."""
+    """Return the layers that can do without `FLOAT`, each with the path to take instead."""
     if compute == "float":
         return {}
     holders = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
-    able = {name: layer for name, layer in layers.items() if fits_integers(layer) and holders[id(layer.weight)] == 1}
-    paths = {name: _wanted_path(layer, compute) for name, layer in able.items()}
-    return {name: path for name, path in paths.items() if path != FLOAT}
+    wanted = {}
+    for name, layer in layers.items():
+        # A weight that another module holds too has to remain what that module expects.
+        if fits_integers(layer) and holders[id(layer.weight)] == 1:
+            path = _wanted_path(layer, compute)
+            if path != FLOAT:
+                wanted[name] = path
+    return wanted
 
 
 def _wanted_path(layer: PackedLayer, compute: str) -> str:
@@ -134,21 +146,21 @@ def _wanted_path(layer: PackedLayer, compute: str) -> str:
 
 @cache
 def _cpu_has_integers() -> bool:
-    """Whether the CPU sums products of bytes in 32 bits at once; others are slow, or lose sums beyond 16 bits."""
+    """Return whether the CPU adds products of bytes up in 32 bits; others are slow, or overflow 16 bits."""
     found = torch.cpu.get_capabilities()
     return any(found.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
 
 
 @torch.no_grad()
 def _layer_inputs(model: PreTrainedModel, names: Mapping[str, str], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What each of these layers gets first when the model runs the batch; none for a layer that is not called."""
+    """Return the first input of each of these layers when the model runs the batch; layers not called are missing."""
     found: dict[str, Tensor] = {}
 
-    def note(name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
+    def store(name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
         found.setdefault(name, (*args, *kwargs.values())[0])
 
     hooks = [
-        model.get_submodule(name).register_forward_pre_hook(partial(note, name), with_kwargs=True) for name in names
+        model.get_submodule(name).register_forward_pre_hook(partial(store, name), with_kwargs=True) for name in names
     ]
     try:
         with comparison_mode(model):
@@ -160,7 +172,7 @@ def _layer_inputs(model: PreTrainedModel, names: Mapping[str, str], batch: Mappi
 
 
 def _is_faster(name: str, layer: PackedLayer, path: str, x: Tensor) -> bool:
-    """Whether a path takes less time than `FLOAT` on this input; the layer is left on either."""
+    """Return whether a path takes less time than `FLOAT` on this input; the layer may be on either afterwards."""
     seconds = {}
     for tried in (FLOAT, path):
         set_path(name, layer, tried)
@@ -171,7 +183,7 @@ def _is_faster(name: str, layer: PackedLayer, path: str, x: Tensor) -> bool:
 
 
 def memory_by_part(model: nn.Module) -> dict[str, int]:
-    """Bytes of all tensors of a model, by part, each counted once."""
+    """Return the bytes of all tensors of a model, by part; a tensor that is in several parts counts in the first."""
     layers = packed_layers(model).values()
     streams = [stream for layer in layers if (stream := layer.stream) is not None]
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]

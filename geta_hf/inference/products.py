@@ -1,4 +1,4 @@
-"""Products of a linear layer on integer codes: what is fast, in operations that every device and the compiler know.
+"""Multiply integer codes as a linear layer does, by operations that every device and torch.compile support.
 
 With a weight d_w · n_w and an input d_x · (n_x + z) the product is d_x · d_w · (Σ n_x n_w + z Σ n_w), and both sums are
 exact in integers.
@@ -12,24 +12,25 @@ from torch import Tensor
 
 from geta_hf.quantization.maths import TINY
 
-_LEVELS = 253  # one less than fit between -127 and 127 for each of the two ends that rounding may go beyond
+# Steps of a row's range: the 254 from -127 to 127, less one because zero points and values are rounded separately.
+_LEVELS = 253
 
 MOST_INPUTS = (2**31 - 1) // (255 * 127)
-"""The longest sum of products of an input and a weight that never leaves 32 bits."""
+"""The largest number of inputs whose products with weights cannot overflow 32 bits when they are added up."""
 
-_FEWEST_ROWS = 32  # of a product on a GPU, whose kernel wants more than 16
+_FEWEST_ROWS = 32  # rows of an integer product on a GPU, whose kernel needs more than 16
 
 
 def on_gpu(tensor: Tensor) -> bool:
-    """Whether a tensor's device has the kernels and the wishes of a GPU."""
+    """Return whether a tensor is on a GPU, with its kernels and its restrictions on sizes."""
     return tensor.is_cuda
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Every row as 8-bit integers over its own range, so that no row has a part in another's result.
+    """Round every row to 8-bit integers over its own range, so that no row affects another row's result.
 
     Args:
-        x: (rows, in), any floating point; rounded in fp32. NaN or infinity in a row leaves it no finite result.
+        x: (rows, in), any floating point; rounded in fp32. A row with NaN or infinity has no finite result.
 
     Returns:
         Codes n, int8 (rows, in); step sizes d, fp32 (rows, 1); zero points z, int32 (rows, 1). x is about d · (n + z),
@@ -39,29 +40,30 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     low, high = x.amin(-1, keepdim=True).clamp_max_(0.0), x.amax(-1, keepdim=True).clamp_min_(0.0)
     step = high.sub_(low).div_(_LEVELS).clamp_min_(TINY)
     zero = low.div_(step).round_().add_(127.0)
-    # Not addcmul: over broadcast columns torch has no vectorized one.
+    # Not addcmul, which torch does not vectorize over broadcast columns.
     codes = (x / step).sub_(zero).round_().to(torch.int8)
     return codes, step, zero.to(torch.int32)
 
 
 def integer_product(codes: Tensor, weight: Tensor, outputs: int) -> Tensor:
-    """codes · weightᵀ, int32 (rows, outputs).
+    """Return codes · weightᵀ, int32 (rows, outputs).
 
     Args:
         codes: int8 (rows, in).
-        weight: int8 (out, in), or larger by zeros; on a GPU both sizes must be multiples of 8.
-        outputs: how many of its rows are no such zeros.
+        weight: int8 (out, in), or padded with zeros; on a GPU both sizes must be multiples of 8.
+        outputs: number of its rows without such padding.
     """
-    rows, beyond = codes.shape[0], weight.shape[1] - codes.shape[1]
-    missing = _FEWEST_ROWS - rows if on_gpu(codes) and rows < _FEWEST_ROWS else 0
-    if beyond or missing:
-        codes = F.pad(codes, (0, beyond, 0, missing))
+    rows = codes.shape[0]
+    missing_inputs = weight.shape[1] - codes.shape[1]
+    missing_rows = _FEWEST_ROWS - rows if on_gpu(codes) and rows < _FEWEST_ROWS else 0
+    if missing_inputs or missing_rows:
+        codes = F.pad(codes, (0, missing_inputs, 0, missing_rows))
     sums = torch._int_mm(codes, weight.t())
     return sums if sums.shape == (rows, outputs) else sums[:rows, :outputs]
 
 
 def scaled(sums: Tensor, input_step: Tensor, step: Tensor, bias: Tensor | None) -> Tensor:
-    """d_x · d_w · sums + bias in fp32, (rows, out).
+    """Return d_x · d_w · sums + bias in fp32, (rows, out).
 
     Args:
         sums: int32 (rows, out).
@@ -69,6 +71,7 @@ def scaled(sums: Tensor, input_step: Tensor, step: Tensor, bias: Tensor | None) 
         step: d_w, fp32 (1,) or (out,).
         bias: (out,) or None.
     """
+    # Two scalars per row are multiplied with each other first: one pass over the sums instead of two.
     if step.numel() > 1:
         sums = sums * step
     else:

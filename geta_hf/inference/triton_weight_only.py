@@ -1,7 +1,7 @@
-"""The linear layer that decodes its weight inside the product, as a Triton kernel and an operator of torch.
+"""Decode the weight of a linear layer inside the product: a Triton kernel, registered as an operator of torch.
 
-A program multiplies up to 16 rows by a tile of the weight. Codes of a byte or half a byte are exact in every type the
-input may have, sums are fp32, and the step size multiplies them once, at the end.
+A program multiplies up to 16 rows by a tile of the weight. Codes of one byte or half a byte are exact in every type the
+input may have, sums are fp32, and the step size is multiplied in once, at the end.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS, COLUMNS, DEPTH = 16, 32, 128
-"""The tile of a program, and how much of the sum it takes at once: the least that tensor cores take, to keep as many
-programs as there are processors busy."""
+"""The tile of a program, and how much of the sum it computes at once: the least that tensor cores accept, so that even
+a small weight has enough programs for all processors."""
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def _kernel(
     schema="(Tensor x, Tensor weight, Tensor step, Tensor? bias, int outputs, bool halved) -> Tensor",
 )
 def fused_linear(x: Tensor, weight: Tensor, step: Tensor, bias: Tensor | None, outputs: int, halved: bool) -> Tensor:
-    """`weight_only.weight_only_linear` in one pass over the weight; `weight` is contiguous."""
+    """Compute `weight_only.weight_only_linear` in one pass over the weight, which must be contiguous."""
     x = x.contiguous()
     rows, inputs = x.shape
     out = x.new_empty(rows, outputs)

@@ -1,7 +1,7 @@
-"""A linear layer on float activations whose weight stays int8, or two 4-bit codes to a byte, until it is multiplied.
+"""Compute a linear layer on float inputs whose weight is int8, or two 4-bit codes per byte, until it is multiplied.
 
-What is read from memory is an eighth to a half of a bf16 or fp32 weight, which is what counts on a GPU where few rows
-come in. Every product is that of the decoded weight.
+An eighth to a half of a bf16 or fp32 weight is read from memory, and on a GPU the time for few rows of input is the
+time to read the weight. Every product is that of the decoded weight.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 HALF_BITS = 4
-"""Codes up to this width fit half a byte."""
+"""Codes up to this bit width fit half a byte."""
 
 HAS_TRITON = find_spec("triton") is not None
 
 
 def pack_halves(codes: Tensor) -> Tensor:
-    """Two codes to a byte: column j has code j in its low half and code j + in/2 in its high half, each as n + 8.
+    """Pack two codes into a byte: column j has code j in its low half and code j + in/2 in its high half, as n + 8.
+
+    Halves of a row and not neighbors share a byte, so that a kernel which unpacks a tile gets two contiguous tiles.
 
     Args:
         codes: integers (out, in), |n| <= 7, `in` even.
@@ -32,23 +34,23 @@ def pack_halves(codes: Tensor) -> Tensor:
 
 
 def unpack_halves(packed: Tensor) -> Tensor:
-    """The inverse of `pack_halves`: int8 (out, in)."""
+    """Undo `pack_halves`: int8 (out, in/2) to int8 (out, in)."""
     return torch.cat((packed & 15, (packed >> 4) & 15), dim=1) - 8
 
 
 def weight_only_linear(
     x: Tensor, weight: Tensor, step: Tensor, bias: Tensor | None, outputs: int, halved: bool, fused: bool
 ) -> Tensor:
-    """x · (step · weight)ᵀ + bias, in the type of x, (rows, outputs).
+    """Return x · (step · weight)ᵀ + bias, in the type of x, (rows, outputs).
 
     Args:
         x: (rows, in), floating point.
-        weight: codes, int8 (out, in), or (out, in/2) where `halved`; either size may be larger by zeros.
+        weight: codes, int8 (out, in), or (out, in/2) where `halved`; may be padded with zeros along both dims.
         step: fp32 (1,) or (outputs,).
         bias: (outputs,) or None.
-        outputs: how many rows of the weight are no such zeros.
-        halved: whether a byte holds two codes, as `pack_halves` puts them.
-        fused: decode within the product, by a Triton kernel; otherwise before it, with a pass more over the weight.
+        outputs: number of rows of the weight without such padding.
+        halved: whether a byte holds two codes, as `pack_halves` packs them.
+        fused: decode within the product, by a Triton kernel. Otherwise it is done before, in another pass.
     """
     if fused:
         return torch.ops.geta_hf.weight_only_linear(x, weight, step, bias, outputs, halved)

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from geta_hf.config import GETAConfig
+from geta_hf.config import CompressionConfig
 from geta_hf.costs.ledger import Ledger
 from geta_hf.costs.targets import Target
 from geta_hf.errors import GETAError
@@ -89,8 +89,9 @@ class Method(ABC):
     """One way to compress a model while it is trained.
 
     The calls come in this order: `check`, `attach`, `wrap_optimizer`; then for each step `before_backward`,
-    `extra_loss` and the optimizer's own `step`, in which all that a method does per step happens; then `finish` and
-    `result`. Whatever a resumed run needs must be in the optimizer's `state_dict` or in the model's parameters.
+    `extra_loss` and the optimizer's own `step`, in which all that a method does per step happens, the first and the
+    last one included; then `result`. Whatever a resumed run needs must be in the optimizer's `state_dict` or in the
+    model's parameters.
 
     Args:
         config: the limits, and the method's own rules.
@@ -99,7 +100,7 @@ class Method(ABC):
     stages: ClassVar[tuple[str, ...]] = ("training",)
     """The stages by name, in order; `metrics` logs the number of the present one, from 1."""
 
-    def __init__(self, config: GETAConfig) -> None:
+    def __init__(self, config: CompressionConfig) -> None:
         self.config = config
 
     # --- before training ----------------------------------------------------------------------------------------------
@@ -115,7 +116,12 @@ class Method(ABC):
             raise GETAError(f"{type(self).__name__} needs trained weights; leave peft_config out")
 
     def check_stages(self, total_steps: int, steps_per_epoch: float) -> None:
-        """Raise GETAError where the stages do not fit into a run of this length. By default every length fits."""
+        """Raise GETAError where the stages do not fit into a run of this length. By default every length fits.
+
+        Args:
+            total_steps: optimizer steps of the run.
+            steps_per_epoch: NaN where it is not known yet; stages in epochs are then not checked.
+        """
 
     @abstractmethod
     def attach(self, model: nn.Module, batches: Batches | None) -> None:
@@ -172,6 +178,11 @@ class Method(ABC):
         """Whether everything that is to be removed is exactly zero, so that the model can be exported."""
 
     @property
+    def removed_groups(self) -> int:
+        """The number of groups that are zero for good by now. By default those of `result`, and none before."""
+        return self.result().removed_groups if self.finished else 0
+
+    @property
     def stage(self) -> str:
         """The name of the present stage, one of `stages`."""
         return self.stages[0]
@@ -182,19 +193,16 @@ class Method(ABC):
 
     # --- after training -----------------------------------------------------------------------------------------------
 
-    def finish(self, model: nn.Module) -> None:
-        """Do what is left to do once the last step is done, such as rounding; called once. By default nothing."""
-
     @abstractmethod
     def result(self) -> CompressionResult:
         """Return what was decided. Raise GETAError before `finished`."""
 
 
-METHODS: dict[type[GETAConfig], type[Method]] = {}
+METHODS: dict[type[CompressionConfig], type[Method]] = {}
 """The method that each type of config chooses."""
 
 
-def make_method(config: GETAConfig) -> Method:
+def make_method(config: CompressionConfig) -> Method:
     """Make the method that a config chooses by its type, or by the nearest type that it inherits from.
 
     Raises:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from geta_hf.qadg.families.find import find_families
-from geta_hf.qadg.propagation.propagate import analyse
+from geta_hf.qadg.propagation.propagate import record_and_propagate
 from geta_hf.utils.module_state import eval_mode, running
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -75,7 +75,7 @@ def _holding(model: nn.Module, residual: set[str]) -> list[str]:
 
 
 def _residual_tensors(model: nn.Module, batch: Mapping[str, Any]) -> set[str]:
-    families = find_families(analyse(model, batch))
+    families = find_families(record_and_propagate(model, batch))
     return {member.tensor for family in families if family.kind == "residual" for member in family.members}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,9 @@ from geta_hf.qadg.families.find import find_families
 from geta_hf.qadg.groups import Family, UnsupportedOperator
 from geta_hf.qadg.policy import choose_prunable
 from geta_hf.qadg.propagation.flow import Flow
-from geta_hf.qadg.propagation.propagate import analyse
+from geta_hf.qadg.propagation.propagate import record_and_propagate
 from geta_hf.qadg.storage import read_space, write_space
 from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs
-from geta_hf.qadg.tracing.graph import Node
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class PruningSpace:
     Attributes:
         families: every family found, prunable or not.
         shapes: the full shape of every tensor that a member names, to check a model against.
-        frozen: operators that no rule covers.
+        unsupported: operators without a rule, which pin all that they read.
         untouched: parameters that no operator read; they can't be pruned.
         buffers: those of the tensors in `shapes` that are buffers.
         matrix_parameters: elements of all parameters of two or more dims.
@@ -38,10 +37,15 @@ class PruningSpace:
 
     families: tuple[Family, ...]
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    frozen: tuple[UnsupportedOperator, ...] = ()
+    unsupported: tuple[UnsupportedOperator, ...] = ()
     untouched: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()
     matrix_parameters: int = 0
+
+    @property
+    def frozen(self) -> tuple[UnsupportedOperator, ...]:
+        """Return `unsupported`; the former name, kept for this version."""
+        return self.unsupported
 
     @property
     def prunable(self) -> tuple[Family, ...]:
@@ -162,7 +166,7 @@ def build_space(
             `prune` or `keep` matches nothing.
     """
     if flow is None:
-        flow = analyse(model, batch, times=2)
+        flow = record_and_propagate(model, batch, times=2)
     space = space_of(flow, prune, keep)
     if not space.prunable:
         raise GETAError(_nothing_prunable(type(model).__name__, space))
@@ -176,31 +180,28 @@ def space_of(flow: Flow, prune: Sequence[str] = (), keep: Sequence[str] = ()) ->
         GETAError: an entry of `prune` or `keep` matches nothing.
     """
     families = find_families(flow)
-    parameters = {p: value for p, value in enumerate(flow.graph.values) if value.kind == "parameter"}
+    parameters = {p: value for p, value in enumerate(flow.graph.values) if value.role == "parameter"}
     named = {member.tensor for family in families for member in family.members}
     shapes = {value.names[0]: value.shape for value in flow.graph.values if value.names and value.names[0] in named}
-    read = {ref for node in flow.graph.nodes for ref in _reads(node)}
+    read = {ref for node in flow.graph.nodes for ref in node.refs_with_body()}
     space = PruningSpace(
         families,
         shapes,
-        flow.frozen,
+        flow.unsupported,
         untouched=tuple(value.names[0] for position, value in parameters.items() if position not in read),
-        buffers=tuple(v.names[0] for v in flow.graph.values if v.kind == "buffer" and v.names[0] in shapes),
+        buffers=tuple(v.names[0] for v in flow.graph.values if v.role == "buffer" and v.names[0] in shapes),
         matrix_parameters=sum(value.elements for value in parameters.values() if len(value.shape) > 1),
     )
     return apply_policy(space, prune, keep)
 
 
-def _reads(node: Node) -> Iterator[int]:
-    for inner in (node, *node.body):
-        yield from inner.refs()
-
-
 def _nothing_prunable(model: str, space: PruningSpace) -> str:
-    frozen = "; ".join(f"{f.operator} in {f.module or model} ({f.reason}, {f.count}x)" for f in space.frozen)
+    unsupported = "; ".join(
+        f"{one.operator} in {one.module or model} ({one.reason}, {one.count}x)" for one in space.unsupported
+    )
     refused = "; ".join(f"{family.name}: {family.reason}" for family in space.families[:8])
     return (
-        f"nothing in {model} may be pruned. Operators without a rule: {frozen or 'none'}. "
+        f"nothing in {model} may be pruned. Operators without a rule: {unsupported or 'none'}. "
         f"Families found but not prunable: {refused or 'none'}. Name kinds, couplings or families in `prune` to switch "
         "them on. Whatever the model returns keeps its shape, so ask it for no attentions or hidden states"
     )

@@ -31,7 +31,7 @@ def write_space(
     *,
     families: Sequence[Family],
     shapes: Shapes,
-    frozen: Sequence[UnsupportedOperator],
+    unsupported: Sequence[UnsupportedOperator],
     untouched: Sequence[str],
     buffers: Sequence[str],
     matrix_parameters: int,
@@ -53,7 +53,7 @@ def write_space(
         "indices_sha256": hashlib.sha256(content).hexdigest(),
         "families": [_family_table(family) for family in families],
         "shapes": {name: list(shape) for name, shape in shapes.items()},
-        "frozen": [asdict(frozen) for frozen in frozen],
+        "frozen": [asdict(operator) for operator in unsupported],
         "untouched": list(untouched),
         "buffers": list(buffers),
         "matrix_parameters": matrix_parameters,
@@ -119,7 +119,8 @@ def _fields(tables: dict[str, Any], indices: dict[str, torch.Tensor]) -> dict[st
     return {
         "families": tuple(families),
         "shapes": {name: tuple(int(n) for n in shape) for name, shape in tables["shapes"].items()},
-        "frozen": tuple(UnsupportedOperator(**frozen) for frozen in tables["frozen"]),
+        # The key keeps the attribute's former name, since folders that were written with it have to load.
+        "unsupported": tuple(UnsupportedOperator(**operator) for operator in tables["frozen"]),
         "untouched": tuple(map(str, tables["untouched"])),
         "buffers": tuple(map(str, tables["buffers"])),
         "matrix_parameters": int(tables["matrix_parameters"]),

@@ -14,9 +14,9 @@ from torch import nn
 from geta_hf.errors import GETAError
 from geta_hf.qadg.families.find import find_families
 from geta_hf.qadg.groups import Family
-from geta_hf.qadg.propagation.element_ids import FROZEN
+from geta_hf.qadg.propagation.element_ids import PINNED
 from geta_hf.qadg.propagation.flow import Flow
-from geta_hf.qadg.propagation.propagate import analyse
+from geta_hf.qadg.propagation.propagate import record_and_propagate
 from geta_hf.qadg.replay import Replay, ReplayError, Weights, double
 from geta_hf.qadg.space import PruningSpace, kept_indices
 from geta_hf.qadg.variants import variants
@@ -35,13 +35,13 @@ class _GateError(Exception):
     """Which gate failed and how."""
 
 
-class _Bench:
+class _RecordingTrial:
     """A recorded model with random weights, on which removals are tried."""
 
     def __init__(self, flow: Flow, model: nn.Module, space: PruningSpace, seed: int) -> None:
         self.flow, self.space = flow, space
         self.generator = torch.Generator().manual_seed(seed)
-        self.positions = {v.names[0]: p for p, v in enumerate(flow.graph.values) if v.kind in ("parameter", "buffer")}
+        self.positions = {v.names[0]: p for p, v in enumerate(flow.graph.values) if v.role in ("parameter", "buffer")}
         self._check_names()
         self.noise = torch.rand(_NOISE, generator=self.generator, dtype=torch.float64) - 0.5
         self.scales: dict[str, float] = {}
@@ -78,7 +78,7 @@ class _Bench:
         The same at every call, so that a weight need not be kept.
         """
         tensor = self.tensors[name]
-        buffer = self.flow.graph.values[self.positions[name]].kind == "buffer"
+        buffer = self.flow.graph.values[self.positions[name]].role == "buffer"
         if tensor.numel() == 1 or not tensor.is_floating_point() or (buffer and name not in self.cut):
             return torch.ones(tensor.shape).double() if tensor.is_meta else double(tensor.detach().cpu())
         if name not in self.scales:
@@ -101,13 +101,13 @@ class _Bench:
         for member in family.members:
             ids = self.flow.dims(self.positions[member.tensor])[member.dim] if self._touched(member.tensor) else None
             if ids is not None:
-                cells.append(self.flow.terms.atoms(ids)[member.index.numpy()].reshape(family.size, -1))
+                cells.append(self.flow.ids.atoms(ids)[member.index.numpy()].reshape(family.size, -1))
         if not cells:
             return np.zeros(family.size, np.int64)
         table = np.concatenate(cells, axis=1)
         rows = np.repeat(np.arange(family.size), table.shape[1])
         found, count = np.unique(np.stack([rows, table.ravel()]), axis=1, return_counts=True)
-        count[found[1] == FROZEN] = 0
+        count[found[1] == PINNED] = 0
         order = np.lexsort((count, found[0]))
         last = np.flatnonzero(np.diff(found[0][order], append=family.size))
         return found[1][order][last]
@@ -147,10 +147,10 @@ class _Bench:
 
     def _removed(self, removal: Removal) -> NDArray[np.bool_]:
         """For every id, whether it is an atom that leaves."""
-        removed = np.zeros(self.flow.terms.count, np.bool_)
+        removed = np.zeros(self.flow.ids.count, np.bool_)
         for name, mask in removal.items():
             removed[self.atoms[name][mask.numpy()]] = True
-        removed[FROZEN] = False
+        removed[PINNED] = False
         return removed
 
     def _cut(self, kept: dict[str, dict[int, torch.Tensor]], zero: bool) -> Weights:
@@ -246,17 +246,17 @@ def verify_space(
             names = {family.name for family in space.prunable}
             expected = [family for family in found if family.name in names]
         _check_same_families(expected, found, recorded)
-        bench = _Bench(recorded, model, space, seed)
-        rounds = bench.removals(_ROUNDS if first else 1) if removal is None else [bench.possible(removal)]
-        for trial in rounds:
+        trial = _RecordingTrial(recorded, model, space, seed)
+        rounds = trial.removals(_ROUNDS if first else 1) if removal is None else [trial.possible(removal)]
+        for removals in rounds:
             try:
-                bench.check(trial)
+                trial.check(removals)
             except _GateError as failure:
-                if trouble := bench.trouble():
+                if trouble := trial.trouble():
                     if first or not isinstance(batch, Mapping):
                         raise GETAError(f"{type(model).__name__} {trouble}") from None
                     break  # a made-up batch that the model cannot run, as a real forward would have told
-                name, reason = _blame(bench, trial) or (" with ".join(trial), failure)
+                name, reason = _blame(trial, removals) or (" with ".join(removals), failure)
                 remedy = "mark it unprunable, or correct the rule of that operator"
                 raise GETAError(f"{name} fails {reason}; {remedy}") from None
 
@@ -265,13 +265,13 @@ def _flows(
     model: nn.Module, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]], first: Flow | None
 ) -> Iterator[Flow]:
     batches = [batch] if isinstance(batch, Mapping) else batch
-    yield analyse(model, batches[0]) if first is None else first
+    yield record_and_propagate(model, batches[0]) if first is None else first
     if not isinstance(batch, Mapping):
-        yield from (analyse(model, item) for item in batches[1:])
+        yield from (record_and_propagate(model, item) for item in batches[1:])
         return
     for other in variants(model, batch):
         try:
-            flow = analyse(model, other)
+            flow = record_and_propagate(model, other)
         except GETAError:
             continue  # not every model runs every shape
         yield flow
@@ -279,12 +279,12 @@ def _flows(
 
 def _check_same_families(expected: Iterable[Family], found: Iterable[Family], flow: Flow) -> None:
     """A family must be found in every recording whose operators touch its tensors, whatever it is called there."""
-    by_slots: dict[frozenset[tuple[str, int]], list[Family]] = {}
+    by_tensor_dims: dict[frozenset[tuple[str, int]], list[Family]] = {}
     for family in found:
-        by_slots.setdefault(_slots_of(family), []).append(family)
+        by_tensor_dims.setdefault(_tensor_dims_of(family), []).append(family)
     read = {name for position, v in enumerate(flow.graph.values) if flow.known(position) for name in v.names}
     for family in expected:
-        if any(_same_members(family, other) for other in by_slots.get(_slots_of(family), ())):
+        if any(_same_members(family, other) for other in by_tensor_dims.get(_tensor_dims_of(family), ())):
             continue
         if any(member.tensor in read for member in family.members):
             raise GETAError(
@@ -294,7 +294,7 @@ def _check_same_families(expected: Iterable[Family], found: Iterable[Family], fl
             )
 
 
-def _slots_of(family: Family) -> frozenset[tuple[str, int]]:
+def _tensor_dims_of(family: Family) -> frozenset[tuple[str, int]]:
     return frozenset((member.tensor, member.dim) for member in family.members)
 
 
@@ -303,11 +303,11 @@ def _same_members(left: Family, right: Family) -> bool:
     return all(torch.equal(m.index, theirs[m.tensor, m.dim]) for m in left.members)
 
 
-def _blame(bench: _Bench, removal: Removal) -> tuple[str, _GateError] | None:
+def _blame(trial: _RecordingTrial, removal: Removal) -> tuple[str, _GateError] | None:
     """The first family whose removal alone fails."""
     for name, mask in removal.items():
         try:
-            bench.check({name: mask})
+            trial.check({name: mask})
         except _GateError as failure:
             return name, failure
     return None

@@ -1,4 +1,8 @@
-"""How a number becomes b bits."""
+"""Round numbers to b bits: quantizers (d, q_m, t), the layers that carry them, and the kernels that compute them fast.
+
+Other rooms attach quantizers to a model and detach them again, ask a quantized layer for its bit width and codes, and
+use the pure functions of `quantization.functional`. What is quantized, and to how many bits, is decided elsewhere.
+"""
 
 from geta_hf.quantization.attach import (
     attach_quantizers,
@@ -12,16 +16,11 @@ from geta_hf.quantization.attach import (
     without_quantizers,
 )
 from geta_hf.quantization.calibration import attach_input_quantizers
+from geta_hf.quantization.clipping import channel_clipping_values, clipping_value
 from geta_hf.quantization.fixed import FixedQuantizer
 from geta_hf.quantization.functional import bit_width, fake_quantize, integer_codes, quantize, step_size
 from geta_hf.quantization.layers import QuantConv1D, QuantConv2d, QuantizedLayer, QuantLinear
-from geta_hf.quantization.quantizer import (
-    Quantizer,
-    channel_clipping_values,
-    clipping_value,
-    fixed_quantizer,
-    freeze_quantizers,
-)
+from geta_hf.quantization.quantizer import Quantizer, fixed_quantizer, freeze_quantizers
 
 __all__ = [
     "FixedQuantizer",

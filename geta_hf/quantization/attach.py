@@ -1,4 +1,4 @@
-"""Which layers are quantized, and how quantizers come onto a model and off again."""
+"""Select the layers to quantize, attach quantizers to a model and detach them again."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from geta_hf.errors import GETAError
+from geta_hf.quantization.clipping import channel_clipping_values, check_clipping, clipping_value
 from geta_hf.quantization.fixed import InputQuantizedLayer, output_dim
 from geta_hf.quantization.layers import (
     LAYER_TYPES,
     QuantizedLayer,
     check_convertible,
-    convert,
-    revert,
+    dequantize_layer,
+    quantize_layer,
 )
-from geta_hf.quantization.quantizer import Quantizer, channel_clipping_values, check_clipping, clipping_value
+from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.utils.accelerate_hooks import rebind_forward
 
 _OWN = ("weight_quantizer", "input_quantizer", "lora")
@@ -30,17 +31,18 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def select_layers(model: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] = ()) -> Layers:
-    """The layers to quantize, by name.
+    """Return the layers to quantize, by name.
 
-    By default every linear, Conv1D and Conv2d inside the repeated blocks (`nn.ModuleList`) of the base model: attention
-    and MLP, but no embedding, pooler or task head.
+    By default these are every Linear, Conv1D and Conv2d inside the repeated blocks (`nn.ModuleList`) of the base model:
+    attention and MLP, but no embedding, pooler or task head.
 
     Args:
-        include: regular expressions searched in module names; when given they replace the default.
-        exclude: regular expressions that take layers out again.
+        model: any module; a Hugging Face model's base model is searched for repeated blocks.
+        include: regular expressions searched in module names, which replace the default selection. Default None.
+        exclude: regular expressions for layers that are not selected after all. Default none.
 
     Raises:
-        GETAError: no layer is left, or a pattern matches nothing.
+        GETAError: no layer remains, or a pattern matches nothing.
     """
     supported = tuple(LAYER_TYPES)
     layers: Layers = {name: module for name, module in model.named_modules() if isinstance(module, supported)}
@@ -65,7 +67,7 @@ def _in_blocks(model: nn.Module, layers: Layers) -> Layers:
 
 
 def matching(layers: Mapping[str, Layer], patterns: Sequence[str]) -> dict[str, Layer]:
-    """The layers in whose name any of the regular expressions is found.
+    """Return the layers in whose name any of the regular expressions is found, in the given order of the layers.
 
     Raises:
         GETAError: a pattern that matches none, or a string in place of the list.
@@ -92,24 +94,25 @@ def attach_quantizers(
     learn_t: bool = False,
     per_channel: bool = False,
 ) -> Layers:
-    """Put a learnable weight quantizer on the chosen layers, in place. Layers whose weight is tied share one.
+    """Attach a learnable weight quantizer to the selected layers, in place. Layers whose weights are tied share one.
 
     Args:
-        model: any module; a Hugging Face model's base model is searched for repeated blocks. On meta, quantizers are
-            made for their shapes alone.
+        model: any module; a Hugging Face model's base model is searched for repeated blocks. On the meta device,
+            quantizers are made for their shapes only.
         include, exclude: see `select_layers`.
-        initial_bits: width that sets the first d.
-        target_bits: width for which `clipping="mse"` chooses q_m.
-        clipping: `mse` or the paper's `max`, see `clipping_value`.
-        learn_t: train the exponent t (the paper's nonlinear quantizer).
-        per_channel: one (d, q_m) for every output channel of a layer instead of one for all of it; t is still one.
+        initial_bits: bit width that sets the first d. Default 16.
+        target_bits: bit width for which `clipping="mse"` chooses q_m. Default 8.
+        clipping: `mse` (default) or the paper's `max`, see `clipping_value`.
+        learn_t: train the exponent t, the paper's nonlinear quantizer (Sec. 3). Default False, which means t = 1.
+        per_channel: one (d, q_m) for every output channel of a layer instead of one for the layer; t remains one.
+            Default False.
 
     Returns:
         The quantized layers by name.
 
     Raises:
         GETAError: nothing to quantize, an unsupported or already quantized layer, or a weight tied to a layer that is
-            not quantized (which would be changed unseen).
+            not quantized (which would change unnoticed).
     """
     chosen = select_layers(model, include, exclude)
     _refuse_foreign_ties(model, chosen)
@@ -121,15 +124,16 @@ def attach_quantizers(
             dim = output_dim(layer) if per_channel else None
             q_m = _start(weight, target_bits, clipping, f"{name}.weight", dim)
             by_weight[id(weight)] = Quantizer(q_m, initial_bits, learn_t, weight.device, dim)
-    for layer in chosen.values():  # only once nothing can fail, so that no model is left half converted
+    # Only now that nothing can fail: a model must not end with half of its layers converted.
+    for layer in chosen.values():
         quantizer = by_weight[id(layer.weight)]
-        convert(layer, quantizer)
+        quantize_layer(layer, quantizer)
         quantizer.train(layer.training)
     return chosen
 
 
 def _start(weight: Tensor, bits: int, clipping: str, name: str, dim: int | None) -> float | Tensor:
-    if weight.is_meta:  # nothing to measure: the layer is converted for its shapes alone
+    if weight.is_meta:  # there are no values to measure; the layer is converted for its shapes only
         check_clipping(clipping)
         return torch.ones(1 if dim is None else weight.shape[dim], device="meta")
     if dim is None:
@@ -150,14 +154,17 @@ def _refuse_foreign_ties(model: nn.Module, chosen: Layers) -> None:
 
 
 def detach_quantizers(model: nn.Module) -> nn.Module:
-    """Give the plain model back, in place: original classes, no quantizer of weights or inputs, weights as trained."""
+    """Remove all quantizers of weights and inputs, in place, and return the model.
+
+    The layers have their original classes again, and their weights the values that training gave them, unquantized.
+    """
     for layer in quantized_layers(model).values():
-        revert(layer)
+        dequantize_layer(layer)
     return model
 
 
 def quantizer_prefixes(model: nn.Module) -> dict[str, str]:
-    """Weight name -> prefix of its quantizer's parameters; tied weights share the first layer's prefix."""
+    """Return weight name -> prefix of its quantizer's parameters; tied weights share the first layer's prefix."""
     first: dict[int, str] = {}
     return {
         f"{name}.weight": first.setdefault(id(layer.weight_quantizer), f"{name}.weight_quantizer")
@@ -166,22 +173,22 @@ def quantizer_prefixes(model: nn.Module) -> dict[str, str]:
 
 
 def input_quantizer_prefixes(model: nn.Module) -> dict[str, str]:
-    """Layer name -> prefix of the parameters of its input quantizer, for the layers that have one."""
+    """Return layer name -> prefix of the parameters of its input quantizer, for the layers that have one."""
     layers = quantized_layers(model)
     return {name: f"{name}.input_quantizer" for name, layer in layers.items() if layer.input_quantizer is not None}
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """The quantized layers of a model by name, in module order."""
+    """Return the quantized layers of a model by name, in module order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
 
 
 def cut_quantizers(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
-    """Let per-channel quantizers follow weights that were cut, in place; those that fit their weight stay as they are.
+    """Cut per-channel quantizers as their weights were cut, in place; those that fit their weight are not changed.
 
     Args:
         model: with quantizers, its weights cut already.
-        kept: tensor name -> dim -> int64 indices that stayed, as `geta_hf.qadg.space.kept_indices` gives them.
+        kept: tensor name -> dim -> int64 kept indices, as `geta_hf.qadg.space.kept_indices` gives them.
     """
     for name, layer in quantized_layers(model).items():
         quantizer, dim = layer.weight_quantizer, layer.weight_quantizer.channel_dim
@@ -191,7 +198,7 @@ def cut_quantizers(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -
 
 @contextmanager
 def float_inputs(model: nn.Module) -> Iterator[None]:
-    """Let no layer of a model, being trained or exported, quantize its input for a while."""
+    """Switch off all input quantizers of a model, in training or exported, within the context."""
     layers = [module for module in model.modules() if isinstance(module, InputQuantizedLayer)]
     before = [layer.input_quantizer for layer in layers]
     for layer in layers:

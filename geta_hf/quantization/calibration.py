@@ -1,4 +1,4 @@
-"""Quantizers on the inputs of layers: their ranges come from real batches (calibration)."""
+"""Attach quantizers to the inputs of layers, with ranges measured on real batches (calibration)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from torch import Tensor, nn
 
 from geta_hf.errors import GETAError
 from geta_hf.quantization.attach import matching, quantized_layers
+from geta_hf.quantization.clipping import best_share, check_clipping, count_magnitudes
 from geta_hf.quantization.layers import QuantizedLayer
-from geta_hf.quantization.quantizer import Quantizer, best_share, check_clipping, count_magnitudes
+from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.utils.module_state import eval_mode
 
 
 class _Range:
-    """A histogram of magnitudes that widens as larger ones come."""
+    """A histogram of magnitudes whose range doubles whenever a larger one comes.
+
+    The activations of all batches are not kept, and their largest magnitude is known only at the end.
+    """
 
     def __init__(self) -> None:
         self.largest = self.top = 0.0
@@ -28,11 +32,12 @@ class _Range:
         """Count the elements of one more tensor, of any shape."""
         magnitude = x.detach().float().abs().reshape(1, -1)
         largest = float(magnitude.max()) if magnitude.numel() else 0.0
+        # max() would drop a NaN that comes second.
         self.largest = largest if math.isnan(largest) else max(self.largest, largest)
         if not 0.0 < self.largest < math.inf:
             return
         self.top = self.top or largest
-        while self.top < largest:  # twice the range: pairs of bins become one
+        while self.top < largest:  # over twice the range, two bins become one
             self.top *= 2
             if self.counts is not None:
                 pairs = self.counts.view(1, -1, 2).sum(dim=2)
@@ -41,13 +46,15 @@ class _Range:
         self.counts = counts if self.counts is None else self.counts + counts
 
     def clipping_value(self, bits: int, method: str) -> float:
-        """q_m: the largest magnitude, or the one of least squared error at `bits` bits."""
+        """Return q_m: the largest magnitude (`max`), or that of least squared error at `bits` bits (`mse`)."""
         if method == "max":
             return self.largest
         assert self.counts is not None
         bins = self.counts.shape[1]
+        # The range may reach to twice the largest magnitude: beyond it are empty bins, which would waste candidates.
         used = math.ceil(self.largest / self.top * bins)
-        return min(self.largest, float(best_share(self.counts[:, :used], bits)) * self.top * used / bins)
+        share = float(best_share(self.counts[:, :used], bits))
+        return min(self.largest, share * self.top * used / bins)
 
 
 def attach_input_quantizers(
@@ -61,35 +68,36 @@ def attach_input_quantizers(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
 ) -> dict[str, QuantizedLayer]:
-    """Put a learnable quantizer on the inputs of quantized layers, in place, its range found on real batches.
+    """Attach a learnable quantizer to the inputs of quantized layers, in place, with ranges found on real batches.
 
-    The model runs the batches in evaluation mode as it is, its weights quantized at their present bits; its training
-    flags, hooks and random state are as before afterwards. Every layer gets a quantizer of its own, also where weights
-    are tied. Training then keeps one tensor more for each such layer, its input before it was rounded, beside the
-    rounded one that the layer itself keeps for its backward pass (paper Sec. 3).
+    The model runs the batches in evaluation mode, its weights quantized at their present bit widths; its training
+    flags, hooks and random state are restored afterwards. Every layer gets a quantizer of its own, even where weights
+    are tied. Training then needs memory for one more tensor per layer: the input before it was rounded, in addition to
+    the rounded one that the layer itself saves for its backward pass (paper Sec. 3).
 
     Args:
         model: with weight quantizers attached by `attach_quantizers`.
-        batches: keyword arguments of the model's forward, one mapping a batch; moved to the model's device.
-        initial_bits: width that sets the first d.
-        target_bits: width for which `clipping="mse"` chooses q_m.
-        clipping: `max` for the largest magnitude seen, `mse` for the least squared error at `target_bits`.
-        learn_t: train the exponent t; otherwise t = 1.
-        include: regular expressions searched in the names of quantized layers; None takes them all.
-        exclude: regular expressions that take layers out again.
+        batches: keyword arguments of the model's forward, one mapping per batch; moved to the model's device.
+        initial_bits: bit width that sets the first d. Default 16.
+        target_bits: bit width for which `clipping="mse"` chooses q_m. Default 8.
+        clipping: `mse` (default) for the least squared error at `target_bits`, `max` for the largest magnitude seen.
+        learn_t: train the exponent t. Default False, which means t = 1.
+        include: regular expressions searched in the names of quantized layers. Default None, which selects all.
+        exclude: regular expressions for layers that are not selected after all. Default none.
 
     Returns:
-        The layers that now quantize their input, by name.
+        The layers whose input is quantized now, by name.
 
     Raises:
-        GETAError: no batch or one that the model cannot run, no quantized layer, one that quantizes its input already,
-            that no batch reached, or whose input is not finite or all zero. No layer is changed then.
+        GETAError: no batch, or one that the model cannot run; no quantized layer; a layer that quantizes its input
+            already, that no batch reached, or whose input is not finite or all zero. No layer is changed then.
     """
     check_clipping(clipping)
     layers = _chosen(model, include, exclude)
     ranges = _calibrate(model, layers, batches)
     values = {name: _checked(name, found).clipping_value(target_bits, clipping) for name, found in ranges.items()}
-    for name, layer in layers.items():  # only once nothing can fail
+    # Only now that nothing can fail: a model must not end with half of its layers changed.
+    for name, layer in layers.items():
         layer.input_quantizer = Quantizer(values[name], initial_bits, learn_t, layer.weight.device)
         layer.input_quantizer.train(layer.training)
     return layers
@@ -111,7 +119,7 @@ def _chosen(model: nn.Module, include: Sequence[str] | None, exclude: Sequence[s
 def _calibrate(
     model: nn.Module, layers: Mapping[str, QuantizedLayer], batches: Iterable[Mapping[str, Any]]
 ) -> dict[str, _Range]:
-    """What came into every layer while the model ran the batches."""
+    """Return the ranges of what came into every layer while the model ran the batches."""
     ranges = {name: _Range() for name in layers}
     if isinstance(batches, Mapping):
         raise GETAError("batches must be several batches, not one mapping; pass [batch]")
@@ -140,7 +148,7 @@ def _run(model: nn.Module, batch: Mapping[str, Any]) -> None:
 
 
 def _checked(name: str, found: _Range) -> _Range:
-    """Raise unless a quantizer can be made for the range."""
+    """Return the range; raise GETAError unless a quantizer can be made for it."""
     if not math.isfinite(found.largest):
         raise GETAError(
             f"the input of {name} reaches {found.largest} on the calibration batches; check the model and its batches"

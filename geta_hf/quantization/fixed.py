@@ -1,4 +1,4 @@
-"""What is left of quantization after training: fixed widths, and the layers that round what comes in.
+"""Hold what remains of quantization after training: quantizers of fixed bit width and layers that round their input.
 
 Every exported folder carries a copy of this file.
 """
@@ -16,23 +16,27 @@ from geta_hf.quantization.maths import quantize, straight_through
 
 
 def output_dim(layer: nn.Module) -> int:
-    """The dim of a layer's weight that its output channels run along."""
+    """Return the dim of a layer's weight that its output channels run along."""
     return 1 if isinstance(layer, Conv1D) else 0
 
 
 class SinglePrecision(nn.Module):
-    """Stays fp32 when the model around it is cast: half precision would round a step size by bits."""
+    """Keep parameters and buffers in fp32 when the surrounding model is cast; moves to another device still apply.
+
+    A step size in half precision would be wrong by up to 2^-9 of its value, and with it every quantized value.
+    """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        def keep(tensor: Tensor) -> Tensor:
+        # `to`, `half`, `cuda` and the like all come through here. nn.Module has no hook that sees the dtype alone.
+        def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(keep, recurse)
+        return super()._apply(keep_dtype, recurse)
 
 
 class _StraightThrough(torch.autograd.Function):
-    """x^Q, whose gradient for x is 1 within the clipping value and 0 beyond (paper Sec. 3)."""
+    """Compute x^Q, whose gradient for x is 1 within the clipping value and 0 beyond it (paper Sec. 3)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None) -> Tensor:
@@ -46,13 +50,13 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class FixedQuantizer(SinglePrecision):
-    """A quantizer after training: whole bits, and nothing to learn or to save in a state dict.
+    """A quantizer after training: an integer bit width, nothing to learn and nothing to save in a state dict.
 
-    It gives what the `Quantizer` gave that it was made from, since only d, the exponent and the largest integer,
-    2^(bits-1) - 1, have a part in that.
+    It computes the values of the `Quantizer` that it was made from. Only d, the exponent and the largest integer,
+    2^(bits-1) - 1, have a part in those, so q_m is derived from them and need not be stored.
 
     Args:
-        scale: what a file holds of it: d, fp32, shape (1,), or d and a learned t, shape (2,).
+        scale: as a file stores it: d, fp32, shape (1,), or d and a learned t, shape (2,).
         bits: bit width, 2 to 16.
     """
 
@@ -63,18 +67,20 @@ class FixedQuantizer(SinglePrecision):
     def __init__(self, scale: Tensor, bits: int) -> None:
         super().__init__()
         self.bits = bits
-        d, t = scale.detach()[:1].clone(), scale.detach()[1:].clone() if scale.numel() > 1 else None
+        scale = scale.detach()
+        d = scale[:1].clone()
+        t = scale[1:].clone() if scale.numel() > 1 else None
         q_m = d * float(2 ** (bits - 1) - 1)
         for name, value in {"d": d, "q_m": q_m if t is None else q_m ** (1 / t), "t": t}.items():
             self.register_buffer(name, value, persistent=False)
 
     @property
     def scale(self) -> Tensor:
-        """What a file holds of it, on CPU."""
+        """The tensor that a file stores of it, fp32, shape (1,) or (2,), on CPU."""
         return (self.d if self.t is None else torch.cat((self.d, self.t))).cpu()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x^Q, with a straight-through gradient for x; shape and dtype of x."""
+        """Return x^Q with a straight-through gradient for x; shape and dtype of x."""
         return _StraightThrough.apply(x, self.d, self.q_m, self.t)
 
     def extra_repr(self) -> str:
@@ -82,10 +88,10 @@ class FixedQuantizer(SinglePrecision):
 
 
 class InputQuantizedLayer(nn.Module):
-    """Mixin of a layer that may quantize what comes in; `input_quantizer` is a module, or None where it does not."""
+    """Mixin of a layer that may quantize its input; `input_quantizer` is a module, or None where it does not."""
 
     input_quantizer: Any
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """x^Q of the input, differentiable; x itself where activations stay float."""
+        """Return x^Q of the input, differentiable; x itself where activations stay in floating point."""
         return x if self.input_quantizer is None else self.input_quantizer(x)

@@ -1,4 +1,4 @@
-"""Quantization as training uses it: x^Q with straight-through gradients, by the fastest kernel at hand.
+"""Quantize as training does: x^Q with straight-through gradients, by the fastest kernel available.
 
 Notation and shapes are those of `geta_hf.quantization.maths`.
 """
@@ -41,22 +41,29 @@ __all__ = [
 def gradients(
     grad: Tensor, x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Straight-through gradients of x^Q with respect to x, d, q_m and t (paper Sec. 3).
+    """Return the straight-through gradients of x^Q with respect to x, d, q_m and t (paper Sec. 3).
+
+    With round(·) taken for the identity where it is differentiated, z = min(|x|, q_m)^t and inside = (|x| <= q_m):
+
+    - ∂x^Q/∂x = 1 inside, 0 outside
+    - ∂x^Q/∂d = sgn(x) (round(z / d) - z / d)
+    - ∂x^Q/∂q_m = 0 inside, sgn(x) · t · q_m^(t-1) outside
+    - ∂x^Q/∂t = sgn(x) · z · ln min(|x|, q_m), 0 at x = 0
 
     Args:
         grad: gradient with respect to x^Q, shape of x.
         x, d, q_m, t: as in `quantize`.
 
     Returns:
-        Gradients of the shapes of x, d, q_m and t, summed over what d and q_m are broadcast along; the last is None
-        when t is None. NaN in x or `grad` makes that of d NaN, which is how a bad step is noticed.
+        Gradients of the shapes of x, d, q_m and t, summed over the dims that d and q_m are broadcast along; the last is
+        None when t is None. NaN in x or `grad` makes that of d NaN, which is how a bad step is noticed.
     """
     g = grad.float()
     signed_z = clip_power(x.float(), q_m, t)
     scaled = signed_z / d
     grad_d = _sum_of_product(g, torch.round(scaled).sub_(scaled), d)
     grad_x = straight_through(grad, x, q_m)
-    # g - grad_x is g outside and 0 inside, where signed_z is ±q_m^t; no mask or sign is needed again.
+    # g - grad_x is g outside and 0 inside, where signed_z is ±q_m^t; no mask or sign has to be computed again.
     outside = _sum_of_product(g - grad_x, signed_z, q_m) / q_m
     if t is None:
         return grad_x, grad_d, outside, None
@@ -65,8 +72,8 @@ def gradients(
 
 
 def _sum_of_product(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
-    """Σ a · b over all that `like` is broadcast along, in the shape of `like`."""
-    if like.numel() == 1:  # without a product tensor
+    """Return Σ a · b over all dims that `like` is broadcast along, in the shape of `like`."""
+    if like.numel() == 1:  # a dot product needs no tensor of products
         return torch.dot(a.reshape(-1), b.reshape(-1)).reshape(like.shape)
     return (a * b).sum_to_size(like.shape)
 
@@ -74,7 +81,7 @@ def _sum_of_product(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
 def gradients_or_zeros(
     kernel: Kernel, frozen: bool, grad: Tensor, x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """What a backward pass returns for x, d, q_m and t: where `frozen`, zeros for the last three."""
+    """Return what a backward pass gives x, d, q_m and t; where `frozen`, zeros for the last three."""
     if not frozen:
         return kernel.gradients(grad, x, d, q_m, t)
     # Zeros and not None: data parallel training waits for a gradient of every trained parameter.
@@ -86,11 +93,12 @@ EAGER = Kernel("eager", quantize, gradients, straight_through)
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Saves x alone: it is the parameter itself, so this costs no memory, and x^Q is recomputed."""
+    """Save x alone: it is the parameter itself, so this costs no memory, and x^Q is recomputed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None, frozen: bool) -> Tensor:
         ctx.save_for_backward(x, d, q_m, t)
+        # Chosen once: backward must use the kernel of its forward, even after a `using` around the forward has ended.
         ctx.frozen, ctx.kernel = frozen, choose(x, EAGER)
         return ctx.kernel.quantize(x, d, q_m, t)
 
@@ -101,13 +109,13 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def fake_quantize(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None = None, frozen: bool = False) -> Tensor:
-    """`quantize` with the straight-through gradients of `gradients`, by the fastest kernel at hand.
+    """Return `quantize(x, d, q_m, t)` with the straight-through gradients of `gradients`.
 
     Args:
         x: any shape, floating point.
-        d, q_m: step size and clipping value, (1,) or broadcastable against x for one a channel.
-        t: exponent, shape (1,); None means t = 1.
-        frozen: d, q_m and t stand still (cool-down): their gradients are zeros and cost nothing. Default False.
+        d, q_m: step size and clipping value, (1,), or broadcastable against x for one per channel.
+        t: exponent, shape (1,). Default None, which means t = 1.
+        frozen: d, q_m and t get no update (cool-down): their gradients are zeros and cost nothing. Default False.
 
     Returns:
         x^Q, shape and dtype of x.

@@ -1,7 +1,7 @@
-"""Quantized layers: the original layer's class behaviour with a quantizer in front of its weight, and of its input.
+"""Turn layers into quantized layers and back: the original computation on a quantized weight and a quantized input.
 
-A layer is converted in place by switching its class, so its parameters keep their names, identity, dtype, device,
-requires_grad and tying, its hooks stay, and `isinstance(layer, nn.Linear)` stays true.
+A layer is converted in place by switching its class. Its parameters therefore keep their names, identity, dtype,
+device, requires_grad and tying, its hooks remain, and `isinstance(layer, nn.Linear)` is still true.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from geta_hf.errors import GETAError
 from geta_hf.quantization.fixed import InputQuantizedLayer
-from geta_hf.quantization.kinds import base_type
+from geta_hf.quantization.layer_types import base_type
 from geta_hf.quantization.linear import quantized_linear
 from geta_hf.quantization.lora import LowRank
 from geta_hf.quantization.quantizer import Quantizer
@@ -24,9 +24,12 @@ from geta_hf.utils.accelerate_hooks import rebind_forward
 
 
 class QuantizedLayer(InputQuantizedLayer):
-    """Mixin of every quantized layer; `weight_quantizer` is the quantizer of `weight`.
+    """Mixin of every quantized layer.
 
-    `lora` is what is added to the weight before it is quantized, None where nothing is.
+    Attributes:
+        weight_quantizer: the quantizer of `weight`.
+        input_quantizer: the quantizer of the input; None where the input stays in floating point.
+        lora: added to the weight before it is quantized; None where nothing is.
     """
 
     weight: Any  # each plain layer class declares its own type
@@ -34,30 +37,31 @@ class QuantizedLayer(InputQuantizedLayer):
     lora: LowRank | None
 
     def merged_weight(self) -> Tensor:
-        """What is quantized, differentiable: the weight, with what `lora` adds."""
+        """Return what is quantized, differentiable: the weight with what `lora` adds to it."""
         return self.weight if self.lora is None else self.lora.merged(self.weight)
 
     def quantized_weight(self) -> Tensor:
-        """x^Q of the weight, differentiable."""
+        """Return x^Q of the weight, differentiable."""
         return self.weight_quantizer(self.merged_weight())
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
-    """nn.Linear on the quantized weight, of which no copy is kept for backward."""
+    """nn.Linear on the quantized weight, of which no copy is saved for backward."""
 
     def forward(self, input: Tensor) -> Tensor:
         x, own = self.quantized_input(input), self.weight_quantizer
-        return quantized_linear(x, self.weight, self.bias, *own.along(self.weight), own.exponent, own.frozen, self.lora)
+        d, q_m = own.broadcast_over(self.weight)
+        return quantized_linear(x, self.weight, self.bias, d, q_m, own.exponent, own.frozen, self.lora)
 
 
 class QuantConv1D(QuantizedLayer, Conv1D):
-    """transformers' Conv1D, a linear whose weight is (in, out), on the quantized weight."""
+    """transformers' Conv1D, a linear layer whose weight is (in, out), on the quantized weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         x, own = self.quantized_input(x), self.weight_quantizer
         if self.lora is None:
             return F.linear(x, self.quantized_weight().t(), self.bias)
-        d, q_m = (value.t() for value in own.along(self.weight))
+        d, q_m = (value.t() for value in own.broadcast_over(self.weight))
         return quantized_linear(x, self.weight.t(), self.bias, d, q_m, own.exponent, own.frozen, self.lora)
 
 
@@ -82,7 +86,15 @@ def _quantized_class(original: Any, plain: Any) -> type[nn.Module]:
 
 
 def check_convertible(layer: nn.Module, name: str) -> None:
-    """Raise GETAError when the layer is already quantized, or its class is not supported."""
+    """Check that `quantize_layer` can convert a layer.
+
+    Args:
+        layer: any module.
+        name: path of the layer, for the error.
+
+    Raises:
+        GETAError: the layer is quantized already, or its class is not supported.
+    """
     if isinstance(layer, QuantizedLayer):
         raise GETAError(f"{name} is already quantized; detach its quantizer first")
     if base_type(layer) is None:
@@ -93,9 +105,14 @@ def check_convertible(layer: nn.Module, name: str) -> None:
         )
 
 
-def convert(layer: nn.Module, quantizer: Quantizer) -> None:
-    """Turn a plain layer, as `check_convertible` accepts it, into its quantized kind, in place."""
-    # Remembered on the instance, since a subclass of a plain layer must come back as itself.
+def quantize_layer(layer: nn.Module, quantizer: Quantizer) -> None:
+    """Turn a plain layer into a quantized one, in place; its input is not quantized and it has no LoRA yet.
+
+    Args:
+        layer: one that `check_convertible` accepts.
+        quantizer: of the layer's weight; layers whose weights are tied share one.
+    """
+    # Remembered on the instance, since a subclass of a plain layer must become that subclass again.
     layer.__dict__["_plain_class"] = type(layer)
     layer.__class__ = _quantized_class(type(layer), base_type(layer))  # type: ignore[arg-type]
     rebind_forward(layer)
@@ -112,8 +129,11 @@ def absorb(layer: QuantizedLayer) -> None:
         layer.lora = None
 
 
-def revert(layer: QuantizedLayer) -> None:
-    """Turn a quantized layer back into what it was, in place; the weight keeps its unquantized, merged value."""
+def dequantize_layer(layer: QuantizedLayer) -> None:
+    """Turn a quantized layer back into the plain layer that it was, in place.
+
+    The weight keeps its unquantized value, with what LoRA learned merged into it.
+    """
     absorb(layer)
     del layer.weight_quantizer, layer.input_quantizer, layer.lora
     layer.__class__ = layer.__dict__.pop("_plain_class")

@@ -1,4 +1,4 @@
-"""The linear layer on a quantized weight that keeps no quantized weight."""
+"""Compute a linear layer on its quantized weight without keeping the quantized weight for the backward pass."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from geta_hf.quantization.lora import LowRank, merge
 
 
 class _QuantizedLinear(torch.autograd.Function):
-    """Saves the weight as it is and recomputes x^Q, where F.linear would keep x^Q: a copy of every weight.
+    """Save the weight and recompute x^Q in backward, where F.linear would keep x^Q: a copy of every weight.
 
-    So it does with W + scale · B A where a and b are given.
+    The weight is in memory anyway, so saving it costs nothing. W + scale · B A is recomputed in the same way where a
+    and b are given.
     """
 
     @staticmethod
@@ -34,7 +35,7 @@ class _QuantizedLinear(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         kernel = choose(weight, EAGER)
-        out = F.linear(x, kernel.quantize(_whole(weight, a, b, scale), d, q_m, t), bias)
+        out = F.linear(x, kernel.quantize(_merged(weight, a, b, scale), d, q_m, t), bias)
         # Under autocast the product is taken in another dtype than x has; so are those of backward.
         ctx.save_for_backward(x.to(out.dtype), weight, d, q_m, t, a, b)
         ctx.kernel, ctx.frozen, ctx.scale = kernel, frozen, scale
@@ -43,7 +44,7 @@ class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, d, q_m, t, a, b = ctx.saved_tensors
-        weight = _whole(weight, a, b, ctx.scale)
+        weight = _merged(weight, a, b, ctx.scale)
         grad_x = grad_bias = grad_a = grad_b = None
         of_quantizer: tuple[Tensor | None, ...] = (None, None, None, None)
         grad = grads[0].reshape(-1, weight.shape[0])
@@ -51,16 +52,18 @@ class _QuantizedLinear(torch.autograd.Function):
             grad_x = (grad @ ctx.kernel.quantize(weight, d, q_m, t).to(grad.dtype)).view(x.shape)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum(0)
+        # Positions of weight, d, q_m, t, a and b: all of them follow from the gradient of x^Q.
         if any(ctx.needs_input_grad[position] for position in (1, 3, 4, 5, 7, 8)):
             grad_weight = grad.t() @ x.reshape(-1, weight.shape[1])
             of_quantizer = gradients_or_zeros(ctx.kernel, ctx.frozen, grad_weight, weight, d, q_m, t)
             if a is not None and b is not None and of_quantizer[0] is not None:
                 of_weight = of_quantizer[0].float()
-                grad_a, grad_b = ctx.scale * (b.t() @ of_weight), ctx.scale * (of_weight @ a.t())
+                grad_a = ctx.scale * (b.t() @ of_weight)
+                grad_b = ctx.scale * (of_weight @ a.t())
         return grad_x, of_quantizer[0], grad_bias, *of_quantizer[1:], None, grad_a, grad_b, None
 
 
-def _whole(weight: Tensor, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
+def _merged(weight: Tensor, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
     return weight if a is None or b is None else merge(weight, a, b, scale)
 
 
@@ -74,21 +77,25 @@ def quantized_linear(
     frozen: bool = False,
     low_rank: LowRank | None = None,
 ) -> Tensor:
-    """F.linear(x, fake_quantize(weight, d, q_m, t, frozen), bias) that computes x^Q again in backward.
+    """Return F.linear(x, fake_quantize(weight, d, q_m, t, frozen), bias), recomputing x^Q in backward.
 
-    Worth a copy of every quantized weight in memory, for one more pass over each.
+    This saves the memory of a copy of every quantized weight, for one more pass over each.
 
     Args:
         x: (…, in).
-        weight: (out, in); a transposed view will do.
+        weight: (out, in); a transposed view is accepted.
         bias: (out,) or None.
         d, q_m, t, frozen: as in `fake_quantize`.
-        low_rank: what is added to the weight before it is quantized; recomputed in backward as well.
+        low_rank: added to the weight before it is quantized; recomputed in backward as well. Default None.
 
     Returns:
         (…, out).
     """
-    a, b, scale = (None, None, 1.0) if low_rank is None else (low_rank.A, low_rank.B, low_rank.scale)
+    if low_rank is None:
+        a, b, scale = None, None, 1.0
+    else:
+        a, b, scale = low_rank.A, low_rank.B, low_rank.scale
+    # What reads the operators (torch.compile, tracing) or stands in for data must see ordinary ones.
     if must_stay_plain(x, weight):
-        return F.linear(x, fake_quantize(_whole(weight, a, b, scale), d, q_m, t, frozen), bias)
+        return F.linear(x, fake_quantize(_merged(weight, a, b, scale), d, q_m, t, frozen), bias)
     return _QuantizedLinear.apply(x, weight, bias, d, q_m, t, frozen, a, b, scale)

@@ -1,4 +1,4 @@
-"""What a compression achieved: one table, dense beside compressed, and a picture of what is left of every layer."""
+"""Compare a compressed model with the dense one in a table, and read what an export kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from geta_hf.config import CONFIG_NAME, GETAConfig
+from geta_hf.config import CONFIG_NAME, CompressionConfig, GETAConfig, read_config
 from geta_hf.costs.model_costs import Costs, bytes_on_disk, measure_costs
 from geta_hf.errors import GETAError
 from geta_hf.export.export import STRUCTURE_NAME
@@ -29,13 +29,13 @@ Metrics = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Structure:
-    """What an export left of a model.
+    """Hold what an export kept of a model.
 
     Attributes:
         kept: family -> (groups kept, groups before), in model order.
         bits: module path -> bits of its packed weight, in model order.
         activation_bits: module path -> bits of its input, for the layers that round it; in model order.
-        dropped: paths that whole layers had in the dense model, which left before anything else.
+        dropped: paths in the dense model of entire layers that were removed before anything else.
     """
 
     kept: dict[str, tuple[int, int]]
@@ -44,23 +44,24 @@ class Structure:
     dropped: tuple[str, ...] = ()
 
     def of_kind(self, kind: str) -> list[tuple[int, int]]:
-        """(kept, before) of every family of a kind, such as `heads`, in model order."""
+        """Return (kept, before) of every family of a kind, such as `heads`, in model order."""
         return [counts for name, counts in self.kept.items() if name.rpartition(":")[2] == kind]
 
 
 def read_structure(folder: str | os.PathLike[str]) -> Structure:
-    """Read what `export` wrote beside the model. Raises GETAError for a folder without it."""
+    """Read the structure that `export` wrote next to the model. Raise GETAError for a folder without it."""
     path = Path(folder) / STRUCTURE_NAME
     if not path.is_file() and is_export(Path(folder)):
         raise GETAError(
-            f"{folder} has no {STRUCTURE_NAME}, which save_pretrained leaves out; run `geta-hf export {folder} OUT`, "
-            f"which makes it anew"
+            f"{folder} has no {STRUCTURE_NAME}, because save_pretrained does not write it; run "
+            f"`geta-hf export {folder} OUT`, which does"
         )
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        kept = {name: (int(left), int(before)) for name, (left, before) in stored["kept"].items()}
-        widths = (stored["bits"], stored.get("activation_bits", {}))  # a folder of before has no such key
-        bits, inputs = ({name: int(bits) for name, bits in part.items()} for part in widths)
+        kept = {name: (int(count), int(before)) for name, (count, before) in stored["kept"].items()}
+        bits = {name: int(width) for name, width in stored["bits"].items()}
+        # Folders of the first versions lack this key.
+        inputs = {name: int(width) for name, width in stored.get("activation_bits", {}).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise GETAError(f"{path} can't be read ({error}); is {folder} an exported folder?") from error
     dropped = _run_config(folder).drop_layers
@@ -68,7 +69,7 @@ def read_structure(folder: str | os.PathLike[str]) -> Structure:
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder's config.json says that it is in geta_hf's own format."""
+    """Return whether a folder's config.json says that it is in geta_hf's own format."""
     try:
         stored = read_json(folder / "config.json").get("quantization_config")
     except GETAError:
@@ -76,14 +77,14 @@ def is_export(folder: Path) -> bool:
     return isinstance(stored, dict) and stored.get("quant_method") == QUANT_METHOD
 
 
-def _run_config(folder: str | os.PathLike[str]) -> GETAConfig:
-    """What the run was asked for; the defaults where that was not saved."""
+def _run_config(folder: str | os.PathLike[str]) -> CompressionConfig:
+    """Return the config of the run; the defaults if it was not saved."""
     path = Path(folder) / CONFIG_NAME
-    return GETAConfig.load(path) if path.is_file() else GETAConfig()
+    return read_config(path) if path.is_file() else GETAConfig()
 
 
 def load_model(folder: str | os.PathLike[str]) -> PreTrainedModel:
-    """A dense or exported folder as the class that saved it."""
+    """Load a dense or exported folder as the class that saved it, in eval mode."""
     check_readable(folder)
     config = transformers.AutoConfig.from_pretrained(folder)
     if not config.architectures:
@@ -96,9 +97,18 @@ def load_model(folder: str | os.PathLike[str]) -> PreTrainedModel:
 
 @torch.no_grad()
 def measure_latency(models: Mapping[str, PreTrainedModel], tokens: int, repeats: int = 30) -> dict[str, float]:
-    """Median milliseconds of a forward pass on one sequence on CPU, the models taking turns in this process."""
+    """Measure a forward pass on one sequence.
+
+    Args:
+        models: name -> model; they take turns, so that a change of the machine's load affects all alike.
+        tokens: length of the sequence.
+        repeats: passes that are timed, after three more to warm up.
+
+    Returns:
+        Name -> median in milliseconds.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(repeats + 3):  # the first three warm up
+    for turn in range(repeats + 3):
         for name, model in models.items():
             ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
             start = time.perf_counter()
@@ -115,11 +125,11 @@ def compare(
     tokens: int = 384,
     metrics: Metrics | None = None,
 ) -> str:
-    """A table, dense beside compressed.
+    """Return a Markdown table that compares the compressed model with the dense one.
 
     Args:
         dense_dir: a plain model folder.
-        compressed_dir: what `export` wrote of the same architecture.
+        compressed_dir: an exported folder of the same architecture.
         tokens: sequence length of MACs, BOPs and latency.
         metrics: {"dense": {"em": …}, "compressed": {"em": …}}, the first rows of the table.
     """
@@ -133,7 +143,7 @@ def compare(
 
 
 def _dense_layers(dense: PreTrainedModel, folder: str | os.PathLike[str], structure: Structure) -> list[str]:
-    """The layers of the dense model that were quantized, or would have been had they not left with a whole layer."""
+    """Return the layers of the dense model that were quantized, or would have been had they not been removed."""
     if not structure.dropped:
         return list(structure.bits)
     config = _run_config(folder)
@@ -149,15 +159,15 @@ def table_rows(
     size_name: str = "bytes on disk",
     by_layer: bool = False,
 ) -> list[tuple[str, str, str]]:
-    """The rows of a table, dense beside compressed: name, dense, compressed; what was not measured is left out.
+    """Return the rows of a table: name, dense, compressed. What was not measured has no row.
 
     Args:
-        structure: what was kept.
-        costs: "dense" and "compressed", or nothing; without MACs, BOPs are left out too.
-        sizes: bytes of "dense" and "compressed"; either may lack.
+        structure: of the compressed model.
+        costs: "dense" and "compressed", or empty; without MACs there are no BOPs either.
+        sizes: bytes of "dense" and "compressed"; either may be missing.
         metrics: "dense", "compressed" and "latency_ms".
-        size_name: what `sizes` counts.
-        by_layer: list what every layer keeps, instead of the sum.
+        size_name: name of the row of sizes.
+        by_layer: list what each layer keeps, instead of the sum.
     """
     rows = _metric_rows(metrics)
     rows += [("layers removed", "", ", ".join(structure.dropped))] if structure.dropped else []
@@ -184,23 +194,31 @@ def _kinds(structure: Structure) -> list[str]:
 
 def _layer_rows(structure: Structure) -> list[tuple[str, str, str]]:
     counts = {kind: structure.of_kind(kind) for kind in _kinds(structure)}
-    return [
-        (f"{kind} a layer", " ".join(str(total) for _, total in own), " ".join(str(left) for left, _ in own))
-        for kind, own in counts.items()
-    ]
+    rows = []
+    for kind, own in counts.items():
+        before = " ".join(str(total) for _, total in own)
+        kept = " ".join(str(count) for count, _ in own)
+        rows.append((f"{kind} a layer", before, kept))
+    return rows
 
 
 def _kind_rows(structure: Structure) -> list[tuple[str, str, str]]:
-    sums = {kind: [sum(column) for column in zip(*structure.of_kind(kind), strict=True)] for kind in _kinds(structure)}
-    return [_share(kind, left, before) for kind, (left, before) in sums.items()]
+    rows = []
+    for kind in _kinds(structure):
+        counts = structure.of_kind(kind)
+        kept = sum(count for count, _ in counts)
+        before = sum(total for _, total in counts)
+        rows.append(_share(kind, kept, before))
+    return rows
 
 
 def _group_rows(structure: Structure) -> list[tuple[str, str, str]]:
     total = sum(before for _, before in structure.kept.values())
-    left = sum(kept for kept, _ in structure.kept.values())
-    rows = [("groups", f"{total:,}", f"{left:,} ({left / max(total, 1):.1%})")]
+    kept = sum(count for count, _ in structure.kept.values())
+    rows = [("groups", f"{total:,}", f"{kept:,} ({kept / max(total, 1):.1%})")]
     if rounded := structure.activation_bits:
-        mean, share = statistics.mean(rounded.values()), f"{len(rounded)} of {len(structure.bits)} layers"
+        mean = statistics.mean(rounded.values())
+        share = f"{len(rounded)} of {len(structure.bits)} layers"
         rows.append(("mean bits of inputs", "32.00", f"{mean:.2f} ({share})"))
     return rows
 
@@ -209,59 +227,15 @@ def _share(name: str, new: float, old: float | None) -> tuple[str, str, str]:
     return (name, f"{old:,.0f}", f"{new:,.0f} ({new / old:.1%})") if old else (name, "", f"{new:,.0f}")
 
 
-def _cost_rows(dense: Costs, small: Costs) -> list[tuple[str, str, str]]:
-    rows = [_share("parameters", small.parameters, dense.parameters)]
+def _cost_rows(dense: Costs, compressed: Costs) -> list[tuple[str, str, str]]:
+    rows = [_share("parameters", compressed.parameters, dense.parameters)]
     if dense.macs:
-        rows.append(_share(f"MACs, {small.tokens} tokens", small.macs, dense.macs))
-    rows.append(("mean bits", f"{dense.mean_bits:.2f}", f"{small.mean_bits:.2f}"))
+        rows.append(_share(f"MACs, {compressed.tokens} tokens", compressed.macs, dense.macs))
+    rows.append(("mean bits", f"{dense.mean_bits:.2f}", f"{compressed.mean_bits:.2f}"))
     if dense.macs and dense.bops_linear:
-        paper = f"{small.bops_linear / dense.bops_linear:.2%}"
+        paper = f"{compressed.bops_linear / dense.bops_linear:.2%}"
         rows.append(("relative BOPs, paper (quantized linears)", "100.0%", paper))
     if dense.macs:
-        full = f"{small.bops_full / dense.bops_full:.2%}"
+        full = f"{compressed.bops_full / dense.bops_full:.2%}"
         rows.append(("relative BOPs, full (+ attention, embeddings)", "100.0%", full))
     return rows
-
-
-def plot_structure(compressed_dir: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
-    """Draw what is kept of every family, and the bits of every layer, into a picture. Needs matplotlib.
-
-    Args:
-        compressed_dir: an exported folder.
-        path: file to write, .png, .svg or .pdf.
-    """
-    from matplotlib.figure import Figure  # an extra, and not needed to load a model
-
-    structure = read_structure(compressed_dir)
-    kinds = _kinds(structure)
-    widths = {"bits": structure.bits} | ({"bits of inputs": a} if (a := structure.activation_bits) else {})
-    rows = len(kinds) + len(widths)
-    figure = Figure(figsize=(max(6.0, 0.28 * len(structure.bits) + 3), 2.2 * rows), layout="constrained")
-    axes = figure.subplots(rows, 1, squeeze=False)[:, 0]
-    for axis, kind in zip(axes, kinds, strict=False):
-        counts = structure.of_kind(kind)
-        axis.bar(range(len(counts)), [before for _, before in counts], color="#dddddd", label="before")
-        bars = axis.bar(range(len(counts)), [left for left, _ in counts], color="#3b6ea5", label="kept")
-        axis.bar_label(bars, fontsize=7)
-        axis.set(ylabel=kind, xlabel="layer", xticks=range(len(counts)))
-        axis.legend(fontsize=7, loc="lower right")
-    for axis, (label, bits) in zip(axes[len(kinds) :], widths.items(), strict=True):
-        _plot_bits(axis, label, bits)
-    beside = Path(path).with_name(f".{Path(path).name}")
-    figure.savefig(beside, dpi=120, format=Path(path).suffix.removeprefix("."))
-    return beside.replace(path)
-
-
-def _plot_bits(axis: Any, label: str, bits: Mapping[str, int]) -> None:
-    bars = axis.bar(range(len(bits)), list(bits.values()), color="#c9733b")
-    axis.bar_label(bars, fontsize=6)
-    axis.set(ylabel=label, ylim=(0, 1.15 * max(bits.values(), default=1)))
-    axis.set_xticks(range(len(bits)), [_short(name) for name in bits], rotation=90, fontsize=6)
-
-
-def _short(name: str) -> str:
-    """The block's number and the last parts of a path: `3.self.query`."""
-    parts = name.split(".")
-    number = next((part for part in parts if part.isdigit()), "")
-    tail = [part for part in parts[-2:] if not part.isdigit()]
-    return ".".join([number, *tail]).lstrip(".")

@@ -1,4 +1,4 @@
-"""What can be said of an exported folder without its weights: what the report page and the model card are made of."""
+"""Summarize an exported folder without its weights: the data behind the report page and the model card."""
 
 from __future__ import annotations
 
@@ -56,28 +56,28 @@ _TASKS = {
     "AutoModelForMultipleChoice": "multiple-choice",
     "AutoModel": "feature-extraction",
 }
-"""Auto classes and the Hub's tags; the trunk's last, which many architectures are also known by."""
+"""Auto class -> the Hub's tag. `AutoModel` is last, because many architectures with a head are registered there too."""
 
 
 @dataclass(frozen=True)
 class FolderSummary:
-    """What an exported folder says of itself.
+    """Hold what is known of an exported folder without reading its weights.
 
     Attributes:
-        folder: where it is.
+        folder: its path.
         architecture: the class that saved it.
         auto_class: the auto class that loads it, such as `AutoModelForQuestionAnswering`.
-        task: its pipeline's tag, such as `question-answering`; None where transformers has no pipeline for it.
+        task: tag of its pipeline, such as `question-answering`; None if transformers has no pipeline for it.
         remote_code: whether the folder carries the code that loads it without geta_hf.
-        structure: what was kept, at how many bits.
+        structure: what was kept, and at how many bits.
         parts: bytes of tensors by part: packed weights, embeddings, step sizes, everything else.
-        dense_bytes: bytes of the parameters before anything was cut, in the dtype of config.json; None if not counted.
-        costs: "dense" and "compressed"; empty where transformers cannot build the model. `macs` is 0 for a model that
-            does not run on token ids alone.
-        metrics: "dense", "compressed" and "latency_ms", where measured.
-        config: the GETAConfig in full, empty where it was not saved.
-        front: the YAML at the head of its model card, such as `base_model`.
-        versions: of what wrote and of what reads it.
+        dense_bytes: bytes of the parameters of the dense model, in the dtype of config.json; None if unknown.
+        costs: "dense" and "compressed"; empty if transformers cannot build the model. `macs` is 0 for a model that
+            needs other inputs than token ids.
+        metrics: "dense", "compressed" and "latency_ms", if measured.
+        config: all fields of the GETAConfig; empty if it was not saved.
+        front: the YAML front matter of its model card, such as `base_model`.
+        versions: of the software that wrote it and that reads it.
     """
 
     folder: Path
@@ -96,13 +96,13 @@ class FolderSummary:
 
     @property
     def base_model(self) -> str | None:
-        """What was compressed, as the model card says: its name on the Hub, or else the one it had in a local path."""
+        """Return the base model that the card names: its name on the Hub, otherwise the last part of a local path."""
         found = self.front.get("base_model") or self.front.get(LOCAL_BASE)
         return found if isinstance(found, str) else None
 
     @property
     def dataset(self) -> str | None:
-        """What the metrics were measured on, as the model card says."""
+        """Return the data set of the metrics that the card names."""
         try:
             return str(self.front["model-index"][0]["results"][0]["dataset"]["name"])
         except (KeyError, IndexError, TypeError):
@@ -110,23 +110,23 @@ class FolderSummary:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of the tensors of "dense", where known, and "compressed"."""
+        """Return the bytes of the tensors of "dense", if known, and "compressed"."""
         found = {"dense": self.dense_bytes, "compressed": sum(self.parts.values())}
         return {side: size for side, size in found.items() if size is not None}
 
 
 def read_summary(folder: str | os.PathLike[str]) -> FolderSummary:
-    """Read an exported folder; no weight is loaded and no code of the folder is run.
+    """Summarize an exported folder. No weight is loaded and no code of the folder is run.
 
-    Costs are counted on the model's outline, dense and cut: on one sequence of 384 tokens, or of as many as it takes.
+    Costs are counted on empty models, dense and cut, for one sequence of 384 tokens or of the longest allowed length.
 
     Raises:
-        GETAError: no exported folder, or a file of it that cannot be read.
+        GETAError: not an exported folder, or one of its files cannot be read.
     """
     path = Path(folder)
     structure = read_structure(path)
     config = read_json(path / "config.json")
-    model = outline(path)
+    model = empty_model_of(path)
     auto_class, task = _auto_class(config)
     return FolderSummary(
         folder=path,
@@ -146,26 +146,34 @@ def read_summary(folder: str | os.PathLike[str]) -> FolderSummary:
 
 
 def read_metrics(folder: Path) -> dict[str, dict[str, float]]:
-    """What `METRICS_NAME` says, empty where there is no such file. Raises GETAError for values that are no numbers."""
+    """Read `METRICS_NAME`; return an empty dict without that file. Raise GETAError for values that are not numbers."""
     path = folder / METRICS_NAME
     return check_metrics(read_json(path) if path.is_file() else {}, str(path))
 
 
 def check_metrics(metrics: Mapping[str, Any], where: str) -> dict[str, dict[str, float]]:
-    """Metrics as plain floats. Raises GETAError for what is not {"dense" or "compressed": {name: finite number}}."""
+    """Return metrics as plain floats.
+
+    Args:
+        metrics: {"dense", "compressed" or "latency_ms": {name: finite number}}.
+        where: start of an error message.
+
+    Raises:
+        GETAError: another key, or a value that is not a finite number.
+    """
     found: dict[str, dict[str, float]] = {}
     for side, values in metrics.items():
         if side not in ("dense", "compressed", "latency_ms") or not isinstance(values, Mapping):
-            raise GETAError(f"{where}: {side!r} is no part of metrics; give {{'dense': {{…}}, 'compressed': {{…}}}}")
+            raise GETAError(f"{where}: {side!r} is not a key of metrics; give {{'dense': {{…}}, 'compressed': {{…}}}}")
         for name, value in values.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise GETAError(f"{where}: {side}[{name!r}] is {value!r}, not a finite number; leave it out")
+                raise GETAError(f"{where}: {side}[{name!r}] is {value!r}, not a finite number; remove it")
         found[side] = {str(name): float(value) for name, value in values.items()}
     return found
 
 
 def read_front(folder: Path) -> dict[str, Any]:
-    """The YAML between the first two lines of dashes of the folder's card; empty where there is none."""
+    """Read the YAML front matter of the folder's card; return an empty dict if there is none."""
     path = folder / CARD_NAME
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     found = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
@@ -196,8 +204,8 @@ def _embeddings(model: PreTrainedModel) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
 
 
-def outline(folder: Path) -> PreTrainedModel | None:
-    """The dense model without weights; None where transformers cannot build it without code from the folder."""
+def empty_model_of(folder: Path) -> PreTrainedModel | None:
+    """Build the dense model of a folder without weights; None if transformers cannot without code from the folder."""
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config = copy.deepcopy(config)
@@ -208,26 +216,29 @@ def outline(folder: Path) -> PreTrainedModel | None:
 
 
 def _costs(dense: PreTrainedModel, folder: Path, structure: Structure) -> dict[str, Costs]:
-    small, stored = copy.deepcopy(dense), read_json(folder / "config.json").get("quantization_config")
+    compressed = copy.deepcopy(dense)
+    stored = read_json(folder / "config.json").get("quantization_config")
     if not isinstance(stored, dict):
         raise GETAError(
             f"{folder}/config.json: quantization_config is {stored!r}, not an object; export the folder again"
         )
     config = GETAQuantizationConfig(**stored)
-    apply_fixes(small, config.fixes)
+    apply_fixes(compressed, config.fixes)
     embeddings = _embeddings(dense)
     config.bits = {name: bits for name, bits in config.bits.items() if name not in embeddings}
-    small.config.quantization_config = config  # where the widths are looked up; an embedding multiplies nothing
+    # `measure_costs` looks the bit widths up here. Embeddings are excluded: they multiply nothing.
+    compressed.config.quantization_config = config
     tokens = min(_TOKENS, getattr(dense.config, "max_position_embeddings", None) or _TOKENS)
     names = [name for name in structure.bits if name not in embeddings]
-    return {"dense": _counted(dense, tokens, names), "compressed": _counted(small, tokens, names)}
+    return {"dense": _counted(dense, tokens, names), "compressed": _counted(compressed, tokens, names)}
 
 
 def _counted(model: PreTrainedModel, tokens: int, names: list[str]) -> Costs:
     try:
         return measure_costs(model, tokens, names)
-    except Exception:  # a model that wants more than token ids says so in many kinds of errors
-        layers, parameters = layer_costs(model, names), sum(parameter.numel() for parameter in model.parameters())
+    except Exception:  # models that need more than token ids raise many kinds of errors
+        layers = layer_costs(model, names)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
         return Costs(tokens, parameters, 0, 0.0, 0.0, mean_bits(layers) if layers else FLOAT_BITS, layers)
 
 
@@ -236,7 +247,7 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 
 def _auto_class(config: Mapping[str, Any]) -> tuple[str, str | None]:
-    """The auto class that loads an architecture, and the Hub's tag of what that is for."""
+    """Return the auto class that loads an architecture, and the Hub's tag of its task."""
     architecture = _architecture(config)
     for name, task in _TASKS.items():
         if architecture in _class_names(getattr(transformers, name)):

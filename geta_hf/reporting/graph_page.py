@@ -18,7 +18,7 @@ import numpy as np
 
 from geta_hf.errors import GETAError
 from geta_hf.qadg.groups import Family, Member, UnsupportedOperator
-from geta_hf.qadg.propagation.element_ids import FROZEN, Ids, Terms
+from geta_hf.qadg.propagation.element_ids import PINNED, ElementIds, Ids
 from geta_hf.qadg.propagation.flow import Dim, Flow
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.qadg.tracing.graph import Graph, Node
@@ -68,7 +68,7 @@ def gather_frozen(space: PruningSpace) -> list[tuple[UnsupportedOperator, str]]:
         The first of each kind, with the count of all of them, and the `span` of their modules.
     """
     alike: dict[tuple[str, str, str], list[UnsupportedOperator]] = {}
-    for frozen in space.frozen:
+    for frozen in space.unsupported:
         alike.setdefault((frozen.operator, pattern(frozen.module), frozen.reason), []).append(frozen)
     return [
         (replace(same[0], count=sum(one.count for one in same)), span([one.module for one in same]))
@@ -80,7 +80,7 @@ def write_page(flow: Flow, space: PruningSpace, path: str | os.PathLike[str], ti
     """Draw the dependency graph as one HTML file that needs nothing else, and replace `path` in one step.
 
     Args:
-        flow: of `geta_hf.qadg.propagation.propagate.analyse`: after branch merging (paper Alg. 1, lines 3-14).
+        flow: of `qadg.propagation.propagate.record_and_propagate`: after branch merging (paper Alg. 1, lines 3-14).
         space: the families of that very flow.
         path: the file to write; its folder must exist.
         title: the page's heading, any text.
@@ -124,7 +124,7 @@ def page_data(flow: Flow, space: PruningSpace, title: str) -> dict[str, Any]:
         group) and the first rows. `frozen`, `untouched`. Families are referred to by their position.
     """
     owners = _Owners(flow, space)
-    reasons = {(frozen.operator, frozen.module): frozen.reason for frozen in space.frozen}
+    reasons = {(frozen.operator, frozen.module): frozen.reason for frozen in space.unsupported}
     places = _blocks(flow.graph)
     nodes = zip(flow.graph.nodes, places, strict=True)
     return {
@@ -147,10 +147,10 @@ class _Owners:
         self._known: dict[int, list[int]] = {}
         named = {value.names[0]: position for position, value in enumerate(flow.graph.values) if value.names}
         atoms = [_family_atoms(flow, family, named) for family in space.families]
-        depth = np.zeros(flow.terms.count, np.int64)
+        depth = np.zeros(flow.ids.count, np.int64)
         for own in atoms:
             depth[own] += 1
-        self._table = np.full((flow.terms.count, max(1, int(depth.max(initial=0)))), -1)
+        self._table = np.full((flow.ids.count, max(1, int(depth.max(initial=0)))), -1)
         for position, own in reversed(list(enumerate(atoms))):
             depth[own] -= 1
             self._table[own, depth[own]] = position
@@ -160,7 +160,7 @@ class _Owners:
         if ids is None:
             return []
         if id(ids) not in self._known:
-            found = np.unique(self._table[self._flow.terms.atoms(ids)])
+            found = np.unique(self._table[self._flow.ids.atoms(ids)])
             self._known[id(ids)] = [int(position) for position in found if position >= 0]
         return self._known[id(ids)]
 
@@ -181,23 +181,23 @@ def _family_atoms(flow: Flow, family: Family, tensors: dict[str, int]) -> Ids:
     for member in family.members:
         ids = flow.dims(tensors[member.tensor])[member.dim]
         assert ids is not None, f"{family.name} cuts {member.tensor} where it is frozen"
-        own = _group_atoms(flow.terms, ids, member)
+        own = _group_atoms(flow.ids, ids, member)
         if common is not None:
-            own = np.where((own[:, :, None] == common[:, None, :]).any(axis=2), own, FROZEN)
+            own = np.where((own[:, :, None] == common[:, None, :]).any(axis=2), own, PINNED)
         common = own
-        if ((common != FROZEN).sum(axis=1) <= 1).all():
+        if ((common != PINNED).sum(axis=1) <= 1).all():
             break
     assert common is not None
-    return np.unique(common[common != FROZEN])
+    return np.unique(common[common != PINNED])
 
 
-def _group_atoms(terms: Terms, ids: Ids, member: Member) -> Ids:
+def _group_atoms(terms: ElementIds, ids: Ids, member: Member) -> Ids:
     """For every group the atoms that all of its indices carry, 0 elsewhere; shape (groups, k)."""
     index = member.index.numpy()
     table = terms.atoms(ids[index.ravel()]).reshape(*index.shape, -1)
     first = table[:, 0]
     everywhere = (table[:, :, None, :] == first[:, None, :, None]).any(axis=3).all(axis=1)
-    return np.where(everywhere, first, FROZEN)
+    return np.where(everywhere, first, PINNED)
 
 
 def _vertex(flow: Flow, node: Node, block: str, owners: _Owners, reasons: dict[tuple[str, str], str]) -> dict[str, Any]:
@@ -250,7 +250,7 @@ def _weight_module(graph: Graph, made: dict[int, int], node: Node) -> str:
     pending = [node.inputs["source"].value]
     while pending:
         value = pending.pop()
-        if graph.values[value].kind == "parameter":
+        if graph.values[value].role == "parameter":
             return graph.values[value].names[0].rpartition(".")[0]
         if value in made:
             pending += graph.nodes[made[value]].refs()

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about an exported folder: what it is, what it cost, what is left, how to load it."""
+"""Write one self-contained HTML page about an exported folder: what it is, its size and costs, how to load it."""
 
 from __future__ import annotations
 
@@ -30,35 +30,52 @@ def write_report(
 
     Args:
         folder: an exported folder.
-        out: the file to write; its folder must exist. What stood there is replaced in one step.
-        dense: the folder of the model before; then its size is measured, and the latency of both on this machine's CPU.
+        out: the file to write; its folder must exist. An existing file is replaced in one step.
+        dense: folder of the dense model. If given, its size is measured, and the latency of both models on the CPU.
         metrics: {"dense": {"em": …}, "compressed": {"em": …}}; by default those of geta_metrics.json in the folder.
 
     Returns:
         `out`.
 
     Raises:
-        GETAError: no exported folder, metrics that are no finite numbers, or no place to write to.
+        GETAError: not an exported folder, metrics that are not finite numbers, or `out` cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from geta_hf import PruningSpace, attach_quantizers, export, write_report
+        >>> _ = torch.manual_seed(0)
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes))
+        >>> _ = attach_quantizers(model, initial_bits=8, target_bits=8)
+        >>> batch = {"input_ids": torch.arange(8).view(1, 8)}
+        >>> home = tempfile.TemporaryDirectory()
+        >>> small = export(model, Path(home.name) / "small", space=PruningSpace(()), batch=batch).path
+        >>> write_report(small, Path(home.name) / "report.html").name
+        'report.html'
+        >>> home.cleanup()
     """
     target = Path(out)
     if not target.parent.is_dir() or target.is_dir():
         raise GETAError(f"cannot write a report to {target}: name a file in a folder that exists")
-    facts = read_summary(folder)
-    found: Metrics = facts.metrics if metrics is None else check_metrics(metrics, "metrics")
-    sizes = facts.sizes
+    summary = read_summary(folder)
+    found: Metrics = summary.metrics if metrics is None else check_metrics(metrics, "metrics")
+    sizes = summary.sizes
     if dense is not None:
         sizes["dense"] = tensor_bytes(dense)
-        found = {**found, **_latency(facts, dense)}
-    write_whole(target, _filled(_parts(facts, sizes, found)))
+        found = {**found, **_latency(summary, dense)}
+    write_whole(target, _filled(_parts(summary, sizes, found)))
     return target
 
 
-def _latency(facts: FolderSummary, dense: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
-    """Of both models on token ids, on as long a sequence as the MACs; nothing for a model that takes other inputs."""
-    if not facts.costs or not facts.costs["dense"].macs:
+def _latency(summary: FolderSummary, dense: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
+    """Measure both models on the sequence length of the MACs; return nothing for a model that needs other inputs."""
+    if not summary.costs or not summary.costs["dense"].macs:
         return {}
-    models = {"dense": load_model(dense), "compressed": load_model(facts.folder)}
-    return {"latency_ms": measure_latency(models, facts.costs["dense"].tokens)}
+    models = {"dense": load_model(dense), "compressed": load_model(summary.folder)}
+    return {"latency_ms": measure_latency(models, summary.costs["dense"].tokens)}
 
 
 def _filled(parts: Mapping[str, str]) -> str:
@@ -66,57 +83,58 @@ def _filled(parts: Mapping[str, str]) -> str:
     return re.sub(r"{{(\w+)}}", lambda hole: parts[hole[1]], template)
 
 
-def _parts(facts: FolderSummary, sizes: Mapping[str, int], metrics: Metrics) -> dict[str, str]:
-    name = facts.folder.resolve().name
-    grid = layer_grid(facts.structure)
+def _parts(summary: FolderSummary, sizes: Mapping[str, int], metrics: Metrics) -> dict[str, str]:
+    name = summary.folder.resolve().name
+    grid = layer_grid(summary.structure)
     head, lines = table_of(grid)
-    rows = table_rows(facts.structure, facts.costs, sizes, metrics, size_name="bytes of tensors")
+    rows = table_rows(summary.structure, summary.costs, sizes, metrics, size_name="bytes of tensors")
     return {
         "title": printable(name),
-        "facts": _facts(facts),
-        "tiles": "".join(_tile(*tile) for tile in _tiles(facts, sizes)),
+        "facts": _facts(summary),
+        "tiles": "".join(_tile(*tile) for tile in _tiles(summary, sizes)),
         "rows": _table(("", "dense", "compressed"), rows),
-        "counted": printable(how_counted(facts)),
+        "counted": printable(how_counted(summary)),
         "picture": draw(grid) if grid.rows else "<p>No layer was cut or quantized.</p>",
         "layers": _table(head, lines),
-        "bytes": _bytes(facts.parts),
-        "ways": "".join(_way(way) for way in ways_to_load(facts, name)),
-        "config": _config(facts.config),
-        "versions": _table(("", ""), list(facts.versions.items())),
+        "bytes": _bytes(summary.parts),
+        "ways": "".join(_way(way) for way in ways_to_load(summary, name)),
+        "config": _config(summary.config),
+        "versions": _table(("", ""), list(summary.versions.items())),
     }
 
 
-def _facts(facts: FolderSummary) -> str:
-    told = {
-        "base model": facts.base_model,
-        "task": facts.front.get("pipeline_tag") or facts.task,
-        "class": facts.architecture,
-        "data of the metrics": facts.dataset,
+def _facts(summary: FolderSummary) -> str:
+    entries = {
+        "base model": summary.base_model,
+        "task": summary.front.get("pipeline_tag") or summary.task,
+        "class": summary.architecture,
+        "data of the metrics": summary.dataset,
     }
-    return "".join(f"<div><dt>{key}</dt><dd>{printable(value)}</dd></div>" for key, value in told.items() if value)
+    return "".join(f"<div><dt>{key}</dt><dd>{printable(value)}</dd></div>" for key, value in entries.items() if value)
 
 
-def _tiles(facts: FolderSummary, sizes: Mapping[str, int]) -> list[tuple[str, str, str]]:
-    """The few numbers that matter most: what, how much, compared with what."""
+def _tiles(summary: FolderSummary, sizes: Mapping[str, int]) -> list[tuple[str, str, str]]:
+    """Return the most important numbers, each as label, value and what it is compared with."""
     tiles = []
     if "dense" in sizes:
         words = f"{short_bytes(sizes['compressed'])} of {short_bytes(sizes['dense'])}"
         tiles.append(("size", f"{sizes['compressed'] / max(sizes['dense'], 1):.1%}", words))
     else:
         tiles.append(("size", short_bytes(sizes["compressed"]), "of tensors"))
-    if facts.costs:
-        dense, small = facts.costs["dense"], facts.costs["compressed"]
-        kept = f"{small.parameters:,} of {dense.parameters:,}"
-        tiles.append(("parameters kept", f"{small.parameters / max(dense.parameters, 1):.1%}", kept))
-        if facts.structure.bits:
-            tiles.append(("mean bits", f"{small.mean_bits:.2f}", f"in {len(small.layers)} layers"))
+    if summary.costs:
+        dense = summary.costs["dense"]
+        compressed = summary.costs["compressed"]
+        kept = f"{compressed.parameters:,} of {dense.parameters:,}"
+        tiles.append(("parameters kept", f"{compressed.parameters / max(dense.parameters, 1):.1%}", kept))
+        if summary.structure.bits:
+            tiles.append(("mean bits", f"{compressed.mean_bits:.2f}", f"in {len(compressed.layers)} layers"))
         if dense.macs and dense.bops_linear:
-            tiles.append(("relative BOPs", f"{small.bops_linear / dense.bops_linear:.2%}", "of quantized linears"))
+            tiles.append(("relative BOPs", f"{compressed.bops_linear / dense.bops_linear:.2%}", "of quantized linears"))
     return tiles
 
 
 def short_bytes(size: int) -> str:
-    """Bytes in the unit that leaves one to four digits before the point, powers of 1000."""
+    """Format bytes in GB, MB or kB (powers of 1000), with one decimal."""
     for unit, letters in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if size >= unit:
             return f"{size / unit:.1f} {letters}"
@@ -159,5 +177,5 @@ def _way(way: Way) -> str:
 
 def _config(config: Mapping[str, Any]) -> str:
     if not config:
-        return "<p>It was not saved with the model.</p>"
+        return "<p>The config was not saved with the model.</p>"
     return _table(("", ""), [(name, json.dumps(value, ensure_ascii=False)) for name, value in config.items()])

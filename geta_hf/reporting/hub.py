@@ -1,4 +1,4 @@
-"""To the Hub: exactly the files of an exported folder, in one commit, or none of them."""
+"""Upload exactly the files of an exported folder to the Hub, in one commit, or none of them."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _READ_AS_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?
 
 
 def files_to_push(folder: str | os.PathLike[str]) -> list[tuple[str, int]]:
-    """What `push_to_hub` would upload of an exported folder.
+    """List the files of an exported folder that `push_to_hub` uploads.
 
-    Hidden and temporary files, checkpoints and logs of a training and pickled files are left out.
+    Hidden and temporary files, checkpoints and logs of a training, and pickled files are excluded.
 
     Args:
         folder: an exported folder.
 
     Returns:
-        Name with forward slashes and bytes of every file, by name.
+        (name with forward slashes, bytes) of every file, sorted by name.
 
     Raises:
-        GETAError: no whole export: no config.json or geta_structure.json, a shard that is missing or cut short, or
+        GETAError: an incomplete export: no config.json or geta_structure.json, a missing or truncated shard, or
             weights that the index does not name.
     """
     path = Path(folder)
@@ -58,33 +58,50 @@ def push_to_hub(
     commit_message: str | None = None,
     dry_run: bool = False,
 ) -> str:
-    """Upload an exported folder to a repository on the Hub, which is created if there is none.
+    """Upload an exported folder to a repository on the Hub, which is created if it does not exist.
 
-    All files appear in one commit, so that a reader meets the old model or the new one. Weights that the repository
-    holds under other names are deleted in the same commit, or they might be read in place of the new ones.
+    All files appear in one commit, so that a reader gets either the old model or the new one. Weights that the
+    repository has under other names are deleted in the same commit; otherwise they might be read in place of the new.
 
     Args:
         folder: an exported folder.
-        repo_id: `user/name`, or `name` for the token's own user.
-        private: whether a repository that is created is private; by default as the user's or organization's settings.
+        repo_id: `user/name`, or `name` for the user of the token.
+        private: whether a new repository is private; by default as the user's or organization's settings say.
         token: of the Hub, with the right to write; by default the one of `hf auth login`, or of HF_TOKEN.
-        revision: branch, created if there is none; by default `main`.
+        revision: branch, created if it does not exist; by default `main`.
         commit_message: by default "Upload" with the folder's name.
-        dry_run: check everything that can be checked here and send nothing.
+        dry_run: check everything that can be checked locally and send nothing.
 
     Returns:
-        The commit's address, or the repository's in a dry run.
+        The address of the commit, or of the repository in a dry run.
 
     Raises:
-        GETAError: no whole export, a malformed name, no token, no right to write, or an upload that was interrupted.
-            The repository is then as it was, but that it may have been created empty.
+        GETAError: an incomplete export, a malformed name, no token, no right to write, or an interrupted upload. The
+            repository is then unchanged, except that it may have been created empty.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from geta_hf import PruningSpace, attach_quantizers, export, push_to_hub
+        >>> _ = torch.manual_seed(0)
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes))
+        >>> _ = attach_quantizers(model, initial_bits=8, target_bits=8)
+        >>> batch = {"input_ids": torch.arange(8).view(1, 8)}
+        >>> home = tempfile.TemporaryDirectory()
+        >>> small = export(model, Path(home.name) / "small", space=PruningSpace(()), batch=batch).path
+        >>> push_to_hub(small, "user/small", dry_run=True).endswith("user/small")
+        True
+        >>> home.cleanup()
     """
     path = Path(folder)
     names = [name for name, _ in files_to_push(path)]
     try:
         huggingface_hub.utils.validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise GETAError(f"{repo_id!r} is no repository's name ({error}); give user/name") from error
+        raise GETAError(f"{repo_id!r} is not a name of a repository ({error}); give user/name") from error
     api = HfApi(token=token)
     if dry_run:
         return f"{api.endpoint}/{repo_id}"
@@ -94,10 +111,10 @@ def push_to_hub(
         return _push(api, path, names, repo_id, private, revision, commit_message or f"Upload {path.resolve().name}")
     except OfflineModeIsEnabled as error:
         raise GETAError(f"{repo_id} was not pushed: HF_HUB_OFFLINE is set; unset it to reach the Hub") from error
-    # A dropped connection, a full disk and a refusal come as errors of httpx, OSErrors, or a RuntimeError of a thread.
+    # A dropped connection, a full disk or a refusal raises an error of httpx, an OSError, or a thread's RuntimeError.
     except Exception as error:
         raise GETAError(
-            f"{repo_id} was not pushed: {_reason(error)}; what it held is still there. Check the token's rights and "
+            f"{repo_id} was not pushed: {_reason(error)}; its contents are unchanged. Check the token's rights and "
             f"the network, then push again"
         ) from error
 
@@ -112,12 +129,12 @@ def _push(
     stale = [name for name in remote if _READ_AS_WEIGHTS.fullmatch(name) and name not in names]
     operations: list[Any] = [CommitOperationAdd(name, folder / name) for name in names]
     operations += [CommitOperationDelete(name) for name in stale]
-    # Not upload_folder, which spreads a large folder over several commits.
+    # Not upload_folder: it splits a large folder into several commits.
     return api.create_commit(repo_id, operations, commit_message=message, revision=revision).commit_url
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of an error and of what caused it: that says what went wrong rather than where."""
+    """Return the first lines of an error and of its causes, which say what went wrong rather than where."""
     chain = [error]
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
@@ -137,11 +154,11 @@ def _names(folder: Path, root: Path) -> Iterator[str]:
 
 
 def _check_weights(folder: Path, found: set[str]) -> None:
-    """Refuse a folder whose weights are not exactly those it loads: one file, or the shards that its index names."""
+    """Raise GETAError unless the weights are exactly those that are loaded: one file, or the shards of the index."""
     named = weight_files(folder)
     if missing := sorted(named - found):
         raise GETAError(f"{folder} lacks {', '.join(missing)}; export the folder again, nothing was pushed")
     if stray := sorted(found - named):
-        raise GETAError(f"{folder} has weights that it does not load: {', '.join(stray)}; delete them, then push")
+        raise GETAError(f"{folder} has weights that are not the model's: {', '.join(stray)}; delete them, then push")
     for name in sorted(named):
-        tensor_sizes(folder / name)  # which finds what is damaged
+        tensor_sizes(folder / name)  # raises for a damaged file

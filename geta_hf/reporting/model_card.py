@@ -1,4 +1,4 @@
-"""The model card: README.md with what the Hub reads at its head, and below it what a person wants to know."""
+"""Write the model card: README.md with the front matter that the Hub reads, and a description for people."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _REPO = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 @dataclass(frozen=True)
 class Way:
-    """One way to load a folder: what it is for, and the code, Python or a command line as `language` says."""
+    """Hold one way to load a folder: its title, and the code in `language` (python or bash)."""
 
     title: str
     code: str
@@ -50,33 +50,51 @@ def write_card(
     metrics: Metrics | None = None,
     repo_id: str | None = None,
 ) -> Path:
-    """Write the model card of an exported folder, the picture that it shows, and the metrics where they are given.
+    """Write the model card of an exported folder, its picture, and the metrics if they are given.
 
-    May be called again, say with metrics that were not known before: what an argument leaves open is taken from the
-    folder's card and metrics, and the rest of the card is written anew.
+    A later call, for example with new metrics, takes the values of omitted arguments from the existing card and metrics
+    and writes the rest of the card again.
 
     Args:
         folder: an exported folder.
-        base_model: name on the Hub of what was compressed; a local path is shown, but not claimed to be on the Hub.
-        task: the Hub's tag of a pipeline; by default the one that the architecture is made for.
-        dataset: what the metrics were measured on.
-        metrics: {"dense": {"em": …}, "compressed": {"em": …}}, and "latency_ms" of both; kept in geta_metrics.json.
+        base_model: name on the Hub of the dense model. Of a local path, the card shows the last part without a link.
+        task: the Hub's tag of a pipeline; by default that of the architecture.
+        dataset: name of the data on which the metrics were measured.
+        metrics: {"dense": {"em": …}, "compressed": {"em": …}}, and "latency_ms" of both; stored in geta_metrics.json.
         repo_id: name on the Hub that the examples load; by default the folder's name.
 
     Returns:
-        The card.
+        The path of the card.
 
     Raises:
-        GETAError: no exported folder, or metrics that are no finite numbers.
+        GETAError: not an exported folder, or metrics that are not finite numbers.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from geta_hf import PruningSpace, attach_quantizers, export, write_card
+        >>> _ = torch.manual_seed(0)
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes))
+        >>> _ = attach_quantizers(model, initial_bits=8, target_bits=8)
+        >>> batch = {"input_ids": torch.arange(8).view(1, 8)}
+        >>> home = tempfile.TemporaryDirectory()
+        >>> small = export(model, Path(home.name) / "small", space=PruningSpace(()), batch=batch).path
+        >>> card = write_card(small, task="text-generation", metrics={"compressed": {"perplexity": 15.8}})
+        >>> card.name, "perplexity" in card.read_text()
+        ('README.md', True)
+        >>> home.cleanup()
     """
     path = Path(folder)
     known, fresh = read_metrics(path), check_metrics(metrics or {}, "metrics")
     merged = {side: {**known.get(side, {}), **fresh.get(side, {})} for side in (*known, *fresh)}
-    facts = read_summary(path)
-    text = _card(facts, base_model, task, dataset, merged, repo_id)
+    summary = read_summary(path)
+    text = _card(summary, base_model, task, dataset, merged, repo_id)
     if fresh:
         write_whole(path / METRICS_NAME, json.dumps(merged, indent=2) + "\n")
-    write_whole(path / PICTURE_NAME, draw(layer_grid(facts.structure), standalone=True))
+    write_whole(path / PICTURE_NAME, draw(layer_grid(summary.structure), standalone=True))
     write_whole(path / CARD_NAME, text)
     return path / CARD_NAME
 
@@ -90,7 +108,7 @@ def model_card(
     metrics: Metrics | None = None,
     repo_id: str | None = None,
 ) -> str:
-    """The text of a model card: YAML front matter and Markdown. Nothing is written; see `write_card`.
+    """Return the text of a model card: YAML front matter and Markdown. Nothing is written; see `write_card`.
 
     Args:
         folder: an exported folder.
@@ -101,46 +119,47 @@ def model_card(
         repo_id: as in `write_card`.
 
     Raises:
-        GETAError: no exported folder, or metrics that are no finite numbers.
+        GETAError: not an exported folder, or metrics that are not finite numbers.
     """
-    facts = read_summary(folder)
-    found = facts.metrics if metrics is None else check_metrics(metrics, "metrics")
-    return _card(facts, base_model, task, dataset, found, repo_id)
+    summary = read_summary(folder)
+    found = summary.metrics if metrics is None else check_metrics(metrics, "metrics")
+    return _card(summary, base_model, task, dataset, found, repo_id)
 
 
 def _card(
-    facts: FolderSummary,
+    summary: FolderSummary,
     base_model: str | None,
     task: str | None,
     dataset: str | None,
     metrics: Metrics,
     repo_id: str | None,
 ) -> str:
-    """What is None is as the folder's own card says, or as its architecture does."""
-    base, dataset = _base(facts, base_model), dataset or facts.dataset
-    task = task or facts.front.get("pipeline_tag") or facts.task
-    name = repo_id or facts.folder.resolve().name
-    kept = {key: value for key, value in facts.front.items() if key not in _BASE_KEYS}
-    own = _front(facts, task, _result(name, task, dataset or "unknown", metrics))
+    """Return the text; the folder's card, then its architecture, supply the arguments that are None."""
+    base = _base(summary, base_model)
+    dataset = dataset or summary.dataset
+    task = task or summary.front.get("pipeline_tag") or summary.task
+    name = repo_id or summary.folder.resolve().name
+    kept = {key: value for key, value in summary.front.items() if key not in _BASE_KEYS}
+    own = _front(summary, task, _result(name, task, dataset or "unknown", metrics))
     front = kept | {"library_name": "transformers"} | base | own
     shown = base.get("base_model") or base.get(LOCAL_BASE)
-    body = _body(facts, shown, metrics, name)
+    body = _body(summary, shown, metrics, name)
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body}\n"
 
 
-def _base(facts: FolderSummary, base_model: str | None) -> dict[str, Any]:
-    """What the head of a card says of the base model; a local path is nothing that the Hub could link to."""
+def _base(summary: FolderSummary, base_model: str | None) -> dict[str, Any]:
+    """Return the front matter's entries for the base model; the Hub cannot link to a local path."""
     if not base_model:
-        return {key: facts.front[key] for key in _BASE_KEYS if key in facts.front}
+        return {key: summary.front[key] for key in _BASE_KEYS if key in summary.front}
     if _REPO.fullmatch(base_model) and not Path(base_model).exists():
         return {"base_model": base_model, "base_model_relation": "quantized"}
     return {LOCAL_BASE: Path(base_model).name}
 
 
-def _front(facts: FolderSummary, task: str | None, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the Hub reads of the task, the tags and the metrics of the compressed model."""
+def _front(summary: FolderSummary, task: str | None, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the front matter's entries for the task, the tags and the metrics of the compressed model."""
     own: dict[str, Any] = {"pipeline_tag": task} if task else {}
-    own["tags"] = list(dict.fromkeys((*_strings(facts.front.get("tags")), *_TAGS)))
+    own["tags"] = list(dict.fromkeys((*_strings(summary.front.get("tags")), *_TAGS)))
     return {**own, "model-index": results} if results else own
 
 
@@ -156,77 +175,80 @@ def _result(model: str, task: str | None, dataset: str, metrics: Metrics) -> lis
     return [{"name": model.rpartition("/")[2], "results": [result]}]
 
 
-def _body(facts: FolderSummary, base_model: str | None, metrics: Metrics, name: str) -> str:
-    rows = table_rows(facts.structure, facts.costs, facts.sizes, metrics, size_name="bytes of tensors")
-    parts = format_table(("part", "bytes"), [(part, f"{size:,}") for part, size in facts.parts.items()])
+def _body(summary: FolderSummary, base_model: str | None, metrics: Metrics, name: str) -> str:
+    rows = table_rows(summary.structure, summary.costs, summary.sizes, metrics, size_name="bytes of tensors")
+    parts = format_table(("part", "bytes"), [(part, f"{size:,}") for part, size in summary.parts.items()])
     sections = [
         f"# {_cell(name)}",
-        summary(facts, base_model),
-        "## Before and after\n\n" + format_table(("", "dense", "compressed"), rows) + "\n\n" + how_counted(facts),
+        describe_folder(summary, base_model),
+        "## Before and after\n\n" + format_table(("", "dense", "compressed"), rows) + "\n\n" + how_counted(summary),
         f"## Layer by layer\n\n![What is kept of every layer, and at how many bits]({PICTURE_NAME})\n\n"
-        + _details("As a table", _layer_table(layer_grid(facts.structure))),
+        + _details("As a table", _layer_table(layer_grid(summary.structure))),
         f"## Bytes\n\n{parts}",
-        "## How to load it\n\n" + "\n\n".join(_way(way) for way in ways_to_load(facts, name)),
+        "## How to load it\n\n" + "\n\n".join(_way(way) for way in ways_to_load(summary, name)),
     ]
-    if facts.config:
-        sections.append("## GETAConfig\n\n" + _fenced(json.dumps(facts.config, indent=2), "json"))
-    versions = "; ".join(f"{name} {version}" for name, version in facts.versions.items())
+    if summary.config:
+        sections.append("## GETAConfig\n\n" + _fenced(json.dumps(summary.config, indent=2), "json"))
+    versions = "; ".join(f"{name} {version}" for name, version in summary.versions.items())
     return "\n\n".join((*sections, f"## Versions\n\n{_cell(versions)}"))
 
 
 _COUNTED = (
-    "Where a dense size is given, it is that of the same architecture before anything was cut, in the same dtype. BOPs "
-    "are MACs · bits of the weight · bits of the input, 32 for a float side: the paper counts the quantized linears "
-    "alone, the full count every matmul and embedding."
+    "A dense size is that of the same architecture before compression, in the same dtype. BOPs are MACs · bits of the "
+    "weight · bits of the input, with 32 bits for floats. The paper's count covers only the quantized linear layers, "
+    "the full count every matrix product and embedding."
 )
 
 
-def how_counted(facts: FolderSummary) -> str:
-    """What the figures of the table mean, in a sentence or two."""
-    if not (dropped := len(facts.structure.dropped)):
+def how_counted(summary: FolderSummary) -> str:
+    """Explain the figures of the table in a few sentences."""
+    dropped = len(summary.structure.dropped)
+    if not dropped:
         return _COUNTED
     layers = "one layer that was" if dropped == 1 else f"{dropped} layers that were"
-    return f"{_COUNTED} Parameters, MACs and BOPs of the dense model leave out the {layers} removed whole."
+    return f"{_COUNTED} Parameters, MACs and BOPs of the dense model exclude the {layers} removed entirely."
 
 
-def summary(facts: FolderSummary, base_model: str | None) -> str:
-    """Two sentences: what this is, and how it was made; Markdown that HTML shows as it is."""
-    kept = sum(left for left, _ in facts.structure.kept.values())
-    before = sum(total for _, total in facts.structure.kept.values())
+def describe_folder(summary: FolderSummary, base_model: str | None) -> str:
+    """Describe a model in one sentence of Markdown: what it is, and how it was made."""
+    kept = sum(count for count, _ in summary.structure.kept.values())
+    before = sum(total for _, total in summary.structure.kept.values())
     source = f" from {_cell(base_model)}" if base_model else ""
-    pruned = f"{kept:,} of {before:,} groups of weights are left" if kept < before else "no group was cut away"
-    layers = f"{len(facts.structure.dropped)} layers were removed whole, " if facts.structure.dropped else ""
-    widths = sorted(set(facts.structure.bits.values()))
-    between = f"{widths[0]} bits" if len(widths) == 1 else f"{widths[0]} to {widths[-1]} bits" if widths else ""
-    packed = f", and {len(facts.structure.bits)} layers are stored at {between}" if widths else ""
+    pruned = f"{kept:,} of {before:,} groups of weights remain" if kept < before else "no group was removed"
+    layers = f"{len(summary.structure.dropped)} layers were removed entirely, " if summary.structure.dropped else ""
+    widths = sorted(set(summary.structure.bits.values()))
+    packed = ""
+    if widths:
+        bits = str(widths[0]) if len(widths) == 1 else f"{widths[0]} to {widths[-1]}"
+        packed = f", and {len(summary.structure.bits)} layers are stored at {bits} bits"
     return (
-        f"A {_cell(facts.architecture)}{source}, compressed with GETA (joint structured pruning and quantization while "
-        f"it is fine-tuned): {layers}{pruned}{packed}."
+        f"A {_cell(summary.architecture)}{source}, compressed with GETA (joint structured pruning and quantization "
+        f"during fine-tuning): {layers}{pruned}{packed}."
     )
 
 
-def ways_to_load(facts: FolderSummary, name: str) -> list[Way]:
-    """Code that loads a folder: with geta_hf, without it where the folder carries its own code, and for use.
+def ways_to_load(summary: FolderSummary, name: str) -> list[Way]:
+    """Return code that loads a folder: with geta_hf, without it if the folder carries its own code, and for use.
 
     Args:
-        facts: of the folder.
-        name: of the folder, or on the Hub.
+        summary: of the folder.
+        name: the folder's, or the repository's on the Hub.
     """
     from transformers.pipelines import SUPPORTED_TASKS  # slow to import
 
-    quoted, auto = json.dumps(name), facts.auto_class
-    flag = ", trust_remote_code=True" if facts.remote_code else ""
+    quoted, auto = json.dumps(name), summary.auto_class
+    flag = ", trust_remote_code=True" if summary.remote_code else ""
     load = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({quoted}"
     ways = [Way("With geta_hf", f"import geta_hf  # registers the format\n{load})", "python")]
-    if facts.remote_code:
+    if summary.remote_code:
         ways.append(Way("Without geta_hf: the folder carries the code that reads it", f"{load}{flag})", "python"))
     if auto in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
-        tail = ",trust_remote_code=True" if facts.remote_code else ""
+        tail = ",trust_remote_code=True" if summary.remote_code else ""
         command = f"lm_eval --model hf --model_args pretrained={name}{tail} --tasks lambada_openai"
         ways.append(Way("In lm-evaluation-harness", command, "bash"))
-    elif facts.task in SUPPORTED_TASKS:
-        first = "" if facts.remote_code else "import geta_hf\n"
-        call = f"pipe = pipeline({json.dumps(facts.task)}, model={quoted}{flag})"
+    elif summary.task in SUPPORTED_TASKS:
+        first = "" if summary.remote_code else "import geta_hf\n"
+        call = f"pipe = pipeline({json.dumps(summary.task)}, model={quoted}{flag})"
         ways.append(Way("As a pipeline", f"{first}from transformers import pipeline\n\n{call}", "python"))
     else:
         call = f"model, report = load_for_inference({auto}, {quoted})"
@@ -236,7 +258,7 @@ def ways_to_load(facts: FolderSummary, name: str) -> list[Way]:
 
 
 def table_of(grid: Grid) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """A grid as head and lines of a table, the longer side downwards: one line a layer as long as rows are few."""
+    """Return a grid as head and lines of a table: one line for each layer, or one for each row if those are many."""
     head = [f"{row.label}, bits" if row.section == BITS else f"{row.label}, {row.section}" for row in grid.rows]
     if len(grid.rows) <= max(len(grid.columns), 8):
         lines = [(column, *(_entry(row, column) for row in grid.rows)) for column in grid.columns]
@@ -261,7 +283,7 @@ def _cells(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 def _cell(text: str) -> str:
-    """Text that stands in Markdown and in a table of it as it is."""
+    """Escape text for Markdown and for its tables."""
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", printable(" ".join(text.split())))
 
 

@@ -1,4 +1,9 @@
-"""What a folder holds of packed layers: verified before anything is built from it, decoded as it is loaded."""
+"""Verify what a folder holds of packed layers before anything is built from it, and decode it while it is loaded.
+
+A folder may come from a stranger. The headers of its files say the type and size of every tensor, so they are compared
+with the model before a tensor is read: a damaged or hostile folder then costs neither memory nor time, and the error
+names the file and the tensor, where transformers would cast, skip or draw at random.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +31,13 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Header(NamedTuple):
-    """What a file says of a tensor: its own name, the tensor's type as safetensors calls it, and its shape."""
+    """The header of one tensor in a file.
+
+    Attributes:
+        file: path of the file.
+        kind: the tensor's type by safetensors' name, such as `F32` or `U8`.
+        shape: the tensor's shape.
+    """
 
     file: str
     kind: str
@@ -34,25 +45,31 @@ class Header(NamedTuple):
 
 
 def read_headers(files: Iterable[str], folder: str | os.PathLike[str]) -> dict[str, Header]:
-    """What the files of a folder hold, by tensor name, without reading any tensor.
+    """Read the headers of a folder's files, without reading any tensor.
 
     Args:
         files: paths that begin with the folder's, or lie in the cache of the Hub.
-        folder: as it was asked for, which may lead over `..` itself.
+        folder: as the caller wrote it, so it may contain `..` itself.
+
+    Returns:
+        The header of every tensor by the tensor's name.
 
     Raises:
-        GETAError: a file that is missing, damaged or cut short, or that lies outside the folder.
+        GETAError: a file is missing, damaged, cut short or no safetensors file, or lies outside the folder.
     """
     found: dict[str, Header] = {}
     home: Path | None = None
     for file in files:
+        # An index may name any path. Only files next to each other, below the folder, belong to it.
         home = home or Path(file).parent
         if Path(file).parent != home or not _is_inside(Path(file), Path(folder)):
             raise GETAError(
-                f"{file} lies outside the folder, where model.safetensors.index.json leads; export it again"
+                f"{file} lies outside the folder, but model.safetensors.index.json names it; export the folder again"
             )
         if not file.endswith(".safetensors"):
-            raise GETAError(f"{file} is no safetensors file; a folder of geta_hf holds no other weights")
+            raise GETAError(
+                f"{file} is no safetensors file; a folder of geta_hf holds no other weights, so export it again"
+            )
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  safe_open is not a mapping
@@ -66,11 +83,21 @@ def read_headers(files: Iterable[str], folder: str | os.PathLike[str]) -> dict[s
 def _is_inside(file: Path, folder: Path) -> bool:
     if file.is_relative_to(folder):
         return ".." not in file.relative_to(folder).parts
-    return not folder.is_dir() and ".." not in file.parts  # a name on the Hub, whose files lie in a cache
+    # A name on the Hub is no folder here; its files lie in the Hub's cache.
+    return not folder.is_dir() and ".." not in file.parts
 
 
 def check_packed(name: str, layer: PackedLayer, headers: Mapping[str, Header]) -> None:
-    """Raises GETAError where what the folder has of a layer called `name` is of a wrong type or size."""
+    """Check the types and sizes of what the folder holds of one packed layer; what it lacks is found later.
+
+    Args:
+        name: path of the layer in the folder.
+        layer: the layer, of the size and bit width that config.json gives it.
+        headers: of the folder's tensors, by name.
+
+    Raises:
+        GETAError: a stream or a scale of another type or size.
+    """
     if (found := headers.get(f"{name}.weight")) is None:
         return
     numel = math.prod(layer.dense_shape)
@@ -80,7 +107,8 @@ def check_packed(name: str, layer: PackedLayer, headers: Mapping[str, Header]) -
             f"{found.file}: {name}.weight: {numel} codes of {layer.bits} bits are a uint8 stream of {length} bytes, "
             f"not {found.kind} of shape {found.shape}; export the folder again"
         )
-    for leaf in (WEIGHT_SCALE, INPUT_SCALE):  # which loading would cast in silence
+    # The sizes of scales are checked once they are loaded; another type would be cast without a word by then.
+    for leaf in (WEIGHT_SCALE, INPUT_SCALE):
         if (scale := headers.get(f"{name}.{leaf}")) is not None and scale.kind != "F32":
             raise GETAError(
                 f"{scale.file}: {name}.{leaf} is {scale.kind} of shape {scale.shape}, not one float32, nor one for "
@@ -89,28 +117,48 @@ def check_packed(name: str, layer: PackedLayer, headers: Mapping[str, Header]) -
 
 
 def check_plain(name: str, tensor: Tensor, header: Header, strict: bool) -> bool:
-    """Whether a plain tensor of the folder has another shape than the model's, which is an error if `strict`.
+    """Compare a plain tensor of the folder with the model's.
+
+    Args:
+        name: of the tensor in the folder.
+        tensor: the model's own, still without values.
+        header: what the folder says of it.
+        strict: whether another shape is an error. Otherwise it is a warning.
+
+    Returns:
+        True where the shapes differ, so that the tensor will not be loaded.
 
     Raises:
-        GETAError: another shape, or a type that would be cast in silence.
+        GETAError: a type that would be cast without a word or, if `strict`, another shape.
     """
     file, kind, shape = header
-    right = (kind in _FLOATS) == tensor.is_floating_point() and kind != "U8"
-    same = shape == tuple(tensor.shape)
-    if right and same:
+    # Floats may be cast to other floats, as transformers does by `dtype`. Bytes are packed weights and nothing else.
+    same_kind = (kind in _FLOATS) == tensor.is_floating_point() and kind != "U8"
+    same_shape = shape == tuple(tensor.shape)
+    if same_kind and same_shape:
         return False
     problem = (
         f"{file}: {name} is {kind} of shape {shape}, but config.json, or arguments of from_pretrained, make it "
         f"{tensor.dtype} of shape {tuple(tensor.shape)}"
     )
-    if strict or not right:
-        raise GETAError(f"{problem}; leave such arguments out, or copy or export the folder again")
-    logger.warning("%s; with ignore_mismatched_sizes=True it is drawn anew", problem)
+    if strict or not same_kind:
+        raise GETAError(f"{problem}; remove such arguments, or copy or export the folder again")
+    logger.warning("%s; with ignore_mismatched_sizes=True it is initialized at random", problem)
     return True
 
 
 def check_scale(name: str, scale: Tensor, several: str, count: int) -> None:
-    """Raises GETAError unless a scale is one positive finite number, or `count` of them for `several`."""
+    """Check that a scale is one positive finite number, or `count` of them.
+
+    Args:
+        name: of the tensor, for the error.
+        scale: as it was loaded.
+        several: what `count` numbers would be for, for the error.
+        count: the other length that is allowed.
+
+    Raises:
+        GETAError: another type or shape, or a number that is not positive and finite.
+    """
     if scale.dtype != torch.float32 or tuple(scale.shape) not in ((1,), (count,)):
         raise GETAError(
             f"{name} is {scale.dtype} of shape {tuple(scale.shape)}, not one float32, nor one for {several} "
@@ -118,19 +166,20 @@ def check_scale(name: str, scale: Tensor, several: str, count: int) -> None:
         )
     smallest, largest = float(scale.min()), float(scale.max())
     if not (smallest > 0 and largest < math.inf):  # NaN is neither
-        raise GETAError(f"{name} is {largest if smallest > 0 else smallest}; a step size is positive and finite")
+        wrong = largest if smallest > 0 else smallest
+        raise GETAError(f"{name} is {wrong}; a step size is positive and finite, so copy or export the folder again")
 
 
 class Decode(ConversionOps):
-    """Makes the weight of one packed layer of its stream and scale, while transformers loads them.
+    """Decode the stream and scale of one packed layer into its weight, while transformers loads them.
 
-    An error is kept in `problem` for the end of the loading, since transformers would turn it into one of its own.
+    An error is stored in `problem` until loading ends, since transformers would turn it into one of its own.
 
     Args:
-        hf_quantizer: marks this as a step that must get tensors as they are.
-        name: what the model that was saved called the layer.
-        places: what the folder may call it, as that is of a part of that model, or of one with another head.
-        layer: what to decode into.
+        hf_quantizer: marks this as a step that must receive tensors uncast.
+        name: what the saved model called the layer.
+        places: names that the folder may use, since it may hold a part of that model, or one with another head.
+        layer: the layer to decode into.
     """
 
     def __init__(self, hf_quantizer: Any, name: str, places: Iterable[str], layer: PackedLayer) -> None:
@@ -140,17 +189,18 @@ class Decode(ConversionOps):
         self.problem: str | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Decode:
-        return self  # transformers copies a conversion for every tensor it meets
+        return self  # transformers copies a conversion for every tensor; a copy's `problem` would be lost
 
     def converter(self) -> WeightConverter:
-        """This as a conversion of the two tensors that the folder has of the layer into its weight."""
+        """Return the conversion of the layer's two tensors in the folder into its weight, in transformers' terms."""
         sources = [f"^(?:{self.pattern})\\.{leaf}$" for leaf in ("weight", WEIGHT_SCALE)]
         return WeightConverter(sources, f"{self.name}.weight", [self])
 
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The decoded weight under the name that the model has for it, `full_layer_name`."""
+        """Return the decoded weight under the model's name for it, `full_layer_name`; transformers calls this."""
         tensors = [part[0] if isinstance(part, list) else part for part in input_dict.values()]
+        # By type, since transformers does not tell which tensor matched which pattern.
         found = {"scale" if tensor.is_floating_point() else "stream": tensor for tensor in tensors}
         try:
             weight = self._decoded(found)
@@ -173,5 +223,6 @@ class Decode(ConversionOps):
             raise GETAError(f"{self.name}.weight: {error}") from error
         layer.step_size = scale.cpu()
         weight = layer.stored(codes, self.dtype)
+        # Where codes cannot be read back from the weight, the stream itself has to be kept for saving.
         layer.stream = None if layer.holds(codes, weight) else stream.cpu().clone()
         return weight

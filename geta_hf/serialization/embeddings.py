@@ -1,4 +1,4 @@
-"""The vocabulary's embedding at a few bits: rounded after training, row by row."""
+"""Round the vocabulary's embedding to a few bits after training, row by row."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from geta_hf.serialization.bitpack import BYTE_BITS, MIN_BITS
 
 @dataclass(frozen=True)
 class RoundedEmbedding:
-    """How an embedding was rounded.
+    """An embedding that was rounded.
 
     Attributes:
         name: path of the module.
-        bits: width of its codes.
-        step_size: d of every row, fp32, shape (rows,).
+        bits: bit width of its codes.
+        step_size: d of every row, fp32, shape (rows,), on CPU.
     """
 
     name: str
@@ -32,22 +32,28 @@ class RoundedEmbedding:
     step_size: Tensor
 
     def codes(self, layer: nn.Module) -> Tensor:
-        """The integers that the rounded weight stands for, int32, in its shape."""
+        """Return the integers n of the rounded weight, int32, in its shape.
+
+        Raises:
+            GETAError: the embedding no longer has the rows that were rounded.
+        """
         weight = layer.get_parameter("weight").detach()
         if weight.shape[0] != self.step_size.numel():
-            raise GETAError(f"{self.name} lost rows, so its {self.bits} bits no longer fit; leave embedding_bits out")
+            raise GETAError(
+                f"{self.name} has lost rows since it was rounded to {self.bits} bits; export without embedding_bits"
+            )
         return torch.round(weight.float() / self.step_size.to(weight.device)[:, None]).to(torch.int32)
 
 
 @contextmanager
 def rounded_embedding(model: PreTrainedModel, bits: int | None) -> Iterator[RoundedEmbedding | None]:
-    """A model whose input embedding is rounded to `bits` bits; it is as it was afterwards.
+    """Round the input embedding of a model to `bits` bits within the context, and restore it afterwards.
 
-    Every row has the step size of least squared error. What is tied to the embedding sees the same values.
+    Every row gets the step size of least squared error. Weights that are tied to the embedding have the same values.
 
     Args:
         model: with a plain embedding as its input embedding.
-        bits: 2 to 8; None leaves the model alone.
+        bits: 2 to 8; None changes nothing.
 
     Raises:
         GETAError: other bits, or no embedding to round.
@@ -68,14 +74,18 @@ def rounded_embedding(model: PreTrainedModel, bits: int | None) -> Iterator[Roun
 
 
 def input_embedding(model: Any, bits: int) -> tuple[str, nn.Embedding]:
-    """The embedding that `embedding_bits` means, and its path. Raises GETAError as `rounded_embedding`."""
+    """Return the path of the embedding that `embedding_bits` refers to, and the embedding.
+
+    Raises:
+        GETAError: as `rounded_embedding`.
+    """
     if not isinstance(bits, int) or isinstance(bits, bool) or not MIN_BITS <= bits <= BYTE_BITS:
-        raise GETAError(f"embedding_bits is {bits!r}; an embedding is rounded to {MIN_BITS} to {BYTE_BITS} bits")
+        raise GETAError(f"embedding_bits is {bits!r}; give an integer from {MIN_BITS} to {BYTE_BITS}")
     try:
         layer = model.get_input_embeddings()
     except (NotImplementedError, AttributeError):
         layer = None
     if not isinstance(layer, nn.Embedding):
         kind = "none" if layer is None else f"a {type(layer).__name__}"
-        raise GETAError(f"the input embedding of {type(model).__name__} is {kind}; leave embedding_bits out")
+        raise GETAError(f"the input embedding of {type(model).__name__} is {kind}; export without embedding_bits")
     return next(name for name, module in model.named_modules() if module is layer), layer

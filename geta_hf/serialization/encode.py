@@ -1,4 +1,7 @@
-"""How packed layers come to be, what a file gets of them, and the way back: all that loading does without."""
+"""Pack layers, write them into tensors of a file, and turn them into plain layers again.
+
+Loading needs none of this, so folders do not carry it: the code that comes with a folder only reads.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         GETAError: `bits` out of range, or a code that does not fit.
     """
     if not isinstance(bits, int) or isinstance(bits, bool) or not MIN_BITS <= bits <= MAX_BITS:
-        raise GETAError(f"bits is {bits!r}; a packed weight has a whole number of {MIN_BITS} to {MAX_BITS} bits")
+        raise GETAError(f"bits is {bits!r}; a packed weight has an integer bit width from {MIN_BITS} to {MAX_BITS}")
     flat = codes.detach().reshape(-1).cpu()
     if (largest := _largest(flat)) > largest_code(bits):
         raise GETAError(f"code {largest} does not fit in {bits} bits, the largest is {largest_code(bits)}")
@@ -57,7 +60,7 @@ def _largest(codes: Tensor) -> int:
 
 
 def _to_bytes(rows: Tensor, bits: int) -> Tensor:
-    """Unsigned int32 codes (n, 8) to bytes (n, bits)."""
+    """Turn unsigned int32 codes (n, 8) into bytes (n, bits)."""
     out = torch.zeros(rows.shape[0], bits, dtype=torch.uint8)
     for j, first, shift, touched in columns(bits):
         value = rows[:, j] << shift
@@ -75,21 +78,21 @@ def pack_layer(
     input_quantizer: FixedQuantizer | None = None,
     tied: bool = False,
 ) -> None:
-    """Turn a plain layer into its packed kind, in place.
+    """Turn a plain layer into a packed one, in place.
 
     Args:
         name, layer, bits, tied: see `become_packed`.
         codes: integers n, the shape of the layer's weight.
         step_size: d, a number or of shape (1,) or (channels,).
-        input_quantizer: rounds the layer's input; None leaves it float.
+        input_quantizer: rounds the layer's input. Default None: the input stays in floating point.
 
     Raises:
-        GETAError: the layer's class has no packed kind, or a code does not fit.
+        GETAError: the layer's class has no packed counterpart, or a code does not fit. The layer is not changed then.
     """
     if (largest := _largest(codes)) > largest_code(bits):
         raise GETAError(
             f"{name}: code {largest} does not fit in {bits} bits, the largest is {largest_code(bits)}; its clipping "
-            f"value, step size and bit width disagree"
+            f"value, step size and bit width disagree, so set the step size again or give it more bits"
         )
     dtype, device = layer.get_parameter("weight").dtype, layer.get_parameter("weight").device
     packed = become_packed(name, layer, bits, tied)
@@ -100,23 +103,29 @@ def pack_layer(
 
 
 def fill(layer: PackedLayer, codes: Tensor, dtype: torch.dtype) -> None:
-    """Make the weight of these codes, in its shape and on its device; the layer computes in the given type."""
+    """Set the weight of a packed layer from its codes.
+
+    Args:
+        layer: with its step size.
+        codes: integers n, in the weight's shape, on the device that the weight is to be on.
+        dtype: the type that the layer computes in.
+    """
     weight = layer.stored(codes, dtype)
     layer.stream = None if layer.holds(codes, weight) else pack(codes, layer.bits)
     layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.settle()
+    layer.finish_loading()
 
 
 def layer_codes(name: str, layer: PackedLayer, weight: Tensor | None = None) -> Tensor:
-    """The integers n that the weight stands for, int32, of its shape and on its device.
+    """Return the integers n that a packed layer's weight stands for, int32, in its shape and on its device.
 
     Args:
         name: path of the layer, for the error.
         layer: a packed layer.
-        weight: the weight where the layer's own is offloaded.
+        weight: the weight, where the layer's own is offloaded. Default None: the layer's own.
 
     Raises:
-        GETAError: the weight is no longer what codes can say, so that saving them would lose the change.
+        GETAError: the weight is no longer d · n, so that saving its codes would lose the change.
     """
     weight = (layer.weight if weight is None else weight).detach()
     if not weight.is_floating_point():
@@ -125,8 +134,10 @@ def layer_codes(name: str, layer: PackedLayer, weight: Tensor | None = None) -> 
         codes = layer.read_back(weight)
     else:
         codes = unpack(layer.stream, layer.bits, weight.numel()).view(weight.shape).to(weight.device, torch.int32)
-    expected, within = layer.decoded(codes), _largest(codes) <= largest_code(layer.bits)
-    if not within or not any(torch.equal(weight, expected.to(cast).to(weight.dtype)) for cast in _CASTS):
+    expected = layer.decoded(codes)
+    # The model may have been cast to half precision and back since it was loaded: that is no change of its codes.
+    unchanged = any(torch.equal(weight, expected.to(cast).to(weight.dtype)) for cast in _CASTS)
+    if not unchanged or _largest(codes) > largest_code(layer.bits):
         raise GETAError(
             f"{name}.weight was changed after it was decoded, and its codes no longer describe it; train the model "
             f"before the export, not after"
@@ -135,7 +146,18 @@ def layer_codes(name: str, layer: PackedLayer, weight: Tensor | None = None) -> 
 
 
 def packed_tensors(name: str, layer: PackedLayer, weight: Tensor | None = None) -> dict[str, Tensor]:
-    """What a file holds of this layer's weight, by tensor name; arguments and errors are those of `layer_codes`."""
+    """Return the tensors that a file holds of a packed layer's weight and input, by name.
+
+    Args:
+        name, layer, weight: see `layer_codes`.
+
+    Returns:
+        `<name>.weight` (uint8 stream), `<name>.weight_scale` and, where the input is rounded, `<name>.input_scale`
+        (fp32), on CPU.
+
+    Raises:
+        GETAError: as `layer_codes`.
+    """
     tensors = {"weight": pack(layer_codes(name, layer, weight), layer.bits), WEIGHT_SCALE: layer.step_size.cpu()}
     if layer.input_quantizer is not None:
         tensors[INPUT_SCALE] = layer.input_quantizer.scale
@@ -143,13 +165,13 @@ def packed_tensors(name: str, layer: PackedLayer, weight: Tensor | None = None) 
 
 
 def dense_weight(layer: PackedLayer) -> Tensor:
-    """The decoded weight, in the type that the layer computes in."""
+    """Return the decoded weight d · n, in the type that the layer computes in."""
     weight = layer.weight.detach()
     return weight if weight.is_floating_point() else layer.decoded(layer.read_back(weight)).to(layer.float_dtype)
 
 
 def unpack_layer(layer: PackedLayer) -> None:
-    """Turn a packed layer into what it was before, with its decoded weight and without rounding of its input."""
+    """Turn a packed layer into the plain layer that it was, in place: decoded weight, input no longer rounded."""
     plain_class: Any = layer.plain_class
     if isinstance(layer, PackedRows) and layer.weight.is_meta:  # others are offloaded as they are used
         offload(layer, layer.decoded(layer.read_back(offloaded(layer))).to(layer.float_dtype))
@@ -166,7 +188,7 @@ def unpack_layer(layer: PackedLayer) -> None:
 
 
 def weight_holders(model: nn.Module, layers: Iterable[str]) -> dict[str, list[tuple[nn.Module, str]]]:
-    """For each of these layers every (module, attribute) that holds its weight: one, or more where it is tied."""
+    """Return every (module, attribute) that holds the weight of each of these layers: several where it is tied."""
     found: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for leaf, parameter in module._parameters.items():
@@ -176,11 +198,11 @@ def weight_holders(model: nn.Module, layers: Iterable[str]) -> dict[str, list[tu
 
 
 def weight_bits(model: nn.Module) -> dict[str, int]:
-    """Module path -> bits of its packed weight."""
+    """Return module path -> bit width of its packed weight."""
     return {name: layer.bits for name, layer in packed_layers(model).items()}
 
 
 def activation_bits(model: nn.Module) -> dict[str, int]:
-    """Module path -> bits of its input, for the packed layers that round it."""
+    """Return module path -> bit width of its input, for the packed layers that round it."""
     inputs = {name: layer.input_quantizer for name, layer in packed_layers(model).items()}
     return {name: quantizer.bits for name, quantizer in inputs.items() if quantizer is not None}

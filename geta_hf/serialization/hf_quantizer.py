@@ -1,6 +1,6 @@
-"""The whole plug-in of transformers: it loads a compressed model as `loader` does, saves it and makes it plain again.
+"""Plug geta_hf into transformers completely: load a compressed model as `loader` does, save it, and dequantize it.
 
-Importing this module registers it, so `AutoModelForX.from_pretrained(folder)` works.
+Importing this module registers the quantizer, so `AutoModelForX.from_pretrained(folder)` works.
 """
 
 from __future__ import annotations
@@ -44,22 +44,24 @@ logger = logging.get_logger(__name__)
 
 
 class GETAHfQuantizer(GETALoader):
-    """Shrinks and prepares a freshly built model, verifies and decodes what was loaded, and packs what is saved."""
+    """Shrink and prepare a freshly built model, verify and decode what was loaded, and pack what is saved."""
 
     def is_serializable(self) -> bool:
         return True
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         super()._process_model_after_weight_loading(model, **kwargs)
-        if not model.is_custom_code():  # or a folder saved anew would name code that it does not hold
+        # Saved again by `save_pretrained`, a folder would otherwise name code that it does not hold.
+        if not model.is_custom_code():
             vars(model.config).pop("auto_map", None)
         attach_quantizer(model, _renamed(self.quantization_config.fixes, lambda name: find_module(model, name)))
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The state dict with packed data in place of the decoded weights, for `save_pretrained`.
+        """Return the state dict for `save_pretrained`, with packed data in place of the decoded weights.
 
-        config.json is written next, so it is made to say what is saved: a model may share it with the one around it.
+        config.json is written next, so the config is changed to describe the model that is saved: a model may share it
+        with the model that contains it.
         """
         if not model.is_custom_code() and "auto_map" not in vars(model.config):
             logger.warning_once(
@@ -70,11 +72,13 @@ class GETAHfQuantizer(GETALoader):
             vars(part.config).pop("quantization_config", None)
         model.config.quantization_config = self.quantization_config
         state = remove_tied_weights_from_state_dict(model.state_dict(), model)
+        # Offloaded weights are on meta, where transformers cannot see that they are tied.
         for target, source in model.all_tied_weights_keys.items():
-            if source in state and target in state and state[target].is_meta:  # offloaded, which hides the tie
+            if source in state and target in state and state[target].is_meta:
                 del state[target]
         for name, layer in packed_layers(model).items():
-            if (weight := state.pop(f"{name}.weight", None)) is not None:  # else tied to one that is saved
+            # A weight that is missing here is tied to one that is saved.
+            if (weight := state.pop(f"{name}.weight", None)) is not None:
                 offloaded = load_offloaded_parameter(model, f"{name}.weight") if weight.is_meta else None
                 state.update(packed_tensors(name, layer, offloaded))
         return state, {}
@@ -89,7 +93,10 @@ class GETAHfQuantizer(GETALoader):
         return model
 
     def remove_quantization_config(self, model: PreTrainedModel) -> None:
-        """What `dequantize` does last. A model that was cut keeps its fix list, without which no folder of it loads."""
+        """Remove what makes a model quantized; the last step of `dequantize`.
+
+        A model that was cut keeps its fix list, without which no folder of it could be loaded.
+        """
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 vars(module).pop("hf_quantizer", None)
@@ -105,11 +112,11 @@ AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = GETAHfQuantizer
 
 
 def attach_quantizer(model: PreTrainedModel, fixes: Fixes) -> None:
-    """Make a model whose layers were packed in memory save itself as a loaded one does, and so every model inside it.
+    """Let a model whose layers were packed in memory be saved like a loaded one, and every model inside it too.
 
     Args:
-        model: with whatever packed layers it has.
-        fixes: what was cut, in the model's own names.
+        model: with packed layers, or none where it was only cut.
+        fixes: the fix list, in the model's own names.
     """
     for path, part in _models(model).items():
         config = GETAQuantizationConfig(
@@ -124,39 +131,42 @@ def attach_quantizer(model: PreTrainedModel, fixes: Fixes) -> None:
 
 
 def _fixes_below(model: PreTrainedModel, fixes: Fixes, part: PreTrainedModel) -> Fixes:
-    """What a fix list says of a model inside, in the names that modules have there."""
+    """Return the part of a fix list that concerns a model inside, in the names that modules have there."""
     names = {id(module): name for name, module in part.named_modules()}
     return _renamed(fixes, lambda name: names.get(id(model.get_submodule(name))))
 
 
 def _models(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
-    """The model and every model inside it that can be saved alone, by path."""
+    """Return the model and every model inside it that can be saved alone, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, PreTrainedModel)}
 
 
 def _renamed(fixes: Fixes, find: Callable[[str], str | None]) -> Fixes:
-    """A fix list with other names for its modules; what is in none of them is left out."""
+    """Return a fix list with other names for its modules, without the modules for which `find` returns None."""
 
     def tensors(entries: dict[str, Any]) -> dict[str, Any]:
-        parts = {name: name.rpartition(".") for name in entries}
-        places = {name: (find(path), leaf) for name, (path, _, leaf) in parts.items()}
-        return {f"{p}.{leaf}".removeprefix("."): entries[name] for name, (p, leaf) in places.items() if p is not None}
+        renamed = {}
+        for name, entry in entries.items():
+            path, _, leaf = name.rpartition(".")
+            if (found := find(path)) is not None:
+                renamed[f"{found}.{leaf}".removeprefix(".")] = entry
+        return renamed
 
     attrs = {path: values for name, values in fixes["attrs"].items() if (path := find(name)) is not None}
     return {**fixes, "shapes": tensors(fixes["shapes"]), "keep": tensors(fixes["keep"]), "attrs": attrs}
 
 
 def _resize_token_embeddings(model: Any, *args: Any, **kwargs: Any) -> nn.Module:
-    """The model's own `resize_token_embeddings`, which knows no packed weights."""
+    """Resize by the class's own `resize_token_embeddings`, which does not know packed weights, or refuse."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     wanted = args[0] if args else kwargs.get("new_num_tokens")
     same = wanted in (None, ends[0].weight.shape[0]) and len(args) < 2 and not kwargs.get("pad_to_multiple_of")
     if not same and any(isinstance(end, PackedLayer) for end in ends):
-        raise GETAError("a packed embedding keeps its size; call model.dequantize() first, then resize it")
+        raise GETAError("a packed embedding cannot be resized; call model.dequantize() first, then resize it")
     resized: nn.Module = type(model).resize_token_embeddings(model, *args, **kwargs)
     return resized
 
 
 def has_quantizer(model: nn.Module) -> bool:
-    """Whether a model was loaded through some plug-in of transformers, this one or another."""
+    """Return whether a model was loaded through a quantizer of transformers, this one or another."""
     return getattr(model, "hf_quantizer", None) is not None

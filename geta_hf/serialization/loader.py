@@ -1,8 +1,12 @@
-"""The plug-in through which transformers loads a compressed model: `quant_method: "geta"`.
+"""Plug into transformers so that it loads a compressed model: `quant_method: "geta"`.
 
 config.json keeps the original architecture; `quantization_config` holds the bit width of every packed layer, that of
-its input where it rounds it, and the fix list (`geta_hf.surgery.fixes`). Everything in a folder is verified, and a
-tensor that a folder lacks is an error: transformers would draw it at random. Saving is a matter of geta_hf itself.
+its input where it rounds it, and the fix list (`geta_hf.surgery.fixes`). transformers builds the model as config.json
+says, without memory for its weights; before they are loaded, the model is shrunk to what the fix list says and its
+packed layers switch their classes.
+
+Everything in a folder is verified. A tensor that a folder lacks is an error, since transformers would initialize it at
+random and go on. Every folder carries a copy of this module, which only reads; saving is in `hf_quantizer`.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from geta_hf.surgery.fixes import (
     check_attributes,
     no_fixes,
     read_fixes,
-    settle_experts,
+    set_expert_counts,
     shrink_attribute,
     shrink_buffer,
     shrink_tensor,
@@ -41,20 +45,21 @@ FORMAT_VERSION = 1
 
 _WHERE = "quantization_config in config.json:"
 _MANY_LAYERS = 1000
-"""So many are built within seconds; a model of more has names for them."""
+"""Up to this many layers are built within seconds; a larger model names its layers in quantization_config."""
 
 
 class GETAQuantizationConfig(QuantizationConfigMixin):
-    """What config.json says of a compressed model; plain data.
+    """The `quantization_config` of config.json as plain data, checked when it is made.
 
     Args:
-        bits: module path -> bits of its packed weight, 2 to 16.
-        fixes: the fix list, None for a model from which nothing was cut.
+        bits: module path -> bit width of its packed weight, 2 to 16. Default None: no layer is packed.
+        fixes: the fix list. Default None: nothing was cut.
         format_version: of the folder's layout.
-        activation_bits: module path -> bits of its input, 2 to 16, for the packed layers that round it. Left out of
-            config.json when there are none.
-        partial: whether it was saved from within another model, which may lack modules that this class has when it
-            stands alone, such as a pooler. Left out of config.json when it was not.
+        quant_method: always `geta`; transformers passes it.
+        activation_bits: module path -> bit width of its input, 2 to 16, for the packed layers that round it. Default
+            None: no layer does, and config.json has no such key.
+        partial: whether the model was saved from within another one. It may then lack modules that its class has on its
+            own, such as a pooler. Default False, and config.json has no such key.
 
     Raises:
         GETAError: an unknown version or key, or a value that no export writes.
@@ -81,7 +86,7 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
                 f"install the release that wrote the folder"
             )
         if unknown:
-            raise GETAError(f"{_WHERE} unknown keys {sorted(unknown)}")
+            raise GETAError(f"{_WHERE} unknown keys {sorted(unknown)}; install the release that wrote the folder")
         if not isinstance(partial, bool):
             raise GETAError(f"{_WHERE} partial is {partial!r}, not true or false")
         _check_widths("bits", self.bits)
@@ -91,7 +96,11 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
         self.fixes = no_fixes() if fixes is None else read_fixes(fixes, f"{_WHERE} fixes")
 
     def to_dict(self) -> dict[str, Any]:
-        """As in config.json; a whole model on float activations reads as it did before there were others."""
+        """Return the values as config.json has them.
+
+        Keys that came later are missing where they say nothing, so that a folder without rounded inputs is written as
+        it was before there were any.
+        """
         return {k: v for k, v in super().to_dict().items() if v or k not in ("activation_bits", "partial")}
 
 
@@ -100,22 +109,22 @@ def _check_widths(key: str, widths: Any) -> None:
         raise GETAError(f"{_WHERE} {key} must be an object of module names, not {widths!r}")
     for name, bits in widths.items():
         if not isinstance(bits, int) or isinstance(bits, bool) or not MIN_BITS <= bits <= MAX_BITS:
-            raise GETAError(f"{_WHERE} {key}[{name!r}] is {bits!r}, not a whole number of {MIN_BITS} to {MAX_BITS}")
+            raise GETAError(f"{_WHERE} {key}[{name!r}] is {bits!r}, not an integer from {MIN_BITS} to {MAX_BITS}")
 
 
 class GETALoader(HfQuantizer):
-    """Shrinks and prepares a freshly built model, then verifies and decodes what was loaded."""
+    """Shrink and prepare a freshly built model, then verify and decode what was loaded."""
 
     requires_calibration = True  # a dense model cannot be loaded into this format, only exported
     quantization_config: GETAQuantizationConfig
 
     def is_serializable(self) -> bool:
-        logger.warning("to save this model again, `import geta_hf` before it is loaded; or copy its folder")
+        logger.warning("to save this model again, `import geta_hf` before loading it, or copy its folder")
         return False
 
     @property
     def is_trainable(self) -> bool:
-        """True, of adapters on top: transformers refuses to train a quantized model without them."""
+        """Return True, which means adapters on top: transformers refuses to train a quantized model without them."""
         return True
 
     @property
@@ -123,34 +132,42 @@ class GETALoader(HfQuantizer):
         return True
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """Refuses a hostile number of layers, here where the config is seen before its model is built."""
+        """Refuse a hostile number of layers.
+
+        This hook has another purpose, but it is the only one that sees the config before the model is built, and
+        building millions of layers takes hours even without memory for their weights.
+        """
         bits, fixes = self.quantization_config.bits, self.quantization_config.fixes
         _check_layers(config.to_dict(), len(bits) + len(fixes["shapes"]) + len(fixes["attrs"]))
         return config
 
-    update_tp_plan = update_attn_implementation  # older releases show the config here
+    update_tp_plan = update_attn_implementation  # the hook that sees the config in older releases
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         raise GETAError("the code in a folder only reads it; to dequantize a model, import geta_hf before loading it")
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        """True for the scale of a layer's input, whose size is verified after loading."""
+        """Return True for the scale of a layer's input: its size, one or two numbers, is verified after loading."""
         path, _, leaf = param_name.rpartition(".")
         return leaf == INPUT_SCALE and isinstance(model.get_submodule(path), PackedLayer)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """None (no cast) for packed data; the type that its weight is to have is left with what decodes it."""
+        """Return the type that a loaded tensor is cast to: None, no cast, for packed data.
+
+        The type that the decoded weight is to have is passed on to its decoder.
+        """
         decoders = [step for step in getattr(converter, "operations", ()) if isinstance(step, Decode)]
         for step in decoders:
             step.dtype = dtype or step.dtype
         return None if decoders else super().get_new_dtype(converter, param, dtype)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        """One for every packed layer: its stream and scale become the weight as it is used."""
+        """Return one conversion for every packed layer, from its stream and scale to its decoded weight."""
         return [decoder.converter() for decoder in self._decoders]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
+        # Before anything else: every later step may then rely on a header that is true to its file.
         headers = read_headers(kwargs.get("checkpoint_files") or (), model.config.name_or_path or "")
         apply_fixes(model, config.fixes)
         self._decoders: list[Decode] = []
@@ -169,16 +186,17 @@ class GETALoader(HfQuantizer):
         return model
 
     def _check_plain(self, model: PreTrainedModel, headers: Mapping[str, Header]) -> None:
-        """Verify that the folder is of such a model at all, and what it has of plain tensors, before any is read.
+        """Check that the folder is of such a model at all, and its plain tensors, before any is read.
 
-        What was not cut of a head may have another shape: transformers raises then, or draws it anew if it is told to.
+        A tensor of a head that was not cut may have another shape: transformers then raises, or initializes it at
+        random where `ignore_mismatched_sizes` asks for that.
         """
         tensors, layers = model.state_dict(), packed_layers(model)
         found = {name: place for name in tensors for place in _places(model, name) if place in headers}
         base = "" if model.base_model is model else f"{model.base_model_prefix}."
         if headers and not _is_own_folder(model) and not any(name.startswith(base) for name in (*found, *layers)):
             saved = ", ".join(model.config.architectures or ())
-            raise GETAError(f"the folder holds nothing of a {type(model).__name__}; load it as what it was, {saved}")
+            raise GETAError(f"the folder holds nothing of a {type(model).__name__}; load it by its own class, {saved}")
         cut = {find_tensor(model, name) for name in self.quantization_config.fixes["shapes"]}
         packed = {f"{path}.{leaf}" for path in layers for leaf in LEAVES}
         self._fresh = {
@@ -189,12 +207,12 @@ class GETALoader(HfQuantizer):
         }
 
     def _reserve(self, name: str, places: Iterable[str], layer: PackedLayer) -> None:
-        """Make a layer ready to be loaded into. The type its weight is declared in is the one it will be decoded to."""
+        """Prepare a layer for loading: a decoder for its weight and a buffer for the scale of a rounded input."""
         decoder = Decode(self, name, places, layer)
         self._decoders.append(decoder)
         if name in self.quantization_config.activation_bits:
             layer.register_buffer(INPUT_SCALE, torch.empty(1, dtype=torch.float32, device=layer.weight.device))
-        # Or transformers would draw weights at random where the file has none, before the gap can be reported.
+        # Otherwise transformers would initialize a weight that the file lacks, before the gap can be reported.
         layer.__dict__["_is_hf_initialized"] = True
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -208,22 +226,25 @@ class GETALoader(HfQuantizer):
                 shrink_buffer(model, buffer, dims)
         for name, layer in packed_layers(model).items():
             layer.weight.requires_grad_(False)
-            layer.settle()
+            layer.finish_loading()
             if INPUT_SCALE in layer._buffers:
-                self._take_input_scale(model, name, layer)
+                self._make_input_quantizer(model, name, layer)
         _share_step_sizes(model)
         _share_offloaded(model)
-        self._decoders = []  # nor is there any way to run them backwards
+        # Saving would run the conversions backwards, which ours cannot: `hf_quantizer` packs the weights by itself.
+        self._decoders = []
         kept = [step for step in getattr(model, "_weight_conversions", None) or () if not _decodes(step)]
         vars(model)["_weight_conversions"] = kept
         return model
 
-    def _take_input_scale(self, model: PreTrainedModel, path: str, layer: PackedLayer) -> None:
-        """Make the quantizer of a layer's input from what was loaded into its buffer."""
-        scale, widths = layer.get_buffer(INPUT_SCALE).detach(), self.quantization_config.activation_bits
+    def _make_input_quantizer(self, model: PreTrainedModel, path: str, layer: PackedLayer) -> None:
+        """Make the quantizer of a layer's input from the scale that was loaded into its buffer."""
+        scale = layer.get_buffer(INPUT_SCALE).detach()
+        bit_widths = self.quantization_config.activation_bits
         check_scale(f"{path}.{INPUT_SCALE}", scale, "d and one for t", 2)
         del layer._buffers[INPUT_SCALE]
-        layer.input_quantizer = FixedQuantizer(scale, next(widths[p] for p in _places(model, path) if p in widths))
+        place = next(place for place in _places(model, path) if place in bit_widths)
+        layer.input_quantizer = FixedQuantizer(scale, bit_widths[place])
 
 
 def _decodes(conversion: Any) -> bool:
@@ -231,13 +252,13 @@ def _decodes(conversion: Any) -> bool:
 
 
 def tied_weights(model: PreTrainedModel) -> set[str]:
-    """The names of all parameters that share their tensor with another one."""
+    """Return the names of all parameters that share their tensor with another one."""
     ties = model.all_tied_weights_keys
     return set(ties) | set(ties.values())
 
 
 def _share_step_sizes(model: PreTrainedModel) -> None:
-    """Let packed layers whose weights are tied have the step size of the one that was loaded."""
+    """Give packed layers whose weights are tied the step size of the one that was loaded."""
     loaded = {id(layer.weight): layer for layer in packed_layers(model).values() if "step_size" in vars(layer)}
     for layer in packed_layers(model).values():
         if "step_size" not in vars(layer):
@@ -247,10 +268,13 @@ def _share_step_sizes(model: PreTrainedModel) -> None:
 
 
 def _share_offloaded(model: PreTrainedModel) -> None:
-    """Let tied weights that lie on the disk be the decoded one: the list of them was made before there was such."""
+    """Let tied weights that are offloaded to disk be the decoded one.
+
+    accelerate lists what is on disk before a weight is decoded, so the list has only one name of each.
+    """
     hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
     if hooks:
-        from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset  # whoever offloads has it
+        from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset  # not installed unless something offloads
 
         for store in (getattr(hook, "weights_map", None) for hook in hooks):
             while isinstance(store, PrefixedDataset):
@@ -262,7 +286,7 @@ def _share_offloaded(model: PreTrainedModel) -> None:
 
 
 def _check_layers(config: Mapping[str, Any], named: int) -> None:
-    """Raise if a config has more layers than are built in a while, and than the folder has names for."""
+    """Check that a config has no more layers than are built within seconds, or than the folder names."""
     for key, value in config.items():
         if isinstance(value, dict) and key != "quantization_config":
             _check_layers(value, named)
@@ -274,7 +298,7 @@ def _check_layers(config: Mapping[str, Any], named: int) -> None:
 
 
 def _check_inputs(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Raise if the folder has the scale of a packed layer's input that config.json says nothing of: it stayed float."""
+    """Check that config.json has a bit width for every input scale in the folder: it would be ignored otherwise."""
     layers = packed_layers(model)
     for name in names:
         path, _, leaf = name.rpartition(".")
@@ -284,7 +308,15 @@ def _check_inputs(model: PreTrainedModel, names: Iterable[str]) -> None:
 
 
 def apply_fixes(model: PreTrainedModel, fixes: Fixes) -> None:
-    """Make a freshly built model, still without weights, as small as a fix list says."""
+    """Shrink a freshly built model, still without weights, to what a fix list says.
+
+    Args:
+        model: of the original sizes, as config.json says.
+        fixes: the fix list, in the folder's names; entries of another class's head are ignored.
+
+    Raises:
+        GETAError: an entry does not fit the model, or would not shrink it.
+    """
     cut = []
     for name, shape in fixes["shapes"].items():
         if (tensor := find_tensor(model, name)) is not None:
@@ -296,62 +328,74 @@ def apply_fixes(model: PreTrainedModel, fixes: Fixes) -> None:
                 shrink_attribute(path, model.get_submodule(path), attribute, value)
     check_attributes(model, cut)
     _skip_initialization(model, cut)
-    settle_experts(model, fixes)
+    set_expert_counts(model, fixes)
 
 
 def _skip_initialization(model: PreTrainedModel, cut: Iterable[str]) -> None:
-    """Keep transformers from initializing what was cut: some modules would do so in their full size.
+    """Keep transformers from initializing what was cut: some modules would do so in their original size.
 
-    Whatever is not loaded after all is found by `_check_complete`.
+    A tensor that is not loaded after all is found by `_check_complete`.
     """
     for path in dict.fromkeys(name.rpartition(".")[0] for name in cut):
         module = model.get_submodule(path)
-        if not module._non_persistent_buffers_set:  # which nothing else would fill
+        if not module._non_persistent_buffers_set:  # only the initialization fills those
             module.__dict__["_is_hf_initialized"] = True
 
 
 def find_module(model: PreTrainedModel, name: str) -> str | None:
-    """The path in `model` of what the folder calls `name`; None when it belongs to another class's head.
+    """Return the path in `model` of the module that the folder calls `name`; None if another class's head has it.
 
-    A folder saved with a head names its modules below the base model's prefix, one saved without does not, and either
-    may be loaded into the other.
+    A folder that was saved with a head names its modules below the base model's prefix, one that was saved without does
+    not, and either may be loaded into the other.
+
+    Raises:
+        GETAError: the model should have the module and does not.
     """
     if not name and not _is_own_folder(model):
-        kinds = model.config.architectures or ()
-        return model.base_model_prefix if type(model.base_model).__name__ in kinds else None
+        saved = model.config.architectures or ()
+        return model.base_model_prefix if type(model.base_model).__name__ in saved else None
     modules = dict(model.named_modules())
     for path in _places(model, name):
         if path in modules:
             return path
     if not name.startswith(f"{model.base_model_prefix}.") and not _is_own_folder(model):
         return None
-    raise GETAError(f"quantization_config in config.json names the module {name!r}, absent in {type(model).__name__}")
+    raise GETAError(
+        f"quantization_config in config.json names the module {name!r}, absent in {type(model).__name__}; load the "
+        f"folder by its own class, or export it again"
+    )
 
 
 def _places(model: PreTrainedModel, name: str) -> tuple[str, str, str]:
+    """Return the names that a module may have in another class: as it is, without and with the base model's prefix."""
     prefix = f"{model.base_model_prefix}."
     return name, name.removeprefix(prefix), prefix + name
 
 
 def find_tensor(model: PreTrainedModel, name: str) -> str | None:
-    """As `find_module`, of a tensor."""
+    """Return the name in `model` of a tensor of the folder, as `find_module` does for a module."""
     path, _, leaf = name.rpartition(".")
     found = find_module(model, path)
     return None if found is None else f"{found}.{leaf}".removeprefix(".")
 
 
 def _is_own_folder(model: PreTrainedModel) -> bool:
-    """Whether the folder was saved from this very class, so that the two must agree to the last tensor."""
+    """Return whether the folder was saved from this very class, so that both must have the same tensors."""
     architectures = model.config.architectures
     return not architectures or type(model).__name__ in architectures
 
 
 def _check_complete(model: PreTrainedModel, stored: Collection[str], fresh: Collection[str], own: bool) -> None:
-    """Raise if a tensor was not in the folder: transformers marks what it loads, and draws the rest at random.
+    """Check that every tensor was in the folder: transformers marks what it loads, and initializes the rest at random.
 
-    Another class than the folder's may have modules that the folder knows nothing of, such as a new head: transformers
-    initializes and reports those, as for any model. A module of which a part was loaded is not such, nor is what the
-    caller asked for in another shape, `fresh`.
+    Another class than the folder's may have modules that the folder does not have, such as a new head: transformers
+    initializes and reports those, as for any model. A module that was loaded in part is no such module.
+
+    Args:
+        model: after loading.
+        stored: names of the tensors in the folder.
+        fresh: names of the tensors that the caller asked for in another shape, which are initialized on purpose.
+        own: whether the folder is of this very class, so that nothing may be missing.
     """
     for path, module in model.named_modules():
         tensors = {leaf: t for leaf, t in module.state_dict(keep_vars=True).items() if "." not in leaf}
@@ -364,17 +408,17 @@ def _check_complete(model: PreTrainedModel, stored: Collection[str], fresh: Coll
 
 def _was_loaded(model: PreTrainedModel, path: str, leaf: str, tensor: Any, stored: Collection[str]) -> bool:
     if f"{path}.{leaf}" in (model._keys_to_ignore_on_save or ()):
-        return True  # made anew by the model's own initialization, as the proof of every export has seen
+        return True  # the model's own initialization makes it, which the proof of every export has compared
     if not tensor.is_meta:
         return getattr(tensor, "_is_hf_initialized", False)
-    # Offloading lost the mark. Where transformers renamed what it read, the folder's names say nothing.
+    # Offloading has lost the mark, so the folder's names decide. Where transformers renamed them, they say nothing.
     names = {f"{place}.{leaf}" for place in _places(model, path)}
     renamed = any(not _decodes(step) for step in getattr(model, "_weight_conversions", None) or ())
     return renamed or bool(names & set(stored)) or f"{path}.{leaf}" in tied_weights(model)
 
 
 def _check_shapes(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise if a plain tensor has another shape or type than the model: some releases load it all the same."""
+    """Check the shapes and types of plain tensors after loading: some releases of transformers load wrong ones too."""
     packed = {f"{path}.{leaf}" for path in packed_layers(model) for leaf in LEAVES}
     for name, tensor in model.state_dict().items():
         if name in packed:
@@ -382,11 +426,12 @@ def _check_shapes(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) ->
         if tuple(tensor.shape) != shapes[name] or tensor.dtype == torch.uint8:
             raise GETAError(
                 f"the folder's {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, but config.json, or arguments "
-                f"of from_pretrained, make it {shapes[name]}; leave such arguments out, update transformers, which "
-                f"draws it anew with ignore_mismatched_sizes=True, or copy or export the folder again"
+                f"of from_pretrained, make it {shapes[name]}; remove such arguments, update transformers, which "
+                f"initializes it with ignore_mismatched_sizes=True, or copy or export the folder again"
             )
 
 
-if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:  # geta_hf, or the code of another folder, may have come first
+# geta_hf itself, which can save too, or the code of another folder may have registered first.
+if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = GETAQuantizationConfig
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = GETALoader

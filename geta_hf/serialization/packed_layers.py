@@ -1,10 +1,14 @@
-"""Packed layers: the original layer whose weight is stored as b-bit codes and used as the dense d * n.
+"""Define packed layers: original layers whose weight is stored as b-bit codes n and used as the dense d · n.
 
-On disk `<module>.weight` is the uint8 bit stream and `<module>.weight_scale` the step size d, fp32: shape (1,), or
-(channels,) with one for each output channel. A reader that does not know the format meets a one-dimensional weight and
-fails on its size. In memory the weight is decoded once, so the forward pass is the original class's own. An embedding
-keeps its codes as one byte each and decodes the rows that are looked up. A layer that rounds its input has
-`<module>.input_scale` too: see `FixedQuantizer`.
+On disk `<module>.weight` is the bit stream, uint8 and one-dimensional, and `<module>.weight_scale` the step size d,
+fp32: shape (1,), or (channels,) with one for each output channel. The name `weight` is chosen on purpose: a reader that
+does not know the format finds a weight of the wrong size and fails, where under another name it would find none and
+load random weights without a word.
+
+In memory the weight is decoded once, because unpacking in every forward pass takes many times as long as the product
+itself; the forward pass is then the original class's own. An embedding is different, since few of its rows are used at
+a time: it keeps one byte per code and decodes the rows that are looked up. A layer that rounds its input has
+`<module>.input_scale` too, see `FixedQuantizer`.
 """
 
 from __future__ import annotations
@@ -22,18 +26,19 @@ from geta_hf.serialization.bitpack import BYTE_BITS
 
 WEIGHT_SCALE, INPUT_SCALE = "weight_scale", "input_scale"
 LEAVES = ("weight", WEIGHT_SCALE, INPUT_SCALE)
-"""What a file holds of a packed layer, beside its bias."""
+"""The tensors that a file holds of a packed layer, apart from its bias."""
 
 
 class PackedLayer(InputQuantizedLayer):
     """Mixin of every packed layer.
 
     Attributes:
-        bits: width of each code.
-        step_size: d, fp32, shape (1,) or (channels,), on CPU and out of reach of any cast of the layer.
-        input_quantizer: rounds the input as in training; None where the input stays float.
-        plain_class: what the layer was before.
-        stream: the packed codes, where they could not be read back from the weight to be saved; else None.
+        bits: bit width of each code.
+        step_size: d, fp32, shape (1,) or (channels,), on CPU. A plain attribute and no buffer, so that no cast of the
+            layer reaches it.
+        input_quantizer: rounds the input as in training; None where the input stays in floating point.
+        plain_class: class of the layer before it was packed.
+        stream: the bit stream, where its codes could not be read back from the weight when it is saved; else None.
     """
 
     OWN: tuple[str, ...] = ("bits", "step_size", "stream", "plain_class")
@@ -46,7 +51,7 @@ class PackedLayer(InputQuantizedLayer):
     stream: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
-        """The original layer's own forward, on the rounded input."""
+        """Return the original class's forward of the rounded input."""
         return super().forward(self.quantized_input(input))
 
     def extra_repr(self) -> str:
@@ -63,28 +68,36 @@ class PackedLayer(InputQuantizedLayer):
         return self.weight.dtype
 
     def scale(self, device: torch.device) -> Tensor:
-        """The step size on a device, as it is broadcast over the weight."""
+        """Return the step size on a device, in the shape that broadcasts over the weight."""
         shape = [1] * len(self.dense_shape)
         shape[output_dim(self)] = -1
         return self.step_size.to(device).view(shape)
 
     def decoded(self, codes: Tensor) -> Tensor:
-        """The fp32 weight d * n of codes in its shape, on their device."""
+        """Return the weight d · n, fp32, of codes in the weight's shape, on their device."""
         return codes.to(torch.float32) * self.scale(codes.device)
 
     def stored(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the weight is in memory, of codes in its shape; `dtype` is what the layer computes in."""
+        """Return the weight as this layer holds it in memory.
+
+        Args:
+            codes: integers n, in the weight's shape.
+            dtype: the type that the layer computes in.
+        """
         return self.decoded(codes).to(dtype)
 
-    def settle(self) -> None:
-        """What is left to do once the weight is where it belongs."""
+    def finish_loading(self) -> None:
+        """Finish what has to wait until the weight is assigned; called once after `stored`. Nothing by default."""
 
     def read_back(self, weight: Tensor) -> Tensor:
-        """The codes, int32, that such a weight in memory stands for, as near as its type tells."""
+        """Return the codes, int32, of a weight as `stored` gives it, as precisely as its type allows."""
         return torch.round(weight.to(torch.float32) / self.scale(weight.device)).to(torch.int32)
 
     def holds(self, codes: Tensor, weight: Tensor) -> bool:
-        """Whether the codes can be read back from the weight in memory, whatever type it is cast to later."""
+        """Return whether the codes can be read back from the weight in memory, whatever type it is cast to later.
+
+        That holds for codes of up to 8 bits: bf16, the coarsest type, has 8 significant bits.
+        """
         if not weight.is_floating_point():
             return True
         return self.bits <= BYTE_BITS and torch.equal(self.read_back(weight), codes.to(torch.int32))
@@ -103,11 +116,11 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
 
 
 class PackedEmbedding(PackedLayer, nn.Embedding):
-    """nn.Embedding with a packed weight, decoded as a whole: for one that is tied to another layer."""
+    """nn.Embedding with a packed weight that is fully decoded, as a layer that is tied to it needs."""
 
 
 class _RowScale(SinglePrecision):
-    """A step size for every row, on the device of the layer but never in its type."""
+    """The step sizes of an embedding, on the device of the layer but always fp32."""
 
     value: Tensor
 
@@ -117,7 +130,7 @@ class _RowScale(SinglePrecision):
 
 
 class PackedRows(PackedLayer, nn.Embedding):
-    """An embedding whose weight is its codes, one byte each; the rows that are looked up are decoded.
+    """nn.Embedding whose weight is its codes, int8; only the rows that are looked up are decoded.
 
     Its outputs are those of the decoded embedding in the type that the model was loaded or cast to.
     """
@@ -130,16 +143,17 @@ class PackedRows(PackedLayer, nn.Embedding):
         return self.like.dtype
 
     def stored(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        # The int8 weight has no room for the type; `finish_loading` turns it into the type of a buffer.
         self.__dict__["_dtype"] = dtype
         return codes.to(torch.int8)
 
-    def settle(self) -> None:
+    def finish_loading(self) -> None:
         device = torch.device("cpu") if self.weight.is_meta else self.weight.device
         self.register_buffer("like", torch.empty(0, dtype=self.__dict__.pop("_dtype"), device=device), persistent=False)
         self.row_scale = _RowScale(self.step_size.to(device))
 
     def forward(self, input: Tensor) -> Tensor:
-        """The rows of `input`, any shape of integers, in a new last dim."""
+        """Return the rows that `input`, integers of any shape, names; they make a new last dim."""
         scale = self.row_scale.value.to(self.weight.device)
         scale = scale[input].unsqueeze(-1) if scale.numel() > 1 else scale
         return (self.weight[input].to(torch.float32) * scale).to(self.like.dtype)
@@ -158,35 +172,38 @@ _PACKED: dict[type[nn.Module], type[PackedLayer]] = {
 
 @cache
 def _packed_class(original: Any, plain: Any) -> type[nn.Module]:
-    """The packed kind of a plain class or of a subclass of one."""
+    """Return the packed class of a plain class or of a subclass of one."""
     return _PACKED[plain] if original is plain else type(f"Packed{original.__name__}", (_PACKED[plain], original), {})
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
-    """The packed layers of a model by name, in module order."""
+    """Return the packed layers of a model by name, in module order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
 
 
 def become_packed(name: str, layer: nn.Module, bits: int, tied: bool = False) -> PackedLayer:
-    """Switch a layer to its packed kind, in place; it still lacks its step size and its codes.
+    """Switch a layer to its packed class, in place; its step size and its weight are still missing afterwards.
+
+    Only the class changes, so the parameters keep their names and tying, and hooks remain.
 
     Args:
         name: path of the layer, for errors.
         layer: an nn.Linear, Conv1D, nn.Conv2d or nn.Embedding.
         bits: 2 to 16.
-        tied: whether another layer has the same weight, so that an embedding must decode it as a whole.
+        tied: whether another layer has the same weight, so that an embedding must decode all of it. Default False.
 
     Raises:
-        GETAError: the layer's class has no packed kind.
+        GETAError: the layer's class has no packed counterpart.
     """
     original: Any = type(layer)
-    plain: Any = next((kind for kind in _PACKED if isinstance(layer, kind)), None)
+    plain: Any = next((plain for plain in _PACKED if isinstance(layer, plain)), None)
     if isinstance(layer, PackedLayer) or plain is None:
-        kinds = ", ".join(kind.__name__ for kind in _PACKED)
-        raise GETAError(f"{name or 'the model'} is a {original.__name__}, but only {kinds} can be packed")
-    rows = original is nn.Embedding and layer.max_norm is None and bits <= BYTE_BITS and not tied
-    kind: Any = PackedRows if rows else _packed_class(original, plain)
-    layer.__class__ = kind
+        names = ", ".join(plain.__name__ for plain in _PACKED)
+        raise GETAError(f"{name or 'the model'} is a {original.__name__}, but only {names} can be packed")
+    # A subclass may look its weight up in its own way, and max_norm writes into it.
+    by_row = original is nn.Embedding and layer.max_norm is None and bits <= BYTE_BITS and not tied
+    packed_class: Any = PackedRows if by_row else _packed_class(original, plain)
+    layer.__class__ = packed_class
     packed: PackedLayer = layer  # type: ignore[assignment]
     packed.__dict__["plain_class"] = original
     packed.bits, packed.input_quantizer, packed.stream = bits, None, None

@@ -1,7 +1,11 @@
-"""The code that a folder carries, so that it loads where geta_hf is not installed: `trust_remote_code=True`.
+"""Write the code that a folder carries, so that it loads where geta_hf is not installed: `trust_remote_code=True`.
 
-The modules that read a folder are copied as they stand, side by side, with their imports of each other made relative.
-`modeling_geta.py` beside them names the model's classes for transformers' `auto_map`.
+The modules that read a folder are copied unchanged but for their imports of each other, which are made relative.
+`modeling_geta.py` next to them names the model's classes for transformers' `auto_map`.
+
+The copies are flat, all in the folder itself as `geta_<leaf of the module's name>.py`: transformers' download of remote
+code follows relative imports between files of one folder and knows no packages. So the leaves in `CARRIED` must differ.
+A folder reads itself with the code that it carries, so modules may be renamed without breaking folders of before.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ CARRIED = (
     "geta_hf.surgery.fixes",
     "geta_hf.serialization.loader",
 )
-"""The modules that are copied. They may import each other, torch, safetensors and transformers, and nothing else."""
+"""The modules that are copied, the loader last. They import only each other, torch, safetensors and transformers."""
 
 MODELING = "modeling_geta"
 
@@ -42,13 +46,13 @@ _OWN_IMPORT = re.compile(r"^(\s*from )(geta_hf[\w.]*)( import)", re.MULTILINE)
 
 
 def save_compressed(model: PreTrainedModel, folder: Path, **kwargs: Any) -> None:
-    """`save_pretrained` of a compressed model, with the code that loads it where geta_hf is not installed.
+    """Save a compressed model with the code that loads it where geta_hf is not installed.
 
     A model whose class is not transformers' own gets no code, with a warning: such a folder needs geta_hf.
 
     Args:
-        model: loaded from an export, or made by `compress`.
-        folder: where to; made if it does not exist.
+        model: one with packed layers or a fix list, so that its `save_pretrained` writes geta_hf's format.
+        folder: where it is saved; created if it does not exist.
         kwargs: for `save_pretrained`.
     """
     own = _library_class(type(model))
@@ -66,7 +70,14 @@ def save_compressed(model: PreTrainedModel, folder: Path, **kwargs: Any) -> None
 
 
 def auto_map(model: PreTrainedModel, own: type[PreTrainedModel]) -> dict[str, str]:
-    """Auto class -> class in the folder's code, for every auto class that offers this model or its base."""
+    """Return auto class -> class in the folder's code, for every auto class that offers this model or its base.
+
+    AutoModel alone would not do: lm-eval and pipelines ask for the auto class of their task.
+
+    Args:
+        model: the model that is saved.
+        own: its class in transformers.
+    """
     found = {"AutoConfig": f"{MODELING}.{type(model.config).__name__}"}
     for auto, classes in _auto_classes(model.config):
         chosen = next((kind for kind in classes if kind in (own, _base_class(own))), None)
@@ -76,7 +87,7 @@ def auto_map(model: PreTrainedModel, own: type[PreTrainedModel]) -> dict[str, st
 
 
 def _auto_classes(config: Any) -> Iterator[tuple[str, tuple[type, ...]]]:
-    """Every auto class that knows the config, and the model classes that it chooses from."""
+    """Yield every auto class that knows the config, with the model classes that it chooses from."""
     for name, auto in inspect.getmembers(modeling_auto, inspect.isclass):
         mapping = getattr(auto, "_model_mapping", None)
         if name.startswith("AutoModel") and mapping is not None and type(config) in mapping:
@@ -85,19 +96,19 @@ def _auto_classes(config: Any) -> Iterator[tuple[str, tuple[type, ...]]]:
 
 
 def _library_class(kind: type) -> Any:
-    """The first of a model's classes that transformers defines for an architecture; None where there is none."""
+    """Return the first of a model's classes that transformers defines for an architecture; None if there is none."""
     return next((base for base in kind.__mro__ if base.__module__.startswith("transformers.models.")), None)
 
 
 def _base_class(own: type[PreTrainedModel]) -> Any:
-    """The class of the model without its head."""
+    """Return the class of the model without its head."""
     mapping: Any = modeling_auto.AutoModel._model_mapping
     classes = mapping.get(own.config_class, own)
     return classes[0] if isinstance(classes, tuple) else classes
 
 
 def code_files(model: PreTrainedModel, own: type[PreTrainedModel]) -> dict[str, str]:
-    """The files of code that a folder of this model carries: name -> text."""
+    """Return the files of code that a folder of this model carries: name -> text."""
     files = {f"{_flat(name)}.py": _relative(importlib.import_module(name)) for name in CARRIED}
     return {**files, f"{MODELING}.py": _modeling(model, own)}
 
@@ -108,7 +119,7 @@ def _flat(module: str) -> str:
 
 
 def _relative(module: ModuleType) -> str:
-    """The source of a module with its imports of geta_hf made relative."""
+    """Return the source of a module with its imports of geta_hf made relative."""
 
     def flat(match: re.Match[str]) -> str:
         if match[2] not in CARRIED:
@@ -139,7 +150,7 @@ def _modeling(model: PreTrainedModel, own: type[PreTrainedModel]) -> str:
 
 
 def _conversions(model_type: str) -> Iterator[str]:
-    """transformers renames and merges tensors of its own classes alone, unless it is told to for others too."""
+    """Yield lines that register transformers' renaming of tensors, which it does for its own classes only."""
     if get_checkpoint_conversion_mapping(model_type) is None:
         return
     yield "from transformers import conversion_mapping as conversions"

@@ -1,4 +1,4 @@
-"""Whether the weights that a model shares are those that its class and config would share when it is loaded."""
+"""Check that the weights which a model ties are those that its class and config tie when it is loaded."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from geta_hf.errors import GETAError
 
 
 def check_ties(model: nn.Module) -> None:
-    """Raises GETAError where a folder of this model would load with other ties than it has now.
+    """Check that a folder of this model would load with the ties that the model has now.
 
-    What a model's class declares is asked of transformers, which reads the config for it. A module that stands in
-    several places is loaded once and is no tie.
+    Of tied weights a folder holds one, and loading ties the others again as the model's class and config declare.
+    transformers is asked for that declaration. A module that is used in several places is loaded once and is no tie.
+
+    Args:
+        model: before or after training.
+
+    Raises:
+        GETAError: a tie that is declared but not there, or is there but not declared.
     """
     declared = model.get_expanded_tied_weights_keys(all_submodels=True) if isinstance(model, PreTrainedModel) else {}
     parameters = dict(model.named_parameters(remove_duplicate=False))

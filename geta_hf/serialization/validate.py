@@ -1,4 +1,4 @@
-"""Whether a folder can be opened at all: its config and its index of shards, which transformers does not check."""
+"""Check that a folder can be opened at all: its config and its index of shards, which transformers does not check."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def check_readable(folder: str | os.PathLike[str]) -> None:
-    """Refuse a folder whose config or index is none, before it is given to `from_pretrained`.
+    """Check that a folder's config and index of shards are what they should be, before `from_pretrained` reads them.
+
+    transformers fails on such damage before the quantizer is asked, with errors that name neither file nor key.
 
     Args:
-        folder: a folder here; anything else, such as a name on the Hub, is left to transformers.
+        folder: a local folder; anything else, such as a name on the Hub, is not checked.
 
     Raises:
-        GETAError: naming the file and the key.
+        GETAError: a file or a key is damaged; the message names both.
     """
     path = Path(folder)
     if (path / "config.json").is_file():
@@ -31,10 +33,10 @@ def check_readable(folder: str | os.PathLike[str]) -> None:
 
 
 def weight_files(folder: Path) -> set[str]:
-    """Names of the files that a folder's weights are in: one, or the shards that its index names.
+    """Return the names of the files that hold a folder's weights: one, or the shards that its index names.
 
     Raises:
-        GETAError: an index that is none.
+        GETAError: the index is damaged.
     """
     index = folder / INDEX
     if not index.is_file():
@@ -49,10 +51,14 @@ def weight_files(folder: Path) -> set[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises GETAError, naming the file, for anything else."""
+    """Read a file that holds a JSON object.
+
+    Raises:
+        GETAError: the file cannot be read or holds anything else; the message names it.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: a hostile depth of nesting
         raise GETAError(f"{path} can't be read ({error}); copy or export the folder again") from error
     if not isinstance(values, dict):
         raise GETAError(f"{path} holds {type(values).__name__}, not a JSON object; copy or export the folder again")

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from geta_hf import qadg
 from geta_hf.qadg import PruningSpace, verify_space
-from geta_hf.qadg.tracing.capture import check_same_path
+from geta_hf.qadg.tracing.record_forward import check_same_path
 from geta_hf.surgery.record import Recordings, record_batch, record_sizes
 from geta_hf.surgery.trial_cut import try_cuts
 from geta_hf.surgery.verify import verify_surgery

@@ -198,7 +198,7 @@ def _put(holder: Any, name: str, value: Any) -> None:
         setattr(holder, name, value)
 
 
-def settle_experts(model: PreTrainedModel, fixes: Fixes) -> None:
+def set_expert_counts(model: PreTrainedModel, fixes: Fixes) -> None:
     """Choose a kernel for the experts of a mixture that runs on what is left of their weights.
 
     The grouped one wants rows of whole 16 bytes, which cut weights may not have; any model has the eager one.

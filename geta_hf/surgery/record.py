@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
-from geta_hf.qadg.propagation.element_ids import FROZEN
+from geta_hf.qadg.propagation.element_ids import PINNED
 from geta_hf.qadg.propagation.flow import Flow
-from geta_hf.qadg.tracing.capture import main_tensors
 from geta_hf.qadg.tracing.graph import Value
+from geta_hf.qadg.tracing.record_forward import main_tensors
 from geta_hf.surgery.compare_outputs import attentions, comparison_mode, set_attention
 from geta_hf.surgery.size_equations import WANTED
 from geta_hf.surgery.size_trace import SizeTrace, trace_sizes
@@ -182,21 +182,21 @@ def _keeps_apart(first: Flow, other: Flow) -> bool:
         for ids, other_ids in zip(first.dims(place), other.dims(theirs[value.names[0]]), strict=True):
             if ids is None:  # nothing may leave here anyway
                 continue
-            atoms = first.terms.atoms(ids)
-            other_atoms = np.zeros_like(atoms) if other_ids is None else other.terms.atoms(other_ids)
+            atoms = first.ids.atoms(ids)
+            other_atoms = np.zeros_like(atoms) if other_ids is None else other.ids.atoms(other_ids)
             if atoms.shape != other_atoms.shape:
                 return False
             pairs.append(np.stack([other_atoms.ravel(), atoms.ravel()]))
     if not pairs:
         return True
     image, source = np.unique(np.concatenate(pairs, axis=1), axis=1)
-    pinned = (image == FROZEN) & (source != FROZEN)
+    pinned = (image == PINNED) & (source != PINNED)
     return not pinned.any() and len(np.unique(image)) == len(image)
 
 
 def _parameters(flow: Flow) -> Iterator[tuple[int, Value]]:
     for place, value in enumerate(flow.graph.values):
-        if value.kind == "parameter" and flow.known(place):
+        if value.role == "parameter" and flow.known(place):
             yield place, value
 
 

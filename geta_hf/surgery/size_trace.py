@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from geta_hf.errors import GETAError
 from geta_hf.qadg.propagation.flow import Flow
-from geta_hf.qadg.propagation.keep_masks import Staying
+from geta_hf.qadg.propagation.keep_masks import KeepMasks
 from geta_hf.qadg.propagation.propagate import propagate
-from geta_hf.qadg.tracing.capture import capture
 from geta_hf.qadg.tracing.graph import Graph, Ref
 from geta_hf.qadg.tracing.merge import merge_branches
+from geta_hf.qadg.tracing.record_forward import record_forward
 from geta_hf.qadg.tracing.recorder import Recorder
 from geta_hf.surgery.config_view import ConfigView, is_config
 from geta_hf.surgery.symbolic_int import Attribute, Log, Size, TaggedInt, location
@@ -133,7 +133,7 @@ def trace_sizes(model: nn.Module, batch: Mapping[str, Any], names: frozenset[str
     The model, its attributes included, is as before afterwards.
 
     Args:
-        model: as `geta_hf.qadg.tracing.capture.capture` takes it.
+        model: as `geta_hf.qadg.tracing.record_forward.record_forward` takes it.
         batch: the keyword arguments of its forward.
         names: of the torch functions whose calls are wanted.
 
@@ -143,7 +143,7 @@ def trace_sizes(model: nn.Module, batch: Mapping[str, Any], names: frozenset[str
     log, original = Log(), dict[Attribute, int]()
     mode = _SizeMode(names, log)
     with _tagged_attributes(model, log, original), mode:
-        graph = capture(model, batch)
+        graph = record_forward(model, batch)
         log.close()
     return SizeTrace(graph, propagate(merge_branches(graph)), mode.calls, log, original)
 
@@ -232,13 +232,13 @@ class SlicedTrace:
         self.trace, self.flow = trace, trace.flow
         self._linked: NDArray[np.bool_] | None = None
         self.removed = _removed_atoms(self.flow, kept)
-        self._staying = Staying(self.flow, self.removed)
+        self._staying = KeepMasks(self.flow, self.removed)
         self._check(kept)
 
     def _check(self, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
         """Raise unless what the removed atoms take from the parameters is just what is to leave."""
         for position, value in enumerate(self.flow.graph.values):
-            if value.kind != "parameter" or not self.flow.known(position):
+            if value.role != "parameter" or not self.flow.known(position):
                 continue
             dims = next((kept[name] for name in value.names if name in kept), {})
             for dim, size in enumerate(value.shape):
@@ -259,7 +259,7 @@ class SlicedTrace:
         ids = self.flow.dims(ref)[dim] if self.flow.known(ref.value) else None
         if self._linked is None:
             self._linked = _parameter_atoms(self.flow)
-        return ids is not None and not self._linked[self.flow.terms.atoms(ids)].any()
+        return ids is not None and not self._linked[self.flow.ids.atoms(ids)].any()
 
     def size(self, ref: Ref, dim: int) -> int:
         """The size of a dim after the cut."""
@@ -273,26 +273,26 @@ class SlicedTrace:
 
 def _parameter_atoms(flow: Flow) -> NDArray[np.bool_]:
     """For every id, whether it is an atom that a parameter carries, or the frozen one."""
-    found = np.zeros(flow.terms.count, np.bool_)
+    found = np.zeros(flow.ids.count, np.bool_)
     found[0] = True
     for position, value in enumerate(flow.graph.values):
-        if value.kind == "parameter" and flow.known(position):
+        if value.role == "parameter" and flow.known(position):
             for ids in flow.dims(position):
                 if ids is not None:
-                    found[flow.terms.atoms(ids)] = True
+                    found[flow.ids.atoms(ids)] = True
     return found
 
 
 def _removed_atoms(flow: Flow, kept: Mapping[str, Mapping[int, Tensor]]) -> NDArray[np.bool_]:
     """The atoms that occur in what leaves, and nowhere in what stays of the tensors that are cut."""
-    gone, stays = np.zeros(flow.terms.count, np.bool_), np.zeros(flow.terms.count, np.bool_)
+    gone, stays = np.zeros(flow.ids.count, np.bool_), np.zeros(flow.ids.count, np.bool_)
     for position, value in enumerate(flow.graph.values):
         dims = next((kept[name] for name in value.names if name in kept), None)
-        if dims is None or value.kind == "input" or not flow.known(position):
+        if dims is None or value.role == "input" or not flow.known(position):
             continue
         for dim, ids in enumerate(flow.dims(position)):
             if dim in dims and ids is not None:
-                table = flow.terms.atoms(ids)
+                table = flow.ids.atoms(ids)
                 mask = np.zeros(len(ids), np.bool_)
                 mask[dims[dim].numpy()] = True
                 stays[table[mask]] = True

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
-from geta_hf.surgery.fixes import Fixes, no_fixes, owner, settle_experts, shape_attributes, write_attribute
+from geta_hf.surgery.fixes import Fixes, no_fixes, owner, set_expert_counts, shape_attributes, write_attribute
 from geta_hf.surgery.symbolic_int import Attribute
 
 Kept = Mapping[str, Mapping[int, Tensor]]
@@ -53,7 +53,7 @@ def slice_model(model: nn.Module, kept: Kept, values: Mapping[Attribute, int] | 
             fixes["attrs"].setdefault(path, {}).update(changed)
     _drop_derived(model)
     if isinstance(model, PreTrainedModel):
-        settle_experts(model, fixes)
+        set_expert_counts(model, fixes)
     return fixes
 
 

@@ -147,7 +147,7 @@ def prove_replay(
         GETAError: an output differs by more than the tolerance, or the graph does not run.
     """
     tensors = dict(small.named_parameters()) | dict(small.named_buffers())
-    values = [(place, v) for place, v in enumerate(trace.flow.graph.values) if v.kind in ("parameter", "buffer")]
+    values = [(place, v) for place, v in enumerate(trace.flow.graph.values) if v.role in ("parameter", "buffer")]
     weights = {place: partial(_wide, tensors[value.names[0]]) for place, value in values if trace.flow.known(place)}
     try:
         expected = Replay(trace.flow, SlicedTrace(trace, kept).removed).run(weights)

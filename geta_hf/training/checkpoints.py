@@ -1,4 +1,4 @@
-"""What a folder must hold before training goes on from it."""
+"""Write what a checkpoint notes of its run, and check that training can go on from a folder."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from geta_hf.config import CONFIG_NAME, GETAConfig
+from geta_hf.config import CONFIG_NAME, CompressionConfig, read_config
 from geta_hf.errors import GETAError
-from geta_hf.methods.qasso.optimizer import QASSO
+from geta_hf.methods import Method
 from geta_hf.serialization.atomic_folder import PROGRESS_NAME, WORLD_NAME
 from geta_hf.serialization.decode import Header, read_headers
 from geta_hf.training.lora import check_lora, save_lora
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a checkpoint's compression had come.
+    """The progress of the run that wrote a checkpoint.
 
     Attributes:
         step: optimizer steps done.
-        finished: whether the joint stage was over, so that the model can be exported.
-        removed_groups: groups that were zero for good.
-        base_model: what the run began with: a name on the Hub or a path; None where that is not known.
+        finished: whether the model could be exported.
+        removed_groups: groups that were permanently zero.
+        base_model: the name on the Hub or the path of the model that the run started from; None where unknown.
     """
 
     step: int
@@ -45,30 +45,30 @@ def write_notes(
     folder: Path,
     processes: int,
     sharded: bool,
-    qasso: QASSO | None,
+    method: Method | None,
     lora: LoraConfig | None = None,
     base_model: str | None = None,
 ) -> None:
-    """Note in a checkpoint who wrote it, and how far the compression had come.
+    """Write into a checkpoint how it was launched and how far the compression was.
 
     Args:
         folder: the checkpoint.
         processes: how many wrote it.
         sharded: whether each of them held a part of the model.
-        qasso: the run's optimizer; None before training.
+        method: the run's method; None before training.
         lora: the run's LoraConfig, where it has one.
-        base_model: what the run began with; see `base_name`.
+        base_model: what the run started from; see `base_name`.
     """
     if lora is not None:
         save_lora(folder, lora)
     write_whole(folder / WORLD_NAME, json.dumps({"processes": processes, "sharded": sharded}) + "\n")
-    if qasso is not None:
-        progress = Progress(qasso.step_count, qasso.finished, qasso.removed_groups, base_model)
+    if method is not None:
+        progress = Progress(method.step_count, method.finished, method.removed_groups, base_model)
         write_whole(folder / PROGRESS_NAME, json.dumps(dataclasses.asdict(progress)) + "\n")
 
 
 def read_progress(folder: Path) -> Progress:
-    """How far the run was that wrote a checkpoint. Raises GETAError where it is missing or damaged."""
+    """Return the progress of the run that wrote a checkpoint. Raise GETAError where it is missing or damaged."""
     path = folder / PROGRESS_NAME
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -80,7 +80,7 @@ def read_progress(folder: Path) -> Progress:
 
 
 def base_name(model: nn.Module) -> str | None:
-    """What a model was trained from: what its checkpoint notes if it was loaded from one, else where it was loaded."""
+    """Return what a model was trained from: what its checkpoint notes, or else where it was loaded from."""
     name = str(model.config.name_or_path or "") if isinstance(model, PreTrainedModel) else ""
     if not name or not (path := Path(name)).exists():
         return name or None
@@ -88,10 +88,10 @@ def base_name(model: nn.Module) -> str | None:
 
 
 def stored_headers(folder: Path) -> dict[str, Header]:
-    """What the weights' files of a checkpoint say they hold.
+    """Read the headers of a checkpoint's weight files.
 
     Raises:
-        GETAError: a damaged file; the message names what else the run has left.
+        GETAError: a damaged file; the message names another checkpoint of the run that can be used.
     """
     try:
         return read_headers([str(file) for file in sorted(folder.glob("*.safetensors"))], folder)
@@ -105,7 +105,7 @@ def stored_headers(folder: Path) -> dict[str, Header]:
 
 
 def _step(checkpoint: Path) -> int:
-    """The number in a checkpoint's name; -1 where it has none."""
+    """Return the number in a checkpoint's name; -1 where it has none."""
     number = checkpoint.name.rpartition("-")[2]
     return int(number) if number.isdecimal() else -1
 
@@ -119,13 +119,13 @@ def _is_finished(checkpoint: Path) -> bool:
 
 def check_checkpoint(
     folder: Path,
-    config: GETAConfig,
+    config: CompressionConfig,
     model: nn.Module,
     processes: int,
     sharded: bool,
     lora: LoraConfig | None = None,
 ) -> None:
-    """Raises GETAError unless the folder is a whole checkpoint of this config and this model.
+    """Raise GETAError unless the folder is a complete checkpoint of this config and this model.
 
     Args:
         folder: what to resume from.
@@ -148,7 +148,7 @@ def check_checkpoint(
 
 
 def _check_world(folder: Path, processes: int, sharded: bool) -> None:
-    """DDP replicas are alike, so their number may change; under FSDP2 sums and data order change with it."""
+    # DDP replicas are alike, so their number may change; under FSDP2 sums and the order of data change with it.
     try:
         world = json.loads((folder / WORLD_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -165,12 +165,13 @@ def _check_world(folder: Path, processes: int, sharded: bool) -> None:
         )
 
 
-def _check_config(folder: Path, config: GETAConfig) -> None:
-    theirs, ours = GETAConfig.load(folder / CONFIG_NAME).to_dict(), config.to_dict()
-    changed = {name: (theirs[name], ours[name]) for name in ours if theirs[name] != ours[name]}
+def _check_config(folder: Path, config: CompressionConfig) -> None:
+    theirs, ours = read_config(folder / CONFIG_NAME).to_dict(), config.to_dict()
+    names = dict.fromkeys((*ours, *theirs))
+    changed = {name: (theirs.get(name), ours.get(name)) for name in names if theirs.get(name) != ours.get(name)}
     if changed:
         text = ", ".join(f"{name}: {old!r} there, {new!r} here" for name, (old, new) in changed.items())
-        raise GETAError(f"{folder} was written under another GETAConfig ({text}); resume with the same")
+        raise GETAError(f"{folder} was written under another {type(config).__name__} ({text}); resume with the same")
 
 
 def _check_shapes(folder: Path, model: nn.Module) -> None:

@@ -35,15 +35,15 @@ HIDDEN = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
 
 
 def dense_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model to be the teacher; make it before quantizers are attached.
+    """Copy the model to be the teacher; call it before quantizers are attached.
 
-    Its cost is the weights once more, on the model's device until `Distiller` moves it.
+    The copy takes the memory of the weights once more, on the model's device until `Distiller` moves it.
     """
     return copy.deepcopy(model)
 
 
 class Distiller:
-    """The distillation term of a training loss.
+    """Compute the distillation term of a training loss.
 
     logits · T²·KL(teacher ‖ student) + hidden · relative squared error of the hidden states, both in fp32:
 
@@ -112,13 +112,13 @@ class Distiller:
         self._unlabelled = isinstance(teacher, PreTrainedModel) and not teacher.config.is_encoder_decoder
 
     def student_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """A new dict of the student's inputs, which asks for hidden states where they are compared."""
+        """Return a new dict of the student's inputs that asks for hidden states where they are compared."""
         return {**inputs, **self._asked}
 
     def loss(
         self, inputs: Mapping[str, Any], outputs: Mapping[str, Any], num_items: Tensor | float | None = None
     ) -> Tensor:
-        """The weighted term of one batch; the teacher runs here, under the autocast that the caller is in.
+        """Return the weighted term of one batch; the teacher runs here, under the caller's autocast.
 
         Args:
             inputs: what the student was given, labels included; tensors (B, ...) on the teacher's device.
@@ -183,7 +183,7 @@ class Distiller:
 
 
 class _KL(torch.autograd.Function):
-    """Σ over the kept rows of T²·KL(teacher ‖ student), with the gradient T·(q - p) made on the way.
+    """Sum T²·KL(teacher ‖ student) over the kept rows, with the gradient T·(q - p) computed in the same pass.
 
     Autograd would keep several fp32 tensors of the logits' size; this keeps the gradient alone, and masks it by
     choice, so that not even NaN in a row that is left out gets through.
@@ -214,7 +214,7 @@ class _KL(torch.autograd.Function):
 
 
 def kl(student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
-    """T²·KL(softmax(teacher / T) ‖ softmax(student / T)), the mean over the kept positions.
+    """Return T²·KL(softmax(teacher / T) ‖ softmax(student / T)), averaged over the kept positions.
 
     T² keeps the gradient's size whatever the temperature (Hinton et al. 2015, section 2).
 
@@ -240,7 +240,7 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _relative_error(student: Tensor, teacher: Tensor, masks: Sequence[Tensor | None]) -> Tensor:
-    """mean((s - t)²) / mean(t²) of every position, averaged; a state that is no sequence is one position a row."""
+    """Average mean((s - t)²) / mean(t²) over positions; a state that is no sequence is one position a row."""
     if student.dim() != 3:
         student, teacher = student.flatten(1)[:, None], teacher.flatten(1)[:, None]
     mask = _fitting(student.shape[:-1], *masks)
@@ -266,8 +266,10 @@ def _hidden_term(
 
 
 def _matching(states: Sequence[Tensor], count: int, kept: Sequence[int]) -> Sequence[Tensor]:
-    """The teacher's states that `count` states of a student are compared with: what each kept layer was given, and the
-    last. A list that lost no layer has as many as the student's."""
+    """Return the teacher's states that `count` states of a student are compared with.
+
+    These are the inputs of each kept layer, and the last state. Without dropped layers they are all states.
+    """
     if not kept or len(states) == count or count != len(kept) + 1 or len(states) <= kept[-1] + 1:
         return states
     return [*(states[place] for place in kept), states[-1]]
@@ -282,12 +284,16 @@ def _mask(inputs: Mapping[str, Any], name: str) -> Tensor | None:
 
 
 def _padding_masks(inputs: Mapping[str, Any]) -> list[Tensor | None]:
-    """Of the last layer's positions: an encoder-decoder that is fed its own shifted inputs has the encoder's mask."""
+    # Masks of the last layer's positions: an encoder-decoder fed with its own shifted inputs has the encoder's mask.
     return [_mask(inputs, "decoder_attention_mask"), _mask(inputs, "attention_mask")]
 
 
 def _label_mask(inputs: Mapping[str, Any], shifted: bool) -> Tensor | None:
-    """Positions with a target, counted as Trainer counts them; `shifted` where position i is to predict label i + 1."""
+    """Mark positions with a target, as Trainer counts them.
+
+    Args:
+        shifted: whether position i predicts label i + 1.
+    """
     ready = inputs.get("shift_labels")
     labels = inputs.get("labels") if ready is None else ready
     if not isinstance(labels, Tensor):
@@ -298,12 +304,12 @@ def _label_mask(inputs: Mapping[str, Any], shifted: bool) -> Tensor | None:
 
 
 def _fitting(shape: torch.Size, *masks: Tensor | None) -> Tensor | None:
-    """The first mask of this shape; None, which keeps all, where none fits."""
+    """Return the first mask of this shape; None, which keeps every position, where none fits."""
     return next((mask for mask in masks if mask is not None and mask.shape == shape), None)
 
 
 def _shifts_labels(model: nn.Module) -> bool:
-    """Whether the model's own loss pairs position i with label i + 1, as causal language models' do."""
+    """Return whether the model's own loss pairs position i with label i + 1, as in causal language models."""
     if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
         return False
     # Classes of no known loss (GPT2LMHeadModel) get the causal one, see PreTrainedModel.loss_function.
@@ -316,7 +322,7 @@ def _shifts_labels(model: nn.Module) -> bool:
 def _pairs(
     names: Sequence[str], outputs: Mapping[str, Any], taught: Mapping[str, Any], weight: str
 ) -> list[tuple[str, Any, Any]]:
-    """(name, the student's, the teacher's) of the named outputs that the student returns."""
+    """Pair the named outputs that the student returns with the teacher's: (name, student's, teacher's)."""
     for role, returned in (("student", outputs), ("teacher", taught)):
         if not isinstance(returned, Mapping):
             raise GETAError(

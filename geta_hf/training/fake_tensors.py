@@ -1,4 +1,4 @@
-"""Tensors that hold no data: models made of them, what fused kernels would allocate, and a count of what is alive."""
+"""Run models on tensors without data, and count the bytes that are alive at every moment."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def outline_of(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
-    """A tensor of the same shape and dtype on `device`, without data."""
+    """Return a tensor of the same shape and dtype on `device`, without data."""
     with mode:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
 
 def without_data(model: Model, mode: FakeTensorMode, device: torch.device) -> Model:
-    """A copy of a model whose tensors hold no data; ties stay."""
+    """Copy a model so that its tensors hold no data; tied tensors stay tied."""
     memo: dict[int, Any] = {id(b): outline_of(b, mode, device) for b in model.buffers()}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(outline_of(parameter, mode, device), parameter.requires_grad)
@@ -54,7 +54,7 @@ OUTLINE = Kernel("outline", _quantize, _gradients, _straight_through)
 
 @contextmanager
 def outlines(mode: FakeTensorMode) -> Iterator[None]:
-    """A fake tensor mode in which the experts of a mixture run in any dtype, and whose failures are raised alone.
+    """Enter a fake tensor mode in which experts run in any dtype and failures are raised without their context.
 
     Torch knows the grouped product's shapes for bfloat16 alone, and logs the stack of whatever fails.
     """
@@ -70,7 +70,7 @@ def outlines(mode: FakeTensorMode) -> Iterator[None]:
 
 
 class _Grouped(TorchDispatchMode):
-    """Gives every grouped product the tensor that comes out of it."""
+    """Give every grouped matrix product an output of the right shape."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -80,7 +80,7 @@ class _Grouped(TorchDispatchMode):
 def _grouped(
     a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Rows of a times columns of b: one product a group where both have groups or neither, otherwise side by side."""
+    """Return the shape of a grouped product: one product a group where both or neither have groups."""
     groups: tuple[int, ...] = ()
     if a.dim() == b.dim():
         groups = (a.shape[0],) if a.dim() == 3 else (offs.numel(),)  # type: ignore[union-attr]
@@ -88,7 +88,7 @@ def _grouped(
 
 
 class Live(TorchDispatchMode):
-    """Counts the storages that are alive by part, and keeps their sizes at the moment of the highest level."""
+    """Count the bytes that are alive, by part, and keep the counts at the highest level."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Live(TorchDispatchMode):
         return out
 
     def hold(self, tensor: Tensor, part: str) -> None:
-        """Count a tensor's storage under a part until it is freed; one that is counted changes its part."""
+        """Count a tensor's storage under a part until it is freed; one that is counted already changes its part."""
         storage = tensor.untyped_storage()
         key, size = id(storage), storage.nbytes()
         if key in self._part:

@@ -1,4 +1,4 @@
-"""LoRA: the model's weights are frozen, and two small matrices a layer are trained in their stead.
+"""LoRA: freeze the model's weights and train two small matrices for each layer instead.
 
 peft gives the config, says which layers it means, and starts the matrices. The model keeps its class and its names: a
 layer computes with W + scale · B A under its quantizer, and that sum is what is exported.
@@ -53,7 +53,7 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class LoraPlan:
-    """Which layers of a model a config means.
+    """The layers of a model that a LoraConfig selects.
 
     Attributes:
         config: peft's.
@@ -67,7 +67,7 @@ class LoraPlan:
 
 
 def plan_lora(model: nn.Module, config: LoraConfig, quantized: Mapping[str, nn.Module]) -> LoraPlan:
-    """Find the layers that a config means, as peft itself would, without touching the model.
+    """Find the layers that a config selects, as peft itself would, without touching the model.
 
     Args:
         model: plain, or with quantizers.
@@ -162,7 +162,7 @@ def attach_lora(model: nn.Module, plan: LoraPlan) -> None:
 
 
 def find_frozen_weights(model: nn.Module, space: PruningSpace) -> FrozenWeights:
-    """What is cut or quantized and not trained, and what moves it.
+    """Find the weights that are cut or quantized but not trained, and the adapters that move them.
 
     Args:
         model: after `attach_lora`.
@@ -181,7 +181,7 @@ def find_frozen_weights(model: nn.Module, space: PruningSpace) -> FrozenWeights:
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
-    """Let a model have plain, merged weights for a while; afterwards all is as before, bit for bit."""
+    """Merge LoRA into the weights inside the context; afterwards restore everything bit for bit."""
     layers = [layer for layer in quantized_layers(model).values() if layer.lora is not None]
     before = [(layer, layer.lora, layer.weight.detach().to("cpu", copy=True)) for layer in layers]
     try:
@@ -196,7 +196,7 @@ def merged(model: nn.Module) -> Iterator[None]:
 
 
 def merge_stored(model: nn.Module, plan: LoraPlan, stored: Mapping[str, Tensor]) -> None:
-    """Merge what a checkpoint learned into the plain weights of its model, in place.
+    """Merge the LoRA matrices of a checkpoint into the plain weights of its model, in place.
 
     Args:
         model: as in `plan_lora`.
@@ -220,14 +220,14 @@ def merge_stored(model: nn.Module, plan: LoraPlan, stored: Mapping[str, Tensor])
 
 
 def save_lora(folder: Path, config: LoraConfig) -> None:
-    """Write a config into a checkpoint as peft writes it, under a name of its own."""
+    """Write a LoraConfig into a checkpoint as peft writes it, under its own file name."""
     with tempfile.TemporaryDirectory() as draft:
         config.save_pretrained(draft)
         write_whole(folder / LORA_NAME, (Path(draft) / "adapter_config.json").read_text(encoding="utf-8"))
 
 
 def load_lora(folder: Path) -> LoraConfig | None:
-    """The config of a checkpoint; None of one without LoRA. Raises GETAError where it can't be read."""
+    """Read the LoraConfig of a checkpoint; None without LoRA. Raise GETAError where it cannot be read."""
     path = folder / LORA_NAME
     if not path.is_file():
         return None
@@ -240,7 +240,7 @@ def load_lora(folder: Path) -> LoraConfig | None:
 
 
 def check_lora(folder: Path, config: LoraConfig | None) -> None:
-    """Raises GETAError unless a checkpoint was written under this LoraConfig, or both are without."""
+    """Raise GETAError unless a checkpoint was written under this LoraConfig, or both are without LoRA."""
     theirs, ours = _comparable(load_lora(folder)), _comparable(config)
     if (theirs is None) != (ours is None):
         there, here = ("without", "with") if theirs is None else ("with", "without")
@@ -254,7 +254,7 @@ def check_lora(folder: Path, config: LoraConfig | None) -> None:
 
 
 def _comparable(config: LoraConfig | None) -> dict[str, Any] | None:
-    """What matters of a config, sets as sorted lists."""
+    """Return the fields of a config that change training, with sets as sorted lists."""
     if config is None:
         return None
     values = {name: value for name, value in config.to_dict().items() if name not in _NOTES}

@@ -1,8 +1,8 @@
-"""What memory a training run will need, by part, known before it: one step is run on tensors that hold no data.
+"""Estimate the memory of a training run before it starts, part by part: one step is run on tensors without data.
 
-The model's own code, Trainer's way to the loss, the teacher and the optimizer are run on fake tensors, and every
-storage counts for as long as something keeps it alive. So whatever changes memory (autocast, activation checkpointing,
-attention kernels, the dtype of weights) is followed, not modelled. What QASSO keeps is counted from what groups cut.
+The model's own code, Trainer's way to the loss, the teacher and the optimizer run on fake tensors, and every storage
+counts for as long as something keeps it alive. So whatever changes memory (autocast, activation checkpointing,
+attention kernels, the dtype of weights) is followed, not modelled. The method says what it takes itself.
 """
 
 from __future__ import annotations
@@ -20,24 +20,22 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
-from geta_hf.config import GETAConfig
+from geta_hf.config import CompressionConfig
 from geta_hf.errors import MemoryUnknown
+from geta_hf.methods import Method, StepMemory, make_method
 from geta_hf.methods.frozen_weights import FrozenWeights
-from geta_hf.methods.qasso.joint_step import needs_gradients
-from geta_hf.methods.qasso.schedule import Schedule
+from geta_hf.methods.parameter_groups import quantizer_parameters
 from geta_hf.qadg import PruningSpace, build_space
-from geta_hf.qadg.group_labels import find_group_labels
 from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs
 from geta_hf.quantization import detach_quantizers, quantized_layers
 from geta_hf.quantization.kernels import outlined
-from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.surgery.drop_layers import check_drop
 from geta_hf.training.distillation import Distiller
 from geta_hf.training.fake_tensors import OUTLINE, Live, outline_of, outlines, without_data
 from geta_hf.training.lora import attach_lora, find_frozen_weights, plan_lora
 from geta_hf.training.memory_report import PARTS, MemoryPlan, Moment
 from geta_hf.training.plan import Plan, make_ledger, make_plan
-from geta_hf.training.preparation import attach, empty_copy, quantizer_parameters, without_untrained
+from geta_hf.training.preparation import empty_copy, without_untrained
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -50,11 +48,11 @@ def plan_memory(
     model: PreTrainedModel,
     batch: Mapping[str, Tensor],
     args: TrainingArguments,
-    config: GETAConfig | None = None,
+    config: CompressionConfig | None = None,
     space: PruningSpace | None = None,
     plan: Plan | None = None,
 ) -> MemoryPlan:
-    """Find what memory one process needs to train a model, without its weights and in seconds.
+    """Estimate the memory that one process needs to train a model, without its weights and in seconds.
 
     Not counted: evaluation and export, what DDP's buckets and FSDP's gathering add or sharding saves, torch.compile,
     the CUDA context (some 0.5 GB), and what an allocator wastes.
@@ -80,13 +78,13 @@ def plan_memory(
         distiller = _distiller(student, teacher, config)
         backward = _forward_and_backward(student, distiller, inputs, args, _frozen(student, space))
         state, temporary, notes = _optimizer(student, args)
-    forgetting = _Forgetting.of(model, config, space, plan)
-    held = {"optimizer": state, "pruning": forgetting.remembered}
+    own = _method_memory(model, config, space, plan)
+    held = {"optimizer": state, "pruning": own.kept}
     gradients = sum(p.nbytes for p in student.parameters() if p.requires_grad)
-    temporary = max(temporary, forgetting.temporaries)
+    temporary = max(temporary, own.temporary)
     if config is not None and config.drop_layers:
-        notes = (*notes, "whole, though drop_layers will take layers out before training")
-    copies = _rehearsal(model, batch, space)
+        notes = (*notes, "of the full model, though drop_layers will remove layers before training")
+    copies = _trial_cut_memory(model, batch, space)
     before = Moment(backward.weights, teacher=backward.teacher, activations=copies) if copies else Moment()
     return MemoryPlan(
         before,
@@ -100,21 +98,23 @@ def plan_memory(
 
 
 def _fake_teacher(
-    model: PreTrainedModel, mode: FakeTensorMode, device: torch.device, config: GETAConfig | None
+    model: PreTrainedModel, mode: FakeTensorMode, device: torch.device, config: CompressionConfig | None
 ) -> nn.Module | None:
     if config is None or not (config.distill_logits or config.distill_hidden):
         return None
     return detach_quantizers(without_data(model, mode, device))
 
 
-def _distiller(student: PreTrainedModel, teacher: nn.Module | None, config: GETAConfig | None) -> Distiller | None:
+def _distiller(
+    student: PreTrainedModel, teacher: nn.Module | None, config: CompressionConfig | None
+) -> Distiller | None:
     if teacher is None or config is None:
         return None
     return Distiller(student, teacher, logits=config.distill_logits, hidden=config.distill_hidden)
 
 
 def _checkpoint(model: PreTrainedModel, args: TrainingArguments) -> None:
-    """Activation checkpointing as Trainer switches it on, under its name before and after transformers 5.20."""
+    """Switch activation checkpointing on as Trainer does; transformers 5.20 renamed the method."""
     kwargs: dict[str, Any] = dict(args.gradient_checkpointing_kwargs or {})  # type: ignore[arg-type]
     options = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -122,13 +122,13 @@ def _checkpoint(model: PreTrainedModel, args: TrainingArguments) -> None:
 
 
 def _frozen(student: nn.Module, space: PruningSpace | None) -> FrozenWeights:
-    """Of a model with LoRA: what stands still, and has a gradient for as long as it takes to add it up."""
+    """Return the frozen weights of a model with LoRA; each has a gradient only until it is added up."""
     adapted = any(layer.lora is not None for layer in quantized_layers(student).values())
     return find_frozen_weights(student, space) if adapted and space is not None else FrozenWeights()
 
 
 def _note_gradients(student: nn.Module, live: Live, frozen: FrozenWeights) -> None:
-    """Count gradients as such; those of frozen tensors are read and dropped, as QASSO does."""
+    """Count gradients as their own part; those of frozen tensors are read and dropped at once, as in training."""
     named = dict(student.named_parameters())
 
     @torch.no_grad()
@@ -152,7 +152,7 @@ def _forward_and_backward(
     args: TrainingArguments,
     frozen: FrozenWeights,
 ) -> Moment:
-    """The highest level of the micro-batches of one step."""
+    """Run the micro-batches of one step and return the bytes alive at the highest level."""
     live = Live()
     own = {id(parameter) for parameter in quantizer_parameters(student, trained=False).values()}
     for tensor in (*student.parameters(), *student.buffers()):
@@ -178,7 +178,7 @@ def _forward_and_backward(
 def _loss(
     student: PreTrainedModel, distiller: Distiller | None, inputs: dict[str, Tensor], args: TrainingArguments
 ) -> Tensor:
-    """As `GETATrainer.compute_loss` and Accelerate make it."""
+    """Return the loss as `GETATrainer.compute_loss` computes it under Accelerate."""
     half = torch.float16 if args.fp16 else torch.bfloat16
 
     def autocast() -> torch.autocast:
@@ -199,7 +199,7 @@ def _loss(
 
 
 def _optimizer(student: PreTrainedModel, args: TrainingArguments) -> tuple[int, int, tuple[str, ...]]:
-    """Bytes of the base optimizer's state, bytes that its step takes besides, and what is not known."""
+    """Return the bytes of the base optimizer's state, the temporary bytes of its step, and notes on unknowns."""
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
@@ -235,46 +235,17 @@ def _optimizer_by_name(
 # --- pruning ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Forgetting:
-    """What QASSO keeps of the slices that one period forgets, and the most that its own work takes in a step.
-
-    Attributes:
-        remembered: bytes of the slices' values, kept from step to step through the joint stage.
-        temporaries: bytes that are alive at once for saliency, for forgetting, or where widths are settled.
-    """
-
-    remembered: int = 0
-    temporaries: int = 0
-
-    @classmethod
-    def of(
-        cls, model: nn.Module, config: GETAConfig | None, space: PruningSpace | None, plan: Plan | None
-    ) -> _Forgetting:
-        if config is None or space is None or plan is None:
-            return cls()
-        descent = needs_gradients(config)
-        share = plan.removed_groups / max(plan.groups, 1) / config.pruning_periods
-        tensors = dict(model.named_parameters())
-        cuts = find_group_labels(space.trainable, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-        remembered = work = largest = 0
-        for cut in cuts:
-            tensor = tensors[cut.tensor]
-            if not tensor.requires_grad:  # shrinks in place
-                continue
-            item, part = tensor.element_size(), float((cut.label < plan.groups).sum()) / len(cut.label)
-            elements = int(tensor.numel() * part * share)
-            remembered += elements * item * (2 if descent else 1)
-            # x after the base step and clipped, both fp32; fp32 copies of others; residue, gradient and step.
-            work += elements * (8 + (0 if item == 4 else 4) + (12 if descent else 0))
-            largest = max(largest, 12 * elements)
-        saliency = (tensor.numel() * (4 if tensor.element_size() == 4 else 6) for tensor in tensors.values())
-        settled = (layer.weight.numel() * 16 for layer in quantized_layers(model).values())
-        return cls(remembered, max(work + largest, *saliency, *settled))
+def _method_memory(
+    model: nn.Module, config: CompressionConfig | None, space: PruningSpace | None, plan: Plan | None
+) -> StepMemory:
+    """Return what the method itself takes in a step; nothing where it is not known what will be pruned."""
+    if config is None or space is None or plan is None:
+        return StepMemory()
+    return make_method(config).memory(model, space, plan.removed_groups)
 
 
-def _rehearsal(model: PreTrainedModel, batch: Mapping[str, Tensor], space: PruningSpace | None) -> int:
-    """Bytes of what `geta_hf.surgery.trial_cut` cuts on a copy, and of the logits that it compares."""
+def _trial_cut_memory(model: PreTrainedModel, batch: Mapping[str, Tensor], space: PruningSpace | None) -> int:
+    """Return the bytes of what `geta_hf.surgery.trial_cut` cuts on a copy, and of the logits that it compares."""
     if space is None:
         return 0
     tensors = dict(model.named_parameters())
@@ -293,7 +264,7 @@ def _rehearsal(model: PreTrainedModel, batch: Mapping[str, Tensor], space: Pruni
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run would do, found without weights: the space, the plan (None for a plain run) and the memory."""
+    """What a run would do, found without weights: the space, the plan (both None for a plain run) and the memory."""
 
     parameters: int
     space: PruningSpace | None
@@ -309,11 +280,11 @@ def dry_run(
     model: PreTrainedModel | PreTrainedConfig,
     batch: Mapping[str, Tensor],
     args: TrainingArguments,
-    config: GETAConfig | None = None,
+    config: CompressionConfig | None = None,
     peft_config: LoraConfig | None = None,
     steps: int | None = None,
 ) -> DryRun:
-    """Find the pruning space, solve the targets and foresee the memory of a run, without reading a weight.
+    """Find the pruning space, solve the targets and estimate the memory of a run, without reading a weight.
 
     Args:
         model: plain, on any device or on meta, and left unchanged; or a configuration, whose `architectures` and
@@ -333,14 +304,14 @@ def dry_run(
     parameters = sum(parameter.numel() for parameter in empty.parameters())
     if config is None:
         return DryRun(parameters, None, None, plan_memory(empty, batch, args))
-    _check_stages(config, args, steps)
+    method = make_method(config)
+    _check_stages(method, args, steps)
     example = make_dummy_inputs(empty)
     if config.drop_layers:
         check_drop(empty, config.drop_layers, example)
     space = build_space(empty, example, prune=config.prune, keep=config.keep)
     space = space if peft_config is not None else without_untrained(space, empty)
-    attach(empty, config)
-    _attach_input_quantizers(empty, config)
+    method.attach(empty, None)
     plan = make_plan(config, space, make_ledger(empty, space, embedding_bits=config.embedding_bits), empty)
     if peft_config is not None:
         attach_lora(empty, plan_lora(empty, peft_config, quantized_layers(empty)))
@@ -351,18 +322,10 @@ def dry_run(
         raise
 
 
-def _check_stages(config: GETAConfig, args: TrainingArguments, steps: int | None) -> None:
-    """Raises GETAError for stages that do not fit into the run, as far as its length is known."""
-    stages, limited = (config.warmup, config.projection, config.joint), args.max_steps > 0
-    if (steps is None and not limited) or (limited and any("epoch" in str(stage) for stage in stages)):
-        return
-    total = args.max_steps if limited else steps
-    assert total is not None
-    Schedule.from_config(config, total, math.nan if limited else total / args.num_train_epochs)
-
-
-def _attach_input_quantizers(model: nn.Module, config: GETAConfig) -> None:
-    """What calibration puts on the layers' inputs, for the shapes alone: ranges need data."""
-    for layer in quantized_layers(model).values() if config.activation_bits is not None else ():
-        start = torch.ones(1, device=layer.weight.device)
-        layer.input_quantizer = Quantizer(start, config.initial_bits, config.learn_activation_exponent, start.device)
+def _check_stages(method: Method, args: TrainingArguments, steps: int | None) -> None:
+    """Raise GETAError for stages that do not fit into the run, as far as its length is known."""
+    if args.max_steps > 0:
+        # The length of an epoch is not known here, so stages in epochs are checked when training starts.
+        method.check_stages(args.max_steps, math.nan)
+    elif steps is not None:
+        method.check_stages(steps, steps / args.num_train_epochs)

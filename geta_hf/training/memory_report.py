@@ -1,4 +1,4 @@
-"""What a dry run says of memory: bytes by part and moment, and as a table."""
+"""Hold a memory estimate, by part and moment, and print it as a table."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Moment:
 
     @property
     def total(self) -> int:
-        """Bytes in all."""
+        """The sum of all parts in bytes."""
         return sum(dataclasses.astuple(self))
 
 
@@ -54,7 +54,7 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """Bytes that the run needs at its highest level, the allocator's own overhead aside."""
+        """The most bytes that the run needs at any moment, without the allocator's own overhead."""
         return max(moment.total for moment in (self.preparation, self.backward, self.step))
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The plan of a run, made before training: what would leave, at which widths, and what that comes to."""
+"""Plan a run before training: how much is removed, at which bit widths, and what that amounts to."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from geta_hf.config import GETAConfig
+from geta_hf.config import CompressionConfig
 from geta_hf.costs.ledger import LayerEntry, Ledger
 from geta_hf.costs.model_costs import forward_uses
 from geta_hf.costs.selection import Limits
 from geta_hf.costs.targets import BYTES, GROUPS, Target, even_removal, solve_target
 from geta_hf.qadg import PruningSpace
 from geta_hf.qadg.group_labels import family_starts
-from geta_hf.quantization import input_quantizer_prefixes, quantized_layers
+from geta_hf.quantization import quantized_layers
 from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.serialization.embeddings import input_embedding
 from geta_hf.serialization.sizes import stored_names
@@ -30,7 +30,7 @@ _NAMED = 4
 
 @dataclass(frozen=True)
 class PlanRow:
-    """Families that are alike.
+    """Families of the same kind and size.
 
     Attributes:
         kind: such as `heads`.
@@ -47,7 +47,7 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is to end with.
+    """What a run will end with.
 
     Attributes:
         rows: the prunable families. Training chooses which of them lose more and which less.
@@ -95,7 +95,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(config: GETAConfig, space: PruningSpace, ledger: Ledger, model: nn.Module | None = None) -> Plan:
+def make_plan(config: CompressionConfig, space: PruningSpace, ledger: Ledger, model: nn.Module | None = None) -> Plan:
     """Solve the targets of a config for a model.
 
     Args:
@@ -127,7 +127,7 @@ def make_plan(config: GETAConfig, space: PruningSpace, ledger: Ledger, model: nn
 
 
 def _unquantized(model: nn.Module) -> tuple[tuple[str, ...], float]:
-    """Modules in lists of layers with a matrix that no quantizer covers, and their share of all matrices there."""
+    """Find modules in lists of layers whose matrices no quantizer covers, and their share of all matrices there."""
     base: nn.Module = getattr(model, "base_model", model)
     inside = {id(part) for blocks in base.modules() if isinstance(blocks, nn.ModuleList) for part in blocks.modules()}
     matrices = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # no norms, no biases
@@ -158,7 +158,7 @@ def make_ledger(
     embedding_bits: int | None = None,
     dropped: float = 0.0,
 ) -> Ledger:
-    """Everything that an export would store of a model that is about to be trained.
+    """Measure everything that an export would store of a model that is about to be trained.
 
     Args:
         model: with its quantizers attached, whole in this process.
@@ -189,7 +189,7 @@ def make_ledger(
 
 
 def _stored_names(model: nn.Module, ledger: Ledger) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
-    """What a file calls the model's tensors and the step sizes beside them, where it is another name."""
+    """Map names of tensors and their step sizes to the names that a file uses, where these differ."""
     if not isinstance(model, PreTrainedModel):
         return {}
     packed = [layer.weight for layer in ledger.layers]
@@ -199,7 +199,7 @@ def _stored_names(model: nn.Module, ledger: Ledger) -> dict[str, list[tuple[str,
 
 
 def _embedding_weight(model: nn.Module, bits: int | None, shapes: Collection[str]) -> dict[str, int]:
-    """The name under which the input embedding's weight is stored, which may be one that it is tied to, and `bits`."""
+    """Map the name under which the input embedding's weight is stored, perhaps that of a tied tensor, to `bits`."""
     if bits is None:
         return {}
     _, layer = input_embedding(model, bits)
@@ -207,25 +207,11 @@ def _embedding_weight(model: nn.Module, bits: int | None, shapes: Collection[str
     return {name: bits for name in names if name in shapes}
 
 
-def channel_dims(model: nn.Module) -> dict[str, int]:
-    """Prefix of each quantizer with a step size an output channel -> the weight's dimension it runs along."""
-    dims = {}
-    for name, layer in quantized_layers(model).items():
-        if (dim := layer.weight_quantizer.channel_dim) is not None:
-            dims[f"{name}.weight_quantizer"] = dim
-    return dims
-
-
 def layer_uses(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, float]:
-    """How often each quantized weight is used in one forward pass, relative to the one that is used most.
+    """Count how often each quantized weight is used in one forward pass, relative to the most used one.
 
     Layers that the batch does not reach, such as experts, count as 1.
     """
     uses = forward_uses(model, quantized_layers(model), batch)
     most = max(uses.values(), default=0) or 1
     return {name: (count or most) / most for name, count in uses.items()}
-
-
-def quantized_inputs(model: nn.Module) -> list[str]:
-    """Prefixes of the quantizers of layers' inputs."""
-    return list(input_quantizer_prefixes(model).values())

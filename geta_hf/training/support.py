@@ -1,4 +1,4 @@
-"""What of Trainer's options can't be kept, said before training."""
+"""Refuse options of Trainer that cannot work, before training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from geta_hf.methods.qasso.checks import AVERAGES
 
 
 def check_supported(trainer: Trainer, lora: bool = False) -> None:
-    """Raises GETAError for an option that would change what QASSO has planned, or a launch that hides groups from it.
+    """Raise GETAError for an option that would change what was planned, or a launch that hides groups.
 
     Args:
         trainer: made, not yet trained.
@@ -63,7 +63,7 @@ def _check_lora(trainer: Trainer) -> None:
 
 
 def check_launch(trainer: Trainer) -> None:
-    """Raises GETAError for a way of training in which QASSO can't see whole groups."""
+    """Raise GETAError for a way of training in which a method cannot see complete groups."""
     if trainer.is_deepspeed_enabled:
         raise GETAError(
             "DeepSpeed keeps its own optimizer and flat parameters, where groups can't be found; use DDP or FSDP2"
@@ -76,7 +76,7 @@ def check_launch(trainer: Trainer) -> None:
 
 
 def check_plain(model: nn.Module) -> None:
-    """Raises GETAError for a model that can't be exported in the end: wrapped by peft, or compressed before."""
+    """Raise GETAError for a model that could not be exported: wrapped by peft, or compressed before."""
     if is_peft_available():
         from peft import PeftModel
 

@@ -1,4 +1,4 @@
-"""What a teacher must be, known before the first step."""
+"""Check a teacher before the first step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from geta_hf.errors import GETAError
 
 
 def check_numbers(logits: float, hidden: float, temperature: float) -> None:
-    """Raises GETAError unless the weights are finite and one is above 0, and the temperature is above 0."""
+    """Raise GETAError unless the weights are finite and one is above 0, and the temperature is above 0."""
     for name, weight in (("distill_logits", logits), ("distill_hidden", hidden)):
         if not 0 <= weight < math.inf:
             raise GETAError(f"{name} = {weight} must be a finite weight of at least 0")
@@ -24,7 +24,7 @@ def check_numbers(logits: float, hidden: float, temperature: float) -> None:
 
 
 def check_tensors(student: nn.Module, teacher: nn.Module) -> None:
-    """Raises GETAError where the teacher has no data, or shares a parameter with the student."""
+    """Raise GETAError where the teacher has no data, or shares a parameter with the student."""
     for name, tensor in (*teacher.named_parameters(), *teacher.named_buffers()):
         if tensor.is_meta:
             raise GETAError(f"the teacher's {name} is on meta, without data; load the teacher with its weights")
@@ -38,7 +38,7 @@ def check_tensors(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def layers_of(kept: Mapping[str, Sequence[int]], hidden: bool) -> Sequence[int]:
-    """The teacher's layers that a student kept, of the one list that lost some; () where none did.
+    """Return the teacher's layers that a student kept, of the one list that lost some; () where none did.
 
     Raises:
         GETAError: hidden states are compared, and several lists lost layers.
@@ -52,7 +52,7 @@ def layers_of(kept: Mapping[str, Sequence[int]], hidden: bool) -> Sequence[int]:
 
 
 def check_configs(student: PreTrainedModel, teacher: PreTrainedModel, hidden: bool, kept: Sequence[int]) -> None:
-    """Text models must share the vocabulary; heads the label count; compared hidden states their size and number.
+    """Check that text models share the vocabulary, heads the label count, and hidden states size and number.
 
     Args:
         hidden: whether hidden states are compared.
@@ -81,7 +81,7 @@ def _check_equal(student: PreTrainedModel, teacher: PreTrainedModel, field: str,
 
 
 def check_asks_hidden_states(*models: nn.Module) -> None:
-    """Raises GETAError for a model that can't be asked for its hidden states."""
+    """Raise GETAError for a model that cannot be asked for its hidden states."""
     for model in models:
         known = inspect.signature(model.forward).parameters
         free = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())

@@ -1,4 +1,8 @@
-"""What accelerate puts around modules to place or offload them, where a module becomes another below it."""
+"""Keep accelerate's hooks intact where a module under them changes its class or its weight.
+
+`device_map` and offloading wrap the forward of modules. geta_hf converts layers by switching their class, which such
+a wrapper does not notice.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +15,40 @@ from geta_hf.errors import GETAError
 
 
 def rebind_forward(module: nn.Module) -> None:
-    """Let accelerate's hook on a module, if there is one, call the forward of the class that the module has now.
+    """Let accelerate's hook on a module, if there is one, call the forward of the module's present class.
 
-    It holds on to the method that it found; to be called after every change of a class in place.
+    A hook stores the bound method that it found when it was added, and would go on to call the forward of the former
+    class, without the quantizer. So this has to be called after every change of a class in place.
+
+    Args:
+        module: with a hook or without.
     """
     if isinstance(vars(module).get("_old_forward"), MethodType):
         vars(module)["_old_forward"] = MethodType(type(module).forward, module)
 
 
 def offloaded(module: nn.Module) -> Tensor:
-    """The weight of a module that accelerate's hook keeps elsewhere. Raises GETAError where no such hook is known."""
+    """Return the weight of a module that accelerate's hook stores outside of it.
+
+    Args:
+        module: one whose weight is on meta.
+
+    Raises:
+        GETAError: the module has no such hook.
+    """
     return _hook(module).weights_map["weight"]
 
 
 def offload(module: nn.Module, weight: Tensor) -> None:
-    """Let the hook keep another weight for the module, in memory. Raises GETAError as `offloaded` does."""
+    """Let the hook of a module store another weight for it, in memory.
+
+    Args:
+        module: one whose weight is on meta.
+        weight: the new weight, on CPU.
+
+    Raises:
+        GETAError: the module has no such hook.
+    """
     _hook(module).weights_map = {"weight": weight}
 
 

@@ -1,4 +1,4 @@
-"""What a library could not load, told in one sentence."""
+"""Turn loading errors of other libraries into one-line GETAErrors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from geta_hf.errors import GETAError
 
 @contextmanager
 def one_line_errors(message: str) -> Iterator[None]:
-    """Turns what a library raises for a mistyped name, no network or a damaged folder into one sentence.
+    """Turn what a library raises for a mistyped name, a missing network or a damaged folder into one sentence.
 
     Args:
         message: what failed, and the remedy where there is one; the library's reason follows in brackets.
 
     Raises:
-        GETAError: instead of OSError, ValueError or RuntimeError; one that is raised inside goes through as it is.
+        GETAError: in place of an OSError, ValueError or RuntimeError. A GETAError raised inside is passed on unchanged.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What is done to a module for a while, and undone."""
+"""Change the state of a module within a context and restore it afterwards."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ import torch
 from torch import nn
 
 HALVES = (torch.float16, torch.bfloat16)
-"""Types whose rounding is coarse enough to choose between tokens, and between the experts that a token is sent to."""
+"""16-bit types. Their rounding errors are large enough to change which token, or which expert, is chosen."""
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; training flags and random state are then as before."""
+    """Put a model into evaluation mode without gradients; training flags and random state are restored afterwards.
+
+    Args:
+        model: any module. Each of its modules gets its own training flag back, which `model.train()` would not do.
+    """
     modes = [(module, module.training) for module in model.modules()]
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     model.eval()
@@ -29,7 +33,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module compute by another forward; what it has of its own, such as accelerate's, then comes back."""
+    """Let a module compute by another forward; one that is set on the module itself is restored afterwards.
+
+    Args:
+        module: any module. accelerate, for one, sets a forward on a module itself.
+        forward: called in place of the module's own.
+    """
     own = vars(module).pop("forward", None)
     vars(module)["forward"] = forward
     try:
@@ -42,7 +51,11 @@ def running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def in_single_precision(module: nn.Module) -> Iterator[None]:
-    """Weights and buffers of 16 bits in single precision, twice the memory for a while; then the very tensors again."""
+    """Convert 16-bit weights and buffers to fp32, at twice their memory; the original tensors are restored afterwards.
+
+    Args:
+        module: any module; changes to its converted tensors are lost.
+    """
     halves = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.dtype in HALVES]
     before = [tensor.data for tensor in halves]
     try:

@@ -1,7 +1,7 @@
-"""The part of a parameter that this process holds, and sums over all processes.
+"""Find the part of a parameter that this process holds, and reduce small vectors over all processes.
 
-Under FSDP2 a parameter is a DTensor of which each process has some rows; everything in `qasso` works on these rows and
-adds small vectors up over the processes that share them. A parameter that is no DTensor is whole everywhere.
+Under FSDP2 a parameter is a DTensor of which each process has some rows. Methods work on these rows and add small
+vectors up over the processes that share the parameter. A parameter that is no DTensor is complete in every process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from geta_hf.errors import GETAError
 
 @dataclass(frozen=True)
 class Shard:
-    """Which indices of which dimension this process holds, and who holds the others."""
+    """The indices of one dim that this process holds of a tensor.
+
+    Attributes:
+        dim: the dim along which the tensor is split.
+        start, stop: the indices held here, stop not included; equal where this process holds none.
+        group: the processes that hold the parts of the tensor.
+    """
 
     dim: int
     start: int
@@ -27,20 +33,24 @@ class Shard:
     group: dist.ProcessGroup
 
     def part(self, vector: Tensor, dim: int) -> Tensor:
-        """What of a vector along dimension `dim` of the whole tensor belongs to the rows held here."""
+        """Return the part of a vector along dim `dim` of the full tensor that belongs to the indices held here."""
         return vector[self.start : self.stop] if dim == self.dim else vector
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The values held here; writing into them writes into the tensor."""
+    """Return the values of a tensor that are held here; writing into them writes into the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_of(tensor: Tensor, name: str = "a parameter") -> Shard | None:
-    """How a tensor is split over processes; None when it is whole here.
+    """Return how a tensor is split over processes; None if this process has all of it.
+
+    Args:
+        tensor: a DTensor or any other tensor.
+        name: what to call it in an error.
 
     Raises:
-        GETAError: it is split along more than one dimension, or holds partial sums, as under tensor parallelism.
+        GETAError: it is split along more than one dim, or holds partial sums, as under tensor parallelism.
     """
     if not isinstance(tensor, DTensor):
         return None
@@ -49,29 +59,44 @@ def shard_of(tensor: Tensor, name: str = "a parameter") -> Shard | None:
         return None
     axis, placement = split[0]
     if len(split) > 1 or not isinstance(placement, ShardPlacement):
-        raise GETAError(f"{name} is split as {tensor.placements}; only FSDP2's split along one dimension is supported")
+        raise GETAError(f"{name} is split as {tensor.placements}; train with FSDP2, which splits along one dimension")
     mesh, size = tensor.device_mesh, tensor.shape[placement.dim]
+    # As torch.chunk splits: parts of the same size, rounded up, so the last ones may be shorter or empty.
     chunk = -(-size // mesh.size(axis))
     start = min(mesh.get_local_rank(axis) * chunk, size)
     return Shard(placement.dim, start, min(start + chunk, size), mesh.get_group(axis))
 
 
 def add_up(vector: Tensor, shard: Shard | None) -> Tensor:
-    """Sum a vector over the processes that share what it was computed of, in place; nothing waits on the host."""
+    """Sum a vector over the processes that share the tensor it was computed from, in place, and return it.
+
+    The sum runs on the device; the host does not wait for it.
+
+    Args:
+        vector: of the same shape in each of these processes.
+        shard: of that tensor; None leaves the vector unchanged.
+    """
     if shard is not None:
         dist.all_reduce(vector, group=shard.group)
     return vector
 
 
 def largest_of(value: Tensor, shard: Shard | None) -> Tensor:
-    """The largest of a value over the processes that share what it was computed of, in place."""
+    """Take the maximum of a value over the processes that share a tensor, in place, as `add_up` takes the sum."""
     if shard is not None:
         dist.all_reduce(value, dist.ReduceOp.MAX, group=shard.group)
     return value
 
 
 def from_first_process(vector: Tensor) -> Tensor:
-    """The first process's values on all of them, so that a last digit can't make their choices differ."""
+    """Return the first process's values in every process.
+
+    Sums may differ in their last digit from process to process, and a choice that depends on such a digit, such as
+    which group is removed, would make the processes disagree from then on.
+
+    Args:
+        vector: of the same shape in every process.
+    """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return vector
     device = None if dist.get_backend() == "gloo" else torch.accelerator.current_accelerator()

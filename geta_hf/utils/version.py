@@ -1,3 +1,3 @@
-"""The version of the package, for every room that writes it into a file."""
+"""Define the version of the package, which several rooms write into files."""
 
 __version__ = "0.1.0.dev0"

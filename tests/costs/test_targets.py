@@ -81,7 +81,7 @@ def _member(tensor: str, dim: int, index: list[list[int]]):
         ({"target_bytes": 100}, "target_bytes = 100 can't be reached"),
         (
             {"target_sparsity": 0.5, "target_bops": 0.03},
-            "with what is to be pruned gone, at 4 bits it is 0.06.*; raise it, or lower bits, or prune more",
+            "with all that is to be pruned removed, at 4 bits it is 0.06.*; raise it, or lower bits, or prune more",
         ),
     ],
 )
@@ -135,7 +135,7 @@ def test_a_size_alone_is_pruned_for_the_middle_width_and_narrower_ones_only_wher
 
     assert solved(0.15).bits == 6 and solved(0.1).bits == 6
     assert 4 < solved(0.08).bits < 6 and solved(0.05).bits == 4
-    assert solved(0.24).bits == 6 and solved(0.24).left(book, book.nothing) <= 0.24  # widths fill what is left
+    assert solved(0.24).bits == 6 and solved(0.24).remaining(book, book.nothing) <= 0.24  # widths fill what is left
 
 
 TARGETS = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from geta_hf.qadg import Family, PruningSpace, kept_indices, verify_space
 from geta_hf.qadg.propagation.flow import Flow
-from geta_hf.qadg.propagation.propagate import analyse
+from geta_hf.qadg.propagation.propagate import record_and_propagate
 from geta_hf.qadg.replay import Replay, double
 from geta_hf.qadg.space import space_of
 
@@ -74,7 +74,7 @@ def all_prunable(space: PruningSpace) -> PruningSpace:
 def proven(model: nn.Module, batch: Batch) -> PruningSpace:
     """The space after all gates, with slices compared to zeros in the model itself where no norm is involved."""
     model = model.eval()
-    flow = analyse(model, batch, times=2)
+    flow = record_and_propagate(model, batch, times=2)
     space = all_prunable(space_of(flow))
     verify_space(model, batch, space)
     for family in space.prunable:
@@ -115,13 +115,13 @@ def _random_state(model: nn.Module) -> Batch:
 
 def _leaving(flow: Flow, space: PruningSpace, removal: Batch, values: dict[str, int]) -> NDArray[np.bool_]:
     """The atoms that all elements of a removed group share."""
-    leaving = np.zeros(flow.terms.count, np.bool_)
+    leaving = np.zeros(flow.ids.count, np.bool_)
     for family in space.families:
         for group in torch.nonzero(removal.get(family.name, torch.empty(0))).flatten().tolist():
             member = family.members[0]
             ids = flow.dims(values[member.tensor])[member.dim]
             assert ids is not None
-            terms = flow.terms.atoms(ids[member.index[group].numpy()])
+            terms = flow.ids.atoms(ids[member.index[group].numpy()])
             common = set(terms[0].tolist()).intersection(*map(set, terms.tolist())) - {0}
             leaving[_own(flow, family, group, values, common)] = True
     return leaving
@@ -133,7 +133,7 @@ def _own(flow: Flow, family: Family, group: int, values: dict[str, int], common:
     ids = flow.dims(values[member.tensor])[member.dim]
     assert ids is not None
     others = np.delete(np.arange(len(ids)), member.index[group].numpy())
-    return sorted(common - set(flow.terms.atoms(ids[others]).ravel().tolist()))
+    return sorted(common - set(flow.ids.atoms(ids[others]).ravel().tolist()))
 
 
 def _outputs(model: nn.Module, batch: Batch, tensors: Batch) -> list[Tensor]:

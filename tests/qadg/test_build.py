@@ -49,7 +49,7 @@ def test_every_layer_has_its_heads_and_its_channels_and_nothing_else_is_prunable
     expected = {f"{layer}.attention:heads" for layer in layers} | {f"{layer}{mlp}:channels" for layer in layers}
     assert {family.name for family in space.prunable} == expected
     assert space.num_groups == LAYERS * (HEADS + CHANNELS)
-    assert space.frozen == ()
+    assert space.unsupported == ()
     for family in space.prunable:
         assert len(family.members) == (7 if family.kind == "heads" else 3)
 
@@ -186,7 +186,7 @@ def test_labels_in_the_batch_change_nothing(bert, batch):
     labelled = batch | {"start_positions": positions, "end_positions": positions}
     plain, with_loss = build_space(bert, batch), build_space(bert, labelled)
     assert [family.name for family in plain.families] == [family.name for family in with_loss.families]
-    assert with_loss.frozen == ()
+    assert with_loss.unsupported == ()
 
 
 def test_a_model_on_meta_gives_the_same_space(bert, batch):
@@ -217,7 +217,7 @@ def test_an_unknown_operator_freezes_its_inputs_and_is_reported():
     x = torch.randn(2, 3, 6)
     space = build_space(model, {"input": x})
     assert [family.name for family in space.prunable] == ["0:channels"]
-    (frozen,) = space.frozen
+    (frozen,) = space.unsupported
     assert (frozen.operator, frozen.module, frozen.count) == ("linalg_qr", "1", 1)
     assert not any(member.tensor.startswith("1.up") for family in space.families for member in family.members)
 
@@ -226,7 +226,9 @@ def test_what_an_operator_holds_is_reported():
     model = nn.Sequential(Block(torch.relu), Block(lambda x: torch.cumprod(x, dim=-1)))
     space = build_space(model, {"input": torch.randn(2, 3, 6)})
     assert [family.name for family in space.prunable] == ["0:channels"]
-    assert [(f.operator, f.module) for f in space.frozen] == [("cumprod", "1")] and "place" in space.frozen[0].reason
+    assert [(f.operator, f.module) for f in space.unsupported] == [("cumprod", "1")] and "place" in space.unsupported[
+        0
+    ].reason
 
 
 def test_an_error_says_that_nothing_may_be_pruned_and_what_was_frozen():
@@ -280,7 +282,7 @@ def test_an_output_without_a_tensor_is_an_error():
         build_space(Silent(3, 3), {"x": torch.randn(2, 3)})
 
 
-def test_returned_attentions_freeze_the_heads(bert, batch):
+def test_returned_attentions_pin_the_heads(bert, batch):
     bert.set_attn_implementation("eager")
     space = build_space(bert, batch | {"output_attentions": True})
     assert {family.kind for family in space.prunable} == {"channels"}

@@ -93,7 +93,7 @@ def test_our_quantizers_change_nothing_about_the_groups(name):
         assert all(torch.equal(a.index, b.index) for a, b in zip(left.members, right.members, strict=True))
 
 
-def test_the_cache_that_a_decoder_returns_by_default_does_not_freeze_its_heads():
+def test_the_cache_that_a_decoder_returns_by_default_does_not_pin_its_heads():
     model, batch = build("llama")
     model.config.use_cache = True
     assert [f.kind for f in build_space(model, batch).prunable].count("heads") == 2

@@ -10,34 +10,34 @@ from geta_hf.qadg.tracing.graph import Graph
 
 
 def atoms(flow: Flow, dim: np.ndarray | None) -> list[list[int]] | None:
-    return None if dim is None else flow.terms.atoms(dim).tolist()
+    return None if dim is None else flow.ids.atoms(dim).tolist()
 
 
 def test_a_split_binds_each_element_to_outer_and_inner():
     flow = Flow(Graph())
-    hidden = flow.terms.fresh(6)
+    hidden = flow.ids.fresh(6)
     outer, inner = flow.split(hidden, (2, 3))
     assert atoms(flow, hidden) == [[a, b] for a in outer for b in inner]
 
 
 def test_merging_what_was_split_gives_the_same_elements():
     flow = Flow(Graph())
-    hidden = flow.terms.fresh(24)
+    hidden = flow.ids.fresh(24)
     parts = flow.split(hidden, (2, 3, 4))
     assert atoms(flow, flow.merge(parts, (2, 3, 4))) == atoms(flow, hidden)
 
 
 def test_a_second_split_of_the_same_dim_finds_the_same_factors():
     flow = Flow(Graph())
-    hidden = flow.terms.fresh(6)
+    hidden = flow.ids.fresh(6)
     first, second = flow.split(hidden, (2, 3)), flow.split(hidden, (2, 3))
     assert [atoms(flow, dim) for dim in first] == [atoms(flow, dim) for dim in second]
 
 
 def test_a_frozen_element_freezes_its_row_and_its_column():
     flow = Flow(Graph())
-    hidden = flow.terms.fresh(6)
-    flow.terms.freeze(hidden[:1])
+    hidden = flow.ids.fresh(6)
+    flow.ids.pin(hidden[:1])
     outer, inner = flow.split(hidden, (2, 3))
     assert atoms(flow, outer)[0] == [0] and atoms(flow, inner)[0] == [0]
     assert atoms(flow, outer)[1] != [0]
@@ -58,7 +58,7 @@ def test_a_frozen_element_freezes_its_row_and_its_column():
 )
 def test_a_view_and_its_inverse_keep_every_element(before, after):
     flow = Flow(Graph())
-    dims = [None if n == 1 else flow.terms.fresh(n) for n in before]
+    dims = [None if n == 1 else flow.ids.fresh(n) for n in before]
     there = flow.view(dims, before, after)
     back = flow.view(there, after, before)
     assert len(there) == len(after)
@@ -68,16 +68,16 @@ def test_a_view_and_its_inverse_keep_every_element(before, after):
 
 def test_a_frozen_batch_dim_merges_away():
     flow = Flow(Graph())
-    heads = flow.terms.fresh(3)
+    heads = flow.ids.fresh(3)
     (merged,) = flow.view([None, heads], (2, 3), (6,))
     assert merged.tolist() == [*heads, *heads]
     batch, again = flow.view([merged], (6,), (2, 3))
-    assert batch is None or not flow.terms.find(batch).any()
+    assert batch is None or not flow.ids.find(batch).any()
     assert again.tolist() == heads.tolist()
 
 
 def test_an_empty_tensor_freezes_what_it_touches():
     flow = Flow(Graph())
-    dim = flow.terms.fresh(4)
+    dim = flow.ids.fresh(4)
     assert flow.view([None, dim], (0, 4), (0,)) == [None]
-    assert not flow.terms.find(dim).any()
+    assert not flow.ids.find(dim).any()

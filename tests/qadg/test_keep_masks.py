@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from geta_hf.qadg.propagation.flow import Flow
-from geta_hf.qadg.propagation.keep_masks import Staying
-from geta_hf.qadg.propagation.propagate import analyse
+from geta_hf.qadg.propagation.keep_masks import KeepMasks
+from geta_hf.qadg.propagation.propagate import record_and_propagate
 
 
 class Grid(nn.Module):
@@ -21,18 +21,18 @@ class Grid(nn.Module):
 
 
 def grid() -> tuple[Flow, dict[str, int], int]:
-    flow = analyse(Grid(), {"x": torch.ones(2)})
+    flow = record_and_propagate(Grid(), {"x": torch.ones(2)})
     names = {value.names[0]: position for position, value in enumerate(flow.graph.values) if value.names}
     (flat,) = [position for position, value in enumerate(flow.graph.values) if value.shape == (6,)]
     return flow, names, flat
 
 
-def without(flow: Flow, value: int, dim: int, element: int) -> Staying:
+def without(flow: Flow, value: int, dim: int, element: int) -> KeepMasks:
     ids = flow.dims(value)[dim]
     assert ids is not None
-    removed = np.zeros(flow.terms.count, np.bool_)
-    removed[flow.terms.atoms(ids)[element]] = True
-    return Staying(flow, removed)
+    removed = np.zeros(flow.ids.count, np.bool_)
+    removed[flow.ids.atoms(ids)[element]] = True
+    return KeepMasks(flow, removed)
 
 
 def test_an_element_of_a_product_leaves_with_any_of_its_factors() -> None:
@@ -49,4 +49,4 @@ def test_none_says_that_everything_stays() -> None:
     staying = without(flow, names["rows"], 0, 1)
     assert staying.mask(names["columns"], 1) is None
     assert staying.mask(names["x"], 0) is None
-    assert Staying(flow, None).mask(flat, 0) is None
+    assert KeepMasks(flow, None).mask(flat, 0) is None

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from geta_hf.qadg import PruningSpace, build_space, verify_space
-from geta_hf.qadg.tracing.capture import capture
 from geta_hf.qadg.tracing.merge import merge_branches
+from geta_hf.qadg.tracing.record_forward import record_forward
 from geta_hf.quantization import attach_input_quantizers, attach_quantizers, quantized_layers
 from tests.architectures import build
 
@@ -31,7 +31,7 @@ def test_quantizers_change_nothing_about_the_groups(name, quantizer, activations
     model = quantize_linears(make(name), quantizer, activations)
     quantized = build_space(model, batch)
     assert as_plain_data(quantized) == as_plain_data(plain)
-    assert quantized.shapes == plain.shapes and quantized.frozen == ()
+    assert quantized.shapes == plain.shapes and quantized.unsupported == ()
     verify_space(model, batch, quantized)
 
 
@@ -39,7 +39,7 @@ def test_quantizers_change_nothing_about_the_groups(name, quantizer, activations
 def test_each_branch_becomes_one_vertex(quantizer, batch):
     model = quantize_linears(make("bert-qa"), quantizer, activations=True)
     linears = 2 * 6 + 1
-    graph = merge_branches(capture(model, batch))
+    graph = merge_branches(record_forward(model, batch))
     attached = [node for node in graph.nodes if node.op == "attached"]
     inserted = [node for node in graph.nodes if node.op == "inserted"]
     assert len(attached) == len(inserted) == linears
@@ -50,13 +50,13 @@ def test_each_branch_becomes_one_vertex(quantizer, batch):
 
 
 def test_a_model_without_quantizers_has_nothing_to_merge(bert, batch):
-    graph = capture(bert, batch)
+    graph = record_forward(bert, batch)
     assert merge_branches(graph).nodes == graph.nodes
 
 
 def test_an_activation_is_no_branch_without_a_learned_scalar(batch):
     """ALBERT's gelu is written out in elementwise operators with constants."""
-    graph = merge_branches(capture(make("albert-qa"), batch))
+    graph = merge_branches(record_forward(make("albert-qa"), batch))
     assert not any(node.body for node in graph.nodes)
 
 
@@ -71,7 +71,7 @@ def test_one_source_with_several_quantizers_gives_several_branches():
             hidden = torch.nn.functional.relu(self.up(x))
             return self.left(self.first(hidden)) + self.right(self.second(hidden))
 
-    graph = merge_branches(capture(Fan(), {"x": torch.randn(3, 4)}))
+    graph = merge_branches(record_forward(Fan(), {"x": torch.randn(3, 4)}))
     assert [node.op for node in graph.nodes if node.body] == ["inserted", "inserted"]
     assert [node.op for node in graph.nodes].count("relu") == 1
 
@@ -81,7 +81,7 @@ def test_our_own_quantizers_change_nothing_either(bert, batch):
     attach_quantizers(bert)
     quantized = build_space(bert, batch)
     assert as_plain_data(quantized) == as_plain_data(plain)
-    nodes = merge_branches(capture(bert, batch)).nodes
+    nodes = merge_branches(record_forward(bert, batch)).nodes
     assert [node.op for node in nodes].count("attached") == 2 * 6
     verify_space(bert, batch, quantized)
 
@@ -99,8 +99,8 @@ def test_neither_channels_nor_activations_change_the_groups(name, per_channel, a
         attach_input_quantizers(model, [batch], learn_t=learn_t)
     quantized = build_space(model, batch)
     assert as_plain_data(quantized) == as_plain_data(plain)
-    assert quantized.shapes == plain.shapes and quantized.frozen == plain.frozen
-    nodes = merge_branches(capture(model, batch)).nodes
+    assert quantized.shapes == plain.shapes and quantized.unsupported == plain.unsupported
+    nodes = merge_branches(record_forward(model, batch)).nodes
     layers = len(quantized_layers(model))
     assert [node.op for node in nodes].count("attached") == layers
     assert [node.op for node in nodes].count("inserted") == (layers if activations else 0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from geta_hf.qadg import PruningSpace, verify_space
-from geta_hf.qadg.propagation.propagate import analyse
+from geta_hf.qadg.propagation.propagate import record_and_propagate
 from geta_hf.qadg.space import space_of
 
 from .cuts import all_prunable, as_cut, channels, cuts, linears, proven, singles
@@ -67,7 +67,7 @@ def test_random_operators_pass():
 
     for operator in (noise, lambda h: functional.dropout(h, 0.5, training=True)):
         model, batch = linears(operator)
-        space = all_prunable(space_of(analyse(model, batch)))
+        space = all_prunable(space_of(record_and_propagate(model, batch)))
         assert [as_cut(family) for family in space.families] == [channels()]
         verify_space(model, batch, space)
 
@@ -278,7 +278,7 @@ def test_recurrent_layers_keep_their_state_and_lose_what_feeds_them(kind, device
     if device == "cpu":
         found = cuts(model, batch)
     else:
-        found = [as_cut(family) for family in space_of(analyse(model.to("meta"), batch)).families]
+        found = [as_cut(family) for family in space_of(record_and_propagate(model.to("meta"), batch)).families]
     assert {"up.weight:0": singles(5), "up.bias:0": singles(5), "cell.weight_ih_l0:1": singles(5)} in found
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from geta_hf.qadg.propagation.propagate import analyse
+from geta_hf.qadg.propagation.propagate import record_and_propagate
 from geta_hf.qadg.space import space_of
 
 from .cuts import Between, channels, cuts, linears, singles
@@ -175,5 +175,5 @@ def test_an_index_that_parameters_decide_keeps_what_it_chooses_among():
 
 def test_a_mask_that_parameters_made_is_reported():
     model, batch = linears(lambda h: torch.where(h > 0, h, h * 0.1)[h.sum(-1) > 0])
-    space = space_of(analyse(model.eval(), batch))
-    assert [frozen.operator for frozen in space.frozen] == ["index"] and not space.families
+    space = space_of(record_and_propagate(model.eval(), batch))
+    assert [frozen.operator for frozen in space.unsupported] == ["index"] and not space.families

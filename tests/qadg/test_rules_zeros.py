@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from geta_hf.qadg.propagation.propagate import analyse
+from geta_hf.qadg.propagation.propagate import record_and_propagate
 from geta_hf.qadg.propagation.rules_zeros import where_removed
 
 from .cuts import linears
@@ -40,6 +40,6 @@ NUMBERS: dict[str, tuple[Callable[[Tensor], Tensor], float | None]] = {
 def test_the_number_is_what_zero_parameters_give(name: str) -> None:
     operator, expected = NUMBERS[name]
     model, batch = linears(lambda h: h + 0 * operator(h).sum())
-    flow = analyse(model, batch)
+    flow = record_and_propagate(model, batch)
     (total,) = [node for node in flow.graph.nodes if node.op == "sum" and node.inputs.get("dim") is None]
     assert where_removed(flow, total.inputs["self"].value, total) == expected

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from geta_hf.errors import GETAError
-from geta_hf.qadg import Family, PruningSpace, build_space, kept_indices, zero_groups
+from geta_hf.qadg import Family, PruningSpace, UnsupportedOperator, build_space, kept_indices, zero_groups
 
 from .models import make
 
@@ -96,3 +96,9 @@ def test_a_member_that_is_a_buffer_has_no_say(bert, space):
     zero(bert, family, 3)
     found = zero_groups(bert, PruningSpace(families, space.shapes | {"mask": (48,)}))
     assert bool(found[CHANNELS_1][3])
+
+
+def test_frozen_still_gives_the_unsupported_operators():
+    operators = (UnsupportedOperator("linalg_qr", "layer", "no rule"),)
+    space = PruningSpace((), unsupported=operators)
+    assert space.frozen is space.unsupported is operators

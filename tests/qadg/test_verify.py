@@ -122,7 +122,7 @@ def test_a_rule_that_forgets_something_is_caught(operator, monkeypatch, batch):
 
     def forgetful(flow, node) -> None:
         for value in node.outputs:
-            flow.put(value, [flow.terms.fresh(n) for n in flow.graph.values[value].shape])
+            flow.set_dims(value, [flow.ids.fresh(n) for n in flow.graph.values[value].shape])
 
     monkeypatch.setitem(RULES, operator, forgetful)
     model = make("mpnet-qa")
@@ -133,11 +133,11 @@ def test_a_rule_that_forgets_something_is_caught(operator, monkeypatch, batch):
 
 def build_space_with_all_prunable(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> PruningSpace:
     from geta_hf.qadg.families.find import find_families
-    from geta_hf.qadg.propagation.propagate import analyse
+    from geta_hf.qadg.propagation.propagate import record_and_propagate
 
-    flow = analyse(model, batch)
+    flow = record_and_propagate(model, batch)
     families: list[Family] = [replace(f, prunable=f.size > 1) for f in find_families(flow)]
-    shapes = {v.names[0]: v.shape for v in flow.graph.values if v.kind in ("parameter", "buffer")}
+    shapes = {v.names[0]: v.shape for v in flow.graph.values if v.role in ("parameter", "buffer")}
     return PruningSpace(tuple(families), shapes)
 
 

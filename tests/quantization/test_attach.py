@@ -25,7 +25,7 @@ from geta_hf.quantization import (
     select_layers,
     without_quantizers,
 )
-from geta_hf.quantization.kinds import base_type
+from geta_hf.quantization.layer_types import base_type
 
 
 def in_list(*layers: nn.Module) -> nn.Module:

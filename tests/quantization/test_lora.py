@@ -52,7 +52,7 @@ def test_gradients_are_autograds_through_the_merged_weight(kind: str, how: dict,
     update = low.scale * low.B @ low.A
     weight = twin.weight + (update.t() if kind == "conv1d" else update)
     weight.retain_grad()
-    whole = fake_quantize(weight, *own.along(weight), own.exponent, own.frozen)
+    whole = fake_quantize(weight, *own.broadcast_over(weight), own.exponent, own.frozen)
     ((F.linear(theirs, whole.t() if kind == "conv1d" else whole, twin.bias) - target) ** 2).sum().backward()
     assert torch.allclose(ours.grad, theirs.grad, atol=1e-4)
     assert torch.allclose(layer.weight.grad, weight.grad, atol=1e-4)  # what frozen weights are scored by

@@ -1,4 +1,4 @@
-"""The quantizer as a module: one pair (d, q_m) or one a channel, where they start, and what is left after training."""
+"""The quantizer as a module: one pair (d, q_m) or one per channel, and its fixed form after training."""
 
 from __future__ import annotations
 
@@ -7,14 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from geta_hf.errors import GETAError
 from geta_hf.quantization import (
     FixedQuantizer,
     Quantizer,
-    channel_clipping_values,
-    clipping_value,
     fixed_quantizer,
-    functional,
     step_size,
 )
 
@@ -99,51 +95,3 @@ def test_channels_that_leave_take_their_scales_along() -> None:
     quantizer.keep_channels(torch.tensor([0, 2]))
     assert torch.equal(quantizer.q_m, torch.tensor([1.0, 3.0])) and torch.equal(quantizer.d, old[[0, 2]])
     assert quantizer.d.requires_grad and not quantizer.q_m.requires_grad
-
-
-@pytest.mark.parametrize("bits", [3, 4, 8])
-@pytest.mark.parametrize("kind", LAYERS)
-def test_every_channel_starts_near_its_own_best_clipping_value(kind: str, bits: int) -> None:
-    torch.manual_seed(1)
-    weight, dim = torch.randn(8, 400), DIM[kind]
-    weight *= torch.logspace(-3, 1, 8)[:, None]
-    weight[:, 0] *= 9
-    if kind != "linear":
-        weight = weight.t() if dim else weight.view(8, 4, 10, 10)
-    found = channel_clipping_values(weight, bits, channel_dim=dim)
-
-    def error(row: Tensor, q_m: float) -> float:
-        d, top = torch.tensor([q_m / (2 ** (bits - 1) - 1)]), torch.tensor([q_m])
-        return float((functional.quantize(row, d, top) - row).square().sum())
-
-    for channel, q_m in enumerate(found.tolist()):
-        row = weight.select(dim, channel)
-        best = min(error(row, share * float(row.abs().max())) for share in torch.linspace(0.1, 1, 91).tolist())
-        assert error(row, q_m) <= 1.02 * best
-        assert clipping_value(row, bits, "max") == float(row.abs().max())
-    largest = torch.stack([weight.select(dim, channel).abs().max() for channel in range(8)])
-    assert torch.equal(channel_clipping_values(weight, bits, "max", channel_dim=dim), largest)
-
-
-def test_a_channel_of_zeros_gets_the_range_of_its_layer() -> None:
-    weight = torch.randn(4, 50)
-    weight[2] = 0
-    for method in ("mse", "max"):
-        found = channel_clipping_values(weight, 4, method)
-        assert found[2] == clipping_value(weight, 4, method) and (found > 0).all()
-
-
-@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-def test_a_tensor_without_a_range_is_refused(value: float) -> None:
-    for weight in (torch.full((3, 3), value), torch.empty(0, 3)):
-        with pytest.raises(GETAError, match=r"some: max\|W\| is"):
-            channel_clipping_values(weight, 4, name="some")
-    with pytest.raises(GETAError, match="'mse' or 'max'"):
-        clipping_value(torch.ones(3), 4, "best")
-
-
-def test_counting_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.randn(5, 333, generator=torch.Generator().manual_seed(0))
-    whole = channel_clipping_values(weight, 4)
-    monkeypatch.setattr("geta_hf.quantization.quantizer._CHUNK", 64)
-    assert torch.equal(channel_clipping_values(weight, 4), whole)

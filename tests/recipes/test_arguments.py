@@ -1,13 +1,23 @@
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from transformers import TrainingArguments
 
-from geta_hf import GETAError
+from geta_hf import GETAConfig, GETAError, config
+from geta_hf.config import CompressionConfig, above, setting, settings_of
 from recipes import language_modeling as recipe
 from recipes import question_answering as bert_squad
+from recipes.arguments import describe_config
+
+ROOT = Path(__file__).parent.parent.parent
 
 MODEL = ["--model_name_or_path", "model", "--use_cpu"]
 
@@ -49,3 +59,47 @@ def test_text_is_no_yaml_and_the_rest_is(tmp_path: Path) -> None:
 def test_nothing_to_resume_from(parse: object, asked: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(GETAError, match=message):
         parse([*MODEL, "--resume_from_checkpoint", asked, "--output_dir", str(tmp_path)])  # type: ignore[operator]
+
+
+def test_help_describes_every_argument_and_every_setting() -> None:
+    environment = {**os.environ, "COLUMNS": "1000", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "recipes/bert_squad.py", "--help"]
+    text = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    shown = " ".join(text.split())
+    for field in (*fields(bert_squad.ModelArguments), *fields(bert_squad.DataArguments)):
+        assert f"--{field.name} " in shown and field.metadata["help"] in shown, field.name
+    assert "--learning_rate" in shown and "geta.method NAME one of qasso (default: qasso)" in shown
+    for name, one in settings_of(GETAConfig).items():
+        described = f"--geta.{name} VALUE {one.help} ({one.allowed}; default: {json.dumps(one.default)})"
+        assert " ".join(described.split()) in shown, name
+
+
+def test_both_recipes_print_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    for main in (bert_squad.main, recipe.main):
+        for argv in ([], ["-h"]):
+            assert main(argv) == {}
+            assert describe_config() in capsys.readouterr().out
+
+
+def test_help_lists_a_shared_setting_once_and_the_methods_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "CONFIG_CLASSES", dict(config.CONFIG_CLASSES))
+
+    @dataclass
+    class SearchConfig(CompressionConfig):
+        method: ClassVar[str] = "search"
+        temperature: float = setting(1.0, "Softmax temperature.", above(0), section="Search")
+        multiple_of: int = 8
+
+    text = describe_config()
+    assert "one of qasso, search (default: qasso)" in text
+    assert text.count("--geta.target_sparsity ") == 1 == text.count("--geta.warmup ")
+    assert "Targets, every method:" in text and "Stages, method qasso:" in text and "Search, method search:" in text
+    assert "Softmax temperature. (a number above 0; default: 1.0)" in text
+    assert text.count("--geta.multiple_of ") == 2 and "default: 8)" in text.partition("method search:")[2]
+
+
+def test_the_method_chooses_the_config_class() -> None:
+    named = recipe.parse_arguments([*MODEL, "--geta.method", "qasso", "--geta.mean_bits", "5"])
+    assert named.geta == GETAConfig(mean_bits=5)
+    with pytest.raises(GETAError, match=r"unknown method 'sparse'; known are \['qasso'\]"):
+        recipe.parse_arguments([*MODEL, "--geta.method", "sparse"])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from geta_hf.export.export import PICTURE_NAME
 from geta_hf.reporting.comparison import read_structure
 from recipes import demo
 
@@ -25,5 +26,5 @@ def test_demo_learns_compresses_and_reports(tmp_path: Path, capsys: pytest.Captu
     before = sum(total for _, total in structure.kept.values())
     assert before == 4 * (8 + 256) and sum(kept for kept, _ in structure.kept.values()) == before // 2
     assert all(4 <= bits <= 8 for bits in structure.bits.values()) and len(structure.bits) == 24
-    assert (tmp_path / "structure.png").stat().st_size > 10_000
+    assert (tmp_path / "compressed" / "export" / PICTURE_NAME).stat().st_size > 10_000
     assert "relative BOPs, paper" in capsys.readouterr().out

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
-from eval.squad_features import Question, load_questions
+from geta_hf.evaluation.squad_features import Question, load_questions
 from recipes import demo_data
 
 

@@ -11,8 +11,10 @@ import torch
 from transformers import PhiForCausalLM
 
 from geta_hf import GETAError
-from recipes.documents import IGNORED, pack, prepare_tokenizer, prompt_and_response
-from recipes.text_data import DataArguments, check_columns, collator, features, load_rows, perplexity
+from geta_hf.evaluation.texts import perplexity_of_rows
+from geta_hf.training.distillation import IGNORED
+from recipes.documents import pack, prepare_tokenizer, prompt_and_response
+from recipes.text_data import DataArguments, check_columns, collator, features, load_rows
 from tests.recipes.words import END, WORDS, stories, word_tokenizer, write_model
 
 TEMPLATE = "Ask : {question}\n{hint}\nTell : {answer}"
@@ -177,7 +179,7 @@ def test_perplexity_counts_every_label_once(tmp_path: Path) -> None:
     for row in rows:
         logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1].detach().log_softmax(-1)
         total -= sum(float(logits[i, label]) for i, label in enumerate(row["labels"][1:]) if label != IGNORED)
-    found = perplexity(model, rows, collator(data, tokenizer), batch_size=2)
+    found = perplexity_of_rows(model, rows, collator(data, tokenizer), batch_size=2)
     assert found["tokens"] == 2 + 3 + 3
     assert found["nats_per_token"] == pytest.approx(total / 8, abs=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(total / 8), rel=1e-5)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from xml.etree import ElementTree
 
 import pytest
 
 from geta_hf.costs.model_costs import bytes_on_disk
 from geta_hf.errors import GETAError
+from geta_hf.export.export import PICTURE_NAME
 from geta_hf.reporting.comparison import (
     STRUCTURE_NAME,
     Structure,
     compare,
     load_model,
-    plot_structure,
     read_structure,
     table_rows,
 )
+from geta_hf.reporting.model_card import write_card
 from geta_hf.utils.tables import format_table
 from tests.small_folders import exported
 
@@ -45,10 +47,11 @@ def test_the_table_says_what_was_measured(folders) -> None:
     assert {"relative BOPs, paper (quantized linears)", "CPU latency, ms"} <= set(cells)
 
 
-@pytest.mark.parametrize("name", ["picture.png", "picture.svg"])
-def test_the_picture_is_written_whole(folders, tmp_path, name: str) -> None:
-    path = plot_structure(folders[1], tmp_path / name)
-    assert path.stat().st_size > 5000 and not list(tmp_path.glob(".picture*"))
+def test_the_picture_is_written_whole(folders) -> None:
+    write_card(folders[1])
+    path = folders[1] / PICTURE_NAME
+    assert path.stat().st_size > 5000 and not list(folders[1].glob(f".{path.stem}*"))
+    assert ElementTree.parse(path).getroot().tag.endswith("svg")
 
 
 def test_columns_are_aligned() -> None:
@@ -68,12 +71,13 @@ def test_folders_that_are_no_export_are_refused(folders) -> None:
         load_model(folders[0])
 
 
-def test_rounded_inputs_are_reported(folders, tmp_path) -> None:
+def test_rounded_inputs_are_reported(folders) -> None:
     structure = read_structure(folders[1])
     assert list(structure.activation_bits.values()) == [6, 6]
     table = compare(*folders, tokens=16)
     assert "6.00 (2 of 12 layers)" in next(row for row in table.splitlines() if "mean bits of inputs" in row)
-    assert plot_structure(folders[1], tmp_path / "picture.png").stat().st_size > 5000
+    write_card(folders[1])
+    assert "bits of inputs" in (folders[1] / PICTURE_NAME).read_text(encoding="utf-8")
 
 
 def test_a_folder_from_before_inputs_were_rounded_reads_as_float(folders) -> None:

@@ -143,6 +143,6 @@ def test_a_stranger_s_config_is_refused_before_it_is_used(tmp_path: Path) -> Non
 def test_metrics_are_finite_numbers(value: object) -> None:
     with pytest.raises(GETAError, match=r"dense\['em'\]"):
         check_metrics({"dense": {"em": value}}, "metrics")
-    with pytest.raises(GETAError, match="'small' is no part"):
+    with pytest.raises(GETAError, match="'small' is not a key"):
         check_metrics({"small": {}}, "metrics")
     assert check_metrics({"dense": {"em": 3}}, "metrics") == {"dense": {"em": 3.0}}

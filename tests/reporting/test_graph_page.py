@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from geta_hf.errors import GETAError
 from geta_hf.qadg.propagation.flow import Flow
-from geta_hf.qadg.propagation.propagate import analyse
+from geta_hf.qadg.propagation.propagate import record_and_propagate
 from geta_hf.qadg.space import PruningSpace, space_of
 from geta_hf.reporting.graph_page import gather, page_data, pattern, span, write_page
 from tests.architectures import build
@@ -22,7 +22,7 @@ from tests.qadg.models import Block, PlainQuantizer, make, quantize_linears
 
 
 def studied(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[Flow, PruningSpace]:
-    flow = analyse(model.eval(), batch)
+    flow = record_and_propagate(model.eval(), batch)
     return flow, space_of(flow)
 
 
@@ -151,7 +151,7 @@ def test_frozen_operators_are_marked_with_the_reason() -> None:
     block = Block(lambda x: torch.fft.fft(x).real)
     flow, space = studied(nn.Sequential(block), {"input": torch.randn(2, 6)})
     data = page_data(flow, space, "t")
-    [frozen] = space.frozen
+    [frozen] = space.unsupported
     assert data["frozen"] == [
         {"op": frozen.operator, "module": "0", "modules": "0", "reason": frozen.reason, "count": 1}
     ]

@@ -111,7 +111,7 @@ def test_no_name_breaks_it(tmp_path: Path, name: str) -> None:
 def test_what_lacks_is_left_out(tmp_path: Path, kept: dict, bits: dict) -> None:
     page = Page(write_report(written(tmp_path / "m", kept, bits), tmp_path / "report.html"))
     assert not page.wrong and ("bits of weights" in page.words) == bool(bits)
-    assert "It was not saved with the model." in page.words
+    assert "The config was not saved with the model." in page.words
     assert ("No layer was cut or quantized." in page.words) == (not kept and not bits)
 
 

@@ -46,12 +46,12 @@ def test_the_hub_reads_its_head(folder: Path) -> None:
 
 
 def test_layers_that_left_whole_are_said_and_not_counted_among_the_dense(folder: Path) -> None:
-    assert "removed whole" not in model_card(folder)
+    assert "removed entirely" not in model_card(folder)
     config = json.loads((folder / CONFIG_NAME).read_text())
     (folder / CONFIG_NAME).write_text(json.dumps({**config, "drop_layers": ["encoder.layer.1", "encoder.layer.2"]}))
     text = model_card(folder)
-    assert "2 layers were removed whole, " in text
-    assert "of the dense model leave out the 2 layers that were removed whole." in text
+    assert "2 layers were removed entirely, " in text
+    assert "of the dense model exclude the 2 layers that were removed entirely." in text
     assert re.search(r"\| layers removed +\| +\| encoder\.layer\.1, encoder\.layer\.2 ", text)
 
 

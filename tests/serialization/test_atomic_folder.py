@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from geta_hf.errors import GETAError
+from geta_hf.serialization import atomic_folder
 from geta_hf.serialization.atomic_folder import check_target, write_folder
 
 
@@ -85,10 +86,16 @@ def test_what_a_training_needs_is_never_replaced(tmp_path: Path, name: str) -> N
 
 
 @pytest.fixture
-def killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], None]:
+def dead() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch, dead: int) -> Callable[[Path, int], None]:
     """Writes a target, and leaves things as a process that ended before its rename number `steps`."""
-    done = subprocess.Popen([sys.executable, "-c", ""])
-    done.wait()
 
     def write(target: Path, steps: int) -> None:
         left, rename = iter(range(steps)), Path.rename
@@ -99,7 +106,7 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], None]:
             return rename(self, to)
 
         with monkeypatch.context() as patch:
-            patch.setattr(os, "getpid", lambda: done.pid)
+            patch.setattr(os, "getpid", lambda: dead)
             patch.setattr(shutil, "rmtree", lambda *_, **__: None)
             patch.setattr(Path, "rename", counted)
             with pytest.raises(SystemExit):
@@ -142,8 +149,33 @@ def test_a_target_that_was_never_there_leaves_no_litter(tmp_path: Path, killed: 
 
 
 @pytest.mark.skipif(os.name == "nt", reason="processes are not asked for there")
-def test_what_another_machine_writes_is_left_alone(tmp_path: Path) -> None:
-    theirs = tmp_path / ".b.elsewhere.1.0123abcd.new"
+def test_what_another_machine_writes_is_left_alone(tmp_path: Path, dead: int) -> None:
+    """Its processes can't be seen from here, whether or not there is one of that number."""
+    for process in (1, dead):
+        theirs = tmp_path / f".b.elsewhere.{process}.0123abcd.new"
+        theirs.mkdir()
+        check_target(tmp_path / "b", overwrite=False)
+        assert theirs.is_dir()
+
+
+def test_what_another_machine_moved_away_is_restored(tmp_path: Path) -> None:
+    write_folder(tmp_path / "b", filler("old"))
+    (tmp_path / "b").rename(tmp_path / ".b.elsewhere.1.0123abcd.old")
+    with pytest.raises(GETAError, match="exists already"):
+        check_target(tmp_path / "b", overwrite=False)
+    assert (tmp_path / "b" / "config.json").read_text() == "old"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="processes are not asked for there")
+@pytest.mark.parametrize(("error", "cleared"), [(PermissionError, False), (ProcessLookupError, True)])
+def test_what_a_process_of_another_user_writes_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[OSError], cleared: bool
+) -> None:
+    def kill(process: int, signal: int) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "kill", kill)
+    theirs = tmp_path / f".b.{atomic_folder._HOST}.1.0123abcd.new"
     theirs.mkdir()
     check_target(tmp_path / "b", overwrite=False)
-    assert theirs.is_dir()
+    assert theirs.is_dir() is not cleared

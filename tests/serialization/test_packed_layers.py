@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from geta_hf.errors import GETAError
 from geta_hf.quantization import Quantizer
-from geta_hf.quantization.layers import convert
+from geta_hf.quantization.layers import quantize_layer
 from geta_hf.serialization.bitpack import largest_code
 from geta_hf.serialization.decode import Decode
 from geta_hf.serialization.encode import layer_codes, pack_layer, packed_tensors
@@ -72,7 +72,7 @@ def test_decoded_layer_equals_the_quantized_layer(kind: str) -> None:
     make, _, shape = LAYERS[kind]
     torch.manual_seed(0)
     layer = make()
-    convert(layer, Quantizer(q_m=layer.weight.abs().max().item() * 0.8, bits=BITS))
+    quantize_layer(layer, Quantizer(q_m=layer.weight.abs().max().item() * 0.8, bits=BITS))
     x = torch.randn(shape)
     with torch.no_grad():
         expected = layer(x)
@@ -125,9 +125,11 @@ def test_decodes_to_the_declared_dtype() -> None:
     assert torch.equal(layer.weight, layer.decoded(layer_codes("layer", layer)).bfloat16())
 
 
-def test_weight_changed_after_decoding_cannot_be_saved() -> None:
+@pytest.mark.parametrize("value", [1e-4, STEP * (largest_code(BITS) + 1)])
+def test_weight_changed_after_decoding_cannot_be_saved(value: float) -> None:
+    """A value between two steps, and a step that the bit width does not have."""
     layer = packed_layer()
-    layer.weight.data[0, 0] += 1e-4
+    layer.weight.data[0, 0] = torch.tensor(value)
     with pytest.raises(GETAError, match=r"layer\.weight was changed"):
         packed_tensors("layer", layer)
 

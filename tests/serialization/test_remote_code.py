@@ -177,3 +177,10 @@ def test_what_is_carried_imports_nothing_that_an_environment_may_lack(name: str)
     whole, at_once = imported(path), imported(path, at_once=True)
     for module in whole - {"accelerate.utils"} | at_once:  # which is there where something was offloaded
         assert module in CARRIED or module.partition(".")[0] in ALLOWED | standard, module
+
+
+def test_carried_modules_have_names_of_their_own() -> None:
+    """They lie side by side in a folder, where one of two equal names would overwrite the other."""
+    leaves = [name.rpartition(".")[2] for name in CARRIED]
+    assert len(set(leaves)) == len(leaves)
+    assert leaves[-1] == "loader"  # which modeling_geta.py imports

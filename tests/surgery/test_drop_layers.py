@@ -258,9 +258,10 @@ def test_bops_are_relative_to_the_dense_model(trained: GETATrainer) -> None:
 
 
 def test_the_config_of_a_run_names_the_layers(trained: GETATrainer, tmp_path: Path) -> None:
-    assert trained.geta_config.drop_layers == list(trained.depth.removed) and len(trained.depth.removed) == 2
+    assert trained.run_config.drop_layers == list(trained.depth.removed) and len(trained.depth.removed) == 2
+    assert trained.geta_config.drop_layers == 2  # what was given is not replaced
     report = trained.export_model(tmp_path / "small")
-    assert GETAConfig.load(tmp_path / "small" / "geta_config.json") == trained.geta_config
+    assert GETAConfig.load(tmp_path / "small" / "geta_config.json") == trained.run_config
     small = AutoModelForCausalLM.from_pretrained(report.path)
     assert len(small.model.layers) == 3
     ids = torch.arange(4, 10)[None]
@@ -275,7 +276,7 @@ def test_the_table_counts_the_dense_model_whole(trained: GETATrainer, tmp_path: 
     rows = {
         cells[0]: cells[1:] for cells in ([c.strip() for c in line.split("|")[1:-1]] for line in table.splitlines())
     }
-    assert rows["layers removed"] == ["", ", ".join(trained.geta_config.drop_layers)]
+    assert rows["layers removed"] == ["", ", ".join(trained.run_config.drop_layers)]
     found = float(rows["relative BOPs, paper (quantized linears)"][1].rstrip("%")) / 100
     assert found == pytest.approx(trained.compression_state()["relative_bops"], abs=1e-4)
 
@@ -291,11 +292,11 @@ def test_a_checkpoint_is_exported_and_becomes_a_vanilla_folder(trained: GETATrai
 def test_a_resumed_run_lost_the_same_layers_or_is_refused(trained: GETATrainer, tmp_path: Path) -> None:
     checkpoint = f"{trained.args.output_dir}/checkpoint-14"
     again = trainer(tmp_path)
-    assert again.geta_config == trained.geta_config
+    assert again.run_config == trained.run_config
     again.train(resume_from_checkpoint=checkpoint)
     assert all(torch.equal(t, trained.model.state_dict()[name]) for name, t in again.model.state_dict().items())
     other = [f"model.layers.{place}" for place in range(2)]
-    assert other != trained.geta_config.drop_layers
+    assert other != trained.run_config.drop_layers
     with pytest.raises(
         GETAError, match=r"another GETAConfig \(drop_layers: \['model.layers.\d', 'model.layers.\d'\] there"
     ):

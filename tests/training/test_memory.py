@@ -19,13 +19,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from geta_hf import GETAConfig, GETAError, attach_input_quantizers, attach_quantizers, dry_run, plan_memory
+from geta_hf import GETAConfig, GETAError, attach_quantizers, dry_run, plan_memory
 from geta_hf.errors import MemoryUnknown
+from geta_hf.methods import make_method
+from geta_hf.methods.parameter_groups import quantizer_parameters
 from geta_hf.quantization.kernels import outlined
 from geta_hf.training import memory
 from geta_hf.training.fake_tensors import OUTLINE, Live
 from geta_hf.training.memory_report import MemoryPlan
-from geta_hf.training.preparation import attach, quantizer_parameters
 
 VOCABULARY, HIDDEN, LAYERS, ROWS, LENGTH = 96, 32, 2, 3, 16
 
@@ -109,8 +110,7 @@ def test_rounded_activations_are_foreseen(phi, batch, tmp_path, half: bool) -> N
     found = dry_run(phi, batch, arguments(tmp_path, optim="sgd", bf16=half), config).memory
     plain = dry_run(phi, batch, arguments(tmp_path, optim="sgd", bf16=half), GETAConfig()).memory
     assert found.step.quantizers == 2 * plain.step.quantizers == 4 * 3 * 2 * 6 * LAYERS
-    attach(phi, config)
-    attach_input_quantizers(phi, [{"input_ids": batch["input_ids"]}])
+    make_method(config).attach(phi, lambda count: [{"input_ids": batch["input_ids"]}])
     with outlined(OUTLINE):
         peak = peak_of(phi, batch, half)
     assert found.backward.total - found.backward.pruning == pytest.approx(peak, rel=0.02)

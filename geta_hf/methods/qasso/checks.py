@@ -1,4 +1,7 @@
-"""What a base optimizer must be and hold, checked before the first step."""
+"""Guards of a run: what a base optimizer must be and hold, checked before training, and what became NaN in training.
+
+Bad values are noted at every step without waiting for the device, and read at period boundaries and saves.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,22 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from geta_hf.costs.quantizer_table import Named, Quantizers
 from geta_hf.errors import GETAError
 from geta_hf.qadg.groups import Family
+from geta_hf.utils.shards import add_up, local, shard_of
 
 AVERAGES = "keeps an average of the weights beside them, in which removed groups are not zero; use AdamW or SGD"
 """What is wrong with an optimizer that is schedule-free."""
 
+_BAD_VALUES = ("d, q_m or t", "the gradient")
+"""What the two rows of `bad_step` are about."""
+
+# --- before training --------------------------------------------------------------------------------------------------
+
 
 def check_base(base: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> None:
-    """Raises GETAError for an optimizer whose step is no step of each element, or a parameter that is no plain number.
+    """Raise GETAError for an optimizer that does not step each element once, or a parameter that cannot be cut.
 
     Args:
         base: to be wrapped.
@@ -28,6 +38,7 @@ def check_base(base: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> None
         )
     if isinstance(base, torch.optim.SparseAdam):
         raise GETAError(f"{kind} takes sparse gradients, but groups are slices of dense ones; use AdamW or SGD")
+    # Schedule-free optimizers can be told by their two modes; they live in packages that need not be installed.
     if hasattr(base, "train") and hasattr(base, "eval"):
         raise GETAError(f"{kind} {AVERAGES}")
     if kind == "QASSO":
@@ -47,9 +58,11 @@ def check_base(base: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> None
 def check_covered(
     named: Mapping[str, Tensor], families: Sequence[Family], quantizers: Mapping[str, str], inputs: Sequence[str]
 ) -> None:
-    """Raises GETAError unless all that families cut and all quantizers are among the trained parameters.
+    """Raise GETAError unless all that families cut and all quantizers are among the trained parameters.
 
     Args:
+        named: the base optimizer's parameters by name.
+        families: those that may lose groups.
         quantizers: weight name -> prefix of its quantizer.
         inputs: prefixes of the quantizers of layers' inputs.
     """
@@ -64,3 +77,68 @@ def check_covered(
     for prefix, owner in owners.items():
         if f"{prefix}.d" not in named or f"{prefix}.q_m" not in named:
             raise GETAError(f"the quantizer of {owner} is not in the base optimizer; add {prefix}.d and .q_m")
+
+
+# --- in training ------------------------------------------------------------------------------------------------------
+
+
+def note_bad(
+    bad_step: Tensor,
+    step: int,
+    quantizers: Quantizers,
+    named: Named,
+    quantizers_frozen: bool = False,
+    stand_ins: Mapping[str, str] | None = None,
+) -> Tensor:
+    """Return the first step at which a layer's quantizer, or its gradient, was not finite; -1 where none was.
+
+    Args:
+        bad_step: what is known so far, int64, shape (2, layers): quantizers and gradients.
+        step: the present one.
+        quantizers: all of the model.
+        named: parameters by name.
+        quantizers_frozen: whether quantizers have no gradient.
+        stand_ins: weight without a gradient -> a parameter whose gradient shows what is wrong with it.
+    """
+    d, q_m, t = (torch.isfinite(value) for value in quantizers.read(named))
+    if quantizers_frozen:
+        gradient = quantizers.of_weights(squared_gradients(quantizers, named, stand_ins))
+    else:
+        # A gradient of d sums over the entire weight's, so that one bad value there shows, and d is a single number.
+        gradient = quantizers.gather("d", named, 0.0, gradient=True)
+    finite = (d & q_m & t, torch.isfinite(gradient))
+    bad = torch.stack([quantizers.by_layer((~ok).float()) > 0 for ok in finite])
+    return torch.where(bad & (bad_step < 0), step, bad_step)
+
+
+def squared_gradients(quantizers: Quantizers, named: Named, stand_ins: Mapping[str, str] | None = None) -> Tensor:
+    """Return ‖g‖² of every quantized weight, or its stand-in, over all processes, shape (layers,); 0 if not trained."""
+    instead = stand_ins or {}
+    weights = [named.get(instead.get(weight, weight)) for weight in quantizers.own_weights]
+    nothing = torch.zeros(1, device=quantizers.layer.device)
+    gradients = [nothing if w is None or w.grad is None else local(w.grad) for w in weights]
+    total = torch.stack(torch._foreach_norm(gradients)).float() ** 2
+    held = next((w for w in weights if w is not None), None)
+    return total if held is None else add_up(total, shard_of(held))
+
+
+def refuse_bad(bad_step: Tensor, prefixes: Sequence[str]) -> None:
+    """Raise GETAError where `note_bad` noted anything, naming the earliest; waits for the device.
+
+    Args:
+        bad_step: int64, shape (2, layers).
+        prefixes: of the layers' quantizers.
+    """
+    seen = [
+        (step, kind, prefix)
+        for kind, steps in zip(_BAD_VALUES, bad_step.tolist(), strict=True)
+        for step, prefix in zip(steps, prefixes, strict=True)
+        if step >= 0
+    ]
+    if not seen:
+        return
+    step, kind, prefix = min(seen, key=lambda found: found[0])  # of one step, values come before gradients
+    raise GETAError(
+        f"{kind} of {prefix} was NaN or infinite at step {step}; the last checkpoint is intact: "
+        f"go back to it with a lower learning rate, or check the data"
+    )

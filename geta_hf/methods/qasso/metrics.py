@@ -1,31 +1,62 @@
-"""Where a run stands, as the few numbers that are logged."""
+"""The few numbers about a run that are logged next to the loss."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
+from geta_hf.costs.ledger import Ledger
 from geta_hf.methods.qasso.optimizer import QASSO
 from geta_hf.methods.qasso.schedule import STAGES
 from geta_hf.quantization.functional import FLOAT_BITS
 
 
-def compression_state(qasso: QASSO) -> dict[str, float]:
-    """Stage (1 warm-up, 2 projection, 3 joint, 4 cool-down), sparsity as a share of the prunable groups, bits, BOPs of
-    the quantized layers relative to dense, and the mean γ."""
-    gone, ledger = qasso.gone, qasso.ledger
-    widths = list(qasso.bits().values())
-    bits, inputs = widths[: len(ledger.layers)], widths[len(ledger.layers) :]
-    input_bits = torch.tensor(inputs, dtype=torch.float64) if inputs else float(FLOAT_BITS)
-    weights, per_layer = ledger.weights(gone), torch.tensor(bits, dtype=torch.float64)
-    state = {
-        "stage": STAGES.index(qasso.phase.stage) + 1,
-        "sparsity": round(qasso.removed_groups / ledger.groups, 4),
+def compression_metrics(
+    stage: str, ledger: Ledger, removed: Tensor, bits: Sequence[float], input_bits: Sequence[float], gamma: float
+) -> dict[str, float]:
+    """Return the numbers to log.
+
+    Args:
+        stage: one of STAGES.
+        ledger: sizes of the model.
+        removed: bool, shape (groups,): groups that are zero for good.
+        bits: present width of each quantized weight.
+        input_bits: present width of each quantized input; none where inputs are float.
+        gamma: mean forgetting rate of the latest step.
+
+    Returns:
+        `stage` (1 warm-up, 2 projection, 3 joint, 4 cool-down), `sparsity` (share of the prunable groups that are
+        removed), `mean_bits` over the remaining weights, `min_bits`, `max_bits`, `relative_bops` of quantized layers
+        (dense is 1), `gamma`, and with quantized inputs `mean_input_bits`.
+    """
+    per_input = torch.tensor(input_bits, dtype=torch.float64) if input_bits else float(FLOAT_BITS)
+    weights = ledger.weights(removed)
+    per_layer = torch.tensor(bits, dtype=torch.float64)
+    metrics = {
+        "stage": STAGES.index(stage) + 1,
+        "sparsity": round(int(removed.sum()) / ledger.groups, 4),
         "mean_bits": round(float((weights * per_layer).sum() / weights.sum()), 3),
         "min_bits": round(min(bits), 3),
         "max_bits": round(max(bits), 3),
-        "relative_bops": round(ledger.relative_bops(gone, per_layer, input_bits), 5),
-        "gamma": qasso.mean_gamma(),
+        "relative_bops": round(ledger.relative_bops(removed, per_layer, per_input), 5),
+        "gamma": gamma,
     }
-    if inputs:
-        state["mean_input_bits"] = round(sum(inputs) / len(inputs), 3)
-    return state
+    if input_bits:
+        metrics["mean_input_bits"] = round(sum(input_bits) / len(input_bits), 3)
+    return metrics
+
+
+def compression_state(qasso: QASSO) -> dict[str, float]:
+    """Return `compression_metrics` of an optimizer; waits for the device."""
+    widths = list(qasso.bits().values())
+    layers = len(qasso.ledger.layers)
+    return compression_metrics(
+        qasso.phase.stage,
+        qasso.ledger,
+        qasso.removed_mask,
+        widths[:layers],
+        widths[layers:],
+        qasso.mean_gamma(),
+    )

@@ -1,9 +1,11 @@
-"""QASSO (paper Alg. 2): a wrapper around any torch optimizer, and one itself.
+"""QASSO (arXiv 2502.16638, Algorithm 2): a wrapper around any torch optimizer, and one itself.
 
-All per-step logic sits in `step`, where gradients are clipped, accumulated and unscaled, once per update. The base
-optimizer owns `param_groups` and `state`; what QASSO adds are numbers in `param_groups[0]` and three vectors over all
-groups and layers that travel in the state of one parameter, so a checkpoint holds plain tensors and numbers only.
-Parameters are found by the names in `param_groups[i]["param_names"]` at every step: Accelerate may replace the tensors.
+All per-step logic sits in `step`, where gradients are clipped, accumulated and unscaled, once per update. The four
+stages are four methods, with the numbers of Algorithm 2's lines beside them.
+
+The base optimizer owns `param_groups` and `state`. What QASSO adds are numbers in `param_groups[0]` and the vectors of
+`QASSOState`, so a checkpoint holds plain tensors and numbers only. Parameters are found by the names in
+`param_groups[i]["param_names"]` at every step, since Accelerate may replace the tensors.
 """
 
 from __future__ import annotations
@@ -17,38 +19,47 @@ import torch
 from torch import Tensor
 
 from geta_hf.config import GETAConfig
-from geta_hf.costs import bit_allocation
+from geta_hf.costs.bit_allocation import BitChoices
 from geta_hf.costs.ledger import Ledger
 from geta_hf.costs.quantizer_table import Quantizers
 from geta_hf.costs.selection import Limits, find_chunks
 from geta_hf.costs.targets import GROUPS, Target, solve_target, take_due
 from geta_hf.errors import GETAError
 from geta_hf.methods.frozen_weights import FrozenWeights
-from geta_hf.methods.qasso.checks import check_base, check_covered
-from geta_hf.methods.qasso.frozen import GradientSums, check_rules, forget
-from geta_hf.methods.qasso.joint_step import Pairs, Redundant, find_pairs, needs_gradients
-from geta_hf.methods.qasso.nan_guard import note_bad, refuse_bad, squared_gradients
-from geta_hf.methods.qasso.projection import project_step_size, relative_step
-from geta_hf.methods.qasso.saliency import fisher_scores, group_sums, hesso_scores, taylor_scores
+from geta_hf.methods.qasso.checks import check_base, check_covered, note_bad, refuse_bad, squared_gradients
+from geta_hf.methods.qasso.equations import (
+    fisher_scores,
+    hesso_scores,
+    project_step_size,
+    relative_step,
+    taylor_scores,
+)
+from geta_hf.methods.qasso.frozen import GradientSums, check_rules, forget_frozen
+from geta_hf.methods.qasso.joint_step import RedundantSlices
 from geta_hf.methods.qasso.schedule import COOLDOWN, JOINT, PROJECTION, WARMUP, Phase, Schedule
-from geta_hf.methods.qasso.slices import Slice, build_slices, remember, zero_moments, zero_slices
-from geta_hf.methods.qasso.state import put_vectors, take_vectors
+from geta_hf.methods.qasso.slices import Product, Slice, build_slices, group_sums, zero_moments, zero_slices
+from geta_hf.methods.qasso.state import REDUNDANT, REMOVED, QASSOState, restore_vectors, store_vectors
+from geta_hf.methods.rounding import round_bits
 from geta_hf.qadg.group_labels import GroupLabels, family_of_group, family_starts
 from geta_hf.qadg.groups import Family
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.utils.shards import from_first_process, local
 
-IMPORTANT, REDUNDANT, REMOVED = 0, 1, 2
 _STEP = "qasso_step"
 _SCHEDULE = "qasso_schedule"
-_VECTORS = ("status", "mean_square", "curvature", "bad_step")
 
 Named = dict[str, Tensor]
-Values = tuple[Tensor, Tensor, Tensor]
+
+
+def bit_choices(config: GETAConfig) -> BitChoices:
+    """Return the final widths that a config allows, and its rule."""
+    # A search looks for q_m at t = 1. Under the paper's q_m = max|W| there is nothing to search for.
+    search = config.clipping == "mse" and not config.learn_exponent
+    return BitChoices.of(config, config.bit_rule == "sensitivity", search)
 
 
 class QASSO(torch.optim.Optimizer):
-    """Warm-up, projection, joint and cool-down around a base optimizer.
+    """Warm-up, projection, joint stage and cool-down around a base optimizer.
 
     Args:
         base: any torch optimizer over all trainable parameters of the model, quantizers' included.
@@ -58,13 +69,14 @@ class QASSO(torch.optim.Optimizer):
         schedule: the stages in steps.
         config: rules and limits.
         input_quantizers: prefixes of the quantizers of layers' inputs.
-        ledger: sizes of the whole model; by default of what is in `base`, which is enough for all targets but bytes.
+        ledger: sizes of the full model; by default of what is in `base`, which is enough for all targets but bytes.
         channel_dims: prefix -> the weight's dimension along which its quantizer has a step size each.
         frozen: what is cut or quantized, but not trained; see `qasso.frozen`.
-        goal: that of the plan; by default the config's targets are solved here.
+        target: that of the plan; by default the config's targets are solved here.
+        goal: the former name of `target`.
 
     Attributes:
-        goal: what the run shall end with.
+        target: what the run is to end with.
         gamma: forgetting rates of the latest joint step, shape (families,); NaN where a family lost no group.
 
     Raises:
@@ -85,12 +97,13 @@ class QASSO(torch.optim.Optimizer):
         ledger: Ledger | None = None,
         channel_dims: Mapping[str, int] | None = None,
         frozen: FrozenWeights | None = None,
+        target: Target | None = None,
         goal: Target | None = None,
     ) -> None:
         super().__init__(base.param_groups, {})
         self.base, self.schedule, self.config = base, schedule, config
         self.families: tuple[Family, ...] = space.trainable
-        self._follow_base()
+        self._share_base()
         for group in self.param_groups:
             group["param_names"] = [names[parameter] for parameter in group["params"]]
         self.param_groups[0].setdefault(_STEP, 0)
@@ -100,53 +113,142 @@ class QASSO(torch.optim.Optimizer):
         check_covered(named, self.families, quantizers, input_quantizers)
         self.quantizers = Quantizers(quantizers, input_quantizers, named, channel_dims)
         self.ledger = ledger or Ledger.of_tensors(self.families, named, self.quantizers.own_weights)
-        self.goal: Target = goal or solve_target(config, self.families, self.ledger)
-        groups, layers = self.ledger.groups, len(self.quantizers.prefixes)
-        self.status = torch.zeros(groups, dtype=torch.uint8)
-        self.mean_square = torch.zeros(groups)
-        self.curvature = torch.zeros(self.quantizers.weight_layers)
-        self.bad_step = torch.full((2, layers), -1, dtype=torch.int64)
+        self.target: Target = target or goal or solve_target(config, self.families, self.ledger)
+        self.qasso_state = QASSOState.start(
+            self.ledger.groups, self.quantizers.weight_layers, len(self.quantizers.prefixes)
+        )
         self.gamma: Tensor | None = None
         self.frozen = frozen or FrozenWeights()
-        self._watch = self._make_watch(named) if self.frozen.names else None
+        self._gradient_sums = self._sum_frozen_gradients(named) if self.frozen.names else None
         self._family = family_of_group(self.families)
-        self._forget_index()
+        self._labels: list[GroupLabels] | None = None
+        self._redundant: RedundantSlices | None = None
+        self._removed: list[Slice] = []
 
-    def _make_watch(self, named: Named) -> GradientSums:
+    def _sum_frozen_gradients(self, named: Named) -> GradientSums:
         check_rules(self.config)
         device = local(next(iter(named.values()))).device
-        return GradientSums(self.frozen, self.ledger.cuts, self.ledger.groups, self.quantizers.own_weights, device)
+        return GradientSums(self.frozen, self.ledger.labels, self.ledger.groups, self.quantizers.own_weights, device)
 
-    def _follow_base(self) -> None:
+    def _share_base(self) -> None:
         # load_state_dict of the base replaces both containers; they are always shared, never copied.
         self.param_groups, self.state = self.base.param_groups, self.base.state
 
-    def _forget_index(self) -> None:
-        """Drop everything derived from `status` and devices; it is rebuilt at the next step."""
-        self._cuts: list[GroupLabels] | None = None
-        self._drop_slices()
+    # --- Algorithm 2 --------------------------------------------------------------------------------------------------
 
-    def _drop_slices(self) -> None:
-        self._redundant: list[Slice] | None = None
-        self._removed: list[Slice] = []
-        self._pairs: Pairs | None = None
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Do one update of all parameters, in the stage that it falls into.
 
-    # --- one step -------------------------------------------------------------------------------------------------
+        Args:
+            closure: re-evaluates the loss, as in torch.
 
-    @property
-    def step_count(self) -> int:
-        """Updates done so far."""
-        return self.param_groups[0][_STEP]
+        Raises:
+            GETAError: at the first step of a stage or period, where something became NaN or infinite before.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        phase, named = self.phase, self._named()
+        self._follow_device(named)
+        self._note_bad(phase, named)
+        self.gamma = None
+        if phase.stage == WARMUP:
+            self._warm_up_step(named)
+        elif phase.stage == PROJECTION:
+            self._projection_step(phase, named)
+        elif phase.stage == JOINT:
+            self._joint_step(phase, named)
+        else:
+            self._cool_down_step(named)
+        self.param_groups[0][_STEP] += 1
+        if self.finished and phase.stage != COOLDOWN:
+            self.fix_bits(bit_choices(self.config))  # (d*, q_m*, t*) of line 22
+        return loss
 
-    @property
-    def phase(self) -> Phase:
-        """The phase of the next step."""
-        return self.schedule.at(self.step_count)
+    def _warm_up_step(self, named: Named) -> None:
+        """Do one of the K_w steps of line 2: x, d, q_m and t by the base optimizer.
 
-    @property
-    def finished(self) -> bool:
-        """Whether the joint stage is over: all groups that were to go are zero, and widths are whole."""
-        return self.phase.stage == COOLDOWN
+        2: x <- x - u;  (d, q_m, t) by Algorithm 3, inside [b_l, initial bits]
+        """
+        self._base_step(named)
+
+    def _projection_step(self, phase: Phase, named: Named) -> None:
+        """Do one step k of a projection period (lines 4 to 7).
+
+        4: b_u <- b_u - b_r            at the period's first step: `bit_bounds`
+        6: x <- x - u
+        7: (d, q_m, t) by Algorithm 3
+        """
+        self._average_gradients(phase, named)  # so that line 11 has an average to read when the joint stage begins
+        self._base_step(named)
+
+    def _joint_step(self, phase: Phase, named: Named) -> None:
+        """Do one step k of a pruning period (lines 11 to 19).
+
+        11: saliency of every group    at the period's first step
+        12: G_R <- the groups of least saliency that are due, G_I <- the others
+        14: (t, q_m) by the base optimizer, and d with them
+        15: ∇_x f is in the parameters' gradients
+        16: γ by Eq. 13
+        17: d by Eq. 14
+        18: x^Q by Eq. 9
+        19: [x]_I <- [x]_I - [u]_I                        (Eq. 5)
+            [x]_R <- [x]_R - [u]_R - γ [x^Q]_R            (Eq. 6)
+        """
+        self._average_gradients(phase, named)
+        if phase.starts:
+            self._partition(phase, named)  # 11, 12
+        redundant = self._index_slices(named)
+        if self._gradient_sums is None:
+            redundant.remember(named, self.config)
+        self._base_step(named)  # 14, 15, and of 19 what is subtracted from all groups alike
+        if redundant.slices:
+            self.gamma = self._forget(redundant, phase, named)  # 16 to 19
+        zero_slices(self._removed, named)  # momentum and weight decay would bring removed groups back
+        if phase.ends:
+            self._remove(redundant, named)
+
+    def _cool_down_step(self, named: Named) -> None:
+        """Do one step of line 22: with (d*, q_m*, t*) fixed, train x in the important groups.
+
+        22: [x]_I <- [x]_I - [u]_I
+        """
+        self._index_slices(named)
+        for parameter in self._trained_quantizers(named):
+            parameter.grad = None  # a base optimizer skips what has no gradient
+        self.base.step()
+        zero_slices(self._removed, named)
+
+    # --- lines 6, 7, 14 and 15: the base step, and Algorithm 3 --------------------------------------------------------
+
+    def _base_step(self, named: Named) -> None:
+        """Step x by the base optimizer, and (d, q_m, t) by Algorithm 3 (PPSG), all at once.
+
+        2: p <- p · exp(-u_p) for p in (d, q_m, t); u_p is the base optimizer's step on p · ∂f/∂p, the gradient of log p
+        3: d_min, d_max from (q_m, t) and the bounds in force
+        4: d <- min(max(d, d_min), d_max), so that every layer's width is inside its bounds at every step (Eq. 4c)
+        """
+        trained = self._trained_quantizers(named)
+        values = [local(parameter.detach()) for parameter in trained]
+        if values:
+            gradients = [local(parameter.grad) for parameter in trained if parameter.grad is not None]
+            torch._foreach_mul_(gradients, values)
+            before = torch.cat(values)
+        self.base.step()
+        if values:
+            stepped = relative_step(before, torch.cat(values))
+            torch._foreach_copy_(values, stepped.split([value.numel() for value in values]))
+        d, q_m, t = self.quantizers.read(named)
+        lower, upper = self._entry_bounds()
+        self.quantizers.write_step_sizes(project_step_size(d, q_m, t, lower, upper), named)
+
+    def _trained_quantizers(self, named: Named) -> list[Tensor]:
+        """Return all d, q_m and t that have a gradient."""
+        names = [name for leaf in ("d", "q_m", "t") for name in self.quantizers.names[leaf]]
+        leaves = [named[name] for name in names if name in named]
+        return [leaf for leaf in leaves if leaf.grad is not None]
 
     @property
     def bit_bounds(self) -> tuple[float, float]:
@@ -160,40 +262,144 @@ class QASSO(torch.optim.Optimizer):
         return self._bounds(lower, (self.config.initial_bits - upper) / self.config.projection_periods)
 
     def _bounds(self, lower: int, reduction: float) -> tuple[float, float]:
-        """The upper one has come down by `reduction` in each projection period that has begun (Alg. 3)."""
-        phase, all_periods = self.phase, self.config.projection_periods
-        periods = {WARMUP: 0, PROJECTION: phase.period + 1}.get(phase.stage, all_periods)
+        """Return the bounds of which the upper one fell by `reduction` in each projection period so far (line 4)."""
+        phase = self.phase
+        periods = self.config.projection_periods
+        if phase.stage == WARMUP:
+            periods = 0
+        elif phase.stage == PROJECTION:
+            periods = phase.period + 1
         return lower, self.config.initial_bits - periods * reduction
 
+    def _entry_bounds(self) -> tuple[Tensor, Tensor]:
+        """Return b_l and b_u of every entry of the quantizer table, shape (entries,) each."""
+        of_weights, of_inputs = self.bit_bounds, self.input_bit_bounds
+        is_input = self.quantizers.layer >= self.quantizers.weight_layers
+        lower, upper = (torch.where(is_input, of_inputs[i], of_weights[i]) for i in (0, 1))
+        return lower, upper
+
+    # --- lines 11 and 12: saliency and partition ----------------------------------------------------------------------
+
+    def _average_gradients(self, phase: Phase, named: Named) -> None:
+        """Update the moving averages that scores and bit allocation read, with λ = `saliency_decay`.
+
+        m_g <- λ m_g + (1 - λ) ⟨g, x⟩_g²      of every group, as long as a partition follows
+        v_l <- λ v_l + (1 - λ) ‖g_l‖²         of every quantized weight, in the last pruning period
+        """
+        state, decay = self.qasso_state, self.config.saliency_decay
+        in_last_period = phase.stage == JOINT and phase.period == self.schedule.pruning_periods - 1
+        partition_follows = not in_last_period or phase.starts
+        of_groups: Tensor | float = 0.0
+        of_layers: Tensor | float = 0.0
+        if self._gradient_sums is not None:
+            of_groups, of_layers = self._gradient_sums.take()
+        if partition_follows and self.config.saliency != "hesso":  # HESSO's score reads the present gradient only
+            trained = [cut for cut in self._labels or () if named[cut.tensor].grad is not None]
+            inner = group_sums(trained, named, self.ledger.groups, torch.mul) + of_groups
+            state.mean_square.mul_(decay).add_(inner**2, alpha=1 - decay)
+        if in_last_period and self.config.bit_rule == "sensitivity" and self.quantizers.prefixes:
+            squares = squared_gradients(self.quantizers, named) + of_layers
+            state.curvature.mul_(decay).add_(squares, alpha=1 - decay)
+
+    def _scores(self, named: Named) -> Tensor:
+        """Return the saliency of every group by the rule of the config, shape (groups,)."""
+        cost = self._sums(named, lambda x, g: torch.ones_like(x))
+        if self.config.saliency == "fisher":
+            return fisher_scores(self.qasso_state.mean_square, cost)
+        if self.config.saliency == "taylor":
+            return taylor_scores(self.qasso_state.mean_square, cost)
+        inner = self._sums(named, torch.mul)
+        grad_square = self._sums(named, lambda x, g: g * g)
+        square = self._sums(named, lambda x, g: x * x)
+        return hesso_scores(inner, grad_square, square, cost)
+
+    def _sums(self, named: Named, product: Product) -> Tensor:
+        """Return Σ of product(x, g) over each group; a parameter without a gradient counts as g = 0."""
+        return group_sums(self._labels or (), named, self.ledger.groups, product)
+
+    def _partition(self, phase: Phase, named: Named) -> None:
+        """Choose G_R, so that (p + 1) / P of the way is done at the period's end; waits for the device."""
+        if not self.families:
+            return
+        scores = from_first_process(self._scores(named)).cpu()
+        finite = torch.isfinite(scores)
+        if not bool(finite.all()):
+            worst = self.families[int(self._family[int(finite.logical_not().nonzero()[0])])]
+            raise GETAError(
+                f"the saliency of {worst.name} is not finite at step {self.step_count}: its weights or gradients "
+                f"are NaN or infinite; go back to the last checkpoint with a lower learning rate"
+            )
+        removed = self.removed_mask
+        chunks = find_chunks(self.families, scores, removed, Limits.of(self.config))
+        periods = self.schedule.pruning_periods
+        taken = take_due(self.target, self.ledger, chunks, removed, phase.period + 1, periods)
+        self.qasso_state.status[taken] = REDUNDANT
+        self._invalidate_slices()
+
+    # --- lines 16 to 19: forgetting -----------------------------------------------------------------------------------
+
+    def _forget(self, redundant: RedundantSlices, phase: Phase, named: Named) -> Tensor:
+        """Forget redundant groups by one step, and return γ, shape (families,)."""
+        steps_remaining = phase.length - phase.step  # K_p - k
+        if self._gradient_sums is not None:
+            return forget_frozen(redundant.slices, named, steps_remaining, len(self.families))
+        values = self.quantizers.read(named)
+        return redundant.forget(named, values, steps_remaining, self.bit_bounds, self.config)
+
+    def _remove(self, redundant: RedundantSlices, named: Named) -> None:
+        """Set redundant groups to exactly zero for good, with the base optimizer's state of them."""
+        zero_slices(redundant.slices, named)
+        zero_moments(redundant.slices, named, self.state)
+        status = self.qasso_state.status
+        status[status == REDUNDANT] = REMOVED
+        self._invalidate_slices()
+
+    # --- line 22: fixing the quantizers -------------------------------------------------------------------------------
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of all parameters. `closure` re-evaluates the loss, as in torch."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        phase, named, self.gamma = self.phase, self._named(), None
-        self._prepare(phase, named)
-        if self._watch is None:
-            remember(self._redundant or [], named, needs_gradients(self.config))
-        values, before = self._scale_gradients(phase, named)
-        self.base.step()
-        self._step_quantizers(phase, named, values, before)
-        if phase.stage == JOINT:
-            self._forget(phase, named)
-        zero_slices(self._removed, named)
-        if phase.stage == JOINT and phase.ends:
-            self._remove(named)
-        self.param_groups[0][_STEP] += 1
-        if phase.stage != COOLDOWN and self.finished and self.quantizers.prefixes:
+    def fix_bits(self, choices: BitChoices) -> None:
+        """Give every layer an integer width that meets the target, by these choices; waits for the device.
+
+        Raises:
+            GETAError: something became NaN or infinite before.
+        """
+        if not self.quantizers.prefixes:
+            return
+        named = self._named()
+        self._follow_device(named)
+        self.check_finite()
+        round_bits(
+            self.quantizers,
+            named,
+            lambda name: self.frozen.merged(name, named) if name in named else None,
+            self.curvature,
+            self.ledger,
+            self.target,
+            self.removed_mask,
+            choices,
+        )
+
+    # --- guards -------------------------------------------------------------------------------------------------------
+
+    def _note_bad(self, phase: Phase, named: Named) -> None:
+        """Note values that are not finite; at the first step of a stage or period raise for what was noted."""
+        state, cooling = self.qasso_state, phase.stage == COOLDOWN
+        if self.quantizers.prefixes:
+            stand_ins = {weight: own.b for weight, own in self.frozen.adapters.items()}
+            state.bad_step = note_bad(state.bad_step, self.step_count, self.quantizers, named, cooling, stand_ins)
+        if phase.starts:
             self.check_finite()
-            bit_allocation.allocate_bits(self, named)
-        return loss
+
+    def check_finite(self) -> None:
+        """Raise GETAError when a gradient or a quantizer was NaN or infinite; waits for the device."""
+        refuse_bad(self.qasso_state.bad_step, self.quantizers.prefixes)
+
+    # --- where things are ---------------------------------------------------------------------------------------------
 
     def watch_frozen(self) -> None:
-        """To be called before each backward pass: frozen tensors are watched in the stages that score groups."""
-        if self._watch is not None:
-            self._watch.follow(self.phase.stage in (PROJECTION, JOINT), self._named())
+        """Sum gradients of frozen tensors in the stages that score groups; to be called before each backward pass."""
+        if self._gradient_sums is not None:
+            self._gradient_sums.set_active(self.phase.stage in (PROJECTION, JOINT), self._named())
 
     def _named(self) -> Named:
         return {
@@ -202,198 +408,127 @@ class QASSO(torch.optim.Optimizer):
             for name, parameter in zip(group["param_names"], group["params"], strict=True)
         }
 
-    def _prepare(self, phase: Phase, named: Named) -> None:
-        """What is measured and chosen before the base step."""
-        if self._cuts is None:
-            self._move(named)
-        cooling = phase.stage == COOLDOWN
-        if not cooling:
-            self._measure(phase, named)
-        if self.quantizers.prefixes:
-            stand_ins = {weight: own.b for weight, own in self.frozen.adapters.items()}
-            self.bad_step = note_bad(self.bad_step, self.step_count, self.quantizers, named, cooling, stand_ins)
-        if phase.starts:
-            self.check_finite()
-        if phase.stage == JOINT and phase.starts:
-            self._partition(phase, named)
-        if self._redundant is None:
-            self._index(named)
-
-    def _move(self, named: Named) -> None:
-        """Bring what every step reads to where the parameters are."""
-        device = local(next(iter(named.values()))).device
-        self._cuts = [replace(cut, label=cut.label.to(device)) for cut in self.ledger.cuts if cut.tensor in named]
-        self.quantizers.to(device)
-        self.mean_square = self.mean_square.to(device)
-        self.curvature, self.bad_step = self.curvature.to(device), self.bad_step.to(device)
-
-    def _index(self, named: Named) -> None:
-        assert self._cuts is not None
-        cuts = self.frozen.with_adapters(self._cuts)
-        self._redundant = build_slices(cuts, self.status == REDUNDANT, self._family, named)
-        trained = [cut for cut in cuts if cut.tensor not in self.frozen.names]
-        self._removed = build_slices(trained, self.status == REMOVED, self._family, named)
-        if self.config.bit_rule == "paper":
-            self._pairs = find_pairs(self._redundant, len(self.families), self.quantizers)
-
-    # --- saliency and partition -----------------------------------------------------------------------------------
-
-    def _measure(self, phase: Phase, named: Named) -> None:
-        """Update the moving averages of ⟨g, x⟩² of groups and of ‖g‖² of layers."""
-        last = phase.stage == JOINT and phase.period == self.schedule.pruning_periods - 1
-        decay = self.config.saliency_decay
-        of_frozen = (0.0, 0.0) if self._watch is None else self._watch.take()
-        if self.config.saliency != "hesso" and phase.stage != WARMUP and not (last and not phase.starts):
-            trained = [cut for cut in self._cuts or () if named[cut.tensor].grad is not None]
-            inner = group_sums(trained, named, self.ledger.groups, torch.mul) + of_frozen[0]
-            self.mean_square.mul_(decay).add_(inner**2, alpha=1 - decay)
-        if last and self.config.bit_rule == "sensitivity" and self.quantizers.prefixes:
-            squares = squared_gradients(self.quantizers, named) + of_frozen[1]
-            self.curvature.mul_(decay).add_(squares, alpha=1 - decay)
-
-    def check_finite(self) -> None:
-        """Raises GETAError when a gradient or a quantizer was NaN or infinite; waits for the device."""
-        refuse_bad(self.bad_step, self.quantizers.prefixes)
-
-    def _sums(self, named: Named, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Σ over each group of product(x, g); a parameter without a gradient counts as g = 0."""
-        assert self._cuts is not None
-        return group_sums(self._cuts, named, self.ledger.groups, product)
-
-    def _scores(self, named: Named) -> Tensor:
-        cost = self._sums(named, lambda x, g: torch.ones_like(x))
-        if self.config.saliency == "fisher":
-            return fisher_scores(self.mean_square, cost)
-        if self.config.saliency == "taylor":
-            return taylor_scores(self.mean_square, cost)
-        products = (torch.mul, lambda x, g: g * g, lambda x, g: x * x)
-        inner, grad_square, square = (self._sums(named, product) for product in products)
-        return hesso_scores(inner, grad_square, square, cost)
-
-    def _partition(self, phase: Phase, named: Named) -> None:
-        """Choose redundant groups so that (p+1)/P of the way is gone at the period's end; a host sync once a period."""
-        if not self.families:
+    def _follow_device(self, named: Named) -> None:
+        """Bring what every step reads to where the parameters are, once after the start or a resume."""
+        if self._labels is not None:
             return
-        scores = from_first_process(self._scores(named)).cpu()
-        if not bool(torch.isfinite(scores).all()):
-            worst = self.families[int(self._family[int(torch.isfinite(scores).logical_not().nonzero()[0])])]
-            raise GETAError(
-                f"the saliency of {worst.name} is not finite at step {self.step_count}: its weights or gradients "
-                f"are NaN or infinite; go back to the last checkpoint with a lower learning rate"
-            )
-        chunks = find_chunks(self.families, scores, self.gone, Limits.of(self.config))
-        taken = take_due(self.goal, self.ledger, chunks, self.gone, phase.period + 1, self.schedule.pruning_periods)
-        self.status[taken] = REDUNDANT
-        self._drop_slices()
+        device = local(next(iter(named.values()))).device
+        self._labels = [replace(cut, label=cut.label.to(device)) for cut in self.ledger.labels if cut.tensor in named]
+        self.quantizers.to(device)
+        self.qasso_state.to(device)
 
-    # --- quantizers -----------------------------------------------------------------------------------------------
+    def _index_slices(self, named: Named) -> RedundantSlices:
+        """Return the redundant slices, and list them and the removed ones again where the status has changed."""
+        if self._redundant is None:
+            labels = self.frozen.with_adapters(self._labels or ())
+            slices = build_slices(labels, self.qasso_state.redundant, self._family, named)
+            self._redundant = RedundantSlices.of(slices, len(self.families), self.quantizers, self.config)
+            # Nothing steps a frozen weight, so that it stays zero by itself; its adapters are trained on.
+            trained = [cut for cut in labels if cut.tensor not in self.frozen.names]
+            self._removed = build_slices(trained, self.qasso_state.removed, self._family, named)
+        return self._redundant
 
-    def _quantizer_tensors(self, named: Named) -> list[Tensor]:
-        """All trained (d, q_m, t) that have a gradient."""
-        names = [name for leaf in ("d", "q_m", "t") for name in self.quantizers.names[leaf]]
-        leaves = [named[name] for name in names if name in named]
-        return [leaf for leaf in leaves if leaf.grad is not None]
+    def _invalidate_index(self) -> None:
+        """Drop everything derived from the status and the device; it is made again at the next step."""
+        self._labels = None
+        self._invalidate_slices()
 
-    def _scale_gradients(self, phase: Phase, named: Named) -> tuple[list[Tensor], Tensor | None]:
-        """Make gradients those of log p and return p as it is; in cool-down take them away, which freezes p."""
-        parameters = self._quantizer_tensors(named)
-        if phase.stage == COOLDOWN:
-            for parameter in parameters:
-                parameter.grad = None
-            return [], None
-        values = [local(parameter.detach()) for parameter in parameters]
-        if not values:
-            return [], None
-        torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], values)
-        return values, torch.cat(values)
+    def _invalidate_slices(self) -> None:
+        self._redundant = None
+        self._removed = []
 
-    def _step_quantizers(self, phase: Phase, named: Named, values: list[Tensor], before: Tensor | None) -> None:
-        """Turn the base step of (d, q_m, t) into one of their logarithms, then put d inside its bounds (Eq. 4c)."""
-        if before is not None:
-            stepped = relative_step(before, torch.cat(values))
-            torch._foreach_copy_(values, stepped.split([value.numel() for value in values]))
-        if phase.stage != COOLDOWN:
-            d, q_m, t = self.quantizers.read(named)
-            self.quantizers.write_step_sizes(project_step_size(d, q_m, t, *self._entry_bounds()), named)
+    # --- what others read ---------------------------------------------------------------------------------------------
 
-    def _entry_bounds(self) -> tuple[Tensor, Tensor]:
-        """(b_l, b_u) of every entry, shape (entries,)."""
-        ours, theirs = self.bit_bounds, self.input_bit_bounds
-        of_input = self.quantizers.layer >= self.quantizers.weight_layers
-        lower, upper = (torch.where(of_input, theirs[i], ours[i]) for i in (0, 1))
-        return lower, upper
+    @property
+    def step_count(self) -> int:
+        """Updates done so far."""
+        return self.param_groups[0][_STEP]
 
-    # --- forgetting -----------------------------------------------------------------------------------------------
+    @property
+    def phase(self) -> Phase:
+        """The phase of the next step."""
+        return self.schedule.at(self.step_count)
 
-    def _forget(self, phase: Phase, named: Named) -> None:
-        """Eqs. 13-14 on every family with redundant groups, by the rules of the config."""
-        if self._redundant and self._watch is not None:
-            self.gamma = forget(self._redundant, named, phase.length - phase.step, len(self.families))
-        elif self._redundant:
-            d = self.quantizers.read(named)
-            redundant = Redundant(self._redundant, self._pairs, len(self.families), self.quantizers)
-            self.gamma = redundant.forget(named, d, phase.length - phase.step, self.bit_bounds, self.config)
+    @property
+    def finished(self) -> bool:
+        """Whether the joint stage is over: all groups that were to be removed are zero, and widths are integers."""
+        return self.phase.stage == COOLDOWN
 
-    def _remove(self, named: Named) -> None:
-        """At a period's end redundant groups are exactly zero for good, with the base optimizer's state of them."""
-        zero_slices(self._redundant or [], named)
-        zero_moments(self._redundant or [], named, self.state)
-        self.status[self.status == REDUNDANT] = REMOVED
-        self._drop_slices()
+    @property
+    def status(self) -> Tensor:
+        """uint8, shape (groups,), on CPU: IMPORTANT, REDUNDANT or REMOVED of `qasso.state`."""
+        return self.qasso_state.status
 
-    # --- what is logged -------------------------------------------------------------------------------------------
+    @property
+    def mean_square(self) -> Tensor:
+        """Moving average of ⟨g, x⟩² of every group, shape (groups,)."""
+        return self.qasso_state.mean_square
+
+    @property
+    def curvature(self) -> Tensor:
+        """Moving average of ‖g‖² of every quantized weight, shape (layers,)."""
+        return self.qasso_state.curvature
+
+    @property
+    def removed_mask(self) -> Tensor:
+        """bool, shape (groups,), on CPU: which groups are exactly zero for good."""
+        return self.qasso_state.removed
 
     @property
     def gone(self) -> Tensor:
-        """bool, shape (groups,), on CPU: which groups are exactly zero for good."""
-        return self.status == REMOVED
+        """The former name of `removed_mask`."""
+        return self.removed_mask
+
+    @property
+    def goal(self) -> Target:
+        """The former name of `target`."""
+        return self.target
 
     @property
     def removed(self) -> dict[str, Tensor]:
         """Per family, bool (groups,): which groups are exactly zero for good."""
-        starts = family_starts(self.families)
-        return {f.name: self.gone[start : start + f.size] for f, start in zip(self.families, starts, strict=True)}
+        removed, starts = self.removed_mask, family_starts(self.families)
+        return {f.name: removed[start : start + f.size] for f, start in zip(self.families, starts, strict=True)}
 
     @property
     def removed_groups(self) -> int:
         """How many groups are exactly zero for good."""
-        return int(self.gone.sum())
+        return int(self.removed_mask.sum())
 
     @property
     def target_groups(self) -> int | None:
         """K; None where the target is not a number of groups."""
-        return self.ledger.groups - int(self.goal.amount) if self.goal.unit == GROUPS else None
+        return self.ledger.groups - int(self.target.amount) if self.target.unit == GROUPS else None
 
     def bits(self) -> dict[str, float]:
-        """Present width of every quantizer, by its prefix; weights' first, inputs' after. Waits for the device."""
+        """Return the present width of every quantizer by its prefix; weights' first. Waits for the device."""
         named = self._named()
         self.quantizers.to(local(next(iter(named.values()))).device)
         return dict(zip(self.quantizers.prefixes, self.quantizers.bits(named).tolist(), strict=True))
 
     def mean_gamma(self) -> float:
-        """Mean forgetting rate of the latest step over families that had redundant groups; 0 where none had."""
+        """Return the mean forgetting rate of the latest step over families with redundant groups; 0 where none had."""
         if self.gamma is None:
             return 0.0
         active = torch.isfinite(self.gamma)
         return float(self.gamma[active].mean())
 
-    # --- checkpoints ----------------------------------------------------------------------------------------------
+    # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state with QASSO's vectors in that of the first parameter."""
-        return put_vectors(self.base.state_dict(), {name: getattr(self, name) for name in _VECTORS})
+        """Return the base optimizer's state with QASSO's vectors in that of the first parameter."""
+        return store_vectors(self.base.state_dict(), self.qasso_state.vectors())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore exactly. Raises GETAError when the checkpoint is not of this space."""
+        """Restore exactly. Raise GETAError when the checkpoint is of another space or schedule."""
         ours, theirs = self.param_groups[0][_SCHEDULE], state_dict["param_groups"][0].get(_SCHEDULE)
         if theirs != ours:
             raise GETAError(
                 f"the optimizer state has stages {theirs}, this run {ours} (warm-up, projection, joint, total steps, "
                 f"periods); resume with the same length of training and the same stages"
             )
-        rest, vectors = take_vectors(state_dict, {name: getattr(self, name) for name in _VECTORS})
+        rest, vectors = restore_vectors(state_dict, self.qasso_state.vectors())
         self.base.load_state_dict(rest)
-        for name, value in vectors.items():
-            setattr(self, name, value)
-        self._follow_base()
-        self._forget_index()
+        self.qasso_state = QASSOState(**vectors)
+        self._share_base()
+        self._invalidate_index()

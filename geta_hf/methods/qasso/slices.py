@@ -1,12 +1,13 @@
-"""The slices of redundant groups, gathered and written once a step for each (tensor, dim).
+"""The slices of groups inside tensors: sums over them, and the redundant ones gathered and written once a step.
 
-Indices are listed at a period's start; between period boundaries nothing here waits for the device. All of them are
-positions in what this process holds.
+A group's vector [x]_g is every slice that is removed with it, in all tensors. Nothing here loops over groups: there is
+one gather and one index_add for each (tensor, dim). Indices are listed at a period's start; between period boundaries
+nothing waits for the device. All of them are positions in what this process holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,19 +15,58 @@ import torch
 from torch import Tensor
 
 from geta_hf.qadg.group_labels import GroupLabels, marked
-from geta_hf.utils.shards import Shard, local, shard_of
+from geta_hf.utils.shards import Shard, add_up, local, shard_of
 
 Named = Mapping[str, Tensor]
+Product = Callable[[Tensor, Tensor], Tensor]
+
+# --- sums over all groups ---------------------------------------------------------------------------------------------
+
+
+def group_sums(labels: Sequence[GroupLabels], named: Named, groups: int, product: Product) -> Tensor:
+    """Return Σ of product(x, g) over each group's slices, fp32, shape (groups,).
+
+    Args:
+        labels: the group of each index of each cut dimension, on the parameters' device.
+        named: parameters by name. A parameter without a gradient counts as g = 0.
+        groups: number of groups.
+        product: elementwise, of a parameter and its gradient.
+    """
+    device = local(next(iter(named.values()))).device
+    # One entry more than there are groups takes what belongs to none. Sums over shards are exchanged in one go.
+    whole, split = torch.zeros(2, groups + 1, device=device)
+    held: Shard | None = None
+    for cut in labels:
+        parameter = named[cut.tensor]
+        x = local(parameter.detach())
+        g = torch.zeros_like(x) if parameter.grad is None else local(parameter.grad)
+        per_slice = sum_others(product(x, g).float(), cut.dim)
+        shard = shard_of(parameter, cut.tensor)
+        if shard is None:
+            whole.index_add_(0, cut.label, per_slice)
+        else:
+            split.index_add_(0, shard.part(cut.label, cut.dim), per_slice)
+            held = shard
+    return (whole + add_up(split, held))[:groups]
+
+
+def sum_others(values: Tensor, dim: int) -> Tensor:
+    """Return Σ over all dimensions but one, shape (size of it,)."""
+    others = [other for other in range(values.dim()) if other != dim]
+    return values.sum(others) if others else values
+
+
+# --- the slices of some groups ----------------------------------------------------------------------------------------
 
 
 @dataclass
 class Slice:
-    """The part of one cut that belongs to some groups: where it is, and what is remembered of it.
+    """The part of one (tensor, dim) that belongs to some groups: where it is, and what is remembered of it.
 
     Attributes:
-        tensor, dim: what is cut.
-        index: int64, positions along `dim` of what this process holds.
-        family: int64, shape of index: the family that each position belongs to.
+        tensor, dim: the tensor, and the dimension along which it is cut.
+        index: int64, shape (indices,): positions along `dim` of what this process holds.
+        family: int64, shape (indices,): the family that each position belongs to.
         families: all families that cut here, on every process alike.
         shard: how the tensor is split over processes.
         x, grad: the values and gradients before the base step.
@@ -43,56 +83,52 @@ class Slice:
     grad: Tensor | None = None
     keep: Tensor | None = None
 
-    def sums(self, value: Tensor) -> Tensor:
-        """Σ of a value of the slice's shape over all but the cut dimension."""
-        others = [other for other in range(value.dim()) if other != self.dim]
-        return value.sum(others) if others else value
-
-    def take(self, tensor: Tensor) -> Tensor:
-        """A copy of the slice of a tensor that is split as the parameter is."""
+    def read(self, tensor: Tensor) -> Tensor:
+        """Return a copy of the slice of a tensor that is split as the parameter is."""
         if self.dim == 0:
             return tensor.index_select(0, self.index)
-        return tensor.gather(self.dim, self._everywhere(tensor))  # several times faster than index_select there
+        return tensor.gather(self.dim, self._expanded_index(tensor))  # several times faster than index_select there
 
-    def put(self, tensor: Tensor, value: Tensor) -> None:
+    def write(self, tensor: Tensor, value: Tensor) -> None:
         """Write the slice of such a tensor, in place."""
         if self.dim == 0:
             tensor.index_copy_(0, self.index, value)
         else:
-            tensor.scatter_(self.dim, self._everywhere(tensor), value)
+            tensor.scatter_(self.dim, self._expanded_index(tensor), value)
 
     def clear(self, tensor: Tensor) -> None:
         """Set the slice of such a tensor to zero, in place."""
         if self.dim == 0:
             tensor.index_fill_(0, self.index, 0)
             return
+        # This runs at every step until the end of training, and one multiplication is faster than a scatter of columns.
         if self.keep is None or self.keep.dtype != tensor.dtype:
             ones = torch.ones(tensor.shape[self.dim], dtype=tensor.dtype, device=tensor.device)
             self.keep = ones.index_fill_(0, self.index, 0)
         tensor.mul_(self.along(self.keep, tensor.dim()))
 
     def multiply(self, tensor: Tensor, factor: float) -> None:
-        """Multiply the slice of such a tensor, in place; all else stays bit for bit."""
+        """Multiply the slice of such a tensor, in place; all else keeps its bits."""
         if self.dim == 0:
             tensor.index_copy_(0, self.index, tensor.index_select(0, self.index) * factor)
             return
         ones = torch.ones(tensor.shape[self.dim], dtype=tensor.dtype, device=tensor.device)
         tensor.mul_(self.along(ones.index_fill_(0, self.index, factor), tensor.dim()))
 
-    def _everywhere(self, tensor: Tensor) -> Tensor:
-        """The index, repeated along all other dimensions without a copy."""
+    def _expanded_index(self, tensor: Tensor) -> Tensor:
+        """Return the index, repeated along all other dimensions without a copy."""
         shape = list(tensor.shape)
         shape[self.dim] = len(self.index)
         return self.along(self.index, tensor.dim()).expand(shape)
 
     def along(self, vector: Tensor, dims: int) -> Tensor:
-        """A vector over `index`, shaped to multiply the slice."""
+        """Return a vector over `index`, shaped to multiply the slice of a tensor with `dims` dimensions."""
         shape = [1] * dims
         shape[self.dim] = -1
         return vector.view(shape)
 
     def inside(self, value: Tensor) -> Tensor:
-        """What of a value that multiplies the whole tensor multiplies the slice."""
+        """Return the part of a factor of the full tensor that is a factor of the slice."""
         if self.shard is not None and value.dim() > 1 and value.shape[self.shard.dim] > 1:
             value = value.narrow(self.shard.dim, self.shard.start, self.shard.stop - self.shard.start)
         if value.dim() > 1 and value.shape[self.dim] > 1:
@@ -100,28 +136,43 @@ class Slice:
         return value
 
 
-def build_slices(cuts: Sequence[GroupLabels], mask: Tensor, family: Tensor, named: Named) -> list[Slice]:
-    """The slices of the masked groups, one a cut that loses any.
+def build_slices(labels: Sequence[GroupLabels], mask: Tensor, family: Tensor, named: Named) -> list[Slice]:
+    """Return the slices of the masked groups, one for each (tensor, dim) that has any.
 
     Args:
-        cuts: labels may be on any device.
+        labels: on any device.
         mask: bool, shape (groups,), on CPU.
         family: int64, shape (groups,), on CPU: each group's family.
+        named: parameters by name.
     """
     found = []
-    for cut in cuts:
+    for cut in labels:
         parameter = named[cut.tensor]
-        shard, label = shard_of(parameter, cut.tensor), cut.label.cpu()
+        shard = shard_of(parameter, cut.tensor)
+        label = cut.label.cpu()
         hit = marked(label, mask)
         if not bool(hit.any()):
             continue
+        # Taken before the shard's part, since all processes have to agree on what they add up.
         families = family[label[hit]].unique().tolist()
         if shard is not None:
-            hit, label = shard.part(hit, cut.dim), shard.part(label, cut.dim)
-        index, device = torch.nonzero(hit).flatten(), local(parameter).device
+            hit = shard.part(hit, cut.dim)
+            label = shard.part(label, cut.dim)
+        index = torch.nonzero(hit).flatten()
+        device = local(parameter).device
         owner = family[label[index]].to(device)
         found.append(Slice(cut.tensor, cut.dim, index.to(device), owner, families, shard))
     return found
+
+
+def remember(slices: Sequence[Slice], named: Named, gradients: bool) -> None:
+    """Keep x, and where asked for g, of every slice as they are before the base step."""
+    for piece in slices:
+        parameter = named[piece.tensor]
+        piece.x = piece.read(local(parameter.detach()))
+        if gradients:
+            grad = parameter.grad
+            piece.grad = torch.zeros_like(piece.x) if grad is None else piece.read(local(grad))
 
 
 def zero_slices(slices: Sequence[Slice], named: Named) -> None:
@@ -133,10 +184,12 @@ def zero_slices(slices: Sequence[Slice], named: Named) -> None:
 def zero_moments(slices: Sequence[Slice], named: Named, state: Mapping[Tensor, Mapping[str, Any]]) -> None:
     """Set what a base optimizer remembers of the slices to zero, in place.
 
-    Moments in 8 or 4 bits are left to fade: they are codes of which 0 need not mean zero, or tensors of a kind of their
-    own without single elements to write to.
+    Moments in 8 or 4 bits fade by themselves and are not touched: they are codes of which 0 need not mean zero, or
+    tensors of a class of their own without single elements to write to.
 
     Args:
+        slices: of groups that have just been removed.
+        named: parameters by name.
         state: of the base optimizer, by parameter.
     """
     for piece in slices:
@@ -146,12 +199,3 @@ def zero_moments(slices: Sequence[Slice], named: Named, state: Mapping[Tensor, M
                 held = local(value)
                 if type(held) is Tensor and held.is_floating_point():
                     piece.clear(held)
-
-
-def remember(slices: Sequence[Slice], named: Named, gradients: bool) -> None:
-    """Keep x, and where asked for g, of every slice as they are before the base step."""
-    for piece in slices:
-        parameter = named[piece.tensor]
-        piece.x, grad = piece.take(local(parameter.detach())), parameter.grad
-        if gradients:
-            piece.grad = torch.zeros_like(piece.x) if grad is None else piece.take(local(grad))

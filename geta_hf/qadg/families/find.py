@@ -1,4 +1,4 @@
-"""All families of a propagated graph, as plain data."""
+"""Turn a propagated graph into families as plain data: from atoms to (tensor, dim, indices)."""
 
 from __future__ import annotations
 
@@ -14,22 +14,31 @@ from geta_hf.qadg.families.classify import (
     macs_per_group,
     parameters_per_group,
 )
-from geta_hf.qadg.families.partition import Draft, find_drafts, find_slots
+from geta_hf.qadg.families.partition import Draft, find_drafts, find_tensor_dims
 from geta_hf.qadg.groups import Family, Member
 from geta_hf.qadg.propagation.flow import Flow
 
 
 def find_families(flow: Flow) -> tuple[Family, ...]:
-    """Every family, in the order of the parameters that they cut first; none is prunable before a policy says so."""
-    slots = find_slots(flow)
-    drafts = find_drafts(slots, flow.terms.count)
-    family = family_of_atoms(drafts, flow.terms.count)
-    excludes = find_excludes(slots, family)
+    """Find every family of a propagated graph.
+
+    Args:
+        flow: the ids of all values of a recorded forward pass.
+
+    Returns:
+        The families, in the order of the parameters that they cut first. None is prunable before a policy says so.
+    """
+    tensor_dims = find_tensor_dims(flow)
+    drafts = find_drafts(tensor_dims, flow.ids.count)
+    family = family_of_atoms(drafts, flow.ids.count)
+    excludes = find_excludes(tensor_dims, family)
     kinds = find_kinds(flow, drafts, excludes)
-    names, couplings = find_names(drafts, kinds), find_couplings(flow, drafts)
+    names = find_names(drafts, kinds)
+    couplings = find_couplings(flow, drafts)
     macs = macs_per_group(flow, drafts, family)
-    return tuple(
-        Family(
+    families = []
+    for position, draft in enumerate(drafts):
+        found = Family(
             name=names[position],
             kind=kinds[position],
             members=_members(draft),
@@ -39,11 +48,20 @@ def find_families(flow: Flow) -> tuple[Family, ...]:
             parameters=parameters_per_group(draft),
             macs=macs[position],
         )
-        for position, draft in enumerate(drafts)
-    )
+        families.append(found)
+    return tuple(families)
 
 
 def _members(draft: Draft) -> tuple[Member, ...]:
-    """Members with their groups in the order of the first member's indices."""
-    order = np.argsort(draft.members[0][1][:, 0], kind="stable")
-    return tuple(Member(s.value.names[0], s.dim, torch.from_numpy(index[order]).long()) for s, index in draft.members)
+    """Return the members with their groups in the order of the first member's indices.
+
+    Atoms are numbered as they were made, and unification keeps the smaller number, so their order says little. A user
+    expects group 0 to be the first head.
+    """
+    first_index = draft.members[0][1][:, 0]
+    order = np.argsort(first_index, kind="stable")
+    members = []
+    for tensor_dim, index in draft.members:
+        rows = torch.from_numpy(index[order]).long()
+        members.append(Member(tensor_dim.value.names[0], tensor_dim.dim, rows))
+    return tuple(members)

@@ -1,4 +1,7 @@
-"""Which parameters make the model's outputs: the last linear layer before each of them."""
+"""Find the parameters that make the model's outputs: the last linear layer before each of them.
+
+A family that feeds such a layer gets the coupling "output", and is not pruned by default.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +15,35 @@ _CONTRACTIONS = frozenset({"mm", "addmm", "bmm", "baddbmm", "convolution"})
 
 
 def output_weights(graph: Graph) -> set[int]:
-    """Weights whose product with an activation reaches an output with nothing but elementwise steps in between.
+    """Return the weights whose product with an activation reaches an output, with only elementwise steps in between.
 
-    A sum of two activations, as at the end of a residual block, ends the walk: what it adds is no task head.
+    The walk goes backwards from the outputs. A sum of two activations, as at the end of a residual block, ends it: a
+    weight that writes to the residual stream is no task head.
+
+    Args:
+        graph: with its quantizer branches merged.
+
+    Returns:
+        Positions of parameters in `Graph.values`.
     """
-    made = graph.producers()
+    made_by = graph.producers()
     weights: set[int] = set()
-    pending, seen = list(graph.outputs), set(graph.outputs)
+    pending = list(graph.outputs)
+    seen = set(graph.outputs)
     while pending:
-        position = made.get(pending.pop())
+        position = made_by.get(pending.pop())
         if position is None:
             continue
         node = graph.nodes[position]
-        activations = [ref for ref in node.refs() if _is_activation(graph, ref)]
         if node.op in _CONTRACTIONS:
-            weights.update(_parameters(graph, made, node))
-        elif len(set(activations)) == 1 and _passes(node) and activations[0] not in seen:
-            seen.add(activations[0])
-            pending.append(activations[0])
+            weights.update(_parameters(graph, made_by, node))
+            continue
+        activations = {ref for ref in node.refs() if _is_activation(graph, ref)}
+        if len(activations) == 1 and _passes(node):
+            (activation,) = activations
+            if activation not in seen:
+                seen.add(activation)
+                pending.append(activation)
     return weights
 
 
@@ -38,15 +52,17 @@ def _is_activation(graph: Graph, value: int) -> bool:
 
 
 def _passes(node: Node) -> bool:
+    # A merged activation quantizer ("inserted") stands between a layer and its output as well.
     return node.pointwise or node.op in SHAPE_RULES or node.op in INDEX_RULES or node.op == "inserted"
 
 
-def _parameters(graph: Graph, made: dict[int, int], node: Node) -> Iterator[int]:
-    """The parameters that a contraction multiplies with, seen through transposes and attached quantizers."""
+def _parameters(graph: Graph, made_by: dict[int, int], node: Node) -> Iterator[int]:
+    """Yield the parameters that a contraction multiplies with, seen through transposes and attached quantizers."""
     pending = [ref for ref in node.refs() if graph.values[ref].weight_like]
     while pending:
         value = pending.pop()
-        if graph.values[value].kind == "parameter":
+        if graph.values[value].role == "parameter":
             yield value
-        elif value in made:
-            pending += [ref for ref in graph.nodes[made[value]].refs() if graph.values[ref].weight_like]
+        elif value in made_by:
+            source = graph.nodes[made_by[value]]
+            pending += [ref for ref in source.refs() if graph.values[ref].weight_like]

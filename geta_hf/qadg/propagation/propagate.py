@@ -1,4 +1,13 @@
-"""From a recorded graph to the ids of every element: which leave together."""
+"""Walk a recorded graph from its inputs to its outputs, and let each operator's rule tie element ids together.
+
+This takes the place of the dependency analysis in paper Alg. 1, line 15, which is that of OTOv2 (the paper's reference
+[11]) and reasons about vertices, hence layers. Here the unit is the element: one pass over the operators, each with a
+rule of a few lines, after which the paper's minimally removable structures (Sec. 4) are the elements that share an id.
+
+Example, an MLP `down(relu(up(x)))`: `up.weight` has fresh atoms on its rows, which its product with x passes on to the
+result, `relu` passes them too, and the product with `down.weight` unifies them with that weight's columns. So row i of
+`up.weight`, entry i of `up.bias` and column i of `down.weight` carry the same atom: a group.
+"""
 
 from __future__ import annotations
 
@@ -12,29 +21,46 @@ from geta_hf.qadg.propagation.rules_compute import COMPUTE_RULES, pointwise
 from geta_hf.qadg.propagation.rules_conv import CONV_RULES
 from geta_hf.qadg.propagation.rules_index import INDEX_RULES
 from geta_hf.qadg.propagation.rules_shape import SHAPE_RULES, Rule
-from geta_hf.qadg.tracing.capture import capture
 from geta_hf.qadg.tracing.graph import Graph, Node
 from geta_hf.qadg.tracing.merge import merge_branches
+from geta_hf.qadg.tracing.record_forward import record_forward
 
 RULES: dict[str, Rule] = SHAPE_RULES | INDEX_RULES | COMPUTE_RULES | CONV_RULES
 """Operator name to rule. An operator with more than an elementwise effect on ids needs an entry here to pass them."""
 
 
-def analyse(model: nn.Module, batch: Mapping[str, Any], times: int = 1) -> Flow:
-    """Record the model on the batch, merge quantizer branches, and propagate ids (paper Alg. 1, lines 1-14).
+def record_and_propagate(model: nn.Module, batch: Mapping[str, Any], times: int = 1) -> Flow:
+    """Record a model on a batch, merge quantizer branches (paper Alg. 1, lines 3-14), and propagate ids (line 15).
 
-    With `times` above one the recording is repeated, and an error tells when it is not the same every time.
+    Args:
+        model: see `record_forward`; it is as before afterwards.
+        batch: the keyword arguments of its forward.
+        times: how often to record, to see that the operators are the same every time.
+
+    Returns:
+        The ids of every value of the recorded forward pass.
+
+    Raises:
+        GETAError: the model cannot run the batch, returns no tensor, or took another path when recorded again.
     """
-    return propagate(merge_branches(capture(model, batch, times)))
+    graph = record_forward(model, batch, times)
+    return propagate(merge_branches(graph))
 
 
 def propagate(graph: Graph) -> Flow:
-    """Walk the graph once, forwards; then nothing that the model returns may change its shape."""
+    """Walk the graph once, forwards.
+
+    Args:
+        graph: a recorded forward pass, with its quantizer branches merged.
+
+    Returns:
+        The ids of every value. Nothing that the model returns may change its shape, so the outputs are pinned.
+    """
     flow = Flow(graph)
     for node in graph.nodes:
         _apply(flow, node)
     for value in graph.outputs:
-        flow.freeze(flow.dims(value))
+        flow.pin(flow.dims(value))
     return flow
 
 
@@ -43,8 +69,10 @@ def _apply(flow: Flow, node: Node) -> None:
     if rule is not None:
         rule(flow, node)
     elif node.pointwise:
+        # torch itself tags 260 operators as pointwise, so that most activations need no entry.
         pointwise(flow, node)
     elif not any(True for _ in node.refs()):
+        # An operator that reads no tensor, such as `arange` or `zeros`, makes one like a factory does.
         SHAPE_RULES["new_zeros"](flow, node)
     else:
-        flow.unknown(node, "no rule for this operator")
+        flow.pin_unsupported(node, "no rule for this operator")

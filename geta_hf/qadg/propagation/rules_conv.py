@@ -1,4 +1,7 @@
-"""Convolutions, their norms, and pooling: channels pass, places in the image stay."""
+"""Rules of convolutions, normalisations and pooling: channels pass, places in the image are pinned.
+
+Places (height, width, time) are pinned since a kernel mixes neighbors: without one of them, others would meet.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,25 @@ from geta_hf.qadg.tracing.graph import Node
 
 
 def _convolution(flow: Flow, node: Node) -> None:
-    """Shape (batch, channels, places...) with a kernel (out, in / groups, ...); the other way round when transposed."""
-    source, weight, bias = (node.inputs[name] for name in ("input", "weight", "bias"))
-    dims, kernel = flow.dims(source), flow.dims(weight)
-    flow.freeze([*dims[2:], *kernel[2:]])
-    transposed, groups = node.inputs.get("transposed", False), node.inputs["groups"]
-    first, second = kernel[0], kernel[1]
+    """Unify the input's channels with the kernel's, and pass the kernel's output channels.
+
+    The input has shape (batch, channels, places...), the kernel (out, in / groups, ...), and when transposed
+    (in, out / groups, ...).
+    """
+    source = node.inputs["input"]
+    weight = node.inputs["weight"]
+    bias = node.inputs["bias"]
+    dims = flow.dims(source)
+    kernel = flow.dims(weight)
+    flow.pin([*dims[2:], *kernel[2:]])
+    transposed = node.inputs.get("transposed", False)
+    groups = node.inputs["groups"]
     if groups == 1:
-        incoming, made = (first, second) if transposed else (second, first)
+        incoming = kernel[0] if transposed else kernel[1]
+        made = kernel[1] if transposed else kernel[0]
         flow.unify(dims[1], incoming)
-        row, column = made, incoming
+        row = made
+        column = incoming
     else:
         made, row, column = _grouped(flow, node, dims[1])
     if flow.value(weight).weight_like:
@@ -29,43 +41,49 @@ def _convolution(flow: Flow, node: Node) -> None:
     if bias is not None:
         made = flow.unify(made, flow.dims(bias)[0])
     shape = flow.graph.values[node.outputs[0]].shape
+    # Every output element is a sum over a kernel's inputs; transposed, every input element is spread over its outputs.
     macs = math.prod(flow.shape(source) if transposed else shape) * math.prod(flow.shape(weight)[1:])
+    # With groups, channels in and out shrink together, so they count once.
     flow.count_macs(macs, (dims[1], made) if groups == 1 else (made,))
-    flow.put(node.outputs[0], [dims[0], made, *[None] * (len(shape) - 2)])
+    flow.set_dims(node.outputs[0], [dims[0], made, *[None] * (len(shape) - 2)])
 
 
 def _grouped(flow: Flow, node: Node, channels: Dim) -> tuple[Dim, Dim, Dim]:
-    """Channels made, and what counts as rows and columns of the kernel.
+    """Return the output channels of a grouped convolution, and what counts as rows and columns of its kernel.
 
-    Input and output channels are seen as (group, channel within): whole groups leave together on both sides, and
-    channels within leave from every group alike. Depthwise is the case of one input channel a group.
+    Input and output channels are seen as (group, channel within). Whole groups are removed together on both sides.
+    A channel within is removed from every group at once, since the kernel's second dim is shared by all of them.
+    Depthwise is the case of one input channel in each group.
     """
-    weight, groups = node.inputs["weight"], node.inputs["groups"]
+    weight = node.inputs["weight"]
+    groups = node.inputs["groups"]
     first, second = flow.dims(weight)[:2]
     n, within = flow.shape(weight)[:2]
     count = flow.shape(node.inputs["input"])[1]
     if node.inputs.get("transposed", False):
+        # The kernel has shape (in, out / groups, ...): its second dim holds output channels.
         flow.unify(channels, first)
         outer, _ = flow.split(first, (groups, count // groups))
         return flow.merge((outer, second), (groups, within)), None, first
     if within == 1 and n == groups:
+        # Depthwise with one output for each input: no product is needed, and none should be made for so common a case.
         made = flow.unify(channels, first)
         return made, None, None
-    into, inside = flow.split(channels, (groups, count // groups))
-    outof, _ = flow.split(first, (groups, n // groups))
-    flow.unify(into, outof)
+    group_in, inside = flow.split(channels, (groups, count // groups))
+    group_out, _ = flow.split(first, (groups, n // groups))
+    flow.unify(group_in, group_out)
     if within > 1:
         flow.unify(inside, second)
     return first, first, second
 
 
 def batch_statistics(node: Node) -> bool:
-    """Whether a batch norm takes its statistics from what it normalises, not from buffers."""
+    """Return whether a batch norm takes its statistics from what it normalises, not from buffers."""
     return bool(node.inputs.get("training", False)) or node.inputs.get("running_mean") is None
 
 
 def _batch_norm(flow: Flow, node: Node) -> None:
-    """Every channel for itself; with the batch's own statistics, the other dims are normalised together."""
+    """Pass channels, each with its own weight and statistics; mark the other dims if the batch gives the statistics."""
     dims = flow.dims(node.inputs["input"])
     if batch_statistics(node):
         for dim in (dims[0], *dims[2:]):
@@ -73,15 +91,19 @@ def _batch_norm(flow: Flow, node: Node) -> None:
     for name in ("weight", "bias", "running_mean", "running_var"):
         if node.inputs.get(name) is not None:
             dims[1] = flow.unify(dims[1], flow.dims(node.inputs[name])[0])
-    flow.put(node.outputs[0], dims)
+    flow.set_dims(node.outputs[0], dims)
+    channels = flow.shape(node.inputs["input"])[1]
     for value in node.outputs[1:]:
+        # Saved statistics: one number for each channel, or empty, as kernels differ.
         shape = flow.graph.values[value].shape
-        flow.put(value, [dims[1] if n == flow.shape(node.inputs["input"])[1] else None for n in shape])
+        flow.set_dims(value, [dims[1] if size == channels else None for size in shape])
 
 
 def _group_norm(flow: Flow, node: Node) -> None:
-    """Whole groups pass; channels within one, and places, are normalised together."""
-    dims, groups, channels = flow.dims(node.inputs["input"]), node.inputs["group"], node.inputs["C"]
+    """Pass whole groups; mark the channels within one, and the places, which are normalised together."""
+    dims = flow.dims(node.inputs["input"])
+    groups = node.inputs["group"]
+    channels = node.inputs["C"]
     for name in ("weight", "bias"):
         if node.inputs[name] is not None:
             dims[1] = flow.unify(dims[1], flow.dims(node.inputs[name])[0])
@@ -91,12 +113,13 @@ def _group_norm(flow: Flow, node: Node) -> None:
         flow.mark("norm", inner)
     for places in dims[2:]:
         flow.mark("norm", places)
-    flow.put(node.outputs[0], dims)
+    flow.set_dims(node.outputs[0], dims)
     for value in node.outputs[1:]:
-        flow.put(value, [dims[0], outer])
+        flow.set_dims(value, [dims[0], outer])
 
 
 def _layer_norm(flow: Flow, node: Node) -> None:
+    """Unify weight and bias with the last dims, and mark these: the norm divides by how many elements they have."""
     source = node.inputs["input"]
     dims = flow.dims(source)
     count = len(node.inputs["normalized_shape"])
@@ -105,73 +128,86 @@ def _layer_norm(flow: Flow, node: Node) -> None:
             flow.broadcast((source, node.inputs[name]), flow.shape(source))
     for dim in dims[-count:]:
         flow.mark("norm", dim)
-    flow.put(node.outputs[0], dims)
+    flow.set_dims(node.outputs[0], dims)
     for value in node.outputs[1:]:
-        flow.put(value, dims[:-count] + [None] * count)
+        # The saved mean and standard deviation keep the rank, with one element along the normalised dims.
+        flow.set_dims(value, dims[:-count] + [None] * count)
 
 
 def _weight_norm(flow: Flow, node: Node) -> None:
-    """weight = g · v / ‖v‖ over all dims but one; along that one a slice of zeros is 0 / 0, so it counts as a norm."""
-    dims, dim = flow.dims(node.inputs["v"]), node.inputs["dim"]
+    """Pass the dims of v in weight = g · v / ‖v‖, whose norm runs over all dims but one.
+
+    Along that one a slice of zeros is 0 / 0, so it counts as a norm; along the others zeros add nothing.
+    """
+    dims = flow.dims(node.inputs["v"])
+    dim = node.inputs["dim"]
     dims[dim] = flow.unify(dims[dim], flow.dims(node.inputs["g"])[dim])
     flow.mark("norm", dims[dim])
-    flow.put(node.outputs[0], dims)
+    flow.set_dims(node.outputs[0], dims)
     for value in node.outputs[1:]:
-        flow.put(value, flow.dims(node.inputs["g"]))
+        flow.set_dims(value, flow.dims(node.inputs["g"]))
 
 
 def _places(flow: Flow, node: Node) -> None:
-    """Pooling and resampling: as many places as the operator's name says; the dims before them pass."""
+    """Pin the places of pooling and resampling, as many dims as the operator's name says; pass the dims before them."""
     count = int(re.search(r"(\d)d", node.op)[1])  # type: ignore[index]
     dims = flow.dims(next(node.refs()))
-    flow.freeze(dims[-count:])
+    flow.pin(dims[-count:])
     for value in list(node.refs())[1:]:
-        flow.freeze(flow.dims(value))
+        flow.pin(flow.dims(value))
     for value in node.outputs:
-        flow.put(value, dims[:-count] + [None] * count)
+        flow.set_dims(value, dims[:-count] + [None] * count)
 
 
 def _resample(flow: Flow, node: Node) -> None:
-    """Places are taken from a grid, which stays."""
-    dims, grid = flow.dims(node.inputs["input"]), flow.dims(node.inputs["grid"])
-    flow.freeze([*dims[2:], *grid[1:]])
-    flow.put(node.outputs[0], [flow.unify(dims[0], grid[0]), dims[1], *[None] * (len(dims) - 2)])
+    """Pin the places and the grid that says where they are read; pass the channels."""
+    dims = flow.dims(node.inputs["input"])
+    grid = flow.dims(node.inputs["grid"])
+    flow.pin([*dims[2:], *grid[1:]])
+    batch = flow.unify(dims[0], grid[0])
+    flow.set_dims(node.outputs[0], [batch, dims[1], *[None] * (len(dims) - 2)])
 
 
 def _im2col(flow: Flow, node: Node) -> None:
-    """(batch, channels, height, width) to (batch, channels · kernel, blocks)."""
+    """Turn (batch, channels, height, width) into (batch, channels · kernel, blocks)."""
     _into_channels(flow, node, math.prod(node.inputs["kernel_size"]))
 
 
 def _col2im(flow: Flow, node: Node) -> None:
+    """Turn (batch, channels · kernel, blocks) into (batch, channels, height, width)."""
     _out_of_channels(flow, node, -2, math.prod(node.inputs["kernel_size"]))
 
 
 def _pixel_shuffle(flow: Flow, node: Node) -> None:
-    """(…, channels · r², height, width) to (…, channels, height · r, width · r)."""
+    """Turn (…, channels · r², height, width) into (…, channels, height · r, width · r)."""
     _out_of_channels(flow, node, -3, node.inputs["upscale_factor"] ** 2)
 
 
 def _pixel_unshuffle(flow: Flow, node: Node) -> None:
+    """Turn (…, channels, height · r, width · r) into (…, channels · r², height, width)."""
     _into_channels(flow, node, node.inputs["downscale_factor"] ** 2)
 
 
 def _into_channels(flow: Flow, node: Node, count: int) -> None:
-    """Places, which stay, become `count` channels of every channel."""
-    dims, shape = flow.dims(node.inputs["self"]), flow.shape(node.inputs["self"])
-    flow.freeze(dims[-2:])
+    """Turn places, which are pinned, into `count` channels for every channel."""
+    dims = flow.dims(node.inputs["self"])
+    shape = flow.shape(node.inputs["self"])
+    flow.pin(dims[-2:])
+    # A product with a pinned factor: all `count` channels carry the id of the one that they came from.
     result = [*dims[:-3], flow.merge((dims[-3], None), (shape[-3], count))]
     places = len(flow.graph.values[node.outputs[0]].shape) - len(result)
-    flow.put(node.outputs[0], [*result, *[None] * places])
+    flow.set_dims(node.outputs[0], [*result, *[None] * places])
 
 
 def _out_of_channels(flow: Flow, node: Node, dim: int, count: int) -> None:
-    """Every `count` channels along `dim`, which leave together, become places of one."""
-    dims, shape = flow.dims(node.inputs["self"]), flow.shape(node.inputs["self"])
-    flow.freeze(dims[dim + 1 :])
+    """Turn every `count` channels along `dim`, which are removed together, into places of one channel."""
+    dims = flow.dims(node.inputs["self"])
+    shape = flow.shape(node.inputs["self"])
+    flow.pin(dims[dim + 1 :])
     outer, inner = flow.split(dims[dim], (shape[dim] // count, count))
-    flow.freeze([inner])
-    flow.put(node.outputs[0], [*dims[:dim], outer, None, None])
+    # Pinning the inner factor reduces the products to their outer one, which ties the `count` channels to each other.
+    flow.pin([inner])
+    flow.set_dims(node.outputs[0], [*dims[:dim], outer, None, None])
 
 
 _POOLS = (
@@ -216,3 +252,4 @@ CONV_RULES: dict[str, Rule] = {
     "pixel_shuffle": _pixel_shuffle,
     "pixel_unshuffle": _pixel_unshuffle,
 }
+"""Operator name to rule."""

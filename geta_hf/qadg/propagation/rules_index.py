@@ -1,4 +1,12 @@
-"""Operators that address elements by position: what they choose by stays, the other dims pass."""
+"""Rules of the operators that address elements by position: the dims that they address are pinned, the others pass.
+
+If element 3 of a dim is looked up by its position, removing element 1 would make it element 2, and every index into
+the dim would be wrong. That is why vocabularies and places of tokens are never pruned. The exception is an index whose
+content is known and depends on no input, such as a permutation of channels (`single_pick`).
+
+Softmax, cumulative sums, sorting and Fourier transforms are here as well: what they give at one place depends on all
+the others along the dim. A softmax over scores of which some are zero is not that over fewer scores, as exp(0) = 1.
+"""
 
 from __future__ import annotations
 
@@ -12,116 +20,153 @@ from geta_hf.qadg.propagation.flow import Dim, Flow
 from geta_hf.qadg.propagation.rules_shape import Rule
 from geta_hf.qadg.tracing.graph import Node, Ref
 
+_MASKS = (torch.bool, torch.uint8)
+"""Types of an index that selects by true and false, not by position; torch still takes bytes for such."""
+
 
 def _embedding(flow: Flow, node: Node) -> None:
     rows, columns = flow.dims(node.inputs["weight"])
-    flow.freeze([rows])
-    flow.put(node.outputs[0], [*flow.dims(node.inputs["indices"]), columns])
+    flow.pin([rows])
+    flow.set_dims(node.outputs[0], [*flow.dims(node.inputs["indices"]), columns])
 
 
 def _gather(flow: Flow, node: Node) -> None:
-    source, index, dim = node.inputs["self"], node.inputs["index"], node.inputs["dim"]
-    ids, chosen = flow.dims(source), flow.dims(index)
+    """Pin the dim that is addressed; along the others, index and source are unified where they have equal sizes."""
+    source = node.inputs["self"]
+    index = node.inputs["index"]
+    dim = node.inputs["dim"]
+    ids = flow.dims(source)
+    chosen = flow.dims(index)
     if not ids:
-        return flow.put(node.outputs[0], [])
-    flow.freeze([ids[dim]])
-    for position, (n, m) in enumerate(zip(flow.shape(source), flow.shape(index), strict=True)):
+        return flow.set_dims(node.outputs[0], [])
+    flow.pin([ids[dim]])
+    for position, (size, index_size) in enumerate(zip(flow.shape(source), flow.shape(index), strict=True)):
         if position == dim % len(ids):
             continue
-        if n == m:
+        if size == index_size:
             chosen[position] = flow.unify(ids[position], chosen[position])
         else:
-            flow.freeze([ids[position], chosen[position]])
+            # The index is shorter, so only the first elements are read: which ones depends on their positions.
+            flow.pin([ids[position], chosen[position]])
             chosen[position] = None
-    flow.put(node.outputs[0], chosen)
+    flow.set_dims(node.outputs[0], chosen)
 
 
 def _scatter(flow: Flow, node: Node) -> None:
-    """Like a gather, written the other way: what is written into leaves with what is written."""
-    own, dim = flow.dims(node.inputs["self"]), node.inputs["dim"]
+    """Pin the dim that is addressed; along the others, unify what is written into with what is written."""
+    target = node.inputs["self"]
+    own = flow.dims(target)
+    dim = node.inputs["dim"]
     if not own:
-        return flow.put(node.outputs[0], [])
+        return flow.set_dims(node.outputs[0], [])
     parts = [node.inputs[name] for name in ("index", "src", "source", "value") if name in node.inputs]
+    # A value may be a number, or a tensor without dims.
     parts = [part for part in parts if isinstance(part, Ref) and len(flow.shape(part)) == len(own)]
-    for position, (n, ids) in enumerate(zip(flow.shape(node.inputs["self"]), own, strict=True)):
+    for position, (size, ids) in enumerate(zip(flow.shape(target), own, strict=True)):
         others = [flow.dims(part)[position] for part in parts]
-        same = position != dim % len(own) and all(flow.shape(part)[position] == n for part in parts)
-        if same:
+        equal_sizes = all(flow.shape(part)[position] == size for part in parts)
+        if position != dim % len(own) and equal_sizes:
             for other in others:
                 own[position] = flow.unify(own[position], other)
         else:
-            flow.freeze([ids, *others])
+            flow.pin([ids, *others])
             own[position] = None
-    flow.put(node.outputs[0], own)
+    flow.set_dims(node.outputs[0], own)
 
 
 def _index(flow: Flow, node: Node) -> None:
-    source, indices = node.inputs["self"], node.inputs["indices"]
-    used = {position: ref for position, ref in enumerate(indices) if ref is not None}
+    """Pass the dims that are not indexed, and one that is indexed by known, distinct places; pin the others."""
+    source = node.inputs["self"]
+    used = _used_indices(node)
     dims = flow.dims(source)
     picked = single_pick(flow, node)
     if picked is not None:
         position, places = picked
         ids = dims[position]
-        dims[position] = None if ids is None else _checked(flow, ids[places])
-        return flow.put(node.outputs[0], dims)
-    masks = any(flow.value(ref).dtype in (torch.bool, torch.uint8) for ref in used.values())
+        dims[position] = None if ids is None else _pinned_if_single(flow, ids[places])
+        return flow.set_dims(node.outputs[0], dims)
+    masks = any(flow.value(ref).dtype in _MASKS for ref in used.values())
     if masks and (len(used) > 1 or flow.value(next(iter(used.values()))).content is None):
-        return flow.unknown(node, "selects by a mask that the parameters have a part in")
-    rank = _freeze_indexed(flow, dims, used)
-    chosen: list[Dim] = [None] * (1 if masks else max(len(flow.shape(ref)) for ref in used.values()))
-    first, last = min(used), max(used)
+        # How many elements a mask selects is then unknown, and with it the shape of the result.
+        return flow.pin_unsupported(node, "selects by a mask that the parameters have a part in")
+    rank = _pin_indexed(flow, dims, used)
+    # A mask flattens the dims that it covers into one. Other indices are broadcast, and their dims take the place of
+    # those that are indexed, or come first when these do not lie side by side, as in NumPy.
+    chosen_rank = 1 if masks else max(len(flow.shape(ref)) for ref in used.values())
+    chosen: list[Dim] = [None] * chosen_rank
+    first = min(used)
+    last = max(used)
     if masks or last - first + 1 == len(used):
-        return flow.put(node.outputs[0], dims[:first] + chosen + dims[first + rank :])
+        return flow.set_dims(node.outputs[0], dims[:first] + chosen + dims[first + rank :])
     rest = [ids for position, ids in enumerate(dims) if position not in used]
-    flow.put(node.outputs[0], chosen + rest)
+    flow.set_dims(node.outputs[0], chosen + rest)
 
 
-def _freeze_indexed(flow: Flow, dims: Sequence[Dim], used: dict[int, Ref]) -> int:
-    """Freeze the dims that are indexed, and the indices; how many dims that are, side by side."""
+def _used_indices(node: Node) -> dict[int, Ref]:
+    """Return the indices by the dim that each addresses; torch writes None for a full slice."""
+    return {position: ref for position, ref in enumerate(node.inputs["indices"]) if ref is not None}
+
+
+def _pin_indexed(flow: Flow, dims: Sequence[Dim], used: dict[int, Ref]) -> int:
+    """Pin the dims that are indexed, and the indices; return how many dims of the source are covered."""
     covered = 0
     for position, ref in used.items():
-        mask = flow.value(ref).dtype in (torch.bool, torch.uint8)
+        # A mask covers as many dims as it has, an index of positions covers one.
+        mask = flow.value(ref).dtype in _MASKS
         rank = len(flow.shape(ref)) if mask else 1
-        flow.freeze([*dims[position : position + rank], *flow.dims(ref)])
+        flow.pin([*dims[position : position + rank], *flow.dims(ref)])
         covered += rank
     return covered
 
 
 def single_pick(flow: Flow, node: Node) -> tuple[int, np.ndarray[Any, np.dtype[np.int64]]] | None:
-    """The dim and the places that an index chooses, when it is one known list of distinct places along one dim."""
-    used = [(position, ref) for position, ref in enumerate(node.inputs["indices"]) if ref is not None]
+    """Return the dim and the places that an index chooses, when it is one known list of distinct places along one dim.
+
+    Args:
+        flow: whose values hold the content of the index.
+        node: a call of `index`.
+
+    Returns:
+        The position of the dim, and the places, int64, shape (chosen,), not negative. None when there are several
+        indices or a mask, when the content depends on an input, or when a place occurs twice: then it is not a
+        permutation or a part of one, and elements of the result would share an id.
+    """
+    used = _used_indices(node)
     if len(used) != 1:
         return None
-    position, ref = used[0]
-    content = flow.value(ref).content
-    if (
-        content is None
-        or content.dtype in (torch.bool, torch.uint8)
-        or content.dim() != 1
-        or flow.value(ref).from_input
-    ):
+    position, ref = next(iter(used.items()))
+    value = flow.value(ref)
+    content = value.content
+    if content is None or value.from_input:
         return None
-    places = content.numpy() % max(1, flow.shape(node.inputs["self"])[position])
-    return (position, places) if len(np.unique(places)) == len(places) else None
+    if content.dtype in _MASKS or content.dim() != 1:
+        return None
+    size = flow.shape(node.inputs["self"])[position]
+    places = content.numpy() % max(1, size)
+    distinct = len(np.unique(places)) == len(places)
+    return (position, places) if distinct else None
 
 
-def _checked(flow: Flow, ids: Dim) -> Dim:
-    """A dim of one element carries no ids, so what it held must stay."""
+def _pinned_if_single(flow: Flow, ids: Dim) -> Dim:
+    """Return `ids`, pinned if there is one: a dim of one element carries no ids, so nothing would tie it any more."""
     if ids is not None and len(ids) == 1:
-        flow.freeze([ids])
+        flow.pin([ids])
     return ids
 
 
 def _index_put(flow: Flow, node: Node) -> None:
-    """Writes values at indexed places; the dims that are not indexed leave together with the values'."""
-    dims, values = flow.dims(node.inputs["self"]), node.inputs["values"]
-    used = {position: ref for position, ref in enumerate(node.inputs["indices"]) if ref is not None}
-    rank = _freeze_indexed(flow, dims, used)
+    """Pin the dims that are written by position; unify those behind them with the values' last dims."""
+    target = node.inputs["self"]
+    values = node.inputs["values"]
+    dims = flow.dims(target)
+    used = _used_indices(node)
+    rank = _pin_indexed(flow, dims, used)
     first = min(used)
     if max(used) - first + 1 != len(used):
-        return flow.unknown(node, "writes at indices that are not side by side")
-    own, theirs = flow.shape(node.inputs["self"]), flow.dims(values)
+        return flow.pin_unsupported(node, "writes at indices that are not side by side")
+    own = flow.shape(target)
+    theirs = flow.dims(values)
+    # Values are broadcast to the shape that the index selects, so their dims line up on the right.
     rest = list(range(first + rank, len(dims)))
     aligned = dict(zip(reversed(rest), reversed(range(len(theirs))), strict=False))
     for position, ids in enumerate(dims):
@@ -129,34 +174,45 @@ def _index_put(flow: Flow, node: Node) -> None:
         if place is not None and flow.shape(values)[place] == own[position]:
             dims[position] = flow.unify(ids, theirs[place])
         elif position < first:
-            flow.freeze([ids])
-    flow.freeze(ids for place, ids in enumerate(theirs) if place not in aligned.values())
-    flow.put(node.outputs[0], [None if position < first + rank else ids for position, ids in enumerate(dims)])
+            # The values have this dim as well, but behind a varying number of index dims.
+            flow.pin([ids])
+    flow.pin(ids for place, ids in enumerate(theirs) if place not in aligned.values())
+    flow.set_dims(node.outputs[0], [None if position < first + rank else ids for position, ids in enumerate(dims)])
 
 
 def _index_select(flow: Flow, node: Node) -> None:
-    dims, dim = flow.dims(node.inputs["self"]), node.inputs["dim"]
-    flow.freeze([dims[dim], *flow.dims(node.inputs["index"])])
+    dims = flow.dims(node.inputs["self"])
+    dim = node.inputs["dim"]
+    flow.pin([dims[dim], *flow.dims(node.inputs["index"])])
     dims[dim] = None
-    flow.put(node.outputs[0], dims)
+    flow.set_dims(node.outputs[0], dims)
 
 
 def _index_add(flow: Flow, node: Node) -> None:
-    dims, dim = flow.dims(node.inputs["self"]), node.inputs["dim"]
+    """Pin the dim that is addressed, in both tensors; unify the others."""
+    dims = flow.dims(node.inputs["self"])
+    dim = node.inputs["dim"]
     source = flow.dims(node.inputs["source"])
-    flow.freeze([dims[dim], source[dim], *flow.dims(node.inputs["index"])])
-    merged = [
-        None if p == dim % len(dims) else flow.unify(a, b) for p, (a, b) in enumerate(zip(dims, source, strict=True))
-    ]
-    flow.put(node.outputs[0], merged)
+    flow.pin([dims[dim], source[dim], *flow.dims(node.inputs["index"])])
+    merged: list[Dim] = []
+    for position, (own, other) in enumerate(zip(dims, source, strict=True)):
+        merged.append(None if position == dim % len(dims) else flow.unify(own, other))
+    flow.set_dims(node.outputs[0], merged)
 
 
 def _masked_scatter(flow: Flow, node: Node) -> None:
-    """Fills places in order; with a mask that is constant along the last dims, those pass."""
-    own, source = node.inputs["self"], node.inputs["source"]
+    """Pass the last dims along which the mask is constant; pin the others, whose places are filled in order.
+
+    So pictures are put among the words of a multimodal model: the mask says which tokens are image tokens, and repeats
+    the same answer along the hidden dim.
+    """
+    own = node.inputs["self"]
+    source = node.inputs["source"]
     mask = flow.value(node.inputs["mask"]).content
-    shape, given = flow.shape(own), flow.shape(source)
-    dims, theirs = flow.dims(own), flow.dims(source)
+    shape = flow.shape(own)
+    given = flow.shape(source)
+    dims = flow.dims(own)
+    theirs = flow.dims(source)
     passed = 0
     while mask is not None and passed < min(len(shape), len(given)) - 1 and shape[-1 - passed] == given[-1 - passed]:
         full = mask.expand(shape)
@@ -169,52 +225,66 @@ def _masked_scatter(flow: Flow, node: Node) -> None:
         if back <= len(chosen) and flow.shape(node.inputs["mask"])[-back] == shape[-back]:
             flow.unify(dims[-back], chosen[-back])
     for ids in (dims, theirs, chosen):
-        flow.freeze(ids[: len(ids) - passed] if passed <= len(ids) else [])
-    flow.put(node.outputs[0], [None if p < len(shape) - passed else ids for p, ids in enumerate(dims)])
+        if passed <= len(ids):
+            flow.pin(ids[: len(ids) - passed])
+    result = [ids if position >= len(shape) - passed else None for position, ids in enumerate(dims)]
+    flow.set_dims(node.outputs[0], result)
 
 
 def _pad(flow: Flow, node: Node) -> None:
-    dims, pad = flow.dims(node.inputs["self"]), node.inputs["pad" if "pad" in node.inputs else "padding"]
+    """Pin dims that are padded, and pass the others.
+
+    The amounts come in pairs, before and after, for the last dim first.
+    """
+    dims = flow.dims(node.inputs["self"])
+    pad = node.inputs["pad" if "pad" in node.inputs else "padding"]
     for back in range(len(pad) // 2):
         if pad[2 * back] or pad[2 * back + 1]:
-            flow.freeze([dims[-1 - back]])
+            flow.pin([dims[-1 - back]])
             dims[-1 - back] = None
-    flow.put(node.outputs[0], dims)
+    flow.set_dims(node.outputs[0], dims)
 
 
 def _along(flow: Flow, node: Node) -> None:
-    """What happens along the dims that it names depends on every element there, or on their places; they stay."""
+    """Pin the dims that are named, or all when none is: what happens there depends on every element or its place."""
     dims = flow.dims(next(node.refs()))
     named = node.inputs.get("dim", node.inputs.get("dims"))
-    for dim in ([named] if isinstance(named, int) else named) or range(len(dims)):
-        if dims:
-            flow.hold(node, [dims[dim]], "every element along the dim, or its place, decides about the result")
-            dims[dim] = None
+    if isinstance(named, int):
+        named = [named]
+    if not dims:
+        # A scalar: torch accepts dim=0 for it.
+        named = []
+    elif not named:
+        named = range(len(dims))
+    for dim in named:
+        flow.pin_and_report(node, [dims[dim]], "every element along the dim, or its place, decides about the result")
+        dims[dim] = None
     for value in node.outputs:
-        flow.put(value, dims)
+        flow.set_dims(value, dims)
 
 
 def _last_two(flow: Flow, node: Node) -> None:
-    """A triangle or a diagonal: the places in the last two dims matter."""
+    """Pin the last two dims, in which a triangle or a diagonal is taken by position."""
     dims = flow.dims(node.inputs["self"])
-    flow.hold(node, dims[-2:], "the place in the last two dims decides about the result")
-    flow.put(node.outputs[0], [*dims[:-2], None, None])
+    flow.pin_and_report(node, dims[-2:], "the place in the last two dims decides about the result")
+    flow.set_dims(node.outputs[0], [*dims[:-2], None, None])
 
 
 def _unfold(flow: Flow, node: Node) -> None:
-    """Overlapping windows along a dim, whose places get a dim of their own at the end."""
-    dims, dim = flow.dims(node.inputs["self"]), node.inputs["dimension"]
-    flow.hold(node, [dims[dim]], "the place along the dim decides about the result")
+    """Pin a dim of which overlapping windows are taken; the places in a window get a dim of their own at the end."""
+    dims = flow.dims(node.inputs["self"])
+    dim = node.inputs["dimension"]
+    flow.pin_and_report(node, [dims[dim]], "the place along the dim decides about the result")
     dims[dim] = None
-    flow.put(node.outputs[0], [*dims, None])
+    flow.set_dims(node.outputs[0], [*dims, None])
 
 
 def _look_up(flow: Flow, node: Node) -> None:
-    """The boundaries stay; the values that are looked up pass."""
-    names = ("sorted_sequence", "self") if node.op == "searchsorted" else ("boundaries", "self")
-    flow.freeze(flow.dims(node.inputs[names[0]]))
-    own = node.inputs[names[1]]
-    flow.put(node.outputs[0], flow.dims(own) if isinstance(own, Ref) else [])
+    """Pin the boundaries; pass the values that are looked up among them."""
+    boundaries = "sorted_sequence" if node.op == "searchsorted" else "boundaries"
+    flow.pin(flow.dims(node.inputs[boundaries]))
+    own = node.inputs["self"]
+    flow.set_dims(node.outputs[0], flow.dims(own) if isinstance(own, Ref) else [])
 
 
 INDEX_RULES: dict[str, Rule] = {
@@ -238,3 +308,4 @@ INDEX_RULES: dict[str, Rule] = {
     "unfold": _unfold,
     **dict.fromkeys(("searchsorted", "bucketize"), _look_up),
 }
+"""Operator name to rule."""

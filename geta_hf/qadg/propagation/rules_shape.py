@@ -1,4 +1,8 @@
-"""Operators that move whole dims about: ids pass or multiply (views)."""
+"""Rules of the operators that move whole dims about: ids pass unchanged, or multiply in views.
+
+None of these operators computes, so none of them ties two tensors to each other except `cat`, `stack` and `glu`, which
+put tensors, or halves of one, at the same place.
+"""
 
 from __future__ import annotations
 
@@ -10,107 +14,133 @@ from geta_hf.qadg.propagation.flow import Dim, Flow
 from geta_hf.qadg.tracing.graph import Node
 
 Rule = Callable[[Flow, Node], None]
+"""Reads the ids of a node's inputs from the flow, and sets those of its outputs."""
 
 
 def _view(flow: Flow, node: Node) -> None:
+    """Merge and split dims: where heads come from."""
     source = node.inputs["self"]
     after = flow.graph.values[node.outputs[0]].shape
-    flow.put(node.outputs[0], flow.view(flow.dims(source), flow.shape(source), after))
+    flow.set_dims(node.outputs[0], flow.view(flow.dims(source), flow.shape(source), after))
 
 
 def _same(flow: Flow, node: Node) -> None:
-    """One tensor in, the same dims out."""
-    flow.put(node.outputs[0], flow.dims(next(node.refs())))
+    """Pass the dims of the only tensor."""
+    source = next(node.refs())
+    flow.set_dims(node.outputs[0], flow.dims(source))
 
 
 def _transpose(flow: Flow, node: Node) -> None:
     dims = flow.dims(node.inputs["self"])
     if len(dims) > 1:
-        first, second = (0, 1) if node.op == "t" else (node.inputs["dim0"], node.inputs["dim1"])
+        # `t` of a vector is the vector itself, and `t` of a matrix names no dims.
+        first = 0 if node.op == "t" else node.inputs["dim0"]
+        second = 1 if node.op == "t" else node.inputs["dim1"]
         dims[first], dims[second] = dims[second], dims[first]
-    flow.put(node.outputs[0], dims)
+    flow.set_dims(node.outputs[0], dims)
 
 
 def _permute(flow: Flow, node: Node) -> None:
     dims = flow.dims(node.inputs["self"])
-    flow.put(node.outputs[0], [dims[position] for position in node.inputs["dims"]])
+    flow.set_dims(node.outputs[0], [dims[position] for position in node.inputs["dims"]])
 
 
 def _unsqueeze(flow: Flow, node: Node) -> None:
     dims = flow.dims(node.inputs["self"])
+    # A negative position counts in the result, which has one dim more than the source.
     dims.insert(node.inputs["dim"] % (len(dims) + 1), None)
-    flow.put(node.outputs[0], dims)
+    flow.set_dims(node.outputs[0], dims)
 
 
 def _squeeze(flow: Flow, node: Node) -> None:
     shape = flow.shape(node.inputs["self"])
     chosen = node.inputs.get("dim", list(range(len(shape))))
-    gone = {dim % len(shape) for dim in ([chosen] if isinstance(chosen, int) else chosen) if shape[dim] == 1}
+    if isinstance(chosen, int):
+        chosen = [chosen]
+    # torch leaves a chosen dim in place unless it has one element.
+    squeezed = {dim % len(shape) for dim in chosen if shape[dim] == 1}
     dims = flow.dims(node.inputs["self"])
-    flow.put(node.outputs[0], [dim for position, dim in enumerate(dims) if position not in gone])
+    flow.set_dims(node.outputs[0], [ids for position, ids in enumerate(dims) if position not in squeezed])
 
 
 def _expand(flow: Flow, node: Node) -> None:
-    """A stretched dim repeats one element, so each of its elements may leave alone."""
-    source, target = flow.shape(node.inputs["self"]), flow.graph.values[node.outputs[0]].shape
+    """Pass dims of full size; a stretched one gets new atoms.
+
+    It repeats a single element, which is there no matter how many copies are read. So each copy may be removed alone,
+    as in grouped-query attention, where a key is stretched over the query heads of its group.
+    """
+    source = flow.shape(node.inputs["self"])
+    target = flow.graph.values[node.outputs[0]].shape
     new = len(target) - len(source)
     dims = [None] * new + flow.dims(node.inputs["self"])
-    stretched = [position < new or source[position - new] != size for position, size in enumerate(target)]
-    fresh: list[Dim] = [flow.terms.fresh(n) if s else d for n, s, d in zip(target, stretched, dims, strict=True)]
-    flow.put(node.outputs[0], fresh)
+    result: list[Dim] = []
+    for position, size in enumerate(target):
+        stretched = position < new or source[position - new] != size
+        result.append(flow.ids.fresh(size) if stretched else dims[position])
+    flow.set_dims(node.outputs[0], result)
 
 
 def _repeat(flow: Flow, node: Node) -> None:
+    """Repeat the ids with the elements: all copies are removed together."""
     repeats = node.inputs["repeats"]
-    dims = [None] * (len(repeats) - len(flow.shape(node.inputs["self"]))) + flow.dims(node.inputs["self"])
-    flow.put(node.outputs[0], [None if d is None else np.tile(d, n) for d, n in zip(dims, repeats, strict=True)])
+    new = len(repeats) - len(flow.shape(node.inputs["self"]))
+    dims = [None] * new + flow.dims(node.inputs["self"])
+    repeated = [None if ids is None else np.tile(ids, count) for ids, count in zip(dims, repeats, strict=True)]
+    flow.set_dims(node.outputs[0], repeated)
 
 
 def _slice(flow: Flow, node: Node) -> None:
-    dims, dim = flow.dims(node.inputs["self"]), node.inputs["dim"]
+    dims = flow.dims(node.inputs["self"])
+    dim = node.inputs["dim"]
     ids = dims[dim]
     if ids is not None:
         dims[dim] = ids[slice(node.inputs["start"], node.inputs["end"], node.inputs["step"])]
-        _freeze_single(flow, dims[dim])
-    flow.put(node.outputs[0], dims)
+        _pin_single(flow, dims[dim])
+    flow.set_dims(node.outputs[0], dims)
 
 
-def _freeze_single(flow: Flow, ids: Dim) -> None:
-    """A dim of one element carries no ids, so what it held must stay."""
+def _pin_single(flow: Flow, ids: Dim) -> None:
+    """Pin what a dim of one element held: such a dim carries no ids, so nothing would tie its element any more."""
     if ids is not None and len(ids) == 1:
-        flow.freeze([ids])
+        flow.pin([ids])
 
 
 def _select(flow: Flow, node: Node) -> None:
+    """Drop a dim, and pin the element that is read: the result has no dim that could carry its id."""
     dims = flow.dims(node.inputs["self"])
     ids = dims.pop(node.inputs["dim"])
     if ids is not None:
         index = node.inputs["index"]
-        flow.freeze([ids[[index]]])
-    flow.put(node.outputs[0], dims)
+        flow.pin([ids[[index]]])
+    flow.set_dims(node.outputs[0], dims)
 
 
 def _split(flow: Flow, node: Node) -> None:
-    dims, dim = flow.dims(node.inputs["self"]), node.inputs["dim"]
-    ids, start = dims[dim], 0
+    """Cut the ids along a dim: a fused qkv projection becomes query, key and value, each with its own rows."""
+    dims = flow.dims(node.inputs["self"])
+    dim = node.inputs["dim"]
+    ids = dims[dim]
+    start = 0
     for value in node.outputs:
         size = flow.graph.values[value].shape[dim]
         part = list(dims)
         if ids is not None:
             part[dim] = ids[start : start + size]
-            _freeze_single(flow, part[dim])
+            _pin_single(flow, part[dim])
         start += size
-        flow.put(value, part)
+        flow.set_dims(value, part)
 
 
 def _unbind(flow: Flow, node: Node) -> None:
+    """Drop a dim, of which every element becomes a tensor of its own: a fixed number of results, so all of it stays."""
     dims = flow.dims(node.inputs["self"])
-    flow.freeze([dims.pop(node.inputs["dim"])])
+    flow.pin([dims.pop(node.inputs["dim"])])
     for value in node.outputs:
-        flow.put(value, dims)
+        flow.set_dims(value, dims)
 
 
 def _cat(flow: Flow, node: Node) -> None:
+    """Concatenate the ids along the dim, and unify the others."""
     # torch lets an empty 1-D tensor be concatenated to anything.
     parts = [ref for ref in node.inputs["tensors"] if flow.shape(ref) != (0,)]
     rank = len(flow.graph.values[node.outputs[0]].shape)
@@ -119,54 +149,61 @@ def _cat(flow: Flow, node: Node) -> None:
     result: list[Dim] = []
     for position in range(rank):
         column = [own[position] for own in dims]
-        if position != dim:
-            merged = column[0]
-            for other in column[1:]:
-                merged = flow.unify(merged, other)
-            result.append(merged)
-        elif all(ids is None for ids in column):
-            result.append(None)
-        else:
+        if position == dim:
             sizes = [flow.shape(ref)[dim] for ref in parts]
-            filled = [np.zeros(n, np.int32) if i is None else i for i, n in zip(column, sizes, strict=True)]
-            result.append(np.concatenate(filled))
-    flow.put(node.outputs[0], result)
+            result.append(_concatenated(column, sizes))
+            continue
+        merged = column[0]
+        for other in column[1:]:
+            merged = flow.unify(merged, other)
+        result.append(merged)
+    flow.set_dims(node.outputs[0], result)
+
+
+def _concatenated(column: list[Dim], sizes: list[int]) -> Dim:
+    """Join the ids of several parts along one dim, with zeros for those that are pinned."""
+    if all(ids is None for ids in column):
+        return None
+    filled = [np.zeros(size, np.int32) if ids is None else ids for ids, size in zip(column, sizes, strict=True)]
+    return np.concatenate(filled)
 
 
 def _stack(flow: Flow, node: Node) -> None:
+    """Unify all dims, and add one for the tensors, whose number is fixed."""
     parts = node.inputs["tensors"]
     dims = flow.broadcast(parts, flow.shape(parts[0]))
     dims.insert(node.inputs["dim"] % (len(dims) + 1), None)
-    flow.put(node.outputs[0], dims)
+    flow.set_dims(node.outputs[0], dims)
 
 
 def _view_as_complex(flow: Flow, node: Node) -> None:
-    """The last dim, real and imaginary part, stays."""
+    """Drop the last dim, which holds a real and an imaginary part, and pin it: there is no half of a number."""
     dims = flow.dims(node.inputs["self"])
-    flow.freeze([dims.pop()])
-    flow.put(node.outputs[0], dims)
+    flow.pin([dims.pop()])
+    flow.set_dims(node.outputs[0], dims)
 
 
 def _view_as_real(flow: Flow, node: Node) -> None:
-    flow.put(node.outputs[0], [*flow.dims(node.inputs["self"]), None])
+    flow.set_dims(node.outputs[0], [*flow.dims(node.inputs["self"]), None])
 
 
 def _glu(flow: Flow, node: Node) -> None:
-    """One half of the dim gates the other."""
-    dims, dim = flow.dims(node.inputs["self"]), node.inputs["dim"]
+    """Unify the two halves of the dim: element i of the first is multiplied with element i of the second."""
+    dims = flow.dims(node.inputs["self"])
+    dim = node.inputs["dim"]
     ids = dims[dim]
     if ids is not None:
         first, second = np.split(ids, 2)
         flow.unify(first, second)
         dims[dim] = first
-        _freeze_single(flow, first)
-    flow.put(node.outputs[0], dims)
+        _pin_single(flow, first)
+    flow.set_dims(node.outputs[0], dims)
 
 
 def _factory(flow: Flow, node: Node) -> None:
-    """New content that depends on no tensor: each element may leave."""
+    """Give new atoms to content that depends on no tensor: it can be made in any size."""
     for value in node.outputs:
-        flow.put(value, [flow.terms.fresh(n) for n in flow.graph.values[value].shape])
+        flow.set_dims(value, [flow.ids.fresh(size) for size in flow.graph.values[value].shape])
 
 
 FACTORIES = frozenset({"new_zeros", "new_ones", "new_empty", "new_full"})
@@ -197,3 +234,4 @@ SHAPE_RULES: dict[str, Rule] = {
     "cat": _cat,
     "stack": _stack,
 }
+"""Operator name to rule."""

@@ -19,7 +19,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import ModelOutput
 
 from geta_hf.errors import GETAError
-from geta_hf.qadg.tracing.capture import capture
+from geta_hf.qadg.tracing.record_forward import record_forward
 
 # For a configuration that names no class of its own: the first task that knows it. Models of several modalities come
 # before text alone, and a plain trunk last.
@@ -341,7 +341,7 @@ class _ImageFeatures(nn.Module):
 def _runs(model: nn.Module, batch: Batch) -> list[torch.Size] | None:
     """The shapes of the outputs, or None when the forward refuses the batch."""
     try:
-        graph = capture(model, batch)
+        graph = record_forward(model, batch)
     except GETAError:
         return None
     return [torch.Size(graph.values[position].shape) for position in graph.outputs]

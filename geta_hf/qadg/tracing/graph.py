@@ -1,4 +1,9 @@
-"""A recorded forward pass as plain data: values, and the operators that made them."""
+"""Hold a recorded forward pass as plain data: values, and the operators that made them.
+
+This is the trace graph (V, E) that paper Alg. 1 starts from: nodes are its vertices, and an edge runs from the node
+that made a value to each node that reads it. Tensors are referred to by position, so a graph does not need the model
+any more, and can be replayed with other weights.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +26,9 @@ class Value:
     """One tensor of the forward pass.
 
     Attributes:
-        kind: `parameter`, `buffer`, `input`, `constant` or `result`.
+        shape: its shape.
+        dtype: its element type.
+        role: `parameter`, `buffer`, `input`, `constant` or `result`.
         names: the `state_dict()` names of a parameter or buffer (several when tied, the canonical one first), or
             the name of an input.
         data: the content of a buffer, input or constant, on CPU, and of a decision (an integer or boolean result
@@ -33,7 +40,7 @@ class Value:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    kind: str
+    role: str
     names: tuple[str, ...] = ()
     data: torch.Tensor | None = None
     content: torch.Tensor | None = None
@@ -42,12 +49,12 @@ class Value:
 
     @property
     def elements(self) -> int:
-        """The number of elements."""
+        """Return the number of elements."""
         return int(torch.Size(self.shape).numel())
 
     @property
     def weight_like(self) -> bool:
-        """Whether it is a parameter, or made of parameters alone (a fake-quantized weight, say)."""
+        """Return whether it is a parameter, or made of parameters alone (a fake-quantized weight, say)."""
         return self.from_parameter and not self.from_input
 
 
@@ -72,33 +79,41 @@ class Node:
     body: tuple[Node, ...] = ()
 
     def refs(self) -> Iterator[int]:
-        """The values it reads, in the order of its arguments."""
+        """Yield the values it reads, in the order of its arguments; one that is read twice comes twice."""
         for argument in self.inputs.values():
-            for item in argument if isinstance(argument, list | tuple) else (argument,):
+            items = argument if isinstance(argument, list | tuple) else (argument,)
+            for item in items:
                 if isinstance(item, Ref):
                     yield item.value
 
+    def refs_with_body(self) -> Iterator[int]:
+        """Yield the values that it and the nodes it stands for read, including those made within the body."""
+        yield from self.refs()
+        for inner in self.body:
+            yield from inner.refs()
+
     @property
     def pointwise(self) -> bool:
-        """Whether torch itself declares the operator to be elementwise."""
+        """Return whether torch itself declares the operator to be elementwise."""
         return self.func is not None and torch.Tag.pointwise in self.func.tags
 
     @property
     def random(self) -> bool:
-        """Whether it draws random numbers."""
+        """Return whether it draws random numbers."""
         return self.func is not None and torch.Tag.nondeterministic_seeded in self.func.tags
 
     @property
     def writes(self) -> bool:
-        """Whether it changes one of its inputs in place."""
+        """Return whether it changes one of its inputs in place."""
         return self.func is not None and self.func._schema.is_mutable
 
     def call(self, inputs: dict[str, Any]) -> Any:
-        """Run the operator on `inputs`, which have the names of `self.inputs`."""
+        """Run the operator on `inputs`, which have the names of `self.inputs`; a merged branch has no operator."""
         assert self.func is not None
         schema = self.func._schema.arguments
         positional = [inputs[argument.name] for argument in schema if not argument.kwarg_only]
-        return self.func(*positional, **{a.name: inputs[a.name] for a in schema if a.kwarg_only})
+        keywords = {argument.name: inputs[argument.name] for argument in schema if argument.kwarg_only}
+        return self.func(*positional, **keywords)
 
 
 @dataclass
@@ -110,15 +125,16 @@ class Graph:
     outputs: tuple[int, ...] = ()
 
     def consumers(self) -> dict[int, list[int]]:
-        """For every value, the positions of the nodes that read it."""
+        """Return for every value the positions of the nodes that read it, ascending."""
         readers: dict[int, list[int]] = {}
         for position, node in enumerate(self.nodes):
+            # A node that reads a value twice, such as x * x, is one reader.
             for value in dict.fromkeys(node.refs()):
                 readers.setdefault(value, []).append(position)
         return readers
 
     def producers(self) -> dict[int, int]:
-        """For every computed value, the position of the node that made it."""
+        """Return for every computed value the position of the node that made it, or that last wrote to it."""
         return {value: position for position, node in enumerate(self.nodes) for value in node.outputs}
 
 

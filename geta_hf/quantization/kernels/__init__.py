@@ -1,4 +1,8 @@
-"""Faster ways to compute what `quantization.functional` defines, and the one place where a way is chosen."""
+"""Compute what `quantization.functional` defines faster, and choose the way for each tensor in one place.
+
+A kernel never changes a result: the pure functions of `quantization.maths` and `quantization.functional` are the
+reference, and every kernel is made from them or tested against them.
+"""
 
 from geta_hf.quantization.kernels.choice import NAMES, choose, must_stay_plain, outlined, using
 from geta_hf.quantization.kernels.kernel import Gradients, Kernel

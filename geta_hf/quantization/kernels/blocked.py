@@ -1,12 +1,12 @@
-"""The pure functions on one block of rows after the other.
+"""Run the pure functions on one block of rows after another.
 
-On the whole of a large tensor every one of their passes goes through main memory and every temporary is a fresh page
-fault; on a block that fits the cache both costs vanish.
+On a large tensor each of their passes goes through main memory and each temporary causes page faults; on a block that
+fits the cache both costs vanish.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -19,7 +19,7 @@ BLOCK = 2**16  # elements; 256 kB in fp32, so that a few temporaries stay in a c
 
 
 def blocked(eager: Kernel) -> Kernel:
-    """The kernel that runs `eager` block by block."""
+    """Return the kernel that runs `eager` block by block."""
 
     def quantize(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None) -> Tensor:
         out = torch.empty_like(x)
@@ -33,10 +33,8 @@ def blocked(eager: Kernel) -> Kernel:
             inner, *others = eager.gradients(*block)
             part.copy_(inner)
             sums.append(others)
-        grad_d, grad_q, grad_t = (
-            _join(parts, value, x) for parts, value in zip(zip(*sums, strict=True), (d, q_m, t), strict=True)
-        )
-        return grad_x, grad_d, grad_q, None if t is None else grad_t
+        of_d, of_q, of_t = zip(*sums, strict=True)
+        return grad_x, _join(of_d, d, x), _join(of_q, q_m, x), _join(of_t, t, x)
 
     def straight_through(grad: Tensor, x: Tensor, q_m: Tensor) -> Tensor:
         grad_x = torch.empty_like(x)
@@ -48,12 +46,14 @@ def blocked(eager: Kernel) -> Kernel:
 
 
 def _blocks(out: Tensor, *values: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """(out, *values) cut along dim 0 into blocks; what is broadcast along it comes whole with each."""
+    """Split (out, *values) along dim 0 into blocks; a value that is broadcast along it comes unsplit with each."""
     if out.dim() == 0:
         return iter([(out, *values)])
     rows = max(1, BLOCK * out.shape[0] // max(1, out.numel()))
-    cuts = (repeat(value) if value is None or not _has_rows(value, out) else value.split(rows) for value in values)
-    return zip(out.split(rows), *cuts, strict=False)
+    parts: list[Iterable[Tensor | None]] = []
+    for value in values:
+        parts.append(repeat(value) if value is None or not _has_rows(value, out) else value.split(rows))
+    return zip(out.split(rows), *parts, strict=False)  # `repeat` never ends
 
 
 def _has_rows(value: Tensor, x: Tensor) -> bool:
@@ -61,7 +61,7 @@ def _has_rows(value: Tensor, x: Tensor) -> bool:
 
 
 def _join(parts: Sequence[Tensor], value: Tensor | None, x: Tensor) -> Any:
-    """Gradients of the blocks, side by side where `value` was cut, else summed."""
+    """Join the gradients of the blocks: side by side where `value` was split, else as their sum."""
     if value is None:
         return None
     return torch.cat(list(parts)) if _has_rows(value, x) else torch.stack(list(parts)).sum(0)

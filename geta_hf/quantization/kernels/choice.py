@@ -1,9 +1,9 @@
-"""Which kernel a tensor gets.
+"""Choose the kernel for each tensor.
 
 | kernel | where | what |
 |---|---|---|
-| eager | anywhere | the pure functions; what torch.compile, captures of the graph and tensor subclasses see |
-| blocked | CPU | the pure functions on one block after the other, so that temporaries stay in the cache |
+| eager | anywhere | the pure functions; torch.compile, tracing and tensor subclasses see these |
+| blocked | CPU | the pure functions on one block after another, so that temporaries fit the cache |
 | compiled | CPU, large tensors | the pure functions through torch.compile; needs a C++ compiler |
 | triton | CUDA and ROCm | one pass forward, one pass backward |
 """
@@ -27,17 +27,17 @@ from geta_hf.quantization.kernels.kernel import Kernel
 
 NAMES = ("eager", "blocked", "compiled", "triton")
 _VARIABLE = "GETA_KERNEL"
-# Compiling takes some 10 s where nothing is cached: it pays where a step takes as long as one of such a tensor does.
+# Compiling takes about 10 s where nothing is cached, which pays only where the tensors, and so the steps, are large.
 COMPILE_FROM = 2**17
 _forced: list[str] = []
 _outlines: list[Kernel] = []
 
 
 def choose(x: Tensor, eager: Kernel) -> Kernel:
-    """The kernel for x.
+    """Return the kernel for x.
 
     Args:
-        x: what is to be quantized.
+        x: the tensor to quantize.
         eager: the pure functions, from which the other kernels are made.
 
     Raises:
@@ -52,7 +52,9 @@ def choose(x: Tensor, eager: Kernel) -> Kernel:
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """Force one of `NAMES` for every forward inside, and for their backwards; before GETA_KERNEL, which does the same.
+    """Force one of `NAMES` for every forward inside, and for their backwards.
+
+    It takes precedence over the environment variable GETA_KERNEL, which does the same.
 
     Raises:
         GETAError: there is no such kernel.
@@ -66,7 +68,7 @@ def using(name: str) -> Iterator[None]:
 
 @contextmanager
 def outlined(kernel: Kernel) -> Iterator[None]:
-    """Let every forward inside take `kernel`, whatever its tensors are: to count memory without data."""
+    """Force `kernel` for every forward inside, even on tensors without data, as is needed to count memory."""
     _outlines.append(kernel)
     try:
         yield
@@ -75,9 +77,10 @@ def outlined(kernel: Kernel) -> Iterator[None]:
 
 
 def must_stay_plain(*tensors: Tensor) -> bool:
-    """Whether only ordinary operators will do: torch.compile or a capture reads along, or a tensor is no plain data.
+    """Return whether only ordinary operators will do, because something reads them or a tensor is no plain data.
 
-    No plain data are meta and fake tensors, distributed ones and every other subclass.
+    Readers are torch.compile and every dispatch mode, such as tracing. Not plain data are meta and fake tensors,
+    distributed ones and every other subclass.
     """
     if _outlines:
         return False

@@ -1,7 +1,7 @@
-"""The pure functions through torch.compile: one pass over memory forward, one backward.
+"""Run the pure functions through torch.compile: one pass over memory forward, one backward.
 
-Compiling takes seconds to tens of seconds in a process's first step, the less the more of it is in inductor's cache on
-disk. Where there is no C++ compiler, or torch.compile fails for another reason, the blocked kernel takes over.
+Compiling takes seconds to tens of seconds in a process's first step, less where inductor's cache on disk has it. Where
+there is no C++ compiler, or torch.compile fails for another reason, the blocked kernel takes over.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def compiled(eager: Kernel, otherwise: Kernel) -> Kernel:
-    """The kernel that runs `eager` compiled, and `otherwise` from the first failure to compile on."""
+    """Return the kernel that runs `eager` compiled, or `otherwise` once compiling has failed."""
     run_quantize = _Attempt(eager.quantize, otherwise.quantize)
     run_gradients = _Attempt(eager.gradients, otherwise.gradients)
     run_straight_through = _Attempt(eager.straight_through, otherwise.straight_through)
@@ -39,15 +39,15 @@ def compiled(eager: Kernel, otherwise: Kernel) -> Kernel:
 
 
 def _flat(x: Tensor, *scales: Tensor) -> Tensor:
-    """x contiguous, and as a vector where one quantizer serves it all: then one compilation serves every shape."""
+    """Return x contiguous, and as a vector where one quantizer serves it all: one compilation then fits all shapes."""
     x = x.detach().contiguous()
     return x.view(-1) if all(scale.numel() == 1 for scale in scales) else x
 
 
 class _Attempt:
-    """A compiled function, replaced for good by another one where it can't be compiled."""
+    """A compiled function, or another one from the moment that it turns out not to compile."""
 
-    broken = False  # of the class: one failure speaks for every function
+    broken = False  # of the class: where one function does not compile, no other will
 
     def __init__(self, function: Callable[..., Any], otherwise: Callable[..., Any]) -> None:
         self.function, self.otherwise = function, otherwise
@@ -60,14 +60,15 @@ class _Attempt:
         return self.otherwise(*args) if self.broken else self._try(args)
 
     def _try(self, args: tuple[Tensor | None, ...]) -> Any:
-        expected = self.otherwise(*args)  # also raises what is wrong with the input itself
+        # Run first, so that an error in the arguments is raised as such and not taken for a failure to compile.
+        expected = self.otherwise(*args)
         logger.info("compiling the quantizer's kernels; GETA_KERNEL=blocked avoids it")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # deprecations inside torch's own compiler
                 function = torch.compile(self.function, dynamic=True)
                 result = function(*args)
-        except Exception as error:  # a broken tool chain can raise anything
+        except Exception as error:  # a broken toolchain can raise anything
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             warnings.warn(f"torch.compile failed ({reason}); quantizers take a slower path", stacklevel=2)
             _Attempt.broken = True

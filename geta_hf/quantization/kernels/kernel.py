@@ -1,4 +1,4 @@
-"""What a kernel is: the three functions that one fake quantization needs."""
+"""Define a kernel: the three functions that one fake quantization needs."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The quantizer as Triton kernels: one pass over memory forward, one backward.
+"""Run the quantizer as Triton kernels: one pass over memory forward, one backward.
 
-Every tensor is seen as a matrix as it lies in memory: a single row for one quantizer, else a row or a column a channel.
-The backward pass leaves one partial sum of each reduction per tile; they are added in a fixed order, so the gradients
-are the same bit for bit from run to run.
+Every tensor is taken as a matrix in its memory layout: a single row for one quantizer, else a row or a column per
+channel. The backward pass writes one partial sum of each reduction per tile; they are added in a fixed order, so the
+gradients are the same bit for bit from run to run.
 
 Values with t = None equal the pure functions exactly. With t they may differ in the last place of exp and log, and so
 by one step where z / d lies that close to a tie.
@@ -20,12 +20,12 @@ from torch import Tensor
 from geta_hf.quantization.kernels.kernel import Gradients, Kernel
 
 TINY = tl.constexpr(1e-12)  # that of quantization.functional, which can't be imported from here
-TILE = 2048  # elements a program works on: 16 a thread
+TILE = 2048  # elements that one program works on: 16 per thread
 
 
 @triton.jit
 def _place(rows: tl.tensor, cols: tl.tensor, R: tl.constexpr, C: tl.constexpr) -> tuple:
-    """This program's tile: its row and column among the tiles, and the rows and columns of the matrix in it."""
+    """Return this program's tile: its row and column among the tiles, and the rows and columns of the matrix in it."""
     across = tl.cdiv(cols, C)
     down, right = tl.program_id(0) // across, tl.program_id(0) % across
     return down, right, down * R + tl.arange(0, R), right * C + tl.arange(0, C)
@@ -35,7 +35,7 @@ def _place(rows: tl.tensor, cols: tl.tensor, R: tl.constexpr, C: tl.constexpr) -
 def _of_channels(
     values: tl.tensor, i: tl.tensor, j: tl.tensor, rows: tl.tensor, cols: tl.tensor, BY_ROW: tl.constexpr
 ) -> tl.tensor:
-    """What `values` holds for each row or column, broadcastable against the tile."""
+    """Load what `values` holds for each row or column, broadcastable against the tile."""
     if BY_ROW:
         return tl.load(values + i, i < rows, 1.0)[:, None]
     else:
@@ -44,7 +44,7 @@ def _of_channels(
 
 @triton.jit
 def _signed_z(x: tl.tensor, q_m: tl.tensor, t: tl.tensor, NONLINEAR: tl.constexpr) -> tuple:
-    """sgn(x) · min(|x|, q_m)^t and ln min(|x|, q_m); by comparisons, which NaN comes through."""
+    """Return sgn(x) · min(|x|, q_m)^t and ln min(|x|, q_m); computed by comparisons, which let NaN through."""
     z = tl.where(tl.abs(x) > q_m, q_m, tl.abs(x))
     log = tl.log(tl.where(z < TINY, TINY, z))
     if NONLINEAR:
@@ -54,10 +54,10 @@ def _signed_z(x: tl.tensor, q_m: tl.tensor, t: tl.tensor, NONLINEAR: tl.constexp
 
 @triton.jit
 def _round(value: tl.tensor) -> tl.tensor:
-    """Half to even, as torch.round: adding 2^23 leaves no bits for a fraction, and above it there is none."""
+    """Round half to even, as torch.round: adding 2^23 leaves no bits for a fraction; larger values have none."""
     magnitude = tl.abs(value)
-    whole = tl.where(magnitude < 8388608.0, (magnitude + 8388608.0) - 8388608.0, magnitude)
-    return tl.where(value < 0, -whole, whole)
+    rounded = tl.where(magnitude < 8388608.0, (magnitude + 8388608.0) - 8388608.0, magnitude)
+    return tl.where(value < 0, -rounded, rounded)
 
 
 @triton.jit
@@ -136,27 +136,27 @@ class _Layout:
 
     @property
     def tile(self) -> tuple[int, int]:
-        """(rows, columns) a program works on, powers of two; wide enough that memory is read in whole lines."""
+        """(rows, columns) of one program's tile, powers of two; wide enough to read full lines of memory."""
         cols = min(TILE if self.by_row else 64, triton.next_power_of_2(self.cols))
         return min(TILE // cols, triton.next_power_of_2(self.rows)), cols
 
     @property
     def tiles(self) -> tuple[int, int]:
-        """How many tiles there are from top to bottom and from left to right."""
+        """Number of tiles from top to bottom and from left to right."""
         return triton.cdiv(self.rows, self.tile[0]), triton.cdiv(self.cols, self.tile[1])
 
     @property
     def reduced(self) -> int:
-        """How many tiles one channel's sum is spread over."""
+        """Number of tiles that one channel's sum is spread over."""
         return self.tiles[1] if self.by_row else self.tiles[0]
 
     def spread(self, value: Tensor) -> Tensor:
-        """`value` for each channel, contiguous."""
+        """Return `value` for each channel, fp32, contiguous, shape (channels,)."""
         return value.detach().reshape(-1).expand(self.channels).contiguous()
 
 
 def _layout(x: Tensor, *values: Tensor) -> _Layout | None:
-    """How x lies in memory; None where channels are neither its first nor its last dim."""
+    """Return how x is laid out in memory; None where channels are neither its first nor its last dim."""
     shape = (1,) * x.dim()
     for value in values:
         shape = torch.broadcast_shapes(shape, value.shape)
@@ -171,7 +171,7 @@ def _layout(x: Tensor, *values: Tensor) -> _Layout | None:
 
 
 def triton_kernel(eager: Kernel) -> Kernel:
-    """The Triton kernel, and `eager` for what it does not cover: empty tensors and channels of an inner dim."""
+    """Return the Triton kernel, with `eager` for what it does not cover: empty tensors, channels of an inner dim."""
 
     def quantize(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None) -> Tensor:
         layout = _layout(x, d, q_m)
@@ -211,7 +211,7 @@ def triton_kernel(eager: Kernel) -> Kernel:
 def _run_backward(
     layout: _Layout, grad: Tensor, x: Tensor, step: Tensor, clip: Tensor, t: Tensor | None, partial: Tensor | None
 ) -> Tensor:
-    """Gradient of x; `partial`, where given, is filled with the sums of each tile."""
+    """Return the gradient of x; `partial`, where given, is filled with the sums of each tile."""
     grad, x = grad.contiguous(), x.detach().contiguous()
     grad_x, exponent = torch.empty_like(grad), torch.ones_like(clip[:1]) if t is None else t.detach()
     with torch.cuda.device_of(x):
@@ -224,5 +224,5 @@ def _run_backward(
 
 
 def _shaped(channels: Tensor, like: Tensor) -> Tensor:
-    """A sum for each channel in the shape of `like`: summed on where `like` is one value for all."""
+    """Return the sums of the channels in the shape of `like`: one sum in total where `like` is one value for all."""
     return (channels.sum() if like.numel() == 1 else channels).reshape(like.shape)

@@ -9,10 +9,19 @@ import torch
 
 from geta_hf.config import GETAConfig
 from geta_hf.errors import GETAError
-from geta_hf.methods.qasso.forgetting import SHRINK, forget_rate, joint_step_size, rounding_residue
-from geta_hf.methods.qasso.projection import project_step_size, relative_step
-from geta_hf.methods.qasso.saliency import fisher_scores, group_sums, hesso_scores, taylor_scores
+from geta_hf.methods.qasso.equations import (
+    SHRINK,
+    fisher_scores,
+    forgetting_rate,
+    hesso_scores,
+    joint_step_size,
+    project_step_size,
+    relative_step,
+    rounding_residue,
+    taylor_scores,
+)
 from geta_hf.methods.qasso.schedule import Schedule, resolve_duration
+from geta_hf.methods.qasso.slices import group_sums
 from geta_hf.qadg.group_labels import GroupLabels, find_group_labels
 from geta_hf.quantization.functional import bit_width, clip_power, quantize, step_size
 from tests.methods.qasso.toy import Toy, toy_space
@@ -158,7 +167,7 @@ def test_each_branch_of_eq_13() -> None:
     grad_clip = torch.tensor([2.0, -4.0, -4.0, -4.0, 2.0])
     grad_step = torch.tensor([1.0, 1.0, -1.0, 8.0, 1.0])
     mean = torch.tensor([1.0, 1.0, 1.0, 1.0, 1e-9])
-    rate = forget_rate(grad_clip, grad_step, mean, steps_left=5, eta=0.9, epsilon=1e-8)
+    rate = forgetting_rate(grad_clip, grad_step, mean, steps_remaining=5, eta=0.9, epsilon=1e-8)
     assert rate.tolist() == pytest.approx([0.2, 0.1 * 1 / 4, 0.0, 0.1 * 8 / 4, 0.0])
 
 
@@ -170,7 +179,7 @@ def test_eq_13_is_the_papers_letter_for_sgd() -> None:
         clip = -clip
     cosine = (grad @ clip) / (grad.norm() * clip.norm())
     expected = -(1 - eta) * alpha * grad.norm() / (cosine * clip.norm())
-    rate = forget_rate((grad @ clip)[None], (alpha * grad @ grad)[None], torch.ones(1), 5, eta, 1e-8)
+    rate = forgetting_rate((grad @ clip)[None], (alpha * grad @ grad)[None], torch.ones(1), 5, eta, 1e-8)
     assert rate.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -232,7 +241,7 @@ def test_proposition_5_1_the_update_is_a_descent_direction(seed: int) -> None:
     grad_clip = sum(a @ clip for a, (clip, _) in zip(g, parts, strict=True))
     grad_step = torch.stack([alpha * a @ a for a in g])
     grad_res = torch.stack([a @ res for a, (_, res) in zip(g, parts, strict=True)])
-    rate = forget_rate(grad_clip[None], grad_step.sum()[None], torch.ones(1), 5, eta, 1e-8)
+    rate = forgetting_rate(grad_clip[None], grad_step.sum()[None], torch.ones(1), 5, eta, 1e-8)
     bounds = step_size(8, q_m, t).expand(3), step_size(4, q_m, t).expand(3)
     rate, d = joint_step_size(rate, torch.zeros(3).long(), grad_res, grad_step, bounds, eta, xi)
     descent = sum(

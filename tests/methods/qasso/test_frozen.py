@@ -11,9 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalL
 from geta_hf import GETAConfig
 from geta_hf.errors import GETAError
 from geta_hf.methods.frozen_weights import Adapter, FrozenWeights
-from geta_hf.methods.qasso.frozen import GradientSums, check_rules, forget
-from geta_hf.methods.qasso.saliency import group_sums
-from geta_hf.methods.qasso.slices import build_slices
+from geta_hf.methods.qasso.frozen import GradientSums, check_rules, forget_frozen
+from geta_hf.methods.qasso.slices import build_slices, group_sums
 from geta_hf.qadg import build_space
 from geta_hf.qadg.group_labels import GroupLabels
 from geta_hf.quantization import attach_quantizers, detach_quantizers, quantized_layers, select_layers
@@ -57,12 +56,12 @@ def test_scores_are_those_of_the_full_parameter_run(make, parts: int, targets) -
             nn.init.normal_(layer.lora.B, std=0.05)
     named, frozen = dict(model.named_parameters()), find_frozen_weights(model, space)
     weights = [layer.weight for layer in ledger.layers]
-    watch = GradientSums(frozen, ledger.cuts, ledger.groups, weights, torch.device("cpu"))
-    watch.follow(True, named)
+    watch = GradientSums(frozen, ledger.labels, ledger.groups, weights, torch.device("cpu"))
+    watch.set_active(True, named)
     for loss in losses(model, parts):
         loss.backward()
         assert all(named[name].grad is None for name in frozen.names)
-    watch.follow(False, named)
+    watch.set_active(False, named)
     inner, squares = watch.take()
     assert not any(named[name].requires_grad for name in frozen.names)
     assert float(torch.stack(watch.take()[0:1]).abs().sum()) == 0  # the sums have started anew
@@ -75,7 +74,7 @@ def test_scores_are_those_of_the_full_parameter_run(make, parts: int, targets) -
     for loss in losses(full, parts):
         loss.backward()
     theirs = dict(full.named_parameters())
-    expected = group_sums(ledger.cuts, theirs, ledger.groups, torch.mul)
+    expected = group_sums(ledger.labels, theirs, ledger.groups, torch.mul)
     assert float((inner - expected).abs().max()) <= 1e-5 * min(1.0, float(expected.abs().max()))
     assert len(inner) == space.num_groups and float(expected.abs().min()) > 0
     if parts == 1:
@@ -106,12 +105,12 @@ def test_slices_shrink_evenly_to_exactly_zero_and_all_else_stays(transposed: boo
     factor = torch.ones(8, 6)
     factor[2:4] *= 0.75
     factor[:, 0] *= 0.75
-    rate = forget(slices, named, steps_left=4, families=3)
+    rate = forget_frozen(slices, named, steps_remaining=4, families=3)
     assert rate[:2].tolist() == [0.25, 0.25] and bool(rate[2].isnan())
     now = frozen.merged("w", named)
     assert torch.allclose(now.t() if transposed else now, whole * factor, atol=1e-6)
     for left in (3, 2, 1):
-        forget(slices, named, left, families=3)
+        forget_frozen(slices, named, left, families=3)
     final = frozen.merged("w", named)
     final = final.t() if transposed else final
     assert torch.equal(final == 0, factor < 1)

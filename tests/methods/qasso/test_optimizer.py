@@ -38,8 +38,8 @@ BASES = {
 }
 
 
-def run(config: GETAConfig, base=adamw, steps: int = STEPS, watch=lambda *_: None):
-    model, optimizer = make(config, base)
+def run(config: GETAConfig, base=adamw, steps: int = STEPS, watch=lambda *_: None, activation=torch.relu):
+    model, optimizer = make(config, base, activation)
     for step in range(steps):
         train_step(model, optimizer, step)
         watch(step, model, optimizer)
@@ -109,17 +109,27 @@ def test_each_layer_is_projected_inside_its_own_bounds() -> None:
     assert bits_of(model) == pytest.approx([14.0] * 4, abs=1e-3) and sizes[0] > 20 * max(sizes[1:])
 
 
+@pytest.mark.parametrize("activation", [torch.relu, torch.sigmoid])
+@pytest.mark.parametrize("base", ["adamw", "sgd"])
 @pytest.mark.parametrize("rules", RULES)
-def test_removed_groups_stay_zero_against_momentum_and_weight_decay(rules: str) -> None:
+def test_removed_groups_stay_zero_against_momentum_and_weight_decay(rules: str, base: str, activation) -> None:
+    """Under sigmoid also against their own gradient, which is there in the joint stage and in cool-down."""
     earlier: list = [set()]
+    with_gradient = set()
 
     def watch(step, model, optimizer) -> None:
         now = {(i, j) for i, row in enumerate(zero_masks(model)) for j, dead in enumerate(row) if dead}
-        gone = {(i, j) for i, m in enumerate(optimizer.removed.values()) for j, dead in enumerate(m.tolist()) if dead}
-        assert gone <= now and earlier[0] <= gone
-        earlier[0] = gone
+        removed = {(i, j) for i, m in enumerate(optimizer.removed.values()) for j in m.nonzero().flatten().tolist()}
+        assert removed <= now and earlier[0] <= removed
+        for i, j in earlier[0]:
+            member = toy_space().families[i].members[2]
+            grad = model.get_parameter(member.tensor).grad.index_select(member.dim, member.index[j])
+            if bool((grad != 0).any()):
+                with_gradient.add(optimizer.schedule.at(step).stage)
+        earlier[0] = removed
 
-    run(RULES[rules](target_sparsity=0.6), BASES["sgd"], watch=watch)
+    run(RULES[rules](target_sparsity=0.6), BASES[base], watch=watch, activation=activation)
+    assert with_gradient == ({"joint", "cool-down"} if activation is torch.sigmoid else set())
 
 
 def test_base_state_of_removed_groups_is_zero() -> None:

@@ -20,17 +20,26 @@ from geta_hf.quantization import attach_quantizers, quantized_layers, quantizer_
 
 STEPS = 60
 
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
 
 class Toy(nn.Module):
-    def __init__(self) -> None:
+    """Two blocks on a residual stream.
+
+    Under ReLU a removed group has no gradient, so it stays zero by itself; under sigmoid, which is not 0 at 0, its
+    columns have one at every step.
+    """
+
+    def __init__(self, activation: Activation = torch.relu) -> None:
         super().__init__()
+        self.activation = activation
         self.layers = nn.ModuleList([nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 6), nn.Linear(6, 8)])
         self.head = nn.Linear(8, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         up, down, mix, out = self.layers
-        x = x + down(torch.relu(up(x)))
-        return self.head(x + out(torch.relu(mix(x))))
+        x = x + down(self.activation(up(x)))
+        return self.head(x + out(self.activation(mix(x))))
 
 
 def toy_space() -> PruningSpace:
@@ -62,9 +71,11 @@ def small_config(**changes: object) -> GETAConfig:
     return GETAConfig(**{**values, **changes})
 
 
-def make(config: GETAConfig, base: Callable[[list], torch.optim.Optimizer] = adamw) -> tuple[Toy, QASSO]:
+def make(
+    config: GETAConfig, base: Callable[[list], torch.optim.Optimizer] = adamw, activation: Activation = torch.relu
+) -> tuple[Toy, QASSO]:
     torch.manual_seed(0)
-    model = Toy()
+    model = Toy(activation)
     attach_quantizers(
         model, initial_bits=config.initial_bits, target_bits=config.bits[1], learn_t=config.learn_exponent
     )

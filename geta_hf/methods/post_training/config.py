@@ -1,0 +1,24 @@
+"""The config of a run that prunes in training and rounds after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from geta_hf.config import GETAConfig
+
+
+@dataclass
+class PostTrainingConfig(GETAConfig):
+    """The settings of QASSO, with weights kept at `initial_bits` until training ends.
+
+    Groups are scored and forgotten as under a `GETAConfig`. The widths in `bits`, and the clipping values for them, are
+    chosen after the last step, by `bit_rule` and under the same targets. Activations, where `activation_bits` is given,
+    are rounded in training as ever.
+
+    >>> config = PostTrainingConfig(target_parameters=0.5, bits=(3, 8), mean_bits=4)
+    >>> config.method
+    'post-training'
+    """
+
+    method: ClassVar[str] = "post-training"

@@ -1,0 +1,79 @@
+"""Give every quantizer its final integer width: measure, allocate, and write the step sizes that follow.
+
+`costs.bit_allocation` decides and touches nothing; here is what surrounds it on a model. QASSO does this when its joint
+stage ends, and a method that rounds after training when training ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from geta_hf.costs.bit_allocation import BitAllocation, BitChoices, LearnedBits, allocate_bits
+from geta_hf.costs.ledger import Ledger
+from geta_hf.costs.quantizer_table import Named, Quantizers
+from geta_hf.costs.sensitivity import measure_errors
+from geta_hf.costs.targets import Target
+from geta_hf.quantization.functional import step_size
+from geta_hf.utils.shards import from_first_process
+
+
+def round_bits(
+    quantizers: Quantizers,
+    named: Named,
+    weight_of: Callable[[str], Tensor | None],
+    curvature: Tensor,
+    ledger: Ledger,
+    target: Target,
+    removed: Tensor,
+    choices: BitChoices,
+) -> BitAllocation:
+    """Choose integer widths and set (d, q_m) to them, in place; waits for the device.
+
+    Args:
+        quantizers: all of the model, on its device.
+        named: parameters by name, with all of the quantizers'.
+        weight_of: returns the weight of a name as the model computes with it; None where it is not trained.
+        curvature: ‖g‖² of each weight, averaged over recent steps, shape (layers,).
+        ledger: sizes of the model.
+        target: with the budgets of the widths.
+        removed: bool, shape (groups,): groups that are zero for good.
+        choices: allowed widths, and the rules.
+    """
+    values = quantizers.read(named)
+    rounding = None
+    if choices.needs_errors(target):
+        rounding = measure_errors(quantizers, values, weight_of, choices.weights, choices.search_clipping)
+    chosen = allocate_bits(
+        _learned_bits(quantizers, named), rounding, curvature.cpu().double(), ledger, target, removed, choices
+    )
+    chosen = _of_first_process(chosen)
+    write_bits(quantizers, named, chosen)
+    return chosen
+
+
+def _learned_bits(quantizers: Quantizers, named: Named) -> LearnedBits:
+    """Return the present widths, the same on every process."""
+    bits = from_first_process(quantizers.bits(named)).cpu().double()
+    count = quantizers.weight_layers
+    return LearnedBits(bits[:count], bits[count:], quantizers.input_positions())
+
+
+def _of_first_process(chosen: BitAllocation) -> BitAllocation:
+    """Return the first process's choice on all of them, so that a last digit of an error can't make them differ."""
+    bits = from_first_process(torch.tensor(chosen.weight_bits, dtype=torch.int64))
+    return replace(chosen, weight_bits=bits.tolist(), clip_factors=from_first_process(chosen.clip_factors))
+
+
+def write_bits(quantizers: Quantizers, named: Named, chosen: BitAllocation) -> None:
+    """Scale each q_m by its factor, then set d to the step size of the chosen width, in place."""
+    _, q_m, t = quantizers.read(named)
+    device = q_m.device
+    bits = torch.tensor([*chosen.weight_bits, *chosen.input_bits], dtype=torch.float32, device=device)
+    factors = torch.cat([chosen.clip_factors.to(device), torch.ones(len(chosen.input_bits), device=device)])
+    q_m = q_m * factors[quantizers.layer]
+    quantizers.write_clipping(q_m, named)
+    quantizers.write_step_sizes(step_size(bits[quantizers.layer], q_m, t), named)

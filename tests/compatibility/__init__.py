@@ -1,0 +1,1 @@
+"""Folders, checkpoints and files that earlier commits wrote, and proofs that they load as before."""
