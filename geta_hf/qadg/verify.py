@@ -270,6 +270,16 @@ def verify_space(
     Raises:
         GETAError: a gate failed (names the family and the gate), the families differ from batch to batch, or the space
             belongs to another model.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 1}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=30, **sizes))
+        >>> batch = {"input_ids": torch.arange(1, 9)[None]}
+        >>> from geta_hf import build_space, verify_space
+        >>> space = build_space(model, batch)
+        >>> verify_space(model, batch, space)  # silent where the space is sound
     """
     expected: list[Family] | None = None
     for recorded in _flows(model, batch, flow):
