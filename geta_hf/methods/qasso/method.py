@@ -149,6 +149,7 @@ class QASSOMethod(Method):
         Raises:
             GETAError: stages that do not fit into the run, an optimizer that can't be wrapped, or one of another model.
         """
+        # QASSO finds all that groups cut by the base optimizer's names, so frozen weights have to be among them.
         add_frozen_group(base, [parameter for parameter, name in names.items() if name in run.frozen.names])
         check_names(base, names)
         add_quantizer_group(base, quantizer_parameters(model), self.config.quantizer_learning_rate)
