@@ -20,8 +20,9 @@ from transformers.utils import logging
 from geta_hf.config import CONFIG_NAME, CompressionConfig, GETAConfig, read_config
 from geta_hf.errors import GETAError
 from geta_hf.export import ExportReport, export
-from geta_hf.export.export import STRUCTURE_NAME, copy_beside, write_structure
-from geta_hf.export.formats import writer
+from geta_hf.export.folder_files import STRUCTURE_NAME, copy_beside, write_structure
+from geta_hf.export.formats import OWN, writer
+from geta_hf.export.formats.geta import write_geta
 from geta_hf.methods import make_method
 from geta_hf.methods.parameter_groups import quantizer_parameters
 from geta_hf.qadg import build_space
@@ -33,8 +34,7 @@ from geta_hf.reporting.comparison import is_export, load_model
 from geta_hf.reporting.folder_summary import CARD_NAME, empty_model_of
 from geta_hf.reporting.model_card import write_card
 from geta_hf.serialization.atomic_folder import check_target, write_folder
-from geta_hf.serialization.remote_code import save_compressed
-from geta_hf.serialization.sizes import check_shards, shard_options
+from geta_hf.serialization.sizes import check_shards
 from geta_hf.training.checkpoints import Progress, base_name, read_progress, stored_headers
 from geta_hf.training.lora import load_lora, merge_stored, plan_lora
 
@@ -53,7 +53,7 @@ def convert(
     Args:
         source: a checkpoint of GETATrainer, the folder of a run (its last checkpoint is taken), or an exported folder.
         target: where the new folder is to appear.
-        format: `geta`, or one of `geta_hf.export.formats.FORMATS`.
+        format: one of `geta_hf.export.formats.FORMATS`.
         embedding_bits: as for `geta_hf.export`; for a checkpoint alone. By default what its config says.
         max_shard_size: as for `geta_hf.export`.
         overwrite: replace an existing model folder, but for one that holds the source or the state of a training.
@@ -68,8 +68,7 @@ def convert(
     folder, place = Path(source), Path(target).resolve()
     check_target(place, overwrite)
     check_shards(max_shard_size, format)
-    if format != "geta":
-        writer(format)
+    writer(format)
     if is_export(folder):
         if embedding_bits is not None:
             raise GETAError(f"{folder} is an export already, and its embedding stays as it is; export the checkpoint")
@@ -93,7 +92,7 @@ def convert(
         embedding_bits=config.embedding_bits if embedding_bits is None else embedding_bits,
         format=format,
         max_shard_size=max_shard_size,
-        finish=card if format == "geta" else None,
+        finish=card if format == OWN else None,
         overwrite=overwrite,
     )
 
@@ -105,19 +104,18 @@ def _check_apart(source: Path, target: Path) -> None:
 
 
 def _rewrite(folder: Path, target: Path, format: str, max_shard_size: int | str | None) -> None:
-    """An exported folder in another format, or loaded and saved anew in its own, if need be over itself."""
+    """Write an exported folder in another format, or load and save it again in its own, if need be over itself."""
     if folder.resolve() != target:
         _check_apart(folder, target)
     model = load_model(folder)
     batch = make_dummy_inputs(model)
+    write = writer(format) if format != OWN else partial(write_geta, max_shard_size=max_shard_size)
 
     def fill(fresh: Path) -> None:
-        if format != "geta":
-            writer(format)(model, fresh, batch)
-            copy_beside(folder, fresh, structure=False)
+        write(model, fresh, batch)
+        copy_beside(folder, fresh, structure=format == OWN)
+        if format != OWN:
             return
-        save_compressed(model, fresh, **shard_options(max_shard_size))
-        copy_beside(folder, fresh, structure=True)
         if not (fresh / STRUCTURE_NAME).is_file():
             write_structure(fresh, model, _kept(folder, model, batch))
         if not (fresh / CARD_NAME).is_file():

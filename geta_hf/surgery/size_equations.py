@@ -262,7 +262,10 @@ def _moved(call: Call, item: Any, mask: NDArray[np.bool_]) -> Iterator[Demand]:
             if place >= 0 and (place < len(mask) or isinstance(number, TaggedInt)):
                 yield number, int(mask[:place].sum()) + max(0, place - len(mask))
             elif 0 > place > -len(mask):
-                yield number, -int(mask[place:].sum())
+                wanted = -int(mask[place:].sum())
+                if wanted == 0:  # which would count from the start
+                    raise RefusalError(f"the bound {place} at {call.where} counts from the end, where nothing remains")
+                yield number, wanted
     elif isinstance(item, int):
         place = int(item)
         if not mask[place]:

@@ -264,7 +264,19 @@ def _trial_cut_memory(model: PreTrainedModel, batch: Mapping[str, Tensor], space
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run would do, found without weights: the space, the plan (both None for a plain run) and the memory."""
+    """What a run would do, found without weights: the space, the plan (both None for a plain run) and the memory.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, TrainingArguments
+        >>> from geta_hf import GETAConfig, dry_run
+        >>> sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 1}
+        >>> config = BertConfig(vocab_size=30, architectures=["BertForSequenceClassification"], **sizes)
+        >>> batch = {"input_ids": torch.ones(2, 8, dtype=torch.long), "labels": torch.zeros(2, dtype=torch.long)}
+        >>> found = dry_run(config, batch, TrainingArguments("run", use_cpu=True), GETAConfig())
+        >>> found.parameters, found.plan.groups
+        (11266, 36)
+    """
 
     parameters: int
     space: PruningSpace | None

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
+import re
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MethodType
@@ -10,19 +14,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForQuestionAnswering, BertTokenizer, PreTrainedModel
+from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering, BertTokenizer, PreTrainedModel
 
 from geta_hf.errors import GETAError
 from geta_hf.export import ExportReport, export, plan, steps
 from geta_hf.export.export import compress, integer_bits
 from geta_hf.export.formats import geta
+from geta_hf.export.plan import plan_export, read_result
+from geta_hf.export.steps import cut, fill
 from geta_hf.qadg import PruningSpace, build_space, zero_groups
+from geta_hf.qadg.tracing.recorder import Recorder
 from geta_hf.quantization import attach_quantizers, quantized_layers, step_size
 from geta_hf.serialization.packed_layers import packed_layers
 from geta_hf.surgery.slice import slice_model
 from tests.export.tiny_encoders import CLASSES, some_batch, tiny_bloom, tiny_model, train_by_hand
-
-# The package offers the function under the module's name, so the module is asked for by its full name.
+from tests.surgery.test_verify import with_kinds
 
 Trained = tuple[PreTrainedModel, PruningSpace]
 NOTHING = PruningSpace(())
@@ -312,3 +318,98 @@ def test_forward_wrapped_for_mixed_precision_does_not_spoil_the_proof(trained: T
 def test_batch_that_does_not_run_is_a_clear_error(trained: Trained, tmp_path: Path) -> None:
     with pytest.raises(GETAError, match="cannot run the batch"):
         run(trained, tmp_path / "out", batch={"input_ids": torch.full((1, 3), 1000)})
+
+
+# --- what a method decided ------------------------------------------------------------------------------------------
+
+
+def test_a_result_that_is_given_is_what_is_read(trained: Trained, tmp_path: Path) -> None:
+    model, space = trained
+    result = read_result(model, space)
+    assert result.removed_groups == sum(int(zero.sum()) for zero in zero_groups(model, space).values())
+    given = run(trained, tmp_path / "given", result=result)
+    found = run(trained, tmp_path / "found")
+    assert dataclasses.replace(given, path=found.path) == found
+    assert given.bits == result.weight_bits
+    files = [tmp_path / name / "model.safetensors" for name in ("given", "found")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_result_may_keep_groups_that_are_zero(trained: Trained, tmp_path: Path) -> None:
+    model, space = trained
+    full = read_result(model, space)
+    name = space.prunable[0].name
+    fewer = {family: mask for family, mask in full.removed.items() if family != name}
+    report = run(trained, tmp_path / "out", result=dataclasses.replace(full, removed=fewer))
+    assert report.kept[name] == (space.prunable[0].size, space.prunable[0].size)
+
+
+def test_a_result_that_the_model_does_not_have_is_refused(trained: Trained, tmp_path: Path) -> None:
+    model, space = trained
+    result = read_result(model, space)
+    name, layer = space.prunable[0].name, "bert.encoder.layer.0.attention.self.query"
+    place = int(torch.nonzero(~result.removed[name])[0])
+    mask = result.removed[name].clone()
+    mask[place] = True
+    for changes, message in (
+        ({"removed": {name: mask}}, rf"removes group {place} of {re.escape(name)}, whose weights are not zero"),
+        ({"removed": {"other": mask}}, "removes groups of other, which is no prunable family"),
+        ({"removed": {name: mask[1:]}}, r"mask of .* is torch.bool of shape \(\d+,\); pass torch.bool of shape"),
+        ({"weight_bits": {**result.weight_bits, layer: 9}}, rf"weight of {layer} at 9 bits, but its quantizer has 2"),
+        ({"weight_bits": {}}, rf"weight of {layer} at no bits, but its quantizer has 2"),
+        ({"input_bits": {layer: 8}}, rf"input of {layer} at 8 bits, but its quantizer has none"),
+    ):
+        with pytest.raises(GETAError, match=message):
+            run(trained, tmp_path / "out", result=dataclasses.replace(result, **changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- what an export costs ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Recordings that were begun, and deep copies of models."""
+    counts: Counter[str] = Counter()
+    enter = Recorder.__enter__
+
+    def noted(self: Recorder) -> Recorder:
+        counts["recordings"] += 1
+        return enter(self)
+
+    def deepcopy(self: PreTrainedModel, memo: dict[int, Any]) -> PreTrainedModel:
+        counts["copies"] += isinstance(self, BertForQuestionAnswering)
+        with monkeypatch.context() as patch:
+            patch.delattr(PreTrainedModel, "__deepcopy__")
+            return copy.deepcopy(self, memo)
+
+    monkeypatch.setattr(Recorder, "__enter__", noted)
+    monkeypatch.setattr(PreTrainedModel, "__deepcopy__", deepcopy, raising=False)
+    return counts
+
+
+def test_two_recordings_and_one_copy_are_enough(trained: Trained, tmp_path: Path, counted: Counter[str]) -> None:
+    run(trained, tmp_path / "out")
+    assert counted == {"recordings": 2, "copies": 1}
+
+
+def test_a_norm_over_what_is_cut_costs_no_other(tmp_path: Path, counted: Counter[str]) -> None:
+    model = tiny_model()
+    space = with_kinds(build_space(model, some_batch()), "residual")
+    train_by_hand(model, space)
+    counted.clear()
+    report = run((model, space), tmp_path / "out")
+    assert counted == {"recordings": 2, "copies": 1}
+    assert all(left < full for left, full in report.kept.values())
+
+
+def test_what_is_not_cut_is_shared_with_the_trained_model(trained: Trained) -> None:
+    model, space = trained
+    planned = plan_export(model, space, some_batch())
+    compressed = fill(cut(model, planned), planned)
+    theirs = dict(compressed.named_parameters())
+    assert theirs["bert.embeddings.word_embeddings.weight"] is model.bert.embeddings.word_embeddings.weight
+    layer = "bert.encoder.layer.0.attention.self.query.weight"
+    assert theirs[layer].shape != model.get_parameter(layer).shape
+    alone = dict(compress(model, space, zero_groups(model, space), some_batch()).named_parameters())
+    assert not {id(parameter) for parameter in alone.values()} & {id(parameter) for parameter in model.parameters()}

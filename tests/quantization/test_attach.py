@@ -23,6 +23,7 @@ from geta_hf.quantization import (
     quantized_layers,
     quantizer_prefixes,
     select_layers,
+    without_quantizers,
 )
 from geta_hf.quantization.layer_types import base_type
 
@@ -248,3 +249,23 @@ def test_a_layer_below_a_hook_of_accelerate_computes_as_its_class_says() -> None
     assert torch.equal(layer(x), type(layer).forward(layer, x)) and not torch.equal(layer(x), plain)
     detach_quantizers(model)
     assert torch.equal(layer(x), plain)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_model_computes_without_its_quantizers_for_a_while(per_channel: bool) -> None:
+    model, x = in_list(nn.Linear(6, 4), Conv1D(5, 4)), torch.randn(2, 6)
+
+    def run() -> torch.Tensor:
+        return model.layers[1](model.layers[0](x))
+
+    plain = run()
+    attach_quantizers(model, initial_bits=3, per_channel=per_channel)
+    quantized, text, state = run(), str(model), list(model.state_dict())
+    with pytest.raises(ValueError, match="some error"), without_quantizers(model):
+        assert torch.equal(run(), plain)
+        assert quantized_layers(model) == {}
+        assert not any("quantizer" in name for name in model.state_dict())
+        raise ValueError("some error")
+    assert torch.equal(run(), quantized) and not torch.equal(quantized, plain)
+    assert str(model) == text and list(model.state_dict()) == state
+    assert [layer.input_quantizer for layer in quantized_layers(model).values()] == [None, None]

@@ -83,7 +83,7 @@ class QASSO(torch.optim.Optimizer):
         GETAError: a target that can't be reached, a member of a prunable family or a quantizer that is not in `base`, a
             base optimizer or a kind of parameter that can't be wrapped.
 
-    >>> import torch
+        >>> import torch
     >>> from geta_hf import GETAConfig, QASSO, PruningSpace, Schedule, attach_quantizers
     >>> model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(4, 4)])})
     >>> _ = attach_quantizers(model)
