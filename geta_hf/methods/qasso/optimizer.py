@@ -256,7 +256,7 @@ class QASSO(torch.optim.Optimizer):
         if values:
             gradients = [local(parameter.grad) for parameter in trained if parameter.grad is not None]
             torch._foreach_mul_(gradients, values)
-            before = torch.cat(values)
+            before = torch.cat(values)  # a copy, while `values` are views into the parameters
         self.base.step()
         if values:
             stepped = relative_step(before, torch.cat(values))
@@ -523,7 +523,7 @@ class QASSO(torch.optim.Optimizer):
 
     def bits(self) -> dict[str, float]:
         """Return the present width of every quantizer by its prefix; weights' first. Waits for the device."""
-        named = self._named()
+        named = self._named()  # may be asked before the first step
         self.quantizers.to(local(next(iter(named.values()))).device)
         return dict(zip(self.quantizers.prefixes, self.quantizers.bits(named).tolist(), strict=True))
 
