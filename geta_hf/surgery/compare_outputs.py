@@ -1,4 +1,4 @@
-"""The proof that two models compute the same: every export ends with it, or is refused."""
+"""Prove that two models compute the same: every export ends with it, or is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from geta_hf.utils import module_state
 # Largest difference allowed, as a share of the largest logit (of 1 where logits are small): rounding differs with the
 # sizes of the matrices, and nothing else may. Models in double precision may compute a few steps in single.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-# Outputs beyond this are fillers for masked positions; they must match, but say nothing of the scale of the others.
+# Masked positions hold fillers such as the lowest float. They must match, but as part of the scale they would make the
+# tolerance infinite: a filler of 1e38 would allow any difference of the real logits.
 _FILLER = 1e4
 _PIECE = 1 << 20  # elements compared at once
 
@@ -24,9 +25,10 @@ Outputs = dict[str, dict[str, Tensor]]
 
 
 def attention_outputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Outputs:
-    """Every floating-point output of the model in evaluation mode, under each attention implementation it has.
+    """Return every floating-point output of the model in evaluation mode, under each attention implementation it has.
 
-    The model is left as it was.
+    Both are compared, since eager and sdpa attention read different sizes of the module. The model is unchanged
+    afterwards.
 
     Args:
         model: any Hugging Face model.
@@ -47,13 +49,13 @@ _OWN = "own"
 
 
 def attentions(model: PreTrainedModel) -> tuple[str, ...]:
-    """The attention implementations that a model is tried with; `own` is what each of its parts has now."""
+    """Return the attention implementations that a model is tried with; `own` is what each of its parts has now."""
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     return ("eager", "sdpa") if all(part._supports_sdpa for part in parts) else (_OWN, "eager")
 
 
 def set_attention(model: PreTrainedModel, implementation: str) -> None:
-    """Choose one of `attentions`."""
+    """Set one of `attentions`."""
     if implementation != _OWN:
         model.set_attn_implementation(implementation)
 
@@ -77,7 +79,7 @@ def _outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor], implementatio
 
 @contextmanager
 def comparison_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients; training flags and the attention implementation are then as before.
+    """Enter evaluation mode without gradients; training flags and the attention implementation come back afterwards.
 
     What a module cached of its weights in evaluation mode is dropped on both sides: they may have changed before, and
     may change again. Modules drop it as they enter training mode.
@@ -183,7 +185,7 @@ def prove_equal(reference: Outputs, found: Outputs, dtype: torch.dtype, what: st
 
 
 def _difference(expected: Tensor, actual: Tensor) -> float:
-    """The largest absolute difference, piece by piece: logits are many, and double precision takes much of them."""
+    """Return the largest absolute difference, piece by piece: logits are many, and double precision doubles them."""
     pieces = zip(expected.flatten().split(_PIECE), actual.to(expected.device).flatten().split(_PIECE), strict=True)
     # Equal infinities (masked positions) differ by NaN, though they agree.
     gaps = [torch.where(a == b, 0.0, (a.double() - b.double()).abs()).max() for a, b in pieces if a.numel()]

@@ -1,4 +1,4 @@
-"""A module's private view of the model's configuration: a few values of its own, everything else live from the whole.
+"""Give a module a private view of the model's configuration: a few values of its own, everything else from the base.
 
 A cut may change what one module must read (`config.num_attention_heads` of layer 3), while config.json keeps the
 original. A copy would go stale when the model's configuration is changed later; a view does not.

@@ -1,6 +1,6 @@
-"""Depth pruning: whole blocks leave a model before anything else happens to it.
+"""Prune depth: remove entire blocks from a model before anything else happens to it.
 
-What is left is an ordinary, shorter model of the same class: its configuration says so, and every step after this one
+What remains is an ordinary, shorter model of the same class: its configuration says so, and every step after this one
 (quantizers, pruning space, plan, training, export) sees no other.
 """
 
@@ -30,7 +30,7 @@ class DroppedLayers:
 
     Attributes:
         removed: their module paths in the dense model, in the order in which they were chosen.
-        kept: path of every list that lost some -> the dense places of those that stay.
+        kept: path of every list that lost some -> the dense places of those that remain.
         losses: mean loss on the calibration batches: of the dense model, and after each choice; empty where the blocks
             were named.
         work: elements times uses of their quantized weights, as a ledger counts them.
@@ -101,7 +101,7 @@ def drop_layers(
 
 
 def check_drop(model: PreTrainedModel, wanted: int | Sequence[str], inputs: Batch) -> None:
-    """Find what stands against removing layers before there are weights; whether each may leave shows with them only.
+    """Check what stands against removing layers before there are weights; the rest shows only with them.
 
     Args:
         model: on any device or meta; left unchanged.
@@ -118,7 +118,7 @@ def check_drop(model: PreTrainedModel, wanted: int | Sequence[str], inputs: Batc
 
 
 def mean_loss(model: Any, batches: Sequence[Mapping[str, Any]]) -> Tensor:
-    """The model's own loss, 0-d: the mean over batches with labels, which are moved to its device.
+    """Return the model's own loss, 0-d: the mean over batches with labels, which are moved to its device.
 
     Raises:
         GETAError: there is no batch, or the model computes no loss of it.
@@ -141,26 +141,29 @@ def mean_loss(model: Any, batches: Sequence[Mapping[str, Any]]) -> Tensor:
 def _choose(
     model: PreTrainedModel, blocks: Sequence[Block], count: int, loss: Callable[[], float]
 ) -> tuple[list[Block], list[float]]:
-    """The blocks that are missed least, one by one, with the loss before and after each choice."""
-    gone: list[Block] = []
+    """Choose the blocks that are missed least, one by one; return the loss before and after each choice too.
+
+    One by one, since blocks stand in for each other: the two that are missed least alone may be missed most together.
+    """
+    removed: list[Block] = []
     with comparison_mode(model):
         losses = [loss()]
         for _ in range(count):
             found: list[tuple[float, Block]] = []
-            for block in _removable(model, blocks, gone):
-                with skipping(model, [*gone, block]):
+            for block in _removable(model, blocks, removed):
+                with skipping(model, [*removed, block]):
                     found.append((loss(), block))
             found.sort(key=lambda pair: (pair[0] != pair[0], pair[0]))  # NaN last
-            best = next((pair for pair in found if _can_be_said(model, [*gone, pair[1]])), None)
+            best = next((pair for pair in found if _can_be_said(model, [*removed, pair[1]])), None)
             if best is None:
-                raise GETAError(_too_many(model, blocks, count, len(gone)))
+                raise GETAError(_too_many(model, blocks, count, len(removed)))
             losses.append(best[0])
-            gone.append(best[1])
-    return gone, losses
+            removed.append(best[1])
+    return removed, losses
 
 
 def _can_be_said(model: PreTrainedModel, removed: Sequence[Block]) -> bool:
-    """Whether a shorter configuration builds what is left."""
+    """Return whether a shorter configuration builds what remains."""
     try:
         shorter_changes(model, _kept(model, removed))
     except GETAError:
@@ -168,11 +171,11 @@ def _can_be_said(model: PreTrainedModel, removed: Sequence[Block]) -> bool:
     return True
 
 
-def _removable(model: nn.Module, blocks: Sequence[Block], gone: Sequence[Block]) -> Iterator[Block]:
-    """The blocks that may still leave; a list never loses its last one."""
+def _removable(model: nn.Module, blocks: Sequence[Block], removed: Sequence[Block]) -> Iterator[Block]:
+    """Yield the blocks that may still be removed; a list never loses its last one."""
     for block in blocks:
-        left = len(model.get_submodule(block.series)._modules) - sum(other.series == block.series for other in gone)
-        if not block.reason and block not in gone and left > 1:
+        left = len(model.get_submodule(block.series)._modules) - sum(other.series == block.series for other in removed)
+        if not block.reason and block not in removed and left > 1:
             yield block
 
 
@@ -200,20 +203,25 @@ def _named(blocks: Sequence[Block], names: Sequence[str]) -> list[Block]:
 def _kept(model: nn.Module, removed: Sequence[Block]) -> dict[str, tuple[int, ...]]:
     kept = {}
     for series in dict.fromkeys(block.series for block in removed):
-        gone = {int(block.name.rpartition(".")[2]) for block in removed if block.series == series}
-        kept[series] = tuple(place for place in range(len(model.get_submodule(series)._modules)) if place not in gone)
+        places = {int(block.name.rpartition(".")[2]) for block in removed if block.series == series}
+        length = len(model.get_submodule(series)._modules)
+        kept[series] = tuple(place for place in range(length) if place not in places)
         if not kept[series]:
             raise GETAError(f"drop_layers names all of {series}; keep at least one of them")
     return kept
 
 
 def _work(model: PreTrainedModel, layers: Iterable[str], inputs: Batch, removed: Iterable[str]) -> float:
-    """Σ elements · uses of the layers within blocks that are about to leave, relative to the one used most beside."""
+    """Return Σ elements · uses of the layers within removed blocks, relative to the layer outside that is used most."""
     within = tuple(f"{name}." for name in removed)
     uses = forward_uses(model, layers, inputs)
     most = max((count for name, count in uses.items() if not name.startswith(within)), default=0) or 1
-    gone = {name: count or most for name, count in uses.items() if name.startswith(within)}
-    return sum(model.get_parameter(f"{name}.weight").numel() * count / most for name, count in gone.items())
+    total = 0.0
+    for name, count in uses.items():
+        if name.startswith(within):
+            # A layer that the batch did not reach, such as an expert's, counts as used as often as the others.
+            total += model.get_parameter(f"{name}.weight").numel() * (count or most) / most
+    return total
 
 
 # --- the shorter model ---------------------------------------------------------------------------------------------
@@ -251,7 +259,7 @@ def _set(holder: Any, name: str, value: Any, dropped: DroppedLayers) -> None:
 
 
 def _reference(model: PreTrainedModel, removed: Sequence[Block], inputs: Batch) -> tuple[Outputs, bool]:
-    """The dense model's outputs without the blocks, and whether its cache changes nothing."""
+    """Return the dense model's outputs without the blocks, and whether its cache changes nothing."""
     with skipping(model, removed):
         outputs = attention_outputs(model, inputs)
     return outputs, _cache_agrees(model, inputs)
@@ -268,7 +276,11 @@ def _prove(model: PreTrainedModel, expected: tuple[Outputs, bool], inputs: Batch
 
 
 def _cache_agrees(model: PreTrainedModel, inputs: Batch) -> bool:
-    """Whether the last token's logits are the same step by step; False for a model that can't do that."""
+    """Return whether the last token's logits are the same step by step; False for a model that can't do that.
+
+    A cache holds keys and values by the place of a layer: places that are not counted again after blocks were removed
+    show here and nowhere else.
+    """
     if not model.can_generate() or "input_ids" not in inputs or model.config.is_encoder_decoder:
         return False
     unpadded = {"input_ids": inputs["input_ids"]}

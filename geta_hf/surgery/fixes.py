@@ -1,10 +1,10 @@
-"""What surgery changed, as plain data that makes a freshly built model small again before its weights are loaded.
+"""Describe what surgery changed, as plain data that makes a freshly built model as small before its weights are loaded.
 
 A fix list is JSON and names only what changed:
 
     {"version": 2,
      "shapes": {tensor: shape},
-     "keep": {buffer that is not saved: {dim: indices that stay}},
+     "keep": {buffer that is not saved: {dim: indices that remain}},
      "attrs": {module path: {attribute: value}}}
 
 An attribute may be dotted (`config.num_heads`: in this module's own view of the configuration) and indexed
@@ -41,12 +41,12 @@ class Fixes(TypedDict):
 
 
 def no_fixes() -> Fixes:
-    """The fix list of a model from which nothing was cut."""
+    """Return the fix list of a model from which nothing was cut."""
     return {"version": FIXES_VERSION, "shapes": {}, "keep": {}, "attrs": {}}
 
 
 def read_fixes(fixes: Any, where: str) -> Fixes:
-    """A fix list from a source that is not trusted, refused unless it is one, before any of it is used.
+    """Check a fix list from a source that is not trusted, before any of it is used, and return it.
 
     Lists of version 1, which knew no `keep`, are read too.
 
@@ -162,7 +162,7 @@ def _parts(attribute: str) -> tuple[list[str], str, int | None]:
 
 
 def read_attribute(module: nn.Module, attribute: str) -> Any:
-    """What a module holds under a dotted and indexed name; None for whatever is not plain data of its own."""
+    """Return what a module holds under a dotted and indexed name; None for whatever is not plain data of its own."""
     configs, name, place = _parts(attribute)
     if any(part.startswith("_") for part in (*configs, name)):
         return None
@@ -199,7 +199,7 @@ def _put(holder: Any, name: str, value: Any) -> None:
 
 
 def set_expert_counts(model: PreTrainedModel, fixes: Fixes) -> None:
-    """Choose a kernel for the experts of a mixture that runs on what is left of their weights.
+    """Choose a kernel for the experts of a mixture that runs on what remains of their weights.
 
     The grouped one wants rows of whole 16 bytes, which cut weights may not have; any model has the eager one.
     """
@@ -227,12 +227,12 @@ def check_attributes(model: nn.Module, tensors: Iterable[str]) -> None:
 
 
 def owner(path: str) -> str:
-    """The module that a tensor's own module serves: a parametrization holds the weight of the layer around it."""
+    """Return the module that a tensor's own module serves: a parametrization holds that of the layer around it."""
     return path.partition(".parametrizations.")[0]
 
 
 def shape_attributes(path: str, module: nn.Module) -> dict[str, Any]:
-    """The size attributes that a module of torch.nn, or Conv1D, must have given its tensors; none for other modules.
+    """Return the size attributes that a module of torch.nn, or Conv1D, must have given its tensors; of others none.
 
     Raises:
         GETAError: a module of torch.nn whose attributes do not follow from its weight alone.

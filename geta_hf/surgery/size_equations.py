@@ -1,7 +1,12 @@
-"""What every call that takes sizes demands of the numbers it is given, once slices have left.
+"""Write down what every call that takes sizes demands of the numbers it is given, once slices are removed.
 
 One rule per torch function: it reads the recorded call and yields (number, what it must be). A number is a constant of
-the code or an expression in the modules' attributes; which attributes to change follows from these in `solve`.
+the code or an expression in the modules' attributes; `solve` finds the attributes to change from these equations.
+
+The sizes that are wanted come from the propagated graph, never from the numbers themselves, so an equation is
+independent of how the code computes its sizes. What no change of attributes can make right is refused here, with the
+place in the model's code: a stride that would skip other elements, channels that no longer divide into groups, an
+`arange` whose content is used and that loses more than its end (ALiBi slopes, sinusoids).
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ class Equation:
 
 @dataclass
 class Demands:
-    """All that one cut asks of the attributes.
+    """Everything that one cut asks of the attributes.
 
     Attributes:
         equations: sizes that must come out right.
@@ -51,42 +56,43 @@ class Demands:
     uses: list[Equation]
 
 
-def demands(cut: SlicedTrace) -> Demands:
-    """What a cut asks of the attributes of the model, by the forward that was recorded.
+def demands(sliced: SlicedTrace) -> Demands:
+    """Collect what a cut asks of the attributes of the model, by the forward that was recorded.
 
     Raises:
         RefusalError: a call that no change of attributes can make right.
     """
-    trace = cut.trace
+    trace = sliced.trace
+    # A tensor that no recorded operator made (UNKNOWN) has no ids, so nothing is known of its sizes after the cut.
     calls = [c for c in trace.calls if not any(item is UNKNOWN for item in (*c.args, *c.kwargs.values()))]
 
     def old(leaf: Attribute | Size) -> int:
-        return trace.original[leaf] if isinstance(leaf, Attribute) else cut.flow.shape(Ref(leaf.value))[leaf.dim]
+        return trace.original[leaf] if isinstance(leaf, Attribute) else sliced.flow.shape(Ref(leaf.value))[leaf.dim]
 
     equations = [
-        Equation(fold(number, cut), wanted, f"{call.name} at {call.where} in {call.module or 'the model'}")
+        Equation(fold(number, sliced), wanted, f"{call.name} at {call.where} in {call.module or 'the model'}")
         for call in calls
         if call.name in RULES
-        for number, wanted in RULES[call.name](call, cut)
+        for number, wanted in RULES[call.name](call, sliced)
         if isinstance(number, int | Attribute)  # and not a tensor, whose content is the model's affair
     ]
     guards = [
-        Guard(g.comparison, fold(g.left, cut), fold(g.right, cut), g.outcome, g.where)
+        Guard(g.comparison, fold(g.left, sliced), fold(g.right, sliced), g.outcome, g.where)
         for g in dict.fromkeys(trace.log.guards)
     ]
     uses = chain(trace.log.uses, (use for call in calls for use in _uses(call)))
-    fixed = [Equation(fold(u.expression, cut), evaluate(u.expression, old), u.where) for u in dict.fromkeys(uses)]
+    fixed = [Equation(fold(u.expression, sliced), evaluate(u.expression, old), u.where) for u in dict.fromkeys(uses)]
     return Demands(list(dict.fromkeys(equations)), guards, fixed)
 
 
-def fold(number: Any, cut: SlicedTrace) -> Expression:
-    """A number with every size put in as it is after the cut, so that only attributes are left."""
+def fold(number: Any, sliced: SlicedTrace) -> Expression:
+    """Replace every size in a number by what it is after the cut, so that only attributes remain."""
     expression = number.expression if isinstance(number, TaggedInt) else number
     if isinstance(expression, Size):
-        return cut.size(Ref(expression.value), expression.dim)
+        return sliced.size(Ref(expression.value), expression.dim)
     if not isinstance(expression, Operation):
         return expression
-    operands = tuple(fold(operand, cut) for operand in expression.operands)
+    operands = tuple(fold(operand, sliced) for operand in expression.operands)
     folded = Operation(expression.function, operands)
     if all(isinstance(operand, int) for operand in operands) and not (
         expression.function in ("floordiv", "mod") and operands[1] == 0
@@ -95,7 +101,8 @@ def fold(number: Any, cut: SlicedTrace) -> Expression:
     return folded
 
 
-# Where a tensor is multiplied by a number, or a number by a tensor, the number is more than a size.
+# Where a tensor is multiplied by a number, or a number by a tensor, the number is more than a size: a scale of
+# 1 / sqrt(head_dim) belongs to what was trained, and must not follow when head_dim shrinks.
 _OPERATORS = ("mul", "div", "true_divide", "add", "sub", "rsub", "pow", "floor_divide", "remainder", "fmod", "truediv")
 _ARITHMETIC = frozenset(
     [name for plain in _OPERATORS for name in (plain, f"__{plain}__", f"__r{plain}__")]
@@ -104,7 +111,7 @@ _ARITHMETIC = frozenset(
 
 
 def _uses(call: Call) -> Iterator[Use]:
-    """The numbers of a call that enter its result as themselves."""
+    """Yield the numbers of a call that enter its result as themselves."""
     if call.name == "scaled_dot_product_attention":
         if call.kwargs.get("scale") is None and len(call.args) < 7:
             query = call.args[0] if call.args else call.kwargs["query"]
@@ -117,65 +124,65 @@ def _uses(call: Call) -> Iterator[Use]:
 
 
 def _given(call: Call, place: int, *names: str) -> Any:
-    """An argument by position or by one of its names; None when it was not given."""
+    """Return an argument by position or by one of its names; None when it was not given."""
     if len(call.args) > place:
         return call.args[place]
     return next((call.kwargs[name] for name in names if name in call.kwargs), None)
 
 
 def _numbers(call: Call, start: int) -> Sequence[Any]:
-    """Sizes given one by one, as one sequence, or by name; -1 for whatever is no number."""
+    """Return sizes given one by one, as one sequence, or by name; -1 for whatever is no number."""
     given = call.args[start:] or tuple(call.kwargs[n] for n in ("size", "shape", "sizes", "dims") if n in call.kwargs)
     flat = given[0] if given and isinstance(given[0], list | tuple) else given
     return [number if isinstance(number, int) else -1 for number in flat]
 
 
 def _sizes(numbers: Iterable[Any], sizes: Iterable[int]) -> Iterator[Demand]:
-    """Every number is the size beside it; -1 follows by itself."""
+    """Demand that every number is the size next to it; -1 follows by itself."""
     for number, size in zip(numbers, sizes, strict=True):
         if int(number) != -1:
             yield number, size
 
 
-def _view(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
-    numbers, sizes = _numbers(call, 1), cut.sizes(call.outputs[0])
+def _view(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
+    numbers, sizes = _numbers(call, 1), sliced.sizes(call.outputs[0])
     if len(numbers) == len(sizes):  # not so where a view changes the type of the elements
         yield from _sizes(numbers, sizes)
 
 
 def _factory(start: int) -> Callable[[Call, SlicedTrace], Iterator[Demand]]:
-    def rule(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
+    def rule(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
         numbers = _numbers(call, start)
-        if len(numbers) == len(cut.flow.shape(call.outputs[0])):
-            yield from _made(numbers, call, cut)
+        if len(numbers) == len(sliced.flow.shape(call.outputs[0])):
+            yield from _made(numbers, call, sliced)
 
     return rule
 
 
-def _made(numbers: Iterable[Any], call: Call, cut: SlicedTrace) -> Iterator[Demand]:
-    """The sizes of a new tensor, except those that nothing in this forward depends on."""
+def _made(numbers: Iterable[Any], call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
+    """Demand the sizes of a new tensor, except those that nothing in this forward depends on."""
     for dim, number in enumerate(numbers):
-        if isinstance(number, int) and int(number) != -1 and not cut.free(call.outputs[0], dim):
-            yield number, cut.size(call.outputs[0], dim)
+        if isinstance(number, int) and int(number) != -1 and not sliced.free(call.outputs[0], dim):
+            yield number, sliced.size(call.outputs[0], dim)
 
 
-def _full(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
+def _full(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
     size = _given(call, 0 if call.name == "full" else 1, "size")
-    yield from _made(size, call, cut) if isinstance(size, list | tuple) else ()
+    yield from _made(size, call, sliced) if isinstance(size, list | tuple) else ()
 
 
-def _repeat(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
-    numbers, before, after = _numbers(call, 1), cut.sizes(call.args[0]), cut.sizes(call.outputs[0])
+def _repeat(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
+    numbers, before, after = _numbers(call, 1), sliced.sizes(call.args[0]), sliced.sizes(call.outputs[0])
     before = [1] * (len(after) - len(before)) + before
     for dim, number in enumerate(numbers, start=len(after) - len(numbers)):
-        if int(number) != -1 and not cut.free(call.outputs[0], dim):
+        if int(number) != -1 and not sliced.free(call.outputs[0], dim):
             yield number, _quotient(call, after[dim], before[dim])
 
 
-def _repeat_interleave(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
+def _repeat_interleave(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
     repeats, dim = _given(call, 1, "repeats"), _given(call, 2, "dim")
     if isinstance(repeats, int) and dim is not None:
-        yield repeats, _quotient(call, cut.size(call.outputs[0], dim), cut.size(call.args[0], dim))
+        yield repeats, _quotient(call, sliced.size(call.outputs[0], dim), sliced.size(call.args[0], dim))
 
 
 def _quotient(call: Call, whole: int, part: int) -> int:
@@ -184,39 +191,39 @@ def _quotient(call: Call, whole: int, part: int) -> int:
     return whole // part
 
 
-def _split(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
+def _split(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
     numbers, dim = _given(call, 1, "split_size_or_sections", "split_size", "split_sizes"), _given(call, 2, "dim") or 0
-    sizes = [cut.size(output, dim) for output in call.outputs]
+    sizes = [sliced.size(output, dim) for output in call.outputs]
     if isinstance(numbers, int):
         numbers = [numbers] * max(1, len(sizes) - 1)
         sizes = sizes[: len(numbers)]
     yield from zip(numbers, sizes, strict=True)
 
 
-def _chunk(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
+def _chunk(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
     dim = _given(call, 2, "dim") or 0
-    sizes = [cut.size(output, dim) for output in call.outputs]
-    if len(set(sizes)) > 1 and sizes != [cut.flow.shape(output)[dim] for output in call.outputs]:
+    sizes = [sliced.size(output, dim) for output in call.outputs]
+    if len(set(sizes)) > 1 and sizes != [sliced.flow.shape(output)[dim] for output in call.outputs]:
         raise RefusalError(f"chunk at {call.where} gives equal parts, but {sizes} elements of them stay")
     yield from ()
 
 
-def _unflatten(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
+def _unflatten(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
     numbers = _given(call, 2, "sizes")
-    start = int(_given(call, 1, "dim")) % len(cut.flow.shape(call.args[0]))
-    yield from _sizes(numbers, cut.sizes(call.outputs[0])[start : start + len(numbers)])
+    start = int(_given(call, 1, "dim")) % len(sliced.flow.shape(call.args[0]))
+    yield from _sizes(numbers, sliced.sizes(call.outputs[0])[start : start + len(numbers)])
 
 
-def _narrow(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
+def _narrow(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
     dim, start, length = (_given(call, i, n) for i, n in ((1, "dim"), (2, "start"), (3, "length")))
-    mask = cut.mask(call.args[0], dim)
+    mask = sliced.mask(call.args[0], dim)
     if isinstance(start, int):
         yield start, int(start) if mask is None else int(mask[: int(start)].sum())
-    yield length, cut.size(call.outputs[0], dim)
+    yield length, sliced.size(call.outputs[0], dim)
 
 
-def _arange(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
-    mask = cut.mask(call.outputs[0], 0)
+def _arange(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
+    mask = sliced.mask(call.outputs[0], 0)
     if mask is None:
         if len(call.args) == 1 and isinstance(call.args[0], TaggedInt):
             yield call.args[0], int(call.args[0])
@@ -227,19 +234,19 @@ def _arange(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
     yield call.args[0], stays
 
 
-def _item(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
-    """Indexing: bounds and places along a dim that is cut move with what stays before them."""
+def _item(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
+    """Move bounds and places along a dim that is cut with what remains before them."""
     source = call.args[0]
     index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
     if any(isinstance(item, Ref | list | bool) for item in index):
         return
-    dim, rank = 0, len(cut.flow.shape(source))
+    dim, rank = 0, len(sliced.flow.shape(source))
     used = sum(item is not None and item is not Ellipsis for item in index)
     for item in index:
         if item is Ellipsis:
             dim += rank - used
         elif item is not None:
-            mask = cut.mask(source, dim)
+            mask = sliced.mask(source, dim)
             yield from _unmoved(item) if mask is None else _moved(call, item, mask)
             dim += 1
 
@@ -274,63 +281,66 @@ def _moved(call: Call, item: Any, mask: NDArray[np.bool_]) -> Iterator[Demand]:
 
 
 def _check_step(call: Call, item: slice, mask: NDArray[np.bool_]) -> None:
-    """A stride keeps its meaning only where what it skips leaves evenly."""
+    """Refuse a stride where what it skips is not removed evenly: it would reach other elements than before."""
     if item.step in (None, 1):
         return
     chosen = np.zeros(len(mask), np.bool_)
     chosen[item] = True
+    # Compare the elements that the old slice chose, among those that remain, with what the moved slice would choose.
     start = int(mask[: int(item.start or 0)].sum())
     stays = np.zeros(int(mask.sum()), np.bool_)
     stays[start :: int(item.step)] = True
-    if item.stop is not None or not np.array_equal(chosen[mask], stays):
+    if not np.array_equal(chosen[mask], stays):
         raise RefusalError(f"the stride of {item.step} at {call.where} would skip other elements than before")
 
 
-def _convolution(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
-    groups, weight = _given(call, 6, "groups"), cut.sizes(_given(call, 1, "weight"))
+def _convolution(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
+    groups, weight = _given(call, 6, "groups"), sliced.sizes(_given(call, 1, "weight"))
     if groups is None or int(groups) == 1:
         return
     source, output = _given(call, 0, "input"), call.outputs[0]
     transposed = call.name.startswith("conv_transpose")
+    # `groups` is what the channels and the weight leave no choice about; a remainder means that some group would lose
+    # more channels than another, which one weight tensor cannot hold.
     # The weight's second dim holds the channels of one group: inputs, or outputs where transposed.
-    channels = [cut.size(ref, len(cut.flow.shape(ref)) + 1 - len(weight)) for ref in (source, output)]
+    channels = [sliced.size(ref, len(sliced.flow.shape(ref)) + 1 - len(weight)) for ref in (source, output)]
     divided, other = channels[::-1] if transposed else channels
     wanted, rest = divmod(divided, weight[1])
     if rest or other % wanted:
         raise RefusalError(
             f"{call.module}: a weight of shape {tuple(weight)} divides {channels[0]} channels into no whole groups"
         )
-    yield _own(call, cut, "groups", groups), wanted
+    yield _own(call, sliced, "groups", groups), wanted
 
 
-def _group_norm(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
+def _group_norm(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
     source, groups = _given(call, 0, "input"), _given(call, 1, "num_groups")
-    mask = cut.mask(source, 1)
+    mask = sliced.mask(source, 1)
     if mask is None:
         return
     left = mask.reshape(int(groups), -1).sum(axis=1)
     if len(set(left[left > 0].tolist())) > 1:
         raise RefusalError(f"{call.module}: groups of {left.tolist()} channels cannot be normalised together")
-    yield _own(call, cut, "num_groups", groups), int((left > 0).sum())
+    yield _own(call, sliced, "num_groups", groups), int((left > 0).sum())
 
 
-def _own(call: Call, cut: SlicedTrace, name: str, number: Any) -> Any:
-    """A number that a layer of torch.nn, whose integers are not tagged, hands on from its own attribute."""
+def _own(call: Call, sliced: SlicedTrace, name: str, number: Any) -> Any:
+    """Return the attribute that an untagged layer of torch.nn passes on as a number; else the number itself."""
     attribute = Attribute(call.module, name)
-    plain = not isinstance(number, TaggedInt) and cut.trace.original.get(attribute) == number
+    plain = not isinstance(number, TaggedInt) and sliced.trace.original.get(attribute) == number
     return attribute if plain else number
 
 
-def _layer_norm(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
+def _layer_norm(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
     numbers = _given(call, 1, "normalized_shape")
-    sizes = cut.sizes(call.outputs[0])[-len(numbers) :]
+    sizes = sliced.sizes(call.outputs[0])[-len(numbers) :]
     # Plain numbers are those of torch.nn's own layers, which follow their weights.
     yield from ((number, size) for number, size in zip(numbers, sizes, strict=True) if isinstance(number, TaggedInt))
 
 
-def _attention(call: Call, cut: SlicedTrace) -> Iterator[Demand]:
+def _attention(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
     for ref in call.args:
-        if isinstance(ref, Ref) and tuple(cut.sizes(ref)) != cut.flow.shape(ref):
+        if isinstance(ref, Ref) and tuple(sliced.sizes(ref)) != sliced.flow.shape(ref):
             raise RefusalError(
                 f"{call.module}: nn.MultiheadAttention has no heads of another size than its inputs give"
             )
@@ -360,7 +370,7 @@ RULES: dict[str, Rule] = {
     "__getitem__": _item,
     "group_norm": _group_norm,
 }
-"""Torch functions whose arguments are sizes or places."""
+"""Torch functions whose arguments are sizes or places, with the rule of each. One without a rule says nothing."""
 
 WANTED = frozenset([*RULES, *_ARITHMETIC, "scaled_dot_product_attention"])
 """The torch functions whose calls a trace has to record."""

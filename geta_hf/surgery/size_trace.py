@@ -1,4 +1,10 @@
-"""One recorded forward in which every size knows where it comes from: the integers of the modules, or other sizes."""
+"""Record one forward in which every size knows where it comes from: the integers of the modules, or other sizes.
+
+Searching for the attribute with the right value would be ambiguous: 4 heads of 8 in a layer of 32 match several
+integers of most modules. So integers are tagged instead. Each attribute of each module is replaced, while the forward
+runs, by an int that carries its own name; shapes of recorded tensors are tagged too. Arithmetic keeps the history, and
+a call such as `view(batch, n, d)` then says itself which attributes its sizes follow from.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +69,11 @@ class SizeTrace:
 
 
 class _SizeMode(TorchFunctionMode):
-    """Tags the sizes that the model's code reads, and records the calls that it makes."""
+    """Tag the sizes that the model's code reads, and record the calls that it makes.
+
+    It sees torch functions, above the operators that the recorder sees: `reshape` becomes a copy and a view below, and
+    the tagged numbers of its arguments are plain there.
+    """
 
     def __init__(self, names: frozenset[str], log: Log) -> None:
         super().__init__()
@@ -76,7 +86,7 @@ class _SizeMode(TorchFunctionMode):
         recorder = _get_current_dispatch_mode()
         if not isinstance(recorder, Recorder):
             return result
-        if recorder is not self.recorder:  # a capture that failed is begun anew
+        if recorder is not self.recorder:  # a capture that failed starts again
             self.recorder = recorder
             self.calls.clear()
             self.log.restart()
@@ -121,7 +131,7 @@ class _SizeMode(TorchFunctionMode):
 
 
 def _position(recorder: Recorder, tensor: Tensor) -> int | None:
-    """Which recorded value a tensor is; none when it was reshaped in place since."""
+    """Return which recorded value a tensor is; None when it was reshaped in place since."""
     value = recorder.find(tensor)
     known = value is not None and recorder.graph.values[value].shape == tuple(tensor.shape)
     return value if known else None
@@ -150,9 +160,10 @@ def trace_sizes(model: nn.Module, batch: Mapping[str, Any], names: frozenset[str
 
 @contextmanager
 def _tagged_attributes(model: nn.Module, log: Log, original: dict[Attribute, int]) -> Iterator[None]:
-    """Let every integer that a module outside torch.nn holds be a tagged one for a while.
+    """Replace every integer that a module outside torch.nn holds by a tagged one for a while.
 
-    Those of torch.nn follow from their tensors.
+    Those of torch.nn follow from their tensors. Configurations are seen through a view that tags what is read, since
+    several modules may share one: whose reading it was must stay known.
     """
     before: list[tuple[nn.Module, str, Any]] = []
     for path, module in model.named_modules():
@@ -169,12 +180,12 @@ def _tagged_attributes(model: nn.Module, log: Log, original: dict[Attribute, int
 
 
 def of_torch(module: nn.Module) -> bool:
-    """Whether a module is a layer of torch.nn itself."""
+    """Return whether a module is a layer of torch.nn itself."""
     return type(module).__module__.startswith("torch.nn.")
 
 
 def _tagger(path: str, log: Log, original: dict[Attribute, int]) -> Callable[[str, Any], Any]:
-    """What puts a tagged value in place of a plain one, which is returned when there is nothing to tag."""
+    """Return a function that tags a value; it gives the value itself back when there is nothing to tag."""
 
     def integer(name: str, value: int) -> TaggedInt:
         attribute = Attribute(path, name)
@@ -192,7 +203,7 @@ def _tagger(path: str, log: Log, original: dict[Attribute, int]) -> Callable[[st
 
 
 def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool)  # True and False are ints of Python
 
 
 class _TaggedConfig(ConfigView):
@@ -214,18 +225,18 @@ class _TaggedConfig(ConfigView):
 
 
 class InconsistentError(GETAError):
-    """What is to leave does not leave together, by the recorded forward."""
+    """What is to be removed cannot be removed together, by the recorded forward."""
 
 
 class SlicedTrace:
-    """What stays of every tensor of a trace, given what stays of the parameters.
+    """What remains of every tensor of a trace, given what remains of the parameters.
 
     Args:
         trace: a recorded forward.
-        kept: tensor name -> dim -> int64 indices that stay, as `geta_hf.qadg.space.kept_indices` gives them.
+        kept: tensor name -> dim -> int64 indices that remain, as `geta_hf.qadg.space.kept_indices` gives them.
 
     Raises:
-        InconsistentError: the indices are not all that leaves with them.
+        InconsistentError: other slices would have to be removed with them.
     """
 
     def __init__(self, trace: SizeTrace, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
@@ -236,7 +247,7 @@ class SlicedTrace:
         self._check(kept)
 
     def _check(self, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
-        """Raise unless what the removed atoms take from the parameters is just what is to leave."""
+        """Raise unless what the removed atoms take from the parameters is just what is to be removed."""
         for position, value in enumerate(self.flow.graph.values):
             if value.role != "parameter" or not self.flow.known(position):
                 continue
@@ -251,23 +262,23 @@ class SlicedTrace:
                     )
 
     def mask(self, ref: Ref, dim: int) -> NDArray[np.bool_] | None:
-        """Which elements along a dim stay; None when all do."""
+        """Return which elements along a dim remain; None when all do."""
         return self._staying.mask(ref.value, dim)
 
     def free(self, ref: Ref, dim: int) -> bool:
-        """Whether no parameter has a part in a dim, so that its size may be any: nothing reads it in this forward."""
+        """Return whether no parameter has a part in a dim, so that its size may be any: nothing reads it here."""
         ids = self.flow.dims(ref)[dim] if self.flow.known(ref.value) else None
         if self._linked is None:
             self._linked = _parameter_atoms(self.flow)
         return ids is not None and not self._linked[self.flow.ids.atoms(ids)].any()
 
     def size(self, ref: Ref, dim: int) -> int:
-        """The size of a dim after the cut."""
+        """Return the size of a dim after the cut."""
         mask = self.mask(ref, dim)
         return self.flow.shape(ref)[dim] if mask is None else int(mask.sum())
 
     def sizes(self, ref: Ref) -> list[int]:
-        """The shape of a tensor after the cut."""
+        """Return the shape of a tensor after the cut."""
         return [self.size(ref, dim) for dim in range(len(self.flow.shape(ref)))]
 
 
@@ -284,7 +295,11 @@ def _parameter_atoms(flow: Flow) -> NDArray[np.bool_]:
 
 
 def _removed_atoms(flow: Flow, kept: Mapping[str, Mapping[int, Tensor]]) -> NDArray[np.bool_]:
-    """The atoms that occur in what leaves, and nowhere in what stays of the tensors that are cut."""
+    """Return the atoms that occur in what is removed, and nowhere in what remains of the tensors that are cut.
+
+    An element of a merged dim carries several atoms (its head and its place in the head) and is removed when any of
+    them is. The atom of the place occurs in the remaining heads too, which tells it from the atom of the head.
+    """
     gone, stays = np.zeros(flow.ids.count, np.bool_), np.zeros(flow.ids.count, np.bool_)
     for position, value in enumerate(flow.graph.values):
         dims = next((kept[name] for name in value.names if name in kept), None)

@@ -1,4 +1,4 @@
-"""Cut a model's tensors down to the groups that stay, and keep the modules around them consistent."""
+"""Cut a model's tensors down to the groups that remain, and keep the modules around them consistent."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def slice_model(model: nn.Module, kept: Kept, values: Mapping[Attribute, int] | 
     """Cut parameters and buffers down to the kept indices, in place, with the modules' attributes in step.
 
     A tied tensor is cut once, stays tied, and is listed under each of its names. What a module outside torch.nn had
-    derived from its tensors and put aside is dropped.
+    derived from its tensors and cached is dropped.
 
     Args:
         model: a model with real tensors.
-        kept: tensor name -> dim -> int64 indices that stay, in order.
+        kept: tensor name -> dim -> int64 indices that remain, in order.
         values: attributes of other modules to change, as `geta_hf.surgery.solve_attributes.solve` finds them.
 
     Returns:
@@ -58,7 +58,7 @@ def slice_model(model: nn.Module, kept: Kept, values: Mapping[Attribute, int] | 
 
 
 def _tensor_names(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by each of its names, tied ones included."""
+    """Return every parameter and buffer by each of its names, tied ones included."""
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
@@ -71,7 +71,10 @@ def _drop_derived(model: nn.Module) -> None:
 
 
 def _cut_tensors(model: nn.Module, names: Mapping[str, Tensor], kept: Kept) -> dict[int, Tensor]:
-    """The smaller tensor for the id of each one that changes."""
+    """Return the smaller tensor for the id of each one that changes.
+
+    By id and not by name: a tied tensor is cut once, and its holders get the same new one, so that it stays tied.
+    """
     cut: dict[int, Tensor] = {}
     for name, dims in kept.items():
         if name not in names:
@@ -99,7 +102,7 @@ def _select(name: str, tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
 
 
 def _replace(module: nn.Module, cut: Mapping[int, Tensor]) -> bool:
-    """Put the cut tensors into one module; whether there was any."""
+    """Replace the cut tensors of one module; return whether there was any."""
     found = False
     for store in (module._parameters, module._buffers):
         for leaf, tensor in store.items():
@@ -110,7 +113,7 @@ def _replace(module: nn.Module, cut: Mapping[int, Tensor]) -> bool:
 
 
 def _follow_shapes(path: str, module: nn.Module) -> dict[str, Any]:
-    """Set the size attributes of a torch.nn module from its tensors; those that changed, as JSON values."""
+    """Set the size attributes of a torch.nn module from its tensors; return those that changed, as JSON values."""
     changed = {}
     for attribute, value in shape_attributes(path, module).items():
         if getattr(module, attribute) != value:

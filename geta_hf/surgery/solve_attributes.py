@@ -1,4 +1,9 @@
-"""From equations to the attributes to change: those that a cut forces, and no others."""
+"""Solve equations for the attributes to change: those that a cut forces, and no others.
+
+Most equations name one attribute and settle it at once. The others, such as `heads * head_dim == 24`, have several
+solutions: attributes that are settled already are put in, and of the rest one at a time is changed. The search is
+deterministic, and a solution that is formally right but not what the model means does not pass the proof after surgery.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +19,15 @@ from geta_hf.surgery.symbolic_int import Attribute, Expression, Guard, Size, att
 
 Values = dict[Attribute, int]
 
-_MOST_STEPS = 2000
+_MOST_STEPS = 2000  # beyond which a part has no solution in practice; without a bound it could take for ever
 
 
 def solve(traces: Sequence[SizeTrace], kept: Mapping[str, Mapping[int, Tensor]]) -> Values:
-    """The attributes that modules must hold after a cut, so that the model's own forward runs on what stays.
+    """Find the attributes that modules must hold after a cut, so that the model's own forward runs on what remains.
 
     Args:
         traces: recorded forwards of the model, at least one; each may show attributes that the others do not.
-        kept: tensor name -> dim -> int64 indices that stay.
+        kept: tensor name -> dim -> int64 indices that remain.
 
     Returns:
         The attributes that change, with their new values.
@@ -44,13 +49,13 @@ def solve(traces: Sequence[SizeTrace], kept: Mapping[str, Mapping[int, Tensor]])
 def _cuts(traces: Sequence[SizeTrace], kept: Mapping[str, Mapping[int, Tensor]]) -> Iterator[SlicedTrace]:
     yield SlicedTrace(traces[0], kept)
     for trace in traces[1:]:
-        # An operator that only this forward uses may freeze what leaves; it then has nothing to say.
+        # An operator that only this forward uses may pin what is removed; this recording then has nothing to say.
         with suppress(InconsistentError):
             yield SlicedTrace(trace, kept)
 
 
 def _direct(equations: Iterable[Equation], original: Values) -> Values:
-    """What equations of a single attribute say; each is settled by it, changed or not."""
+    """Settle the attributes that an equation gives alone, whether they change or not."""
     values: Values = {}
     reasons: dict[Attribute, str] = {}
     for equation in equations:
@@ -68,7 +73,7 @@ def _direct(equations: Iterable[Equation], original: Values) -> Values:
 
 
 def _parts(equations: Iterable[Equation], guards: Iterable[Guard]) -> Iterator[tuple[list[Equation], list[Guard]]]:
-    """Equations and guards that share attributes, part by part."""
+    """Yield equations and guards that share attributes, part by part, so that each search stays small."""
     parent: dict[Attribute, Attribute] = {}
 
     def root(attribute: Attribute) -> Attribute:
@@ -90,10 +95,10 @@ def _parts(equations: Iterable[Equation], guards: Iterable[Guard]) -> Iterator[t
 
 
 class _Search:
-    """Settles the equations of one part in turn, each by the smallest change: one attribute not settled yet.
+    """Settle the equations of one part in turn, each by the smallest change: one attribute not settled yet.
 
-    Then comparisons that would come out otherwise are mended in the same way. Those that cannot be are left: a
-    forward that goes another way, as one with a single head may, is not wrong for that, and the proof will tell.
+    Then comparisons that would come out otherwise are mended in the same way. Those that cannot be mended are ignored:
+    a forward that takes another branch, as with a single head, need not be wrong, and the proof will show it.
     """
 
     def __init__(self, equations: list[Equation], guards: list[Guard], original: Values) -> None:

@@ -52,7 +52,7 @@ Expression: TypeAlias = "int | Attribute | Size | Operation"
 
 
 def evaluate(expression: Expression, value_of: Callable[[Attribute | Size], int]) -> int:
-    """The number that an expression stands for.
+    """Return the number that an expression stands for.
 
     Raises:
         ZeroDivisionError: as the arithmetic would.
@@ -65,7 +65,7 @@ def evaluate(expression: Expression, value_of: Callable[[Attribute | Size], int]
 
 
 def attributes(expression: Expression) -> Iterator[Attribute]:
-    """The attributes that an expression depends on."""
+    """Yield the attributes that an expression depends on."""
     if isinstance(expression, Attribute):
         yield expression
     elif isinstance(expression, Operation):
@@ -104,23 +104,23 @@ class Log:
     run: int | None = 0
 
     def restart(self) -> None:
-        """Forget the run so far: what it read counts no more."""
+        """Drop what was logged so far: a capture that failed is started again, and its reads no longer count."""
         self.guards.clear()
         self.uses.clear()
         self.run = 1 + (self.run or 0)
 
     def close(self) -> None:
-        """From now on tagged integers are plain ones."""
+        """Make all tagged integers plain ones from now on: they may live on in caches of the model."""
         self.run = None
 
     def used(self, number: TaggedInt, others: tuple[Any, ...] = ()) -> None:
-        """Note a use of the number itself, unless a tensor takes over, whose call is seen on its own."""
+        """Log a use of the number itself, unless a tensor takes over, whose call is recorded on its own."""
         expression = self.expression_of(number)
         if not isinstance(expression, int) and not any(isinstance(other, Tensor) for other in others):
             self.uses.append(Use(expression, location()))
 
     def expression_of(self, number: int) -> Expression:
-        """The history of a number; a plain one, or one of another run, is a constant."""
+        """Return the history of a number; a plain one, or one of another run, is a constant."""
         live = isinstance(number, TaggedInt) and number.log is self and number.run in (None, self.run)
         return number.expression if live and self.run is not None else int(number)  # type: ignore[attr-defined]
 
@@ -129,7 +129,7 @@ _OWN_CODE = ("/torch/", "/geta_hf/surgery/", "/geta_hf/serialization/", "/geta_h
 
 
 def location() -> str:
-    """File and line of the innermost frame that is neither torch's nor ours."""
+    """Return file and line of the innermost frame that is neither torch's nor ours."""
     frame = sys._getframe(1)
     while frame.f_back is not None and any(part in frame.f_code.co_filename for part in _OWN_CODE):
         frame = frame.f_back
@@ -144,12 +144,13 @@ def _arithmetic(name: str) -> Any:
 
     def method(self: TaggedInt, *others: Any) -> Any:
         result = compute(self, *others)
-        if type(result) is not int:
+        if type(result) is not int:  # a float or a tensor: from here on the number is a value and no size
             self.log.used(self, others)
             return result
         operands = tuple(self.log.expression_of(number) for number in (self, *others))
         if all(isinstance(operand, int) for operand in operands):
             return result
+        # `5 - n` reaches n as n.__rsub__(5): the operands are stored in the order in which they were written.
         history = Operation(plain, operands[::-1] if reflected else operands)
         return TaggedInt(result, history, self.log, self.log.run)
 
@@ -199,6 +200,7 @@ class TaggedInt(int):
         self.expression, self.log, self.run = expression, log, run
         return self
 
+    # A copy is the same number. Configurations are copied while models are built within a forward.
     def __deepcopy__(self, memo: dict[int, Any]) -> TaggedInt:
         return self
 
@@ -208,7 +210,7 @@ class TaggedInt(int):
     def __reduce__(self) -> Any:
         return int, (int(self),)
 
-    __hash__ = int.__hash__
+    __hash__ = int.__hash__  # a class that defines __eq__ loses it, and sizes are keys of dicts
     __add__, __radd__ = _arithmetic("__add__"), _arithmetic("__radd__")
     __sub__, __rsub__ = _arithmetic("__sub__"), _arithmetic("__rsub__")
     __mul__, __rmul__ = _arithmetic("__mul__"), _arithmetic("__rmul__")

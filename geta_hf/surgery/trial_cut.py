@@ -1,4 +1,4 @@
-"""Export tried before training: what a model cannot follow must be known before hours are spent on it."""
+"""Trial cuts before training: what a model's code cannot follow must be known before hours are spent on it."""
 
 from __future__ import annotations
 
@@ -36,42 +36,48 @@ def try_cuts(
     Raises:
         GETAError: no prunable family is left.
     """
-    bench = SurgeryTrial(model, batch, space, recordings)
-    reason = bench.refusal(_some_of_each(space.prunable))
+    trial = SurgeryTrial(model, batch, space, recordings)
+    reason = trial.refusal(_some_of_each(space.prunable))
     if reason is None:
         return space
-    refused = _refused(bench, space.prunable)
+    refused = _refused(trial, space.prunable)
     families = tuple(
         dataclasses.replace(family, prunable=False, reason=refused[family.name]) if family.name in refused else family
         for family in space.families
     )
-    left = dataclasses.replace(space, families=families)
-    if left.prunable:
-        reason = bench.refusal(_some_of_each(left.prunable))
+    narrowed = dataclasses.replace(space, families=families)
+    if narrowed.prunable:
+        # Together again: families that can each be cut alone may not be cut with one another.
+        reason = trial.refusal(_some_of_each(narrowed.prunable))
     if reason is not None:
         raise GETAError(f"nothing in {type(model).__name__} can be cut away: {reason}")
     for text in dict.fromkeys(refused.values()):
         logger.warning("%d families are not pruned: %s", list(refused.values()).count(text), text)
-    return left
+    return narrowed
 
 
-def _refused(bench: SurgeryTrial, families: Iterable[Family]) -> dict[str, str]:
-    """The families that cannot be cut away, with the reason; those of a kind that can be are not tried one by one."""
+def _refused(trial: SurgeryTrial, families: Iterable[Family]) -> dict[str, str]:
+    """Return the families that cannot be cut away, with the reason.
+
+    A kind is tried as a whole first; only where that fails is each of its families tried alone.
+    """
     refused = {}
     for kind in dict.fromkeys(family.kind for family in families):
         alike = [family for family in families if family.kind == kind]
-        reason = bench.refusal(_some_of_each(alike))
+        reason = trial.refusal(_some_of_each(alike))
         for family in alike if reason is not None else ():
-            own = bench.refusal(_some_of_each([family]))
+            own = trial.refusal(_some_of_each([family]))
             if own is not None:
                 refused[family.name] = f"the model does not follow when {kind} are cut away: {own}"
     return refused
 
 
 def _some_of_each(families: Iterable[Family]) -> Removal:
-    """One to three groups of each family, by turns, since what holds for equal counts alone does not hold in training.
+    """Return a removal of one to three groups of each family, by turns.
 
-    They come from the middle: the removal of the last one would hide shifted indices.
+    The counts differ, since what holds for equal counts alone does not hold in training. The groups come from the
+    middle: removing the last one would hide shifted indices. A family never loses its last group: attention without a
+    single KV head, for one, leaves a layer's cache without a length.
     """
     removal = {}
     for position, family in enumerate(family for family in families if family.size > 1):

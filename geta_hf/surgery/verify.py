@@ -1,4 +1,8 @@
-"""Gate 4: after surgery the Hugging Face model itself, with its own code, computes what the masked model did."""
+"""Gate 4: after surgery the Hugging Face model itself, with its own code, computes what the masked model did.
+
+Gates 2 and 3 (`geta_hf.qadg.verify`) prove the groups on the recorded graph. They cannot see what the model's Python
+code does with sizes: that shows only when the code runs on the cut tensors.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,7 @@ _NEW_TOKENS = 3
 
 
 def verify_surgery(model: PreTrainedModel, batch: Batch, space: PruningSpace, seed: int = 0) -> None:
-    """Let a model pass gate 4: cut for real, with different counts in every layer, it still computes the same.
+    """Check that a model passes gate 4: cut for real, with different counts in every layer, it still computes the same.
 
     Runs on a copy with random weights, biases and norm weights away from 0 and 1, in double precision where the model
     fixes no types of its own. From every prunable family another number of groups is removed (never all; families that
@@ -63,13 +67,13 @@ def verify_surgery(model: PreTrainedModel, batch: Batch, space: PruningSpace, se
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise GETAError(f"gate 4 runs {type(model).__name__} itself, but it is on meta; pass a model with real tensors")
     generator = torch.Generator().manual_seed(seed)
-    bench = SurgeryTrial(_randomized(model, batch, space, seed), batch, space)
+    trial = SurgeryTrial(_randomized(model, batch, space, seed), batch, space)
     for removal in _removals(space.prunable, generator):
-        reason = bench.refusal(removal)
+        reason = trial.refusal(removal)
         if reason is None:
             continue
         for name, mask in removal.items():
-            if len(removal) > 1 and (own := bench.refusal({name: mask})) is not None:
+            if len(removal) > 1 and (own := trial.refusal({name: mask})) is not None:
                 raise GETAError(f"{name} fails gate 4 (surgery): {own}; mark it unprunable")
         raise GETAError(f"{' with '.join(removal)} fails gate 4 (surgery): {reason}; mark it unprunable")
 
@@ -101,7 +105,7 @@ class SurgeryTrial:
             self.batches.append(other)
 
     def refusal(self, removal: Removal) -> str | None:
-        """Why the groups cannot be cut away, or None where they can."""
+        """Return why the groups cannot be cut away, or None where they can."""
         try:
             self._check(removal)
         except GETAError as error:
@@ -119,25 +123,27 @@ class SurgeryTrial:
 
     def _compare(self, removal: Removal) -> None:
         kept = kept_indices(self.space, removal)
-        values = solve(self.recordings.traces, kept)
+        attributes = solve(self.recordings.traces, kept)
         batches = [_cast(batch, self.model.dtype) for batch in self.batches]
-        small = copy.deepcopy(self.model, {id(parameter): parameter for parameter in self.model.parameters()})
-        slice_model(small, kept, values)
+        # Parameters are shared, since only those that are cut are replaced: a trial takes their memory and no more.
+        compressed = copy.deepcopy(self.model, {id(parameter): parameter for parameter in self.model.parameters()})
+        slice_model(compressed, kept, attributes)
         if norm_coupled(self.space, removal):
-            prove_replay(self.recordings.traces[0], kept, small, batches[0])
+            # A norm divides by its width: zeros count in it, removed channels do not, so masking proves nothing here.
+            prove_replay(self.recordings.traces[0], kept, compressed, batches[0])
             return
         with masked_groups(self.model, self.families.values(), removal):
             for batch in batches:
                 reference = attention_outputs(self.model, batch)
-                prove_equal(reference, attention_outputs(small, batch), self.model.dtype, "cut")
+                prove_equal(reference, attention_outputs(compressed, batch), self.model.dtype, "cut")
             if self.generates:
-                check_generation(self.model, small, batches[0])
+                check_generation(self.model, compressed, batches[0])
 
 
 def prove_replay(
     trace: SizeTrace,
     kept: Mapping[str, Mapping[int, Tensor]],
-    small: PreTrainedModel,
+    compressed: PreTrainedModel,
     batch: Batch,
     outputs: Outputs | None = None,
 ) -> float:
@@ -146,7 +152,7 @@ def prove_replay(
     Args:
         trace: of the model before it was cut, without quantizers.
         kept: what it was cut to.
-        small: the cut model.
+        compressed: the cut model.
         batch: what was recorded.
         outputs: of the cut model on the batch, where they are at hand.
 
@@ -156,24 +162,25 @@ def prove_replay(
     Raises:
         GETAError: an output differs by more than the tolerance, or the graph does not run.
     """
-    tensors = dict(small.named_parameters()) | dict(small.named_buffers())
+    tensors = dict(compressed.named_parameters()) | dict(compressed.named_buffers())
     values = [(place, v) for place, v in enumerate(trace.flow.graph.values) if v.role in ("parameter", "buffer")]
     weights = {place: partial(_wide, tensors[value.names[0]]) for place, value in values if trace.flow.known(place)}
     try:
         expected = Replay(trace.flow, SlicedTrace(trace, kept).removed).run(weights)
     except ReplayError as error:
-        raise GETAError(f"the recorded graph does not run on what is left: {error}") from error
+        raise GETAError(f"the recorded graph does not run on what remains: {error}") from error
     differences = []
-    outputs = attention_outputs(small, batch) if outputs is None else outputs
+    # Outputs of the graph have no names, so each is compared with the closest output of its shape.
+    outputs = attention_outputs(compressed, batch) if outputs is None else outputs
     for implementation, found in outputs.items():
         for tensor in expected:
             alike = [output.cpu() for output in found.values() if output.shape == tensor.shape]
             if alike and tensor.is_floating_point():
                 closest = min(alike, key=lambda output: float((output - tensor).abs().max()))
                 whole, part = {implementation: {"output": tensor}}, {implementation: {"output": closest}}
-                differences.append(prove_equal(whole, part, small.dtype, "cut"))
+                differences.append(prove_equal(whole, part, compressed.dtype, "cut"))
     if not differences:
-        raise GETAError(f"no output of {type(small).__name__} has the shape that the recorded graph gives it")
+        raise GETAError(f"no output of {type(compressed).__name__} has the shape that the recorded graph gives it")
     return max(differences)
 
 
@@ -182,7 +189,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def norm_coupled(space: PruningSpace, removal: Mapping[str, Tensor]) -> bool:
-    """Whether a norm or a mean runs over something that leaves, so that zeros do not do what a cut does."""
+    """Return whether a norm or a mean runs over something that is removed, so that zeros do not do what a cut does."""
     return any("norm" in f.couplings and bool(removal[f.name].any()) for f in space.families if f.name in removal)
 
 
@@ -195,7 +202,7 @@ def mask_groups(model: nn.Module, families: Iterable[Family], removal: Removal) 
 
 @contextmanager
 def masked_groups(model: nn.Module, families: Iterable[Family], removal: Removal) -> Iterator[None]:
-    """`mask_groups` for a while; no more memory is taken than that of the groups. Afterwards all is as before."""
+    """Set the groups to zero for a while, and put their values back; takes the memory of the groups alone."""
     before: list[tuple[Tensor, int, Tensor, Tensor]] = []
     with torch.no_grad():
         try:
@@ -209,7 +216,7 @@ def masked_groups(model: nn.Module, families: Iterable[Family], removal: Removal
 
 
 def _slices(model: nn.Module, families: Iterable[Family], removal: Removal) -> Iterator[tuple[Tensor, int, Tensor]]:
-    """Tensor, dim and indices of everything that leaves."""
+    """Yield tensor, dim and indices of everything that is removed."""
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for family in families:
         for member in family.members if family.name in removal else ():
@@ -217,15 +224,18 @@ def _slices(model: nn.Module, families: Iterable[Family], removal: Removal) -> I
             yield tensor, member.dim, member.index[removal[family.name]].flatten().to(tensor.device)
 
 
-def check_generation(masked: PreTrainedModel, small: PreTrainedModel, batch: Batch) -> None:
-    """The last logits from a cache, and tokens generated with a cache and without: all as before, where it could."""
-    with comparison_mode(masked), comparison_mode(small):
+def check_generation(masked: PreTrainedModel, compressed: PreTrainedModel, batch: Batch) -> None:
+    """Compare the last logits from a cache, and tokens generated with a cache and without, as far as the model can.
+
+    A cache has shapes of its own (heads, head size, number of layers), which a plain forward never touches.
+    """
+    with comparison_mode(masked), comparison_mode(compressed):
         for what, run in (("step by step", _last_logits), ("with a cache", _tokens(True)), ("without", _tokens(False))):
             reference = _attempt(partial(run, masked, batch))
             if reference is None:
                 continue
             try:
-                found = run(small, batch)
+                found = run(compressed, batch)
             except Exception as error:
                 raise GETAError(f"the cut model cannot generate {what} any more: {error}") from error
             prove_equal({what: {"generation": reference}}, {what: {"generation": found}}, masked.dtype, "cut")
@@ -252,7 +262,7 @@ def _masks_tokens(model: PreTrainedModel, batch: Batch) -> bool:
 
 
 def _attempt(run: Callable[[], Any]) -> Any:
-    """The result, or None where a model cannot do what is asked of it: that shows in many kinds of errors."""
+    """Return the result, or None where a model cannot do what is asked of it: that shows in many kinds of errors."""
     try:
         return run()
     except Exception:
@@ -265,7 +275,11 @@ def _cast(batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _randomized(model: PreTrainedModel, batch: Batch, space: PruningSpace, seed: int) -> PreTrainedModel:
-    """A copy with random weights, in double precision where the model runs in it."""
+    """Return a copy with random weights, in double precision where the model runs in it.
+
+    Trained or freshly initialized weights would hide errors: biases are often 0 and norm weights 1, so that a slice at
+    wrong indices changes nothing.
+    """
     wide = _with_random_weights(model, space, seed).double()
     outputs = _attempt(lambda: attention_outputs(wide, _cast(batch, wide.dtype))) or {}
     # A filler that single precision rounds to its lowest number may be beyond it here, and make NaN.
@@ -288,14 +302,18 @@ def _with_random_weights(model: PreTrainedModel, space: PruningSpace, seed: int)
 
 
 def _removals(families: Iterable[Family], generator: torch.Generator) -> Iterator[Removal]:
-    """Removals that together touch every family; each of them from many at once, and another number from each."""
-    left = [family for family in families if family.size > 1]
-    while left:
-        norm, chosen = "norm" in left[0].couplings, dict[str, Family]()
-        for family in left:
+    """Yield removals that together touch every family; each of them from many at once, another number from each.
+
+    Equal counts everywhere would pass where the code uses one layer's size for another, as it may with a shared config.
+    """
+    remaining = [family for family in families if family.size > 1]
+    while remaining:
+        norm = "norm" in remaining[0].couplings
+        chosen: dict[str, Family] = {}
+        for family in remaining:
             if ("norm" in family.couplings) == norm and not chosen.keys() & set(family.excludes):
                 chosen[family.name] = family
-        left = [family for family in left if family.name not in chosen]
+        remaining = [family for family in remaining if family.name not in chosen]
         yield {name: _some(family.size, place, generator) for place, (name, family) in enumerate(chosen.items())}
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from geta_hf.qadg.tracing.graph import Ref
-from geta_hf.surgery.size_equations import RULES, RefusalError, _moved, fold
+from geta_hf.surgery.size_equations import RULES, RefusalError, _moved, _uses, fold
 from geta_hf.surgery.size_trace import Call
 from geta_hf.surgery.symbolic_int import Attribute, Log, Operation, Size, TaggedInt
 
@@ -108,6 +108,21 @@ def test_an_index_moves_with_what_remains_before_it() -> None:
     for place in (1, 4, -2):
         with pytest.raises(RefusalError, match=f"index {place} at model.py:1 reads an element that leaves"):
             moved(place, remains)
+
+
+def test_a_tagged_bound_beyond_the_end_stays_as_far_beyond() -> None:
+    """A slice to 8 of 6 elements takes all: the attribute behind the 8 must not become smaller than what remains."""
+    number = TaggedInt(8, Attribute("layer", "width"), Log())
+    remains = np.array([True, False, True, True, False, True])
+    assert [(int(n), wanted) for n, wanted in _moved(call("__getitem__"), slice(None, number), remains)] == [(8, 6)]
+    assert list(_moved(call("__getitem__"), slice(None, 8), remains)) == []
+
+
+def test_a_tagged_place_along_a_dim_that_is_not_cut_does_not_move() -> None:
+    number = TaggedInt(2, Attribute("layer", "place"), Log())
+    sliced = Sliced(((6, 4), (6, 4)), ((2, 4), (2, 4)))
+    assert demanded(call("__getitem__", Ref(0), slice(None, number)), sliced) == [(2, 2)]
+    assert demanded(call("__getitem__", Ref(0), slice(None, 2)), sliced) == []
 
 
 # --- convolutions and norms of groups -----------------------------------------------------------------------------
@@ -250,3 +265,20 @@ def test_layers_of_torch_name_their_own_groups() -> None:
     assert list(RULES["conv1d"](recorded, sliced)) == [(own, 8)]  # type: ignore[arg-type]
     sliced.trace.original[own] = 6  # another number than the layer's: a constant of the code
     assert list(RULES["conv1d"](recorded, sliced)) == [(12, 8)]  # type: ignore[arg-type]
+
+
+def test_a_new_tensor_that_nothing_reads_may_have_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    sliced = Sliced(((6,), (4,)))
+    assert demanded(call("zeros", 6), sliced) == [(6, 4)]
+    monkeypatch.setattr(sliced, "free", lambda ref, dim: True)
+    assert demanded(call("zeros", 6), sliced) == []
+
+
+def test_only_a_default_scale_follows_the_size_of_a_head() -> None:
+    def uses(*args: Any, **kwargs: Any) -> int:
+        return len(list(_uses(call("scaled_dot_product_attention", Ref(0), Ref(0), Ref(0), *args, **kwargs))))
+
+    assert uses() == 1
+    assert uses(scale=0.5) == 0
+    assert uses(None, 0.0, False, 0.5) == 0  # the scale by position
+    assert uses(None, 0.0, False) == 1

@@ -95,7 +95,7 @@ def float_tensors(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in outputs.items() if isinstance(value, Tensor) and value.is_floating_point()}
 
 
-def trace(case: Traceable, kind: str, config: DynamoConfig) -> ExportedModel:
+def export_program(case: Traceable, kind: str, config: DynamoConfig) -> ExportedModel:
     """Run transformers' exporter of `kind` on the last sample: one with several rows can run with any number.
 
     Raises:

@@ -14,10 +14,10 @@ from geta_hf.export.formats.exported import (
     Traceable,
     describe,
     difference,
+    export_program,
     load,
     require,
     save,
-    trace,
     traceable,
 )
 
@@ -61,7 +61,7 @@ def write_onnx(
     from transformers.exporters import OnnxConfig
 
     case = traceable(model, batch, "operators")
-    exported = trace(case, "ONNX", OnnxConfig(dynamic=True, opset_version=OPSET))
+    exported = export_program(case, "ONNX", OnnxConfig(dynamic=True, opset_version=OPSET))
     program = _finished(exported.program, dynamic_int8)
     exported.components["model"].program = program
     save(exported, folder)

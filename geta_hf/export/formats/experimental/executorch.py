@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from geta_hf.export.formats.exported import describe, difference, load, require, save, trace, traceable
+from geta_hf.export.formats.exported import describe, difference, export_program, load, require, save, traceable
 
 
 def write_executorch(model: PreTrainedModel, folder: Path, batch: Mapping[str, Tensor]) -> None:
@@ -31,7 +31,7 @@ def write_executorch(model: PreTrainedModel, folder: Path, batch: Mapping[str, T
     from transformers.exporters import ExecutorchConfig
 
     case = traceable(model, batch, "float")
-    exported = trace(case, "ExecuTorch", ExecutorchConfig(dynamic=False))
+    exported = export_program(case, "ExecuTorch", ExecutorchConfig(dynamic=False))
     save(exported, folder)
     found = difference(load(folder), case.samples[0], case.tolerance, "ExecuTorch program")
     describe(case, folder, "executorch", {"difference": {"exact": found}})

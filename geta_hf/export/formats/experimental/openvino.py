@@ -8,7 +8,16 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from geta_hf.export.formats.exported import ROUNDED, describe, difference, load, require, save, trace, traceable
+from geta_hf.export.formats.exported import (
+    ROUNDED,
+    describe,
+    difference,
+    export_program,
+    load,
+    require,
+    save,
+    traceable,
+)
 
 _EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
 
@@ -37,7 +46,7 @@ def write_openvino(model: PreTrainedModel, folder: Path, batch: Mapping[str, Ten
     from transformers.exporters import OpenVINOConfig
 
     case = traceable(model, batch, "arithmetic")
-    exported = trace(case, "OpenVINO", OpenVINOConfig(dynamic=True))
+    exported = export_program(case, "OpenVINO", OpenVINOConfig(dynamic=True))
     save(exported, folder)
     runs = {"exact": (load(folder, config=_EXACT), case.tolerance), "default": (load(folder), ROUNDED)}
     differences = {
