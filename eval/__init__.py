@@ -1,1 +1,1 @@
-"""Evaluation with nothing but local files: what `geta_hf` compresses is measured here."""
+"""Repeat the studies and runs that docs/results.md reports, with local files only."""

@@ -1,5 +1,6 @@
-"""Rules compared at equal BOPs on models that were really trained: saliency x forgetting x bits over several seeds.
-Beside them the defaults with a teacher, and the defaults with weights that are rounded only after training.
+"""Compare rules at equal BOPs on trained models: saliency x forgetting x bits over several seeds.
+
+In addition: the defaults with a teacher, and the defaults with weights that are rounded only after training.
 
     python eval/study_rules.py questions --model DIR --train_file train-v1.1.json --eval_file dev-v1.1.json --work W
     python eval/study_rules.py text --texts wiki.txt --work W
@@ -8,7 +9,7 @@ Beside them the defaults with a teacher, and the defaults with weights that are 
 Every cell starts from the same dense model, which is trained once and kept in the work folder, takes the same steps and
 ends at the same share of parameters and the same mean width. `dense, trained on` takes those steps without
 compression, so that further training is not counted in anyone's favour. A finished cell is one line of
-`W/results.jsonl`; an interrupted study goes on where it stood. Seeds are the outer loop, the most telling cells first.
+`W/results.jsonl`; an interrupted study continues there. Seeds are the outer loop, the most telling cells first.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,7 @@ from eval.study_tasks import (
     training_arguments,
 )
 from geta_hf import GETAConfig, GETAError, GETATrainer, PruningSpace
-from geta_hf.costs.targets import solve_target
-from geta_hf.methods.qasso.optimizer import bit_choices
-from geta_hf.methods.rounding import round_bits
+from geta_hf.methods import PostTrainingConfig
 from geta_hf.qadg import kept_indices, zero_groups
 
 RULES = {
@@ -56,7 +55,7 @@ RULES = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination of rules; without rules, a dense model. `rounded` ones are pruned at 16 bits first."""
+    """One combination of rules; without rules, a dense model. `rounded` ones are rounded only in the end."""
 
     name: str
     rules: dict[str, Any] = field(default_factory=dict)
@@ -65,12 +64,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Limits:
-    """What every cell must reach.
+    """Hold what every cell must reach.
 
     Attributes:
         target_parameters: share of the prunable parameters to remove.
         bits: (b_l, b_u).
-        mean_bits: mean width over the weights that stay.
+        mean_bits: mean bit width of the remaining weights.
         changes: further fields of GETAConfig, the same for all cells.
     """
 
@@ -81,7 +80,7 @@ class Limits:
 
 
 def all_cells() -> list[Cell]:
-    """Paper and defaults, both dense models, ever further away from the defaults, and two that change no rule."""
+    """List all cells: paper, defaults, both dense models, other rules by distance, and two that change no rule."""
     crossed = [dict(zip(RULES, values, strict=True)) for values in product(*RULES.values())]
     defaults, *rest = sorted(crossed, key=_changed)  # stable
     paper = GETAConfig.paper()
@@ -99,13 +98,13 @@ def _changed(rules: dict[str, str]) -> int:
 
 
 def run_cell(task: Task, cell: Cell, seed: int, folder: Path, lengths: Lengths, limits: Limits) -> Line:
-    """Trains and scores one cell.
+    """Train and score one cell.
 
     Args:
         task: what to train.
         cell: under which rules.
         seed: of the order of the data and of dropout.
-        folder: the dense model to start from; what Trainer writes goes beside it.
+        folder: the dense model to start from; Trainer writes to a folder next to it.
         lengths: of the training.
         limits: what a compressed cell must reach.
 
@@ -122,8 +121,6 @@ def run_cell(task: Task, cell: Cell, seed: int, folder: Path, lengths: Lengths, 
         trainer.train()
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         if isinstance(trainer, GETATrainer):
-            if cell.rounded:
-                _round(trainer, _config(cell, limits))
             state = trainer.compression_state()
             found = {"relative_bops": state["relative_bops"], "mean_bits": state["mean_bits"]}
             found |= kept_shares(model, trainer.space)
@@ -142,40 +139,25 @@ def _trainer(
     }
     if not cell.rules:
         return Trainer(**common)
-    config = _config(cell, limits)
-    return GETATrainer(geta_config=_at_16_bits(config) if cell.rounded else config, **common)
+    return GETATrainer(geta_config=_config(cell, limits), **common)
 
 
 def _config(cell: Cell, limits: Limits) -> GETAConfig:
     values = {name: getattr(limits, name) for name in ("target_parameters", "bits", "mean_bits")}
-    return GETAConfig(**{**values, **limits.changes, **cell.rules})
-
-
-def _at_16_bits(config: GETAConfig) -> GETAConfig:
-    """The same pruning of weights that are as good as not rounded."""
-    return replace(config, bits=(16, 16), mean_bits=16)
-
-
-def _round(trainer: GETATrainer, config: GETAConfig) -> None:
-    """Post-training quantization: the widths and clipping values of the config, once nothing is trained any more."""
-    qasso, model = trainer.qasso, trainer.model
-    assert qasso is not None and model is not None
-    named = dict(model.named_parameters())
-    target = solve_target(config, qasso.families, qasso.ledger)
-    choices = bit_choices(config)
-    round_bits(qasso.quantizers, named, named.get, qasso.curvature, qasso.ledger, target, qasso.removed_mask, choices)
+    kind = PostTrainingConfig if cell.rounded else GETAConfig
+    return kind(**{**values, **limits.changes, **cell.rules})
 
 
 def kept_shares(model: PreTrainedModel, space: PruningSpace) -> dict[str, float]:
-    """What is left of the prunable parameters, of heads and of channels, as shares."""
+    """Return the shares of prunable parameters, heads and channels that remain."""
     removed = zero_groups(model, space)
     kept = kept_indices(space, removed)
-    gone = 0
+    lost = 0
     for name, cuts in kept.items():
         shape = space.shapes[name]
         left = math.prod(len(cuts[dim]) if dim in cuts else size for dim, size in enumerate(shape))
-        gone += 0 if name in space.buffers else math.prod(shape) - left
-    shares = {"kept_parameters": 1 - gone / sum(family.size * family.parameters for family in space.prunable)}
+        lost += 0 if name in space.buffers else math.prod(shape) - left
+    shares = {"kept_parameters": 1 - lost / sum(family.size * family.parameters for family in space.prunable)}
     for kind in ("heads", "channels"):
         masks = [removed[family.name] for family in space.prunable if family.kind == kind]
         if masks:
@@ -189,7 +171,7 @@ def kept_shares(model: PreTrainedModel, space: PruningSpace) -> dict[str, float]
 def run_study(
     task: Task, work: Path, lengths: Lengths, limits: Limits, seeds: Sequence[int], names: Sequence[str] | None = None
 ) -> list[Line]:
-    """Runs all cells that `work/results.jsonl` lacks, and appends each as it ends.
+    """Run all cells that `work/results.jsonl` lacks, and appends each as it ends.
 
     Args:
         task: what to train.
@@ -200,7 +182,7 @@ def run_study(
         names: the cells to run; None for all.
 
     Returns:
-        The new lines. A cell that raises GETAError is reported, left out, and tried again by the next run.
+        The new lines. A cell that raises GETAError is reported, skipped, and tried again by the next run.
 
     Raises:
         GETAError: an unknown name, or results of this study under other settings.
@@ -229,7 +211,7 @@ def run_study(
 
 
 def _order(seeds: Sequence[int], names: Sequence[str] | None) -> Iterator[tuple[Cell, int]]:
-    """Seeds outermost; the dense model, which no seed changes, once."""
+    """Yield cells with seeds outermost; the dense model, which no seed changes, once."""
     known = {cell.name: cell for cell in all_cells()}
     unknown = sorted(set(names or ()) - known.keys())
     if unknown:
@@ -242,7 +224,7 @@ def _order(seeds: Sequence[int], names: Sequence[str] | None) -> Iterator[tuple[
 
 
 def read_results(work: Path) -> list[Line]:
-    """All finished cells. A line that was cut off half-way by an interruption is left out."""
+    """Return all finished cells, without a line that an interruption truncated."""
     path = work / "results.jsonl"
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
@@ -291,7 +273,7 @@ def _add_fields(parser: argparse.ArgumentParser, options: type) -> None:
 
 def _add_study(parser: argparse.ArgumentParser, name: str, dense: Lengths, cell: Lengths) -> None:
     add = parser.add_argument
-    add("--work", type=Path, required=True, help="dense models and results.jsonl; a rerun goes on there")
+    add("--work", type=Path, required=True, help="dense models and results.jsonl; a rerun continues there")
     add("--name", default=name, help="of the study, in the results")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--cells", nargs="+", help=f"some of: {', '.join(cell.name for cell in all_cells())}")
@@ -311,7 +293,7 @@ def _pick(kind: type, values: dict[str, Any], prefix: str = "") -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; see this file's head."""
+    """Run the command that the module's docstring describes."""
     args = _parser().parse_args(argv)
     if args.command == "table":
         print(tables(read_results(args.work)))

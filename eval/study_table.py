@@ -1,4 +1,4 @@
-"""The tables of a study of rules: every cell as mean ± deviation over seeds, and what it loses against dense."""
+"""Format the tables of a study of rules: each cell as mean ± deviation over seeds, and its loss against dense."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Line = dict[str, Any]
 
 
 def tables(lines: Sequence[Line]) -> str:
-    """Markdown with one table for each study in `lines`, the records that `run_cell` makes.
+    """Return Markdown with one table for each study in `lines`, the records that `run_cell` makes.
 
     A cell's loss is its distance from the dense model that was trained on with the same seed and for as many steps, in
     the metric that decides; the last column is that loss over the loss of `GETAConfig.paper()`.
@@ -40,7 +40,7 @@ def _study(lines: Sequence[Line]) -> str:
 
 
 def _losses(cell: Sequence[Line], control: Sequence[Line]) -> list[float]:
-    """What a cell loses against the control of its own seed, one figure a seed that has both."""
+    """Return the losses of a cell against the control of the same seed, for each seed that has both."""
     if not cell or cell[0]["cell"] in (DENSE, CONTROL):
         return []
     metric, sign = cell[0]["metrics"][0], 1 if cell[0]["larger_is_better"] else -1
@@ -75,7 +75,7 @@ def _row(
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """`mean ± sd`, the sample's standard deviation; the mean alone for a single value."""
+    """Format `mean ± sd`, with the sample's standard deviation; the mean alone for a single value."""
     mean = f"{fmean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {stdev(values):.{digits}f}"
 

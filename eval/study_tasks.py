@@ -1,6 +1,6 @@
-"""What rules are compared on: a question answering model, and a small language model that learns from plain text.
+"""Define the tasks on which rules are compared: question answering, and a small language model on plain text.
 
-A task knows its dense model, its training data and its score; `dense_model` trains it once and keeps it.
+A task has a dense model, training data and a score; `dense_model` trains the model once and stores it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SAVE_EVERY = 200  # steps of the dense training between checkpoints
 
 @dataclass(frozen=True)
 class Lengths:
-    """One training: optimizer steps, sequences a step, and the peak learning rate."""
+    """Hold the length of one training: optimizer steps, sequences a step, and the peak learning rate."""
 
     steps: int
     batch_size: int
@@ -52,7 +52,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Task:
-    """One model, its data and its score.
+    """Hold one model, its data and its score.
 
     Attributes:
         name: of the study, in results and tables.
@@ -66,7 +66,7 @@ class Task:
         dense: length of the dense training.
         settings: everything else that the dense model depends on, as plain data.
         scored: what the score depends on, as plain data.
-        tokenizer: saved beside the dense model.
+        tokenizer: saved with the dense model.
         arguments: further `TrainingArguments`.
     """
 
@@ -86,7 +86,7 @@ class Task:
 
 
 def training_arguments(task: Task, folder: Path, lengths: Lengths, seed: int, **changes: Any) -> TrainingArguments:
-    """Linear decay after a short warm-up; the same for the dense model, its control and every cell."""
+    """Return arguments with linear decay after a short warm-up; the same for all runs of a task."""
     values: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": lengths.steps,
@@ -107,7 +107,7 @@ def training_arguments(task: Task, folder: Path, lengths: Lengths, seed: int, **
 
 
 def dense_model(task: Task, work: Path) -> Path:
-    """The folder of the trained dense model: as it stands, or trained now, from the last checkpoint where there is one.
+    """Return the folder of the dense model; train it if it is missing, from the last checkpoint if there is one.
 
     Args:
         task: what to train.
@@ -137,12 +137,12 @@ def _train_dense(task: Task, folder: Path) -> None:
     arguments = training_arguments(task, checkpoints, task.dense, 0, **saving)
     trainer = Trainer(task.start(), arguments, train_dataset=task.features, data_collator=task.collator)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
-    beside = folder.with_name("dense_unfinished")  # renamed once whole, so that half a model is never taken for one
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(beside)
+    unfinished = folder.with_name("dense_unfinished")  # renamed when complete, so that no reader gets half a model
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(unfinished)
     if task.tokenizer is not None:
-        task.tokenizer.save_pretrained(beside)
+        task.tokenizer.save_pretrained(unfinished)
     folder.rmdir()
-    beside.rename(folder)
+    unfinished.rename(folder)
     shutil.rmtree(checkpoints, ignore_errors=True)
 
 
@@ -151,14 +151,14 @@ def _train_dense(task: Task, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class QuestionOptions:
-    """Where the model and the questions are, and how much of them to use.
+    """Choose the model and the questions, and how many of them to use.
 
     Attributes:
         model: a folder or a Hub name, fine-tuned or not.
         train_file, eval_file: SQuAD v1.1, .json or .json.gz.
-        train_questions, eval_questions: random samples of so many; None takes all.
-        max_length, eval_max_length: tokens a window.
-        doc_stride, eval_doc_stride: tokens that neighbouring windows share.
+        train_questions, eval_questions: sizes of random samples; None takes all.
+        max_length, eval_max_length: tokens of a window.
+        doc_stride, eval_doc_stride: tokens that neighboring windows share.
         bf16: run under bfloat16 autocast.
     """
 
@@ -175,7 +175,7 @@ class QuestionOptions:
 
 
 def question_task(options: QuestionOptions, dense: Lengths, name: str) -> Task:
-    """Fine-tuning on SQuAD; the score is EM and F1 on a fixed sample of the evaluation questions."""
+    """Make the task of fine-tuning on SQuAD; the score is EM and F1 on a fixed sample of the evaluation questions."""
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     asked = sample(load_questions(options.eval_file), options.eval_questions)
     known = sample(load_questions(options.train_file), options.train_questions)
@@ -224,14 +224,14 @@ def question_task(options: QuestionOptions, dense: Lengths, name: str) -> Task:
 
 @dataclass(frozen=True)
 class TextOptions:
-    """The text and the language model that learns it.
+    """Choose the text and the language model that learns it.
 
     Attributes:
         texts: plain text files to learn from.
         eval_texts: plain text files to be scored on; None holds out the end of `texts`.
         tokenizer: a folder or a Hub name; None reads bytes.
         layers, hidden: of a Llama with heads of 32 and 8/3 as many MLP channels.
-        block: tokens a sequence.
+        block: tokens of a sequence.
         eval_blocks: sequences to be scored, spread evenly over `eval_texts`.
         bf16: train under bfloat16 autocast; the score is float32.
     """
@@ -247,7 +247,7 @@ class TextOptions:
 
 
 class Blocks(Dataset):
-    """Sequences of one length that are their own labels.
+    """Hold sequences of one length that are their own labels.
 
     Args:
         tokens: int64, shape (sequences, block).
@@ -264,7 +264,7 @@ class Blocks(Dataset):
 
 
 def text_task(options: TextOptions, dense: Lengths, name: str) -> Task:
-    """Next-token prediction; the score is nats per token on text that was held out."""
+    """Make the task of next-token prediction; the score is nats per token on held-out text."""
     tokenizer = None if options.tokenizer is None else AutoTokenizer.from_pretrained(options.tokenizer)
     tokens, held_out = split_blocks(options, tokenizer)
     vocabulary = 256 if tokenizer is None else len(tokenizer)
@@ -293,7 +293,7 @@ def text_task(options: TextOptions, dense: Lengths, name: str) -> Task:
 
 
 def split_blocks(options: TextOptions, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Tensor, Tensor]:
-    """Sequences to learn from and to be scored on, int64, shape (sequences, block) each.
+    """Return sequences to learn from and sequences to score, each int64, shape (sequences, block).
 
     Raises:
         GETAError: too little text.
@@ -308,7 +308,7 @@ def split_blocks(options: TextOptions, tokenizer: PreTrainedTokenizerBase | None
 
 
 def read_blocks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, block: int) -> Tensor:
-    """All texts one after the other, cut into sequences: int64, shape (sequences, block); the rest is dropped."""
+    """Read all texts in order, split into sequences: int64, shape (sequences, block). Drop the rest."""
     pieces = []
     for path in texts:
         if not Path(path).is_file():
@@ -324,7 +324,7 @@ def read_blocks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None,
 
 
 def llama_config(options: TextOptions, vocabulary: int) -> LlamaConfig:
-    """A Llama with tied embeddings. Raises GETAError for a width that heads of 32 do not divide."""
+    """Configure a Llama with tied embeddings. Raise GETAError for a width that heads of 32 do not divide."""
     if options.hidden % HEAD_DIM:
         raise GETAError(f"hidden = {options.hidden} must be a multiple of {HEAD_DIM}, the width of a head")
     return LlamaConfig(

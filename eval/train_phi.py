@@ -1,10 +1,10 @@
-"""Trains a small Phi from nothing, so that the cost of compressing a language model can be measured without a network.
+"""Train a small Phi from scratch, to measure the cost of compressing a language model without a network.
 
     python -m eval.train_phi runs/phi --texts squad/train-v1.1.json.gz gutenberg/*.txt.gz tinystories/*.txt.gz
 
 Texts are plain files, SQuAD files (their paragraphs), or either of them gzipped. The folder receives `train.txt` and
 `held_out.txt` (documents with a blank line between them), `model` (with a tokenizer trained on the same text), and
-`checkpoints`, from which a run that was stopped goes on.
+`checkpoints`, from which an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ HEAD_DIM = 32
 
 
 def documents(path: Path) -> Iterator[str]:
-    """The paragraphs of a SQuAD file, or of a text, whose lines are joined; stories end at `<|endoftext|>`."""
+    """Yield the paragraphs of a SQuAD file, or of a text, whose lines are joined; stories end at `<|endoftext|>`."""
     text = read_text(path)
     if ".json" in path.suffixes:
         pieces = [p["context"] for article in json.loads(text)["data"] for p in article["paragraphs"]]
@@ -68,21 +68,21 @@ def split_texts(paths: Sequence[Path], folder: Path, held_out: float) -> tuple[P
 
 
 def train_tokenizer(text: Path, vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, as Phi's own, without a padding token, as Phi's own."""
+    """Train byte-level BPE without a padding token, like Phi's own tokenizer."""
     learner = ByteLevelBPETokenizer()
     learner.train([str(text)], vocab_size=vocabulary, special_tokens=[END], show_progress=False)
     return PreTrainedTokenizerFast(tokenizer_object=learner._tokenizer, bos_token=END, eos_token=END, unk_token=END)
 
 
 def read_blocks(text: Path, tokenizer: PreTrainedTokenizerFast, block: int) -> torch.Tensor:
-    """All documents, each after an end-of-text token, cut into sequences: int64, shape (sequences, block)."""
+    """Read all documents, each after an end-of-text token, split into sequences: int64, shape (sequences, block)."""
     pieces = text.read_text(encoding="utf-8").strip().split("\n\n")
     ids = [token for encoded in tokenizer(pieces)["input_ids"] for token in (tokenizer.eos_token_id, *encoded)]
     return torch.tensor(ids[: len(ids) // block * block]).view(-1, block)
 
 
 def phi_config(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, positions: int) -> PhiConfig:
-    """Phi-2 in small: heads of 32, four times as many MLP channels, nothing tied, no dropout."""
+    """Configure a small Phi-2: heads of 32, four times as many MLP channels, nothing tied, no dropout."""
     return PhiConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -97,7 +97,7 @@ def phi_config(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, pos
 
 
 def training_arguments(options: argparse.Namespace) -> TrainingArguments:
-    """Cosine decay to a tenth, bf16 autocast, a checkpoint every few minutes."""
+    """Return arguments with cosine decay to a tenth, bf16 autocast, a checkpoint every few minutes."""
     return TrainingArguments(
         output_dir=str(options.folder / "checkpoints"),
         num_train_epochs=options.epochs,
@@ -123,11 +123,11 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="what is written, and what a stopped run goes on from")
+    parser.add_argument("folder", type=Path, help="folder to write; an interrupted run continues there")
     parser.add_argument("--texts", type=Path, nargs="+", required=True, help="files to learn from")
-    parser.add_argument("--held_out", type=float, default=0.02, help="share of every file that is not learned from")
+    parser.add_argument("--held_out", type=float, default=0.02, help="share of every file to hold out")
     parser.add_argument("--vocabulary", type=int, default=8192, help="tokens of the tokenizer")
     parser.add_argument("--hidden", type=int, default=256, help=f"width, a multiple of {HEAD_DIM}")
     parser.add_argument("--layers", type=int, default=6)
@@ -150,11 +150,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer = Trainer(model, arguments, train_dataset=Blocks(tokens), data_collator=default_data_collator)
     checkpoints = Path(str(arguments.output_dir))
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
-    beside = options.folder / "model_unfinished"  # renamed once whole, so that half a model is never taken for one
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
+    unfinished = options.folder / "model_unfinished"  # renamed when complete, so that no reader gets half a model
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
     shutil.rmtree(options.folder / "model", ignore_errors=True)
-    beside.rename(options.folder / "model")
+    unfinished.rename(options.folder / "model")
 
 
 if __name__ == "__main__":

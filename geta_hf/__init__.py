@@ -22,7 +22,10 @@ from geta_hf.surgery.verify import verify_surgery
 from geta_hf.training.memory import DryRun, MemoryPlan, dry_run, plan_memory
 from geta_hf.training.plan import Plan
 from geta_hf.training.trainer import GETATrainer
+from geta_hf.utils.former_modules import offer_former_modules
 from geta_hf.utils.version import __version__ as __version__
+
+offer_former_modules()
 
 __all__ = [
     "QASSO",

@@ -1,4 +1,4 @@
-"""The console command `geta-hf`: one function for each sub-command."""
+"""Define the console command `geta-hf`, with one function for each sub-command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from geta_hf.qadg.groups import Family
 from geta_hf.qadg.propagation.propagate import record_and_propagate
 from geta_hf.qadg.space import PruningSpace, space_of
 from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs
-from geta_hf.reporting.graph_page import gather, gather_frozen, pattern, span, write_page
+from geta_hf.reporting.graph_page import gather, gather_unsupported, pattern, span, write_page
 from geta_hf.reporting.html_report import write_report
 from geta_hf.reporting.hub import files_to_push, push_to_hub
 
@@ -32,8 +32,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the command's name; those of the process by default.
 
     Returns:
-        The exit code: 0, or 2 when the input cannot be honoured, with the reason on stderr. As argparse does, bad
-        usage and `--help` raise SystemExit.
+        The exit code: 0, or 2 for invalid input, with the reason on stderr. Wrong usage and `--help` raise SystemExit,
+        as in argparse.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from transformers import LlamaConfig
+        >>> from geta_hf.cli import main
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+        >>> with tempfile.TemporaryDirectory() as home:
+        ...     LlamaConfig(vocab_size=16, architectures=["LlamaForCausalLM"], **sizes).save_pretrained(home)
+        ...     code = main(["inspect", home])  # doctest: +ELLIPSIS
+        LlamaForCausalLM: 3,120 parameters in 12 tensors, ...
+        >>> code
+        0
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -47,44 +60,47 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("geta-hf", description="Joint structured pruning and quantization.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("inspect", help="what may be removed from a model; no weights are read")
+    command = commands.add_parser("inspect", help="list what can be removed from a model; no weights are read")
     command.add_argument("model", metavar="MODEL", help="a Hub name, a folder, or a config.json")
-    command.add_argument("--html", type=Path, metavar="FILE", help="also draw the dependency graph, as one HTML page")
-    switch = "a kind, a coupling (norm, tied, output) or a pattern of family names; may be repeated"
+    command.add_argument("--html", type=Path, metavar="FILE", help="also draw the dependency graph as one HTML page")
+    switch = "a kind, a coupling (norm, tied, output) or a pattern of family names; can be repeated"
     command.add_argument("--prune", action="append", default=[], metavar="WHAT", help=f"make prunable: {switch}")
-    command.add_argument("--keep", action="append", default=[], metavar="WHAT", help=f"keep whole: {switch}")
+    command.add_argument("--keep", action="append", default=[], metavar="WHAT", help=f"do not prune: {switch}")
     command.set_defaults(run=inspect)
-    command = commands.add_parser("export", help="write a run or an exported folder in some format")
+    command = commands.add_parser("export", help="write a run or an exported folder in a format")
     command.add_argument("source", metavar="SOURCE", help="a run, a checkpoint, or an exported folder")
     command.add_argument("target", metavar="OUT", help="the folder to write")
-    command.add_argument("--format", default="geta", choices=tuple(FORMATS), help="geta by default")
-    command.add_argument("--embedding-bits", type=int, metavar="N", help="round the vocabulary's embedding, 2 to 8")
-    command.add_argument("--max-shard-size", metavar="SIZE", help="split weights beyond it, such as 2GB (geta format)")
-    command.add_argument("--overwrite", action="store_true", help="replace OUT if it is a model's folder")
+    command.add_argument("--format", default="geta", choices=tuple(FORMATS), help="default: geta")
+    command.add_argument("--embedding-bits", type=int, metavar="N", help="bits of the vocabulary's embedding, 2 to 8")
+    command.add_argument("--max-shard-size", metavar="SIZE", help="largest file of weights, such as 2GB (geta format)")
+    command.add_argument("--overwrite", action="store_true", help="replace OUT if it is the folder of a model")
     command.set_defaults(run=run_export)
     add_eval(commands)
-    command = commands.add_parser("report", help="an exported folder as one HTML page")
+    command = commands.add_parser("report", help="describe an exported folder in one HTML page")
     command.add_argument("folder", metavar="DIR", help="the exported folder")
-    command.add_argument("--dense", metavar="DIR", help="the dense model, to measure beside it")
-    command.add_argument("--out", type=Path, metavar="FILE", help="report.html by default")
+    command.add_argument("--dense", metavar="DIR", help="the dense model, to measure for comparison")
+    command.add_argument("--out", type=Path, metavar="FILE", help="default: report.html")
     command.set_defaults(run=run_report)
     command = commands.add_parser("push", help="upload an exported folder to the Hub")
     command.add_argument("folder", metavar="DIR", help="the exported folder")
     command.add_argument("repo", metavar="REPO", help="the repository, as user/name")
-    command.add_argument("--dry-run", action="store_true", help="list what would be uploaded, and do nothing")
+    command.add_argument("--dry-run", action="store_true", help="list what would be uploaded, and send nothing")
     command.add_argument("--private", action="store_true", help="make the repository private")
     command.set_defaults(run=run_push)
     return parser
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    """Print the families of a model, what is frozen and why, and how much of it they cover.
+    """Print the families of a model, the unsupported operators with reasons, and the coverage.
 
     Args:
         arguments: `model`, `html` (a path or None), `prune` and `keep`, as the parser gives them.
 
     Raises:
-        GETAError: no such model, no example batch fits it, or an entry of `prune` or `keep` matches nothing.
+        GETAError: no such model, no dummy inputs fit it, or an entry of `prune` or `keep` matches nothing.
+
+    Example:
+        `geta-hf inspect google-bert/bert-base-uncased --html graph.html`
     """
     start = time.perf_counter()
     model = empty_model(arguments.model)
@@ -100,7 +116,7 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    """Write a checkpoint or an exported folder in some format, and say what came of it.
+    """Write a checkpoint or an exported folder in a format, and print the size of the result.
 
     Args:
         arguments: `source`, `target`, `format`, `embedding_bits`, `max_shard_size` and `overwrite`, as the parser
@@ -108,6 +124,9 @@ def run_export(arguments: argparse.Namespace) -> None:
 
     Raises:
         GETAError: as `geta_hf.convert.convert` does.
+
+    Example:
+        `geta-hf export runs/phi2/export OUT --format vanilla`
     """
     names = ("format", "embedding_bits", "max_shard_size", "overwrite")
     convert(arguments.source, arguments.target, **{name: getattr(arguments, name) for name in names})
@@ -116,17 +135,37 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 def run_report(arguments: argparse.Namespace) -> None:
-    """Write the report of an exported folder: `folder`, `dense` (or None) and `out` (or None) of the parser."""
+    """Write the report of an exported folder.
+
+    Args:
+        arguments: `folder`, `dense` and `out` (both may be None), as the parser gives them.
+
+    Raises:
+        GETAError: as `write_report` does.
+
+    Example:
+        `geta-hf report runs/phi2/export --dense microsoft/phi-2 --out report.html`
+    """
     print(f"wrote {write_report(arguments.folder, arguments.out or Path('report.html'), arguments.dense)}")
 
 
 def run_push(arguments: argparse.Namespace) -> None:
-    """Upload an exported folder, or list what would be: `folder`, `repo`, `dry_run`, `private` of the parser."""
+    """Upload an exported folder, or list what would be uploaded.
+
+    Args:
+        arguments: `folder`, `repo`, `dry_run` and `private`, as the parser gives them.
+
+    Raises:
+        GETAError: as `push_to_hub` does.
+
+    Example:
+        `geta-hf push runs/phi2/export USER/NAME --dry-run`
+    """
     rows = [(name, f"{size:,}") for name, size in files_to_push(arguments.folder)]
     print("\n".join(_aligned([("file", "bytes"), *rows], right={1})))
     private = True if arguments.private else None
     address = push_to_hub(arguments.folder, arguments.repo, private=private, dry_run=arguments.dry_run)
-    print(f"{'would be' if arguments.dry_run else 'are'} at {address}")
+    print(f"{'would be uploaded to' if arguments.dry_run else 'uploaded to'} {address}")
 
 
 def _headline(model: nn.Module, batch: Mapping[str, Tensor], operators: int) -> str:
@@ -140,14 +179,14 @@ def _headline(model: nn.Module, batch: Mapping[str, Tensor], operators: int) -> 
 
 
 def family_table(families: Iterable[Family]) -> str:
-    """Families as text, those alike in all layers on one line: `model.layers.{0..31}.mlp:channels`.
+    """Return a table of families; those that are alike in several layers share a line: `layers.{0..31}.mlp:channels`.
 
     Args:
-        families: in any order; prunable ones come first.
+        families: in any order; the table lists prunable ones first.
 
     Returns:
-        Lines under a heading: name, how many families, kind, groups in each, parameters and MACs of one group, and
-        whether it is prunable or why not; what it excludes stands on a line below.
+        Lines under a heading: name, number of families, kind, groups in each, parameters and MACs of one group, and
+        whether it is prunable or why not. A line below lists the families that it excludes.
     """
     alike: dict[tuple[object, ...], list[Family]] = {}
     for family in families:
@@ -178,7 +217,7 @@ def _excluded(block: Sequence[Family]) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]], right: set[int]) -> list[str]:
-    """Columns two spaces apart; those in `right` flush right, the last one ragged."""
+    """Align columns with two spaces between them; those in `right` are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(row: Sequence[str]) -> Iterator[str]:
@@ -189,16 +228,17 @@ def _aligned(rows: Sequence[Sequence[str]], right: set[int]) -> list[str]:
 
 
 def _remarks(space: PruningSpace) -> Iterator[str]:
-    """What is frozen and what nothing reads, if anything."""
+    """Yield the unsupported operators, and the parameters that no operator reads, if there are any."""
     if space.unsupported:
-        yield "\n".join(("frozen: what these operators read keeps its shape", *_indented(_frozen_table(space))))
+        yield "\n".join(("unsupported operators, whose inputs are not pruned", *_indented(_unsupported_table(space))))
     if space.untouched:
         yield "\n".join(("untouched: no operator reads these parameters", *_indented(gather(space.untouched))))
 
 
-def _frozen_table(space: PruningSpace) -> list[str]:
+def _unsupported_table(space: PruningSpace) -> list[str]:
     rows = [
-        (one.operator, modules or "the model", f"{one.count}x", one.reason) for one, modules in gather_frozen(space)
+        (one.operator, modules or "the model", f"{one.count}x", one.reason)
+        for one, modules in gather_unsupported(space)
     ]
     return _aligned(rows, right={2})
 
@@ -216,7 +256,7 @@ def _coverage(space: PruningSpace) -> str:
 
 
 def _short(number: int) -> str:
-    """Three digits and a unit, 8.03 G; below ten thousand exactly."""
+    """Format a number with three digits and a unit, as 8.03 G; below ten thousand exactly."""
     if number < 10_000:
         return f"{number:,}"
     unit, letter = next(pair for pair in _UNITS if number >= pair[0])

@@ -586,6 +586,7 @@ class CompressionConfig:
 class GETAConfig(CompressionConfig):
     """The settings of QASSO, GETA's own method (Algorithm 2, https://arxiv.org/abs/2502.16638).
 
+    >>> from geta_hf import GETAConfig
     >>> config = GETAConfig(target_sparsity=0.5, bits=(4, 8))
     >>> config.wanted_mean_bits
     6.0

@@ -64,6 +64,21 @@ def convert(
     Raises:
         GETAError: `source` is neither, a checkpoint from before the end of the joint stage, an unknown format, or
             whatever keeps the export from being right. The target is then as it was before.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 1}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=30, **sizes))
+        >>> batch = {"input_ids": torch.arange(1, 9)[None]}
+        >>> import tempfile
+        >>> from geta_hf import attach_quantizers, convert, export
+        >>> _ = attach_quantizers(model, initial_bits=8)
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> report = export(model, folder.name + "/small", batch=batch)
+        >>> convert(folder.name + "/small", folder.name + "/plain", format="vanilla")
+        >>> plain = BertForSequenceClassification.from_pretrained(folder.name + "/plain")  # without geta_hf's quantizer
+        >>> folder.cleanup()
     """
     folder, place = Path(source), Path(target).resolve()
     check_target(place, overwrite)

@@ -2,7 +2,16 @@
 
 
 class GETAError(ValueError):
-    """Invalid input: the message names the module, the value and the remedy."""
+    """Invalid input: the message names the module, the value and the remedy.
+
+    Example:
+        >>> import geta_hf
+        >>> try:
+        ...     geta_hf.GETAConfig(target_sparsity=1.5)
+        ... except geta_hf.GETAError as error:
+        ...     print(error)
+        GETAConfig.target_sparsity = 1.5 must be a number in [0, 1)
+    """
 
 
 class MemoryUnknown(GETAError):

@@ -1,4 +1,4 @@
-"""A generated data set in SQuAD's format, its vocabulary and a small BERT: what `make demo` learns and compresses.
+"""Generate a data set in SQuAD's format, its vocabulary and a small BERT for `make demo`.
 
 Every paragraph tells facts about one person, in any order and in varying words; a question asks, in varying words too,
 for one of them. People of the evaluation set never occur in training. The same seed gives the same files.
@@ -22,7 +22,7 @@ FACTS = 5  # of the person of a paragraph
 
 @dataclass(frozen=True)
 class Relation:
-    """One kind of fact: its sentences and questions with {name} and {value}, and the values to choose from."""
+    """Hold one kind of fact: its sentences and questions with {name} and {value}, and the values to choose from."""
 
     statements: tuple[str, ...]
     questions: tuple[str, ...]
@@ -91,10 +91,10 @@ RELATIONS = (
 
 
 def generate(questions: int, people: list[str], seed: int | str, title: str) -> dict[str, Any]:
-    """A data set of `questions` questions about `people`, in SQuAD's nested format.
+    """Generate a data set of `questions` questions about `people`, in SQuAD's nested format.
 
     Returns:
-        `{"version", "data": [{"title", "paragraphs"}]}`. Where an article stands before an answer, the answer with its
+        `{"version", "data": [{"title", "paragraphs"}]}`. If an article precedes an answer, the answer with its
         article is a second reference.
     """
     rng = random.Random(seed)
@@ -122,7 +122,7 @@ def _paragraph(rng: random.Random, people: list[str], id: str) -> dict[str, Any]
 
 
 def vocabulary() -> dict[str, int]:
-    """Every word of the templates and, so that no text is out of reach, single characters and their continuations."""
+    """Return every word of the templates, and all single characters, so that any text can be written."""
     texts = [*PEOPLE, *(text for r in RELATIONS for text in (*r.statements, *r.questions, *r.values))]
     words = sorted({word for text in texts for word in re.findall(r"[a-z0-9]+", text.lower())})
     characters = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -132,7 +132,7 @@ def vocabulary() -> dict[str, int]:
 
 
 def small_bert(vocab_size: int) -> BertConfig:
-    """4 layers of 8 heads and 256 MLP channels: small enough to learn in seconds, with 1056 groups to choose from."""
+    """Configure 4 layers of 8 heads and 256 MLP channels: 1056 groups, and small enough to learn in seconds."""
     return BertConfig(
         vocab_size=vocab_size,
         hidden_size=128,
@@ -147,7 +147,7 @@ def small_bert(vocab_size: int) -> BertConfig:
 
 
 def write(folder: Path, train_questions: int = 3000, eval_questions: int = 300, seed: int = 0) -> None:
-    """Writes `train.json`, `dev.json` and `model/` (untrained, with its tokenizer) into `folder`."""
+    """Write `train.json`, `dev.json` and `model/` (untrained, with its tokenizer) into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     known = [name for number, name in enumerate(PEOPLE) if number % EVAL_SHARE]
     unseen = PEOPLE[::EVAL_SHARE]

@@ -1,4 +1,4 @@
-"""What a row of data becomes for a causal language model: text in pieces, tokens, labels, rows of a set length."""
+"""Turn rows of data into text in pieces, tokens, labels, and rows of a fixed length for a causal language model."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ if TYPE_CHECKING:
     from recipes.text_data import DataArguments
 
 Piece = tuple[str, bool]
-"""A part of a document, and whether it is to be learned."""
+"""A part of a document, and whether the loss covers it."""
 
 
 # ---------------------------------------------------------------------------------------------------------- columns
 
 
 def asked_columns(data: DataArguments) -> list[str]:
-    """The columns that a run needs.
+    """Return the columns that a run needs.
 
     Raises:
-        GETAError: options that can't go together, or a template that does not end with the response.
+        GETAError: options that exclude each other, or a template that does not end with the response.
     """
     if data.messages_column is not None:
         if data.response_column or data.prompt_column or data.template:
-            raise GETAError("messages_column holds whole conversations: response_column, prompt_column and template go")
+            raise GETAError("messages_column excludes response_column, prompt_column and template")
         return [data.messages_column]
     if data.response_column is None:
         if data.prompt_column or data.template:
-            raise GETAError("prompt_column and template need response_column: the column that is to be learned")
+            raise GETAError("prompt_column and template need response_column, the column that the loss covers")
         return [data.text_column]
     if data.template is None:
         return [name for name in (data.prompt_column, data.response_column) if name is not None]
@@ -45,7 +45,7 @@ def asked_columns(data: DataArguments) -> list[str]:
 
 
 def template_fields(template: str) -> list[str]:
-    """The columns in a template's braces.
+    """Return the columns in a template's braces.
 
     Raises:
         GETAError: a brace that is not closed, or without a plain name in it.
@@ -60,7 +60,7 @@ def template_fields(template: str) -> list[str]:
 
 
 def has_target(data: DataArguments, row: Mapping[str, Any]) -> bool:
-    """Whether a row holds anything to learn: a text, a response, or what an assistant said."""
+    """Return whether a row has anything to learn: a text, a response, or an assistant's turn."""
     if data.messages_column is None:
         return bool(_text(row, data.response_column or data.text_column).strip())
     messages = _messages(row, data.messages_column)
@@ -90,7 +90,7 @@ def _messages(row: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 def pieces(data: DataArguments, tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> list[Piece]:
-    """The text of a row, and which parts of it are learned: all, the response, or an assistant's turns."""
+    """Return the parts of a row's text, and whether the loss covers each: all, the response, or assistant turns."""
     if data.messages_column is not None:
         return conversation(tokenizer, _messages(row, data.messages_column))
     if data.response_column is None:
@@ -100,9 +100,9 @@ def pieces(data: DataArguments, tokenizer: PreTrainedTokenizerBase, row: Mapping
 
 
 def prompt_and_response(data: DataArguments, row: Mapping[str, Any]) -> tuple[str, str]:
-    """What is not learned and what is; spaces between them go to the response, as tokenizers write words.
+    """Return the prompt and the response. Spaces between them belong to the response, as tokenizers join words.
 
-    A line of the template whose columns are all empty is left out.
+    A line of the template whose columns are all empty is omitted.
     """
     response = _text(row, str(data.response_column))
     if data.template is None:
@@ -117,26 +117,26 @@ def prompt_and_response(data: DataArguments, row: Mapping[str, Any]) -> tuple[st
 
 
 def conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]) -> list[Piece]:
-    """A conversation as the tokenizer's chat template writes it; what the assistant said is learned, its end as well.
+    """Return a conversation as the tokenizer's chat template writes it; the loss covers the assistant's turns.
 
-    A turn that the template writes differently once others follow (some drop earlier thoughts) is not learned, nor is
-    one that answers nothing.
+    A learned turn includes its end. A turn that the template writes differently once others follow (some drop earlier
+    thoughts) is not learned, and neither is one that answers nothing.
 
     Raises:
         GETAError: the tokenizer has no chat template, or its template refuses the messages.
     """
 
-    def told(count: int, asking: bool) -> str:
+    def written(count: int, asking: bool) -> str:
         return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=asking))
 
     found: list[Piece] = []
     done = 0
     try:
-        whole = told(len(messages), False)
+        whole = written(len(messages), False)
         for place in range(1, len(messages)):
             if messages[place]["role"] != "assistant":
                 continue
-            before, after = told(place, True), told(place + 1, False)
+            before, after = written(place, True), written(place + 1, False)
             if after.startswith(before) and whole.startswith(after):
                 found += [(whole[done : len(before)], False), (after[len(before) :], True)]
                 done = len(after)
@@ -154,7 +154,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Give a tokenizer without a padding token the end of text as one; labels never depend on it.
 
     Raises:
-        GETAError: it has no end of text, which documents are parted by.
+        GETAError: it has no end of text, which separates documents.
     """
     if tokenizer.eos_token_id is None:
         raise GETAError(f"{tokenizer.name_or_path}: the tokenizer has no end-of-text token; set its eos_token")
@@ -165,10 +165,10 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 def tokenize(
     data: DataArguments, tokenizer: PreTrainedTokenizerBase, batch: Mapping[str, Sequence[Any]]
 ) -> dict[str, list[list[int]]]:
-    """Ids and labels of a batch of columns, a document each, ended by the end of text; prompts are not learned.
+    """Return ids and labels of a batch of columns, one document for each row, closed by the end-of-text token.
 
-    A document is tokenized whole, as it will be read later: apart, prompt and answer may give other tokens. The end of
-    a conversation is its template's own.
+    A document is tokenized at once, as it will be read later: tokenized separately, prompt and response may give other
+    tokens. A conversation ends as its template says.
     """
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     documents = [pieces(data, tokenizer, row) for row in rows]
@@ -198,13 +198,13 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], chat: bool) -> li
 
 
 def _starts(document: list[Piece]) -> list[int]:
-    """Where in the text each piece but the first begins."""
+    """Return the offset in the text of each piece but the first."""
     lengths = [len(text) for text, _ in document]
     return [sum(lengths[:place]) for place in range(1, len(lengths))]
 
 
 def _common(part: list[int], whole: list[int]) -> int:
-    """How many tokens of the part begin the whole, too; a token across the border belongs to what follows."""
+    """Count the first tokens that both share; a token that crosses the border belongs to what follows."""
     return next((place for place, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b), len(part))
 
 
@@ -220,7 +220,7 @@ def _labels(ids: list[int], document: list[Piece], starts: list[int]) -> list[in
 
 
 def pack(columns: Mapping[str, list[list[int]]], block_size: int) -> dict[str, list[list[int]]]:
-    """Documents one after the other, cut into blocks; what is left at the end is dropped, as `predicting` drops."""
+    """Concatenate documents and split them into blocks; an incomplete last block is dropped."""
     packed = {}
     for name, documents in columns.items():
         flat = list(chain.from_iterable(documents))
@@ -230,11 +230,11 @@ def pack(columns: Mapping[str, list[list[int]]], block_size: int) -> dict[str, l
 
 
 def cut(columns: Mapping[str, list[list[int]]], block_size: int) -> dict[str, list[list[int]]]:
-    """Documents cut to `block_size`."""
+    """Truncate documents to `block_size`."""
     return predicting({name: [row[:block_size] for row in rows] for name, rows in columns.items()})
 
 
 def predicting(columns: Mapping[str, list[list[int]]]) -> dict[str, list[list[int]]]:
-    """The rows with anything to predict; the mean loss of others is no number."""
+    """Keep the rows with anything to predict; the mean loss of others is not a number."""
     kept = [any(label != IGNORED for label in labels[1:]) for labels in columns["labels"]]
     return {name: [row for row, keep in zip(rows, kept, strict=True) if keep] for name, rows in columns.items()}

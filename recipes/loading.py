@@ -1,4 +1,4 @@
-"""What the recipes load, with an error of one sentence where that fails."""
+"""Load configs and tokenizers for the recipes, with one-line errors."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from geta_hf.utils.loading import one_line_errors
 
 
 def load_config(name: str) -> PreTrainedConfig:
-    """The config of a model to start from.
+    """Load the config of the model to start from.
 
     Raises:
-        GETAError: there is none, or the model is quantized already.
+        GETAError: it does not exist, or the model is quantized already.
     """
     with one_line_errors(f"the model {name} can't be loaded"):
         config = AutoConfig.from_pretrained(name)
-    quantized = getattr(config, "quantization_config", None)  # present only where something was quantized
+    quantized = getattr(config, "quantization_config", None)  # only quantized models have it
     if quantized is not None:
         method = quantized["quant_method"] if isinstance(quantized, dict) else quantized.quant_method
         raise GETAError(f"{name} is quantized already ({method}); start from the dense model")
@@ -28,15 +28,15 @@ def load_config(name: str) -> PreTrainedConfig:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or a name on the Hub; GETAError where there is none."""
+    """Load the tokenizer of a folder or of a name on the Hub. Raise GETAError if there is none."""
     with one_line_errors(f"the tokenizer of {name} can't be loaded"):
         return AutoTokenizer.from_pretrained(name)
 
 
 def check_resume(training: TrainingArguments) -> None:
-    """Raises GETAError where there is no checkpoint to resume from."""
+    """Raise GETAError if there is no checkpoint to resume from."""
     asked, folder = training.resume_from_checkpoint, str(training.output_dir)
     if asked is True and (not Path(folder).is_dir() or get_last_checkpoint(folder) is None):
-        raise GETAError(f"resume_from_checkpoint: {folder} holds no checkpoint; leave the option out to start anew")
+        raise GETAError(f"resume_from_checkpoint: {folder} has no checkpoint; omit the option to start afresh")
     if isinstance(asked, str) and not Path(asked).is_dir():
-        raise GETAError(f"resume_from_checkpoint: {asked} is no folder")
+        raise GETAError(f"resume_from_checkpoint: {asked} is not a folder")

@@ -1,4 +1,4 @@
-"""Text and instruction data for causal language models: read by `datasets`, tokenized, packed or masked."""
+"""Read text and instruction data with `datasets`, and tokenize, pack or mask it for causal language models."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ _KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".pa
 
 @dataclass
 class DataArguments:
-    """Which rows to train and to evaluate on, and what becomes of them."""
+    """Choose the rows to train and to evaluate on, and how they are processed."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "a Hub data set, or a folder that datasets saved"})
-    dataset_config: str | None = field(default=None, metadata={"help": "its configuration, where it has several"})
+    dataset_name: str | None = field(default=None, metadata={"help": "a Hub data set, or a folder saved by datasets"})
+    dataset_config: str | None = field(default=None, metadata={"help": "its configuration, if it has several"})
     train_split: str = field(default="train", metadata={"help": "split to train on"})
     eval_split: str | None = field(default=None, metadata={"help": "split for held-out perplexity"})
     train_file: str | None = field(
         default=None,
-        metadata={"help": ".txt, .json, .jsonl, .csv or .parquet, all but the last also .gz; before a split"},
+        metadata={"help": ".txt, .json, .jsonl, .csv or .parquet, all but the last also .gz; instead of a split"},
     )
-    eval_file: str | None = field(default=None, metadata={"help": "of the same kinds; before a split"})
+    eval_file: str | None = field(default=None, metadata={"help": "of the same kinds; instead of a split"})
     text_column: str = field(default="text", metadata={"help": "column of plain text"})
     messages_column: str | None = field(
         default=None, metadata={"help": "column of conversations, for the tokenizer's chat template: instruction data"}
     )
-    response_column: str | None = field(default=None, metadata={"help": "column to learn: instruction data"})
-    prompt_column: str | None = field(default=None, metadata={"help": "column of what precedes it and is not learned"})
+    response_column: str | None = field(default=None, metadata={"help": "instruction data: the column to learn"})
+    prompt_column: str | None = field(default=None, metadata={"help": "instruction data: column of the prompt"})
     template: str | None = field(
         default=None,
         metadata={"help": "instead of prompt_column, such as 'Instruct: {instruction}\\nOutput: {output}'"},
@@ -46,24 +46,24 @@ class DataArguments:
     sample_by: str = field(
         default="paragraph", metadata={"help": "a document of a .txt file: paragraph (blank lines), line or document"}
     )
-    block_size: int = field(default=1024, metadata={"help": "tokens a row"})
-    packing: bool | None = field(default=None, metadata={"help": "several documents a row; default: plain text"})
-    streaming: bool = field(default=False, metadata={"help": "read while training; needs max_steps"})
-    max_train_rows: int | None = field(default=None, metadata={"help": "the first rows of the data alone"})
-    max_eval_rows: int | None = field(default=None, metadata={"help": "the first rows of the data alone"})
+    block_size: int = field(default=1024, metadata={"help": "tokens of a row"})
+    packing: bool | None = field(default=None, metadata={"help": "several documents in a row; default: for plain text"})
+    streaming: bool = field(default=False, metadata={"help": "read the data during training; needs max_steps"})
+    max_train_rows: int | None = field(default=None, metadata={"help": "use only the first rows"})
+    max_eval_rows: int | None = field(default=None, metadata={"help": "use only the first rows"})
 
     def __post_init__(self) -> None:
         if self.template is not None:
-            self.template = self.template.replace("\\n", "\n")  # as a shell hands it on
+            self.template = self.template.replace("\\n", "\n")  # a shell passes the line break as two characters
 
     @property
     def evaluates(self) -> bool:
-        """Whether held-out rows are given."""
+        """Return whether held-out rows are given."""
         return self.eval_file is not None or self.eval_split is not None
 
     @property
     def packs(self) -> bool:
-        """Whether rows are filled with several documents."""
+        """Return whether a row has several documents."""
         plain = self.response_column is None and self.messages_column is None
         return plain if self.packing is None else self.packing
 
@@ -72,7 +72,7 @@ class DataArguments:
 
 
 def load_rows(data: DataArguments, file: str | None, split: str, limit: int | None) -> Any:
-    """The rows of a local file, or else of a split: a Dataset, or with `streaming` an IterableDataset.
+    """Return the rows of a local file, otherwise of a split: a Dataset, or with `streaming` an IterableDataset.
 
     Raises:
         GETAError: no data, an unknown kind of file, a missing split, or `datasets` is not installed.
@@ -124,7 +124,7 @@ def _split(datasets: Any, data: DataArguments, split: str) -> Any:
 
 
 def check_columns(data: DataArguments, rows: Any) -> list[str]:
-    """The columns of the rows, once all that are asked for are among them.
+    """Return the columns of the rows, after a check that the needed ones exist.
 
     Raises:
         GETAError: no row, a missing column, or see `asked_columns`.
@@ -138,44 +138,44 @@ def check_columns(data: DataArguments, rows: Any) -> list[str]:
     return list(first)
 
 
-def told_rows(data: DataArguments, rows: Any) -> Any:
-    """The rows with something to learn; of a Dataset, how many have nothing is printed."""
+def rows_with_target(data: DataArguments, rows: Any) -> Any:
+    """Return the rows with something to learn; for a Dataset, print how many have nothing."""
     kept = rows.filter(lambda row: has_target(data, row))
     if not data.streaming and len(kept) < len(rows) and PartialState().is_main_process:
         column = data.messages_column or data.response_column or data.text_column
-        print(f"{len(rows) - len(kept):,} of {len(rows):,} rows have nothing in {column!r} to learn and are left out")
+        print(f"{len(rows) - len(kept):,} of {len(rows):,} rows have nothing in {column!r} to learn and are skipped")
     return kept
 
 
 def features(data: DataArguments, tokenizer: PreTrainedTokenizerBase, rows: Any) -> Any:
-    """Rows of `input_ids` and `labels`, ready for Trainer; of the kind that came in.
+    """Return rows of `input_ids` and `labels` for Trainer, as the same kind of data set.
 
-    Packing works on 1,000 rows at a time, and drops what does not fill a block at their end.
+    Packing works on 1,000 rows at a time, and drops an incomplete last block of each.
 
     Raises:
-        GETAError: see `check_columns`; or no row is left.
+        GETAError: see `check_columns`; or no row remains.
     """
     columns = check_columns(data, rows)
 
     def convert(batch: Mapping[str, Sequence[Any]]) -> dict[str, list[list[int]]]:
         return (pack if data.packs else cut)(tokenize(data, tokenizer, batch), data.block_size)
 
-    ready = told_rows(data, rows).map(convert, batched=True, batch_size=_BATCH, remove_columns=columns)
+    ready = rows_with_target(data, rows).map(convert, batched=True, batch_size=_BATCH, remove_columns=columns)
     if next(iter(ready), None) is None:
-        reason = "the text is shorter than one block" if data.packs else "no response is left within a row"
+        reason = "the text is shorter than one block" if data.packs else "no response fits into a row"
         raise GETAError(f"no row of {data.block_size} tokens can be made: {reason}; lower or raise block_size")
     return ready
 
 
 def collator(data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Packed rows are stacked; others are padded, their labels with -100."""
+    """Return the collator: packed rows are stacked, others are padded, their labels with -100."""
     if data.packs:
         return default_data_collator
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
 
 
 def largest_batch(data: DataArguments, rows: int) -> dict[str, torch.Tensor]:
-    """A batch as large as training may see, for its shapes."""
+    """Return a batch of the largest shapes that training can see."""
     ids = torch.zeros(rows, data.block_size, dtype=torch.long)
     names = ("input_ids", "labels") if data.packs else ("input_ids", "labels", "attention_mask")
     return {name: ids.clone() for name in names}

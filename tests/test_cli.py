@@ -45,7 +45,7 @@ def test_inspect_prints_families_and_coverage(folder: Path, capsys: pytest.Captu
     assert table["residual"][1:4] == ["1", "residual", "32"]
     assert "no: " in " ".join(table["residual"])
     assert "13 families cover 100.0% of the matrix parameters; 6 prunable ones with 156 groups cover" in out
-    assert "frozen" not in out
+    assert "unsupported" not in out
     assert "wrote" not in out
 
 

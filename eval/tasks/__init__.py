@@ -1,1 +1,1 @@
-"""lm-eval's tasks over local files."""
+"""Write lm-eval's tasks over local files: `python -m eval.tasks`."""

@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m eval.tasks", description="lm-eval's tasks over local files")
     parser.add_argument("data_dir", help="holds <task>/<split>.jsonl.gz and blimp/<paradigm>.jsonl.gz")
     parser.add_argument("out_dir", help="where to write one YAML file for every task")
-    parser.add_argument("--tasks", help="names with commas between them; by default all that have files")
+    parser.add_argument("--tasks", help="names separated by commas; default: all that have files")
     arguments = parser.parse_args(argv)
     try:
         names = write_tasks(arguments.data_dir, arguments.out_dir, arguments.tasks)

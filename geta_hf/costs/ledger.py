@@ -1,6 +1,6 @@
-"""What a model holds and what leaves with each group: plain data in which any target can be counted without the model.
+"""The sizes of a model's tensors and of what each group takes from them, so that any cost is counted without the model.
 
-Everything here is on CPU and is asked at period boundaries only.
+Everything here is plain data on CPU, and is read at period boundaries only.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from geta_hf.qadg.groups import Family
 from geta_hf.quantization.functional import FLOAT_BITS
 
 ROUNDING = 1e-9
-"""What counts as rounding of an amount, as a share of it."""
+"""A difference up to this share of an amount counts as rounding."""
 
 Entry = tuple[str, list[int], int]
-"""Of a tensor in a file: its type, shape and bytes."""
+"""A tensor in a file: its type, shape and bytes."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class LayerEntry:
     Attributes:
         weight: its name.
         uses: how often each of its elements is multiplied in one forward pass, relative to the other layers.
-        channel_dim: the dimension with a step size of its own for each index; None for one step size in all.
+        channel_dim: the dimension with a step size of its own for each index; None for one step size for all.
     """
 
     weight: str
@@ -41,7 +41,7 @@ class LayerEntry:
 
 @dataclass(frozen=True)
 class Ledger:
-    """Sizes of all tensors of a model and what the groups cut of them.
+    """Sizes of all tensors of a model, and what each group takes from them.
 
     Attributes:
         shapes: shape of every tensor that is stored, by name; tied ones once.
@@ -49,11 +49,11 @@ class Ledger:
         labels: the group of each index of each dimension that groups cut.
         groups: number of groups.
         layers: the quantized weights.
-        buffers: those of the tensors that are no parameters.
+        buffers: those of the tensors that are not parameters.
         row_bits: width of every other tensor that an export rounds, with a step size for each row.
-        stored_as: what a file calls tensors that transformers renames or splits as it saves them: name -> the names and
-            shapes of its equal pieces before anything is cut.
-        dropped: elements times uses of the quantized weights of whole layers that left before; BOPs are relative to
+        stored_as: names in a file, of tensors that transformers renames or splits as it saves them: name -> the names
+            and shapes of its equal pieces before anything is cut.
+        dropped: elements times uses of the quantized weights in blocks that were dropped before; BOPs are relative to
             the model that still had them.
     """
 
@@ -90,7 +90,7 @@ class Ledger:
         return cls.of(families, shapes, [LayerEntry(weight) for weight in weights])
 
     def remaining_shapes(self, removed: Tensor) -> dict[str, list[int]]:
-        """Shapes of the tensors that are cut, once the groups of `removed`, bool (groups,), have left."""
+        """Return the remaining shape of each tensor that groups cut, without those of `removed`, bool (groups,)."""
         shapes: dict[str, list[int]] = {}
         for cut in self.labels:
             shape = shapes.setdefault(cut.tensor, list(self.shapes[cut.tensor]))
@@ -99,28 +99,30 @@ class Ledger:
 
     @property
     def nothing(self) -> Tensor:
-        """The mask of no group."""
+        """The mask in which no group is removed, bool, shape (groups,)."""
         return torch.zeros(self.groups, dtype=torch.bool)
 
     def prunable_parameters(self, removed: Tensor) -> int:
-        """Elements that are left of all that could leave with some group."""
+        """Return the number of remaining elements that some group could still take away, buffers not counted."""
+        # With all groups removed, what remains of the tensors belongs to none.
         fixed = self._cut_elements(torch.ones(self.groups, dtype=torch.bool))
         return self._cut_elements(removed) - fixed
 
     def _cut_elements(self, removed: Tensor) -> int:
-        left = self.remaining_shapes(removed)
-        return sum(math.prod(shape) for name, shape in left.items() if name not in self.buffers)
+        shapes = self.remaining_shapes(removed)
+        return sum(math.prod(shape) for name, shape in shapes.items() if name not in self.buffers)
 
     def weights(self, removed: Tensor) -> Tensor:
-        """Elements left of every quantized weight, float64, shape (layers,)."""
-        left = self.remaining_shapes(removed)
-        sizes = [math.prod(left.get(layer.weight, self.shapes[layer.weight])) for layer in self.layers]
+        """Return the remaining elements of each quantized weight, float64, shape (layers,)."""
+        shapes = self.remaining_shapes(removed)
+        sizes = [math.prod(shapes.get(layer.weight, self.shapes[layer.weight])) for layer in self.layers]
         return torch.tensor(sizes, dtype=torch.float64)
 
     def relative_bops(self, removed: Tensor, bits: Tensor | float, input_bits: Tensor | float = FLOAT_BITS) -> float:
-        """BOPs of the quantized layers relative to the dense model's: Σ MACs · b_w · b_a, dense 32 · 32.
+        """Return BOPs of the quantized layers relative to the dense model's: Σ MACs · b_w · b_a, dense 32 · 32.
 
         Args:
+            removed: bool, shape (groups,).
             bits, input_bits: of each layer's weight and input, shape (layers,), or one number for all.
         """
         uses = torch.tensor([layer.uses for layer in self.layers], dtype=torch.float64)
@@ -128,18 +130,19 @@ class Ledger:
         return float((self.weights(removed) * uses * bits * input_bits).sum() / dense)
 
     def stored_bytes(self, removed: Tensor, bits: Tensor | float, quantized_inputs: bool = False) -> int:
-        """Bytes of the safetensors file that an export writes: packed codes, scales, all other tensors, and its header.
+        """Return the bytes of an export's safetensors file: packed codes, scales, all other tensors, and its header.
 
         Args:
-            bits: whole for an exact count; a real mean width gives the size to be expected.
+            removed: bool, shape (groups,).
+            bits: integers for an exact count; a real mean width gives the size to be expected.
             quantized_inputs: whether each layer stores the step size of its input, too.
         """
-        left = self.remaining_shapes(removed)
+        remaining = self.remaining_shapes(removed)
         widths = torch.as_tensor(bits, dtype=torch.float64).expand(len(self.layers)).tolist()
         packed = {layer.weight: (layer, width) for layer, width in zip(self.layers, widths, strict=True)}
         sizes: dict[str, Entry] = {}
         for name, full in self.shapes.items():
-            shape = left.get(name, list(full))
+            shape = remaining.get(name, list(full))
             if name in self.row_bits:
                 length = math.ceil(math.prod(shape) * self.row_bits[name] / 8)
                 sizes[name], sizes[f"{name}_scale"] = ("U8", [length], length), ("F32", shape[:1], 4 * shape[0])
@@ -157,17 +160,17 @@ class Ledger:
         return sum(size for _, _, size in sizes.values()) + _header_bytes(self._as_stored(sizes))
 
     def _as_stored(self, sizes: Mapping[str, Entry]) -> dict[str, Entry]:
-        """The entries of a file's header; pieces of what was split have the shape of before, which is no shorter."""
+        """Return the entries of a file's header; of split tensors with their shapes before any cut."""
         found: dict[str, Entry] = {}
         for name, (kind, shape, size) in sizes.items():
             pieces = self.stored_as.get(name, [(name, ())])
-            for piece, whole in pieces:
-                found[piece] = (kind, shape if len(pieces) == 1 else list(whole), size // len(pieces))
+            for piece, full in pieces:
+                found[piece] = (kind, shape if len(pieces) == 1 else list(full), size // len(pieces))
         return found
 
 
 def _header_bytes(sizes: Mapping[str, Entry]) -> int:
-    """Length word and JSON of a safetensors file, padded to 8 bytes."""
+    """Return the size of a safetensors file's length word and JSON, padded to 8 bytes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     ordered = sorted(sizes.items(), key=lambda item: (item[1][0] == "U8", item[0]))  # as safetensors lays them out

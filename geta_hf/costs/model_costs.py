@@ -1,4 +1,4 @@
-"""What a model costs: parameters, MACs, BOPs under both definitions, bits and bytes. Two counts that are never mixed:
+"""Count what a model costs: parameters, MACs, BOPs, bits and bytes. Two counts of BOPs are never mixed:
 
 `bops_linear` is the paper's definition: the quantized linears alone, MACs · b_w · b_a, 32 for a float side.
 `bops_full` counts every matmul of a forward pass, attention's included, and one addition an element looked up in an
@@ -32,7 +32,7 @@ class LayerCost:
 
     Attributes:
         name: module path.
-        weights: elements of its weight that are left; MACs a token for a linear.
+        weights: remaining elements of its weight; for a linear layer, MACs for each token.
         bits: width of the weight; 32 where it is float.
         input_bits: width of the layer's input; 32 where it is float.
     """
@@ -54,6 +54,13 @@ class Costs:
         bops_full: BOPs of every matmul and embedding look-up.
         mean_bits: mean width over the weights of `layers`.
         layers: the layers that are quantized, or would be.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> from geta_hf import Costs, measure_costs
+    >>> model = BertModel(BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2))
+    >>> costs: Costs = measure_costs(model, tokens=8)
+    >>> costs.tokens, costs.mean_bits, costs.layers
+    (8, 32, ())
     """
 
     tokens: int
@@ -66,12 +73,12 @@ class Costs:
 
 
 def linear_bops(layers: Sequence[LayerCost], tokens: int = 1) -> float:
-    """The paper's BOPs: Σ weights · tokens · b_w · b_a."""
+    """Return the paper's BOPs: Σ weights · tokens · b_w · b_a."""
     return sum(layer.weights * tokens * layer.bits * layer.input_bits for layer in layers)
 
 
 def mean_bits(layers: Sequence[LayerCost]) -> float:
-    """Mean width a weight. Raises GETAError when there is no layer."""
+    """Return the mean width over all weights. Raise GETAError when there is no layer."""
     weights = sum(layer.weights for layer in layers)
     if not weights:
         raise GETAError("there is no quantized weight to average bits over")
@@ -79,7 +86,7 @@ def mean_bits(layers: Sequence[LayerCost]) -> float:
 
 
 def layer_costs(model: nn.Module, names: Sequence[str] | None = None) -> tuple[LayerCost, ...]:
-    """The quantized layers of a model being trained or reloaded, as they stand; an embedding has no products.
+    """Return the quantized layers of a model being trained or reloaded, without embeddings, which have no products.
 
     Args:
         model: with quantizers attached, or loaded from an exported folder, or dense.
@@ -99,7 +106,7 @@ def layer_costs(model: nn.Module, names: Sequence[str] | None = None) -> tuple[L
 
 
 def _trained_bits(model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
-    """Present widths of weights and of inputs by layer; over output channels their mean."""
+    """Return the present widths of weights and of inputs by layer; over output channels their mean."""
     layers = quantized_layers(model)
     bits = {name: float(layer.weight_quantizer.bits().mean()) for name, layer in layers.items()}
     quantizers = {name: layer.input_quantizer for name, layer in layers.items()}
@@ -114,6 +121,13 @@ def measure_costs(model: PreTrainedModel, tokens: int = 384, names: Sequence[str
         model: a text model; it is not changed.
         tokens: length of the sequence.
         names: for a dense model, the layers that the paper's definition counts, such as `select_layers` gives.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> from geta_hf import measure_costs
+    >>> model = BertModel(BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2))
+    >>> costs = measure_costs(model, tokens=8, names=["encoder.layer.0.output.dense"])
+    >>> costs.bops_linear == 32 * 64 * 8 * 32 * 32
+    True
     """
     layers = layer_costs(model, names)
     # Fused attention kernels are not counted by torch, so count the same maths done eagerly.
@@ -138,11 +152,12 @@ def measure_costs(model: PreTrainedModel, tokens: int = 384, names: Sequence[str
 
 
 def count_uses(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, int], list[RemovableHandle]]:
-    """Count, from now on, how often each named layer's weight is used: once a token by a linear, once a position by a
-    convolution, anew each time a shared layer runs.
+    """Count, from now on, how often each named layer's weight is used.
+
+    A linear layer uses it once for each token, a convolution once for each position, a shared layer each time it runs.
 
     Returns:
-        Layer name to count, which grows as the model runs, and what to remove to stop counting.
+        Layer name to count, which grows as the model runs, and the hooks to remove to stop counting.
     """
     uses = dict.fromkeys(names, 0)
 
@@ -156,7 +171,7 @@ def count_uses(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, int], 
 
 
 def forward_uses(model: nn.Module, names: Iterable[str], batch: Mapping[str, Any]) -> dict[str, int]:
-    """How often each named layer's weight is used in one forward pass on a batch, as `count_uses` counts."""
+    """Return how often each named layer's weight is used in one forward pass on a batch, as `count_uses` counts."""
     uses, hooks = count_uses(model, names)
     try:
         with eval_mode(model):
@@ -168,7 +183,7 @@ def forward_uses(model: nn.Module, names: Iterable[str], batch: Mapping[str, Any
 
 
 def _count_look_ups(model: nn.Module) -> list[int]:
-    """Elements that each call of an embedding will look up."""
+    """Return a list to which each call of an embedding will add the number of elements that it looks up."""
     looked_up: list[int] = []
     for module in model.modules():
         if isinstance(module, nn.Embedding):
@@ -177,7 +192,7 @@ def _count_look_ups(model: nn.Module) -> list[int]:
 
 
 def bytes_on_disk(directory: str | os.PathLike[str]) -> int:
-    """Bytes of all safetensors files of a folder. Raises GETAError when there is none."""
+    """Return the bytes of all safetensors files of a folder. Raise GETAError when there is none."""
     files = list(Path(directory).glob("*.safetensors"))
     if not files:
         raise GETAError(f"{directory} holds no .safetensors file")

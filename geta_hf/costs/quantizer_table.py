@@ -1,6 +1,6 @@
 """All quantizers of a model as three flat vectors, so that one operator serves every layer.
 
-An entry is one (d, q_m): a layer has one, or one an output channel. Weights' quantizers come first, activations' after.
+An entry is one (d, q_m): a layer has one, or one for each output channel. Weights' quantizers come first.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Values = tuple[Tensor, Tensor, Tensor]
 
 
 class Quantizers:
-    """Where the (d, q_m, t) of every quantizer lie in the flat vectors.
+    """The places of every quantizer's (d, q_m, t) in the flat vectors.
 
     Args:
         weights: weight name -> prefix of its quantizer's parameters; tied weights share one.
         activations: prefixes of the quantizers of layers' inputs.
-        named: all trained parameters by name, whose shapes say how many entries a quantizer has.
+        named: all trained parameters by name; their shapes give the number of entries of each quantizer.
         channel_dims: prefix -> the weight's dimension along which a quantizer of several entries runs.
 
     Attributes:
@@ -55,7 +55,7 @@ class Quantizers:
         self.layer = torch.repeat_interleave(torch.arange(len(sizes)), self._entries)
 
     def position(self, weight: str) -> int:
-        """Position in `prefixes` of a weight's quantizer; -1 where it has none."""
+        """Return the position in `prefixes` of a weight's quantizer; -1 where it has none."""
         return self._positions.get(self.weights.get(weight, ""), -1)
 
     def input_positions(self) -> list[int]:
@@ -69,13 +69,13 @@ class Quantizers:
         self.layer, self._entries = self.layer.to(device), self._entries.to(device)
 
     def read(self, named: Named) -> Values:
-        """(d, q_m, t) of all entries on every process, fp32, shape (entries,) each; t is 1 where it is not trained."""
+        """Return (d, q_m, t) of all entries on every process, fp32, shape (entries,) each; t is 1 if not trained."""
         d, q_m = self.gather("d", named, 0.0), self.gather("q_m", named, 0.0)
         return d, q_m, self.gather("t", named, 1.0)
 
     @torch.no_grad()
     def gather(self, leaf: str, named: Named, missing: float, gradient: bool = False) -> Tensor:
-        """One parameter of all quantizers, or its gradient, shape (entries,); `missing` where there is none."""
+        """Return one parameter of all quantizers, or its gradient, shape (entries,); `missing` where there is none."""
         found = [named.get(name) for name in self.names[leaf]]
         device = self.layer.device
         if all(parameter is None for parameter in found):
@@ -88,7 +88,7 @@ class Quantizers:
         return torch.cat([(default if value is None else value).expand(size) for value, size in pairs])
 
     def _gather_shards(self, found: Sequence[Tensor | None], missing: float, gradient: bool) -> Tensor:
-        """`gather` where every process holds some of the entries."""
+        """Do as `gather` does where every process holds some of the entries."""
         flat, absent, held = torch.zeros(self.layer.shape, device=self.layer.device), [], None
         for parameter, span in zip(found, self.spans.values(), strict=True):
             value = parameter.grad if gradient and parameter is not None else parameter
@@ -98,7 +98,7 @@ class Quantizers:
             shard = shard_of(parameter)
             assert shard is not None
             held = shard
-            # A parameter of one entry that serves all channels is held whole by one process.
+            # A parameter of one entry that serves all channels is held by one process alone.
             place = flat[span] if parameter.numel() == 1 else flat[span][shard.start : shard.stop]
             if shard.stop > shard.start:
                 place.copy_(local(value.detach()).expand(place.shape))
@@ -127,7 +127,7 @@ class Quantizers:
             torch._foreach_copy_(targets, values)
 
     def along(self, prefix: str, flat: Tensor, dims: int) -> Tensor:
-        """One weight's entries of a flat vector, shaped to multiply the whole weight of `dims` dimensions."""
+        """Return one weight's entries of a flat vector, shaped to multiply the full weight of `dims` dimensions."""
         values = flat[self.spans[prefix]]
         if values.numel() == 1:
             return values
@@ -136,14 +136,14 @@ class Quantizers:
         return values.view(shape)
 
     def of_weights(self, values: Tensor) -> Tensor:
-        """Values of weights' layers, shape (weight_layers,), for every entry; 0 for those of activations."""
+        """Return values of weights' layers, shape (weight_layers,), for every entry; 0 for those of activations."""
         return torch.cat([values, values.new_zeros(len(self.prefixes) - self.weight_layers)])[self.layer]
 
     def by_layer(self, entries: Tensor) -> Tensor:
-        """Mean over each layer's entries, shape (layers,)."""
+        """Return the mean over each layer's entries, shape (layers,)."""
         total = torch.zeros(len(self.prefixes), device=entries.device).index_add_(0, self.layer, entries)
         return total / self._entries
 
     def bits(self, named: Named) -> Tensor:
-        """Present width of every layer, real, shape (layers,); over channels the mean."""
+        """Return the present width of every layer, real, shape (layers,); over channels the mean."""
         return self.by_layer(bit_width(*self.read(named)))

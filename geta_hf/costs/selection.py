@@ -1,7 +1,7 @@
-"""Which groups become redundant next: the lowest scores, up to an exact amount, and never a family's last group.
+"""Choose which groups are removed next: the lowest scores, up to an exact amount, and never a family's last group.
 
-Groups leave in chunks: single groups by default, several where the kept count has to stay a multiple of something, and
-one of every family of a kind where all layers have to keep equally many.
+Groups are removed in chunks: single groups by default, several where the kept count has to be a multiple of something,
+and one of every family of a kind where all layers have to keep equally many.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Limits:
 
     @classmethod
     def of(cls, config: CompressionConfig) -> Limits:
-        """The limits that a config asks for."""
+        """Return the limits that a config asks for."""
         return cls(config.min_kept, config.multiple_of, config.uniform)
 
     def least(self, family: Family) -> int:
-        """How many groups a family keeps at least.
+        """Return the number of groups that a family keeps at least.
 
         Raises:
             GETAError: the family has fewer than that to begin with.
@@ -56,14 +56,14 @@ class Limits:
         least = -(-max(count, 1) // step) * step
         if count > family.size:
             raise GETAError(f"min_kept = {self.min_kept} is more than the {family.size} groups of {family.name}")
-        return min(least, family.size)  # a family of no whole multiple stays as it is
+        return min(least, family.size)  # a family of fewer groups than one multiple keeps them all
 
     def multiple(self, family: Family) -> int:
-        """What the kept count of a family is a multiple of."""
+        """Return the number of which the kept count of a family is a multiple."""
         return self.multiple_of if family.kind == "channels" else 1
 
     def chunks(self, family: Family, kept: int) -> list[int]:
-        """Sizes of the chunks in which a family of `kept` groups can still lose some, in order."""
+        """Return the sizes of the chunks in which a family of `kept` groups can still lose some, in order."""
         step, least, sizes = self.multiple(family), self.least(family), []
         while kept > least:
             size = min(kept % step or step, kept - least)
@@ -76,10 +76,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Chunks:
-    """Groups that leave together, in the order in which they are to leave: flat vectors, since there may be many.
+    """Groups that are removed together, in the order of their removal: flat vectors, since there may be many.
 
     Attributes:
-        groups: int64, shape (groups that may leave,): their numbers, chunk by chunk.
+        groups: int64, shape (groups that may be removed,): their numbers, chunk by chunk.
         sizes: int64, shape (chunks,): groups of each chunk.
         scores: float64, shape (chunks,), ascending: mean scores.
     """
@@ -89,16 +89,18 @@ class Chunks:
     scores: Tensor
 
     def first(self, count: int) -> Tensor:
-        """The numbers of the groups of the first `count` chunks."""
+        """Return the numbers of the groups of the first `count` chunks."""
         return self.groups[: int(self.sizes[:count].sum())]
 
 
 def find_chunks(families: Sequence[Family], scores: Tensor, removed: Tensor, limits: Limits) -> Chunks:
-    """All chunks that may leave, by ascending score; those of one family in the order in which they must leave.
+    """Return all chunks that may be removed, by ascending score; those of one family in their only possible order.
 
     Args:
+        families: those that may lose groups.
         scores: shape (groups,), finite.
-        removed: bool, shape (groups,): groups that have left.
+        removed: bool, shape (groups,): groups that are removed already.
+        limits: what families keep.
     """
     groups: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
     owner: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
@@ -120,7 +122,7 @@ def find_chunks(families: Sequence[Family], scores: Tensor, removed: Tensor, lim
 
 
 def _alike(families: Sequence[Family], limits: Limits) -> list[list[tuple[int, Family]]]:
-    """Families with the number of their first group, those together that must lose equally many."""
+    """Return families with the number of their first group, those together that must lose equally many."""
     lists: dict[object, list[tuple[int, Family]]] = defaultdict(list)
     for start, family in zip(family_starts(families), families, strict=True):
         key = (family.kind, family.size, family.parameters) if limits.uniform else family.name
@@ -138,9 +140,11 @@ def _in_order(groups: Tensor, owner: Tensor, scores: Tensor, count: int) -> Chun
 
 
 def take_count(chunks: Chunks, count: int, exact: bool = True) -> Tensor:
-    """The numbers of `count` groups, the lowest scores first.
+    """Return the numbers of `count` groups, the lowest scores first.
 
     Args:
+        chunks: those that may be removed.
+        count: how many groups.
         exact: pass over chunks that are too large for what is missing; otherwise stop at the first one.
 
     Raises:
@@ -151,21 +155,23 @@ def take_count(chunks: Chunks, count: int, exact: bool = True) -> Tensor:
     fitting = int((chunks.sizes.cumsum(0) <= count).sum())
     taken = [chunks.first(fitting)]
     missing = count - len(taken[0])
-    for numbers in chunks.groups[len(taken[0]) :].split(chunks.sizes[fitting:].tolist()) if exact and missing else ():
-        if len(numbers) <= missing:
-            taken.append(numbers)
-            missing -= len(numbers)
+    if exact and missing:
+        for numbers in chunks.groups[len(taken[0]) :].split(chunks.sizes[fitting:].tolist()):
+            if len(numbers) <= missing:
+                taken.append(numbers)
+                missing -= len(numbers)
     return torch.cat(taken)
 
 
 def take_until(chunks: Chunks, removed: Tensor, amount: Callable[[Tensor], float], wanted: float) -> Tensor:
-    """The fewest lowest-scoring chunks after which `amount` is at most `wanted`; all of them where it can't be.
+    """Return the fewest lowest-scoring chunks after which `amount` is at most `wanted`; all if even they are too few.
 
     Where the last of them goes far beyond, smaller ones take its place.
 
     Args:
-        removed: bool, shape (groups,): groups that have left.
-        amount: what is left of the model under a mask of groups removed; falls with every group.
+        chunks: those that may be removed.
+        removed: bool, shape (groups,): groups that are removed already.
+        amount: what remains of the model under a mask of removed groups; falls with every group.
         wanted: in the unit of `amount`.
     """
 
@@ -193,11 +199,11 @@ def _nearer(chunks: Chunks, count: int, after: Callable[[Tensor], float], wanted
     least = after(nearest)
     for numbers in chunks.groups[len(taken) :].split(chunks.sizes[count:].tolist())[1 : 1 + ATTEMPTS]:
         more = torch.cat([taken, numbers])
-        left = after(more)
-        if left > wanted:
+        remaining = after(more)
+        if remaining > wanted:
             taken = more
-        elif left > least:
-            nearest, least = more, left
+        elif remaining > least:
+            nearest, least = more, remaining
         if wanted * (1 - TOLERANCE) <= least:
             break
     return nearest

@@ -1,4 +1,4 @@
-"""Which layer gets one more bit: widths spent where they lower the expected loss most.
+"""Decide which layer gets one more bit: where it lowers the expected loss most.
 
 The loss that quantizing a layer costs is estimated as v Σ (x - x^Q)², with v the mean squared gradient of its weights,
 a stand-in for the diagonal of the Hessian. Widths start at the lowest and rise one step at a time, always where the
@@ -90,18 +90,19 @@ def _errors_of_layer(
 def rounding_errors(
     magnitude: Tensor, weight: Tensor, widths: Sequence[int], search: bool, shard: Shard | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The squared rounding error of a layer at every width, each at its best clipping value.
+    """Return the squared rounding error of a layer at every width, each at its best clipping value.
 
     Args:
         magnitude: |x| relative to the present clipping value, any shape.
         weight: squared clipping value, broadcastable against `magnitude`.
-        widths: whole widths, ascending.
+        widths: integer widths, ascending.
         search: look for a better clipping value; otherwise the present one stays.
         shard: how the layer is split over processes.
 
     Returns:
         Errors and the clipping values relative to the present one, shape (widths,) each.
     """
+    # On a histogram, so that 97 candidates at each width cost the same for every size of layer.
     largest = magnitude.max() if magnitude.numel() else magnitude.new_zeros(())
     largest = largest_of(largest, shard).clamp_min(torch.finfo(torch.float32).tiny)
     position = (magnitude * (BINS / largest)).long().clamp_(max=BINS - 1)
@@ -121,7 +122,7 @@ def rounding_errors(
 
 
 def allocate(priority: Tensor, costs: Tensor, budgets: Sequence[float]) -> list[int]:
-    """How many steps every layer climbs above its lowest width.
+    """Return how many steps every layer climbs above its lowest width, greedily.
 
     Args:
         priority: shape (layers, steps); what a step is worth per unit of cost, not rising along a row.
@@ -129,19 +130,19 @@ def allocate(priority: Tensor, costs: Tensor, budgets: Sequence[float]) -> list[
         budgets: what all steps together may cost.
 
     Returns:
-        Steps of each layer. A step that does not fit ends its layer's climb, and dearer layers leave room to others.
+        Steps of each layer. A step that does not fit ends its layer's climb, and the budget is spent on others.
     """
     rows, prices = priority.double().tolist(), costs.double().permute(1, 2, 0).tolist()
-    left = [budget * (1 + ROUNDING) for budget in budgets]  # one that comes out even is spent to the last step
+    remaining = [budget * (1 + ROUNDING) for budget in budgets]  # one that comes out even is spent to the last step
     climbed = [0] * len(rows)
     heap = [(-row[0], layer) for layer, row in enumerate(rows) if row]
     heapq.heapify(heap)
     while heap:
         _, layer = heapq.heappop(heap)
-        after = [budget - price for budget, price in zip(left, prices[layer][climbed[layer]], strict=True)]
+        after = [budget - price for budget, price in zip(remaining, prices[layer][climbed[layer]], strict=True)]
         if min(after) < 0:
             continue
-        left = after
+        remaining = after
         climbed[layer] += 1
         if climbed[layer] < len(rows[layer]):
             heapq.heappush(heap, (-rows[layer][climbed[layer]], layer))
@@ -149,29 +150,33 @@ def allocate(priority: Tensor, costs: Tensor, budgets: Sequence[float]) -> list[
 
 
 def by_sensitivity(errors: Tensor, curvature: Tensor, cost: Tensor) -> Tensor:
-    """Priorities of `allocate`: how much the expected loss falls per unit of cost, shape (layers, steps).
+    """Return priorities for `allocate`: how much the expected loss falls per unit of cost, shape (layers, steps).
 
     Args:
         errors: of `rounding_errors`, shape (layers, widths).
-        curvature: mean squared gradient of an element that is left, shape (layers,).
+        curvature: mean squared gradient of a remaining element, shape (layers,).
         cost: shape (layers, steps).
     """
+    # A step can't be worth more than one below it, which has to be taken first; greedy choice relies on that.
     gain = curvature[:, None] * (errors[:, :-1] - errors[:, 1:]) / cost
     return torch.cummin(gain, dim=1).values if gain.shape[1] else gain
 
 
 def by_learned_width(bits: Tensor, widths: Sequence[int]) -> Tensor:
-    """Priorities of `allocate` that move learned widths together: how far a layer is below its own, (layers, steps)."""
+    """Return priorities for `allocate` that move learned widths together, shape (layers, steps).
+
+    A step counts by how far it is below the layer's own learned width.
+    """
     return bits[:, None] - torch.tensor(widths[:-1], dtype=bits.dtype)
 
 
 def nearest(bits: Tensor, widths: Sequence[int]) -> list[int]:
-    """The allowed width next to each learned one; the larger of two that are equally near."""
+    """Return the allowed width nearest to each learned one; the larger of two that are equally near."""
     choices = torch.tensor(widths, dtype=torch.float64)
     distance = (bits.double()[:, None] - choices).abs().flip(1)
     return [widths[len(widths) - 1 - position] for position in distance.argmin(1).tolist()]
 
 
 def mean_square(total: Tensor, count: Tensor) -> Tensor:
-    """Mean over what is left of a layer; 0 where nothing is."""
+    """Return the mean over the remaining elements of a layer; 0 where there are none."""
     return torch.where(count > 0, total / count.clamp_min(1), torch.zeros_like(total))

@@ -1,4 +1,4 @@
-"""What a run shall end with, solved before training: how much leaves, in which unit, and what the widths may spend."""
+"""Solve what a run is to end with before it starts: how much is removed, in which unit, and what widths may spend."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ GROUPS, PARAMETERS, BOPS, BYTES, MEAN_BITS = "groups", "parameters", "bops", "by
 
 @dataclass(frozen=True)
 class Target:
-    """Goals of one run; amounts are what is left at the end.
+    """What one run is to end with; amounts are what remains.
 
     Attributes:
         unit: GROUPS, PARAMETERS, BOPS or BYTES: what pruning is counted in.
-        amount: how much of it is left; for GROUPS exact, otherwise at most.
+        amount: how much of it remains; for GROUPS exact, otherwise at most.
         bits: mean width that `amount` was solved for.
-        budgets: what widths may spend at most of MEAN_BITS, BOPS or BYTES; none where they are as learned.
+        budgets: what widths may spend at most of MEAN_BITS, BOPS or BYTES; empty where they stay as learned.
         input_bits: width of the layers' inputs that BOPs are planned with.
     """
 
@@ -42,7 +42,7 @@ class Target:
     input_bits: float = FLOAT_BITS
 
     def remaining(self, ledger: Ledger, removed: Tensor) -> float:
-        """What is left of the model once the groups of `removed`, bool (groups,), have left, in `unit`."""
+        """Return how much of the model remains without the groups of `removed`, bool (groups,), in `unit`."""
         if self.unit == GROUPS:
             return int((~removed).sum())
         if self.unit == PARAMETERS:
@@ -52,7 +52,15 @@ class Target:
     def spent(
         self, unit: str, ledger: Ledger, removed: Tensor, bits: Tensor | float, input_bits: Tensor | None = None
     ) -> float:
-        """What a model of these groups and widths has of BOPS, BYTES or MEAN_BITS; by default with planned inputs."""
+        """Return the BOPS, BYTES or MEAN_BITS of a model without these groups.
+
+        Args:
+            unit: BOPS, BYTES or MEAN_BITS.
+            ledger: sizes of the model.
+            removed: bool, shape (groups,).
+            bits: of each layer's weight, shape (layers,), or one number for all.
+            input_bits: of each layer's input; by default the planned width.
+        """
         if unit == BOPS:
             return ledger.relative_bops(removed, bits, self.input_bits if input_bits is None else input_bits)
         if unit == BYTES:
@@ -70,33 +78,38 @@ def most_removed(families: Sequence[Family], limits: Limits, share: float = 1.0)
     return removed
 
 
-def _nearest_removal(family: Family, limits: Limits, goal: float) -> int:
-    """The number of groups next to `goal` that a family can lose in whole chunks."""
+def _nearest_removal(family: Family, limits: Limits, wanted: float) -> int:
+    """Return the count nearest to `wanted` that a family can lose in complete chunks."""
     if limits.multiple(family) == 1:
-        return min(math.floor(goal + 0.5), family.size - limits.least(family))
+        return min(math.floor(wanted + 0.5), family.size - limits.least(family))
     removed = 0
     for size in limits.chunks(family, family.size):
-        if removed + size / 2 > goal:
+        if removed + size / 2 > wanted:
             break
         removed += size
     return removed
 
 
 def take_due(target: Target, ledger: Ledger, chunks: Chunks, removed: Tensor, done: int, periods: int) -> Tensor:
-    """The numbers of the groups that become redundant so that `done` of `periods` of the way is removed then.
+    """Return the numbers of the groups that are due, so that `done` of `periods` of the way to the target is done then.
 
     Args:
-        chunks: those that may leave, the lowest scores first.
-        removed: bool, shape (groups,): groups that have left.
+        target: what the run is to end with.
+        ledger: sizes of the model.
+        chunks: those that may be removed, the lowest scores first.
+        removed: bool, shape (groups,): groups that are removed already.
+        done: periods that will be over then.
+        periods: of the run.
     """
-    whole = target.remaining(ledger, ledger.nothing)
+    dense = target.remaining(ledger, ledger.nothing)
     if target.unit != GROUPS:
-        goal = whole + (target.amount - whole) * done / periods
-        return take_until(chunks, removed, lambda mask: target.remaining(ledger, mask), goal)
-    due = (int(whole - target.amount) * done) // periods
+        wanted = dense + (target.amount - dense) * done / periods
+        return take_until(chunks, removed, lambda mask: target.remaining(ledger, mask), wanted)
+    due = (int(dense - target.amount) * done) // periods
     taken = take_count(chunks, due - int(removed.sum()), exact=done == periods)
     if done == periods and int(removed.sum()) + len(taken) < due:
-        logger.warning("%d of K = %d groups go: no chunk is small enough", int(removed.sum()) + len(taken), due)
+        count = int(removed.sum()) + len(taken)
+        logger.warning("%d of K = %d groups are removed: no chunk is small enough for the rest", count, due)
     return taken
 
 
@@ -104,10 +117,12 @@ def solve_target(config: CompressionConfig, families: Sequence[Family], ledger: 
     """Turn the targets of a config into amounts.
 
     Args:
+        config: with targets and limits.
         families: those that may lose groups.
+        ledger: sizes of the model.
 
     Raises:
-        GETAError: a target below what the bit range and the least that families keep allow; says what is reachable.
+        GETAError: a target below what the widths and the groups that families keep allow; says what is reachable.
     """
     size_unit, size = _size(config)
     input_bits = config.activation_bits[1] if config.activation_bits else FLOAT_BITS
@@ -128,7 +143,7 @@ def _size(config: CompressionConfig) -> tuple[str | None, float]:
 
 
 def _solve_pruning(blank: Target, config: CompressionConfig, families: Sequence[Family], ledger: Ledger) -> Target:
-    """The share of groups or of parameters that was asked for, as an amount."""
+    """Return the target of a share of groups or of parameters."""
     least = most_removed(families, Limits.of(config))
     if config.target_parameters is None:
         share = config.target_sparsity or 0.0
@@ -142,21 +157,27 @@ def _solve_pruning(blank: Target, config: CompressionConfig, families: Sequence[
                 f"{best}, or min_kept"
             )
         return replace(blank, amount=ledger.groups - removed)
-    whole, rest = ledger.prunable_parameters(ledger.nothing), ledger.prunable_parameters(least)
-    amount = (1 - config.target_parameters) * whole
+    dense = ledger.prunable_parameters(ledger.nothing)
+    rest = ledger.prunable_parameters(least)
+    amount = (1 - config.target_parameters) * dense
     if amount < rest * (1 - ROUNDING):
-        best = math.floor(1000 * (1 - rest / whole)) / 1000
+        best = math.floor(1000 * (1 - rest / dense)) / 1000
         raise GETAError(
-            f"target_parameters = {config.target_parameters} leaves {amount:,.0f} of {whole:,} prunable parameters, "
+            f"target_parameters = {config.target_parameters} leaves {amount:,.0f} of {dense:,} prunable parameters, "
             f"but families that keep their least hold {rest:,}: lower it to {best}"
         )
     return replace(blank, unit=PARAMETERS, amount=max(amount, rest))
 
 
 def _solve_size(target: Target, config: CompressionConfig, families: Sequence[Family], ledger: Ledger) -> Target:
-    """A size alone, or with a mean width: the widths it is pruned for. Half of the groups before narrower widths."""
+    """Return the target of a size alone or with a mean width, by choosing the width for which the model is pruned.
+
+    Up to half of the groups are removed before widths become narrower than the middle.
+    """
     lowest, highest = float(config.widths[0]), float(config.widths[-1])
-    least, bits, budgets = most_removed(families, Limits.of(config)), config.mean_bits, {target.unit: target.amount}
+    least = most_removed(families, Limits.of(config))
+    bits = config.mean_bits
+    budgets = {target.unit: target.amount}
     _check_size(target, ledger, least, bits or lowest, "families at their least", "bits, mean_bits or min_kept")
     _warn_if_loose(target, ledger, ledger.nothing, bits or highest)
     if bits is not None:
@@ -166,7 +187,7 @@ def _solve_size(target: Target, config: CompressionConfig, families: Sequence[Fa
 
 
 def _solve_widths(target: Target, config: CompressionConfig, families: Sequence[Family], ledger: Ledger) -> Target:
-    """A share to prune and a size: the mean width that is left for it, if all layers lose the same share."""
+    """Return the target of a share to prune and a size, with the mean width for both if all layers lose alike."""
     removed = even_removal(target, families, ledger, Limits.of(config))
     lowest, highest = float(config.widths[0]), float(config.widths[-1])
     ((unit, size),) = target.budgets.items()
@@ -177,7 +198,7 @@ def _solve_widths(target: Target, config: CompressionConfig, families: Sequence[
 
 
 def _check_size(sized: Target, ledger: Ledger, removed: Tensor, bits: float, pruned: str, remedy: str) -> None:
-    """Raises GETAError where a size stays out of reach; says what can be reached."""
+    """Raise GETAError where a size is out of reach; the message says what can be reached."""
     reachable = sized.spent(sized.unit, ledger, removed, bits)
     if reachable > sized.amount * (1 + ROUNDING):
         raise GETAError(
@@ -187,6 +208,7 @@ def _check_size(sized: Target, ledger: Ledger, removed: Tensor, bits: float, pru
 
 
 def _warn_if_loose(sized: Target, ledger: Ledger, removed: Tensor, bits: float) -> None:
+    """Warn where the widest widths meet a size already."""
     most = sized.spent(sized.unit, ledger, removed, bits)
     if most < sized.amount:
         logger.warning(
@@ -195,7 +217,7 @@ def _warn_if_loose(sized: Target, ledger: Ledger, removed: Tensor, bits: float) 
 
 
 def _widest(target: Target, ledger: Ledger, removed: Tensor, lowest: float, highest: float) -> float:
-    """The widest mean in [lowest, highest] at which a removal meets the amount; `lowest` where none does."""
+    """Return the widest mean in [lowest, highest] at which a removal meets the amount; `lowest` where none does."""
     if target.spent(target.unit, ledger, removed, highest) <= target.amount:
         return highest
     for _ in range(40):
@@ -208,7 +230,7 @@ def _widest(target: Target, ledger: Ledger, removed: Tensor, lowest: float, high
 
 
 def even_removal(target: Target, families: Sequence[Family], ledger: Ledger, limits: Limits) -> Tensor:
-    """bool (groups,): the groups removed if every family loses the same share and the target is met; for the plan."""
+    """Return the groups removed if every family loses the same share and the target is met, bool (groups,)."""
     low, high = 0.0, 1.0
     for _ in range(20):
         middle = (low + high) / 2
@@ -224,7 +246,7 @@ def _named(sized: Target) -> str:
 
 
 def _figure(unit: str, amount: float) -> str:
-    """An amount that can be reached, rounded up, so that what is read here can be asked for."""
+    """Return an amount that can be reached as text, rounded up, so that what is read can be asked for."""
     if unit == BYTES:
         return f"{math.ceil(amount):,}"
     digits = 3 - math.floor(math.log10(amount))

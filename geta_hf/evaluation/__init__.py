@@ -1,4 +1,4 @@
-"""How good a language model is: lm-eval's tasks, from the Hub or from local files, and the perplexity of a text."""
+"""Measure how good a model is: lm-eval's tasks, SQuAD's EM and F1, and the perplexity of a text."""
 
 from geta_hf.evaluation.harness import evaluate
 from geta_hf.evaluation.scores import Evaluation, Score

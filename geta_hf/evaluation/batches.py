@@ -1,4 +1,4 @@
-"""lm-eval's model, with batches made for the requests. Imports lm-eval: so only where it is needed."""
+"""Run lm-eval's requests in batches of similar length. This module imports lm-eval, so import it only where needed."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from geta_hf.errors import GETAError
 
-Request = tuple[Any, list[int], list[int]]  # texts, tokens of the context, tokens of the continuation
+Request = tuple[Any, list[int], list[int]]  # (texts, tokens of the context, tokens of the continuation)
 
-CPU_POSITIONS = 1024  # in one batch on a CPU: more gains no speed, and logits of a large vocabulary take 0.2 MB each
+CPU_POSITIONS = 1024  # in one batch on a CPU: more is not faster, and the logits of a large vocabulary take 0.2 MB each
 LARGEST_BATCH = 256  # where lm-eval's search starts on other devices
 
 
 class BatchedLM(HFLM):
-    """A loaded causal model whose requests run with others of like length.
+    """Wrap a loaded causal model for lm-eval so that requests of similar length share a batch.
 
-    lm-eval's automatic batch size is the one that the longest request allows, for all of them, found by running out of
-    memory: on a CPU, where that never happens in time, it takes 64. Here requests are sorted into classes of length
-    first; on a CPU a batch has so many rows that it fills `CPU_POSITIONS`.
+    lm-eval's automatic batch size is what the longest request allows, for all requests, found by running out of memory;
+    on a CPU, where that takes too long, it is 64. Here requests are first sorted into classes of length. On a CPU a
+    batch has as many rows as fill `CPU_POSITIONS`.
 
     Attributes:
-        truncated: how many requests so far were longer than the model's positions.
-        requests: how many there were.
+        truncated: number of requests so far that were longer than the model's positions.
+        requests: number of all requests so far.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | str) -> None:
@@ -47,7 +47,8 @@ class BatchedLM(HFLM):
         answers: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(requests), desc="requests", disable=disable_tqdm or None) as bar:
             for _, places in sorted(classes.items(), reverse=True):
-                self.batch_sizes: dict[int, int] = {}  # those of other lengths
+                # lm-eval caches batch sizes here; those of another class of length do not fit.
+                self.batch_sizes: dict[int, int] = {}
                 chosen = [requests[place] for place in places]
                 answers.update(zip(places, super()._loglikelihood_tokens(chosen, disable_tqdm=True), strict=True))
                 bar.update(len(places))
@@ -63,8 +64,8 @@ class BatchedLM(HFLM):
         for _, context, continuation in requests:
             if len(continuation) > self.max_length:
                 raise GETAError(
-                    f"an answer of {len(continuation)} tokens has no room in the model's {self.max_length} positions; "
-                    "leave that task out"
+                    f"an answer of {len(continuation)} tokens does not fit into the model's {self.max_length} "
+                    "positions; remove that task"
                 )
             self.truncated += len(context) + len(continuation) > self.max_length + 1
         self.requests += len(requests)

@@ -1,4 +1,4 @@
-"""The sub-command `geta-hf eval`."""
+"""Define the sub-command `geta-hf eval`."""
 
 from __future__ import annotations
 
@@ -32,22 +32,34 @@ class _Scored:
 
 def add_command(commands: Any) -> None:
     """Add `eval` to the sub-parsers of `geta-hf`."""
-    command = commands.add_parser("eval", help="score language models: lm-eval's tasks, perplexity of a text")
+    command = commands.add_parser("eval", help="score language models on lm-eval's tasks or texts")
     command.add_argument("folders", nargs="+", metavar="DIR", help="exported or plain folders, or names on the Hub")
-    command.add_argument("--dense", metavar="DIR", help="the dense model, to put before the others")
-    tasks = "commonsense, blimp, lambada_openai or any of lm-eval's, with commas between them"
+    command.add_argument("--dense", metavar="DIR", help="the dense model, for the first column")
+    tasks = "commonsense, blimp, lambada_openai or any of lm-eval's, separated by commas"
     command.add_argument("--tasks", metavar="NAMES", help=tasks)
-    command.add_argument("--data_dir", metavar="DIR", help="the tasks' rows, in local files; no network is used then")
-    command.add_argument("--text", action="append", default=[], metavar="FILE", help="perplexity of a text (or .gz)")
-    command.add_argument("--block", type=int, metavar="N", help="tokens of a window over the text; 1,024 by default")
-    command.add_argument("--stride", type=int, metavar="N", help="tokens by which it moves on; half of it by default")
+    command.add_argument("--data_dir", metavar="DIR", help="folder with the tasks' rows; no network is used then")
+    command.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="text file (or .gz) of which to compute the perplexity",
+    )
+    command.add_argument("--block", type=int, metavar="N", help="tokens of a window over the text; default: 1,024")
+    command.add_argument(
+        "--stride", type=int, metavar="N", help="tokens by which the window advances; default: half a window"
+    )
     command.add_argument("--num_fewshot", type=int, metavar="N", help="examples in the prompt")
-    command.add_argument("--limit", type=int, metavar="N", help="score the first N questions of every task")
-    command.add_argument("--batch_size", default="auto", metavar="N", help="rows of a batch; auto by default")
-    command.add_argument("--device", help="an accelerator if there is one, else cpu")
-    command.add_argument("--dtype", default="auto", help="of the weights: float32, bfloat16; auto by default")
-    command.add_argument("--output", type=Path, metavar="FILE.json", help="lm-eval's own results; one file a model")
-    command.add_argument("--card", action="store_true", help="write the scores into the card of every exported DIR")
+    command.add_argument("--limit", type=int, metavar="N", help="score only the first N questions of each task")
+    command.add_argument("--batch_size", default="auto", metavar="N", help="rows of a batch; default: auto")
+    command.add_argument("--device", help="default: an accelerator if there is one, otherwise cpu")
+    command.add_argument("--dtype", default="auto", help="dtype of the weights, such as bfloat16; default: auto")
+    command.add_argument(
+        "--output", type=Path, metavar="FILE.json", help="write lm-eval's results, one file for each model"
+    )
+    command.add_argument(
+        "--card", action="store_true", help="write the scores into the model card of each exported DIR"
+    )
     command.set_defaults(run=run_eval)
 
 
@@ -68,14 +80,14 @@ def run_eval(arguments: argparse.Namespace) -> None:
             scored[name] = _score(folder, texts, arguments)
             if arguments.output:
                 write_whole(_target(arguments.output, name, len(columns)), _as_json(scored[name]))
-    finally:  # what took hours is shown, whatever became of the models after it
+    finally:  # scores that took hours are shown even if a later model fails
         print(_tables(scored), end="", flush=True)
     if arguments.card:
         _write_cards(arguments, columns, scored)
 
 
 def _check(arguments: argparse.Namespace, columns: Mapping[str, str], texts: Mapping[str, str]) -> None:
-    """What would be an error only after a model has been scored."""
+    """Raise GETAError for what would otherwise fail only after a model has been scored."""
     if not arguments.tasks and not arguments.text:
         raise GETAError("nothing to score; give --tasks (say, commonsense) or --text FILE")
     check_numbers(limit=arguments.limit, batch_size=arguments.batch_size, num_fewshot=arguments.num_fewshot)
@@ -96,7 +108,7 @@ def _check_target(output: Path, target: Path) -> None:
     if not target.resolve().parent.is_dir():
         raise GETAError(f"--output {output}: no such folder as {target.parent}")
     if output.is_dir() or target.is_dir():
-        raise GETAError(f"--output {output}: a folder is there; give the name of a file, such as scores.json")
+        raise GETAError(f"--output {output}: a folder exists there; give the name of a file, such as scores.json")
 
 
 def _check_window(folder: str, config: PreTrainedConfig, arguments: argparse.Namespace) -> None:
@@ -107,7 +119,7 @@ def _check_window(folder: str, config: PreTrainedConfig, arguments: argparse.Nam
 
 
 def _tables(scored: Mapping[str, _Scored]) -> str:
-    """All that there is to print of some models, with an empty line between tables."""
+    """Return everything to print, with an empty line between tables."""
     evaluations = {name: one.evaluation for name, one in scored.items() if one.evaluation}
     tables = [side_by_side(evaluations), *remarks(evaluations)] if evaluations else []
     texts = {name: one.texts for name, one in scored.items() if one.texts}
@@ -116,26 +128,26 @@ def _tables(scored: Mapping[str, _Scored]) -> str:
 
 
 def _columns(arguments: argparse.Namespace) -> dict[str, str]:
-    """Head of the column -> folder: "dense" and the folders' names, with more of the path where they are alike."""
+    """Return head of the column -> folder: "dense" and the folders' names, or full paths where names are equal."""
     dense = {"dense": arguments.dense} if arguments.dense else {}
     columns = [*dense.items(), *zip(_short(arguments.folders), arguments.folders, strict=True)]
     if len({Path(folder).resolve() for _, folder in columns}) < len(columns):
-        raise GETAError(f"a folder is named twice among {', '.join(folder for _, folder in columns)}")
+        raise GETAError(f"a folder is given twice among {', '.join(folder for _, folder in columns)}")
     return dict(columns)
 
 
 def _texts(paths: Sequence[str]) -> dict[str, str]:
-    """Short name -> text. Raises GETAError for one that is empty, or can't be read."""
+    """Return short name -> text. Raise GETAError for one that is empty or can't be read."""
     paths = list(dict.fromkeys(paths))
     texts = dict(zip(_short(paths), map(read_text, paths), strict=True))
     for name, text in texts.items():
         if not text.strip():
-            raise GETAError(f"{name} holds no text; give a file that is not empty")
+            raise GETAError(f"{name} contains no text; give a file that is not empty")
     return texts
 
 
 def _short(paths: Sequence[str]) -> list[str]:
-    """The last part of every path, or the whole of it where that would not tell it from another."""
+    """Return the last part of every path, or the full path where the last parts are equal."""
     names = [Path(path).resolve().name for path in paths]
     return [
         name if names.count(name) == 1 and name != "dense" else path for name, path in zip(names, paths, strict=True)
@@ -154,7 +166,7 @@ def _score(folder: str, texts: Mapping[str, str], arguments: argparse.Namespace)
 
 
 def _target(output: Path, name: str, columns: int) -> Path:
-    """The file itself for one model, with the model's name in it for more."""
+    """Return the output file; for several models, with the model's name in it."""
     shown = name.strip("./").replace("/", "__")
     return output if columns == 1 else output.with_name(f"{output.stem}_{shown}{output.suffix}")
 
@@ -177,9 +189,9 @@ def _write_cards(arguments: argparse.Namespace, columns: Mapping[str, str], scor
 
 
 def _card_metrics(scored: _Scored) -> dict[str, float]:
-    """Scores under names for a card, accuracies in per cent; of a group such as BLiMP the mean alone.
+    """Return scores under names for a card: accuracies in percent, and only the mean of a group such as BLiMP.
 
-    The score of the first questions is no score of the task, so its name says how many there were.
+    A score over the first questions is not a score of the task, so its name gives their number.
     """
     found = {}
     if scored.evaluation:

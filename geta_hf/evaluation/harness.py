@@ -1,4 +1,4 @@
-"""`evaluate`: lm-eval's harness on a folder, a name on the Hub, or a loaded model."""
+"""Score a folder, a name on the Hub, or a loaded model with lm-eval's harness."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from geta_hf.evaluation.tasks import split_names, stock_folder, stock_tasks, wri
 from geta_hf.serialization.validate import read_json
 from geta_hf.utils.loading import one_line_errors
 
-# Scores that are no means (a perplexity) get their standard error by drawing anew; lm-eval's 100,000 draws take longer
-# than the model does.
+# Scores that are not means (a perplexity) get their standard error by bootstrap; lm-eval's 100,000 draws take longer
+# than the model.
 BOOTSTRAP_DRAWS = 200
 
 
@@ -50,44 +50,50 @@ def evaluate(
 ) -> Evaluation:
     """Score a causal language model on tasks of lm-eval, with lm-eval's own harness.
 
-    The random state of the process is left as it is.
+    The random state of the process does not change.
 
     Args:
-        model: a folder (exported or plain), a name on the Hub, or a loaded model, which is put in eval mode.
+        model: a folder (exported or plain), a name on the Hub, or a loaded model, which is set to eval mode.
         tasks: `commonsense` (BoolQ, PIQA, HellaSwag, WinoGrande, ARC easy and challenge, OpenBookQA, and their mean),
-            `blimp`, or any names of lm-eval's tasks and groups: a list, or with commas between them.
-        tokenizer: by default the one beside the model.
-        data_dir: take the rows from local files, as `write_tasks` says; no network is touched then.
-        num_fewshot: examples in the prompt; by default as the task says, mostly 0.
-        limit: score only so many questions of every task, the first ones.
+            `blimp`, or any names of lm-eval's tasks and groups: a list, or separated by commas.
+        tokenizer: by default the one saved with the model.
+        data_dir: folder with the rows as local files, laid out as for `write_tasks`; no network is used then.
+        num_fewshot: examples in the prompt; by default as the task defines, mostly 0.
+        limit: number of questions of each task to score, from the first on; by default all.
         batch_size: rows of a batch; "auto" fits it to the length of the requests.
-        device: where to run; by default an accelerator if there is one, else the CPU. A loaded model stays where it is.
-        dtype: of the weights; "auto" as the folder says. A loaded model keeps its own.
+        device: where to run; by default an accelerator if there is one, otherwise the CPU. A loaded model is not moved.
+        dtype: of the weights; "auto" for that of the folder. A loaded model keeps its own.
 
     Returns:
-        Scores, with those of every single question, and lm-eval's own results.
+        Scores, with those of each question, and lm-eval's own results.
 
     Raises:
-        GETAError: lm-eval is not installed, a task is unknown or has no file, all before the model is loaded; no such
-            model, one that sees the tokens to come, or a tokenizer that is not the model's or has neither bos_token nor
+        GETAError: before the model is loaded: lm-eval is not installed, or a task is unknown or has no file. Then: no
+            such model, one that sees later tokens, or a tokenizer that is not the model's or has neither bos_token nor
             eos_token.
+
+    Example:
+        >>> from geta_hf import evaluate
+        >>> found = evaluate("runs/phi2/export", "piqa,arc_easy", limit=100)  # doctest: +SKIP
+        >>> found.scores["piqa"]["acc_norm"].value  # doctest: +SKIP
+        0.71
     """
     check_numbers(limit=limit, batch_size=batch_size, num_fewshot=num_fewshot)
     with open_tasks(tasks, data_dir, fewshot=bool(num_fewshot)) as (manager, known):
         loaded, words = load(model, tokenizer, device=device, dtype=dtype)
         options = {"num_fewshot": num_fewshot, "limit": limit, "task_manager": manager}
-        with _quiet(data_dir is not None), _rows_told(data_dir):
+        with _quiet(data_dir is not None), _one_line_row_errors(data_dir):
             return _run(loaded.name_or_path or type(loaded).__name__, loaded, words, known, batch_size, options)
 
 
 def check_numbers(*, limit: int | None, batch_size: int | str, num_fewshot: int | None) -> None:
-    """Raise GETAError for numbers that can't be meant."""
+    """Raise GETAError for numbers out of range."""
     if limit is not None and limit < 1:
-        raise GETAError(f"limit={limit}: the number of questions of each task is 1 or more; leave it out for all")
+        raise GETAError(f"limit={limit}: the number of questions of each task is 1 or more; omit it for all")
     if num_fewshot is not None and num_fewshot < 0:
-        raise GETAError(f"num_fewshot={num_fewshot}: it is 0 or more")
+        raise GETAError(f"num_fewshot={num_fewshot}: must be 0 or more")
     if batch_size != "auto" and not (str(batch_size).isdecimal() and int(batch_size) > 0):
-        raise GETAError(f"batch_size={batch_size!r}: give 'auto' or 1 and more")
+        raise GETAError(f"batch_size={batch_size!r}: give 'auto', or 1 or more")
 
 
 def load(
@@ -97,9 +103,9 @@ def load(
     device: str | None = None,
     dtype: str | torch.dtype = "auto",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal model in eval mode on its device, and its tokenizer. Raises GETAError with what can't be loaded."""
+    """Load a causal model, in eval mode on its device, and its tokenizer. Raise GETAError if either can't be loaded."""
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise GETAError(f"dtype={dtype!r} is no type of torch; give 'auto', 'float32', 'bfloat16' or 'float16'")
+        raise GETAError(f"dtype={dtype!r} is not a dtype of torch; give 'auto', 'float32', 'bfloat16' or 'float16'")
     loaded: Any = model
     name = str(model.name_or_path) if isinstance(model, PreTrainedModel) else os.fspath(model)
     if not isinstance(model, PreTrainedModel):
@@ -113,14 +119,14 @@ def load(
 
 
 def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise GETAError unless model and tokenizer can tell how likely a text is."""
+    """Raise GETAError unless model and tokenizer can compute the likelihood of a text."""
     prefix_token(tokenizer)
     check_vocabulary(embedding_rows(model), tokenizer)
     check_causal(model)
 
 
 def check_folder(name: str) -> PreTrainedConfig:
-    """The config of a model; GETAError for what shows without its weights that it can't be scored."""
+    """Return the config of a model. Raise GETAError if it is clear without its weights that it can't be scored."""
     if not Path(name).is_dir():
         with one_line_errors(f"{name}: no such folder, and no name on the Hub"):
             validate_repo_id(name)
@@ -128,9 +134,9 @@ def check_folder(name: str) -> PreTrainedConfig:
         adapter = find_adapter_config_file(name)
         config = AutoConfig.from_pretrained(read_json(Path(adapter))["base_model_name_or_path"] if adapter else name)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ValueError(f"{type(config).__name__} is of another kind")
+            raise ValueError(f"{type(config).__name__} is not of a causal language model")
     tokenizer = _tokenizer(name)
-    rows = getattr(config.get_text_config(), "vocab_size", None)  # an embedding that is resized has it set
+    rows = getattr(config.get_text_config(), "vocab_size", None)  # resizing the embedding updates it
     try:
         prefix_token(tokenizer)
         if rows is not None:
@@ -141,31 +147,31 @@ def check_folder(name: str) -> PreTrainedConfig:
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
-    with one_line_errors(f"{name}: no tokenizer could be loaded; save one beside the model"):
+    with one_line_errors(f"{name}: no tokenizer could be loaded; save one with the model"):
         return AutoTokenizer.from_pretrained(name)
 
 
 def _device(name: str | None) -> str:
-    """The device's name, once something was put on it."""
+    """Return the device's name, after a tensor was made on it."""
     name = name or default_device()
     try:
         torch.empty(1, device=name)
-    except (AssertionError, RuntimeError) as error:  # the first is what torch raises where CUDA was not built in
+    except (AssertionError, RuntimeError) as error:  # AssertionError: torch was built without CUDA
         why = str(error).partition("\n")[0]
-        raise GETAError(f"device={name!r} can't be used here ({why}); leave it out, or give --device cpu") from error
+        raise GETAError(f"device={name!r} can't be used here ({why}); omit it, or give --device cpu") from error
     return name
 
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that stands before a text's first, so that it is predicted from something: bos, else eos."""
+    """Return the token from which a text's first token is predicted: bos, otherwise eos."""
     found = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if found is None:
-        raise GETAError("the tokenizer has neither bos_token nor eos_token: set one, it stands before every text")
+        raise GETAError("the tokenizer has neither bos_token nor eos_token: set one, to put before every text")
     return found
 
 
 def default_device() -> str:
-    """The accelerator if there is one, else the CPU."""
+    """Return the name of the accelerator if there is one, otherwise "cpu"."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if found is None else found.type
 
@@ -174,7 +180,7 @@ def default_device() -> str:
 def open_tasks(
     tasks: str | Sequence[str], data_dir: str | os.PathLike[str] | None, *, fewshot: bool
 ) -> Iterator[tuple[Any, list[str]]]:
-    """lm-eval's index of tasks, and the names in it; over local files it holds nothing else.
+    """Yield lm-eval's index of tasks and the names to run; over local files the index has no other tasks.
 
     Raises:
         GETAError: lm-eval is not installed, a task is unknown or has no file.
@@ -192,22 +198,21 @@ def open_tasks(
 
 
 @contextlib.contextmanager
-def _rows_told(data_dir: str | os.PathLike[str] | None) -> Iterator[None]:
+def _one_line_row_errors(data_dir: str | os.PathLike[str] | None) -> Iterator[None]:
     from datasets.exceptions import DatasetsError
 
     try:
         yield
-    except (DatasetsError, OSError) as error:  # the Hub can't be reached: an OSError, too
-        hub = "from the Hub; without a network give data_dir (--data_dir)"
-        where = f"from {os.fspath(data_dir)}" if data_dir else hub
+    except (DatasetsError, OSError) as error:  # an unreachable Hub raises an OSError
+        where = f"from {os.fspath(data_dir)}" if data_dir else "from the Hub; without a network, give --data_dir"
         raise GETAError(f"the rows of a task can't be read {where}: {error}") from error
 
 
 @contextlib.contextmanager
 def _quiet(local: bool) -> Iterator[None]:
-    """What lm-eval prints, and its advice for its own command line, goes nowhere; and it starts no processes.
+    """Suppress what lm-eval prints, such as advice for its own command line, and keep it from starting processes.
 
-    `datasets` reports every data set that it loads, local ones too, unless it is told that there is no network.
+    `datasets` reports every data set that it loads to the Hub, local ones too, unless it is set to offline.
     """
     import datasets
     from lm_eval import evaluator
@@ -226,7 +231,7 @@ def _quiet(local: bool) -> Iterator[None]:
             undo.callback(os.environ.pop, "DISABLE_MULTIPROC")
             os.environ["DISABLE_MULTIPROC"] = "1"
         undo.callback(setattr, evaluator, "get_git_commit_hash", evaluator.get_git_commit_hash)
-        evaluator.get_git_commit_hash = lambda: get_commit_from_path(os.getcwd())  # git itself complains on stderr
+        evaluator.get_git_commit_hash = lambda: get_commit_from_path(os.getcwd())  # git itself prints errors to stderr
         undo.enter_context(contextlib.redirect_stdout(io.StringIO()))
         yield
 

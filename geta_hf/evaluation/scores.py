@@ -1,4 +1,4 @@
-"""Scores as plain data, and the difference between two models with its standard error."""
+"""Hold scores as plain data, and compute the difference between two models with its standard error."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from geta_hf.evaluation.tasks import COMMONSENSE, SUITE
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one task.
+    """Hold one metric of one task.
 
     Attributes:
-        value: as lm-eval gives it: accuracies from 0 to 1.
-        stderr: its standard error over the questions; None where lm-eval gives none.
-        questions: the score of every question in order, where the value is their mean; else empty.
-        members: (task, metric) of what the value is the plain mean of, for a group of tasks; else empty.
+        value: as lm-eval gives it; accuracies are from 0 to 1.
+        stderr: its standard error over the questions; None if lm-eval gives none.
+        questions: score of each question in order, if the value is their mean; otherwise empty.
+        members: for a group of tasks, the (task, metric) pairs whose plain mean the value is; otherwise empty.
     """
 
     value: float
@@ -30,16 +30,23 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model scored.
+    """Hold the scores of a model.
 
     Attributes:
         model: its name or folder.
-        scores: task or group -> metric -> score, in lm-eval's order; for `commonsense` "mean" is over the metrics of
-            `COMMONSENSE` and "mean_acc" over acc alone.
+        scores: task or group -> metric -> score, in lm-eval's order; for `commonsense`, "mean" is over the metrics of
+            `COMMONSENSE` and "mean_acc" over acc.
         results: lm-eval's own results, in the form of the file that its command line writes; without the samples.
-        truncated: requests longer than the model's positions; what was too much was cut off on the left.
-        requests: how many requests there were.
-        limit: how many questions of each task were scored, the first ones; None for all.
+        truncated: number of requests longer than the model's positions, which were truncated on the left.
+        requests: number of all requests.
+        limit: number of questions of each task that were scored, from the first on; None for all.
+
+    Example:
+        >>> from geta_hf.evaluation import Evaluation, Score, side_by_side
+        >>> dense = Evaluation("dense", {"piqa": {"acc": Score(0.75, 0.25, (1.0, 1.0, 0.0, 1.0))}})
+        >>> small = Evaluation("small", {"piqa": {"acc": Score(0.5, 0.29, (1.0, 0.0, 0.0, 1.0))}})
+        >>> print(side_by_side({"dense": dense, "small": small}).splitlines()[-1])
+        | piqa | acc    | 75.00 ± 25.00 | 50.00 ± 29.00 | -25.00 ± 25.00 |
     """
 
     model: str
@@ -51,10 +58,10 @@ class Evaluation:
 
 
 def read_scores(results: Mapping[str, Any]) -> dict[str, dict[str, Score]]:
-    """The scores in lm-eval's results, with the mean of the commonsense tasks where all seven are there.
+    """Read the scores from lm-eval's results, and add the mean of the commonsense tasks if all seven are present.
 
     Args:
-        results: what `lm_eval.simple_evaluate` returned, with samples.
+        results: the return value of `lm_eval.simple_evaluate`, with samples.
     """
     scores: dict[str, dict[str, Score]] = {}
     groups = results.get("groups", {})
@@ -82,7 +89,7 @@ def _task_scores(values: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
 def _group_scores(
     values: Mapping[str, Any], members: Sequence[str], scores: Mapping[str, Mapping[str, Score]]
 ) -> dict[str, Score]:
-    """A group's scores; it is known as the mean of its members where that mean gives lm-eval's very value."""
+    """Return a group's scores, with members if their mean equals lm-eval's value."""
     found = {}
     for metric, filtered, value, stderr in _metrics(values):
         name = _shown(metric, filtered)
@@ -94,7 +101,7 @@ def _group_scores(
 
 
 def _metrics(values: Mapping[str, Any]) -> list[tuple[str, str, float, float | None]]:
-    """(metric, filter, value, standard error) of lm-eval's keys such as "acc,none" and "acc_stderr,none"."""
+    """Return (metric, filter, value, standard error) of lm-eval's keys such as "acc,none" and "acc_stderr,none"."""
     found = []
     for key, value in values.items():
         metric, comma, filtered = key.partition(",")
@@ -120,10 +127,10 @@ def _mean(members: Sequence[tuple[str, str]], scores: Mapping[str, Mapping[str, 
 
 
 def difference(first: Evaluation, second: Evaluation, task: str, metric: str) -> tuple[float, float | None]:
-    """Second minus first, and the standard error of that, paired by question.
+    """Return second minus first, and the standard error of that difference, paired by question.
 
-    Models that fail on the same questions differ more surely than the errors of the two scores would say. None where
-    the score is no mean over questions, there is but one, or the questions are not the same.
+    If both models fail on the same questions, the paired error is smaller than the errors of the two scores suggest. It
+    is None if the score is not a mean over questions, there is only one question, or the questions differ.
     """
     one, other = first.scores[task][metric], second.scores[task][metric]
     if one.members and one.members == other.members:

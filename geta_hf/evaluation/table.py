@@ -1,4 +1,4 @@
-"""Scores of several models side by side."""
+"""Format the scores of several models side by side."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from geta_hf.evaluation.tasks import BLIMP, COMMONSENSE, SUITE, blimp_size
 from geta_hf.evaluation.texts import TextScore
 from geta_hf.utils.tables import format_table
 
-SHARES = ("acc", "acc_norm", "mean", "mean_acc")  # from 0 to 1, shown in per cent
+SHARES = ("acc", "acc_norm", "mean", "mean_acc")  # from 0 to 1, shown in percent
 _TEXT_UNITS = ("nats per token", "perplexity", "bits per byte")
 
 
 def side_by_side(evaluations: Mapping[str, Evaluation]) -> str:
-    """A Markdown table of scores and standard errors; beside the first model, how the others differ from it.
+    """Return a Markdown table of scores and standard errors, and of the differences from the first model.
 
-    Accuracies are in per cent. The error of a difference is paired by question. Of the commonsense tasks only the
+    Accuracies are in percent. The error of a difference is paired by question. For the commonsense tasks only the
     metric that enters their mean is shown; `Evaluation.scores` has all.
 
     Args:
-        evaluations: head of the column -> what the model scored, all on the same tasks.
+        evaluations: head of the column -> scores of the model, all on the same tasks.
     """
     first, *others = evaluations.values()
     head = ("task", "metric", *evaluations, *(f"{name} - {next(iter(evaluations))}" for name in list(evaluations)[1:]))
@@ -33,7 +33,7 @@ def side_by_side(evaluations: Mapping[str, Evaluation]) -> str:
 
 
 def shown(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """(task, metric) of every row of a table; groups come after their members."""
+    """Return (task, metric) of every row of a table; groups follow their members."""
     suite = SUITE in evaluation.scores
     return [
         (task, metric)
@@ -64,10 +64,10 @@ def _number(value: float, metric: str, sign: str = "") -> str:
 
 
 def text_table(texts: Mapping[str, Mapping[str, TextScore]]) -> str:
-    """A Markdown table of perplexities.
+    """Return a Markdown table of perplexities.
 
     Args:
-        texts: head of the column -> name of the text -> score; the same texts for all.
+        texts: head of the column -> name of the text -> score; the same texts in all columns.
     """
     columns = list(texts.values())
     rows = []
@@ -78,7 +78,7 @@ def text_table(texts: Mapping[str, Mapping[str, TextScore]]) -> str:
 
 
 def remarks(evaluations: Mapping[str, Evaluation]) -> Sequence[str]:
-    """What a reader of the table must know beside it."""
+    """Return the sentences that a reader of the table needs in addition."""
     found = []
     for limit in {one.limit for one in evaluations.values() if one.limit}:
         found.append(f"The scores are over the first {limit} questions of each task.")
@@ -89,5 +89,5 @@ def remarks(evaluations: Mapping[str, Evaluation]) -> Sequence[str]:
     for name, one in evaluations.items():
         if one.truncated:
             cut = f"{one.truncated:,} of {one.requests:,} requests were longer than the model's positions"
-            found.append(f"{name}: {cut}, and were cut off on the left.")
+            found.append(f"{name}: {cut} and were truncated on the left.")
     return found

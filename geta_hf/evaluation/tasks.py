@@ -1,7 +1,7 @@
-"""Which tasks there are, and lm-eval's own tasks on local files.
+"""Resolve names of lm-eval's tasks, and write lm-eval's own tasks over local files.
 
-A local task is lm-eval's task of the same name, included from the installed package, with another source of rows: so
-its prompts, its metrics and its version are lm-eval's.
+A local task includes lm-eval's task of the same name from the installed package and changes only the source of rows, so
+its prompts, metrics and version are lm-eval's.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COMMONSENSE: Mapping[str, str] = {
 
 BLIMP = "blimp"
 
-# Where lm-eval keeps the task, the split that it scores, and the fields of a row that it reads.
+# Task -> its YAML file in lm-eval, the split that it scores, and the fields of a row that it reads.
 _LOCAL = {
     "boolq": ("super_glue/boolq/default.yaml", "validation", ("passage", "question", "label")),
     "piqa": ("piqa/piqa.yaml", "validation", ("goal", "sol1", "sol2", "label")),
@@ -52,7 +52,11 @@ _ENDINGS = (".jsonl.gz", ".jsonl")
 
 
 def split_names(tasks: str | Sequence[str]) -> list[str]:
-    """Task names without repetition: "a,b" or ["a", "b"], `commonsense` as its seven. Raises GETAError for none."""
+    """Return task names without repetition, `commonsense` as its seven. Raise GETAError if there are none.
+
+    Args:
+        tasks: "a,b" or ["a", "b"].
+    """
     given = tasks.split(",") if isinstance(tasks, str) else [part for name in tasks for part in name.split(",")]
     names = [name.strip() for name in given if name.strip()]
     if not names:
@@ -61,7 +65,7 @@ def split_names(tasks: str | Sequence[str]) -> list[str]:
 
 
 def stock_folder() -> Path:
-    """Where the installed lm-eval keeps its tasks. Raises GETAError when it is not installed."""
+    """Return the folder of the installed lm-eval's tasks. Raise GETAError if lm-eval is not installed."""
     found = importlib.util.find_spec("lm_eval")
     if found is None or found.origin is None:
         raise GETAError("lm-eval is not installed; pip install 'geta_hf[eval]'")
@@ -70,7 +74,7 @@ def stock_folder() -> Path:
 
 @cache
 def stock_manager() -> Any:
-    """lm-eval's index of all its tasks: some seconds, so one for all models of a process."""
+    """Build lm-eval's index of all its tasks. It takes seconds, so all models of a process share it."""
     stock_folder()
     from lm_eval.tasks import TaskManager
 
@@ -78,12 +82,12 @@ def stock_manager() -> Any:
 
 
 def blimp_size() -> int:
-    """How many paradigms the installed lm-eval's BLiMP has."""
+    """Return the number of paradigms of the installed lm-eval's BLiMP."""
     return len(yaml.safe_load((stock_folder() / "blimp/_blimp.yaml").read_text(encoding="utf-8"))["task"])
 
 
 def stock_tasks(names: Sequence[str]) -> tuple[Any, list[str]]:
-    """lm-eval's index, and the names in it; patterns such as `blimp_*` as what they match.
+    """Return lm-eval's index and the names in it, with patterns such as `blimp_*` replaced by their matches.
 
     Raises:
         GETAError: lm-eval is not installed, or does not know a name.
@@ -111,18 +115,18 @@ def write_tasks(
     Args:
         data_dir: holds `<task>/<split>.jsonl.gz` (or `.jsonl`), rows in the fields of the task's data set on the Hub,
             and `blimp/<paradigm>.jsonl.gz`. The split is test for ARC, OpenBookQA and LAMBADA, validation for the
-            others; `train`, where it is there, is for examples in the prompt.
-        out_dir: where to write, for `lm_eval run --include_path`; it is made if need be.
-        tasks: names, or patterns such as `blimp_*` for all that they match of what has files; by default all that has.
-            `blimp` is the mean over the paradigms there.
-        fewshot: whether `train` must be there, for the commonsense tasks.
-        cache_dir: where `datasets` may keep its tables; by default where it always does.
+            others; `train`, if present, supplies examples in the prompt.
+        out_dir: where to write, for `lm_eval run --include_path`; created if it does not exist.
+        tasks: names, or patterns such as `blimp_*`, which match tasks that have files; by default all that have files.
+            `blimp` is the mean over the paradigms that have files.
+        fewshot: whether the commonsense tasks need their `train` file.
+        cache_dir: where `datasets` stores its tables; by default in its own cache.
 
     Returns:
-        The names to give to lm-eval: as they were asked for, or all tasks, with the paradigms of BLiMP as `blimp`.
+        The names to give to lm-eval: those of `tasks`, or all, with the paradigms of BLiMP as `blimp`.
 
     Raises:
-        GETAError: lm-eval is not installed, a task can't be had from local files, or a file is missing or no rows.
+        GETAError: lm-eval is not installed, a task can't be read from local files, or a file is missing or has no rows.
     """
     stock, source, target = stock_folder(), Path(data_dir), Path(out_dir)
     if not source.is_dir():
@@ -146,12 +150,12 @@ def _present(source: Path) -> list[str]:
     found = [name for name, (_, split, _) in _LOCAL.items() if _file(source / name, split)]
     found += [BLIMP] if (source / BLIMP).is_dir() else []
     if not found:
-        raise GETAError(f"{source} has files for none of {', '.join((*_LOCAL, BLIMP))}")
+        raise GETAError(f"{source} has no files for any of {', '.join((*_LOCAL, BLIMP))}")
     return found
 
 
 def _opened(names: Sequence[str], source: Path) -> list[str]:
-    """Names, and patterns as what they match of all that has a file."""
+    """Return the names, with patterns replaced by their matches among the tasks that have files."""
     found: list[str] = []
     for name in names:
         if any(sign in name for sign in "*?["):
@@ -162,19 +166,19 @@ def _opened(names: Sequence[str], source: Path) -> list[str]:
             found += matches
         else:
             found.append(name)
-    if BLIMP in found:  # which holds its paradigms, and lm-eval takes none twice
+    if BLIMP in found:  # the group contains its paradigms, and lm-eval refuses to run one twice
         found = [name for name in found if not name.startswith(f"{BLIMP}_")]
     return list(dict.fromkeys(found))
 
 
 def _paradigms(source: Path) -> list[str]:
-    """Those of BLiMP that have a file."""
+    """Return the paradigms of BLiMP that have a file."""
     ends = [(path, ending) for path in sorted((source / BLIMP).glob("*.jsonl*")) for ending in _ENDINGS]
     return list(dict.fromkeys(path.name.removesuffix(ending) for path, ending in ends if path.name.endswith(ending)))
 
 
 def _local(name: str, source: Path, stock: Path, fewshot: bool) -> dict[str, Any]:
-    """The task over its files; what else lm-eval's own would load is switched off."""
+    """Define a task over its files, and disable the other splits that lm-eval's own would load."""
     if name.startswith(f"{BLIMP}_"):
         return _paradigm(name.removeprefix(f"{BLIMP}_"), source, stock)
     if name not in _LOCAL:
@@ -190,7 +194,7 @@ def _local(name: str, source: Path, stock: Path, fewshot: bool) -> dict[str, Any
 
 
 def _blimp(source: Path, stock: Path) -> dict[str, dict[str, Any]]:
-    """BLiMP as the group of those paradigms that have a file."""
+    """Define BLiMP as the group of the paradigms that have a file."""
     paradigms = _paradigms(source)
     if not paradigms:
         raise GETAError(f"{source / BLIMP} holds no <paradigm>{_ENDINGS[0]}")
@@ -200,7 +204,7 @@ def _blimp(source: Path, stock: Path) -> dict[str, dict[str, Any]]:
 
 
 def _paradigm(name: str, source: Path, stock: Path) -> dict[str, Any]:
-    # On the Hub the pairs are called `train`, although lm-eval scores them.
+    # On the Hub the split of the pairs is called `train`, although lm-eval scores it.
     return _task(f"{BLIMP}_{name}", stock / f"blimp/{name}.yaml", {"train": _needed(source / BLIMP, name, _PAIR)})
 
 
@@ -220,17 +224,17 @@ def _file(folder: Path, stem: str) -> str | None:
 
 
 def _needed(folder: Path, stem: str, fields: Sequence[str]) -> str:
-    """The file, whose first row is seen to be one of the task."""
+    """Return the path of a file, after a check that its first row has the task's fields."""
     found = _file(folder, stem)
     if found is None:
-        raise GETAError(f"{folder / (stem + _ENDINGS[0])} is missing (.jsonl will do as well)")
+        raise GETAError(f"{folder / (stem + _ENDINGS[0])} is missing (.jsonl works as well)")
     try:
         with (
             gzip.open(found, "rt", encoding="utf-8") if found.endswith(".gz") else open(found, encoding="utf-8") as rows
         ):
             first = json.loads(next(rows, ""))
     except (OSError, EOFError, ValueError) as error:
-        raise GETAError(f"{found}: its first line is no JSON ({error}); each line is one row") from error
+        raise GETAError(f"{found}: its first line is not JSON ({error}); each line is one row") from error
     if missing := [name for name in fields if not isinstance(first, dict) or name not in first]:
         raise GETAError(f"{found}: its first row lacks {', '.join(missing)}")
     return found

@@ -123,6 +123,22 @@ def export(
         GETAError: groups that are not zero yet, bits that are not integers, a result that the model does not have,
             nothing to compress, a target that exists, a batch that the model cannot run, or outputs that differ. The
             target is then as it was before.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 1}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=30, **sizes))
+        >>> batch = {"input_ids": torch.arange(1, 9)[None]}
+        >>> import tempfile
+        >>> from geta_hf import attach_quantizers, export
+        >>> _ = attach_quantizers(model, initial_bits=8)
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> report = export(model, folder.name + "/small", batch=batch)
+        >>> sorted(set(report.bits.values()))
+        [8]
+        >>> small = BertForSequenceClassification.from_pretrained(folder.name + "/small")
+        >>> folder.cleanup()
     """
     target = Path(directory).resolve()
     check_target(target, overwrite)

@@ -89,6 +89,22 @@ def prepare_for_inference(
 
     Raises:
         GETAError: an unknown `compute`, a model without packed layers, or weights that were changed after loading.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 1}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=30, **sizes))
+        >>> batch = {"input_ids": torch.arange(1, 9)[None]}
+        >>> import tempfile
+        >>> from geta_hf import attach_quantizers, export, prepare_for_inference
+        >>> _ = attach_quantizers(model, initial_bits=8)
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> report = export(model, folder.name + "/small", batch=batch)
+        >>> small = BertForSequenceClassification.from_pretrained(folder.name + "/small")
+        >>> print(prepare_for_inference(small))
+        | ...
+        >>> folder.cleanup()
     """
     check_compute(compute)
     layers = packed_layers(model)

@@ -1,4 +1,4 @@
-"""The seam between training and methods: what a `Method` offers, what it is told, and what it ends with.
+"""The seam between training and methods: what a `Method` offers, what it is given, and what it ends with.
 
 A trainer, LoRA, distillation, checkpoints, the plan, the memory estimate, surgery and export know these names only.
 The type of the config chooses the method:
@@ -175,7 +175,7 @@ class Method(ABC):
     @property
     @abstractmethod
     def finished(self) -> bool:
-        """Whether everything that is to be removed is exactly zero, so that the model can be exported."""
+        """True once all that is to be removed is exactly zero and widths are final: the model can be exported."""
 
     @property
     def removed_groups(self) -> int:

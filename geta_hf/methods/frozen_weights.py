@@ -29,31 +29,31 @@ class Adapter:
     transposed: bool = False
 
     def follow(self, cut: GroupLabels) -> GroupLabels:
-        """The cut of A or B that takes the same rows or columns off B A as `cut` takes off W."""
+        """Return the labels of A or B that take the same rows or columns off B A as `cut` takes off W."""
         of_output = cut.dim == (1 if self.transposed else 0)
         return replace(cut, tensor=self.b, dim=0) if of_output else replace(cut, tensor=self.a, dim=1)
 
 
 @dataclass(frozen=True)
 class FrozenWeights:
-    """What is not trained though it is cut or quantized.
+    """The weights that are not trained though they are cut or quantized.
 
     Attributes:
         names: the tensors; the base optimizer holds them, but they have no gradient when it steps.
-        adapters: weight -> what moves it.
+        adapters: weight -> the matrices that move it.
     """
 
     names: Collection[str] = frozenset()
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
 
     def merged(self, name: str, named: Named) -> Tensor:
-        """The value that the model computes with, of a frozen tensor or any other."""
+        """Return the value that the model computes with, of a frozen tensor or any other."""
         value = named[name].detach()
         if name not in self.adapters:
             return value
         own = self.adapters[name]
         return merge(value, named[own.a].detach(), named[own.b].detach(), own.scale, own.transposed)
 
-    def with_adapters(self, cuts: Sequence[GroupLabels]) -> list[GroupLabels]:
-        """The cuts, and those of the adapters that follow from them."""
-        return [*cuts, *(self.adapters[cut.tensor].follow(cut) for cut in cuts if cut.tensor in self.adapters)]
+    def with_adapters(self, labels: Sequence[GroupLabels]) -> list[GroupLabels]:
+        """Return the labels, and those of the adapters that follow from them."""
+        return [*labels, *(self.adapters[cut.tensor].follow(cut) for cut in labels if cut.tensor in self.adapters)]

@@ -44,7 +44,7 @@ def round_bits(
         choices: allowed widths, and the rules.
     """
     values = quantizers.read(named)
-    rounding = None
+    rounding = None  # a pass over all weights, which is saved where nothing depends on it
     if choices.needs_errors(target):
         rounding = measure_errors(quantizers, values, weight_of, choices.weights, choices.search_clipping)
     chosen = allocate_bits(
@@ -70,6 +70,7 @@ def _of_first_process(chosen: BitAllocation) -> BitAllocation:
 
 def write_bits(quantizers: Quantizers, named: Named, chosen: BitAllocation) -> None:
     """Scale each q_m by its factor, then set d to the step size of the chosen width, in place."""
+    # q_m first: the step size of a width follows from it.
     _, q_m, t = quantizers.read(named)
     device = q_m.device
     bits = torch.tensor([*chosen.weight_bits, *chosen.input_bits], dtype=torch.float32, device=device)

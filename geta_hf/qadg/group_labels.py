@@ -1,7 +1,8 @@
-"""Which group every index of every cut dimension leaves with: the pruning space as a few vectors.
+"""Label every index of every cut dimension with its group: the pruning space as a few vectors.
 
-Groups are numbered over all families, in their order. One vector an entry of `find_group_labels` then serves all
-families at once, so that nothing in a step loops over groups or families.
+Groups are numbered over all families, in their order. With two families of 2 and 3 groups, groups 0 and 1 belong to the
+first and 2 to 4 to the second, and 5 labels an index that belongs to no group. One vector for each (tensor, dim) then
+serves all families at once: a score for each group is one `index_add`, and no training step loops over groups.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class GroupLabels:
     Attributes:
         tensor: its name.
         dim: the dimension.
-        label: int64, shape (size of the dimension,), on CPU: the group that an index leaves with; the number of all
-            groups where it leaves with none.
+        label: int64, shape (size of the dimension,), on CPU: the group that an index is removed with; the number of
+            all groups where it is removed with none.
     """
 
     tensor: str
@@ -32,8 +33,9 @@ class GroupLabels:
 
 
 def family_starts(families: Sequence[Family]) -> list[int]:
-    """The number of each family's first group."""
-    starts, count = [], 0
+    """Return the number of each family's first group."""
+    starts = []
+    count = 0
     for family in families:
         starts.append(count)
         count += family.size
@@ -41,17 +43,20 @@ def family_starts(families: Sequence[Family]) -> list[int]:
 
 
 def family_of_group(families: Sequence[Family]) -> Tensor:
-    """int64, shape (groups,): the family that each group belongs to."""
+    """Return the position of the family that each group belongs to; int64, shape (groups,)."""
     sizes = torch.tensor([family.size for family in families], dtype=torch.int64)
     return torch.repeat_interleave(torch.arange(len(families)), sizes)
 
 
 def find_group_labels(families: Sequence[Family], shapes: Mapping[str, Sequence[int]]) -> tuple[GroupLabels, ...]:
-    """Every (tensor, dim) that a family cuts, once.
+    """Find every (tensor, dim) that families cut, each once, with the group of every index.
 
     Args:
         families: those that may lose groups; no two of them cut the same indices.
         shapes: full shapes of the tensors that they name.
+
+    Returns:
+        In the order in which the families name them.
     """
     groups = sum(family.size for family in families)
     labels: dict[tuple[str, int], Tensor] = {}
@@ -65,5 +70,11 @@ def find_group_labels(families: Sequence[Family], shapes: Mapping[str, Sequence[
 
 
 def marked(label: Tensor, mask: Tensor) -> Tensor:
-    """bool, shape of `label`: which indices leave with a group of `mask`, bool (groups,), both on CPU."""
+    """Return which indices are removed with a group of `mask`; bool, shape of `label`, on CPU.
+
+    Args:
+        label: of a `GroupLabels`.
+        mask: bool, shape (groups,), on CPU: True for removed groups.
+    """
+    # One entry more, for the label of indices that belong to no group.
     return torch.cat([mask, torch.zeros(1, dtype=torch.bool)])[label]

@@ -16,12 +16,13 @@ COUPLINGS = ("norm", "tied", "output")
 
 @dataclass(frozen=True)
 class Member:
-    """One (tensor, dim) that a family cuts.
+    """One (tensor, dim) of which a family's groups own slices.
 
     Attributes:
         tensor: name in the model's `state_dict()` (a parameter, or rarely a buffer).
         dim: the dimension that is cut.
-        index: int64, shape (groups, width), on CPU: row g holds the indices along `dim` that leave with group g.
+        index: int64, shape (groups, elements), on CPU: row g holds the indices along `dim` that are removed with
+            group g.
     """
 
     tensor: str
@@ -41,8 +42,8 @@ class Family:
         reason: why not, when not prunable; otherwise empty.
         excludes: names of families that cut the same indices and must not be pruned together with this one.
         couplings: which of `COUPLINGS` it has.
-        parameters: elements of parameters that leave with one group.
-        macs: multiply-accumulates of the batch it was built with that leave with one group, on average.
+        parameters: elements of parameters that are removed with one group.
+        macs: multiply-accumulates of the batch it was built with that are removed with one group, on average.
     """
 
     name: str
@@ -57,13 +58,20 @@ class Family:
 
     @property
     def size(self) -> int:
-        """The number of groups."""
+        """Return the number of groups."""
         return self.members[0].index.shape[0]
 
 
 @dataclass(frozen=True)
 class UnsupportedOperator:
-    """What no rule covers, reported instead of guessed: operator, module path, why, and how often."""
+    """An operator without a rule, or one that a rule refuses: reported, with all that it reads pinned (gate 1).
+
+    Attributes:
+        operator: its name, such as `cumprod`.
+        module: path of the module that called it; empty for the model itself.
+        reason: why it cannot be followed.
+        count: how often it occurred there.
+    """
 
     operator: str
     module: str

@@ -1,4 +1,9 @@
-"""Which families QASSO may prune: a default, and switches by kind, coupling or name."""
+"""Choose which families may be pruned: by default, and with switches by kind, coupling or name.
+
+The dependency graph finds every family that could be removed without breaking the forward pass. That is more than one
+wants: removing a slice of the residual stream is possible, but changes what every norm divides by. So the default takes
+heads and channels alone, which are hidden between two layers, and leaves out those with a coupling.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +38,10 @@ def choose_prunable(
         GETAError: an entry that is no kind, no coupling, and matches no family.
     """
     _check_entries(families, [*prune, *keep])
+    # Kinds and couplings first, each family for itself; then one of those that cut the same indices.
     reasons = {family.name: _reason(family, prune, keep) for family in families}
     chosen: set[str] = set()
+    # Named ones first, then those that cut most: whole heads rather than dims within heads.
     for family in sorted(families, key=lambda family: (not _named(family, prune), -_cut(family))):
         clash = chosen.intersection(family.excludes)
         if not reasons[family.name] and clash:
@@ -45,6 +52,7 @@ def choose_prunable(
 
 
 def _check_entries(families: Sequence[Family], entries: Iterable[str]) -> None:
+    """Raise an error for an entry that has no effect, which is most likely misspelled."""
     for entry in entries:
         if entry in KINDS or entry in COUPLINGS or any(fnmatchcase(f.name, entry) for f in families):
             continue
@@ -64,9 +72,10 @@ def _cut(family: Family) -> int:
 
 
 def _reason(family: Family, prune: Sequence[str], keep: Sequence[str]) -> str:
-    """Why a family stays whole; empty when it may be pruned."""
+    """Return why a family is not pruned; empty when it may be."""
     if family.size < 2:
         return "has a single group, and a family never loses its last one"
+    # `keep` wins over `prune`, and naming a family wins over its couplings.
     if _named(family, keep) or any(coupling in keep for coupling in family.couplings):
         return "the policy keeps it"
     if _named(family, prune):

@@ -1,4 +1,9 @@
-"""Which blocks of a model may be left out whole: those that do no more than add to the residual stream."""
+"""Find the blocks of a model that may be dropped entirely: those that do no more than add to the residual stream.
+
+Of a pre-norm block, x + f(norm(x)), nothing but x remains if all that f writes is zero, so the block can be dropped. A
+post-norm block, norm(x + f(x)) as in BERT, changes x in any case. The dependency graph tells which tensors write to the
+stream: those of the residual family.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +22,8 @@ from geta_hf.qadg.families.find import find_families
 from geta_hf.qadg.propagation.propagate import record_and_propagate
 from geta_hf.utils.module_state import eval_mode, running
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of one call."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Block:
 
     Attributes:
         name: module path, such as `model.layers.3`.
-        reason: why it can't be left out; empty where it can.
+        reason: why it can't be dropped; empty where it can.
         returns: how many things it returns, the first of them the stream; 0 where it returns the stream itself.
     """
 
@@ -36,16 +42,15 @@ class Block:
 
     @property
     def series(self) -> str:
-        """The path of the list of modules that it stands in."""
+        """Return the path of the list of modules that it belongs to."""
         return self.name.rpartition(".")[0]
 
 
 def find_blocks(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Block, ...]:
-    """The blocks of a model that the residual stream runs through, and which of them may be left out.
+    """Find the blocks that the residual stream runs through, and say which of them may be dropped.
 
-    The dependency graph names the tensors that the residual family cuts. With all of them at zero in a block, what the
-    block is given has to come out of it unchanged, bit for bit, in a forward pass on the batch: then the residual path
-    does not depend on the block. Of a block that normalises the stream itself, as BERT's does, it does.
+    With all tensors of the residual family at zero in a block, what the block is given has to come out of it unchanged,
+    bit for bit, in a forward pass on the batch.
 
     Args:
         model: with its weights, and no quantizers; left unchanged.
@@ -65,12 +70,12 @@ def find_blocks(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Block, ...]
 
 
 def residual_blocks(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Block, ...]:
-    """As `find_blocks`, of a model that may be on meta: none is tried, so that none has a reason to stay."""
+    """List the blocks of a model that may be on meta: none is tried, so none has a reason why it can't be dropped."""
     return tuple(Block(name) for name in _holding(model, _residual_tensors(model, batch)))
 
 
 def _holding(model: nn.Module, residual: set[str]) -> list[str]:
-    """Entries of lists of modules with one of these tensors."""
+    """Return the entries of lists of modules that hold one of these tensors."""
     return [name for name in _entries(model) if any(_within(tensor, name) for tensor in residual)]
 
 
@@ -80,7 +85,7 @@ def _residual_tensors(model: nn.Module, batch: Mapping[str, Any]) -> set[str]:
 
 
 def _entries(model: nn.Module) -> list[str]:
-    """Paths of the entries of lists of modules; of lists within lists the outer ones'."""
+    """Return the paths of the entries of lists of modules; of nested lists those of the outer one."""
     found: list[str] = []
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) > 1 and not any(_within(path, name) for name in found):
@@ -92,9 +97,9 @@ def _within(path: str, outer: str) -> bool:
     return path.startswith(f"{outer}.")
 
 
-def _calls(model: nn.Module, names: Iterable[str], batch: Mapping[str, Any]) -> dict[str, list[Call]]:
-    """What each of the named modules is called with in one forward pass."""
-    calls: dict[str, list[Call]] = {name: [] for name in names}
+def _calls(model: nn.Module, names: Iterable[str], batch: Mapping[str, Any]) -> dict[str, list[Arguments]]:
+    """Return what each of the named modules is called with in one forward pass."""
+    calls: dict[str, list[Arguments]] = {name: [] for name in names}
     with ExitStack() as stack:
         stack.enter_context(eval_mode(model))
         for name, found in calls.items():
@@ -105,17 +110,17 @@ def _calls(model: nn.Module, names: Iterable[str], batch: Mapping[str, Any]) -> 
     return calls
 
 
-def _note(found: list[Call], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _note(found: list[Arguments], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     found.append((args, kwargs))
 
 
 def uncached(model: nn.Module) -> dict[str, bool]:
-    """The keyword argument that switches a model's cache off, where it has one."""
+    """Return the keyword argument that switches a model's cache off, where it has one."""
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
-def _tried(model: nn.Module, name: str, calls: list[Call], residual: set[str]) -> Block:
-    """A block, run with nothing to write to the residual stream."""
+def _tried(model: nn.Module, name: str, calls: list[Arguments], residual: set[str]) -> Block:
+    """Run a block with zeros in all that writes to the residual stream, and say whether it can be dropped."""
     block = model.get_submodule(name)
     if len(calls) != 1:
         return Block(name, f"it runs {len(calls)} times in a forward pass, not once")
@@ -130,15 +135,17 @@ def _tried(model: nn.Module, name: str, calls: list[Call], residual: set[str]) -
         if f"{name}.{tensor}" in residual
     }
     try:
-        given, returned = _stream(block, args, kwargs), functional_call(block, zeros, args, kwargs)
-    except Exception as error:  # a block that needs more than its own inputs says so in many kinds of errors
+        given = _stream(block, args, kwargs)
+        returned = functional_call(block, zeros, args, kwargs)
+    except Exception as error:
+        # A block that needs more than its own inputs says so in many kinds of errors.
         return Block(name, f"it does not run by itself ({type(error).__name__}: {error})")
     outputs = returned if isinstance(returned, tuple) else (returned,)
     return Block(name, _obstacle(given, *outputs), len(outputs) if isinstance(returned, tuple) else 0)
 
 
 def _obstacle(given: Any, first: Any, *others: Any) -> str:
-    """Why a block can't be left out that was given and returned this; empty where it can."""
+    """Return why a block can't be dropped that was given and returned this; empty where it can."""
     if not isinstance(given, Tensor) or not isinstance(first, Tensor):
         return "its first input and its first output are not both tensors"
     if any(other is not None for other in others):
@@ -149,13 +156,17 @@ def _obstacle(given: Any, first: Any, *others: Any) -> str:
 
 
 def _stream(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a block gets as its first argument, by place or by name."""
-    return args[0] if args else kwargs[list(inspect.signature(type(block).forward).parameters)[1]]
+    """Return what a block gets as its first argument, by position or by name."""
+    if args:
+        return args[0]
+    # The first parameter of the class's forward is `self`.
+    first = list(inspect.signature(type(block).forward).parameters)[1]
+    return kwargs[first]
 
 
 @contextmanager
 def skipping(model: nn.Module, blocks: Iterable[Block]) -> Iterator[None]:
-    """Let blocks hand the residual stream on as it is, without computing anything.
+    """Let blocks pass the residual stream on as it is, without computing anything.
 
     Args:
         model: whose blocks they are; as before afterwards.

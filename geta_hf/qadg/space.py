@@ -1,4 +1,9 @@
-"""The pruning space: every family of a model, and how it is built from the model and one batch."""
+"""Build and use the pruning space: every family of a model, from the model and one batch.
+
+The way is that of paper Alg. 1: record the forward pass (`tracing.record_forward`), merge quantizer branches
+(`tracing.merge`, lines 3-14), propagate element ids (`propagation.propagate`, line 15), and read the families from them
+(`families.find`). A policy then says which of them may be pruned.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +29,7 @@ from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs
 
 @dataclass(frozen=True)
 class PruningSpace:
-    """All families of one model, and what was frozen.
+    """All families of one model, and what could not be followed.
 
     Attributes:
         families: every family found, prunable or not.
@@ -33,6 +38,16 @@ class PruningSpace:
         untouched: parameters that no operator read; they can't be pruned.
         buffers: those of the tensors in `shapes` that are buffers.
         matrix_parameters: elements of all parameters of two or more dims.
+
+    Example:
+        >>> from transformers import BertConfig
+        >>> from geta_hf import PruningSpace
+        >>> sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 1}
+        >>> space = PruningSpace.from_config(BertConfig(vocab_size=30, **sizes))
+        >>> space.num_groups
+        36
+        >>> [(family.kind, family.size, family.parameters) for family in space.prunable]
+        [('heads', 4, 268), ('channels', 32, 33)]
     """
 
     families: tuple[Family, ...]
@@ -49,12 +64,12 @@ class PruningSpace:
 
     @property
     def prunable(self) -> tuple[Family, ...]:
-        """The families that QASSO may choose from."""
+        """Return the families whose groups may be removed."""
         return tuple(family for family in self.families if family.prunable)
 
     @property
     def trainable(self) -> tuple[Family, ...]:
-        """The prunable families with their parameters alone: no optimizer touches a buffer."""
+        """Return the prunable families with their parameters alone: no optimizer touches a buffer."""
         return tuple(
             replace(family, members=tuple(member for member in family.members if member.tensor not in self.buffers))
             for family in self.prunable
@@ -62,7 +77,7 @@ class PruningSpace:
 
     @property
     def num_groups(self) -> int:
-        """The number of prunable groups, |G| in the paper."""
+        """Return the number of prunable groups, |G| in the paper."""
         return sum(family.size for family in self.prunable)
 
     @classmethod
@@ -74,7 +89,7 @@ class PruningSpace:
         prune: Sequence[str] = (),
         keep: Sequence[str] = (),
     ) -> PruningSpace:
-        """The space of a model of which only the configuration is at hand: no weights are read or stored.
+        """Build the space of a model of which only the configuration is at hand: no weights are read or stored.
 
         Args:
             source: a Hub name, a local folder, a `config.json`, or a configuration.
@@ -89,7 +104,11 @@ class PruningSpace:
         return build_space(model, make_dummy_inputs(model) if batch is None else batch, prune=prune, keep=keep)
 
     def save(self, folder: str | Path) -> None:
-        """Write the space into a folder, as JSON and safetensors."""
+        """Write the space into a folder, as `pruning_space.json` and `pruning_space.safetensors`.
+
+        Args:
+            folder: made if need be; a space that it holds is replaced.
+        """
         write_space(folder, **{field.name: getattr(self, field.name) for field in fields(self)})
 
     @classmethod
@@ -99,6 +118,9 @@ class PruningSpace:
         Args:
             folder: where it is.
             model: what it is to fit; checked by names and shapes.
+
+        Returns:
+            The space, equal to the one that was saved.
 
         Raises:
             GETAError: no space, a damaged one, or one of another model.
@@ -111,6 +133,9 @@ class PruningSpace:
     def check(self, model: nn.Module) -> None:
         """Check that a model has all tensors that the families cut, in their full shapes.
 
+        Args:
+            model: on any device.
+
         Raises:
             GETAError: naming the first tensor that is missing or has another shape.
         """
@@ -120,19 +145,24 @@ class PruningSpace:
             _check_shape(name, tensors.get(name), self)
 
     def coverage(self, prunable_only: bool = False) -> float:
-        """The share of the matrix parameters' elements that some family cuts, 0 to 1."""
+        """Return the share of the matrix parameters' elements that some family cuts, 0 to 1.
+
+        Args:
+            prunable_only: count prunable families alone.
+        """
         cut: dict[tuple[str, int], torch.Tensor] = {}
         for family in self.prunable if prunable_only else self.families:
             for member in family.members:
                 size = self.shapes[member.tensor][member.dim]
                 hit = cut.setdefault((member.tensor, member.dim), torch.zeros(size, dtype=torch.bool))
                 hit[member.index.flatten()] = True
-        left: dict[str, float] = {}
+        # An element is untouched if none of its dims is cut there, and dims are cut independently of each other.
+        untouched: dict[str, float] = {}
         for (tensor, _), hit in cut.items():
-            left[tensor] = left.get(tensor, 1.0) * (1.0 - float(hit.float().mean()))
+            untouched[tensor] = untouched.get(tensor, 1.0) * (1.0 - float(hit.float().mean()))
         parameters = self.shapes.keys() - set(self.buffers)
         matrices = {name: math.prod(self.shapes[name]) for name in parameters if len(self.shapes[name]) > 1}
-        covered = sum(matrices[name] * (1.0 - rest) for name, rest in left.items() if name in matrices)
+        covered = sum(matrices[name] * (1.0 - rest) for name, rest in untouched.items() if name in matrices)
         return covered / self.matrix_parameters if self.matrix_parameters else 0.0
 
 
@@ -153,13 +183,14 @@ def build_space(
     Args:
         model: a Hugging Face model, or any module that `model(**batch)` runs.
         batch: one batch of real inputs; one or two rows will do, with padding if training has it.
-        prune: kinds, couplings or name patterns to make prunable beside heads and channels; see `apply_policy`.
-        keep: kinds, couplings or name patterns to keep whole.
+        prune: kinds, couplings or name patterns to make prunable in addition to heads and channels; see
+            `apply_policy`.
+        keep: kinds, couplings or name patterns that are not pruned.
         flow: a propagated recording of this model on this batch that took the same path twice; recorded here when None.
 
     Returns:
-        Every family found, those that the policy lets QASSO prune with `prunable` set and the others with the reason
-        why not, the operators that no rule covers, and the parameters that nothing read.
+        Every family found, `prunable` set where the policy allows it and otherwise with the reason why not, the
+        operators without a rule, and the parameters that nothing read.
 
     Raises:
         GETAError: the model cannot run the batch, returns no tensor, nothing in it may be pruned, or an entry of
@@ -174,7 +205,12 @@ def build_space(
 
 
 def space_of(flow: Flow, prune: Sequence[str] = (), keep: Sequence[str] = ()) -> PruningSpace:
-    """The pruning space of a propagated graph; it may hold nothing prunable.
+    """Return the pruning space of a propagated graph; it may hold nothing prunable.
+
+    Args:
+        flow: of `record_and_propagate`.
+        prune: see `apply_policy`.
+        keep: see `apply_policy`.
 
     Raises:
         GETAError: an entry of `prune` or `keep` matches nothing.
@@ -208,10 +244,10 @@ def _nothing_prunable(model: str, space: PruningSpace) -> str:
 
 
 def apply_policy(space: PruningSpace, prune: Sequence[str] = (), keep: Sequence[str] = ()) -> PruningSpace:
-    """Decide anew which families are prunable.
+    """Decide which families are prunable, whatever was decided before.
 
     By default heads and channels are, except where they are coupled to a norm, to a tied tensor or to an output.
-    Of prunable families that cut the same indices only one stays so: one named in `prune` before the others, then
+    Of prunable families that cut the same indices only one remains so: one named in `prune` before the others, then
     the one that cuts most. A family of one group is never prunable.
 
     Args:
@@ -225,12 +261,20 @@ def apply_policy(space: PruningSpace, prune: Sequence[str] = (), keep: Sequence[
 
     Raises:
         GETAError: an entry that is no kind, no coupling, and matches no family.
+
+    Example:
+        >>> from transformers import BertConfig
+        >>> from geta_hf import PruningSpace, apply_policy
+        >>> sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 1}
+        >>> space = PruningSpace.from_config(BertConfig(vocab_size=30, **sizes))
+        >>> [family.kind for family in apply_policy(space, keep=["heads"]).prunable]
+        ['channels']
     """
     return replace(space, families=choose_prunable(space.families, prune, keep))
 
 
 def zero_groups(model: nn.Module, space: PruningSpace) -> dict[str, torch.Tensor]:
-    """Which groups of the prunable families are exactly zero in `model` (what QASSO leaves behind, paper Sec. 5).
+    """Find the groups of the prunable families that are exactly zero in `model`, as QASSO makes them (paper Sec. 5).
 
     Args:
         model: holds the tensors that the space names, at their full shapes, on any device.
@@ -272,7 +316,7 @@ def _check_shape(name: str, tensor: torch.Tensor | None, space: PruningSpace) ->
 
 
 def _nonzero(tensor: torch.Tensor | None, dim: int) -> torch.Tensor:
-    """For every index along `dim`, whether anything there is not zero; on CPU."""
+    """Return for every index along `dim` whether anything there is not zero; bool, shape (size,), on CPU."""
     assert tensor is not None
     others = [position for position in range(tensor.dim()) if position != dim]
     nonzero = tensor.detach() != 0
@@ -280,11 +324,12 @@ def _nonzero(tensor: torch.Tensor | None, dim: int) -> torch.Tensor:
 
 
 def kept_indices(space: PruningSpace, removed: Mapping[str, torch.Tensor]) -> dict[str, dict[int, torch.Tensor]]:
-    """What stays of every tensor when groups are removed.
+    """Return what remains of every tensor when groups are removed.
 
     Args:
         space: all families.
-        removed: family name to bool, shape (groups,): True for the groups to remove. Families left out stay whole.
+        removed: family name to bool, shape (groups,): True for the groups to remove. Families that are not named lose
+            nothing.
 
     Returns:
         Tensor name to dim to the kept indices: int64, ascending, on CPU. Only dims that lose something are listed.
@@ -294,20 +339,24 @@ def kept_indices(space: PruningSpace, removed: Mapping[str, torch.Tensor]) -> di
             two families that cut the same indices.
     """
     families = {family.name: family for family in space.families}
-    gone: dict[tuple[str, int], torch.Tensor] = {}
+    cut: dict[tuple[str, int], torch.Tensor] = {}
     losing = {name for name, mask in removed.items() if bool(mask.any())}
     for name, mask in removed.items():
         if name not in families:
             raise GETAError(f"no family {name} in the pruning space; it has {', '.join(families) or 'none'}")
-        family, mask = families[name], mask.cpu()
+        family = families[name]
+        mask = mask.cpu()
         _check_removal(family, mask, losing)
-        for member in family.members if name in losing else ():
-            key = (member.tensor, member.dim)
-            cut = gone.setdefault(key, torch.zeros(space.shapes[member.tensor][member.dim], dtype=torch.bool))
-            cut[member.index[mask].flatten()] = True
+        if name not in losing:
+            continue
+        for member in family.members:
+            # Several families may cut one dim, such as those of a fused projection, so their indices add up.
+            size = space.shapes[member.tensor][member.dim]
+            along = cut.setdefault((member.tensor, member.dim), torch.zeros(size, dtype=torch.bool))
+            along[member.index[mask].flatten()] = True
     kept: dict[str, dict[int, torch.Tensor]] = {}
-    for (tensor, dim), cut in gone.items():
-        kept.setdefault(tensor, {})[dim] = torch.nonzero(~cut).flatten()
+    for (tensor, dim), along in cut.items():
+        kept.setdefault(tensor, {})[dim] = torch.nonzero(~along).flatten()
     return kept
 
 

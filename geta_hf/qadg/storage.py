@@ -1,4 +1,4 @@
-"""A pruning space on disk: its tables as JSON, its indices as safetensors; no pickle."""
+"""Write and read a pruning space: its tables as JSON, its indices as safetensors; no pickle."""
 
 from __future__ import annotations
 
@@ -38,9 +38,17 @@ def write_space(
 ) -> None:
     """Write `pruning_space.json` and `pruning_space.safetensors` into a folder, which is made if need be.
 
-    The arguments are the fields of a `PruningSpace`.
-    Each file is written beside its place and then renamed; the tables hold a digest of the indices, so that two files
-    of different spaces are never taken for one.
+    Each file is written to a temporary name and then renamed; the tables hold a digest of the indices, so that two
+    files of different spaces are never taken for one.
+
+    Args:
+        folder: where to write.
+        families: as all of the following, a field of `PruningSpace`.
+        shapes: see there.
+        unsupported: see there; its key in the file is `frozen`.
+        untouched: see there.
+        buffers: see there.
+        matrix_parameters: see there.
     """
     indices = {
         f"{position}.{place}": member.index.contiguous()
@@ -70,7 +78,13 @@ def _family_table(family: Family) -> dict[str, Any]:
 
 
 def read_space(folder: str | Path) -> dict[str, Any]:
-    """Read the fields of a `PruningSpace` that `write_space` wrote, and check that they are those of one.
+    """Read the fields of a `PruningSpace` that `write_space` wrote, and check that they fit together.
+
+    Args:
+        folder: where the two files are.
+
+    Returns:
+        The fields by name, as `PruningSpace` takes them.
 
     Raises:
         GETAError: a file is missing, damaged, of another space or of an unknown version, or its content is no pruning
@@ -98,6 +112,7 @@ def read_space(folder: str | Path) -> dict[str, Any]:
 
 @contextmanager
 def _complaints(file: Path) -> Iterator[None]:
+    """Turn whatever a damaged file causes into an error that names the file."""
     try:
         yield
     except GETAError:
@@ -142,7 +157,8 @@ def _check_families(families: Sequence[Family], shapes: Shapes) -> None:
 
 def _check_member(family: Family, member: Member, shapes: Shapes) -> None:
     where = f"{family.name}, {member.tensor} dim {member.dim}"
-    shape, index = shapes.get(member.tensor), member.index
+    shape = shapes.get(member.tensor)
+    index = member.index
     _expect(shape is not None and 0 <= member.dim < len(shape), f"{where}: no such dim of shape {shape}")
     assert shape is not None
     fits = index.dtype == torch.int64 and index.dim() == 2 and index.numel() > 0

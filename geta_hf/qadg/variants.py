@@ -1,4 +1,8 @@
-"""Other batches made of one: another number of rows, another length, padding."""
+"""Make other batches of one: another number of rows, another length, padding.
+
+A model's code may take another path for another shape, and a size may agree with another by chance: a batch of 4 rows
+hides a mix-up with 4 heads.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ Batch = dict[str, Any]
 
 
 def variants(model: nn.Module, batch: Mapping[str, Any]) -> list[Batch]:
-    """Batches of other shapes than `batch`, with padding where the model takes an attention mask.
+    """Make batches of other shapes than `batch`, with padding where the model takes an attention mask.
 
     Not every model runs every one: pictures may have to come with so many tokens, tables may be of fixed length.
 
@@ -22,7 +26,7 @@ def variants(model: nn.Module, batch: Mapping[str, Any]) -> list[Batch]:
         batch: what the model runs.
 
     Returns:
-        With another number of rows, and, where there is text, shorter with the last row padded.
+        One with another number of rows, and, where there is text, one that is shorter, with the last row padded.
     """
     found = [_other_rows(batch)]
     text = {name: item for name, item in batch.items() if _is_text(item)}
@@ -36,7 +40,7 @@ def _is_text(item: Any) -> bool:
 
 
 def _other_rows(batch: Mapping[str, Any]) -> Batch:
-    """Its first row alone, or twice when that is all."""
+    """Return its first row alone, or twice when that is all."""
     rows = {item.shape[0] for item in batch.values() if isinstance(item, Tensor) and item.dim()}
     if len(rows) != 1:
         return dict(batch)
@@ -48,8 +52,11 @@ def _other_rows(batch: Mapping[str, Any]) -> Batch:
 
 
 def _shorter(batch: Mapping[str, Any], text: Mapping[str, Tensor], masked: bool) -> Batch:
-    """All text without its last third, and the last row padded."""
-    short = {name: item[:, : max(2, item.shape[1] - item.shape[1] // 3)].clone() for name, item in text.items()}
+    """Return all text without its last third, and the last row padded."""
+    short = {}
+    for name, item in text.items():
+        length = max(2, item.shape[1] - item.shape[1] // 3)
+        short[name] = item[:, :length].clone()
     first = next(iter(short.values()))
     if masked and ("attention_mask" not in batch or "attention_mask" in short):
         mask = short.get("attention_mask", torch.ones_like(first))

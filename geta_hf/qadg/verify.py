@@ -1,4 +1,10 @@
-"""The gates that a pruning space has to pass: completeness and alignment of its slices."""
+"""Run gates 2 and 3, which a pruning space has to pass: completeness and alignment of its slices.
+
+Neither is enough alone. Gate 3 compares sliced with zeroed outputs: of a group that lacks a member, the missing slice
+is often multiplied by zeros, so that nothing shows. Gate 2 compares shapes, which cannot see that the wrong rows were
+taken. Both run on replays of a recording (`replay.py`), with random weights: a fresh model has biases of zero and norm
+weights of one, which would hide a slice that is forgotten.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +30,7 @@ from geta_hf.qadg.variants import variants
 TOLERANCE = 1e-9
 """Largest difference of outputs in double precision, relative to the largest output."""
 
-_ROUNDS = 4
+_ROUNDS = 4  # removals for the first batch, and bits of the codes in `_RecordingTrial.removals`
 _NOISE = 4_194_301  # a prime, so that the rows of a longer weight do not repeat
 _HUGE = 1e30  # masked scores hold the lowest float, which must not set the scale of a comparison
 
@@ -36,7 +42,14 @@ class _GateError(Exception):
 
 
 class _RecordingTrial:
-    """A recorded model with random weights, on which removals are tried."""
+    """A recorded model with random weights, on which removals are tried.
+
+    Args:
+        flow: the propagated recording.
+        model: the model that was recorded; read, not changed.
+        space: whose prunable families are tried.
+        seed: for weights and removals.
+    """
 
     def __init__(self, flow: Flow, model: nn.Module, space: PruningSpace, seed: int) -> None:
         self.flow, self.space = flow, space
@@ -73,22 +86,27 @@ class _RecordingTrial:
                     )
 
     def _random(self, name: str) -> torch.Tensor:
-        """Noise of the tensor's own scale; biases and norm weights away from 0 and 1; quantizers as they are.
+        """Return noise of the tensor's own scale; biases and norm weights away from 0 and 1; quantizers as they are.
 
         The same at every call, so that a weight need not be kept.
         """
         tensor = self.tensors[name]
         buffer = self.flow.graph.values[self.positions[name]].role == "buffer"
+        # Numbers such as a step size, counters, and buffers such as a table of frequencies mean something.
         if tensor.numel() == 1 or not tensor.is_floating_point() or (buffer and name not in self.cut):
             return torch.ones(tensor.shape).double() if tensor.is_meta else double(tensor.detach().cpu())
         if name not in self.scales:
             scale = 0.0 if tensor.is_meta else float(tensor.detach().float().std())
             self.scales[name] = scale if 0 < scale < float("inf") else tensor.shape[-1] ** -0.5
         noise = self._noise(tensor.numel(), self.positions[name]).view(tensor.shape)
-        return noise.add_(1.0) if tensor.dim() == 1 else noise.mul_(self.scales[name] * 12**0.5)
+        if tensor.dim() == 1:
+            # 0.5 to 1.5: a bias that is never 0, and a norm weight or a running variance that is never negative.
+            return noise.add_(1.0)
+        # Uniform noise from -0.5 to 0.5 has standard deviation 1 / sqrt(12).
+        return noise.mul_(self.scales[name] * 12**0.5)
 
     def _noise(self, count: int, start: int) -> torch.Tensor:
-        """A copy of a stretch of the noise, from -0.5 to 0.5, over and over; another one for every start."""
+        """Return a copy of a stretch of the noise, from -0.5 to 0.5, over and over; another one for every start."""
         start = start * 7919 % len(self.noise)
         parts = [self.noise[start : start + count]]
         count -= len(parts[0])
@@ -96,24 +114,33 @@ class _RecordingTrial:
         return torch.cat(parts)
 
     def _atoms(self, family: Family) -> NDArray[np.int64]:
-        """For every group the atom that most of its elements carry."""
+        """Return for every group the atom that most of its elements carry, shape (groups,).
+
+        A group's own atom is in all of its elements. Others are in some: a head's rows also carry the head dims.
+        """
         cells = []
         for member in family.members:
-            ids = self.flow.dims(self.positions[member.tensor])[member.dim] if self._touched(member.tensor) else None
+            if not self._touched(member.tensor):
+                continue
+            ids = self.flow.dims(self.positions[member.tensor])[member.dim]
             if ids is not None:
                 cells.append(self.flow.ids.atoms(ids)[member.index.numpy()].reshape(family.size, -1))
         if not cells:
             return np.zeros(family.size, np.int64)
         table = np.concatenate(cells, axis=1)
         rows = np.repeat(np.arange(family.size), table.shape[1])
-        found, count = np.unique(np.stack([rows, table.ravel()]), axis=1, return_counts=True)
-        count[found[1] == PINNED] = 0
-        order = np.lexsort((count, found[0]))
-        last = np.flatnonzero(np.diff(found[0][order], append=family.size))
-        return found[1][order][last]
+        (group, atom), count = np.unique(np.stack([rows, table.ravel()]), axis=1, return_counts=True)
+        count[atom == PINNED] = 0
+        # By group and then by count, so that the most frequent atom of each group comes last.
+        order = np.lexsort((count, group))
+        last = np.flatnonzero(np.diff(group[order], append=family.size))
+        return atom[order][last]
 
     def check(self, removal: Removal) -> None:
-        """Both gates for one removal.
+        """Run both gates for one removal.
+
+        Args:
+            removal: family name to bool, shape (groups,): True for the groups that are removed.
 
         Raises:
             _GateError: a gate failed.
@@ -124,11 +151,13 @@ class _RecordingTrial:
             sliced = Replay(self.flow, removed).run(self._cut(kept, zero=False))
         except ReplayError as error:
             raise _GateError(f"gate 2 (completeness: the slices of a group must be all that leave): {error}") from error
+        # Divisors are corrected for these families alone: any other family must not depend on one.
         coupled = {family.name for family in self.space.prunable if "norm" in family.couplings}
         divisors = self._removed({name: mask for name, mask in removal.items() if name in coupled})
         zeroed = Replay(self.flow, divisors, zeroed=True).run(self._cut(kept, zero=True))
         for position, (left, right) in enumerate(zip(sliced, zeroed, strict=True)):
             difference = _difference(left, right)
+            # Not `difference > TOLERANCE`, which NaN would pass.
             if not difference <= TOLERANCE:
                 raise _GateError(
                     "gate 3 (alignment: sliced groups must act like zero groups): "
@@ -136,7 +165,7 @@ class _RecordingTrial:
                 )
 
     def trouble(self) -> str:
-        """Why the recorded forward does not even run with nothing removed; empty when it does."""
+        """Return why the recorded forward does not even run with nothing removed; empty when it does."""
         try:
             outputs = Replay(self.flow).run(self._cut({}, zero=False))
         except ReplayError as error:
@@ -146,7 +175,7 @@ class _RecordingTrial:
         return ""
 
     def _removed(self, removal: Removal) -> NDArray[np.bool_]:
-        """For every id, whether it is an atom that leaves."""
+        """Return for every id whether it is an atom that is removed; bool, shape (ids,)."""
         removed = np.zeros(self.flow.ids.count, np.bool_)
         for name, mask in removal.items():
             removed[self.atoms[name][mask.numpy()]] = True
@@ -154,14 +183,14 @@ class _RecordingTrial:
         return removed
 
     def _cut(self, kept: dict[str, dict[int, torch.Tensor]], zero: bool) -> Weights:
-        """The weights without the removed slices, or with zeros there."""
+        """Return what makes the weights without the removed slices, or with zeros there."""
 
         def make(name: str) -> torch.Tensor:
             tensor = self._random(name)
             for dim, indices in kept.get(name, {}).items():
                 if zero:
-                    gone = torch.ones(tensor.shape[dim], dtype=torch.bool).index_fill(0, indices, False)
-                    tensor.index_fill_(dim, torch.nonzero(gone).flatten(), 0.0)
+                    removed = torch.ones(tensor.shape[dim], dtype=torch.bool).index_fill(0, indices, False)
+                    tensor.index_fill_(dim, torch.nonzero(removed).flatten(), 0.0)
                 else:
                     tensor = tensor.index_select(dim, indices)
             return tensor
@@ -169,14 +198,15 @@ class _RecordingTrial:
         return {position: partial(make, name) for name, position in self.positions.items()}
 
     def possible(self, removal: Removal) -> Removal:
-        """What of a removal this recording touches."""
+        """Return the part of a removal that this recording touches."""
         return {name: mask for name, mask in removal.items() if name in self.atoms and mask.any()}
 
     def removals(self, rounds: int) -> Iterator[Removal]:
-        """Parts of every prunable family at once: in round r the groups whose code has bit r set.
+        """Yield removals of parts of every prunable family at once: in round r the groups whose code has bit r set.
 
-        Codes are dealt out at random from 1 to 2^rounds - 2. So every group leaves at least once and stays at least
-        once, no family loses its last group, and up to 14 groups are all told apart (larger families statistically).
+        Codes are dealt out at random from 1 to 2^rounds - 2, so none has all bits or no bit set. So every group is
+        removed at least once and kept at least once, no family loses its last group, and up to 14 groups are all told
+        apart (larger families statistically).
         """
         codes = {}
         for family in self._compatible():
@@ -186,7 +216,7 @@ class _RecordingTrial:
             yield {name: mask for name, mask in masks.items() if mask.any()}
 
     def _compatible(self) -> list[Family]:
-        """Prunable families in random order, without those that exclude an earlier one."""
+        """Return prunable families in random order, without those that exclude an earlier one."""
         chosen: dict[str, Family] = {}
         families = self.families
         for position in torch.randperm(len(families), generator=self.generator).tolist():
@@ -197,12 +227,14 @@ class _RecordingTrial:
 
 
 def _difference(left: torch.Tensor, right: torch.Tensor) -> float:
-    """The largest difference, relative to the largest ordinary entry."""
-    left, right = left.double(), right.double()
+    """Return the largest difference, relative to the largest ordinary entry."""
+    left = left.double()
+    right = right.double()
     if not (left.numel() and right.numel()):
         return 0.0
     ordinary = right.abs()[right.abs() < _HUGE]
     scale = float(ordinary.max()) if ordinary.numel() else 1.0
+    # Equal infinities, as in masked scores, differ by NaN.
     error = torch.where(left == right, torch.zeros_like(left), (left - right).abs())
     error = torch.where(right.abs() < _HUGE, error / (scale or 1.0), error / right.abs())
     return float(error.max())
@@ -216,38 +248,52 @@ def verify_space(
     removal: Removal | None = None,
     flow: Flow | None = None,
 ) -> None:
-    """Let a space pass gates 2 and 3: its groups are complete, and removing them is the same as zeroing them.
+    """Check a space by gates 2 and 3: its groups are complete, and removing them is the same as zeroing them.
 
     The recorded forward runs on random weights, in double precision on CPU, and holds one weight at a time. Parts of
-    all prunable families leave together, in four combinations for the first batch and one for every other; every group
-    leaves at least once and stays at least once.
+    all prunable families are removed together, in four combinations for the first batch and one for every other; every
+    group is removed at least once and kept at least once.
     Gate 2: every operator accepts the sliced tensors and gives the shape that the dependency graph says. Gate 3: the
     outputs equal those of the full model with the slices zeroed, to 1e-9 of their scale; where a family is coupled to
-    a norm, its means then run over what stays. The model itself is left alone, and no family loses its last group.
+    a norm, its means then run over what remains. The model itself is not changed, and no family loses its last group.
 
     Args:
         model: the model that the space was built for.
         batch: a batch of real inputs, or several of different shapes. To a single one, others are added which the model
-            runs as well: with other rows, and shorter text with padding. Each is recorded anew, and must give the same
+            runs as well: with other rows, and shorter text with padding. Each is recorded, and must give the same
             prunable families.
         space: what to check; only its prunable families are.
         seed: for the random weights and removals.
-        removal: the only one to try instead: family name to bool, shape (groups,), True for the groups that leave.
+        removal: the only one to try instead: family name to bool, shape (groups,), True for the groups to remove.
         flow: a propagated recording of this model on the (first) batch; recorded here when None.
 
     Raises:
         GETAError: a gate failed (names the family and the gate), the families differ from batch to batch, or the space
             belongs to another model.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 1}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=30, **sizes))
+        >>> batch = {"input_ids": torch.arange(1, 9)[None]}
+        >>> from geta_hf import build_space, verify_space
+        >>> space = build_space(model, batch)
+        >>> verify_space(model, batch, space)  # silent where the space is sound
     """
     expected: list[Family] | None = None
     for recorded in _flows(model, batch, flow):
-        found, first = find_families(recorded), expected is None
+        found = find_families(recorded)
+        first = expected is None
         if expected is None:
             names = {family.name for family in space.prunable}
             expected = [family for family in found if family.name in names]
         _check_same_families(expected, found, recorded)
         trial = _RecordingTrial(recorded, model, space, seed)
-        rounds = trial.removals(_ROUNDS if first else 1) if removal is None else [trial.possible(removal)]
+        if removal is not None:
+            rounds: Iterable[Removal] = [trial.possible(removal)]
+        else:
+            rounds = trial.removals(_ROUNDS if first else 1)
         for removals in rounds:
             try:
                 trial.check(removals)
@@ -255,7 +301,8 @@ def verify_space(
                 if trouble := trial.trouble():
                     if first or not isinstance(batch, Mapping):
                         raise GETAError(f"{type(model).__name__} {trouble}") from None
-                    break  # a made-up batch that the model cannot run, as a real forward would have told
+                    # A made-up batch, which the model turns out not to run.
+                    break
                 name, reason = _blame(trial, removals) or (" with ".join(removals), failure)
                 remedy = "mark it unprunable, or correct the rule of that operator"
                 raise GETAError(f"{name} fails {reason}; {remedy}") from None
@@ -264,6 +311,7 @@ def verify_space(
 def _flows(
     model: nn.Module, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]], first: Flow | None
 ) -> Iterator[Flow]:
+    """Yield a propagated recording of every batch, and of other shapes of a single one."""
     batches = [batch] if isinstance(batch, Mapping) else batch
     yield record_and_propagate(model, batches[0]) if first is None else first
     if not isinstance(batch, Mapping):
@@ -273,12 +321,16 @@ def _flows(
         try:
             flow = record_and_propagate(model, other)
         except GETAError:
-            continue  # not every model runs every shape
+            # Not every model runs every shape.
+            continue
         yield flow
 
 
 def _check_same_families(expected: Iterable[Family], found: Iterable[Family], flow: Flow) -> None:
-    """A family must be found in every recording whose operators touch its tensors, whatever it is called there."""
+    """Raise an error unless every family is found again in a recording whose operators touch its tensors.
+
+    It may have another name there: names are numbered where several families would have the same.
+    """
     by_tensor_dims: dict[frozenset[tuple[str, int]], list[Family]] = {}
     for family in found:
         by_tensor_dims.setdefault(_tensor_dims_of(family), []).append(family)
@@ -304,7 +356,7 @@ def _same_members(left: Family, right: Family) -> bool:
 
 
 def _blame(trial: _RecordingTrial, removal: Removal) -> tuple[str, _GateError] | None:
-    """The first family whose removal alone fails."""
+    """Return the first family whose removal alone fails, with the failure; None if only the combination does."""
     for name, mask in removal.items():
         try:
             trial.check({name: mask})

@@ -113,6 +113,18 @@ def attach_quantizers(
     Raises:
         GETAError: nothing to quantize, an unsupported or already quantized layer, or a weight tied to a layer that is
             not quantized (which would change unnoticed).
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 1}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=30, **sizes))
+        >>> batch = {"input_ids": torch.arange(1, 9)[None]}
+        >>> from geta_hf import attach_quantizers
+        >>> _ = attach_quantizers(model, initial_bits=8)
+        >>> layer = model.bert.encoder.layer[0].intermediate.dense
+        >>> round(float(layer.weight_quantizer.bits()), 4)
+        8.0
     """
     chosen = select_layers(model, include, exclude)
     _refuse_foreign_ties(model, chosen)
@@ -157,6 +169,18 @@ def detach_quantizers(model: nn.Module) -> nn.Module:
     """Remove all quantizers of weights and inputs, in place, and return the model.
 
     The layers have their original classes again, and their weights the values that training gave them, unquantized.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 1}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=30, **sizes))
+        >>> batch = {"input_ids": torch.arange(1, 9)[None]}
+        >>> from geta_hf import attach_quantizers, detach_quantizers
+        >>> _ = attach_quantizers(model)
+        >>> _ = detach_quantizers(model)
+        >>> type(model.bert.encoder.layer[0].intermediate.dense).__name__
+        'Linear'
     """
     for layer in quantized_layers(model).values():
         dequantize_layer(layer)

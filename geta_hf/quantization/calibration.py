@@ -91,6 +91,19 @@ def attach_input_quantizers(
     Raises:
         GETAError: no batch, or one that the model cannot run; no quantized layer; a layer that quantizes its input
             already, that no batch reached, or whose input is not finite or all zero. No layer is changed then.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 1}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=30, **sizes))
+        >>> batch = {"input_ids": torch.arange(1, 9)[None]}
+        >>> from geta_hf import attach_input_quantizers, attach_quantizers
+        >>> _ = attach_quantizers(model)
+        >>> _ = attach_input_quantizers(model, [batch], initial_bits=8)
+        >>> layer = model.bert.encoder.layer[0].intermediate.dense
+        >>> round(float(layer.input_quantizer.bits()), 4)
+        8.0
     """
     check_clipping(clipping)
     layers = _chosen(model, include, exclude)

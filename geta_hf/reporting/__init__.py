@@ -1,1 +1,1 @@
-"""Say what a folder holds: tables, pictures, pages, the model card, and the upload to the Hub."""
+"""Describe an exported folder: tables, the picture, HTML pages, the model card; upload it to the Hub."""

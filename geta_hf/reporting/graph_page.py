@@ -1,6 +1,6 @@
-"""One self-contained HTML page that draws the dependency graph after branch merging: layers, operators, families.
+"""Write one self-contained HTML page that draws the dependency graph after branch merging.
 
-Everything that the page shows is plain data (`page_data`); `page.html` holds the drawing itself.
+The page shows plain data (`page_data`); `graph_page.html` and its scripts draw it.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from geta_hf.qadg.tracing.graph import Graph, Node
 from geta_hf.utils.files import write_whole
 
 SHOWN_ROWS, SHOWN_INDICES = 2, 6
-"""How many groups of a member, and how many indices of each, the page lists."""
+"""Number of groups of a member, and of indices of each, that the page lists."""
 
 _NUMBER = re.compile(r"(?<![^.#])\d+(?![^.:#])")
 _SCRIPTS = ("graph_page_layout.js", "graph_page_panel.js", "graph_page.js")
 
 
 def pattern(name: str) -> str:
-    """A family's or module's name with every layer number as `*`: `model.layers.*.mlp:channels`."""
+    """Return a family's or module's name with every layer number as `*`: `model.layers.*.mlp:channels`."""
     return _NUMBER.sub("*", name)
 
 
 def span(names: Sequence[str]) -> str:
-    """One name for several of the same `pattern`: `model.layers.{0..31}.mlp:channels`, `{0,2,4}` where some lack."""
+    """Return one name for several of the same `pattern`: `model.layers.{0..31}.mlp:channels`, or `{0,2,4}`."""
     if not names:
         return ""
     columns = iter(zip(*(map(int, _NUMBER.findall(name)) for name in names), strict=True))
@@ -54,22 +54,22 @@ def _numbers(found: set[int]) -> str:
 
 
 def gather(names: Iterable[str]) -> list[str]:
-    """The `span` of every `pattern` among `names`, in the order in which they come first."""
+    """Return the `span` of every `pattern` among `names`, in order of first occurrence."""
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(pattern(name), []).append(name)
     return [span(same) for same in alike.values()]
 
 
-def gather_frozen(space: PruningSpace) -> list[tuple[UnsupportedOperator, str]]:
-    """What is frozen, with all layers where the same is in one entry.
+def gather_unsupported(space: PruningSpace) -> list[tuple[UnsupportedOperator, str]]:
+    """Collect the unsupported operators; equal ones in several layers are one entry.
 
     Returns:
-        The first of each kind, with the count of all of them, and the `span` of their modules.
+        The first of each kind, with the count of all, and the `span` of their modules.
     """
     alike: dict[tuple[str, str, str], list[UnsupportedOperator]] = {}
-    for frozen in space.unsupported:
-        alike.setdefault((frozen.operator, pattern(frozen.module), frozen.reason), []).append(frozen)
+    for found in space.unsupported:
+        alike.setdefault((found.operator, pattern(found.module), found.reason), []).append(found)
     return [
         (replace(same[0], count=sum(one.count for one in same)), span([one.module for one in same]))
         for same in alike.values()
@@ -77,11 +77,11 @@ def gather_frozen(space: PruningSpace) -> list[tuple[UnsupportedOperator, str]]:
 
 
 def write_page(flow: Flow, space: PruningSpace, path: str | os.PathLike[str], title: str) -> None:
-    """Draw the dependency graph as one HTML file that needs nothing else, and replace `path` in one step.
+    """Draw the dependency graph as one self-contained HTML file, and replace `path` in one step.
 
     Args:
         flow: of `qadg.propagation.propagate.record_and_propagate`: after branch merging (paper Alg. 1, lines 3-14).
-        space: the families of that very flow.
+        space: the families of the same flow.
         path: the file to write; its folder must exist.
         title: the page's heading, any text.
 
@@ -104,13 +104,13 @@ def _packaged(name: str) -> str:
 
 
 def _embedded(data: dict[str, Any]) -> str:
-    """JSON that cannot end the script element it stands in, whatever names it holds."""
+    """Return JSON that cannot end the surrounding script element, whatever names it contains."""
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def page_data(flow: Flow, space: PruningSpace, title: str) -> dict[str, Any]:
-    """What the page draws, as JSON-ready data.
+    """Return what the page draws, as JSON-ready data.
 
     Args:
         flow: the propagated graph.
@@ -119,7 +119,7 @@ def page_data(flow: Flow, space: PruningSpace, title: str) -> dict[str, Any]:
 
     Returns:
         `vertices`: one for each node of the graph, in order: operator, module, the block it is drawn in, the named
-        tensors it reads, its outputs as (value, shape, families of each dim), its families, and why it is frozen.
+        tensors it reads, its outputs as (value, shape, families of each dim), its families, and why it is unsupported.
         `edges`: (value, from vertex, to vertex). `families`: with members, each as tensor, dim, width (indices a
         group) and the first rows. `frozen`, `untouched`. Families are referred to by their position.
     """
@@ -132,7 +132,7 @@ def page_data(flow: Flow, space: PruningSpace, title: str) -> dict[str, Any]:
         "vertices": [_vertex(flow, node, block, owners, reasons) for node, block in nodes],
         "edges": _edges(flow.graph),
         "families": _families(space),
-        "frozen": [_frozen(first, modules) for first, modules in gather_frozen(space)],
+        "frozen": [_frozen(first, modules) for first, modules in gather_unsupported(space)],
         "untouched": gather(space.untouched),
         "covered": space.coverage(),
         "prunable": space.coverage(prunable_only=True),
@@ -140,7 +140,7 @@ def page_data(flow: Flow, space: PruningSpace, title: str) -> dict[str, Any]:
 
 
 class _Owners:
-    """Which families the ids of a dim belong to."""
+    """Find the families to which the ids of a dim belong."""
 
     def __init__(self, flow: Flow, space: PruningSpace) -> None:
         self._flow = flow
@@ -156,7 +156,7 @@ class _Owners:
             self._table[own, depth[own]] = position
 
     def of(self, ids: Dim) -> list[int]:
-        """The families that some element of a dim belongs to, ascending; ids arrays that dims share are read once."""
+        """Return the families of the elements of a dim, ascending; an ids array that dims share is read once."""
         if ids is None:
             return []
         if id(ids) not in self._known:
@@ -165,14 +165,14 @@ class _Owners:
         return self._known[id(ids)]
 
     def of_value(self, value: int) -> list[list[int]]:
-        """The families of every dim of a value; asking for the dims of one that no rule touched would make ids."""
-        if not self._flow.known(value):
+        """Return the families of every dim of a value."""
+        if not self._flow.known(value):  # `dims` would create ids for a value that no rule reached
             return [[] for _ in self._flow.graph.values[value].shape]
         return [self.of(ids) for ids in self._flow.dims(value)]
 
 
 def _family_atoms(flow: Flow, family: Family, tensors: dict[str, int]) -> Ids:
-    """The atoms that make a family's groups.
+    """Return the atoms that make a family's groups.
 
     An element may carry the atoms of other families too (a head's and a head-dim's), so an atom counts only when it is
     in every index of its group, for one member after the other until no group has a choice.
@@ -192,7 +192,7 @@ def _family_atoms(flow: Flow, family: Family, tensors: dict[str, int]) -> Ids:
 
 
 def _group_atoms(terms: ElementIds, ids: Ids, member: Member) -> Ids:
-    """For every group the atoms that all of its indices carry, 0 elsewhere; shape (groups, k)."""
+    """Return for every group the atoms that all of its indices carry, 0 elsewhere; shape (groups, k)."""
     index = member.index.numpy()
     table = terms.atoms(ids[index.ravel()]).reshape(*index.shape, -1)
     first = table[:, 0]
@@ -221,7 +221,7 @@ def _vertex(flow: Flow, node: Node, block: str, owners: _Owners, reasons: dict[t
 
 
 def _edges(graph: Graph) -> list[list[int]]:
-    """Who reads what from whom; the maker of a value that is written in place is its last writer so far."""
+    """Return (value, from, to); the producer of a value that is written in place is its last writer so far."""
     made: dict[int, int] = {}
     edges = []
     for position, node in enumerate(graph.nodes):
@@ -231,7 +231,7 @@ def _edges(graph: Graph) -> list[list[int]]:
 
 
 def _blocks(graph: Graph) -> list[str]:
-    """The module that each vertex is drawn in: its own, but a merged quantizer branch is drawn with its layer."""
+    """Return the module in which each vertex is drawn: its own, or for a merged quantizer branch that of its layer."""
     made, readers = graph.producers(), graph.consumers()
     blocks = []
     for node in graph.nodes:
@@ -246,7 +246,7 @@ def _blocks(graph: Graph) -> list[str]:
 
 
 def _weight_module(graph: Graph, made: dict[int, int], node: Node) -> str:
-    """The module whose parameter a weight quantizer reads, seen through whatever reshapes it first."""
+    """Return the module whose parameter a weight quantizer reads, directly or through reshapes."""
     pending = [node.inputs["source"].value]
     while pending:
         value = pending.pop()

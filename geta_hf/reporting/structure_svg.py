@@ -1,4 +1,4 @@
-"""What is left of every layer as one SVG picture: layers side by side, bars for what was kept, shades for bits."""
+"""Draw the structure of a compressed model as SVG: one column for each layer, bars for kept groups, shades for bits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from geta_hf.reporting.graph_page import pattern
 
 KEPT, BITS, INPUTS = "kept", "bits of weights", "bits of inputs"
 MANY_ROWS = 40
-"""Beyond that many rows of a section, those alike but for a number (experts, blocks of a stage) share one."""
+"""If a section has more rows, those that differ only in a number (experts, blocks of a stage) share one."""
 
 _NUMBER = re.compile(r"(?<![^.#])\d+(?![^.:#])")
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
@@ -31,12 +31,12 @@ svg { --text: #1c2430; --quiet: #667085; --before: #d5dae3; --kept: #2f6fb5; --b
 
 @dataclass(frozen=True)
 class Cell:
-    """One layer's entry of a row.
+    """Hold one layer's entry of a row.
 
     Attributes:
-        text: what is written there.
+        text: the text in the picture.
         share: how full its bar, or how dark its square is, in [0, 1].
-        title: the whole of it, for a pointer that rests on it.
+        title: the full description, shown as a tooltip.
     """
 
     text: str
@@ -46,12 +46,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """The same thing in every layer.
+    """Hold the same quantity for every layer.
 
     Attributes:
         section: `KEPT`, `BITS` or `INPUTS`.
-        label: what it is, without what all names share.
-        cells: column -> cell; a layer may lack one.
+        label: its name, without the prefix that all names share.
+        cells: column -> cell; not every layer has one.
     """
 
     section: str
@@ -61,19 +61,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Grid:
-    """Everything by layer. `columns` are the layers' numbers in order, "–" for what belongs to no numbered layer."""
+    """Hold the rows by layer. `columns` are the layers' numbers in order, and "–" for what has no layer number."""
 
     columns: list[str]
     rows: list[Row]
 
 
 def printable(text: object) -> str:
-    """Any text with what neither UTF-8 nor XML can hold replaced, and escaped for HTML, SVG and attributes."""
+    """Escape any text for HTML, SVG and attributes, and replace characters that UTF-8 or XML cannot represent."""
     return html.escape(_UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", str(text)))
 
 
 def layer_grid(structure: Structure) -> Grid:
-    """Arrange a structure by layer: the first number in a name is its column, what stands around it is its row."""
+    """Arrange a structure by layer: the first number in a name is its column, the rest of the name its row."""
     rows = [Row(KEPT, label, _map(cells, _kept)) for label, cells in _arranged(structure.kept).items()]
     for section, bits in ((BITS, structure.bits), (INPUTS, structure.activation_bits)):
         rows += [Row(section, label, _map(cells, _bits)) for label, cells in _arranged(bits).items()]
@@ -86,7 +86,7 @@ def _map(cells: Mapping[str, list[tuple[str, object]]], make: object) -> dict[st
 
 
 def _arranged(values: Mapping[str, object]) -> dict[str, dict[str, list[tuple[str, object]]]]:
-    """Label -> column -> the named values there."""
+    """Return label -> column -> the named values."""
     places = {name: _split(name) for name in values}
     if len({(before, after) for before, _, after in places.values()}) > MANY_ROWS:
         places = {name: (before, number, pattern(after)) for name, (before, number, after) in places.items()}
@@ -105,14 +105,15 @@ def _split(name: str) -> tuple[str, str, str]:
 
 
 def _shared(prefixes: Sequence[str]) -> str:
-    """The leading parts that all prefixes have in common."""
+    """Return the leading parts that all prefixes have in common."""
     parts = zip(*(prefix.split(".") for prefix in prefixes), strict=False)
     return ".".join(same[0] for same in takewhile(lambda same: len(set(same)) == 1, parts))
 
 
 def _kept(entries: Sequence[tuple[str, tuple[int, int]]]) -> Cell:
-    left, before = (sum(counts) for counts in zip(*(counts for _, counts in entries), strict=True))
-    return Cell(str(left), left / max(before, 1), f"{_names(entries)}: {left:,} of {before:,}")
+    kept = sum(count for _, (count, _) in entries)
+    before = sum(total for _, (_, total) in entries)
+    return Cell(str(kept), kept / max(before, 1), f"{_names(entries)}: {kept:,} of {before:,}")
 
 
 def _bits(entries: Sequence[tuple[str, int]]) -> Cell:
@@ -128,11 +129,11 @@ def _names(entries: Sequence[tuple[str, object]]) -> str:
 
 
 def draw(grid: Grid, standalone: bool = False) -> str:
-    """The grid as one SVG element.
+    """Draw the grid as one SVG element.
 
     Args:
         grid: see `layer_grid`.
-        standalone: with the colours inside, for a file of its own; otherwise the page around it sets `--text`,
+        standalone: include the colors, for a separate file; otherwise the surrounding page sets `--text`,
             `--quiet`, `--before`, `--kept`, `--bits` and `--inputs`.
     """
     longest = max((len(cell.text) for row in grid.rows for cell in row.cells.values()), default=1)
@@ -154,7 +155,7 @@ def draw(grid: Grid, standalone: bool = False) -> str:
     style = f"<style>{_STYLE}</style>" if standalone else ""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top}" viewBox="0 0 {width} {top}" '
-        f'role="img" aria-label="what is kept of every layer, and its bits" font-family="system-ui, sans-serif" '
+        f'role="img" aria-label="kept groups and bits of every layer" font-family="system-ui, sans-serif" '
         f'font-size="11">{style}{"".join(parts)}</svg>'
     )
 

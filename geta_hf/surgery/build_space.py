@@ -45,6 +45,17 @@ def build_space(
     Raises:
         GETAError: the model cannot run the batch, returns no tensor, nothing in it may be pruned, an entry of `prune`
             or `keep` matches nothing, or a gate failed.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 1}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=30, **sizes))
+        >>> batch = {"input_ids": torch.arange(1, 9)[None]}
+        >>> from geta_hf import build_space
+        >>> space = build_space(model, batch)
+        >>> [(family.kind, family.size) for family in space.prunable]
+        [('heads', 4), ('channels', 32)]
     """
     if not verify:
         return qadg.build_space(model, batch, prune=prune, keep=keep)

@@ -53,6 +53,16 @@ def verify_surgery(model: PreTrainedModel, batch: Batch, space: PruningSpace, se
 
     Raises:
         GETAError: naming the families and what went wrong.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 1}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=30, **sizes))
+        >>> batch = {"input_ids": torch.arange(1, 9)[None]}
+        >>> from geta_hf import build_space, verify_surgery
+        >>> space = build_space(model, batch)
+        >>> verify_surgery(model, batch, space)  # silent where the model's own code follows every cut
     """
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise GETAError(f"gate 4 runs {type(model).__name__} itself, but it is on meta; pass a model with real tensors")

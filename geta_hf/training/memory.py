@@ -66,6 +66,17 @@ def plan_memory(
 
     Raises:
         MemoryUnknown: the forward asks for data, or fails, where there is none.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+        >>> from geta_hf import plan_memory
+        >>> sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 1}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=30, **sizes))
+        >>> batch = {"input_ids": torch.ones(2, 8, dtype=torch.long), "labels": torch.zeros(2, dtype=torch.long)}
+        >>> memory = plan_memory(model, batch, TrainingArguments("run", use_cpu=True))
+        >>> memory.step.optimizer  # AdamW keeps two values of four bytes a parameter, and its step counts
+        90...
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     student = without_data(model, mode, args.device).train()
@@ -264,7 +275,19 @@ def _trial_cut_memory(model: PreTrainedModel, batch: Mapping[str, Tensor], space
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run would do, found without weights: the space, the plan (both None for a plain run) and the memory."""
+    """What a run would do, found without weights: the space, the plan (both None for a plain run) and the memory.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, TrainingArguments
+        >>> from geta_hf import GETAConfig, dry_run
+        >>> sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 1}
+        >>> config = BertConfig(vocab_size=30, architectures=["BertForSequenceClassification"], **sizes)
+        >>> batch = {"input_ids": torch.ones(2, 8, dtype=torch.long), "labels": torch.zeros(2, dtype=torch.long)}
+        >>> found = dry_run(config, batch, TrainingArguments("run", use_cpu=True), GETAConfig())
+        >>> found.parameters, found.plan.groups
+        (11266, 36)
+    """
 
     parameters: int
     space: PruningSpace | None
@@ -299,6 +322,20 @@ def dry_run(
         GETAError: nothing to quantize or to prune, a target out of reach, layers to drop that can't be, stages that do
             not fit into the steps.
         MemoryUnknown: a forward that asks for data; what was planned comes with it.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, TrainingArguments
+        >>> from geta_hf import GETAConfig, dry_run
+        >>> sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 1}
+        >>> config = BertConfig(vocab_size=30, architectures=["BertForSequenceClassification"], **sizes)
+        >>> batch = {"input_ids": torch.ones(2, 8, dtype=torch.long), "labels": torch.zeros(2, dtype=torch.long)}
+        >>> print(dry_run(config, batch, TrainingArguments("run", use_cpu=True), GETAConfig()))
+        parameters: 0.0 M
+        <BLANKLINE>
+        | families | number | groups of each | to remove if even | kept |
+        ...
+        peak: ... MB
     """
     empty: PreTrainedModel = empty_copy(model) if isinstance(model, PreTrainedModel) else empty_model(model)
     parameters = sum(parameter.numel() for parameter in empty.parameters())

@@ -45,6 +45,17 @@ class MemoryPlan:
         backward: the highest level of forward and backward, in the joint stage, once the optimizer has its state.
         step: the highest level of the optimizer's step, QASSO's own part included.
         notes: what could not be counted.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, TrainingArguments
+        >>> from geta_hf import dry_run
+        >>> sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 1}
+        >>> config = BertConfig(vocab_size=30, architectures=["BertForSequenceClassification"], **sizes)
+        >>> batch = {"input_ids": torch.ones(2, 8, dtype=torch.long), "labels": torch.zeros(2, dtype=torch.long)}
+        >>> memory = dry_run(config, batch, TrainingArguments("run", use_cpu=True)).memory
+        >>> memory.peak >= memory.backward.total
+        True
     """
 
     preparation: Moment

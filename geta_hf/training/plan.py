@@ -63,6 +63,17 @@ class Plan:
         unquantized: modules in the model's lists of layers with a matrix that no quantizer covers, numbers as `*`,
             the largest first.
         unquantized_share: their share of all matrix weights in those lists.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, TrainingArguments
+        >>> from geta_hf import GETAConfig, dry_run
+        >>> sizes = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 1}
+        >>> config = BertConfig(vocab_size=30, architectures=["BertForSequenceClassification"], **sizes)
+        >>> batch = {"input_ids": torch.ones(2, 8, dtype=torch.long), "labels": torch.zeros(2, dtype=torch.long)}
+        >>> plan = dry_run(config, batch, TrainingArguments("run", use_cpu=True), GETAConfig(target_sparsity=0.5)).plan
+        >>> plan.removed_groups, plan.groups, plan.mean_bits
+        (18, 36, 6.0)
     """
 
     rows: tuple[PlanRow, ...]

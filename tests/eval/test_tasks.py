@@ -76,7 +76,7 @@ def test_examples_for_the_prompt_come_from_train(tmp_path: Path) -> None:
         ("blimp_unheard_of", r"blimp/unheard_of.jsonl.gz is missing"),
         ("pica", r"no task 'pica' from local files; did you mean piqa"),
         (" , ", "no task is named"),
-        (None, "has files for none of boolq"),
+        (None, "has no files for any of boolq"),
     ],
 )
 def test_what_is_not_there_is_named(tasks: str | None, told: str, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_paradigm_that_lm_eval_does_not_have_is_refused(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("line", "told"),
-    [("", "no JSON"), ("{", "no JSON"), ("[]", "lacks goal, sol1"), ('{"goal": ""}', "lacks sol1, sol2")],
+    [("", "not JSON"), ("{", "not JSON"), ("[]", "lacks goal, sol1"), ('{"goal": ""}', "lacks sol1, sol2")],
 )
 def test_rows_of_something_else_are_refused(line: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "piqa").mkdir()
@@ -116,7 +116,7 @@ def test_rows_of_something_else_are_refused(line: str, told: str, tmp_path: Path
 def test_a_file_that_is_not_packed_as_its_name_says(tmp_path: Path) -> None:
     (tmp_path / "piqa").mkdir()
     (tmp_path / "piqa/validation.jsonl.gz").write_text(json.dumps(ROWS["piqa/validation"][0]))
-    with pytest.raises(GETAError, match="no JSON"):
+    with pytest.raises(GETAError, match="not JSON"):
         write_tasks(tmp_path, tmp_path / "out", "piqa")
 
 

@@ -136,7 +136,7 @@ def test_long_requests_are_cut_and_counted(home: Path) -> None:
     ]
     assert (found.truncated, found.requests) == (sum(length > 41 for length in lengths), 8)
     assert found.truncated
-    with pytest.raises(GETAError, match="in the model's 8 positions"):
+    with pytest.raises(GETAError, match="into the model's 8 positions"):
         evaluate(tiny_llama(positions=8), "piqa", **options)
 
 
@@ -202,9 +202,9 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (["--tasks", "piqa", "--data_dir", "{data}", "--batch_size", "some"], "batch_size='some'"),
         (["--tasks", "piqa", "--data_dir", "{data}", "--output", "nowhere/x.json"], "no such folder"),
         (["--tasks", "piqa", "--data_dir", "{data}", "--card"], "is {dense} an exported folder"),
-        (["--tasks", "piqa", "--data_dir", "{data}", "--dense", "{dense}"], "named twice"),
+        (["--tasks", "piqa", "--data_dir", "{data}", "--dense", "{dense}"], "given twice"),
         (["--text", "nowhere.txt"], "nowhere.txt can't be read"),
-        (["--text", "{other}/empty.txt"], "empty.txt holds no text"),
+        (["--text", "{other}/empty.txt"], "empty.txt contains no text"),
         (["--text", "{text}", "--output", "{data}"], "--output {data}: a folder"),
         (["--text", "{text}", "--block", "129"], "{dense}: block=129: a window has 1 to 128 tokens"),
         (["--text", "{text}", "--stride", "0"], "stride=0"),
@@ -305,7 +305,7 @@ def test_rows_that_the_hub_does_not_give_are_told(home: Path, monkeypatch: pytes
         raise ConnectionError("Couldn't reach 'aps/super_glue' on the Hub")
 
     monkeypatch.setattr(harness, "_run", _run)
-    with pytest.raises(GETAError, match=r"without a network give data_dir .*Couldn't reach"):
+    with pytest.raises(GETAError, match=r"without a network, give --data_dir.*Couldn't reach"):
         evaluate(home / "dense", "boolq", device="cpu")
 
 
@@ -360,9 +360,9 @@ def test_a_tokenizer_or_a_model_that_does_not_fit_is_told(tmp_path: Path) -> Non
     encoder = BertLMHeadModel(BertConfig(vocab_size=257, **sizes))
     encoder.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(GETAError, match=rf"{tmp_path.name} \(BertLMHeadModel\) sees the tokens to come"):
+    with pytest.raises(GETAError, match=rf"{tmp_path.name} \(BertLMHeadModel\) sees later tokens"):
         harness.load(tmp_path, device="cpu")
-    for one, told in [(encoder, "sees the tokens to come"), (model, "200 rows")]:
+    for one, told in [(encoder, "sees later tokens"), (model, "200 rows")]:
         with pytest.raises(GETAError, match=told):
             perplexity(one, byte_tokenizer(), "Ink")
 

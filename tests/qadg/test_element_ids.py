@@ -154,6 +154,33 @@ def test_an_atom_of_products_that_share_nothing_joins_them_and_pins_none():
     assert element_ids.find(outer).all() and element_ids.find(inner).all()
 
 
+def test_only_what_all_products_share_is_kept_of_an_atom():
+    """(1, 2, 3), (1, 2, 4) and (1, 5, 6): 2 is shared by most, but not by all."""
+    element_ids = ElementIds()
+    factors = element_ids.fresh(6)
+    rows = np.array([[1, 2, 3], [1, 2, 4], [1, 5, 6]], np.int32)
+    products = element_ids.pair(rows[:, 0], element_ids.pair(rows[:, 1], rows[:, 2]))
+    atom = element_ids.fresh(1)
+    element_ids.unify(np.repeat(atom, 3), products)
+    assert sets(element_ids, atom) == sets(element_ids, factors[:1]) == [{1}]
+    assert not element_ids.find(factors[1:]).any()
+
+
+def test_atoms_without_a_shared_factor_do_not_hide_a_contradiction_of_others():
+    """x = three products that share nothing, y = (a, b) and (a, c), z = a product of three."""
+    element_ids = ElementIds()
+    outer, inner = element_ids.fresh(3), element_ids.fresh(3)
+    a, b, c = element_ids.fresh(1), element_ids.fresh(1), element_ids.fresh(1)
+    longer = element_ids.pair(element_ids.fresh(1), element_ids.pair(element_ids.fresh(1), element_ids.fresh(1)))
+    x, y, z = element_ids.fresh(1), element_ids.fresh(1), element_ids.fresh(1)
+    products = np.concatenate([element_ids.pair(outer, inner), element_ids.pair(a, b), element_ids.pair(a, c), longer])
+    element_ids.unify(np.concatenate([np.repeat(x, 3), np.repeat(y, 2), z]), products)
+    assert sets(element_ids, x) == [{int(outer[0]), int(inner[0])}]
+    assert sets(element_ids, y) == [{int(a[0])}]
+    assert sets(element_ids, b) == sets(element_ids, c) == [set()]
+    assert len(sets(element_ids, z)[0]) == 3
+
+
 def test_atoms_are_bound_each_to_the_product_in_its_own_row():
     """In descending order, and with products of different lengths: two, three and four factors."""
     element_ids = ElementIds()

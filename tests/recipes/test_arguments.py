@@ -55,7 +55,7 @@ def test_text_is_no_yaml_and_the_rest_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("parse", [recipe.parse_arguments, bert_squad.parse_arguments])
-@pytest.mark.parametrize(("asked", "message"), [("true", "holds no checkpoint"), ("elsewhere", "is no folder")])
+@pytest.mark.parametrize(("asked", "message"), [("true", "has no checkpoint"), ("elsewhere", "is not a folder")])
 def test_nothing_to_resume_from(parse: object, asked: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(GETAError, match=message):
         parse([*MODEL, "--resume_from_checkpoint", asked, "--output_dir", str(tmp_path)])  # type: ignore[operator]

@@ -56,7 +56,7 @@ def test_what_is_no_text_is_named() -> None:
         has_target(DataArguments(text_column="messages"), {"messages": turns("w1", "w2")})
     with pytest.raises(GETAError, match="must hold lists of messages"):
         has_target(CHAT, {"messages": [{"from": "human", "value": "w1"}]})
-    with pytest.raises(GETAError, match="response_column, prompt_column and template go"):
+    with pytest.raises(GETAError, match="excludes response_column, prompt_column and template"):
         features(
             DataArguments(messages_column="messages", response_column="text"),
             word_tokenizer(),

@@ -57,7 +57,7 @@ class PostTrainingMethod(QASSOMethod):
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is done, and with it weights are rounded."""
+        """True once the last step is done, and weights are rounded with it."""
         return super().finished and self.step_count >= self._last_step
 
     def result(self) -> CompressionResult:

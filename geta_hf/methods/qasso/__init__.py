@@ -1,4 +1,4 @@
-"""QASSO (arXiv GETA, CVPR 2025, Algorithms 2 and 3): prune groups and learn bit widths inside an optimizer's steps.
+"""QASSO (GETA, arXiv 2502.16638, Algorithms 2 and 3): prune groups and learn bit widths inside an optimizer's steps.
 
 It wraps any torch optimizer. Nothing here knows Trainer, Accelerate or how a folder is written.
 """

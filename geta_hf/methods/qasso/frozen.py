@@ -55,6 +55,7 @@ class GradientSums:
         """Let the tensors have gradients from now on, each for as long as it takes to add it up; or no longer."""
         if active == (self._handles is not None):
             return
+        # Outside the stages that score groups, backward then skips these gradients, as under plain LoRA.
         for name in self.frozen.names:
             named[name].requires_grad_(active)
         for handle in self._handles or ():
@@ -67,8 +68,9 @@ class GradientSums:
         @torch.no_grad()
         def note(tensor: Tensor) -> None:
             assert tensor.grad is not None
+            # ∂f/∂W is that of the merged weight too, so ⟨g, x⟩ is taken with W + scale · B A.
             self.add(name, self.frozen.merged(name, named), tensor.grad)
-            tensor.grad = None
+            tensor.grad = None  # so that at most one gradient of a frozen tensor exists at a time
 
         return tensor.register_post_accumulate_grad_hook(note)
 
@@ -120,6 +122,7 @@ def forget_frozen(slices: Sequence[Slice], named: Named, steps_remaining: int, f
         γ, shape (families,); NaN where a family has no redundant group.
     """
     rate = torch.full((families,), torch.nan)
+    # The frozen W takes no step of its own, so shrinking in place needs no values from before the step.
     for piece in slices:
         piece.multiply(named[piece.tensor].detach(), 1.0 - 1.0 / steps_remaining)
         rate[piece.families] = 1.0 / steps_remaining

@@ -143,6 +143,7 @@ def measure_slice(piece: Slice, named: Named, quantizers: Quantizers, values: Va
     assert piece.x is not None
     after = piece.read(local(named[piece.tensor].detach())).float()
     x = piece.x.float()
+    # A bias, or a layer that is not quantized, is forgotten as it is: x^Q = x.
     step = SliceStep(piece, after, x)
     prefix = quantizers.weights.get(piece.tensor)
     if prefix is not None:
@@ -169,6 +170,7 @@ def family_sums(steps: Sequence[SliceStep], families: int) -> Tensor:
         family, dim = step.piece.family, step.piece.dim
         # |clip|, not clip: a signed mean is about 0 for weights of both signs, and γ would silently stay 0.
         total[0].index_add_(0, family, sum_others(step.clip.abs(), dim))
+        # The number of elements at each index; one number for all, so that nothing has to be counted on the device.
         elements = step.clip.numel() // max(len(family), 1)
         total[1].index_add_(0, family, torch.full(family.shape, float(elements), device=family.device))
         if step.grad is not None and step.step is not None:
@@ -223,6 +225,7 @@ def find_pairs(slices: Sequence[Slice], families: int, quantizers: Quantizers) -
         layer = quantizers.position(piece.tensor)
         if layer >= 0:
             found.update(layer * families + family for family in piece.families)
+    # Ascending, so that the pairs of a layer are adjacent and positions are found by bisection.
     key = torch.tensor(sorted(found), dtype=torch.int64)
     of_layer = torch.div(key, max(families, 1), rounding_mode="floor")
     last = torch.nonzero(torch.diff(of_layer, append=of_layer.new_full((1,), -1))).flatten()

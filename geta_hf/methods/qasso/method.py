@@ -1,4 +1,4 @@
-"""QASSO as a `Method`: what a trainer calls, in the order in which it calls it."""
+"""QASSO as a `Method`, with its functions in the order in which a trainer calls them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from geta_hf.methods.base import Batches, CompressionResult, Method, Run, StepMe
 from geta_hf.methods.parameter_groups import add_frozen_group, add_quantizer_group, check_names, quantizer_parameters
 from geta_hf.methods.qasso.frozen import check_rules
 from geta_hf.methods.qasso.joint_step import needs_gradients
-from geta_hf.methods.qasso.metrics import compression_state
+from geta_hf.methods.qasso.metrics import compression_metrics
 from geta_hf.methods.qasso.optimizer import QASSO
 from geta_hf.methods.qasso.schedule import COOLDOWN, STAGES, Schedule
 from geta_hf.qadg import PruningSpace
@@ -149,6 +149,7 @@ class QASSOMethod(Method):
         Raises:
             GETAError: stages that do not fit into the run, an optimizer that can't be wrapped, or one of another model.
         """
+        # QASSO finds all that groups cut by the base optimizer's names, so frozen weights have to be among them.
         add_frozen_group(base, [parameter for parameter, name in names.items() if name in run.frozen.names])
         check_names(base, names)
         add_quantizer_group(base, quantizer_parameters(model), self.config.quantizer_learning_rate)
@@ -197,7 +198,7 @@ class QASSOMethod(Method):
 
     @property
     def finished(self) -> bool:
-        """Whether the joint stage is over: groups are zero and widths are integers."""
+        """True once the joint stage is over: groups are zero and widths are integers."""
         return self.optimizer is not None and self.optimizer.finished
 
     @property
@@ -216,9 +217,19 @@ class QASSOMethod(Method):
         Raises:
             GETAError: training has not started.
         """
-        if self.optimizer is None:
+        optimizer = self.optimizer
+        if optimizer is None:
             raise GETAError("training has not started, so there is no compression state")
-        return compression_state(self.optimizer)
+        widths = list(optimizer.bits().values())  # weights first
+        layers = optimizer.quantizers.weight_layers
+        return compression_metrics(
+            self.stage,
+            optimizer.ledger,
+            optimizer.removed_mask,
+            widths[:layers],
+            widths[layers:],
+            optimizer.mean_gamma(),
+        )
 
     # --- after training -----------------------------------------------------------------------------------------------
 

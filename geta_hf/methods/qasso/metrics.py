@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from geta_hf.costs.ledger import Ledger
-from geta_hf.methods.qasso.optimizer import QASSO
 from geta_hf.methods.qasso.schedule import STAGES
 from geta_hf.quantization.functional import FLOAT_BITS
 
@@ -46,17 +45,3 @@ def compression_metrics(
     if input_bits:
         metrics["mean_input_bits"] = round(sum(input_bits) / len(input_bits), 3)
     return metrics
-
-
-def compression_state(qasso: QASSO) -> dict[str, float]:
-    """Return `compression_metrics` of an optimizer; waits for the device."""
-    widths = list(qasso.bits().values())
-    layers = len(qasso.ledger.layers)
-    return compression_metrics(
-        qasso.phase.stage,
-        qasso.ledger,
-        qasso.removed_mask,
-        widths[:layers],
-        widths[layers:],
-        qasso.mean_gamma(),
-    )

@@ -82,6 +82,27 @@ class QASSO(torch.optim.Optimizer):
     Raises:
         GETAError: a target that can't be reached, a member of a prunable family or a quantizer that is not in `base`, a
             base optimizer or a kind of parameter that can't be wrapped.
+
+        >>> import torch
+    >>> from geta_hf import GETAConfig, QASSO, PruningSpace, Schedule, attach_quantizers
+    >>> model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(4, 4)])})
+    >>> _ = attach_quantizers(model)
+    >>> names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    >>> config = GETAConfig(target_sparsity=0.0, mean_bits=5)
+    >>> optimizer = QASSO(
+    ...     torch.optim.SGD(list(names), lr=0.01),
+    ...     names,
+    ...     PruningSpace(families=()),
+    ...     {"blocks.0.weight": "blocks.0.weight_quantizer"},
+    ...     Schedule.from_config(config, total_steps=50, steps_per_epoch=50),
+    ...     config,
+    ... )
+    >>> for _ in range(50):
+    ...     model["blocks"][0](torch.ones(2, 4)).sum().backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    >>> optimizer.finished, round(optimizer.bits()["blocks.0.weight_quantizer"])
+    (True, 5)
     """
 
     def __init__(
@@ -235,7 +256,7 @@ class QASSO(torch.optim.Optimizer):
         if values:
             gradients = [local(parameter.grad) for parameter in trained if parameter.grad is not None]
             torch._foreach_mul_(gradients, values)
-            before = torch.cat(values)
+            before = torch.cat(values)  # a copy, while `values` are views into the parameters
         self.base.step()
         if values:
             stepped = relative_step(before, torch.cat(values))
@@ -451,7 +472,7 @@ class QASSO(torch.optim.Optimizer):
 
     @property
     def finished(self) -> bool:
-        """Whether the joint stage is over: all groups that were to be removed are zero, and widths are integers."""
+        """True once the joint stage is over: all that was to be removed is zero, and widths are integers."""
         return self.phase.stage == COOLDOWN
 
     @property
@@ -492,7 +513,7 @@ class QASSO(torch.optim.Optimizer):
 
     @property
     def removed_groups(self) -> int:
-        """How many groups are exactly zero for good."""
+        """The number of groups that are exactly zero for good."""
         return int(self.removed_mask.sum())
 
     @property
@@ -502,7 +523,7 @@ class QASSO(torch.optim.Optimizer):
 
     def bits(self) -> dict[str, float]:
         """Return the present width of every quantizer by its prefix; weights' first. Waits for the device."""
-        named = self._named()
+        named = self._named()  # may be asked before the first step
         self.quantizers.to(local(next(iter(named.values()))).device)
         return dict(zip(self.quantizers.prefixes, self.quantizers.bits(named).tolist(), strict=True))
 

@@ -1,4 +1,4 @@
-"""When what happens: the four stages of QASSO and their periods, as plain integers."""
+"""The four stages of QASSO and their periods, as plain integers: which step belongs to which."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STAGES = (WARMUP, PROJECTION, JOINT, COOLDOWN)
 
 
 def resolve_duration(duration: Duration, total_steps: int, steps_per_epoch: float, name: str = "duration") -> int:
-    """A stage's length in optimizer steps.
+    """Return a stage's length in optimizer steps.
 
     Args:
         duration: int steps, float share of training in [0, 1), or text: "200 steps", "1.5 epochs".
@@ -54,7 +54,7 @@ def _parse(duration: str, steps_per_epoch: float, name: str) -> int:
 
 @dataclass(frozen=True)
 class Phase:
-    """Where one step stands.
+    """The position of one step in the schedule.
 
     Attributes:
         stage: one of STAGES.
@@ -70,18 +70,26 @@ class Phase:
 
     @property
     def starts(self) -> bool:
-        """Whether this is the first step of its period."""
+        """True at the first step of a period."""
         return self.step == 0
 
     @property
     def ends(self) -> bool:
-        """Whether this is the last step of its period."""
+        """True at the last step of a period."""
         return self.step == self.length - 1
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps of each stage; cool-down takes what is left of `total`."""
+    """Steps of each stage; cool-down takes the rest of `total`.
+
+    >>> from geta_hf import GETAConfig, Schedule
+    >>> schedule = Schedule.from_config(GETAConfig(warmup=10, projection=0.2), total_steps=100, steps_per_epoch=50)
+    >>> schedule.warmup, schedule.projection, schedule.joint
+    (10, 20, 40)
+    >>> schedule.at(10).stage, schedule.at(99).stage
+    ('projection', 'cool-down')
+    """
 
     warmup: int
     projection: int
@@ -92,7 +100,7 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: GETAConfig, total_steps: int, steps_per_epoch: float) -> Schedule:
-        """Resolve the stages of a config. Raises GETAError when they do not fit into training."""
+        """Resolve the stages of a config. Raise GETAError when they do not fit into training."""
         lengths = {
             name: resolve_duration(getattr(config, name), total_steps, steps_per_epoch, f"GETAConfig.{name}")
             for name in ("warmup", "projection", "joint")
@@ -112,7 +120,7 @@ class Schedule:
         )
 
     def at(self, step: int) -> Phase:
-        """The phase of 0-based optimizer step `step`; steps beyond `total` are cool-down."""
+        """Return the phase of 0-based optimizer step `step`; steps beyond `total` are cool-down."""
         joint_start = self.warmup + self.projection
         if step < self.warmup:
             return Phase(WARMUP, 0, step, self.warmup)

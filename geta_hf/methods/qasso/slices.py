@@ -129,6 +129,7 @@ class Slice:
 
     def inside(self, value: Tensor) -> Tensor:
         """Return the part of a factor of the full tensor that is a factor of the slice."""
+        # A factor of one entry serves the entire weight; one with an entry for each channel runs along a dimension.
         if self.shard is not None and value.dim() > 1 and value.shape[self.shard.dim] > 1:
             value = value.narrow(self.shard.dim, self.shard.start, self.shard.stop - self.shard.start)
         if value.dim() > 1 and value.shape[self.dim] > 1:
@@ -195,6 +196,7 @@ def zero_moments(slices: Sequence[Slice], named: Named, state: Mapping[Tensor, M
     for piece in slices:
         parameter = named[piece.tensor]
         for value in state.get(parameter, {}).values():
+            # Of another shape are step counters, and Adafactor's row and column averages, which mix all groups.
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 held = local(value)
                 if type(held) is Tensor and held.is_floating_point():

@@ -98,6 +98,7 @@ def restore_vectors(packed: dict[str, Any], like: Mapping[str, Tensor]) -> tuple
     first = state.get(packed["param_groups"][0]["params"][0], {})
     vectors = {}
     for name, mine in like.items():
+        # Taken out before the base loads, which casts what it holds for a parameter to the parameter's dtype.
         value = first.pop(f"{_PREFIX}{name}", None)
         if value is None or value.shape != mine.shape:
             found = "nothing" if value is None else f"{tuple(value.shape)}"

@@ -64,7 +64,8 @@ def check_same_path(model: nn.Module, batch: Mapping[str, Any], graph: Graph) ->
     """Record the model on the batch again and compare with a graph that is at hand.
 
     Args:
-        model, batch: as in `record_forward`.
+        model: as in `record_forward`.
+        batch: as in `record_forward`.
         graph: what `record_forward` gave for them, its branches not merged.
 
     Raises:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from geta_hf.config import GETAConfig
+from geta_hf.methods.qasso.optimizer import bit_choices
 from tests.methods.qasso.toy import batch_at, make, small_config, status_of, toy_space, train_step
 
 RATE, QUANTIZER_RATE, ETA, XI = 0.002, 3e-3, 0.9, 0.8
@@ -234,3 +235,19 @@ def test_bits_never_snap_above_the_bound_in_force() -> None:
     for step in range(44):
         train_step(model, optimizer, step)
     assert [round(float(layer.weight_quantizer.bits()), 3) for layer in model.layers] == [6.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "by_sensitivity", "search"),
+    [
+        ({}, True, True),
+        ({"bit_rule": "ppsg"}, False, True),
+        ({"bit_rule": "paper"}, False, True),
+        ({"clipping": "max"}, True, False),
+        ({"learn_exponent": True}, True, False),
+    ],
+)
+def test_the_rules_of_a_config_choose_the_bits(changes: dict, by_sensitivity: bool, search: bool) -> None:
+    """Clipping values are searched for at t = 1 only, and never where q_m = max|W| is asked for."""
+    found = bit_choices(small_config(**changes))
+    assert (found.by_sensitivity, found.search_clipping) == (by_sensitivity, search)
