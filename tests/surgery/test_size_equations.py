@@ -27,7 +27,7 @@ def call(name: str, *args: Any, outputs: int = 1, **kwargs: Any) -> Call:
 class Sliced:
     """Stands for a sliced trace: shapes before and after, by value."""
 
-    def __init__(self, *shapes: tuple[tuple[int, ...], tuple[int, ...]], masks: dict[int, list[int]] | None = None):
+    def __init__(self, *shapes: tuple[tuple[int, ...], tuple[int, ...]], masks: dict[Any, list[int]] | None = None):
         self.before = [before for before, _ in shapes]
         self.after = [after for _, after in shapes]
         self.masks = masks or {}
@@ -41,7 +41,7 @@ class Sliced:
         return self.after[ref.value][dim]
 
     def mask(self, ref: Ref, dim: int) -> np.ndarray | None:
-        mask = self.masks.get(ref.value)
+        mask = self.masks.get((ref.value, dim), self.masks.get(ref.value))
         return None if mask is None else np.array(mask, bool)
 
     def free(self, ref: Ref, dim: int) -> bool:
@@ -123,6 +123,20 @@ def test_a_tagged_place_along_a_dim_that_is_not_cut_does_not_move() -> None:
     sliced = Sliced(((6, 4), (6, 4)), ((2, 4), (2, 4)))
     assert demanded(call("__getitem__", Ref(0), slice(None, number)), sliced) == [(2, 2)]
     assert demanded(call("__getitem__", Ref(0), slice(None, 2)), sliced) == []
+
+
+def test_places_count_along_their_own_dim() -> None:
+    def wanted(*index: Any) -> list[tuple[int, int]]:
+        sliced = Sliced(
+            ((6, 7), (5, 6)), ((1,), (1,)), masks={(0, 0): [1, 0, 1, 1, 1, 1], (0, 1): [0, 0, 1, 1, 1, 1, 1]}
+        )
+        return demanded(call("__getitem__", Ref(0), index), sliced)
+
+    assert wanted(4) == [(4, 3)]
+    assert wanted(None, 4) == [(4, 3)]
+    assert wanted(4, None, 4) == [(4, 3), (4, 2)]
+    assert wanted(..., 4) == [(4, 2)]
+    assert wanted([0, 4], 4) == wanted(True, 4) == wanted(Ref(0), 4) == []  # chosen by content
 
 
 # --- convolutions and norms of groups -----------------------------------------------------------------------------
