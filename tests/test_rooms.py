@@ -35,6 +35,7 @@ def test_imports_run_in_one_direction_without_circles():
         ("qadg/tracing/graph.py", "import geta_hf.qadg.space"),
         ("reporting/hub.py", "def late():\n    import geta_hf.training.trainer"),
         ("inference/products.py", "import geta_hf.inference.layers"),
+        ("training/plan.py", "import geta_hf.methods.qasso.schedule"),
     ],
 )
 def test_an_import_in_the_wrong_direction_is_caught(module: str, line: str, tmp_path: Path):

@@ -26,6 +26,9 @@ from geta_hf.errors import GETAError
 from geta_hf.methods.frozen_weights import FrozenWeights
 from geta_hf.qadg import PruningSpace
 
+AVERAGES = "keeps an average of the weights, in which removed groups are not zero; use AdamW or SGD"
+"""Why no method can remove groups under a schedule-free optimizer."""
+
 Batches = Callable[[int], Sequence[Mapping[str, Any]]]
 """Return the first N batches of the training data, without labels, on the model's device."""
 

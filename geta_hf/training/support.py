@@ -2,39 +2,75 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
 from torch import nn
-from transformers import Trainer
+from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_peft_available
 
 from geta_hf.errors import GETAError
 from geta_hf.export.export import check_never_exported
-from geta_hf.methods.qasso.checks import AVERAGES
+from geta_hf.methods.base import AVERAGES
 
 
-def check_supported(trainer: Trainer, lora: bool = False) -> None:
+@dataclass(frozen=True)
+class Launch:
+    """How the processes of a run share the model.
+
+    Attributes:
+        deepspeed: whether DeepSpeed trains.
+        fsdp_version: 1 or 2 under FSDP; None without it.
+        tensor_parallel: whether weights are split over processes by tensor parallelism.
+    """
+
+    deepspeed: bool = False
+    fsdp_version: int | None = None
+    tensor_parallel: bool = False
+
+    @classmethod
+    def of(cls, accelerator: Accelerator, model: nn.Module | None) -> Launch:
+        """Read it from a trainer's accelerator and model."""
+        plugin = getattr(accelerator.state, "fsdp_plugin", None)
+        parallel = getattr(accelerator, "parallelism_config", None)
+        by_config = parallel is not None and parallel.tp_enabled
+        return cls(
+            deepspeed=getattr(accelerator.state, "deepspeed_plugin", None) is not None,
+            fsdp_version=None if plugin is None else getattr(plugin, "fsdp_version", 1),
+            tensor_parallel=bool(by_config or getattr(model, "tp_size", None)),
+        )
+
+
+def check_options(
+    args: TrainingArguments, launch: Launch, optimizer: Any = None, scheduler: Any = None, lora: bool = False
+) -> None:
     """Raise GETAError for an option that would change what was planned, or a launch that hides groups.
 
     Args:
-        trainer: made, not yet trained.
+        args: Trainer's own.
+        launch: how the run is launched.
+        optimizer: made by the user, if any.
+        scheduler: made by the user, if any.
         lora: whether weights are frozen and LoRA's matrices trained.
     """
-    if trainer.lr_scheduler is not None:
+    if scheduler is not None:
         raise GETAError("a ready-made scheduler does not know the quantizers; pass optimizers=(optimizer, None)")
-    if trainer.args.auto_find_batch_size:
+    if args.auto_find_batch_size:
         raise GETAError("auto_find_batch_size restarts training half-way; find the batch size without GETATrainer")
-    if trainer.args.load_best_model_at_end:
+    if args.load_best_model_at_end:
         raise GETAError(
             "load_best_model_at_end would bring back a checkpoint from before groups and bits were removed; "
             "turn it off, the last checkpoint is the compressed one"
         )
-    _check_optimizer(OptimizerNames(trainer.args.optim).value)
-    check_launch(trainer)
+    _check_optimizer_name(OptimizerNames(args.optim).value)
+    check_launch(launch)
     if lora:
-        _check_lora(trainer)
+        _check_lora(args, launch, optimizer)
 
 
-def _check_optimizer(name: str) -> None:
+def _check_optimizer_name(name: str) -> None:
     if "lomo" in name or name.endswith("layerwise"):
         raise GETAError(
             f"optim = {name!r} updates weights while gradients are computed, where groups can't be forgotten; "
@@ -44,34 +80,33 @@ def _check_optimizer(name: str) -> None:
         raise GETAError(f"optim = {name!r} {AVERAGES}")
 
 
-def _check_lora(trainer: Trainer) -> None:
-    if trainer.optimizer is not None:
+def _check_lora(args: TrainingArguments, launch: Launch, optimizer: Any) -> None:
+    if optimizer is not None:
         raise GETAError("an optimizer made beforehand lacks LoRA's matrices; pass optimizer_cls_and_kwargs or `optim`")
-    if trainer.args.fp16:
+    if args.fp16:
         raise GETAError("fp16 scales gradients before LoRA's scores are taken of them; use bf16, or fp32")
-    if trainer.is_fsdp_enabled:
+    if launch.fsdp_version is not None:
         raise GETAError(
             "under FSDP2 frozen weights are split and can't be scored; use DDP, or train without peft_config"
         )
-    checkpointing = trainer.args.gradient_checkpointing_kwargs
+    checkpointing = args.gradient_checkpointing_kwargs
     if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
         raise GETAError(
             "use_reentrant=True gives layers without trained inputs no gradient under LoRA; set it to False"
         )
-    if trainer.args.torch_compile:
+    if args.torch_compile:
         raise GETAError("torch_compile loses the gradients of frozen weights that LoRA is scored by; turn it off")
 
 
-def check_launch(trainer: Trainer) -> None:
+def check_launch(launch: Launch) -> None:
     """Raise GETAError for a way of training in which a method cannot see complete groups."""
-    if trainer.is_deepspeed_enabled:
+    if launch.deepspeed:
         raise GETAError(
             "DeepSpeed keeps its own optimizer and flat parameters, where groups can't be found; use DDP or FSDP2"
         )
-    if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+    if launch.fsdp_version == 1:
         raise GETAError("FSDP 1 flattens parameters, where groups can't be found; set fsdp_version: 2")
-    parallel = getattr(trainer.accelerator, "parallelism_config", None)
-    if (parallel is not None and parallel.tp_enabled) or getattr(trainer.model, "tp_size", None):
+    if launch.tensor_parallel:
         raise GETAError("tensor parallelism splits heads over processes; use DDP or FSDP2, or one process")
 
 

@@ -18,6 +18,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from geta_hf.config import CONFIG_NAME, CompressionConfig, GETAConfig
+from geta_hf.costs.ledger import Ledger
 from geta_hf.errors import GETAError
 from geta_hf.export import ExportReport, export
 from geta_hf.methods import Method, Run, make_method
@@ -34,7 +35,7 @@ from geta_hf.training.distillation import Distiller, dense_copy
 from geta_hf.training.lora import LoraPlan, attach_lora, find_frozen_weights, merged, plan_lora
 from geta_hf.training.plan import Plan, layer_uses, make_ledger, make_plan
 from geta_hf.training.preparation import SeededByEpoch, empty_copy, first_batches, without_untrained
-from geta_hf.training.support import check_plain, check_supported
+from geta_hf.training.support import Launch, check_options, check_plain
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -107,26 +108,20 @@ class GETATrainer(Trainer):
         self.method: Method = make_method(self.geta_config)
         self.lora = self._check_model(model, peft_config)
         super().__init__(model=model, args=args, **kwargs)
-        check_supported(self, self.lora is not None)
+        launch = Launch.of(self.accelerator, self.model)
+        check_options(self.args, launch, self.optimizer, self.lr_scheduler, lora=self.lora is not None)
         # Kept, since later on not every process may draw from the loader, which all of them share.
         self._batch = {name: value[:2] for name, value in self._sample_batches(1)[0].items()}
         teacher = self._choose_teacher(model, teacher)
         self.dropped = self._drop_layers(model)
         self.run_config = self._resolve_config()
         try:
-            if self.lora is not None and self.dropped.removed:
-                self.lora = plan_lora(model, self.lora.config, self._layers_to_quantize(model))
+            self.lora = self._replan_lora(model)
             self.space = self._find_space(model)
             self.distiller = self._make_distiller(model, teacher)
             self.method.attach(model, self._sample_batches)
             check_ties(model)
-            self._ledger = make_ledger(
-                model,
-                self.space,
-                layer_uses(model, self._batch),
-                self.geta_config.embedding_bits,
-                self.dropped.work,
-            )
+            self._ledger = self._measure_sizes(model)
             self.plan: Plan = make_plan(self.geta_config, self.space, self._ledger, model)
             if self.lora is not None:
                 attach_lora(model, self.lora)
@@ -222,6 +217,17 @@ class GETATrainer(Trainer):
             model, self._batch, prune=self.geta_config.prune, keep=self.geta_config.keep, narrow=narrow
         )
         return space
+
+    def _replan_lora(self, model: nn.Module) -> LoraPlan | None:
+        """Plan LoRA again where layers were dropped: paths of the remaining ones have changed."""
+        if self.lora is None or not self.dropped.removed:
+            return self.lora
+        return plan_lora(model, self.lora.config, self._layers_to_quantize(model))
+
+    def _measure_sizes(self, model: nn.Module) -> Ledger:
+        """Measure everything that an export would store, by which targets are solved."""
+        uses = layer_uses(model, self._batch)
+        return make_ledger(model, self.space, uses, self.geta_config.embedding_bits, self.dropped.work)
 
     def _sample_batches(self, count: int) -> list[dict[str, Tensor]]:
         """Return the first batches without labels, on the model's device; random states are left as they were."""

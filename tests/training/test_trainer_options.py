@@ -20,7 +20,7 @@ from geta_hf import GETAConfig, GETATrainer
 from geta_hf.errors import GETAError
 from geta_hf.export.export import STRUCTURE_NAME
 from geta_hf.quantization import quantized_layers
-from geta_hf.training.support import check_launch
+from geta_hf.training.support import Launch, check_launch
 from tests.conftest import tiny_bert_config
 from tests.small_folders import exported
 from tests.training.test_trainer import SMALL, arguments, rows, trainer
@@ -235,17 +235,23 @@ def test_evaluation_is_without_the_teacher(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"is_deepspeed_enabled": True}, "DeepSpeed keeps its own optimizer.*use DDP or FSDP2"),
-        ({"is_fsdp_enabled": True}, "set fsdp_version: 2"),
-        ({"model": SimpleNamespace(tp_size=2)}, "tensor parallelism splits heads"),
+        ({"deepspeed_plugin": object()}, "DeepSpeed keeps its own optimizer.*use DDP or FSDP2"),
+        ({"fsdp_plugin": SimpleNamespace(fsdp_version=1)}, "set fsdp_version: 2"),
+        ({"fsdp_plugin": SimpleNamespace()}, "set fsdp_version: 2"),
+        ({"tp_size": 2}, "tensor parallelism splits heads"),
+        ({"tp_enabled": True}, "tensor parallelism splits heads"),
     ],
 )
 def test_launches_that_hide_groups_are_refused(state: dict, message: str) -> None:
-    plugin = SimpleNamespace(fsdp_version=1)
-    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), parallelism_config=None)
-    defaults = {"is_deepspeed_enabled": False, "is_fsdp_enabled": False, "model": None, "accelerator": accelerator}
+    parallel = SimpleNamespace(tp_enabled=state.get("tp_enabled", False))
+    accelerator = SimpleNamespace(state=SimpleNamespace(**state), parallelism_config=parallel)
     with pytest.raises(GETAError, match=message):
-        check_launch(SimpleNamespace(**{**defaults, **state}))
+        check_launch(Launch.of(accelerator, SimpleNamespace(tp_size=state.get("tp_size"))))
+
+
+def test_launches_that_keep_groups_together_are_accepted() -> None:
+    for state in ({}, {"fsdp_plugin": SimpleNamespace(fsdp_version=2)}):
+        check_launch(Launch.of(SimpleNamespace(state=SimpleNamespace(**state)), None))
 
 
 def test_an_unreachable_size_fails_before_training_and_leaves_the_model_plain(tmp_path) -> None:

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from geta_hf.costs.quantizer_table import Named, Quantizers
 from geta_hf.errors import GETAError
+from geta_hf.methods.base import AVERAGES
 from geta_hf.qadg.groups import Family
 from geta_hf.utils.shards import add_up, local, shard_of
-
-AVERAGES = "keeps an average of the weights beside them, in which removed groups are not zero; use AdamW or SGD"
-"""What is wrong with an optimizer that is schedule-free."""
 
 _BAD_VALUES = ("d, q_m or t", "the gradient")
 """What the two rows of `bad_step` are about."""
