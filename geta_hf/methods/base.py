@@ -182,7 +182,10 @@ class Method(ABC):
 
     @property
     def removed_groups(self) -> int:
-        """The number of groups that are zero for good by now. By default those of `result`, and none before."""
+        """The number of groups that are permanently zero by now; by default those of `result`, and none before.
+
+        Checkpoints ask for it on one process, so it must not wait for the others.
+        """
         return self.result().removed_groups if self.finished else 0
 
     @property
@@ -198,7 +201,7 @@ class Method(ABC):
 
     @abstractmethod
     def result(self) -> CompressionResult:
-        """Return what was decided. Raise GETAError before `finished`."""
+        """Return what was decided; every process calls it. Raise GETAError before `finished`."""
 
 
 METHODS: dict[type[CompressionConfig], type[Method]] = {}

@@ -14,7 +14,6 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from geta_hf.config import CONFIG_NAME, CompressionConfig, read_config
 from geta_hf.errors import GETAError
-from geta_hf.methods import Method
 from geta_hf.serialization.atomic_folder import PROGRESS_NAME, WORLD_NAME
 from geta_hf.serialization.decode import Header, read_headers
 from geta_hf.training.lora import check_lora, save_lora
@@ -45,9 +44,8 @@ def write_notes(
     folder: Path,
     processes: int,
     sharded: bool,
-    method: Method | None,
+    progress: Progress | None,
     lora: LoraConfig | None = None,
-    base_model: str | None = None,
 ) -> None:
     """Write into a checkpoint how it was launched and how far the compression was.
 
@@ -55,15 +53,13 @@ def write_notes(
         folder: the checkpoint.
         processes: how many wrote it.
         sharded: whether each of them held a part of the model.
-        method: the run's method; None before training.
+        progress: how far the run is; None before training.
         lora: the run's LoraConfig, where it has one.
-        base_model: what the run started from; see `base_name`.
     """
     if lora is not None:
         save_lora(folder, lora)
     write_whole(folder / WORLD_NAME, json.dumps({"processes": processes, "sharded": sharded}) + "\n")
-    if method is not None:
-        progress = Progress(method.step_count, method.finished, method.removed_groups, base_model)
+    if progress is not None:
         write_whole(folder / PROGRESS_NAME, json.dumps(dataclasses.asdict(progress)) + "\n")
 
 

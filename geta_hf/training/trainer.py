@@ -30,7 +30,7 @@ from geta_hf.reporting.model_card import write_card
 from geta_hf.serialization.tied_weights import check_ties
 from geta_hf.surgery.build_space import prepare_space
 from geta_hf.surgery.drop_layers import DroppedLayers, drop_layers, mean_loss
-from geta_hf.training.checkpoints import base_name, check_checkpoint, write_notes
+from geta_hf.training.checkpoints import Progress, base_name, check_checkpoint, write_notes
 from geta_hf.training.distillation import Distiller, dense_copy
 from geta_hf.training.lora import LoraPlan, attach_lora, find_frozen_weights, merged, plan_lora
 from geta_hf.training.plan import Plan, layer_uses, make_ledger, make_plan
@@ -389,6 +389,7 @@ class GETATrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         self._check_finite()
         super()._save(output_dir, state_dict)
+        progress = self._describe_progress()
         if not self.args.should_save:
             return
         folder = Path(str(output_dir or self.args.output_dir))
@@ -397,8 +398,18 @@ class GETATrainer(Trainer):
             folder,
             self.args.world_size,
             self.is_fsdp_enabled,
-            self.method if self._wrapped else None,
+            progress,
             self._lora_config,
+        )
+
+    def _describe_progress(self) -> Progress | None:
+        """Return how far the run is, for a checkpoint; None before training."""
+        if not self._wrapped:
+            return None
+        return Progress(
+            self.method.step_count,
+            self.method.finished,
+            self.method.removed_groups,
             base_name(self._plain_model),
         )
 
@@ -432,6 +443,8 @@ class GETATrainer(Trainer):
                 f"training is at step {step}, before the end of the joint stage, where the last groups become zero; "
                 f"train on before exporting (steps that an fp16 scaler skipped do not count)"
             )
+        # Both exchange shards under FSDP2, so every process takes part before all but the first return.
+        result = self.method.result()
         model = self._gather_model()
         if not self.is_world_process_zero():
             return None
@@ -444,7 +457,7 @@ class GETATrainer(Trainer):
                 batch={name: value.to(model.device) for name, value in self._batch.items()},
                 config=self.run_config,
                 processing_class=self.processing_class,
-                result=self.method.result(),
+                result=result,
                 embedding_bits=self.geta_config.embedding_bits,
                 finish=card,
                 overwrite=overwrite,

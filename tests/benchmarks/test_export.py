@@ -32,7 +32,8 @@ linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="m
 def test_an_export_is_counted_and_its_record_has_all_keys() -> None:
     found = run_once("tiny", trainer=False)
     assert found["forwards"] >= found["recordings"] >= 1
-    assert found["copies"] >= found["weight_copies"] >= 1
+    assert 2 >= found["copies"] >= 1 and found["copies"] >= found["weight_copies"]
+    assert found["recordings"] <= 2
     assert found["built"] >= 1  # the model that is loaded from the folder
     record = json.loads(json.dumps({"model": "tiny", **summarize([found, {**found, "seconds": 99.0}])}))
     assert record.keys() == {"model", "parameters", "groups", *COUNTS, *FIGURES}

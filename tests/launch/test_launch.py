@@ -86,6 +86,6 @@ def test_a_checkpoint_of_two_processes_is_resumed_by_one(launched, alone, tmp_pa
 
 def test_a_changed_number_of_shards_is_refused(tmp_path) -> None:
     GETAConfig().save(tmp_path / "geta_config.json")
-    write_notes(tmp_path, 4, sharded=True, qasso=None)
+    write_notes(tmp_path, 4, sharded=True, progress=None)
     with pytest.raises(GETAError, match=r"written by 4 processes under FSDP, this run has 2.*resume with 4"):
         check_checkpoint(tmp_path, GETAConfig(), torch.nn.Linear(1, 1), processes=2, sharded=True)

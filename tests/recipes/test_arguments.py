@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -68,7 +69,7 @@ def test_help_describes_every_argument_and_every_setting() -> None:
     shown = " ".join(text.split())
     for field in (*fields(bert_squad.ModelArguments), *fields(bert_squad.DataArguments)):
         assert f"--{field.name} " in shown and field.metadata["help"] in shown, field.name
-    assert "--learning_rate" in shown and "geta.method NAME one of qasso (default: qasso)" in shown
+    assert "--learning_rate" in shown and "geta.method NAME one of qasso, post-training (default: qasso)" in shown
     for name, one in settings_of(GETAConfig).items():
         described = f"--geta.{name} VALUE {one.help} ({one.allowed}; default: {json.dumps(one.default)})"
         assert " ".join(described.split()) in shown, name
@@ -91,7 +92,7 @@ def test_help_lists_a_shared_setting_once_and_the_methods_own(monkeypatch: pytes
         multiple_of: int = 8
 
     text = describe_config()
-    assert "one of qasso, search (default: qasso)" in text
+    assert re.search(r"one of qasso, .*search \(default: qasso\)", text)
     assert text.count("--geta.target_sparsity ") == 1 == text.count("--geta.warmup ")
     assert "Targets, every method:" in text and "Stages, method qasso:" in text and "Search, method search:" in text
     assert "Softmax temperature. (a number above 0; default: 1.0)" in text
@@ -101,5 +102,5 @@ def test_help_lists_a_shared_setting_once_and_the_methods_own(monkeypatch: pytes
 def test_the_method_chooses_the_config_class() -> None:
     named = recipe.parse_arguments([*MODEL, "--geta.method", "qasso", "--geta.mean_bits", "5"])
     assert named.geta == GETAConfig(mean_bits=5)
-    with pytest.raises(GETAError, match=r"unknown method 'sparse'; known are \['qasso'\]"):
+    with pytest.raises(GETAError, match=r"unknown method 'sparse'; known are \[.*'qasso'.*\]"):
         recipe.parse_arguments([*MODEL, "--geta.method", "sparse"])

@@ -57,7 +57,7 @@ def test_a_model_is_recorded_in_several_ways_and_left_as_it_was() -> None:
     assert before == {name: vars(module) for name, module in model.named_modules()}
     assert all(trace.original and trace.calls for trace in recordings.traces)
     assert recordings.flow is first.flow
-    shapes = {value.shape for value in together.flow.graph.values if value.kind == "input"}
+    shapes = {value.shape for value in together.flow.graph.values if value.role == "input"}
     assert shapes == {(3, 6), (2, 8)}  # another shape, and the batch step by step and under eager attention
 
 
