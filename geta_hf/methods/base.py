@@ -208,6 +208,7 @@ def make_method(config: CompressionConfig) -> Method:
     Raises:
         GETAError: no method is entered in `METHODS` for this type.
     """
+    # A user's subclass of GETAConfig, which only changes defaults, still means QASSO.
     for kind in type(config).__mro__:
         if kind in METHODS:
             return METHODS[kind](config)
