@@ -1,7 +1,7 @@
 """Choose the final integer bit width of every quantizer, by what rounding costs and what the target allows.
 
 `allocate_bits` is a pure function of plain data. Measuring its inputs, and writing the step sizes that follow from its
-result, are left to the caller, so that any method can use it, also after training.
+result, are up to the caller, so that any method can use it, also after training.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class BitChoices:
         inputs: integer widths of layers' inputs, ascending.
         by_sensitivity: spend the budget where the expected loss falls most; otherwise move the learned widths together
             until they meet it.
-        search_clipping: let clipping values follow the widths; otherwise they stay.
+        search_clipping: let clipping values follow the widths; otherwise they are kept.
     """
 
     weights: Sequence[int]
@@ -105,7 +105,7 @@ def allocate_bits(
     Args:
         learned: the widths so far. They decide where there is no budget, or where the rule moves them together.
         rounding: squared errors at each of `choices.weights`; None where `choices.needs_errors` says that none are
-            needed. Then each width is rounded to the nearest choice, and clipping values stay.
+            needed. Then each width is rounded to the nearest choice, and clipping values are kept.
         curvature: float64, shape (layers,): ‖g‖² of each weight, averaged over recent steps; read by the sensitivity
             rule only.
         ledger: sizes of the model.

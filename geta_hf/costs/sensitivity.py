@@ -51,7 +51,7 @@ def measure_errors(
         weight_of: returns the weight of a name, or None where it is not trained. It is called for one weight after the
             other, so that a merged weight exists only for as long as it is measured.
         widths: integer widths, ascending.
-        search: look for a better clipping value at each width; otherwise the present one stays.
+        search: look for a better clipping value at each width; otherwise the present one is kept.
     """
     _, q_m, t = quantizer_values
     shape = (quantizers.weight_layers, len(widths))
@@ -97,7 +97,7 @@ def rounding_errors(
         magnitude: |x| relative to the present clipping value, any shape.
         weight: squared clipping value, broadcastable against `magnitude`.
         widths: integer widths, ascending.
-        search: look for a better clipping value; otherwise the present one stays.
+        search: look for a better clipping value; otherwise the present one is kept.
         shard: how the layer is split over processes.
 
     Returns:

@@ -31,7 +31,7 @@ class Target:
         unit: GROUPS, PARAMETERS, BOPS or BYTES: what pruning is counted in.
         amount: how much of it remains; for GROUPS exact, otherwise at most.
         bits: mean width that `amount` was solved for.
-        budgets: what widths may spend at most of MEAN_BITS, BOPS or BYTES; empty where they stay as learned.
+        budgets: what widths may spend at most of MEAN_BITS, BOPS or BYTES; empty where the learned ones are kept.
         input_bits: width of the layers' inputs that BOPs are planned with.
     """
 

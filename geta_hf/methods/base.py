@@ -153,7 +153,7 @@ class Method(ABC):
         Args:
             base: over all trained parameters, quantizers' included.
             names: the model's name of every parameter.
-            model: as `attach` left it.
+            model: as it is after `attach`.
             run: what is known of the run.
         """
 

@@ -171,7 +171,8 @@ def family_sums(steps: Sequence[SliceStep], families: int) -> Tensor:
     """
     total = torch.zeros(4, families, device=steps[0].after.device)
     for step in steps:
-        family, dim = step.piece.family, step.piece.dim
+        family = step.piece.family
+        dim = step.piece.dim
         # |clip|, not clip: a signed mean is about 0 for weights of both signs, and γ would silently stay 0.
         total[0].index_add_(0, family, sum_others(step.clip.abs(), dim))
         # The number of elements at each index; one number for all, so that nothing has to be counted on the device.
@@ -274,7 +275,7 @@ def step_sizes(
     # More bits are a finer grid, so b_u gives d_min and b_l gives d_max.
     bounds = step_size(bits[1], q_m, t), step_size(bits[0], q_m, t)
     rate, sizes = joint_step_size(rate, pairs.family, sums[0], sums[1], bounds, config.eta, config.xi)
-    # Eq. 14 divides by γ; where nothing is forgotten there is nothing to balance, and d stays.
+    # Eq. 14 divides by γ; where nothing is forgotten there is nothing to balance, and d is kept.
     return rate, torch.where(rate[pairs.family] > 0, sizes, d)
 
 
@@ -291,7 +292,8 @@ def shrink_slice(step: SliceStep, rate: Tensor, forgotten: Tensor, size: Tensor 
         size: d by Eq. 14, broadcastable against the slice; None where it is not set.
         named: parameters by name.
     """
-    piece, dims = step.piece, step.after.dim()
+    piece = step.piece
+    dims = step.after.dim()
     value = step.after - step.quantized(size) * piece.along(rate[piece.family], dims)
     value = value.masked_fill_(piece.along(forgotten[piece.family], dims), 0.0)
     # The difference is taken in fp32 and rounded once, to the type of the parameter.

@@ -1,7 +1,7 @@
 """QASSO (arXiv 2502.16638, Algorithm 2): a wrapper around any torch optimizer, and one itself.
 
 All per-step logic sits in `step`, where gradients are clipped, accumulated and unscaled, once per update. The four
-stages are four methods, with the numbers of Algorithm 2's lines beside them.
+stages are four methods, each with the line numbers of Algorithm 2.
 
 The base optimizer owns `param_groups` and `state`. What QASSO adds are numbers in `param_groups[0]` and the vectors of
 `QASSOState`, so a checkpoint holds plain tensors and numbers only. Parameters are found by the names in
@@ -375,7 +375,7 @@ class QASSO(torch.optim.Optimizer):
                 f"the saliency of {worst.name} is not finite at step {self.step_count}: its weights or gradients "
                 f"are NaN or infinite; go back to the last checkpoint with a lower learning rate"
             )
-        # Groups that are removed stay so; all others compete again, whatever an earlier period scored them.
+        # Removed groups are out; all others compete again, whatever an earlier period scored them.
         removed = self.removed_mask
         chunks = find_chunks(self.families, scores, removed, Limits.of(self.config))
         periods = self.schedule.pruning_periods
@@ -477,7 +477,7 @@ class QASSO(torch.optim.Optimizer):
             labels = self.frozen.with_adapters(self._labels or ())
             slices = build_slices(labels, self.qasso_state.redundant, self._family, named)
             self._redundant = RedundantSlices.of(slices, len(self.families), self.quantizers, self.config)
-            # Nothing steps a frozen weight, so that it stays zero by itself; its adapters are trained on.
+            # Nothing steps a frozen weight, so it remains zero by itself; its adapters are trained on.
             trained = [cut for cut in labels if cut.tensor not in self.frozen.names]
             self._removed = build_slices(trained, self.qasso_state.removed, self._family, named)
         return self._redundant

@@ -17,7 +17,7 @@ def resolve_duration(duration: Duration, total_steps: int, steps_per_epoch: floa
 
     Args:
         duration: int steps, float share of training in [0, 1), or text: "200 steps", "1.5 epochs".
-        total_steps: optimizer steps of the whole training.
+        total_steps: optimizer steps of the entire training.
         steps_per_epoch: optimizer steps of one epoch.
         name: what to call it in an error.
     """

@@ -3,7 +3,7 @@
 An id is one of three things:
 
 - *pinned*: id 0. The element can never be removed.
-- an *atom*: removed as one. All elements that carry it leave at once.
+- an *atom*: removed as one. All elements that carry it are removed at once.
 - a *product* of two ids, outer and inner. Its element is removed as soon as either factor is.
 
 The ids live in a union-find forest. Take a matrix product `x @ w.T` of an activation x of shape (3, 4), with atoms
@@ -84,7 +84,7 @@ class ElementIds:
         columns = self.find(ids)[:, None]
         if not (self._outer[columns] != _UNBOUND).any():
             return columns
-        # Every round replaces the products in the table by their two factors, side by side, until none is left.
+        # Every round replaces the products in the table by their two factors, side by side, until only atoms remain.
         while True:
             bound = self._outer[columns] != _UNBOUND
             if not bound.any():

@@ -2,13 +2,13 @@
 
 A rule reads the ids of its operator's inputs with `dims`, ties them to each other with `unify` or `broadcast`, and sets
 those of its outputs with `set_dims`. Views go through `view`, which is made of `merge` (several dims into one: product
-ids) and `split` (one dim into several: ids are bound to products). What has to stay as it is gets pinned:
+ids) and `split` (one dim into several: ids are bound to products). What must not be removed gets pinned:
 
 - `pin` for what can never be removed by design, such as rows that an embedding is indexed by;
 - `pin_and_report` for what an operator does with a dim, such as a softmax along it;
 - `pin_unsupported` for all that an operator without a rule reads. It is reported, and never guessed.
 
-`mark` leaves flags on ids from which families get their kind and their couplings later (`families.classify`):
+`mark` sets flags on ids, from which families get their kind and their couplings later (`families.classify`):
 
 - "row", "column": output and input features of a weight;
 - "head", "attended": batch and inner dims of a product of two activations, as attention has it;
@@ -42,7 +42,7 @@ class Flow:
 
     Attributes:
         graph: the recorded forward pass.
-        ids: the union-find forest that says what the ids stand for.
+        ids: the union-find forest that says what the ids mean.
         readers: for every value, the positions of the nodes that read it.
         nonnegative: values without an element below zero.
         contractions: multiply-accumulates of the operators, with the dims in proportion to which they shrink.

@@ -53,7 +53,7 @@ def _convolution(flow: Flow, node: Node) -> None:
 def _grouped(flow: Flow, node: Node, channels: Dim) -> tuple[Dim, Dim, Dim]:
     """Return the output channels of a grouped convolution, and what counts as rows and columns of its kernel.
 
-    Input and output channels are seen as (group, channel within). Whole groups are removed together on both sides.
+    Input and output channels are seen as (group, channel within). A group is removed entirely, on both sides.
     A channel within is removed from every group at once, since the kernel's second dim is shared by all of them.
     Depthwise is the case of one input channel in each group.
     """
@@ -109,7 +109,7 @@ def _batch_norm(flow: Flow, node: Node) -> None:
 
 
 def _group_norm(flow: Flow, node: Node) -> None:
-    """Pass whole groups; mark the channels within one, and the places, which are normalised together."""
+    """Pass complete groups; mark the channels within one, and the places, which are normalised together."""
     dims = flow.dims(node.inputs["input"])
     groups = node.inputs["group"]
     channels = node.inputs["C"]

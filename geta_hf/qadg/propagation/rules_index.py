@@ -222,7 +222,7 @@ def _masked_scatter(flow: Flow, node: Node) -> None:
     theirs = flow.dims(source)
     passed = 0
     while mask is not None and passed < min(len(shape), len(given)) - 1 and shape[-1 - passed] == given[-1 - passed]:
-        # Constant along the dim: then a row is taken entirely or not at all, and column k stays column k.
+        # Constant along the dim: then a row is taken entirely or not at all, and column k is column k as before.
         full = mask.expand(shape)
         if not bool((full == full.narrow(len(shape) - 1 - passed, 0, 1)).all()):
             break

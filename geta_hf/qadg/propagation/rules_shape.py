@@ -1,4 +1,4 @@
-"""Rules of the operators that move whole dims about: ids pass unchanged, or multiply in views.
+"""Rules of the operators that rearrange entire dims: ids pass unchanged, or multiply in views.
 
 None of these operators computes, so none of them ties two tensors to each other except `cat`, `stack` and `glu`, which
 put tensors, or halves of one, at the same place.
@@ -58,7 +58,7 @@ def _squeeze(flow: Flow, node: Node) -> None:
     chosen = node.inputs.get("dim", list(range(len(shape))))
     if isinstance(chosen, int):
         chosen = [chosen]
-    # torch leaves a chosen dim in place unless it has one element.
+    # torch keeps a chosen dim unless it has one element.
     squeezed = {dim % len(shape) for dim in chosen if shape[dim] == 1}
     dims = flow.dims(node.inputs["self"])
     flow.set_dims(node.outputs[0], [ids for position, ids in enumerate(dims) if position not in squeezed])
@@ -139,7 +139,7 @@ def _split(flow: Flow, node: Node) -> None:
 
 
 def _unbind(flow: Flow, node: Node) -> None:
-    """Drop a dim, of which every element becomes a tensor of its own: a fixed number of results, so all of it stays."""
+    """Drop a dim, of which every element becomes a tensor of its own: a fixed number of results, so none is removed."""
     dims = flow.dims(node.inputs["self"])
     flow.pin([dims.pop(node.inputs["dim"])])
     for value in node.outputs:
@@ -172,7 +172,7 @@ def _concatenated(column: list[Dim], sizes: list[int]) -> Dim:
     """Join the ids of several parts along one dim, with zeros for those that are pinned."""
     if all(ids is None for ids in column):
         return None
-    # None stands for a pinned dim, which has to be written out next to ids: [0, 0, 0, 7, 8].
+    # A pinned dim is None, and has to be written out next to ids: [0, 0, 0, 7, 8].
     filled = [np.zeros(size, np.int32) if ids is None else ids for ids, size in zip(column, sizes, strict=True)]
     return np.concatenate(filled)
 

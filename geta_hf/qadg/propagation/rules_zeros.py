@@ -35,7 +35,7 @@ _CONTRACTIONS |= {"baddbmm": ("batch1", "batch2", "self"), "convolution": ("inpu
 _NORMS = frozenset({"native_layer_norm", "_fused_rms_norm", "native_batch_norm", "native_group_norm"})
 _NORMS |= {"_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "_batch_norm_no_update"}
 _PROBES = ((0.73, -1.38, 0.21), (-1.17, 0.59, 2.3), (1.9, 0.4, -0.8), (-0.3, -2.2, 1.1))
-"""For what is unknown, by operand, in every combination of signs: a result that stays the same depends on none."""
+"""For what is unknown, by operand, in every combination of signs: a result that is always the same depends on none."""
 
 
 def where_removed(flow: Flow, value: int, node: Node) -> Number:
@@ -137,7 +137,7 @@ class _Numbers:
     def _normalised(self, node: Node) -> bool:
         """Return whether a norm gives zero wherever something is removed.
 
-        Along the dims that its weight and bias have it does if both are zero there. Along other dims a whole slice of
+        Along the dims that its weight and bias have it does if both are zero there. Along other dims an entire slice of
         zeros is normalised, to which the bias is added, so there nothing is claimed.
         """
         weight = node.inputs.get("weight")
@@ -190,7 +190,7 @@ class _Numbers:
             # An unknown operand may hold anything, so it is one of the probes rather than a number of our choice.
             if number is None or stretched:
                 probe = probes[item.value]
-                # A mask is true or false, and `where` insists on bool: 0.73 stands for true, -1.38 for false.
+                # A mask is true or false, and `where` insists on bool: 0.73 becomes true, -1.38 false.
                 number = probe if value.dtype.is_floating_point else float(probe > 0)
             return torch.tensor(number).to(value.dtype)
 
