@@ -1,7 +1,7 @@
 """Choose the final integer bit width of every quantizer, by what rounding costs and what the target allows.
 
 `allocate_bits` is a pure function of plain data. Measuring its inputs, and writing the step sizes that follow from its
-result, are left to the caller, so that any method can use it, also after training.
+result, are up to the caller, so that any method can use it, also after training.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class BitChoices:
         inputs: integer widths of layers' inputs, ascending.
         by_sensitivity: spend the budget where the expected loss falls most; otherwise move the learned widths together
             until they meet it.
-        search_clipping: let clipping values follow the widths; otherwise they stay.
+        search_clipping: let clipping values follow the widths; otherwise they are kept.
     """
 
     weights: Sequence[int]
@@ -105,7 +105,7 @@ def allocate_bits(
     Args:
         learned: the widths so far. They decide where there is no budget, or where the rule moves them together.
         rounding: squared errors at each of `choices.weights`; None where `choices.needs_errors` says that none are
-            needed. Then each width is rounded to the nearest choice, and clipping values stay.
+            needed. Then each width is rounded to the nearest choice, and clipping values are kept.
         curvature: float64, shape (layers,): ‖g‖² of each weight, averaged over recent steps; read by the sensitivity
             rule only.
         ledger: sizes of the model.
@@ -113,6 +113,7 @@ def allocate_bits(
         removed: bool, shape (groups,): groups that are cut away, and cost nothing any more.
         choices: allowed widths, and the rule.
     """
+    # Inputs first: BOPs are products of both widths, so a bit of a weight costs more where its input is wider.
     input_bits = sensitivity.nearest(learned.inputs, choices.inputs) if len(learned.inputs) else []
     if rounding is None:
         weight_bits = sensitivity.nearest(learned.weights, choices.weights)
@@ -120,6 +121,7 @@ def allocate_bits(
     widths = choices.weights
     per_layer = _bits_of_inputs(learned.input_of, input_bits)
     per_bit = torch.stack([_cost_per_bit(unit, ledger, removed, per_layer) for unit in target.budgets])
+    # Steps between widths need not be one bit: from 4 to 8 under choices (2, 4, 8) costs 4.
     costs = per_bit[..., None] * torch.tensor(widths, dtype=torch.float64).diff()
     if choices.by_sensitivity:
         priority = _sensitivity_priority(rounding, curvature, ledger.weights(removed), costs[0])
@@ -127,6 +129,7 @@ def allocate_bits(
         priority = sensitivity.by_learned_width(learned.weights, widths)
     budgets = [_remaining_budget(target, unit, ledger, removed, float(widths[0]), per_layer) for unit in target.budgets]
     steps = sensitivity.allocate(priority, costs, budgets)
+    # Step k of a layer is width k, so the same number finds the clipping value of that width.
     clips = rounding.clips[torch.arange(len(steps)), torch.tensor(steps)]
     return BitAllocation([widths[step] for step in steps], clips, input_bits)
 
@@ -161,6 +164,7 @@ def _cost_per_bit(unit: str, ledger: Ledger, removed: Tensor, input_bits: Tensor
         one_bit = torch.ones(len(weights), dtype=torch.float64)
         uses = torch.tensor([layer.uses for layer in ledger.layers], dtype=torch.float64)
         macs = weights * input_bits * uses
+        # The share of each layer, scaled so that they add up to the BOPs of the model with one bit in every weight.
         return macs / macs.sum() * ledger.relative_bops(removed, one_bit, input_bits)
     return weights / weights.sum()
 
@@ -173,6 +177,7 @@ def _remaining_budget(
     spent = target.spent(unit, ledger, removed, lowest, input_bits)
     # Each packed weight ends on a full byte, and numbers in the header may grow by a digit.
     reserve = 2 * len(ledger.layers) + 64 if unit == BYTES else 0
+    # A warning and no error, as most of the training is done: a model at its lowest widths is better than none.
     if budget - reserve < spent:
         logger.warning(
             "%s: the target is %g, but with all layers at %g bits it is %g; the costly layers lost too few groups",

@@ -94,6 +94,7 @@ class Ledger:
         shapes: dict[str, list[int]] = {}
         for cut in self.labels:
             shape = shapes.setdefault(cut.tensor, list(self.shapes[cut.tensor]))
+            # Dims are cut independently, so two families that cut rows and columns of one tensor both count here.
             shape[cut.dim] -= int(marked(cut.label, removed).sum())
         return shapes
 
@@ -126,6 +127,7 @@ class Ledger:
             bits, input_bits: of each layer's weight and input, shape (layers,), or one number for all.
         """
         uses = torch.tensor([layer.uses for layer in self.layers], dtype=torch.float64)
+        # Relative to the model before any block was dropped: otherwise dropping half of the blocks would lower nothing.
         dense = ((self.weights(self.nothing) * uses).sum() + self.dropped) * FLOAT_BITS**2
         return float((self.weights(removed) * uses * bits * input_bits).sum() / dense)
 
@@ -145,14 +147,17 @@ class Ledger:
             shape = remaining.get(name, list(full))
             if name in self.row_bits:
                 length = math.ceil(math.prod(shape) * self.row_bits[name] / 8)
-                sizes[name], sizes[f"{name}_scale"] = ("U8", [length], length), ("F32", shape[:1], 4 * shape[0])
+                sizes[name] = ("U8", [length], length)
+                sizes[f"{name}_scale"] = ("F32", shape[:1], 4 * shape[0])
                 continue
             if name not in packed:
                 sizes[name] = ("F32", shape, math.prod(shape) * self.item_bytes[name])
                 continue
             layer, width = packed[name]
+            # A real mean width gives a real number of bits; an integer one makes this exact.
             length = math.ceil(math.prod(shape) * width / 8)
             scales = 1 if layer.channel_dim is None else shape[layer.channel_dim]
+            # Codes are packed across rows, so that only a tensor's end is padded to a byte.
             sizes[name] = ("U8", [length], length)
             sizes[f"{name}_scale"] = ("F32", [scales], 4 * scales)
             if quantized_inputs:
@@ -163,6 +168,7 @@ class Ledger:
         """Return the entries of a file's header; of split tensors with their shapes before any cut."""
         found: dict[str, Entry] = {}
         for name, (kind, shape, size) in sizes.items():
+            # Experts that live in one tensor are stored one by one: as many names in the header, for the same bytes.
             pieces = self.stored_as.get(name, [(name, ())])
             for piece, full in pieces:
                 found[piece] = (kind, shape if len(pieces) == 1 else list(full), size // len(pieces))
@@ -177,4 +183,5 @@ def _header_bytes(sizes: Mapping[str, Entry]) -> int:
     for name, (kind, shape, size) in ordered:
         header[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
+    # To the byte, since a target in bytes is compared with the size of the file.
     return 8 + -(-len(json.dumps(header, separators=(",", ":"))) // 8) * 8

@@ -79,6 +79,7 @@ def linear_bops(layers: Sequence[LayerCost], tokens: int = 1) -> float:
 
 def mean_bits(layers: Sequence[LayerCost]) -> float:
     """Return the mean width over all weights. Raise GETAError when there is no layer."""
+    # Weighted by elements: a small layer at 8 bits must not count as much as a large one at 2.
     weights = sum(layer.weights for layer in layers)
     if not weights:
         raise GETAError("there is no quantized weight to average bits over")
@@ -133,12 +134,15 @@ def measure_costs(model: PreTrainedModel, tokens: int = 384, names: Sequence[str
     # Fused attention kernels are not counted by torch, so count the same maths done eagerly.
     eager = copy.deepcopy(model).eval()
     eager.set_attn_implementation("eager")
-    (uses, _), looked_up = count_uses(eager, [layer.name for layer in layers]), _count_look_ups(eager)
+    uses, _ = count_uses(eager, [layer.name for layer in layers])
+    looked_up = _count_look_ups(eager)
     with FlopCounterMode(display=False) as counter:
         eager(torch.zeros(1, tokens, dtype=torch.long, device=model.device))
+    # torch counts a multiplication and an addition as two; a MAC is both.
     macs = counter.get_total_flops() // 2
     executed = {layer.name: layer.weights * uses[layer.name] for layer in layers}
     linear = sum(executed[layer.name] * layer.bits * layer.input_bits for layer in layers)
+    # What no quantizer covers: attention's products, the head, and look-ups, at 32 bits on both sides.
     rest = macs - sum(executed.values()) + sum(looked_up)
     return Costs(
         tokens=tokens,
@@ -162,6 +166,7 @@ def count_uses(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, int], 
     uses = dict.fromkeys(names, 0)
 
     def count(name: str, layer: nn.Module, output: Tensor) -> None:
+        # Of outputs (batch, places..., features) every place used each weight once; convolutions have features second.
         uses[name] += output.numel() // output.shape[1 if isinstance(layer, nn.Conv2d) else -1]
 
     return uses, [
@@ -196,4 +201,5 @@ def bytes_on_disk(directory: str | os.PathLike[str]) -> int:
     files = list(Path(directory).glob("*.safetensors"))
     if not files:
         raise GETAError(f"{directory} holds no .safetensors file")
+    # Shards add up, and configs and tokenizers are not counted.
     return sum(file.stat().st_size for file in files)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from geta_hf.quantization.functional import bit_width
-from geta_hf.utils.shards import add_up, local, shard_of
+from geta_hf.utils.shards import Shard, add_up, local, shard_of
 
 Named = Mapping[str, Tensor]
 Values = tuple[Tensor, Tensor, Tensor]
@@ -39,7 +39,9 @@ class Quantizers:
         named: Named,
         channel_dims: Mapping[str, int] | None = None,
     ) -> None:
-        self.weights, self.channel_dims = dict(weights), dict(channel_dims or {})
+        self.weights = dict(weights)
+        self.channel_dims = dict(channel_dims or {})
+        # Tied weights share a prefix, and must not be listed, or counted, twice.
         of_weights = list(dict.fromkeys(weights.values()))
         self.prefixes = [*of_weights, *activations]
         self.weight_layers = len(of_weights)
@@ -66,18 +68,22 @@ class Quantizers:
 
     def to(self, device: torch.device) -> None:
         """Keep the index of layers, and their numbers of entries, where the parameters are."""
-        self.layer, self._entries = self.layer.to(device), self._entries.to(device)
+        self.layer = self.layer.to(device)
+        self._entries = self._entries.to(device)
 
     def read(self, named: Named) -> Values:
         """Return (d, q_m, t) of all entries on every process, fp32, shape (entries,) each; t is 1 if not trained."""
-        d, q_m = self.gather("d", named, 0.0), self.gather("q_m", named, 0.0)
-        return d, q_m, self.gather("t", named, 1.0)
+        d = self.gather("d", named, 0.0)
+        q_m = self.gather("q_m", named, 0.0)
+        t = self.gather("t", named, 1.0)
+        return d, q_m, t
 
     @torch.no_grad()
     def gather(self, leaf: str, named: Named, missing: float, gradient: bool = False) -> Tensor:
         """Return one parameter of all quantizers, or its gradient, shape (entries,); `missing` where there is none."""
         found = [named.get(name) for name in self.names[leaf]]
         device = self.layer.device
+        # t is not trained by default, and then no parameter of that name is in the optimizer.
         if all(parameter is None for parameter in found):
             return torch.full(self.layer.shape, missing, device=device)
         if any(shard_of(parameter) is not None for parameter in found if parameter is not None):
@@ -89,7 +95,9 @@ class Quantizers:
 
     def _gather_shards(self, found: Sequence[Tensor | None], missing: float, gradient: bool) -> Tensor:
         """Do as `gather` does where every process holds some of the entries."""
-        flat, absent, held = torch.zeros(self.layer.shape, device=self.layer.device), [], None
+        flat = torch.zeros(self.layer.shape, device=self.layer.device)
+        absent: list[slice] = []
+        held: Shard | None = None
         for parameter, span in zip(found, self.spans.values(), strict=True):
             value = parameter.grad if gradient and parameter is not None else parameter
             if parameter is None or value is None:
@@ -102,6 +110,7 @@ class Quantizers:
             place = flat[span] if parameter.numel() == 1 else flat[span][shard.start : shard.stop]
             if shard.stop > shard.start:
                 place.copy_(local(value.detach()).expand(place.shape))
+        # Zeros elsewhere, so the sum over processes is the value of the one that holds an entry.
         add_up(flat, held)
         for span in absent:
             flat[span] = missing
@@ -118,12 +127,14 @@ class Quantizers:
         self._write("q_m", flat, named)
 
     def _write(self, leaf: str, flat: Tensor, named: Named) -> None:
-        targets, values = [], []
+        targets = []
+        values = []
         for name, part in zip(self.names[leaf], flat.split(self.sizes), strict=True):
             shard = shard_of(named[name])
             targets.append(local(named[name].detach()))
             values.append(part if shard is None else part[shard.start : shard.stop])
         if targets:
+            # In place, since the base optimizer's state belongs to these very tensors.
             torch._foreach_copy_(targets, values)
 
     def along(self, prefix: str, flat: Tensor, dims: int) -> Tensor:
@@ -137,6 +148,7 @@ class Quantizers:
 
     def of_weights(self, values: Tensor) -> Tensor:
         """Return values of weights' layers, shape (weight_layers,), for every entry; 0 for those of activations."""
+        # `layer` numbers inputs after weights, so they need an entry to point to.
         return torch.cat([values, values.new_zeros(len(self.prefixes) - self.weight_layers)])[self.layer]
 
     def by_layer(self, entries: Tensor) -> Tensor:

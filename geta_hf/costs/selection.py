@@ -51,6 +51,7 @@ class Limits:
         Raises:
             GETAError: the family has fewer than that to begin with.
         """
+        # Rounding: .07 of 100 is 7.000000000000001, and must not keep 8.
         count = math.ceil(self.min_kept * family.size - 1e-9) if self.min_kept < 1 else int(self.min_kept)
         step = self.multiple(family)
         least = -(-max(count, 1) // step) * step
@@ -64,8 +65,11 @@ class Limits:
 
     def chunks(self, family: Family, kept: int) -> list[int]:
         """Return the sizes of the chunks in which a family of `kept` groups can still lose some, in order."""
-        step, least, sizes = self.multiple(family), self.least(family), []
+        step = self.multiple(family)
+        least = self.least(family)
+        sizes = []
         while kept > least:
+            # First down to a multiple, which may be a smaller chunk, then by full ones: 30 under 8 gives 6, 8, 8.
             size = min(kept % step or step, kept - least)
             if kept - size < least:
                 break
@@ -110,10 +114,12 @@ def find_chunks(families: Sequence[Family], scores: Tensor, removed: Tensor, lim
         for start, family in together:
             remaining = int((~removed[start : start + family.size]).sum())
             lists.append(limits.chunks(family, remaining))
+        # Families that lose equally many stop where the first of them has reached its least.
         count = min(len(sizes) for sizes in lists)
         for (start, family), sizes in zip(together, lists, strict=True):
             used = torch.tensor(sizes[:count], dtype=torch.int64)
             own = slice(start, start + family.size)
+            # Removed groups sort last. Stable, so that equal scores give the same groups on every run.
             order = torch.sort(scores[own].double().masked_fill(removed[own], math.inf), stable=True).indices
             groups.append(order[: int(used.sum())] + start)
             owner.append(torch.repeat_interleave(torch.arange(first, first + count), used))
@@ -134,6 +140,7 @@ def _in_order(groups: Tensor, owner: Tensor, scores: Tensor, count: int) -> Chun
     """Sort chunks by their mean score; `owner` is the chunk of each of `groups`."""
     sizes = torch.bincount(owner, minlength=count)
     total = torch.zeros(count, dtype=torch.float64).index_add_(0, owner, scores[groups].double())
+    # The mean and not the sum: a chunk of 8 groups must not look 8 times as important.
     mean, order = torch.sort(total / sizes.clamp_min(1), stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(count))
     return Chunks(groups[torch.sort(rank[owner], stable=True).indices], sizes[order], mean)
@@ -152,6 +159,7 @@ def take_count(chunks: Chunks, count: int, exact: bool = True) -> Tensor:
     """
     if len(chunks.groups) < count:
         raise GETAError(f"{count} more groups can't be removed, since every family keeps its least; lower the target")
+    # Chunks are taken in order of score as long as they fit, and only the rest is filled from further on.
     fitting = int((chunks.sizes.cumsum(0) <= count).sum())
     taken = [chunks.first(fitting)]
     missing = count - len(taken[0])
@@ -180,7 +188,9 @@ def take_until(chunks: Chunks, removed: Tensor, amount: Callable[[Tensor], float
         mask[taken] = True
         return amount(mask)
 
-    low, high = 0, len(chunks.sizes)
+    # By bisection, as counting what remains takes a pass over the ledger and it can only fall.
+    low = 0
+    high = len(chunks.sizes)
     while low < high:
         middle = (low + high) // 2
         if after(chunks.first(middle)) <= wanted:
@@ -188,6 +198,7 @@ def take_until(chunks: Chunks, removed: Tensor, amount: Callable[[Tensor], float
         else:
             low = middle + 1
     taken = chunks.first(low)
+    # A last chunk may be a head of a thousand times a channel's parameters, and go far beyond.
     if low and after(taken) < wanted * (1 - TOLERANCE):
         return _nearer(chunks, low - 1, after, wanted)
     return taken
@@ -195,7 +206,8 @@ def take_until(chunks: Chunks, removed: Tensor, amount: Callable[[Tensor], float
 
 def _nearer(chunks: Chunks, count: int, after: Callable[[Tensor], float], wanted: float) -> Tensor:
     """Return the first `count` chunks and those of the next ones that do not go far beyond `wanted`; else the least."""
-    taken, nearest = chunks.first(count), chunks.first(count + 1)
+    taken = chunks.first(count)
+    nearest = chunks.first(count + 1)
     least = after(nearest)
     for numbers in chunks.groups[len(taken) :].split(chunks.sizes[count:].tolist())[1 : 1 + ATTEMPTS]:
         more = torch.cat([taken, numbers])

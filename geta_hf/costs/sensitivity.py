@@ -51,7 +51,7 @@ def measure_errors(
         weight_of: returns the weight of a name, or None where it is not trained. It is called for one weight after the
             other, so that a merged weight exists only for as long as it is measured.
         widths: integer widths, ascending.
-        search: look for a better clipping value at each width; otherwise the present one stays.
+        search: look for a better clipping value at each width; otherwise the present one is kept.
     """
     _, q_m, t = quantizer_values
     shape = (quantizers.weight_layers, len(widths))
@@ -79,6 +79,7 @@ def _errors_of_layer(
     clip = quantizers.along(prefix, q_m, weight.dim())
     power = quantizers.along(prefix, t, weight.dim())
     if shard is not None and clip.dim() > 1 and clip.shape[shard.dim] > 1:
+        # The table has every channel, this process's part of the weight only some of them.
         clip = clip.narrow(shard.dim, shard.start, shard.stop - shard.start)
     if not search:
         # What is rounded is min(|x|, q_m)^t, on a grid that ends at q_m^t. A search looks for q_m itself, at t = 1.
@@ -96,7 +97,7 @@ def rounding_errors(
         magnitude: |x| relative to the present clipping value, any shape.
         weight: squared clipping value, broadcastable against `magnitude`.
         widths: integer widths, ascending.
-        search: look for a better clipping value; otherwise the present one stays.
+        search: look for a better clipping value; otherwise the present one is kept.
         shard: how the layer is split over processes.
 
     Returns:
@@ -105,6 +106,7 @@ def rounding_errors(
     # On a histogram, so that 97 candidates at each width cost the same for every size of layer.
     largest = magnitude.max() if magnitude.numel() else magnitude.new_zeros(())
     largest = largest_of(largest, shard).clamp_min(torch.finfo(torch.float32).tiny)
+    # The largest magnitude itself falls on the upper edge of the last bin.
     position = (magnitude * (BINS / largest)).long().clamp_(max=BINS - 1)
     spread = weight.expand_as(magnitude).float()
     counts = torch.bincount(position.flatten(), spread.flatten(), minlength=BINS).float()
@@ -113,7 +115,8 @@ def rounding_errors(
     candidates = torch.ones(1, device=counts.device)
     if search:
         candidates = torch.cat([candidates, torch.linspace(0.05, 1.0, 96, device=counts.device) * largest])
-    errors, clips = [], []
+    errors = []
+    clips = []
     for bits in widths:
         error, clip = search_clipping(counts, centres, candidates, bits)
         errors.append(error)
@@ -132,14 +135,17 @@ def allocate(priority: Tensor, costs: Tensor, budgets: Sequence[float]) -> list[
     Returns:
         Steps of each layer. A step that does not fit ends its layer's climb, and the budget is spent on others.
     """
-    rows, prices = priority.double().tolist(), costs.double().permute(1, 2, 0).tolist()
+    rows = priority.double().tolist()
+    prices = costs.double().permute(1, 2, 0).tolist()
     remaining = [budget * (1 + ROUNDING) for budget in budgets]  # one that comes out even is spent to the last step
     climbed = [0] * len(rows)
+    # heapq keeps the smallest on top; of equal priorities the first layer wins, on every process.
     heap = [(-row[0], layer) for layer, row in enumerate(rows) if row]
     heapq.heapify(heap)
     while heap:
         _, layer = heapq.heappop(heap)
         after = [budget - price for budget, price in zip(remaining, prices[layer][climbed[layer]], strict=True)]
+        # Not pushed back: later steps of the layer need this one first, and the budget only shrinks.
         if min(after) < 0:
             continue
         remaining = after
@@ -173,6 +179,7 @@ def by_learned_width(bits: Tensor, widths: Sequence[int]) -> Tensor:
 def nearest(bits: Tensor, widths: Sequence[int]) -> list[int]:
     """Return the allowed width nearest to each learned one; the larger of two that are equally near."""
     choices = torch.tensor(widths, dtype=torch.float64)
+    # Flipped, as `argmin` returns the first of equals and the larger width is to win.
     distance = (bits.double()[:, None] - choices).abs().flip(1)
     return [widths[len(widths) - 1 - position] for position in distance.argmin(1).tolist()]
 

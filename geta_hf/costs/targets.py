@@ -31,7 +31,7 @@ class Target:
         unit: GROUPS, PARAMETERS, BOPS or BYTES: what pruning is counted in.
         amount: how much of it remains; for GROUPS exact, otherwise at most.
         bits: mean width that `amount` was solved for.
-        budgets: what widths may spend at most of MEAN_BITS, BOPS or BYTES; empty where they stay as learned.
+        budgets: what widths may spend at most of MEAN_BITS, BOPS or BYTES; empty where the learned ones are kept.
         input_bits: width of the layers' inputs that BOPs are planned with.
     """
 
@@ -80,10 +80,12 @@ def most_removed(families: Sequence[Family], limits: Limits, share: float = 1.0)
 
 def _nearest_removal(family: Family, limits: Limits, wanted: float) -> int:
     """Return the count nearest to `wanted` that a family can lose in complete chunks."""
+    # The common case in one line of arithmetic: a search calls this up to 20 times over all families.
     if limits.multiple(family) == 1:
         return min(math.floor(wanted + 0.5), family.size - limits.least(family))
     removed = 0
     for size in limits.chunks(family, family.size):
+        # To the nearest chunk: beyond its middle one more is nearer than one less.
         if removed + size / 2 > wanted:
             break
         removed += size
@@ -103,8 +105,10 @@ def take_due(target: Target, ledger: Ledger, chunks: Chunks, removed: Tensor, do
     """
     dense = target.remaining(ledger, ledger.nothing)
     if target.unit != GROUPS:
+        # A straight line from the full model to the target: after period p of P, (p + 1) / P of the removal is done.
         wanted = dense + (target.amount - dense) * done / periods
         return take_until(chunks, removed, lambda mask: target.remaining(ledger, mask), wanted)
+    # In integers, so that the last period ends at exactly K (Eq. 4b).
     due = (int(dense - target.amount) * done) // periods
     taken = take_count(chunks, due - int(removed.sum()), exact=done == periods)
     if done == periods and int(removed.sum()) + len(taken) < due:
@@ -127,6 +131,7 @@ def solve_target(config: CompressionConfig, families: Sequence[Family], ledger: 
     size_unit, size = _size(config)
     input_bits = config.activation_bits[1] if config.activation_bits else FLOAT_BITS
     blank = Target(GROUPS, ledger.groups, float(config.widths[-1]), input_bits=input_bits)
+    # A size alone says nothing of how it splits into pruning and widths, so that is solved for as well.
     if size_unit is not None and config.target_sparsity is None and config.target_parameters is None:
         return _solve_size(replace(blank, unit=size_unit, amount=size), config, families, ledger)
     target = _solve_pruning(blank, config, families, ledger)
@@ -150,6 +155,7 @@ def _solve_pruning(blank: Target, config: CompressionConfig, families: Sequence[
         removed = math.floor(share * ledger.groups + 0.5)
         reachable = int(least.sum())
         if removed > reachable:
+            # Rounded down, so that the number in the message can be asked for.
             best = math.floor(1000 * reachable / max(ledger.groups, 1)) / 1000
             raise GETAError(
                 f"target_sparsity = {share} asks for K = {removed} of {ledger.groups} groups, but every one of the "
@@ -174,8 +180,10 @@ def _solve_size(target: Target, config: CompressionConfig, families: Sequence[Fa
 
     Up to half of the groups are removed before widths become narrower than the middle.
     """
-    lowest, highest = float(config.widths[0]), float(config.widths[-1])
+    lowest = float(config.widths[0])
+    highest = float(config.widths[-1])
     least = most_removed(families, Limits.of(config))
+    # Widths are chosen under the same budget when the joint stage ends; here only what pruning has to reckon with.
     bits = config.mean_bits
     budgets = {target.unit: target.amount}
     _check_size(target, ledger, least, bits or lowest, "families at their least", "bits, mean_bits or min_kept")
@@ -189,7 +197,8 @@ def _solve_size(target: Target, config: CompressionConfig, families: Sequence[Fa
 def _solve_widths(target: Target, config: CompressionConfig, families: Sequence[Family], ledger: Ledger) -> Target:
     """Return the target of a share to prune and a size, with the mean width for both if all layers lose alike."""
     removed = even_removal(target, families, ledger, Limits.of(config))
-    lowest, highest = float(config.widths[0]), float(config.widths[-1])
+    lowest = float(config.widths[0])
+    highest = float(config.widths[-1])
     ((unit, size),) = target.budgets.items()
     sized = replace(target, unit=unit, amount=size)
     _check_size(sized, ledger, removed, lowest, "all that is to be pruned removed", "bits, or prune more")
@@ -220,6 +229,7 @@ def _widest(target: Target, ledger: Ledger, removed: Tensor, lowest: float, high
     """Return the widest mean in [lowest, highest] at which a removal meets the amount; `lowest` where none does."""
     if target.spent(target.unit, ledger, removed, highest) <= target.amount:
         return highest
+    # The size is not linear in the width (scales, header), but it rises with it, so bisection finds it.
     for _ in range(40):
         middle = (lowest + highest) / 2
         if target.spent(target.unit, ledger, removed, middle) <= target.amount:
@@ -231,7 +241,9 @@ def _widest(target: Target, ledger: Ledger, removed: Tensor, lowest: float, high
 
 def even_removal(target: Target, families: Sequence[Family], ledger: Ledger, limits: Limits) -> Tensor:
     """Return the groups removed if every family loses the same share and the target is met, bool (groups,)."""
-    low, high = 0.0, 1.0
+    low = 0.0
+    high = 1.0
+    # 2^-20 of a family is less than a group of any family here.
     for _ in range(20):
         middle = (low + high) / 2
         if target.remaining(ledger, most_removed(families, limits, middle)) <= target.amount:
@@ -249,5 +261,6 @@ def _figure(unit: str, amount: float) -> str:
     """Return an amount that can be reached as text, rounded up, so that what is read can be asked for."""
     if unit == BYTES:
         return f"{math.ceil(amount):,}"
+    # Four significant digits, whether the amount is .0625 of BOPs or a mean of 4.5 bits.
     digits = 3 - math.floor(math.log10(amount))
     return f"{math.ceil(amount * 10**digits - ROUNDING) / 10**digits:.{digits}f}"

@@ -156,7 +156,7 @@ class Method(ABC):
         Args:
             base: over all trained parameters, quantizers' included.
             names: the model's name of every parameter.
-            model: as `attach` left it.
+            model: as it is after `attach`.
             run: what is known of the run.
         """
 
@@ -214,6 +214,7 @@ def make_method(config: CompressionConfig) -> Method:
     Raises:
         GETAError: no method is entered in `METHODS` for this type.
     """
+    # A user's subclass of GETAConfig, which only changes defaults, still means QASSO.
     for kind in type(config).__mro__:
         if kind in METHODS:
             return METHODS[kind](config)

@@ -30,6 +30,7 @@ class Adapter:
 
     def follow(self, cut: GroupLabels) -> GroupLabels:
         """Return the labels of A or B that take the same rows or columns off B A as `cut` takes off W."""
+        # Row i of B A is row i of B times A, and column j is B times column j of A, so each side has one counterpart.
         of_output = cut.dim == (1 if self.transposed else 0)
         return replace(cut, tensor=self.b, dim=0) if of_output else replace(cut, tensor=self.a, dim=1)
 
@@ -52,6 +53,7 @@ class FrozenWeights:
         if name not in self.adapters:
             return value
         own = self.adapters[name]
+        # GPT-2's Conv1D keeps W as (in, out), so there the product is added transposed.
         return merge(value, named[own.a].detach(), named[own.b].detach(), own.scale, own.transposed)
 
     def with_adapters(self, labels: Sequence[GroupLabels]) -> list[GroupLabels]:

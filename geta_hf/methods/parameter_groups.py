@@ -15,6 +15,7 @@ def quantizer_parameters(model: nn.Module, trained: bool = True) -> dict[str, nn
     """Return quantizer parameters by name: those that are trained, or all."""
     found = {}
     for name, module in model.named_modules():
+        # By type and not by name: a model may have parameters of its own that are called `d` or `t`.
         if not isinstance(module, Quantizer):
             continue
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -35,6 +36,7 @@ def add_quantizer_group(
         quantizers: of `quantizer_parameters`.
         learning_rate: of the group.
     """
+    # By identity, since `==` of tensors compares their elements.
     own = {id(parameter) for parameter in quantizers.values()}
     for group in base.param_groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
@@ -45,6 +47,7 @@ def add_quantizer_group(
 def add_frozen_group(base: torch.optim.Optimizer, frozen: Sequence[Tensor]) -> None:
     """Show a base optimizer parameters that never have a gradient when it steps, so that it does not change them."""
     if frozen:
+        # A base optimizer skips what has no gradient; rate and decay of 0 hold even where one does not.
         base.add_param_group({"params": list(frozen), "lr": 0.0, "weight_decay": 0.0})
 
 

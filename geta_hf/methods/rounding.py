@@ -57,6 +57,7 @@ def round_bits(
 
 def _learned_bits(quantizers: Quantizers, named: Named) -> LearnedBits:
     """Return the present widths, the same on every process."""
+    # A width halfway between two integers must round alike everywhere.
     bits = from_first_process(quantizers.bits(named)).cpu().double()
     count = quantizers.weight_layers
     return LearnedBits(bits[:count], bits[count:], quantizers.input_positions())
@@ -74,6 +75,7 @@ def write_bits(quantizers: Quantizers, named: Named, chosen: BitAllocation) -> N
     _, q_m, t = quantizers.read(named)
     device = q_m.device
     bits = torch.tensor([*chosen.weight_bits, *chosen.input_bits], dtype=torch.float32, device=device)
+    # Inputs keep their clipping values; only those of weights were searched again for the chosen width.
     factors = torch.cat([chosen.clip_factors.to(device), torch.ones(len(chosen.input_bits), device=device)])
     q_m = q_m * factors[quantizers.layer]
     quantizers.write_clipping(q_m, named)

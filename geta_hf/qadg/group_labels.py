@@ -63,8 +63,11 @@ def find_group_labels(families: Sequence[Family], shapes: Mapping[str, Sequence[
     for start, family in zip(family_starts(families), families, strict=True):
         for member in family.members:
             size = shapes[member.tensor][member.dim]
+            # `groups` is no group's number: indices that keep it are removed with none.
             label = labels.setdefault((member.tensor, member.dim), torch.full((size,), groups))
             numbers = torch.arange(start, start + family.size)[:, None].expand_as(member.index)
+            # Members of different families share one vector where they cut one dim, such as q, k and v of a fused
+            # weight.
             label[member.index.flatten()] = numbers.flatten()
     return tuple(GroupLabels(tensor, dim, label) for (tensor, dim), label in labels.items())
 

@@ -27,6 +27,7 @@ class Member:
 
     tensor: str
     dim: int
+    # A head of 64 dims has 64 of them, a channel one.
     index: torch.Tensor
 
 

@@ -2,7 +2,7 @@
 
 The dependency graph finds every family that could be removed without breaking the forward pass. That is more than one
 wants: removing a slice of the residual stream is possible, but changes what every norm divides by. So the default takes
-heads and channels alone, which are hidden between two layers, and leaves out those with a coupling.
+heads and channels alone, which are hidden between two layers, and excludes those with a coupling.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def choose_prunable(
     # Kinds and couplings first, each family for itself; then one of those that cut the same indices.
     reasons = {family.name: _reason(family, prune, keep) for family in families}
     chosen: set[str] = set()
-    # Named ones first, then those that cut most: whole heads rather than dims within heads.
+    # Named ones first, then those that cut most: heads rather than dims within heads.
     for family in sorted(families, key=lambda family: (not _named(family, prune), -_cut(family))):
         clash = chosen.intersection(family.excludes)
         if not reasons[family.name] and clash:
@@ -64,6 +64,7 @@ def _check_entries(families: Sequence[Family], entries: Iterable[str]) -> None:
 
 
 def _named(family: Family, entries: Iterable[str]) -> bool:
+    # Patterns match case on every system, as module paths do.
     return any(entry == family.kind or fnmatchcase(family.name, entry) for entry in entries)
 
 

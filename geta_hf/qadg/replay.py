@@ -69,8 +69,10 @@ class Replay:
             ReplayError: the slices do not fit together.
         """
         graph = self.flow.graph
+        # Later positions overwrite earlier ones, so this ends with the last.
         last_use = {ref: position for position, node in enumerate(graph.nodes) for ref in node.refs_with_body()}
-        self._env, self._weights = {}, weights
+        self._env = {}
+        self._weights = weights
         with torch.no_grad():
             for position, node in enumerate(graph.nodes):
                 self._step(node)
@@ -127,7 +129,7 @@ class Replay:
             if all(self._decided(value) for value in node.outputs):
                 self._env.update({value: self._tensor(value) for value in node.outputs})
             elif node.body:
-                # A merged quantizer branch runs as the operators that it stands for.
+                # A merged quantizer branch runs as the operators that it was made of.
                 for inner in node.body:
                     self._store(inner, self._call(inner))
             else:
@@ -157,6 +159,7 @@ class Replay:
         rule = REPLAY_RULES.get(node.op)
         if rule is not None:
             return rule(self, node, inputs)
+        # Dropout and the like: other noise in the two replays would look like a failure of gate 3.
         if node.random:
             return self._noise(node, inputs)
         result = node.call(inputs)
@@ -187,6 +190,7 @@ class Replay:
         return item
 
     def _assert_shape(self, value: int, tensor: torch.Tensor, what: str) -> None:
+        # This assertion is gate 2.
         if tuple(tensor.shape) != self.shape(value):
             raise ReplayError(f"{what}: shape {tuple(tensor.shape)}, where the groups say {self.shape(value)}")
 
@@ -244,6 +248,7 @@ def _index(replay: Replay, node: Node, inputs: dict[str, Any]) -> Any:
     picked = single_pick(replay.flow, node)
     if picked is None:
         return node.call(inputs)
+    # Known places [2, 0, 3] without element 1 are [1, 0, 2] among the remaining ones.
     dim = picked[0]
     places = torch.from_numpy(picked[1])
     kept = replay.kept(node.inputs["self"].value, dim)
@@ -259,7 +264,7 @@ def _complex(replay: Replay, node: Node, inputs: dict[str, Any]) -> Any:
 
 
 def _convolution(replay: Replay, node: Node, inputs: dict[str, Any]) -> Any:
-    """Derive the number of groups from the cut tensors, since whole groups may be removed."""
+    """Derive the number of groups from the cut tensors, since entire groups may be removed."""
     if inputs["groups"] > 1:
         # The kernel's second dim holds the channels within a group: of the input, or transposed of the output.
         transposed = inputs.get("transposed", False)
@@ -284,7 +289,7 @@ def _layer_norm(replay: Replay, node: Node, inputs: dict[str, Any]) -> Any:
 def _group_norm(replay: Replay, node: Node, inputs: dict[str, Any]) -> Any:
     """Normalise the remaining channels, in as many groups as still have any.
 
-    When zeroed, whole groups that are zero need no correction, since each is normalised for itself; only channels
+    When zeroed, entire groups that are zero need no correction, since each is normalised for itself; only channels
     within a group do.
     """
     source = inputs["input"]
@@ -337,6 +342,7 @@ def _mean(replay: Replay, node: Node, inputs: dict[str, Any]) -> Any:
 
 def _remaining_if_zeroed(replay: Replay, value: int, dims: Iterable[int]) -> dict[int, torch.Tensor]:
     """Return the remaining indices along those of `dims` that lose some; empty when sliced, with nothing to correct."""
+    # Sliced tensors have no zeros in them that could be counted.
     if not replay.zeroed:
         return {}
     found = {dim: replay.remaining(value, dim) for dim in dims}

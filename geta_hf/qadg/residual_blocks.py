@@ -53,7 +53,7 @@ def find_blocks(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Block, ...]
     bit for bit, in a forward pass on the batch.
 
     Args:
-        model: with its weights, and no quantizers; left unchanged.
+        model: with its weights, and no quantizers; not changed.
         batch: one batch of real inputs, on the model's device.
 
     Returns:
@@ -88,6 +88,7 @@ def _entries(model: nn.Module) -> list[str]:
     """Return the paths of the entries of lists of modules; of nested lists those of the outer one."""
     found: list[str] = []
     for path, module in model.named_modules():
+        # A list of one can't lose its only entry. Entries of a nested list are parts of a block (experts, say).
         if isinstance(module, nn.ModuleList) and len(module) > 1 and not any(_within(path, name) for name in found):
             found += [f"{path}.{place}" for place in range(len(module))]
     return found
@@ -116,6 +117,7 @@ def _note(found: list[Arguments], _: nn.Module, args: tuple[Any, ...], kwargs: d
 
 def uncached(model: nn.Module) -> dict[str, bool]:
     """Return the keyword argument that switches a model's cache off, where it has one."""
+    # Blocks are called again with what they were given, and a cache among that would have grown since.
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
@@ -125,6 +127,7 @@ def _tried(model: nn.Module, name: str, calls: list[Arguments], residual: set[st
     if len(calls) != 1:
         return Block(name, f"it runs {len(calls)} times in a forward pass, not once")
     own = {id(parameter) for parameter in block.parameters()}
+    # Another module needs the parameter as well, so it could not be removed with the block.
     shared = [n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in own and not _within(n, name)]
     if shared:
         return Block(name, f"it shares a parameter with {shared[0]}")
@@ -135,6 +138,7 @@ def _tried(model: nn.Module, name: str, calls: list[Arguments], residual: set[st
         if f"{name}.{tensor}" in residual
     }
     try:
+        # Calling the block by itself, with what the model gave it, tries one block at the cost of one block.
         given = _stream(block, args, kwargs)
         returned = functional_call(block, zeros, args, kwargs)
     except Exception as error:
@@ -150,6 +154,8 @@ def _obstacle(given: Any, first: Any, *others: Any) -> str:
         return "its first input and its first output are not both tensors"
     if any(other is not None for other in others):
         return "it returns more than the residual stream, which other blocks may need"
+    # Bit for bit: x + 0 is x exactly, so any difference is a path that zeros do not close, such as a norm after the
+    # sum.
     if given.shape != first.shape or not torch.equal(given, first):
         return "the residual stream does not come through unchanged when all that the block writes to it is zero"
     return ""

@@ -139,6 +139,7 @@ class PruningSpace:
         Raises:
             GETAError: naming the first tensor that is missing or has another shape.
         """
+        # With duplicates, as the space may name a tied tensor by either of its names.
         tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
         tensors |= dict(model.named_buffers(remove_duplicate=False))
         for name in self.shapes:
@@ -150,11 +151,13 @@ class PruningSpace:
         Args:
             prunable_only: count prunable families alone.
         """
+        # By (tensor, dim), since rows and columns of one weight mostly belong to different families.
         cut: dict[tuple[str, int], torch.Tensor] = {}
         for family in self.prunable if prunable_only else self.families:
             for member in family.members:
                 size = self.shapes[member.tensor][member.dim]
                 hit = cut.setdefault((member.tensor, member.dim), torch.zeros(size, dtype=torch.bool))
+                # Several families may cut one dim, and an index that two of them cut counts once.
                 hit[member.index.flatten()] = True
         # An element is untouched if none of its dims is cut there, and dims are cut independently of each other.
         untouched: dict[str, float] = {}
@@ -197,8 +200,10 @@ def build_space(
             `prune` or `keep` matches nothing.
     """
     if flow is None:
+        # Twice, since a graph of one path says nothing of a model that chooses its path by chance or by a counter.
         flow = record_and_propagate(model, batch, times=2)
     space = space_of(flow, prune, keep)
+    # Here and not at the end of training, where a run that removed nothing would come as a surprise.
     if not space.prunable:
         raise GETAError(_nothing_prunable(type(model).__name__, space))
     return space
@@ -218,7 +223,9 @@ def space_of(flow: Flow, prune: Sequence[str] = (), keep: Sequence[str] = ()) ->
     families = find_families(flow)
     parameters = {p: value for p, value in enumerate(flow.graph.values) if value.role == "parameter"}
     named = {member.tensor for family in families for member in family.members}
+    # Full shapes, so that a space can be checked against a model, and costs counted, without the model it came from.
     shapes = {value.names[0]: value.shape for value in flow.graph.values if value.names and value.names[0] in named}
+    # With the bodies, or a quantizer's own parameters, which no rule reads, would be reported as unused.
     read = {ref for node in flow.graph.nodes for ref in node.refs_with_body()}
     space = PruningSpace(
         families,
@@ -298,8 +305,10 @@ def zero_groups(model: nn.Module, space: PruningSpace) -> dict[str, torch.Tensor
             if key not in used:
                 tensor = parameters.get(member.tensor, buffers.get(member.tensor))
                 _check_shape(member.tensor, tensor, space)
+                # Once for each (tensor, dim): families of a fused weight share the pass over it.
                 used[key] = _nonzero(tensor, member.dim) if member.tensor in parameters else torch.empty(0)
             if member.tensor in parameters:
+                # All slices have to be zero: a bias that is not would still act on what follows.
                 zero &= ~used[key][member.index].any(dim=1)
         result[family.name] = zero
     return result

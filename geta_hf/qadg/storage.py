@@ -68,11 +68,13 @@ def write_space(
     }
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
+    # Indices first: after a crash in between, the old tables' digest does not fit, and reading refuses the pair.
     write_whole(target / INDICES, content)
     write_whole(target / TABLES, json.dumps(tables, indent=1) + "\n")
 
 
 def _family_table(family: Family) -> dict[str, Any]:
+    """Return a family as JSON takes it, without its indices, which are in the other file."""
     table = {name: value for name, value in vars(family).items() if name != "members"}
     return table | {"members": [{"tensor": member.tensor, "dim": member.dim} for member in family.members]}
 
@@ -90,38 +92,44 @@ def read_space(folder: str | Path) -> dict[str, Any]:
         GETAError: a file is missing, damaged, of another space or of an unknown version, or its content is no pruning
             space; names the file and the key.
     """
-    tables_file, indices_file = Path(folder) / TABLES, Path(folder) / INDICES
+    tables_file = Path(folder) / TABLES
+    indices_file = Path(folder) / INDICES
     for file in (tables_file, indices_file):
         if not file.is_file():
-            raise GETAError(f"{file} is missing; a pruning space is {TABLES} beside {INDICES}")
-    with _complaints(tables_file):
+            raise GETAError(f"{file} is missing; a pruning space is {TABLES} next to {INDICES}")
+    with _naming(tables_file):
         tables = json.loads(tables_file.read_bytes())
+        # Before anything else is read: a later version may have other keys.
         if tables["format_version"] != FORMAT_VERSION:
             raise GETAError(f"{tables_file} has format_version {tables['format_version']!r}; this is {FORMAT_VERSION}")
     content = indices_file.read_bytes()
-    with _complaints(tables_file):
+    with _naming(tables_file):
         if hashlib.sha256(content).hexdigest() != tables["indices_sha256"]:
             raise GETAError(f"{indices_file} is damaged or belongs to another space than {tables_file}")
-    with _complaints(indices_file):
+    with _naming(indices_file):
         indices = load(content)
-    with _complaints(tables_file):
+    with _naming(tables_file):
         fields = _fields(tables, indices)
         _check_families(fields["families"], fields["shapes"])
     return fields
 
 
 @contextmanager
-def _complaints(file: Path) -> Iterator[None]:
+def _naming(file: Path) -> Iterator[None]:
     """Turn whatever a damaged file causes into an error that names the file."""
     try:
         yield
     except GETAError:
+        # It says all already.
         raise
+    # The content is anybody's, and each of these is what some damage raises: a missing key, null for a list, text that
+    # is no JSON, brackets nested too deep.
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
         raise GETAError(f"{file} is no pruning space: {type(error).__name__}: {error}; save the space again") from error
 
 
 def _fields(tables: dict[str, Any], indices: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Return the fields of a `PruningSpace` from the content of the two files."""
     families = []
     for position, table in enumerate(tables["families"]):
         members = tuple(
@@ -129,6 +137,7 @@ def _fields(tables: dict[str, Any], indices: dict[str, torch.Tensor]) -> dict[st
             for place, member in enumerate(table["members"])
         )
         plain = {name: value for name, value in table.items() if name != "members"}
+        # JSON has lists only, and a family is compared by its fields.
         plain |= {name: tuple(plain[name]) for name in ("excludes", "couplings")}
         families.append(Family(members=members, **plain))
     return {
@@ -143,6 +152,7 @@ def _fields(tables: dict[str, Any], indices: dict[str, torch.Tensor]) -> dict[st
 
 
 def _check_families(families: Sequence[Family], shapes: Shapes) -> None:
+    """Raise ValueError where families contradict each other, the shapes, or what a family may be."""
     names = {family.name for family in families}
     _expect(len(names) == len(families), "two families have one name")
     for family in families:
@@ -156,6 +166,7 @@ def _check_families(families: Sequence[Family], shapes: Shapes) -> None:
 
 
 def _check_member(family: Family, member: Member, shapes: Shapes) -> None:
+    """Raise ValueError where a member's indices do not fit its tensor or its family."""
     where = f"{family.name}, {member.tensor} dim {member.dim}"
     shape = shapes.get(member.tensor)
     index = member.index
@@ -165,9 +176,11 @@ def _check_member(family: Family, member: Member, shapes: Shapes) -> None:
     _expect(fits and index.shape[0] == family.size, f"{where}: index is {index.dtype} of shape {tuple(index.shape)}")
     flat = index.flatten()
     _expect(int(flat.min()) >= 0 and int(flat.max()) < shape[member.dim], f"{where}: indices beyond {shape}")
+    # Removing one of the two groups would take a slice of the other with it.
     _expect(len(flat.unique()) == len(flat), f"{where}: an index is in two groups")
 
 
 def _expect(holds: bool, complaint: str) -> None:
+    """Raise ValueError with `complaint` unless something holds; the caller adds the file's name."""
     if not holds:
         raise ValueError(complaint)

@@ -41,6 +41,7 @@ def _is_text(item: Any) -> bool:
 
 def _other_rows(batch: Mapping[str, Any]) -> Batch:
     """Return its first row alone, or twice when that is all."""
+    # Tensors of different lengths, such as patches of all pictures in one, can't be cut to one row by index.
     rows = {item.shape[0] for item in batch.values() if isinstance(item, Tensor) and item.dim()}
     if len(rows) != 1:
         return dict(batch)
@@ -59,6 +60,7 @@ def _shorter(batch: Mapping[str, Any], text: Mapping[str, Tensor], masked: bool)
         short[name] = item[:, :length].clone()
     first = next(iter(short.values()))
     if masked and ("attention_mask" not in batch or "attention_mask" in short):
+        # Only one row, so that padded and full rows occur in the same batch.
         mask = short.get("attention_mask", torch.ones_like(first))
         mask[-1, -max(1, mask.shape[1] // 3) :] = 0
         short["attention_mask"] = mask

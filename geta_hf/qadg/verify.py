@@ -38,7 +38,7 @@ Removal = dict[str, torch.Tensor]
 
 
 class _GateError(Exception):
-    """Which gate failed and how."""
+    """A gate failed; the message says which and how."""
 
 
 class _RecordingTrial:
@@ -52,10 +52,12 @@ class _RecordingTrial:
     """
 
     def __init__(self, flow: Flow, model: nn.Module, space: PruningSpace, seed: int) -> None:
-        self.flow, self.space = flow, space
+        self.flow = flow
+        self.space = space
         self.generator = torch.Generator().manual_seed(seed)
         self.positions = {v.names[0]: p for p, v in enumerate(flow.graph.values) if v.role in ("parameter", "buffer")}
         self._check_names()
+        # One stretch serves all weights, since they are made again in every replay and drawing them would be slow.
         self.noise = torch.rand(_NOISE, generator=self.generator, dtype=torch.float64) - 0.5
         self.scales: dict[str, float] = {}
         self.cut = {member.tensor for family in space.families for member in family.members}
@@ -148,9 +150,12 @@ class _RecordingTrial:
         removed = self._removed(removal)
         kept = kept_indices(self.space, removal)
         try:
+            # Shapes are asserted on the way; reaching the end is gate 2.
             sliced = Replay(self.flow, removed).run(self._cut(kept, zero=False))
         except ReplayError as error:
-            raise _GateError(f"gate 2 (completeness: the slices of a group must be all that leave): {error}") from error
+            raise _GateError(
+                f"gate 2 (completeness: the slices of a group must be all that is removed): {error}"
+            ) from error
         # Divisors are corrected for these families alone: any other family must not depend on one.
         coupled = {family.name for family in self.space.prunable if "norm" in family.couplings}
         divisors = self._removed({name: mask for name, mask in removal.items() if name in coupled})
@@ -210,6 +215,7 @@ class _RecordingTrial:
         """
         codes = {}
         for family in self._compatible():
+            # 4 bits: codes 1 to 14. Group 5 with code 0b0101 is removed in rounds 0 and 2, and kept in 1 and 3.
             codes[family.name] = 1 + torch.randperm(family.size, generator=self.generator) % (2**_ROUNDS - 2)
         for bit in range(rounds):
             masks = {name: (code >> bit) % 2 == 1 for name, code in codes.items()}
@@ -221,6 +227,7 @@ class _RecordingTrial:
         families = self.families
         for position in torch.randperm(len(families), generator=self.generator).tolist():
             family = families[position]
+            # Of two families that cut the same indices only one can lose groups at a time; over seeds either is tried.
             if family.size > 1 and not chosen.keys() & set(family.excludes):
                 chosen[family.name] = family
         return list(chosen.values())
@@ -298,7 +305,9 @@ def verify_space(
             try:
                 trial.check(removals)
             except _GateError as failure:
-                if trouble := trial.trouble():
+                # A gate that fails with nothing removed says nothing about the groups.
+                trouble = trial.trouble()
+                if trouble:
                     if first or not isinstance(batch, Mapping):
                         raise GETAError(f"{type(model).__name__} {trouble}") from None
                     # A made-up batch, which the model turns out not to run.
@@ -340,7 +349,7 @@ def _check_same_families(expected: Iterable[Family], found: Iterable[Family], fl
             continue
         if any(member.tensor in read for member in family.members):
             raise GETAError(
-                f"{family.name} is not found again, or with other members, when the forward is recorded anew: its "
+                f"{family.name} is not found again, or with other members, when the forward is recorded again: its "
                 "control flow changes from call to call, or with the content or shape of the batch. Make the forward "
                 "take one path"
             )

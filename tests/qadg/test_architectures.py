@@ -62,7 +62,7 @@ QUICK = frozenset(
 """One of every structure; the others take part in the slow tests."""
 
 _TWO_PATHS = (
-    "is not found again, or with other members, when the forward is recorded anew: its control flow changes from call "
+    "is not found again, or with other members, when the forward is recorded again: its control flow changes from call "
     "to call, or with the content or shape of the batch. Make the forward take one path"
 )
 REFUSED = {

@@ -3,8 +3,30 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from geta_hf.qadg.propagation.element_ids import ElementIds
+from geta_hf.qadg.propagation.element_ids import ElementIds, Ids
+
+
+@pytest.fixture(autouse=True)
+def endless_loops_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where `unify` makes no progress, or an id contains itself and so expands for ever, rather than hang."""
+    different = ElementIds._different
+    find = ElementIds.find
+    rounds = 0
+
+    def counted(element_ids: ElementIds, left: Ids, right: Ids) -> tuple[Ids, Ids]:
+        nonlocal rounds
+        rounds += 1
+        assert rounds < 200, "unify makes no progress"
+        return different(element_ids, left, right)
+
+    def bounded(element_ids: ElementIds, ids: Ids) -> Ids:
+        assert ids.ndim < 2 or ids.shape[1] < 50, "an id expands for ever"
+        return find(element_ids, ids)
+
+    monkeypatch.setattr(ElementIds, "_different", counted)
+    monkeypatch.setattr(ElementIds, "find", bounded)
 
 
 def sets(element_ids: ElementIds, ids: np.ndarray) -> list[set[int]]:
@@ -62,6 +84,31 @@ def test_binding_atoms_to_a_product_then_meeting_another_product():
         sets(element_ids, hidden) == sets(element_ids, other) == sets(element_ids, first) == sets(element_ids, second)
     )
     assert len({atom for row in sets(element_ids, hidden) for atom in row}) == 5
+
+
+def test_the_product_of_an_id_with_itself_is_that_id():
+    element_ids = ElementIds()
+    a = element_ids.fresh(2)
+    assert element_ids.pair(a, a).tolist() == a.tolist()
+
+
+def test_what_meets_a_pinned_id_is_pinned_on_either_side():
+    element_ids = ElementIds()
+    pinned, left, right = element_ids.fresh(1), element_ids.fresh(1), element_ids.fresh(1)
+    element_ids.pin(pinned)
+    element_ids.unify(pinned, right)
+    element_ids.unify(left, pinned)
+    assert not element_ids.find(np.concatenate([left, right])).any()
+
+
+def test_two_atoms_that_meet_three_are_joined_with_them_and_pinned_nowhere():
+    """(a, b) = (c, d, e) and (a, f) = (c, g, h): no atom of either side can be bound to the other side alone."""
+    element_ids = ElementIds()
+    a, b, c, d, e, f, g, h = (element_ids.fresh(1) for _ in range(8))
+    pairs = np.concatenate([element_ids.pair(a, b), element_ids.pair(a, f)])
+    longer = [element_ids.pair(c, element_ids.pair(d, e)), element_ids.pair(c, element_ids.pair(g, h))]
+    element_ids.unify(pairs, np.concatenate(longer))
+    assert set(element_ids.find(np.concatenate([a, b, c, d, e, f, g, h])).tolist()) == {int(a[0])}
 
 
 def test_pinning_a_product_pins_its_atoms():

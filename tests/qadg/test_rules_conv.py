@@ -11,8 +11,10 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 
 from geta_hf.qadg import PruningSpace
+from geta_hf.qadg.propagation.propagate import record_and_propagate
+from geta_hf.qadg.space import space_of
 
-from .cuts import as_cut, channels, convs, cuts, proven, singles
+from .cuts import as_cut, channels, convs, cuts, linears, proven, singles
 
 PICTURE = {"input": torch.randn(2, 3, 8, 8)}
 
@@ -158,6 +160,16 @@ def test_group_norm_of_one_group_couples_all_channels_and_of_single_channels_non
     assert couplings(each) == [()] and each.families[0].size == 6
 
 
+NORMS_OVER_PLACES = [nn.GroupNorm(2, 4), nn.BatchNorm1d(4, track_running_stats=False)]
+
+
+@pytest.mark.parametrize("norm", NORMS_OVER_PLACES)
+def test_places_that_a_layer_makes_are_coupled_by_a_norm_over_them(norm):
+    model = nn.Sequential(nn.Linear(6, 8), norm, nn.Linear(8, 3))
+    space = space_of(record_and_propagate(model.eval(), {"input": torch.randn(2, 4, 6)}))
+    assert couplings(space) == [("norm",)] and space.families[0].size == 8
+
+
 @pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.RMSNorm(8)])
 def test_a_norm_over_the_channels_couples_them(norm):
     model = nn.Sequential(nn.Linear(6, 8), norm, nn.Linear(8, 3))
@@ -170,6 +182,10 @@ def test_pixel_shuffle_takes_blocks_of_channels():
     (found,) = cuts(*convs(nn.PixelShuffle(2), read=2))
     blocks = [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert found == {"up.weight:0": blocks, "up.bias:0": blocks, "down.weight:1": singles(2)}
+
+
+def test_pixel_shuffle_keeps_places_that_a_layer_makes():
+    assert cuts(*linears(lambda h: functional.pixel_shuffle(h[:, :, None], 2), read=16)) == []
 
 
 def test_pixel_unshuffle_gives_blocks_of_channels():

@@ -54,6 +54,12 @@ def test_every_channel_passes(name):
     assert cuts(*linears(PASSES[name])) == [channels()]
 
 
+def written(target: Tensor, values: Tensor) -> Tensor:
+    """The target, of shape (rows, channels, places), with values at its places: the channels are in front."""
+    target[:, :, torch.tensor([1, 0, 3, 2])] = values
+    return target
+
+
 STAYS: dict[str, Callable[[Tensor], Tensor]] = {
     "sort": lambda h: h.sort(dim=-1).values,
     "topk": lambda h: h.topk(8, dim=-1).values,
@@ -73,6 +79,8 @@ STAYS: dict[str, Callable[[Tensor], Tensor]] = {
     "scatter": lambda h: torch.zeros_like(h).scatter(-1, h.argsort(-1), h),
     "index add": lambda h: torch.zeros_like(h).index_add(-1, torch.arange(8).flip(0), h),
     "triu": lambda h: h @ torch.ones(8, 8, dtype=h.dtype).triu() + h.triu(),
+    "writing behind channels": lambda h: written(h.mT.clone(), torch.tensor(0.5, dtype=h.dtype)).mT,
+    "written from behind channels": lambda h: written(torch.zeros(h.mT.shape, dtype=h.dtype), h.mT).mT,
     "mask of channels": lambda h: h[..., torch.tensor([True] * 4 + [False] * 4)].repeat(1, 1, 2),
 }
 

@@ -164,6 +164,7 @@ def test_a_selected_channel_stays_and_the_others_pass():
     rest = [[0], [1], [2], [4], [5], [6], [7]]
     expected = {"up.weight:0": rest, "up.bias:0": rest, "down.weight:1": rest}
     assert cuts(*linears(lambda h: h * h.select(-1, 3)[..., None])) == [expected]
+    assert cuts(*linears(lambda h: h * h.select(-1, -5)[..., None])) == [expected]
     assert cuts(*linears(lambda h: h * h[..., 3:4])) == [expected]
 
 

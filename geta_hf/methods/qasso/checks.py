@@ -39,6 +39,7 @@ def check_base(base: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> None
     # Schedule-free optimizers can be told by their two modes; they live in packages that need not be installed.
     if hasattr(base, "train") and hasattr(base, "eval"):
         raise GETAError(f"{kind} {AVERAGES}")
+    # By name, as this module is below the one that defines it.
     if kind == "QASSO":
         raise GETAError("the base optimizer is a QASSO already; wrap the optimizer that it was made of")
     for name, parameter in named.items():
@@ -105,6 +106,7 @@ def note_bad(
         # A gradient of d sums over the entire weight's, so that one bad value there shows, and d is a single number.
         gradient = quantizers.gather("d", named, 0.0, gradient=True)
     finite = (d & q_m & t, torch.isfinite(gradient))
+    # Over channels the mean of bad entries, so that one bad channel marks its layer.
     bad = torch.stack([quantizers.by_layer((~ok).float()) > 0 for ok in finite])
     return torch.where(bad & (bad_step < 0), step, bad_step)
 
@@ -115,6 +117,7 @@ def squared_gradients(quantizers: Quantizers, named: Named, stand_ins: Mapping[s
     weights = [named.get(instead.get(weight, weight)) for weight in quantizers.own_weights]
     nothing = torch.zeros(1, device=quantizers.layer.device)
     gradients = [nothing if w is None or w.grad is None else local(w.grad) for w in weights]
+    # One kernel for all layers. A norm is finite exactly where all of a gradient's entries are, up to overflow.
     total = torch.stack(torch._foreach_norm(gradients)).float() ** 2
     held = next((w for w in weights if w is not None), None)
     return total if held is None else add_up(total, shard_of(held))

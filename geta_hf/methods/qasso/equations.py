@@ -119,7 +119,7 @@ def forgetting_rate(
 ) -> Tensor:
     """Return γ by Eq. 13 (line 16), shape (families,).
 
-        γ = 0                                  where mean|clip| <= ε: nothing is left to forget
+        γ = 0                                  where mean|clip| <= ε: nothing remains to forget
         γ = 1 / (K_p - k)                      where ⟨g, clip⟩ >= 0, so cos θ_γ >= 0: forgetting is a descent
         γ = (1 - η) ⟨g, u⟩ / |⟨g, clip⟩|       otherwise: forgetting may undo a share 1 - η of the step's descent
 

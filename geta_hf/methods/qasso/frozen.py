@@ -47,6 +47,7 @@ class GradientSums:
         self._labels: dict[str, list[GroupLabels]] = {}
         for cut in labels:
             self._labels.setdefault(cut.tensor, []).append(replace(cut, label=cut.label.to(device)))
+        # The last entry takes the indices that belong to no group.
         self._inner = torch.zeros(groups + 1, device=device)
         self._squares = torch.zeros(len(own_weights), device=device)
         self._handles: list[RemovableHandle] | None = None
@@ -67,6 +68,8 @@ class GradientSums:
     def _hook(self, name: str, tensor: Tensor, named: Named) -> RemovableHandle:
         @torch.no_grad()
         def note(tensor: Tensor) -> None:
+            # A post-accumulate hook: it runs when this tensor's gradient is complete, in the midst of the backward
+            # pass.
             assert tensor.grad is not None
             # ∂f/∂W is that of the merged weight too, so ⟨g, x⟩ is taken with W + scale · B A.
             self.add(name, self.frozen.merged(name, named), tensor.grad)
@@ -95,6 +98,7 @@ class GradientSums:
 
         Both are of the mean gradient over processes. The sums start again at 0.
         """
+        # In one tensor, so that processes exchange a single message.
         total = torch.cat([self._inner, self._squares])
         processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if processes > 1:
@@ -133,7 +137,8 @@ def check_rules(config: GETAConfig) -> None:
     """Raise GETAError for a rule that needs full gradients, or steps, of frozen weights."""
     wanted = {"saliency": ("fisher", "taylor"), "forgetting": ("uniform",), "bit_rule": ("sensitivity", "ppsg")}
     for name, choices in wanted.items():
-        if (value := getattr(config, name)) not in choices:
+        value = getattr(config, name)
+        if value not in choices:
             raise GETAError(
                 f"{name} = {value!r} needs gradients and steps of weights that are frozen; "
                 f"choose {' or '.join(map(repr, choices))}"

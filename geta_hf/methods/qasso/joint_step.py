@@ -78,10 +78,13 @@ class RedundantSlices:
         if self.pairs is not None:
             per_pair = pair_sums(steps, self.pairs, self.families)
             rate, sizes = step_sizes(rate, self.pairs, per_pair, values, bits, config)
+            # A layer has one d though several families cut it: that of its last pair is taken.
             last = self.pairs.last
             d = values[0].index_copy(0, self.pairs.layer[last], sizes[last])
             self.quantizers.write_step_sizes(d, named)
         for step in steps:
+            # `after` was read before any slice is written, so an element in both redundant rows and redundant columns
+            # of a tensor is not shrunk twice.
             shrink_slice(step, rate, forgotten, self._step_size(step, sizes), named)
         return torch.where(sums[1] > 0, rate, torch.nan)
 
@@ -152,6 +155,7 @@ def measure_slice(piece: Slice, named: Named, quantizers: Quantizers, values: Va
         step.clip = clip_power(x, q_m, exponent)
         step.layer = quantizers.position(piece.tensor)
         step.d = d
+        # Only Eqs. 13 and 14 read it, and it is as large as the slice.
         step.res = rounding_residue(step.clip, d) if descent else None
     if descent:
         assert piece.grad is not None
@@ -167,7 +171,8 @@ def family_sums(steps: Sequence[SliceStep], families: int) -> Tensor:
     """
     total = torch.zeros(4, families, device=steps[0].after.device)
     for step in steps:
-        family, dim = step.piece.family, step.piece.dim
+        family = step.piece.family
+        dim = step.piece.dim
         # |clip|, not clip: a signed mean is about 0 for weights of both signs, and γ would silently stay 0.
         total[0].index_add_(0, family, sum_others(step.clip.abs(), dim))
         # The number of elements at each index; one number for all, so that nothing has to be counted on the device.
@@ -190,6 +195,7 @@ def forgetting_rates(sums: Tensor, steps_remaining: int, config: GETAConfig) -> 
         steps_remaining: K_p - k, at least 1.
         config: the rule, η and ε.
     """
+    # Families without a redundant group have no elements: 0 / 1 rather than NaN.
     magnitude = sums[0] / sums[1].clamp_min(1)  # Eq. 12
     forgotten = magnitude <= config.epsilon
     if config.forgetting == "uniform":
@@ -245,6 +251,8 @@ def pair_sums(steps: Sequence[SliceStep], pairs: LayerFamilyPairs, families: int
     for step in steps:
         if step.res is not None and step.grad is not None and step.step is not None:
             dim = step.piece.dim
+            # γ is of a family, over all layers; d is of one layer, so its inner products are of that layer's slices
+            # alone.
             sums = torch.stack([sum_others(step.grad * value, dim) for value in (step.res, step.step)])
             total.index_add_(1, pair_positions(step, pairs, families), sums)
     return add_up(total, steps[0].piece.shard)
@@ -264,9 +272,10 @@ def step_sizes(
         config: η and ξ.
     """
     d, q_m, t = (value[pairs.layer] for value in values)
+    # More bits are a finer grid, so b_u gives d_min and b_l gives d_max.
     bounds = step_size(bits[1], q_m, t), step_size(bits[0], q_m, t)
     rate, sizes = joint_step_size(rate, pairs.family, sums[0], sums[1], bounds, config.eta, config.xi)
-    # Eq. 14 divides by γ; where nothing is forgotten there is nothing to balance, and d stays.
+    # Eq. 14 divides by γ; where nothing is forgotten there is nothing to balance, and d is kept.
     return rate, torch.where(rate[pairs.family] > 0, sizes, d)
 
 
@@ -283,8 +292,10 @@ def shrink_slice(step: SliceStep, rate: Tensor, forgotten: Tensor, size: Tensor 
         size: d by Eq. 14, broadcastable against the slice; None where it is not set.
         named: parameters by name.
     """
-    piece, dims = step.piece, step.after.dim()
+    piece = step.piece
+    dims = step.after.dim()
     value = step.after - step.quantized(size) * piece.along(rate[piece.family], dims)
     value = value.masked_fill_(piece.along(forgotten[piece.family], dims), 0.0)
+    # The difference is taken in fp32 and rounded once, to the type of the parameter.
     parameter = local(named[piece.tensor].detach())
     piece.write(parameter, value.to(parameter.dtype))

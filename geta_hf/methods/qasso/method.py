@@ -64,6 +64,7 @@ class QASSOMethod(Method):
     def check_stages(self, total_steps: int, steps_per_epoch: float) -> None:
         """Raise GETAError where the stages do not fit into a run of this length."""
         stages = (self.config.warmup, self.config.projection, self.config.joint)
+        # A plan made before the data is loaded knows no epochs; the check is made again when training starts.
         if math.isnan(steps_per_epoch) and any("epoch" in str(stage) for stage in stages):
             return
         Schedule.from_config(self.config, total_steps, steps_per_epoch)
@@ -103,6 +104,7 @@ class QASSOMethod(Method):
     def _attach_input_shapes(self, model: nn.Module) -> None:
         """Put input quantizers on a model without data: calibration would run the model."""
         for layer in quantized_layers(model).values():
+            # Any value will do, since the shapes are all that is asked for.
             start = torch.ones(1, device=layer.weight.device)
             layer.input_quantizer = Quantizer(
                 start, self.config.initial_bits, self.config.learn_activation_exponent, start.device
@@ -124,9 +126,11 @@ class QASSOMethod(Method):
         kept = work = largest = 0
         for cut in labels:
             tensor = tensors[cut.tensor]
+            # A frozen weight under LoRA is multiplied by 1 - γ, with no copy of what it was before the step.
             if not tensor.requires_grad:  # shrinks in place
                 continue
             item = tensor.element_size()
+            # A label equal to the number of groups marks an index that belongs to none.
             in_groups = float((cut.label < groups).sum()) / len(cut.label)
             elements = int(tensor.numel() * in_groups * share)
             kept += elements * item * (2 if descent else 1)  # x, and g
@@ -180,10 +184,12 @@ class QASSOMethod(Method):
             model: the plain one, not a wrapper.
         """
         cooling = self.stage == COOLDOWN
+        # At the change alone and not in every step, as it walks all modules.
         if cooling != self._quantizers_frozen:
             freeze_quantizers(model, cooling)
             self._quantizers_frozen = cooling
         if self.optimizer is not None:
+            # Before the backward pass, which is where gradients of frozen weights are added up.
             self.optimizer.watch_frozen()
 
     def check_finite(self) -> None:
@@ -245,6 +251,7 @@ class QASSOMethod(Method):
                 f"QASSO is at step {self.step_count}, before the end of the joint stage, where the last groups become "
                 f"zero and widths become integers; train on"
             )
+        # Widths are integers by now, but come back from log2(q_m^t / d + 1) + 1 in fp32, as 3.9999998.
         bits = {prefix: round(width) for prefix, width in optimizer.bits().items()}
         weights = optimizer.quantizers.weights
         inputs = optimizer.quantizers.prefixes[optimizer.quantizers.weight_layers :]

@@ -30,11 +30,13 @@ def compression_metrics(
         removed), `mean_bits` over the remaining weights, `min_bits`, `max_bits`, `relative_bops` of quantized layers
         (dense is 1), `gamma`, and with quantized inputs `mean_input_bits`.
     """
+    # BOPs count a float side as 32 bits.
     per_input = torch.tensor(input_bits, dtype=torch.float64) if input_bits else float(FLOAT_BITS)
     weights = ledger.weights(removed)
     per_layer = torch.tensor(bits, dtype=torch.float64)
     metrics = {
         "stage": STAGES.index(stage) + 1,
+        # Groups that are being forgotten do not count: they may still be far from zero.
         "sparsity": round(int(removed.sum()) / ledger.groups, 4),
         "mean_bits": round(float((weights * per_layer).sum() / weights.sum()), 3),
         "min_bits": round(min(bits), 3),

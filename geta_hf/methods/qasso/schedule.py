@@ -17,12 +17,14 @@ def resolve_duration(duration: Duration, total_steps: int, steps_per_epoch: floa
 
     Args:
         duration: int steps, float share of training in [0, 1), or text: "200 steps", "1.5 epochs".
-        total_steps: optimizer steps of the whole training.
+        total_steps: optimizer steps of the entire training.
         steps_per_epoch: optimizer steps of one epoch.
         name: what to call it in an error.
     """
+    # True is an int in Python, and would pass for one step.
     if isinstance(duration, bool) or not isinstance(duration, (int, float, str)):
         raise GETAError(f"{name} = {duration!r} must be steps, a share of training, or text such as '1.5 epochs'")
+    # An int is steps and a float a share, so 1 and 1.0 are far apart: the latter, all of training, is refused.
     if isinstance(duration, str):
         steps = _parse(duration, steps_per_epoch, name)
     elif isinstance(duration, int):
@@ -38,6 +40,7 @@ def resolve_duration(duration: Duration, total_steps: int, steps_per_epoch: floa
 
 def _parse(duration: str, steps_per_epoch: float, name: str) -> int:
     number, _, unit = duration.strip().partition(" ")
+    # Both "1 epoch" and "2 epochs". A bare number has an empty unit, which is refused.
     kind = unit.strip().removesuffix("s")
     try:
         count = float(number)
@@ -110,6 +113,7 @@ class Schedule:
             raise GETAError(f"stages take {lengths}, {used} steps, but training has {total_steps}; shorten them")
         periods = {"projection": config.projection_periods, "joint": config.pruning_periods}
         for name, count in periods.items():
+            # A period without a step would never start, so its reduction or its groups would silently be skipped.
             if lengths[name] < count:
                 raise GETAError(
                     f"the {name} stage has {lengths[name]} of {total_steps} steps for {count} periods; "
@@ -128,12 +132,14 @@ class Schedule:
             return _in_period(PROJECTION, step - self.warmup, self.projection, self.projection_periods)
         if step < joint_start + self.joint:
             return _in_period(JOINT, step - joint_start, self.joint, self.pruning_periods)
+        # Everything after it, however long training goes on: a longer run than planned only trains more.
         start = joint_start + self.joint
         return Phase(COOLDOWN, 0, step - start, max(self.total - start, 1))
 
 
 def _in_period(stage: str, step: int, length: int, periods: int) -> Phase:
     # Periods differ by at most one step where the stage does not divide evenly.
+    # 5 steps in 2 periods: step 2 gives ((2 + 1) * 2 - 1) // 5 = 1, so the periods are steps 0-1 and 2-4.
     period = ((step + 1) * periods - 1) // length
     start, end = (period * length) // periods, ((period + 1) * length) // periods
     return Phase(stage, period, step - start, end - start)

@@ -52,6 +52,7 @@ def group_sums(labels: Sequence[GroupLabels], named: Named, groups: int, product
 
 def sum_others(values: Tensor, dim: int) -> Tensor:
     """Return Σ over all dimensions but one, shape (size of it,)."""
+    # A vector has no other dimension, and `sum([])` would run over all of it.
     others = [other for other in range(values.dim()) if other != dim]
     return values.sum(others) if others else values
 
@@ -150,6 +151,7 @@ def build_slices(labels: Sequence[GroupLabels], mask: Tensor, family: Tensor, na
     for cut in labels:
         parameter = named[cut.tensor]
         shard = shard_of(parameter, cut.tensor)
+        # This waits for the device, which is why slices are listed at period boundaries and not in every step.
         label = cut.label.cpu()
         hit = marked(label, mask)
         if not bool(hit.any()):
@@ -173,6 +175,8 @@ def remember(slices: Sequence[Slice], named: Named, gradients: bool) -> None:
         piece.x = piece.read(local(parameter.detach()))
         if gradients:
             grad = parameter.grad
+            # A parameter that this batch did not use, such as an expert's, has no gradient; it is forgotten all the
+            # same.
             piece.grad = torch.zeros_like(piece.x) if grad is None else piece.read(local(grad))
 
 

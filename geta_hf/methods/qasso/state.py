@@ -49,6 +49,7 @@ class QASSOState:
             layers: number of quantizers, those of inputs included.
         """
         return cls(
+            # Zero is IMPORTANT: in the beginning nothing is forgotten.
             status=torch.zeros(groups, dtype=torch.uint8),
             mean_square=torch.zeros(groups),
             curvature=torch.zeros(weight_layers),
@@ -78,6 +79,7 @@ class QASSOState:
 
 def store_vectors(packed: dict[str, Any], vectors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return a base optimizer's `state_dict` with the vectors in the state of its first parameter."""
+    # Copies: the inner dicts of a `state_dict` are the optimizer's own, which must not get keys that it does not know.
     state = {position: dict(values) for position, values in packed["state"].items()}
     first = packed["param_groups"][0]["params"][0]
     state.setdefault(first, {}).update({f"{_PREFIX}{name}": value.clone() for name, value in vectors.items()})

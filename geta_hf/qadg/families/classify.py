@@ -1,6 +1,6 @@
 """Say what a family is from the structure alone: its kind, what it is coupled to, its name and its cost.
 
-No name of a module or an architecture has a say. Kinds are read from the marks that the rules left on the atoms:
+No name of a module or an architecture has a say. Kinds are read from the marks that the rules set on atoms:
 
 - heads: the batch dim of a product of two activations ("head") that came from splitting another dim ("split");
 - head dims: what such a product contracts ("attended");
@@ -46,6 +46,7 @@ def find_kinds(flow: Flow, drafts: Sequence[Draft], excludes: dict[int, set[int]
     }
     kinds = []
     for draft in drafts:
+        # `any`: marks are set by single operators, and some of them read only a part of a family's atoms.
         found = [kind for kind, flag in flags.items() if flag[draft.atoms].any()]
         if "residual" in found and not _spans(draft):
             # Activations are also added within a layer, where no residual stream runs.
@@ -73,10 +74,11 @@ def _query_heads(position: int, kinds: list[str], drafts: Sequence[Draft], exclu
 
     With grouped queries, a view (kv heads, queries per kv head, head dim) gives two families that both look like heads.
     The one that cuts more is the key-value head with its queries. The other, query i of every key-value head at once,
-    leaves keys and values alone and so cuts less. Of two that cut the same, the first counts as heads.
+    cuts no keys and values, hence less. Of two that cut the same, the first counts as heads.
     """
     if kinds[position] != "heads":
         return kinds[position]
+    # Compared as pairs: what is cut, and of equal ones the smaller position.
     own = (drafts[position].cut, -position)
     for other in excludes.get(position, ()):
         if kinds[other] == "heads" and (drafts[other].cut, -other) > own:
@@ -127,6 +129,7 @@ def find_couplings(flow: Flow, drafts: Sequence[Draft]) -> list[tuple[str, ...]]
         couplings = []
         if norm[draft.atoms].any():
             couplings.append("norm")
+        # A tied tensor has a second reader, such as the head that shares its weight with the embedding.
         if any(len(tensor_dim.value.names) > 1 for tensor_dim in cut):
             couplings.append("tied")
         if any(tensor_dim.position in facing_output for tensor_dim in cut):
@@ -145,6 +148,7 @@ def find_names(drafts: Sequence[Draft], kinds: Sequence[str]) -> list[str]:
         paths = [tensor_dim.value.names[0].split(".")[:-1] for tensor_dim, _ in draft.members]
         path = ".".join(_common(paths))
         name = f"{path}:{kind}" if path else kind
+        # Two residual streams in one module, say: without a number they could not be told apart in `prune` or a report.
         taken = sum(other == name or other.startswith(f"{name}#") for other in names)
         names.append(f"{name}#{taken + 1}" if taken else name)
     return names
@@ -166,6 +170,7 @@ def parameters_per_group(draft: Draft) -> int:
     for tensor_dim, index in draft.members:
         value = tensor_dim.value
         if value.role == "parameter":
+            # One row of a (3072, 768) weight is 768 elements, of its bias 1.
             total += index.shape[1] * value.elements // value.shape[tensor_dim.dim]
     return total
 
@@ -182,6 +187,7 @@ def macs_per_group(flow: Flow, drafts: Sequence[Draft], family: Ids) -> list[int
             if ids is None:
                 continue
             found = family[flow.ids.atoms(ids)]
+            # A product of atoms of two families counts for either, since removing it from one side is enough.
             share = np.bincount(found[found >= 0].ravel(), minlength=len(drafts)) / len(ids)
             total += macs * share
     return [round(macs / len(draft.atoms)) for macs, draft in zip(total, drafts, strict=True)]

@@ -42,6 +42,8 @@ def find_families(flow: Flow) -> tuple[Family, ...]:
             name=names[position],
             kind=kinds[position],
             members=_members(draft),
+            # The graph says what can be removed; whether it should be is the policy's to say
+            # (`policy.choose_prunable`).
             prunable=False,
             excludes=tuple(names[other] for other in sorted(excludes.get(position, ()))),
             couplings=couplings[position],
@@ -62,6 +64,7 @@ def _members(draft: Draft) -> tuple[Member, ...]:
     order = np.argsort(first_index, kind="stable")
     members = []
     for tensor_dim, index in draft.members:
+        # int64, which torch's indexing insists on; the ids are int32 to save memory.
         rows = torch.from_numpy(index[order]).long()
         members.append(Member(tensor_dim.value.names[0], tensor_dim.dim, rows))
     return tuple(members)

@@ -39,6 +39,7 @@ def output_weights(graph: Graph) -> set[int]:
             weights.update(_parameters(graph, made_by, node))
             continue
         activations = {ref for ref in node.refs() if _is_activation(graph, ref)}
+        # A sum of two activations has two, so a residual connection ends the walk here.
         if len(activations) == 1 and _passes(node):
             (activation,) = activations
             if activation not in seen:
@@ -52,12 +53,13 @@ def _is_activation(graph: Graph, value: int) -> bool:
 
 
 def _passes(node: Node) -> bool:
-    # A merged activation quantizer ("inserted") stands between a layer and its output as well.
+    # A merged activation quantizer ("inserted") is between a layer and its output as well.
     return node.pointwise or node.op in SHAPE_RULES or node.op in INDEX_RULES or node.op == "inserted"
 
 
 def _parameters(graph: Graph, made_by: dict[int, int], node: Node) -> Iterator[int]:
     """Yield the parameters that a contraction multiplies with, seen through transposes and attached quantizers."""
+    # From an activation the walk would go on through the entire model.
     pending = [ref for ref in node.refs() if graph.values[ref].weight_like]
     while pending:
         value = pending.pop()

@@ -35,7 +35,7 @@ class TensorDim:
         entry_index: the element of each entry, shape (entries,).
         atoms: the distinct atoms, shape (atoms,), ascending.
         count: how many elements each of `atoms` has, shape (atoms,).
-        column: the first column of `table` in which each of `atoms` stands, shape (atoms,). Atoms that meet in one
+        column: the first column of `table` in which each of `atoms` occurs, shape (atoms,). Atoms that meet in one
             element are not two groups of one family, even if they cut alike: of a 4 x 4 grid, rows are one family and
             columns another.
     """
@@ -165,7 +165,7 @@ def _signatures(tensor_dims: Sequence[TensorDim], count: int) -> Ids:
     last = 1
     for tensor_dim in tensor_dims:
         known = signature[tensor_dim.atoms]
-        # How an atom cuts this dim, as one number: its count of elements, and the column it stands in.
+        # How an atom cuts this dim, as one number: its count of elements, and its column.
         shape = tensor_dim.count.astype(np.int64) * tensor_dim.table.shape[1] + tensor_dim.column
         if (known == known[0]).all() and (shape == shape[0]).all():
             # By far the most frequent case, for which there is no need to sort.
@@ -173,6 +173,7 @@ def _signatures(tensor_dims: Sequence[TensorDim], count: int) -> Ids:
             last += 1
             continue
         keys, label = np.unique(known.astype(np.int64) * (int(shape.max()) + 1) + shape, return_inverse=True)
+        # New numbers each time: a class of which only some atoms lie along this dim must not keep its number for both.
         signature[tensor_dim.atoms] = last + label.ravel()
         last += len(keys)
     return signature

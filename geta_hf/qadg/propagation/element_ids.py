@@ -3,7 +3,7 @@
 An id is one of three things:
 
 - *pinned*: id 0. The element can never be removed.
-- an *atom*: removed as one. All elements that carry it leave at once.
+- an *atom*: removed as one. All elements that carry it are removed at once.
 - a *product* of two ids, outer and inner. Its element is removed as soon as either factor is.
 
 The ids live in a union-find forest. Take a matrix product `x @ w.T` of an activation x of shape (3, 4), with atoms
@@ -84,7 +84,7 @@ class ElementIds:
         columns = self.find(ids)[:, None]
         if not (self._outer[columns] != _UNBOUND).any():
             return columns
-        # Every round replaces the products in the table by their two factors, side by side, until none is left.
+        # Every round replaces the products in the table by their two factors, side by side, until only atoms remain.
         while True:
             bound = self._outer[columns] != _UNBOUND
             if not bound.any():
@@ -92,6 +92,7 @@ class ElementIds:
             inner = np.where(bound, self._inner[columns], PINNED)
             columns = np.where(bound, self._outer[columns], columns)
             columns = np.stack([columns, inner], axis=2).reshape(len(ids), -1)
+            # A factor may have been unified or pinned since its product was made, hence `find` again in every round.
             columns = self.find(columns[:, (columns != PINNED).any(axis=0)])
 
     def pair(self, outer: Ids, inner: Ids) -> Ids:
@@ -104,6 +105,7 @@ class ElementIds:
         both = (outer != PINNED) & (inner != PINNED) & (outer != inner)
         result = np.where(outer != PINNED, outer, inner)
         if both.any():
+            # The same pair made twice gets two ids. Nothing is lost by that, since ids are compared by their atoms.
             products = self.fresh(int(both.sum()))
             self._outer[products] = outer[both]
             self._inner[products] = inner[both]
@@ -119,6 +121,7 @@ class ElementIds:
 
         All their atoms are pinned: if either factor of a product could be removed, its element would be.
         """
+        # `atoms` pads with 0, which is PINNED itself: its own parent already.
         self._parent[self.atoms(ids)] = PINNED
 
     def mark(self, flag: str, ids: Ids) -> None:
@@ -152,6 +155,7 @@ class ElementIds:
             atoms_in_b = (b != PINNED).sum(axis=1)
             pinned = (atoms_in_a == 0) | (atoms_in_b == 0)
             same = atoms_in_a == atoms_in_b
+            # Pins come first: they take atoms away, after which two sides may agree. Joining atoms can't be undone.
             if pinned.any():
                 self._parent[a[pinned]] = PINNED
                 self._parent[b[pinned]] = PINNED

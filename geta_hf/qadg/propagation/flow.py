@@ -2,13 +2,13 @@
 
 A rule reads the ids of its operator's inputs with `dims`, ties them to each other with `unify` or `broadcast`, and sets
 those of its outputs with `set_dims`. Views go through `view`, which is made of `merge` (several dims into one: product
-ids) and `split` (one dim into several: ids are bound to products). What has to stay as it is gets pinned:
+ids) and `split` (one dim into several: ids are bound to products). What must not be removed gets pinned:
 
 - `pin` for what can never be removed by design, such as rows that an embedding is indexed by;
 - `pin_and_report` for what an operator does with a dim, such as a softmax along it;
 - `pin_unsupported` for all that an operator without a rule reads. It is reported, and never guessed.
 
-`mark` leaves flags on ids from which families get their kind and their couplings later (`families.classify`):
+`mark` sets flags on ids, from which families get their kind and their couplings later (`families.classify`):
 
 - "row", "column": output and input features of a weight;
 - "head", "attended": batch and inner dims of a product of two activations, as attention has it;
@@ -42,7 +42,7 @@ class Flow:
 
     Attributes:
         graph: the recorded forward pass.
-        ids: the union-find forest that says what the ids stand for.
+        ids: the union-find forest that says what the ids mean.
         readers: for every value, the positions of the nodes that read it.
         nonnegative: values without an element below zero.
         contractions: multiply-accumulates of the operators, with the dims in proportion to which they shrink.
@@ -85,6 +85,7 @@ class Flow:
     def reaches_zero(self, node: Node) -> bool:
         """Return whether everything that reads a node's results widens them to include zero, as quantizers do."""
         readers = [self.graph.nodes[position] for value in node.outputs for position in self.readers.get(value, [])]
+        # `all` of nothing is true, but a range that nobody reads was widened by nobody.
         return bool(readers) and all(self._includes_zero(reader) for reader in readers)
 
     def _includes_zero(self, node: Node) -> bool:
@@ -113,11 +114,13 @@ class Flow:
             known = self.graph.values[position]
             pinned = known.role == "input"
             self._dims[position] = [None if pinned or size <= 1 else self.ids.fresh(size) for size in known.shape]
+        # A copy, since rules assign to its entries (`dims[1] = ...`), which must not change the value that they read.
         return list(self._dims[position])
 
     def set_dims(self, value: int, dims: Sequence[Dim]) -> None:
         """Set the ids of a result; dims of one element get none."""
         shape = self.graph.values[value].shape
+        # A rule that is wrong for some shape has to fail here: shifted by one dim, ids would tie elements at random.
         assert len(dims) == len(shape), (shape, len(dims))
         assert all(ids is None or size <= 1 or len(ids) == size for ids, size in zip(dims, shape, strict=True)), shape
         self._dims[value] = [None if size <= 1 else ids for ids, size in zip(dims, shape, strict=True)]
@@ -130,6 +133,7 @@ class Flow:
 
     def pin_and_report(self, node: Node, dims: Iterable[Dim], reason: str) -> None:
         """Pin dims for what an operator does with them, and report it where something could have been removed."""
+        # A softmax over token positions is in every model, and its dim is pinned by the inputs: nothing to report.
         removable = [dim for dim in dims if dim is not None and (self.ids.atoms(dim) != PINNED).any()]
         self.pin(removable)
         if removable:
@@ -140,6 +144,7 @@ class Flow:
         for value in node.refs():
             self.pin(self.dims(value))
         for value in node.outputs:
+            # None is pinned. What comes out depends in an unknown way on all that goes in, so it is as fixed as that.
             self.set_dims(value, [None] * len(self.graph.values[value].shape))
         self._report(node, reason)
 
@@ -163,6 +168,7 @@ class Flow:
         if left is None or right is None:
             self.pin((left, right))
             return None
+        # A shortcut for values that share their ids already, as everything along a residual stream does.
         if left is not right and not np.array_equal(left, right):
             self.ids.unify(left, right)
         return left
@@ -190,6 +196,7 @@ class Flow:
         """Return the ids of several dims viewed as one of size prod(sizes): products, the last dim running fastest."""
         if all(dim is None for dim in dims):
             return None
+        # Pinned is the neutral element of a product: 4 heads merged with a pinned dim of 2 give each head's id twice.
         merged = np.zeros(1, np.int32)
         for dim, size in zip(dims, sizes, strict=True):
             factor = np.zeros(size, np.int32) if dim is None else dim
@@ -200,8 +207,10 @@ class Flow:
         """Return the ids of one dim of size prod(sizes) viewed as several."""
         if dim is None or len(sizes) == 1:
             return [dim] + [None] * (len(sizes) - 1)
+        # From the outside in: 768 seen as (12, 8, 8) is first 12 x 64, and then 64 is 8 x 8.
         n = sizes[0]
         rest = math.prod(sizes[1:])
+        # A dim of one element carries no ids, so it takes no part in the factorisation.
         if n == 1:
             return [None, *self.split(dim, sizes[1:])]
         if rest == 1:
@@ -225,6 +234,8 @@ class Flow:
         inner = [table[0, :, column] for column in np.flatnonzero(by_inner)]
         mixed = np.flatnonzero(~by_outer & ~by_inner)
         if len(mixed):
+            # For example a weight's 768 row atoms, seen as 12 heads of 64: from here on row 70 is the product of head 1
+            # and head dim 6, and both heads and head dims can be removed.
             new_outer = self.ids.fresh(n)
             new_inner = self.ids.fresh(m)
             products = self.ids.product(new_outer, new_inner)
@@ -238,6 +249,7 @@ class Flow:
         """Return the product of several ids for each element; None for no factor at all, which is pinned."""
         joined: Dim = None
         for factor in factors:
+            # Several where more dims were merged than are split off: (a, b, c) as one dim, seen as (a · b, c).
             joined = factor if joined is None else self.ids.pair(joined, factor)
         return joined
 
@@ -260,6 +272,7 @@ class Flow:
             size_i = 1
             size_j = 1
             while size_i != size_j or (i == start_i and j == start_j):
+                # Whichever side covers fewer elements so far takes its next dim; `before` begins.
                 behind = size_i < size_j or j == len(after) or (size_i == size_j and i == start_i)
                 if i < len(before) and behind:
                     size_i *= before[i]
@@ -267,6 +280,7 @@ class Flow:
                 else:
                     size_j *= after[j]
                     j += 1
+            # Without dims after, the stretch is dims of one element that the view dropped; these have no ids.
             if j > start_j:
                 merged = self.merge(dims[start_i:i], before[start_i:i])
                 result += self.split(merged, after[start_j:j])

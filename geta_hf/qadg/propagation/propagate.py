@@ -59,6 +59,7 @@ def propagate(graph: Graph) -> Flow:
     flow = Flow(graph)
     for node in graph.nodes:
         _apply(flow, node)
+    # After the walk, when outputs have their ids. The pin reaches back through all that was unified with them.
     for value in graph.outputs:
         flow.pin(flow.dims(value))
     return flow
@@ -75,4 +76,5 @@ def _apply(flow: Flow, node: Node) -> None:
         # An operator that reads no tensor, such as `arange` or `zeros`, makes one like a factory does.
         SHAPE_RULES["new_zeros"](flow, node)
     else:
+        # Gate 1: what is not understood is pinned and reported. A guess would be found by gates 2 and 3 at best.
         flow.pin_unsupported(node, "no rule for this operator")

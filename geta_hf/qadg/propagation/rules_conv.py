@@ -30,6 +30,7 @@ def _convolution(flow: Flow, node: Node) -> None:
     if groups == 1:
         incoming = kernel[0] if transposed else kernel[1]
         made = kernel[1] if transposed else kernel[0]
+        # Input channel c is only ever multiplied with slice c of the kernel's `in` dim.
         flow.unify(dims[1], incoming)
         row = made
         column = incoming
@@ -38,6 +39,7 @@ def _convolution(flow: Flow, node: Node) -> None:
     if flow.value(weight).weight_like:
         flow.mark("row", row)
         flow.mark("column", column)
+    # An output channel without its kernel would still give its bias, so the two are removed together.
     if bias is not None:
         made = flow.unify(made, flow.dims(bias)[0])
     shape = flow.graph.values[node.outputs[0]].shape
@@ -51,7 +53,7 @@ def _convolution(flow: Flow, node: Node) -> None:
 def _grouped(flow: Flow, node: Node, channels: Dim) -> tuple[Dim, Dim, Dim]:
     """Return the output channels of a grouped convolution, and what counts as rows and columns of its kernel.
 
-    Input and output channels are seen as (group, channel within). Whole groups are removed together on both sides.
+    Input and output channels are seen as (group, channel within). A group is removed entirely, on both sides.
     A channel within is removed from every group at once, since the kernel's second dim is shared by all of them.
     Depthwise is the case of one input channel in each group.
     """
@@ -62,16 +64,21 @@ def _grouped(flow: Flow, node: Node, channels: Dim) -> tuple[Dim, Dim, Dim]:
     count = flow.shape(node.inputs["input"])[1]
     if node.inputs.get("transposed", False):
         # The kernel has shape (in, out / groups, ...): its second dim holds output channels.
+        # A transposed kernel's first dim holds the input channels of all groups, so channel c has slice c of it.
         flow.unify(channels, first)
         outer, _ = flow.split(first, (groups, count // groups))
+        # Output channel k of group i is (i, k): removed with the group, or with slice k of the kernel's second dim,
+        # which all groups share.
         return flow.merge((outer, second), (groups, within)), None, first
     if within == 1 and n == groups:
         # Depthwise with one output for each input: no product is needed, and none should be made for so common a case.
         made = flow.unify(channels, first)
         return made, None, None
+    # 8 input channels in 4 groups: channel 5 is (2, 1), the second one of group 2, and meets column 1 of the kernel.
     group_in, inside = flow.split(channels, (groups, count // groups))
     group_out, _ = flow.split(first, (groups, n // groups))
     flow.unify(group_in, group_out)
+    # With one input channel in each group the kernel has one column, which goes with the group.
     if within > 1:
         flow.unify(inside, second)
     return first, first, second
@@ -86,6 +93,8 @@ def _batch_norm(flow: Flow, node: Node) -> None:
     """Pass channels, each with its own weight and statistics; mark the other dims if the batch gives the statistics."""
     dims = flow.dims(node.inputs["input"])
     if batch_statistics(node):
+        # The mean runs over samples and places, so its divisor would change with their number, not with that of
+        # channels.
         for dim in (dims[0], *dims[2:]):
             flow.mark("norm", dim)
     for name in ("weight", "bias", "running_mean", "running_var"):
@@ -100,13 +109,14 @@ def _batch_norm(flow: Flow, node: Node) -> None:
 
 
 def _group_norm(flow: Flow, node: Node) -> None:
-    """Pass whole groups; mark the channels within one, and the places, which are normalised together."""
+    """Pass complete groups; mark the channels within one, and the places, which are normalised together."""
     dims = flow.dims(node.inputs["input"])
     groups = node.inputs["group"]
     channels = node.inputs["C"]
     for name in ("weight", "bias"):
         if node.inputs[name] is not None:
             dims[1] = flow.unify(dims[1], flow.dims(node.inputs[name])[0])
+    # With as many groups as channels, each channel is normalised by itself and can be removed alone.
     outer = dims[1]
     if groups != channels:
         outer, inner = flow.split(dims[1], (groups, channels // groups))
@@ -125,6 +135,8 @@ def _layer_norm(flow: Flow, node: Node) -> None:
     count = len(node.inputs["normalized_shape"])
     for name in ("weight", "bias"):
         if node.inputs.get(name) is not None:
+            # Called for what it unifies. The result has the dims of the input, with which those of the weight now
+            # agree.
             flow.broadcast((source, node.inputs[name]), flow.shape(source))
     for dim in dims[-count:]:
         flow.mark("norm", dim)
@@ -152,6 +164,7 @@ def _places(flow: Flow, node: Node) -> None:
     """Pin the places of pooling and resampling, as many dims as the operator's name says; pass the dims before them."""
     count = int(re.search(r"(\d)d", node.op)[1])  # type: ignore[index]
     dims = flow.dims(next(node.refs()))
+    # Counted from the right, as the batch dim may be missing.
     flow.pin(dims[-count:])
     for value in list(node.refs())[1:]:
         flow.pin(flow.dims(value))

@@ -26,6 +26,7 @@ _MASKS = (torch.bool, torch.uint8)
 
 def _embedding(flow: Flow, node: Node) -> None:
     rows, columns = flow.dims(node.inputs["weight"])
+    # Token ids are given by the tokenizer: without row 5, every token after it would look up its neighbor's row.
     flow.pin([rows])
     flow.set_dims(node.outputs[0], [*flow.dims(node.inputs["indices"]), columns])
 
@@ -37,6 +38,7 @@ def _gather(flow: Flow, node: Node) -> None:
     dim = node.inputs["dim"]
     ids = flow.dims(source)
     chosen = flow.dims(index)
+    # A scalar has no dim that could be addressed.
     if not ids:
         return flow.set_dims(node.outputs[0], [])
     flow.pin([ids[dim]])
@@ -83,6 +85,7 @@ def _index(flow: Flow, node: Node) -> None:
     if picked is not None:
         position, places = picked
         ids = dims[position]
+        # Ids move with the elements: under places [2, 0], element 0 of the result carries the id of element 2.
         dims[position] = None if ids is None else _pinned_if_single(flow, ids[places])
         return flow.set_dims(node.outputs[0], dims)
     masks = any(flow.value(ref).dtype in _MASKS for ref in used.values())
@@ -96,6 +99,7 @@ def _index(flow: Flow, node: Node) -> None:
     chosen: list[Dim] = [None] * chosen_rank
     first = min(used)
     last = max(used)
+    # x[i, j] of shape (4, 5, 6) with 3 indices each is (3, 6); x[i, :, j] is (3, 5).
     if masks or last - first + 1 == len(used):
         return flow.set_dims(node.outputs[0], dims[:first] + chosen + dims[first + rank :])
     rest = [ids for position, ids in enumerate(dims) if position not in used]
@@ -142,6 +146,7 @@ def single_pick(flow: Flow, node: Node) -> tuple[int, np.ndarray[Any, np.dtype[n
     if content.dtype in _MASKS or content.dim() != 1:
         return None
     size = flow.shape(node.inputs["self"])[position]
+    # Negative places count from the end. A size of 0 has no places, and must not be divided by.
     places = content.numpy() % max(1, size)
     distinct = len(np.unique(places)) == len(places)
     return (position, places) if distinct else None
@@ -162,6 +167,7 @@ def _index_put(flow: Flow, node: Node) -> None:
     used = _used_indices(node)
     rank = _pin_indexed(flow, dims, used)
     first = min(used)
+    # Index dims would come first in the values then, a layout that no rule here lines up.
     if max(used) - first + 1 != len(used):
         return flow.pin_unsupported(node, "writes at indices that are not side by side")
     own = flow.shape(target)
@@ -193,6 +199,7 @@ def _index_add(flow: Flow, node: Node) -> None:
     dims = flow.dims(node.inputs["self"])
     dim = node.inputs["dim"]
     source = flow.dims(node.inputs["source"])
+    # The index says at which place of `self` an element of `source` is added, so neither may be renumbered.
     flow.pin([dims[dim], source[dim], *flow.dims(node.inputs["index"])])
     merged: list[Dim] = []
     for position, (own, other) in enumerate(zip(dims, source, strict=True)):
@@ -215,6 +222,7 @@ def _masked_scatter(flow: Flow, node: Node) -> None:
     theirs = flow.dims(source)
     passed = 0
     while mask is not None and passed < min(len(shape), len(given)) - 1 and shape[-1 - passed] == given[-1 - passed]:
+        # Constant along the dim: then a row is taken entirely or not at all, and column k is column k as before.
         full = mask.expand(shape)
         if not bool((full == full.narrow(len(shape) - 1 - passed, 0, 1)).all()):
             break
@@ -240,6 +248,7 @@ def _pad(flow: Flow, node: Node) -> None:
     pad = node.inputs["pad" if "pad" in node.inputs else "padding"]
     for back in range(len(pad) // 2):
         if pad[2 * back] or pad[2 * back + 1]:
+            # The new elements belong to no parameter, and where they are inserted is counted in the full size.
             flow.pin([dims[-1 - back]])
             dims[-1 - back] = None
     flow.set_dims(node.outputs[0], dims)
@@ -249,6 +258,7 @@ def _along(flow: Flow, node: Node) -> None:
     """Pin the dims that are named, or all when none is: what happens there depends on every element or its place."""
     dims = flow.dims(next(node.refs()))
     named = node.inputs.get("dim", node.inputs.get("dims"))
+    # `_softmax` names one dim, `flip` a list of them, `roll` a list that may be empty.
     if isinstance(named, int):
         named = [named]
     if not dims:

@@ -1,4 +1,4 @@
-"""Rules of the operators that move whole dims about: ids pass unchanged, or multiply in views.
+"""Rules of the operators that rearrange entire dims: ids pass unchanged, or multiply in views.
 
 None of these operators computes, so none of them ties two tensors to each other except `cat`, `stack` and `glu`, which
 put tensors, or halves of one, at the same place.
@@ -21,6 +21,7 @@ def _view(flow: Flow, node: Node) -> None:
     """Merge and split dims: where heads come from."""
     source = node.inputs["self"]
     after = flow.graph.values[node.outputs[0]].shape
+    # (2, 8, 768) seen as (2, 8, 12, 64): the first two dims pass, and 768 ids become heads times head dims.
     flow.set_dims(node.outputs[0], flow.view(flow.dims(source), flow.shape(source), after))
 
 
@@ -57,7 +58,7 @@ def _squeeze(flow: Flow, node: Node) -> None:
     chosen = node.inputs.get("dim", list(range(len(shape))))
     if isinstance(chosen, int):
         chosen = [chosen]
-    # torch leaves a chosen dim in place unless it has one element.
+    # torch keeps a chosen dim unless it has one element.
     squeezed = {dim % len(shape) for dim in chosen if shape[dim] == 1}
     dims = flow.dims(node.inputs["self"])
     flow.set_dims(node.outputs[0], [ids for position, ids in enumerate(dims) if position not in squeezed])
@@ -76,6 +77,8 @@ def _expand(flow: Flow, node: Node) -> None:
     result: list[Dim] = []
     for position, size in enumerate(target):
         stretched = position < new or source[position - new] != size
+        # For example (2, 4 key-value heads, 1, 8, 64) expanded to 3 query heads each: the 3 copies get atoms, which are
+        # unified with those of the query heads where the two are multiplied.
         result.append(flow.ids.fresh(size) if stretched else dims[position])
     flow.set_dims(node.outputs[0], result)
 
@@ -85,6 +88,7 @@ def _repeat(flow: Flow, node: Node) -> None:
     repeats = node.inputs["repeats"]
     new = len(repeats) - len(flow.shape(node.inputs["self"]))
     dims = [None] * new + flow.dims(node.inputs["self"])
+    # Tiled: torch repeats the dim and not its elements, so [a, b] twice is [a, b, a, b].
     repeated = [None if ids is None else np.tile(ids, count) for ids, count in zip(dims, repeats, strict=True)]
     flow.set_dims(node.outputs[0], repeated)
 
@@ -94,6 +98,7 @@ def _slice(flow: Flow, node: Node) -> None:
     dim = node.inputs["dim"]
     ids = dims[dim]
     if ids is not None:
+        # Ends beyond the dim are cut off as in Python; a slice up to the end has 2**63 - 1 there.
         dims[dim] = ids[slice(node.inputs["start"], node.inputs["end"], node.inputs["step"])]
         _pin_single(flow, dims[dim])
     flow.set_dims(node.outputs[0], dims)
@@ -111,6 +116,7 @@ def _select(flow: Flow, node: Node) -> None:
     ids = dims.pop(node.inputs["dim"])
     if ids is not None:
         index = node.inputs["index"]
+        # Only the one that is read. The others may be removed, unless an operator elsewhere forbids it.
         flow.pin([ids[[index]]])
     flow.set_dims(node.outputs[0], dims)
 
@@ -125,6 +131,7 @@ def _split(flow: Flow, node: Node) -> None:
         size = flow.graph.values[value].shape[dim]
         part = list(dims)
         if ids is not None:
+            # The ids of rows are passed on, not made: row i of a part is removed with its row of the fused weight.
             part[dim] = ids[start : start + size]
             _pin_single(flow, part[dim])
         start += size
@@ -132,7 +139,7 @@ def _split(flow: Flow, node: Node) -> None:
 
 
 def _unbind(flow: Flow, node: Node) -> None:
-    """Drop a dim, of which every element becomes a tensor of its own: a fixed number of results, so all of it stays."""
+    """Drop a dim, of which every element becomes a tensor of its own: a fixed number of results, so none is removed."""
     dims = flow.dims(node.inputs["self"])
     flow.pin([dims.pop(node.inputs["dim"])])
     for value in node.outputs:
@@ -147,6 +154,7 @@ def _cat(flow: Flow, node: Node) -> None:
     dim = node.inputs["dim"] % rank
     dims = [flow.dims(ref) for ref in parts]
     result: list[Dim] = []
+    # Along `dim` all elements keep ids of their own, so that each part can lose other ones.
     for position in range(rank):
         column = [own[position] for own in dims]
         if position == dim:
@@ -164,6 +172,7 @@ def _concatenated(column: list[Dim], sizes: list[int]) -> Dim:
     """Join the ids of several parts along one dim, with zeros for those that are pinned."""
     if all(ids is None for ids in column):
         return None
+    # A pinned dim is None, and has to be written out next to ids: [0, 0, 0, 7, 8].
     filled = [np.zeros(size, np.int32) if ids is None else ids for ids, size in zip(column, sizes, strict=True)]
     return np.concatenate(filled)
 
@@ -196,6 +205,7 @@ def _glu(flow: Flow, node: Node) -> None:
         first, second = np.split(ids, 2)
         flow.unify(first, second)
         dims[dim] = first
+        # A result of one element has no ids, so removing either half could no longer be seen.
         _pin_single(flow, first)
     flow.set_dims(node.outputs[0], dims)
 
@@ -203,6 +213,8 @@ def _glu(flow: Flow, node: Node) -> None:
 def _factory(flow: Flow, node: Node) -> None:
     """Give new atoms to content that depends on no tensor: it can be made in any size."""
     for value in node.outputs:
+        # Atoms, not None: pinned zeros would pin all that they are added to. A size in the model's code that has to
+        # change is the concern of surgery.
         flow.set_dims(value, [flow.ids.fresh(size) for size in flow.graph.values[value].shape])
 
 

@@ -35,7 +35,7 @@ _CONTRACTIONS |= {"baddbmm": ("batch1", "batch2", "self"), "convolution": ("inpu
 _NORMS = frozenset({"native_layer_norm", "_fused_rms_norm", "native_batch_norm", "native_group_norm"})
 _NORMS |= {"_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "_batch_norm_no_update"}
 _PROBES = ((0.73, -1.38, 0.21), (-1.17, 0.59, 2.3), (1.9, 0.4, -0.8), (-0.3, -2.2, 1.1))
-"""For what is unknown, by operand, in every combination of signs: a result that stays the same depends on none."""
+"""For what is unknown, by operand, in every combination of signs: a result that is always the same depends on none."""
 
 
 def where_removed(flow: Flow, value: int, node: Node) -> Number:
@@ -60,6 +60,8 @@ class _Numbers:
         Not later ones: an operator in place may change a value after `node` has read it.
         """
         while self._graph.nodes[self._flow.numbered] is not node:
+            # Each node is computed once, with the pins known by then. Later ones can only shrink what may be removed,
+            # so what was found still holds.
             step = self._graph.nodes[self._flow.numbered]
             number = self._step(step)
             for value in step.outputs:
@@ -72,6 +74,7 @@ class _Numbers:
         if node.op in _PASSING or (node.op == "expand" and not self._stretched(node)):
             return self._shared(node)
         if node.op in _ZERO_PASSING:
+            # The first tensor is the data; the others are scales and clipping values.
             return 0.0 if self._zero(next(node.refs())) else None
         if node.op in _CONTRACTIONS:
             return 0.0 if self._contracted(node) else None
@@ -101,6 +104,7 @@ class _Numbers:
     def _shared(self, node: Node) -> Number:
         """Return the number that all operands along which something may be removed have in common."""
         operands = {ref for ref in node.refs() if any(map(self._removable, self._flow.dims(ref)))}
+        # Of `cat`, both parts have to hold the same number, as the result has room for one. Indices have no say.
         numbers = {self._known.get(ref) for ref in operands}
         return numbers.pop() if len(numbers) == 1 else None
 
@@ -115,6 +119,7 @@ class _Numbers:
         b = node.inputs[right]
         bias = node.inputs.get(added)
         zeros = [self._zero(a.value), self._zero(b.value)]
+        # 0 · x + bias is the bias, which has to be zero as well wherever it can be removed.
         if bias is not None and not self._harmless(bias, self._flow.dims(bias)):
             return False
         own = self._flow.dims(a)
@@ -132,7 +137,7 @@ class _Numbers:
     def _normalised(self, node: Node) -> bool:
         """Return whether a norm gives zero wherever something is removed.
 
-        Along the dims that its weight and bias have it does if both are zero there. Along other dims a whole slice of
+        Along the dims that its weight and bias have it does if both are zero there. Along other dims an entire slice of
         zeros is normalised, to which the bias is added, so there nothing is claimed.
         """
         weight = node.inputs.get("weight")
@@ -144,6 +149,7 @@ class _Numbers:
         dims = self._flow.dims(node.inputs["input"])
         rank = len(self._flow.shape(weight))
         by_last_dims = node.op in ("native_layer_norm", "_fused_rms_norm")
+        # Batch and group norms have channels second: (batch, channels, places...).
         others = dims[:-rank] if by_last_dims else [dims[0], *dims[2:]]
         return not any(map(self._removable, others))
 
@@ -154,6 +160,7 @@ class _Numbers:
         # Dims are counted from the right, 1 for the last, since that is where operands line up.
         dims = enumerate(reversed(self._flow.dims(made)), start=1)
         removable = [back for back, dim in dims if self._removable(dim)]
+        # Nothing of the result can be removed, so there is nothing to know a number of.
         if not removable:
             return None
         results = {self._probe(node, shape, removable, unknown) for unknown in _PROBES}
@@ -180,8 +187,10 @@ class _Numbers:
             number = self._known.get(item.value)
             # An operand that is stretched along one of the dims holds something of its own there, removed or not.
             stretched = any(len(own) < back or own[-back] != shape[-back] for back in removable)
+            # An unknown operand may hold anything, so it is one of the probes rather than a number of our choice.
             if number is None or stretched:
                 probe = probes[item.value]
+                # A mask is true or false, and `where` insists on bool: 0.73 becomes true, -1.38 false.
                 number = probe if value.dtype.is_floating_point else float(probe > 0)
             return torch.tensor(number).to(value.dtype)
 

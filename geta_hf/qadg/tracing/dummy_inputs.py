@@ -1,4 +1,8 @@
-"""A model without weights, and a batch that it runs: all that the dependency graph needs of a checkpoint."""
+"""Make a model without weights, and a batch that it runs: all that the dependency graph needs of a checkpoint.
+
+`empty_model` builds a model from its configuration on meta. `make_dummy_inputs` makes what its forward takes, in
+transformers' own term "dummy inputs": text, pictures, sound or a time series, as the forward's signature asks.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +61,7 @@ def empty_model(source: str | PreTrainedConfig) -> PreTrainedModel:
     Code from the Hub is never run.
 
     Args:
-        source: a Hub name, a local folder, a `config.json` file, or a configuration (which is left as it is).
+        source: a Hub name, a local folder, a `config.json` file, or a configuration (which is not changed).
 
     Returns:
         The model in evaluation mode, tied as usual: parameters on meta, buffers real, on CPU.
@@ -83,11 +87,12 @@ def empty_model(source: str | PreTrainedConfig) -> PreTrainedModel:
 
 
 class _HugeOnMeta(TorchFunctionMode):
-    """Makes tensors that are too large for a buffer on meta: all experts of a layer are more than memory may hold."""
+    """A mode that makes tensors on meta if they are too large for a buffer: all experts of a layer, for example."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _FACTORIES and kwargs.get("device") is None:
+            # Sizes come in many forms, so they are read from the result, which costs nothing on meta.
             outline = func(*args, **kwargs | {"device": "meta"})
             if outline.numel() > _HUGE:
                 return outline
@@ -96,6 +101,7 @@ class _HugeOnMeta(TorchFunctionMode):
 
 def _load_config(source: str) -> PreTrainedConfig:
     try:
+        # A configuration with code of its own could do anything as it is read.
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise GETAError(
@@ -105,6 +111,7 @@ def _load_config(source: str) -> PreTrainedConfig:
 
 
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    # `architectures` names the class that was saved, hence the one with the head that was trained.
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
@@ -123,9 +130,9 @@ def make_dummy_inputs(model: PreTrainedModel, rows: int = 2, length: int = 8) ->
     """Make inputs that `model(**batch)` runs with, from what the model says of itself.
 
     What is needed follows from `main_input_name`, `input_modalities` and the forward's signature; sizes follow from
-    the configuration; where that leaves several layouts of pictures or sound, they are tried in turn, without computing
+    the configuration; where it allows several layouts of pictures or sound, they are tried in turn, without computing
     with the parameters. Token ids are random but no special tokens; the last row of text ends in padding. A language
-    model whose pictures come in no layout known here gets text alone, and what sees stays untouched.
+    model whose pictures come in no layout known here gets text alone, and its vision part is untouched.
 
     Args:
         model: any Hugging Face model, on any device or meta.
@@ -142,11 +149,20 @@ def make_dummy_inputs(model: PreTrainedModel, rows: int = 2, length: int = 8) ->
 
 
 class _Maker:
-    """Makes the arguments of one model's forward."""
+    """The arguments of one model's forward, made from what its signature and its configuration say.
+
+    Args:
+        model: any Hugging Face model.
+        rows: how many samples.
+        length: how many tokens, where there is text.
+    """
 
     def __init__(self, model: PreTrainedModel, rows: int, length: int) -> None:
-        self.model, self.rows, self.length = model, rows, length
+        self.model = model
+        self.rows = rows
+        self.length = length
         self.config = model.config
+        # Of its own, so that a batch is the same at every call and the caller's random numbers are not used up.
         self.generator = torch.Generator().manual_seed(0)
         self.arguments = inspect.signature(model.forward).parameters
         modalities = model.input_modalities
@@ -154,10 +170,11 @@ class _Maker:
         self.main = model.main_input_name
 
     def batch(self) -> Batch:
-        """All arguments."""
+        """Return all arguments."""
         batch = self.text() | self.series()
         if self.config.is_encoder_decoder and "decoder_input_ids" in self.arguments:
             batch["decoder_input_ids"] = self.token_ids(self.length)
+        # Text alone is the last resort: a model that also reads sound would run it, with its encoder untouched.
         batch = self.with_pictures(batch) or self.first_that_runs([*self.with_sound(batch), batch])
         missing = [name for name, p in self.arguments.items() if _required(p) and name not in batch]
         if missing or not batch:
@@ -168,26 +185,35 @@ class _Maker:
         return batch
 
     def first_that_runs(self, candidates: list[Batch]) -> Batch:
-        """The first batch that the forward takes, or else the first with all it needs; an only one is not tried."""
+        """Return the first batch that the forward takes, else the first with all it needs; an only one is not tried."""
         required = {name for name, p in self.arguments.items() if _required(p)}
-        candidates = [c for c in candidates if required <= c.keys() and (self.main in c or not self.wants(self.main))]
-        running = (c for c in candidates if len(candidates) == 1 or _runs(self.model, c) is not None)
-        return next(running, _first(candidates, {}))
+        complete = []
+        for candidate in candidates:
+            has_main = self.main in candidate or not self.wants(self.main)
+            if has_main and required <= candidate.keys():
+                complete.append(candidate)
+        # Trying takes a recording, and whoever uses an only one records it anyway, with a better error.
+        if len(complete) > 1:
+            for candidate in complete:
+                if _runs(self.model, candidate) is not None:
+                    return candidate
+        return _first(complete, {})
 
     def wants(self, name: str) -> bool:
-        """Whether the forward cannot do without this argument."""
+        """Return whether the forward cannot do without this argument."""
         return name in self.arguments and (name == self.main or _required(self.arguments[name]))
 
     def takes(self, name: str, modality: str) -> bool:
-        """Whether the forward has an argument of which it can make use."""
+        """Return whether the forward has this argument and the model makes use of it."""
         return name in self.arguments and (self.wants(name) or modality in self.modalities)
 
     def text(self) -> Batch:
-        """Token ids and their mask, the last row padded; where words have places on a page, these too."""
+        """Return token ids and their mask, the last row padded; where words have places on a page, these too."""
         if not self.takes("input_ids", "text"):
             return {}
         ids = self.token_ids(self.length)
         mask = torch.ones_like(ids)
+        # Padding, since the code that handles it may be another path, and training has it.
         padding = self.length // 4
         if padding:
             mask[-1, -padding:] = 0
@@ -196,30 +222,34 @@ class _Maker:
         if "attention_mask" in self.arguments:
             batch["attention_mask"] = mask
         if "bbox" in self.arguments:
+            # Left, top, right, bottom: models take differences of these, which must not be negative.
             batch["bbox"] = torch.tensor([1, 2, 5, 7]).expand(self.rows, self.length, 4).contiguous()
         return batch
 
     def token_ids(self, length: int) -> Tensor:
-        """Ordinary tokens: special ones (padding, end, image...) have a meaning of their own."""
+        """Return random ordinary tokens, of shape (rows, length)."""
+        # Special ones have an effect: a picture's place is counted, and a decoder may stop at the end token.
         special = set(_special_tokens(self.config))
         ordinary = [token for token in range(min(self.vocabulary(), 1000)) if token not in special] or [0]
         chosen = torch.randint(len(ordinary), (self.rows, length), generator=self.generator)
         return torch.tensor(ordinary)[chosen]
 
     def vocabulary(self) -> int:
-        """How many tokens every part of the model knows."""
+        """Return how many tokens every part of the model knows."""
+        # A part with a configuration of its own, such as a decoder, may have another vocabulary, and ids have to be
+        # valid in all.
         return min((size for size in _settings(self.config, "vocab_size") if isinstance(size, int)), default=2)
 
     def padding_token(self) -> int:
-        """The one that the configuration names, if it is inside the vocabulary."""
+        """Return the one that the configuration names if it is inside the vocabulary, else 0."""
         return _first([token for token in _settings(self.config, "pad_token_id") if token < self.vocabulary()], 0)
 
     def noise(self, *shape: int) -> Tensor:
-        """Normal noise in the model's dtype."""
+        """Return normal noise in the model's dtype."""
         return torch.randn(*shape, generator=self.generator).to(self.model.dtype)
 
     def with_pictures(self, text: Batch) -> Batch:
-        """The text with pictures or clips in the first layout that the model takes; nothing where there is none."""
+        """Return the text with pictures or clips in the first layout that the model takes; {} where there is none."""
         if self.main == "pixel_values_videos":
             return text | {self.main: self.noise(self.rows, self.frames(), self.channels(), *self.sizes()[0])}
         if not self.takes("pixel_values", "image"):
@@ -227,16 +257,24 @@ class _Maker:
         tokens = _settings(self.config, "image_token_id", "image_token_index")
         if not tokens:
             return self.first_that_runs([*(text | pictures for pictures in self.pictures([])), text])
+        # Such a model replaces image tokens in the text, so the text needs exactly as many as the pictures give.
         for pictures in self.pictures([1, 2, 3, 5]):
-            if (count := self.tokens_per_picture(pictures)) is not None:
+            count = self.tokens_per_picture(pictures)
+            if count is not None:
                 return self.with_image_tokens(text, tokens[0], count) | pictures
         return text
 
     def pictures(self, several: list[int]) -> Iterator[Batch]:
-        """Layouts of pictures: as patches, alone, as clips, and with so many tiles each."""
+        """Yield layouts of pictures: as patches, alone, as clips, and as tiles.
+
+        Args:
+            several: the numbers of tiles to try for each picture.
+        """
         channels = self.channels()
         patch = _first([size for size in _settings(self.config, "patch_size") if isinstance(size, int)], 1)
         if "image_grid_thw" in self.arguments:
+            # Rows of flattened patches, of all pictures one after the other; the grid (time, height, width) tells them
+            # apart. A side has to be a multiple of the patches that are merged into one token.
             side = 2 * _first(_settings(self.config, "spatial_merge_size", "merge_size"), 1)
             depth = _first(_settings(self.config, "temporal_patch_size"), 1)
             yield {
@@ -250,21 +288,24 @@ class _Maker:
                 "spatial_shapes": torch.tensor([[4, 4]] * self.rows),
             }
         clips = [self.frames()] if _settings(self.config, "num_frames") or "video" in self.modalities else []
-        for frames, (height, width) in itertools.product([[], *([count] for count in clips + several)], self.sizes()):
+        layouts: list[list[int]] = [[], *([count] for count in clips + several)]
+        for frames, (height, width) in itertools.product(layouts, self.sizes()):
+            # Shape (rows, channels, height, width), or (rows, frames or tiles, channels, height, width).
             batch = {"pixel_values": self.noise(self.rows, *frames, channels, height, width)}
             yield batch
             if "image_sizes" in self.arguments:
                 yield batch | {"image_sizes": torch.tensor([[height, width]] * self.rows)}
 
     def tokens_per_picture(self, pictures: Batch) -> int | None:
-        """How many image tokens the text must hold for each picture; None when this layout does not fit."""
+        """Return how many image tokens the text must hold for each picture; None when this layout does not fit."""
         shapes = _runs(_ImageFeatures(self.model), pictures)
         if shapes is None:
             return None
         return sum(shape[:-1].numel() for shape in shapes) // self.rows
 
     def with_image_tokens(self, text: Batch, token: int, count: int) -> Batch:
-        """The text with `count` image tokens in front of every row."""
+        """Return the text with `count` image tokens in front of every row."""
+        # In front, where no row is padded.
         front = torch.full((self.rows, count), token)
         ids = torch.cat([front, text["input_ids"]], dim=1)
         batch = text | {"input_ids": ids}
@@ -275,15 +316,15 @@ class _Maker:
         return batch
 
     def frames(self) -> int:
-        """How many frames a clip has."""
+        """Return how many frames a clip has."""
         return _first(_settings(self.config, "num_frames", "frames_per_clip"), 4)
 
     def channels(self) -> int:
-        """How many colours a picture has."""
+        """Return how many colours a picture has."""
         return _first(_settings(self.config, "num_channels", "in_channels", "in_chans"), 3)
 
     def sizes(self) -> list[tuple[int, int]]:
-        """Heights and widths to try."""
+        """Return heights and widths to try."""
         size = _first(_settings(self.config, "image_size", "crop_size"), None)
         if size is None:
             return [(pixels, pixels) for pixels in _PIXELS]
@@ -292,11 +333,12 @@ class _Maker:
         return [(size[0], size[1]) if isinstance(size, list | tuple) else (size, size)]
 
     def with_sound(self, text: Batch) -> Iterator[Batch]:
-        """The text with spectra or waves in every layout that models take."""
+        """Yield the text with spectra or waves in every layout that models take."""
         if self.wants("input_features"):
             masks = self.arguments.keys() & {"input_features_mask", "feature_attention_mask"}
             for shape in self.spectra():
                 sound = {"input_features": self.noise(self.rows, *shape)}
+                # Which of the two sizes is time is not known here, so a mask over each is tried, then none.
                 for time in shape if masks else ():
                     yield text | sound | {mask: torch.ones(self.rows, time, dtype=torch.long) for mask in masks}
                 yield text | sound
@@ -307,17 +349,18 @@ class _Maker:
                 yield text | {"input_values": self.noise(self.rows, *layout)}
 
     def spectra(self) -> Iterator[tuple[int, int]]:
-        """Layouts of spectra: time x bins and bins x time, as long as we like or as the model insists."""
+        """Yield layouts of spectra: time x bins and bins x time, as long as we like or as the model insists."""
         bins = _settings(
             self.config, "num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim"
         )
         frames = _settings(self.config, "max_length")
+        # Whisper's encoder halves the length by a stride, and takes only what fills all of its positions.
         doubled = [2 * positions for positions in _settings(self.config, "max_source_positions")]
         for time, count in itertools.product([_FRAMES, *frames, *doubled], bins):
             yield from ((time, count), (count, time))
 
     def series(self) -> Batch:
-        """Past values of a time series, where they alone are enough."""
+        """Return past values of a time series, where they alone are enough."""
         if not self.wants("past_values"):
             return {}
         past = _first(_settings(self.config, "context_length"), 16)
@@ -333,13 +376,14 @@ class _ImageFeatures(nn.Module):
         self.model = model
 
     def forward(self, **pictures: Tensor) -> Any:
+        # Some classes with a head define it themselves, others rely on the model inside.
         owner: Any = self.model if "get_image_features" in dir(type(self.model)) else self.model.base_model
         features = owner.get_image_features(**pictures)
         return features["pooler_output"] if isinstance(features, ModelOutput) else features
 
 
 def _runs(model: nn.Module, batch: Batch) -> list[torch.Size] | None:
-    """The shapes of the outputs, or None when the forward refuses the batch."""
+    """Return the shapes of the outputs, or None when the forward refuses the batch."""
     try:
         graph = record_forward(model, batch)
     except GETAError:
@@ -353,7 +397,7 @@ def _required(parameter: inspect.Parameter) -> bool:
 
 
 def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A configuration and those inside it, outermost first."""
+    """Yield a configuration and those inside it, outermost first."""
     level = [config]
     while level:
         yield from level
@@ -362,7 +406,7 @@ def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 
 def _settings(config: PreTrainedConfig, *names: str) -> list[Any]:
-    """The values that these fields have, earlier names first, then outer configurations first."""
+    """Return the values that these fields have, earlier names first, then outer configurations first."""
     found = (getattr(inner, name, None) for name in names for inner in _configs(config))
     return [value for value in found if value is not None]
 

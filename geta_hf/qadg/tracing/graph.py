@@ -16,7 +16,7 @@ import torch
 
 @dataclass(frozen=True)
 class Ref:
-    """Stands for a tensor in a node's inputs: the position of its value in `Graph.values`."""
+    """A tensor in a node's inputs: the position of its value in `Graph.values`."""
 
     value: int
 
@@ -68,7 +68,7 @@ class Node:
         inputs: every argument by its schema name, defaults filled in, tensors as `Ref`.
         outputs: positions of the tensors it returns.
         module: dotted path of the module that called it.
-        body: the nodes that a merged branch stands for, in order.
+        body: the nodes that a merged branch was made of, in order.
     """
 
     op: str
@@ -80,6 +80,7 @@ class Node:
 
     def refs(self) -> Iterator[int]:
         """Yield the values it reads, in the order of its arguments; one that is read twice comes twice."""
+        # One level of nesting is enough: an `aten` schema has lists of tensors (`cat`), but no lists of lists.
         for argument in self.inputs.values():
             items = argument if isinstance(argument, list | tuple) else (argument,)
             for item in items:
@@ -87,7 +88,7 @@ class Node:
                     yield item.value
 
     def refs_with_body(self) -> Iterator[int]:
-        """Yield the values that it and the nodes it stands for read, including those made within the body."""
+        """Yield the values that it and the nodes of its body read, including those made within the body."""
         yield from self.refs()
         for inner in self.body:
             yield from inner.refs()
@@ -95,6 +96,7 @@ class Node:
     @property
     def pointwise(self) -> bool:
         """Return whether torch itself declares the operator to be elementwise."""
+        # From torch's own tags, so that activations added in later versions need no entry here.
         return self.func is not None and torch.Tag.pointwise in self.func.tags
 
     @property
@@ -110,6 +112,7 @@ class Node:
     def call(self, inputs: dict[str, Any]) -> Any:
         """Run the operator on `inputs`, which have the names of `self.inputs`; a merged branch has no operator."""
         assert self.func is not None
+        # Stored by name, as rules read them; the operator takes some by position alone.
         schema = self.func._schema.arguments
         positional = [inputs[argument.name] for argument in schema if not argument.kwarg_only]
         keywords = {argument.name: inputs[argument.name] for argument in schema if argument.kwarg_only}
@@ -135,11 +138,13 @@ class Graph:
 
     def producers(self) -> dict[int, int]:
         """Return for every computed value the position of the node that made it, or that last wrote to it."""
+        # Later nodes overwrite earlier ones, which is what an operator in place does to its value.
         return {value: position for position, node in enumerate(self.nodes) for value in node.outputs}
 
 
 def map_nested(function: Callable[[Any], Any], argument: Any) -> Any:
     """Apply `function` to an operator's argument, or to each item when it is a list or tuple."""
     if isinstance(argument, list | tuple):
+        # The type is kept, as some operators insist on a list.
         return type(argument)(function(item) for item in argument)
     return function(argument)

@@ -6,12 +6,12 @@ Between an activation and the layer that reads it, they are an inserted branch. 
 that nothing further on has to understand quantizers, and the groups are those of the model without them.
 
 A branch is found by its structure alone, so foreign quantizers are found as well: elementwise operators with exactly
-one source of several elements, one sink of the same shape, and among its other leaves quantizer parameters, which are
+one source of several elements, one sink of the same shape, and among its other inputs quantizer parameters, which are
 parameters or buffers of a single element, or of one element for each channel of a weight. It is attached when the
 source is made of parameters alone (lines 3-8), inserted otherwise (lines 9-14).
 
 A channel's own scales are removed with it wherever it is cut, but they are no members of a group: zeroing a group sets
-all of its members to zero, and a step size must not be zero. So a branch with such scales stands for a copy of its
+all of its members to zero, and a step size must not be zero. So a branch with such scales counts as a copy of its
 source, which is all that it means to the groups.
 """
 
@@ -36,7 +36,7 @@ def merge_branches(graph: Graph) -> Graph:
     """Merge every quantizer branch into one node, `attached` or `inserted`, at its sink's place.
 
     Args:
-        graph: as recorded; left as it is.
+        graph: as recorded; not changed.
 
     Returns:
         A graph with the same values and outputs.
@@ -66,7 +66,8 @@ def merge_branches(graph: Graph) -> Graph:
 def _merge(
     graph: Graph, branches: Iterable[list[int]], readers: dict[int, list[int]], scales: Scales
 ) -> tuple[dict[int, Node], set[int]]:
-    """Return the vertex of each branch by its sink's place, and the places of all nodes that vertices stand for."""
+    """Return the vertex of each branch by its sink's place, and the places of all nodes that were merged."""
+    # Without a parameter among its inputs, a run of elementwise operators is an activation function and no quantizer.
     learned = _single_element_leaves(graph) | scales.keys()
     merged: dict[int, Node] = {}
     absorbed: set[int] = set()
@@ -97,6 +98,7 @@ def _serves(scale: int, nodes: Iterable[Node], scales: Scales) -> bool:
     before: list[str] = []
     after: list[str] = []
     for node in nodes:
+        # d divides before the rounding and multiplies after: x^Q = d · round(x / d) (Eq. 2).
         rounded |= node.op == "round"
         if any(scales.get(ref) == scale for ref in node.refs()):
             (after if rounded else before).append(node.op)
@@ -122,6 +124,7 @@ def _single_element_leaves(graph: Graph) -> set[int]:
         if value.elements == 1 and value.role in ("parameter", "buffer"):
             found.add(position)
     for node in graph.nodes:
+        # A quantizer first makes its parameters safe, by abs or softplus, or computes the step size from a bit width.
         if any(ref in found for ref in node.refs()):
             found.update(value for value in node.outputs if values[value].elements == 1)
     return found
@@ -188,6 +191,7 @@ def _regions(graph: Graph, readers: dict[int, list[int]], scales: Scales) -> lis
         if not _elementwise(graph, node):
             continue
         sources = {source_of.get(value, value) for value in _wide(graph, node, scales)}
+        # Two sources, such as a sum of activations: elementwise too, but what it makes is a quantized form of neither.
         if len(sources) != 1:
             continue
         (source,) = sources
@@ -197,6 +201,7 @@ def _regions(graph: Graph, readers: dict[int, list[int]], scales: Scales) -> lis
     sinks = _reached_sinks(graph, inside, readers)
     regions: dict[tuple[int, frozenset[int]], list[int]] = defaultdict(list)
     for position, source in inside.items():
+        # By the sinks as well: query, key and value quantize the same hidden states in three branches.
         regions[source, sinks[position]].append(position)
     return list(regions.values())
 
@@ -235,6 +240,7 @@ def _vertex(
     for value in made:
         if value in graph.outputs or any(reader not in own for reader in readers.get(value, [])):
             sinks.append(value)
+    # A branch has one way in and one way out. If a value inside is read elsewhere, one vertex cannot replace it.
     if len(sources) != 1 or sinks != list(nodes[-1].outputs) or not leaves & learned:
         return None
     (source,) = sources

@@ -53,6 +53,7 @@ def record_forward(model: nn.Module, batch: Mapping[str, Any], times: int = 1) -
     except GETAError:
         if any(parameter.is_meta for parameter in model.parameters()):
             raise
+        # Some mixtures of experts count the tokens of each expert, which on meta has no answer.
         real = True
         graph = _record(model, batch, real)
     for _ in range(times - 1):
@@ -78,6 +79,7 @@ def _check_same_path(model: nn.Module, first: Graph, second: Graph) -> None:
     """Raise an error when two recordings differ: a graph of one path says nothing about the others."""
     for one, other in zip_longest(_steps(first), _steps(second)):
         if one != other:
+            # Of two recordings of unequal length one ends first, and `zip_longest` gives None.
             step = one or other
             assert step is not None
             raise GETAError(
@@ -99,6 +101,7 @@ def _record(model: nn.Module, batch: Mapping[str, Any], real: bool) -> Graph:
     recorder = Recorder(graph, real)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
+        # A forward that draws random numbers must not change those that the user's training draws next.
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(_unchanged(model))
         stack.enter_context(_recordable(model))
@@ -125,6 +128,7 @@ def _record(model: nn.Module, batch: Mapping[str, Any], real: bool) -> Graph:
 def _failed_forward(model: nn.Module, batch: Mapping[str, Any], error: Exception) -> str:
     shapes = []
     for name, item in batch.items():
+        # Shapes rather than contents, which is what a reader of the error can compare.
         shapes.append(f"{name} {tuple(item.shape)}" if isinstance(item, torch.Tensor) else f"{name}={item!r}")
     return (
         f"{type(model).__name__} cannot run the batch with inputs {', '.join(shapes) or 'none'}: "
@@ -144,16 +148,18 @@ def _input(name: str, item: Any, recorder: Recorder) -> Any:
 
 
 def main_tensors(output: Any) -> list[torch.Tensor]:
-    """Return the tensors that the model is there for; all tensors if that leaves none.
+    """Return the tensors that the model is there for; all tensors if there are none.
 
     These are pinned later. If the hidden states of an encoder counted as outputs, they could not be pruned, for no
     other reason than that a sequence-to-sequence model returns them along the way.
     """
     if isinstance(output, Mapping):
         main = {name: item for name, item in output.items() if not name.startswith("encoder_")}
+        # In CLIP's output, for example, the outputs of its two towers are nested mappings.
         own = {name: item for name, item in main.items() if not isinstance(item, Mapping)}
         for fields in (own, main):
-            if found := list(_tensors(fields)):
+            found = list(_tensors(fields))
+            if found:
                 return found
     return list(_tensors(output))
 
@@ -175,6 +181,7 @@ def _recordable(model: nn.Module) -> Iterator[None]:
     In torch these are fused kernels, which would appear as one operator without a rule: the fast path of transformer
     layers, and oneDNN's.
     """
+    # By identity, as the modules of a model share their config, which is to be restored once.
     configs = {id(m.config): vars(m.config) for m in model.modules() if isinstance(m, PreTrainedModel)}
     before = [(fields, {name: fields[name] for name in _SETTINGS if name in fields}) for fields in configs.values()]
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -226,6 +233,7 @@ def _module_paths(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         recorder.module.pop()
 
+    # Global hooks: the hooks of the modules themselves belong to the user and are not touched.
     handles = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True))
     try:
         yield
@@ -235,7 +243,7 @@ def _module_paths(model: nn.Module, recorder: Recorder) -> Iterator[None]:
 
 
 def _swap_in_stand_ins(model: nn.Module, recorder: Recorder) -> None:
-    """Swap parameters and buffers for stand-ins, through an identity map, so that tied ones stay tied.
+    """Swap parameters and buffers for stand-ins, through an identity map, so that tied ones remain tied.
 
     A stand-in for each *name* would make two values out of a tied weight, of which one could be pruned alone.
     """
@@ -243,6 +251,7 @@ def _swap_in_stand_ins(model: nn.Module, recorder: Recorder) -> None:
     for role, named in (("parameter", model.named_parameters), ("buffer", model.named_buffers)):
         names: dict[int, list[str]] = {}
         originals: dict[int, torch.Tensor] = {}
+        # With duplicates, or a tied weight would have the first of its names only.
         for name, tensor in named(remove_duplicate=False):
             names.setdefault(id(tensor), []).append(name)
             originals[id(tensor)] = tensor
@@ -254,6 +263,8 @@ def _swap_in_stand_ins(model: nn.Module, recorder: Recorder) -> None:
                 stand_in = _copy(original)
                 data = None if original.is_meta else _copy(original)
             value = Value(tuple(original.shape), original.dtype, role, tuple(names[key]), data)
+            # Buffers are no parameters: a table of positions can be computed for real, and its content decides about
+            # indices.
             value.from_parameter = role == "parameter"
             recorder.add(stand_in, value)
             recorder.substitute(original, stand_in)

@@ -147,6 +147,7 @@ class Recorder(TorchDispatchMode):
             if not isinstance(item, torch.Tensor):
                 return item
             item = self._stand_in.get(id(item), item)
+            # A tensor that a module holds outside of its buffers is still on the device of the model.
             item = item if item.is_meta else item.cpu()
             items.append(item)
             return item
