@@ -113,7 +113,7 @@ def convert(
 
 
 def _check_apart(source: Path, target: Path) -> None:
-    """Raises GETAError where the target's being replaced would delete the source."""
+    """Raise GETAError where replacing the target would delete the source."""
     if source.resolve().is_relative_to(target):
         raise GETAError(f"{target} holds {source}, which is to be exported, so it is not replaced; choose another")
 
@@ -151,13 +151,14 @@ def _kept(folder: Path, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> 
 
 
 def _groups_left(family: Family, space: PruningSpace, model: PreTrainedModel) -> int | None:
-    """How many groups of a family are left of it; None where its tensors disagree, since another family cut them."""
+    """Count the remaining groups of a family; None where its tensors disagree, since another family cut them."""
     found = set()
     for member in family.members:
-        left = model.state_dict()[member.tensor].shape[member.dim]
-        found.add((space.shapes[member.tensor][member.dim] - left) / member.index.shape[1])
-    gone = found.pop()
-    return None if found or gone % 1 else family.size - int(gone)
+        size = model.state_dict()[member.tensor].shape[member.dim]
+        found.add((space.shapes[member.tensor][member.dim] - size) / member.index.shape[1])
+    removed = found.pop()
+    # A fraction of a group, or two counts, can only come from a cut of another family through the same tensors.
+    return None if found or removed % 1 else family.size - int(removed)
 
 
 def _checkpoint_of(folder: Path) -> Path:
@@ -180,10 +181,10 @@ def _finished(progress: Progress, checkpoint: Path) -> int:
 
 
 def load_checkpoint(checkpoint: Path, config: CompressionConfig) -> PreTrainedModel:
-    """The model of a checkpoint with its trained quantizers, what LoRA learned merged into its weights.
+    """Load the model of a checkpoint with its trained quantizers, what LoRA learned merged into its weights.
 
     Args:
-        checkpoint: a folder that GETATrainer saved, with the whole model in safetensors files.
+        checkpoint: a folder that GETATrainer saved, with the full model in safetensors files.
         config: the run's own.
 
     Raises:
@@ -207,7 +208,7 @@ def load_checkpoint(checkpoint: Path, config: CompressionConfig) -> PreTrainedMo
 
 
 def _stored(checkpoint: Path) -> Mapping[str, Tensor]:
-    """The tensors of quantizers and of LoRA, which are small; the weights are loaded by transformers."""
+    """Read the tensors of quantizers and of LoRA, which are small; the weights are loaded by transformers."""
     found: dict[str, Tensor] = {}
     for file in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
@@ -227,7 +228,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _processing_class(checkpoint: Path) -> Any:
-    """The tokenizer or processor saved with a checkpoint; None where there is none."""
+    """Load the tokenizer or processor saved with a checkpoint; None where there is none."""
     if (checkpoint / "processor_config.json").is_file():
         return transformers.AutoProcessor.from_pretrained(checkpoint)
     if (checkpoint / "tokenizer_config.json").is_file():

@@ -94,10 +94,12 @@ def _check(arguments: argparse.Namespace, columns: Mapping[str, str], texts: Map
     if arguments.tasks:
         with open_tasks(arguments.tasks, arguments.data_dir, fewshot=bool(arguments.num_fewshot)):
             pass
-    for name in columns if arguments.output else ():
-        _check_target(arguments.output, _target(arguments.output, name, len(columns)))
-    for folder in arguments.folders if arguments.card else []:
-        read_structure(folder)
+    for name in columns:
+        if arguments.output:
+            _check_target(arguments.output, _target(arguments.output, name, len(columns)))
+    if arguments.card:
+        for folder in arguments.folders:
+            read_structure(folder)
     for folder in columns.values():
         config = check_folder(folder)
         if texts:
@@ -200,7 +202,10 @@ def _card_metrics(scored: _Scored) -> dict[str, float]:
         for task, metric in shown(scored.evaluation):
             if task not in inner:
                 score = scores[task][metric]
-                part = f", first {limit} questions{' of each task' if score.members else ''}" if limit else ""
+                part = ""
+                if limit:
+                    each = " of each task" if score.members else ""
+                    part = f", first {limit} questions{each}"
                 found[f"{task} {metric}{part}"] = score.value * (100 if metric in SHARES else 1)
     for name, one in scored.texts.items():
         found[f"{name} bits per byte"] = one.bits_per_byte

@@ -1,6 +1,6 @@
 """Step 1 of an export: decide what is removed and at how many bits the rest is stored, and refuse what cannot be.
 
-Nothing is copied or written here. Whatever stands against an export is found on the trained model itself, before a
+Nothing is copied or written here. Whatever prevents an export is found on the trained model itself, before a
 second one takes memory.
 """
 

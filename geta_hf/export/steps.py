@@ -112,7 +112,7 @@ def fill(cut_model: CutModel, plan: ExportPlan, embedding: RoundedEmbedding | No
 def _packed(
     name: str, layer: QuantizedLayer, result: CompressionResult
 ) -> tuple[Tensor, int, Tensor, FixedQuantizer | None]:
-    """Codes, bits and step size of a layer's weight, and what rounds its input."""
+    """Return codes, bits and step size of a layer's weight, and what rounds its input."""
     weight, inputs = layer.weight_quantizer, layer.input_quantizer
     fixed = None if inputs is None else fixed_quantizer(inputs, result.input_bits[name])
     return weight.codes(layer.weight), result.weight_bits[name], weight.d, fixed

@@ -33,8 +33,8 @@ def build_space(
     Args:
         model: a Hugging Face model, or any module that `model(**batch)` runs.
         batch: one batch of real inputs; one or two rows will do, with padding if training has it.
-        prune: kinds, couplings or name patterns to make prunable beside heads and channels; see `apply_policy`.
-        keep: kinds, couplings or name patterns to keep whole.
+        prune: kinds, couplings or name patterns to make prunable in addition to heads and channels; see `apply_policy`.
+        keep: kinds, couplings or name patterns that must not be pruned.
         verify: whether to let the space pass all gates: `verify_space`, then, for a Hugging Face model with weights,
             `verify_surgery`; families that the model's own code can't follow become unprunable.
 
@@ -60,6 +60,7 @@ def build_space(
     if not verify:
         return qadg.build_space(model, batch, prune=prune, keep=keep)
     space, recordings = prepare_space(model, batch, prune=prune, keep=keep)
+    # Gates 2 and 3 first: they name the wrong family, where a failure of gate 4 may be due to any of those removed.
     verify_space(model, batch, space, flow=None if recordings is None else recordings.flow)
     if _can_be_cut(model):
         verify_surgery(model, batch, space)
@@ -74,7 +75,7 @@ def prepare_space(
     keep: Sequence[str] = (),
     narrow: Callable[[PruningSpace], PruningSpace] | None = None,
 ) -> tuple[PruningSpace, Recordings | None]:
-    """Build a pruning space and take out of it, by trial cuts, what the model's own code can't follow.
+    """Build a pruning space and make unprunable, by trial cuts, what the model's own code can't follow.
 
     Three recordings serve both: the batch (the space comes from it), the same batch again to see whether the forward
     takes the same path, and all variations of the batch together. A model that surgery does not cut, because it is not
@@ -97,6 +98,7 @@ def prepare_space(
     first = record_batch(model, batch)
     check_same_path(model, batch, first.graph)
     space = qadg.build_space(model, batch, prune=prune, keep=keep, flow=first.flow)
+    # Narrowed first, so that no time goes into cutting what will not be pruned anyway.
     if narrow is not None:
         space = narrow(space)
     recordings = record_sizes(model, batch, first)
@@ -104,5 +106,5 @@ def prepare_space(
 
 
 def _can_be_cut(model: nn.Module) -> TypeGuard[PreTrainedModel]:
-    """Whether gate 4 applies: it cuts a real Hugging Face model."""
+    """Return whether gate 4 applies: it cuts a real Hugging Face model."""
     return isinstance(model, PreTrainedModel) and not any(parameter.is_meta for parameter in model.parameters())

@@ -51,6 +51,7 @@ _OWN = "own"
 def attentions(model: PreTrainedModel) -> tuple[str, ...]:
     """Return the attention implementations that a model is tried with; `own` is what each of its parts has now."""
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    # Setting an implementation for a model sets it for all its parts, so one part without sdpa rules sdpa out.
     return ("eager", "sdpa") if all(part._supports_sdpa for part in parts) else (_OWN, "eager")
 
 
@@ -93,6 +94,7 @@ def comparison_mode(model: PreTrainedModel) -> Iterator[None]:
         finally:
             model.train()
             for config, implementation in implementations:
+                # Not by the property, whose setter would give all nested configurations this one's value.
                 config._attn_implementation_internal = implementation
 
 

@@ -25,11 +25,13 @@ class ConfigView:
     __slots__ = ("_base", "_overrides")
 
     def __init__(self, base: PreTrainedConfig, overrides: dict[str, Any] | None = None) -> None:
+        # Past __setattr__ below, which writes to the base.
         object.__setattr__(self, "_base", base)
         object.__setattr__(self, "_overrides", {} if overrides is None else overrides)
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
+        # The model's code may ask isinstance(config, LlamaConfig), which looks at the class that an object names.
         return type(self._base)
 
     @property
@@ -37,6 +39,7 @@ class ConfigView:
         return vars(self._base)
 
     def __getattr__(self, name: str) -> Any:
+        # `num_attention_heads` and `n_head` of GPT-2 are one number, so an override must hold under both names.
         name = self._base.attribute_map.get(name, name)
         return self._overrides[name] if name in self._overrides else getattr(self._base, name)
 
@@ -61,10 +64,10 @@ class ConfigView:
 
 
 def is_config(value: Any) -> bool:
-    """Whether a value is a configuration or a view of one."""
+    """Return whether a value is a configuration or a view of one."""
     return isinstance(value, PreTrainedConfig)
 
 
 def view_of(config: Any) -> ConfigView:
-    """A private view of a configuration; of a view, one that starts with the same overrides."""
+    """Return a private view of a configuration; of a view, one that starts with the same overrides."""
     return copy.copy(config) if type(config) is ConfigView else ConfigView(config)

@@ -62,23 +62,23 @@ class DroppedLayers:
 def drop_layers(
     model: nn.Module, wanted: int | Sequence[str], inputs: Batch, loss: Callable[[], float], layers: Iterable[str] = ()
 ) -> DroppedLayers:
-    """Remove whole blocks from a model, in place.
+    """Remove entire blocks from a model, in place.
 
-    Blocks may leave that QADG's residual stream runs through and that only add to it (`find_blocks`). A number of them
-    is chosen one by one: the one without which the loss is lowest, computed without it and without those chosen before.
-    The shorter model must be what its shorter configuration builds, give the logits of the dense one with those blocks
+    Only blocks that QADG's residual stream runs through, and that only add to it, can be removed (`find_blocks`). A
+    number of them is chosen one by one: the one without which the loss is lowest, computed without it and without those
+    chosen before. The shorter model must be what its shorter configuration builds, give the logits of the dense one with those blocks
     skipped, and the same logits with a cache as without.
 
     Args:
         model: dense, with its weights; without quantizers.
         wanted: how many blocks, or their module paths.
         inputs: one batch without labels, for the proofs.
-        loss: computes the model's loss as it stands, such as by `mean_loss`; the same number on every process.
-        layers: paths of the layers that would be quantized, to count the work of those that leave.
+        loss: computes the model's current loss, such as by `mean_loss`; the same number on every process.
+        layers: paths of the layers that would be quantized, to count the work of those that are removed.
 
     Raises:
-        GETAError: a model that is not Hugging Face's, too few blocks that may leave, a path that is none of them, or
-            a configuration that can't say which blocks are left. The model is then as before.
+        GETAError: a model that is not Hugging Face's, too few blocks that can be removed, a path that is none of them,
+            or a configuration that can't say which blocks remain. The model is then as before.
     """
     if not isinstance(model, PreTrainedModel):
         raise GETAError(
@@ -87,13 +87,20 @@ def drop_layers(
         )
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     blocks = find_blocks(model, inputs)
-    removed, losses = _choose(model, blocks, wanted, loss) if isinstance(wanted, int) else (_named(blocks, wanted), [])
+    removed: list[Block]
+    losses: list[float]
+    if isinstance(wanted, int):
+        removed, losses = _choose(model, blocks, wanted, loss)
+    else:
+        removed, losses = _named(blocks, wanted), []
     names = tuple(block.name for block in removed)
     dropped = DroppedLayers(names, _kept(model, removed), tuple(losses), _work(model, layers, inputs, names))
+    # Before the cut, which changes this very model: afterwards there is no dense one to compare with.
     expected = _reference(model, removed, inputs)
     try:
         _shorten(model, dropped)
         _prove(model, expected, inputs)
+    # An interrupt too must not leave a model whose layers and configuration disagree.
     except BaseException:
         dropped.restore()
         raise
@@ -101,17 +108,18 @@ def drop_layers(
 
 
 def check_drop(model: PreTrainedModel, wanted: int | Sequence[str], inputs: Batch) -> None:
-    """Check what stands against removing layers before there are weights; the rest shows only with them.
+    """Check what prevents the removal of layers before there are weights; the rest shows only with them.
 
     Args:
         model: on any device or meta; left unchanged.
         wanted, inputs: as in `drop_layers`.
 
     Raises:
-        GETAError: too few layers, a path that is none, or a configuration that can't say which layers are left.
+        GETAError: too few layers, a path that is none, or a configuration that can't say which layers remain.
     """
     blocks = residual_blocks(model, inputs)
     if isinstance(wanted, int):
+        # On meta every block is as good as any other; only whether enough of them can be removed is of interest.
         _choose(model, blocks, wanted, lambda: 0.0)
     else:
         shorter_changes(model, _kept(model, _named(blocks, wanted)))
@@ -154,6 +162,7 @@ def _choose(
                 with skipping(model, [*removed, block]):
                     found.append((loss(), block))
             found.sort(key=lambda pair: (pair[0] != pair[0], pair[0]))  # NaN last
+            # Asked lazily, best block first: each answer takes several builds of the model on meta.
             best = next((pair for pair in found if _can_be_said(model, [*removed, pair[1]])), None)
             if best is None:
                 raise GETAError(_too_many(model, blocks, count, len(removed)))
@@ -174,16 +183,17 @@ def _can_be_said(model: PreTrainedModel, removed: Sequence[Block]) -> bool:
 def _removable(model: nn.Module, blocks: Sequence[Block], removed: Sequence[Block]) -> Iterator[Block]:
     """Yield the blocks that may still be removed; a list never loses its last one."""
     for block in blocks:
-        left = len(model.get_submodule(block.series)._modules) - sum(other.series == block.series for other in removed)
-        if not block.reason and block not in removed and left > 1:
+        length = len(model.get_submodule(block.series)._modules)
+        remaining = length - sum(other.series == block.series for other in removed)
+        if not block.reason and block not in removed and remaining > 1:
             yield block
 
 
 def _too_many(model: nn.Module, blocks: Sequence[Block], count: int, possible: int) -> str:
     reasons = "; ".join(dict.fromkeys(f"{block.name}: {block.reason}" for block in blocks if block.reason))
     return (
-        f"drop_layers = {count}, but at most {possible} layers of {type(model).__name__} may leave; lower it. One "
-        f"layer stays in every list, as do those that no shorter configuration builds, and these: {reasons or 'none'}"
+        f"drop_layers = {count}, but at most {possible} layers of {type(model).__name__} can be removed; lower it. One "
+        f"layer remains in every list, as do those that no shorter configuration builds, and these: {reasons or 'none'}"
     )
 
 
@@ -196,7 +206,7 @@ def _named(blocks: Sequence[Block], names: Sequence[str]) -> list[Block]:
                 f"{', '.join(known) or 'none'}. A model that was shortened before takes drop_layers = 0"
             )
         if known[name].reason:
-            raise GETAError(f"drop_layers names {name}, which can't leave: {known[name].reason}; leave it out")
+            raise GETAError(f"drop_layers names {name}, which can't be removed: {known[name].reason}; don't name it")
     return [known[name] for name in dict.fromkeys(names)]
 
 
@@ -228,7 +238,7 @@ def _work(model: PreTrainedModel, layers: Iterable[str], inputs: Batch, removed:
 
 
 def _shorten(model: PreTrainedModel, dropped: DroppedLayers) -> None:
-    """Take the blocks out; attributes and configurations become what the shorter configuration builds."""
+    """Remove the blocks; attributes and configurations become what the shorter configuration builds."""
     changes = shorter_changes(model, dropped.kept)
     for series, kept in dropped.kept.items():
         _cut_list(model.get_submodule(series), kept, dropped)
@@ -246,6 +256,7 @@ def _cut_list(blocks: nn.Module, kept: Sequence[int], dropped: DroppedLayers) ->
         blocks._modules = before
 
     dropped._undo.append(undo)
+    # A list names its items by place, so the remaining ones are counted again, as the shorter model names its own.
     blocks._modules = {str(place): before[str(old)] for place, old in enumerate(kept)}
 
 
@@ -268,6 +279,7 @@ def _reference(model: PreTrainedModel, removed: Sequence[Block], inputs: Batch) 
 def _prove(model: PreTrainedModel, expected: tuple[Outputs, bool], inputs: Batch) -> None:
     outputs, cached = expected
     prove_equal(outputs, attention_outputs(model, inputs), model.dtype, "shortened")
+    # A dense model whose own cache gives other logits proves nothing about the shorter one's.
     if cached and not _cache_agrees(model, inputs):
         raise GETAError(
             f"without these layers {type(model).__name__} gives other logits with a cache than without; drop other "
@@ -285,10 +297,11 @@ def _cache_agrees(model: PreTrainedModel, inputs: Batch) -> bool:
         return False
     unpadded = {"input_ids": inputs["input_ids"]}
     with comparison_mode(model):
-        whole = model(**unpadded, **uncached(model)).logits[:, -1:]
+        full = model(**unpadded, **uncached(model)).logits[:, -1:]
         try:
             with stepping(model):
                 stepped = model(**unpadded)
         except Exception:  # a model without a cache says so in many kinds of errors
             return False
-    return float((whole - stepped).abs().max()) <= TOLERANCE[model.dtype] * max(1.0, float(whole.abs().max()))
+    difference = float((full - stepped).abs().max())
+    return difference <= TOLERANCE[model.dtype] * max(1.0, float(full.abs().max()))

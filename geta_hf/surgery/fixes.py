@@ -57,6 +57,7 @@ def read_fixes(fixes: Any, where: str) -> Fixes:
     Raises:
         GETAError: naming the key and the value.
     """
+    # Folders outlive releases: those of version 1 lack `keep`, and mean an empty one.
     if isinstance(fixes, dict) and set(fixes) == {"version", "shapes", "attrs"} and fixes["version"] == 1:
         fixes = {**fixes, "version": FIXES_VERSION, "keep": {}}
     if not isinstance(fixes, dict) or set(fixes) != set(no_fixes()):
@@ -83,11 +84,13 @@ def read_fixes(fixes: Any, where: str) -> Fixes:
 def _is_index_list(dim: str, value: Any) -> bool:
     if not dim.isdecimal() or not isinstance(value, list) or not value:
         return False
-    whole = all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in value)
-    return whole and all(low < high for low, high in pairwise(value))
+    positions = all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in value)
+    # Indices out of order would shuffle the buffer, and repeated ones would make it larger.
+    return positions and all(low < high for low, high in pairwise(value))
 
 
 def _is_size(value: Any) -> bool:
+    # JSON's true is an int in Python, and would pass as a size of 1.
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
@@ -115,6 +118,7 @@ def shrink_tensor(model: nn.Module, name: str, shape: list[int]) -> None:
     full = tuple(tensor.shape)
     if len(shape) != len(full) or any(new > old for new, old in zip(shape, full, strict=True)):
         raise GETAError(f"the fix list gives {name} the shape {shape}, which is no cut of {full}")
+    # Never larger than what the constructor built: a stranger's list cannot make this allocate memory at will.
     empty = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
     is_parameter = isinstance(tensor, nn.Parameter)
     store[leaf] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
@@ -131,6 +135,7 @@ def shrink_buffer(model: nn.Module, name: str, dims: dict[str, list[int]]) -> No
     buffer = module._buffers.get(leaf)
     if buffer is None or leaf not in module._non_persistent_buffers_set:
         raise GETAError(f"the fix list cuts {name}, which is no unsaved buffer of {type(model).__name__}")
+    # JSON has strings as keys, so dims come as "0" and "1".
     for dim, indices in dims.items():
         if int(dim) >= buffer.dim() or indices[-1] >= buffer.shape[int(dim)]:
             raise GETAError(f"the fix list keeps indices of dim {dim} of {name} beyond its shape {tuple(buffer.shape)}")
@@ -146,6 +151,7 @@ def shrink_attribute(path: str, module: nn.Module, attribute: str, value: int | 
     """
     old = read_attribute(module, attribute)
     new = tuple(value) if isinstance(value, list) else (value,)
+    # A bool or a string here would mean a list that was written for another class.
     sizes = old if isinstance(old, tuple) else (old,)
     if not all(_is_size(size) for size in sizes) or isinstance(old, tuple) != isinstance(value, list):
         raise GETAError(f"the fix list sets {path}.{attribute}, which is not such a size in this model")
@@ -155,7 +161,7 @@ def shrink_attribute(path: str, module: nn.Module, attribute: str, value: int | 
 
 
 def _parts(attribute: str) -> tuple[list[str], str, int | None]:
-    """`config.text.split[1]` as the configurations on the way, the attribute and the place within it."""
+    """Split `config.text.split[1]` into the configurations on the way, the attribute and the place within it."""
     *configs, leaf = attribute.split(".")
     name, bracket, place = leaf.removesuffix("]").partition("[")
     return configs, name, int(place) if bracket and place.isdecimal() else None
@@ -164,10 +170,12 @@ def _parts(attribute: str) -> tuple[list[str], str, int | None]:
 def read_attribute(module: nn.Module, attribute: str) -> Any:
     """Return what a module holds under a dotted and indexed name; None for whatever is not plain data of its own."""
     configs, name, place = _parts(attribute)
+    # Private names reach what Python and torch keep for themselves, such as `__class__` or `_modules`.
     if any(part.startswith("_") for part in (*configs, name)):
         return None
     holder: Any = module
     for part in configs:
+        # By vars() and not getattr, so that no name from a list runs a property of the module.
         holder = vars(holder).get(part) if holder is module else getattr(holder, part, None)
         if not is_config(holder):
             return None
@@ -181,10 +189,12 @@ def write_attribute(module: nn.Module, attribute: str, value: Any) -> None:
     """Set what `read_attribute` reads; a configuration is changed in the eyes of this module alone."""
     configs, name, place = _parts(attribute)
     if place is not None:
-        whole = read_attribute(module, attribute.removesuffix(f"[{place}]"))
-        value = type(whole)(value if position == place else item for position, item in enumerate(whole))
+        # A tuple cannot be changed in place, and a list may be shared with other modules.
+        sequence = read_attribute(module, attribute.removesuffix(f"[{place}]"))
+        value = type(sequence)(value if position == place else item for position, item in enumerate(sequence))
     holder: Any = module
     for part in configs:
+        # Layers share one configuration. With a view of its own this module reads its size, and the others theirs.
         view = view_of(getattr(holder, part))
         _put(holder, part, view)
         holder = view
@@ -192,6 +202,7 @@ def write_attribute(module: nn.Module, attribute: str, value: Any) -> None:
 
 
 def _put(holder: Any, name: str, value: Any) -> None:
+    # setattr on a view writes to the configuration behind it, which all modules read.
     if type(holder) is ConfigView:
         holder.override(name, value)
     else:
@@ -201,19 +212,18 @@ def _put(holder: Any, name: str, value: Any) -> None:
 def set_expert_counts(model: PreTrainedModel, fixes: Fixes) -> None:
     """Choose a kernel for the experts of a mixture that runs on what remains of their weights.
 
-    The grouped one wants rows of whole 16 bytes, which cut weights may not have; any model has the eager one.
+    The grouped one wants rows of a multiple of 16 bytes, which cut weights may not have; any model has the eager one.
     """
     tensors = model.state_dict()
+    # Experts of a mixture are stacked in one tensor of three dims, (experts, out, in) or (experts, in, out).
     stacked = [tensors[name] for name in fixes["shapes"] if name in tensors and tensors[name].dim() == 3]
-    if (
-        any(size * t.element_size() % 16 for t in stacked for size in t.shape[1:])
-        and model._can_set_experts_implementation()
-    ):
+    unaligned = any(size * tensor.element_size() % 16 for tensor in stacked for size in tensor.shape[1:])
+    if unaligned and model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
 
 
 def check_attributes(model: nn.Module, tensors: Iterable[str]) -> None:
-    """Refuse a list that cuts a tensor but leaves the attributes of its module behind.
+    """Refuse a list that cuts a tensor but does not change the attributes of its module.
 
     Args:
         model: after the list was applied, before any layer is packed.
@@ -222,7 +232,8 @@ def check_attributes(model: nn.Module, tensors: Iterable[str]) -> None:
     for path in dict.fromkeys(owner(name.rpartition(".")[0]) for name in tensors):
         module = model.get_submodule(path)
         for attribute, value in shape_attributes(path, module).items():
-            if (found := getattr(module, attribute)) != value:
+            found = getattr(module, attribute)
+            if found != value:
                 raise GETAError(f"the fix list leaves {path}.{attribute} at {found}, but the weight needs {value}")
 
 
@@ -238,12 +249,15 @@ def shape_attributes(path: str, module: nn.Module) -> dict[str, Any]:
         GETAError: a module of torch.nn whose attributes do not follow from its weight alone.
     """
     weight: Any = getattr(module, "running_mean" if isinstance(module, _BATCH_NORM) else "weight", None)
+    # A norm without weight or statistics has no tensor that a cut could have changed.
     if weight is None and isinstance(module, (*_BATCH_NORM, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)):
         return {}
     if isinstance(module, nn.Linear):
         return {"out_features": weight.shape[0], "in_features": weight.shape[1]}
+    # GPT-2's layer has its weight the other way round, (in, out), and calls these sizes nx and nf.
     if isinstance(module, Conv1D):
         return {"nx": weight.shape[0], "nf": weight.shape[1]}
+    # A convolution's weight is (out, in / groups, ...), that of a transposed one (in, out / groups, ...).
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         return {"in_channels": weight.shape[0], "out_channels": weight.shape[1] * module.groups}
     if isinstance(module, nn.modules.conv._ConvNd):

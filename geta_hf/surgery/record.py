@@ -128,7 +128,7 @@ def _record_alone(model: PreTrainedModel, variation: _Variation) -> list[SizeTra
 
 
 def _joined(variations: Sequence[_Variation]) -> dict[str, Tensor]:
-    """The inputs of all variations, each name with the place of its variation in front.
+    """Return the inputs of all variations, each name prefixed with the place of its variation.
 
     Every variation has inputs of its own, so that sizes of one say nothing of another.
     """
@@ -169,9 +169,9 @@ def _run(model: PreTrainedModel, own: Callable[..., Any], variation: _Variation,
 
 
 def _keeps_apart(first: Flow, other: Flow) -> bool:
-    """Whether whatever may leave alone by the first recording may do so by the other one too.
+    """Return whether whatever can be removed alone by the first recording can be by the other one too.
 
-    An operator that only one variation uses may pin what leaves, or tie it to more. Then the whole recording has
+    An operator that only one variation uses may pin what is removed, or tie it to more. Then the full recording has
     nothing to say of such a cut, and what the other variations in it would have shown is lost with it.
     """
     pairs: list[NDArray[np.int32]] = []
@@ -180,7 +180,7 @@ def _keeps_apart(first: Flow, other: Flow) -> bool:
         if value.names[0] not in theirs:
             continue
         for ids, other_ids in zip(first.dims(place), other.dims(theirs[value.names[0]]), strict=True):
-            if ids is None:  # nothing may leave here anyway
+            if ids is None:  # nothing can be removed here anyway
                 continue
             atoms = first.ids.atoms(ids)
             other_atoms = np.zeros_like(atoms) if other_ids is None else other.ids.atoms(other_ids)
@@ -190,6 +190,8 @@ def _keeps_apart(first: Flow, other: Flow) -> bool:
     if not pairs:
         return True
     image, source = np.unique(np.concatenate(pairs, axis=1), axis=1)
+    # One atom of the other recording for two of the first ties together what the first one removes separately. Several
+    # atoms for one do no harm: the first recording, which ties them, decides what is cut.
     pinned = (image == PINNED) & (source != PINNED)
     return not pinned.any() and len(np.unique(image)) == len(image)
 
@@ -204,7 +206,7 @@ def _parameters(flow: Flow) -> Iterator[tuple[int, Value]]:
 
 
 def other_shape(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
-    """The batch with one row more and, where its main input is a sequence of tokens, a few tokens fewer."""
+    """Return the batch with one row more and, where its main input is a sequence of tokens, a few tokens fewer."""
     main = batch.get(model.main_input_name)
     tokens = main is not None and main.dim() == 2 and not main.is_floating_point() and main.shape[1] > 4
     rows = next((tensor.shape[0] for tensor in batch.values() if tensor.dim()), 0)
@@ -216,6 +218,7 @@ def other_shape(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
             tensor = tensor[:, :-2]
         return torch.cat([tensor, tensor[:1]])
 
+    # Two rows of 8 tokens become three of 6: a size that only happened to equal a number of the model does so no more.
     return {name: change(tensor) for name, tensor in batch.items()}
 
 
@@ -231,18 +234,18 @@ def stepping(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _last_logits_in_steps(model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
-    whole = type(model).forward
-    accepted = inspect.signature(whole).parameters
+    full = type(model).forward
+    accepted = inspect.signature(full).parameters
     # An encoder's mask is as long as its own input, and a decoder's grows with the tokens seen.
     tokens = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
     ids = inputs.pop(tokens)
     first = dict(inputs)
     if _masks_tokens(inputs, tokens, ids):
         first["attention_mask"] = inputs["attention_mask"][:, :-1]
-    past = whole(model, **{**first, tokens: ids[:, :-1]}, use_cache=True)
+    past = full(model, **{**first, tokens: ids[:, :-1]}, use_cache=True)
     # Whatever the forward returns and takes again is its cache, by any name.
     cache = {name: value for name, value in past.items() if name in accepted and name not in inputs}
-    return whole(model, **{**inputs, **cache, tokens: ids[:, -1:]}, use_cache=True).logits
+    return full(model, **{**inputs, **cache, tokens: ids[:, -1:]}, use_cache=True).logits
 
 
 def _masks_tokens(inputs: Mapping[str, Any], tokens: str, ids: Tensor) -> bool:

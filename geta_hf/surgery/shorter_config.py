@@ -1,4 +1,4 @@
-"""The configuration of a model with fewer blocks, and what it builds: found by building it, not by its names."""
+"""Find the configuration of a model with fewer blocks by building models from it, not by the names of its fields."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from geta_hf.qadg.tracing.dummy_inputs import empty_model
 
 Path = tuple[str, ...]
 Kept = Mapping[str, Sequence[int]]
-"""Path of a list of modules -> the places of those that stay."""
+"""Path of a list of modules -> the places of those that remain."""
 
 
 class Change(NamedTuple):
@@ -28,12 +28,13 @@ class Change(NamedTuple):
 
 
 def shorter_changes(model: PreTrainedModel, kept: Kept) -> list[Change]:
-    """Every attribute that is another one in what the shorter configuration builds.
+    """Return every attribute that differs in what the shorter configuration builds.
 
     Raises:
-        GETAError: no configuration builds the blocks that stay, just as they are.
+        GETAError: no configuration builds the remaining blocks just as they are.
     """
     config = copy.deepcopy(model.config)
+    # empty_model takes the class from here, and a loaded configuration may name another head than the model has.
     config.architectures = [type(model).__name__]
     dense = empty_model(config)
     for series, places in kept.items():
@@ -49,7 +50,7 @@ def shorter_changes(model: PreTrainedModel, kept: Kept) -> list[Change]:
 
 
 def _before(place: str, kept: Kept) -> str:
-    """The path that a module of the shorter model had in the dense one."""
+    """Return the path that a module of the shorter model had in the dense one."""
     for series, places in kept.items():
         if place.startswith(f"{series}."):
             number, dot, rest = place.removeprefix(f"{series}.").partition(".")
@@ -60,9 +61,11 @@ def _before(place: str, kept: Kept) -> str:
 def _check_tensors(dense: nn.Module, short: nn.Module, kept: Kept) -> None:
     theirs = {name: tuple(tensor.shape) for name, tensor in dense.state_dict().items()}
     built = {_before(name, kept): tuple(tensor.shape) for name, tensor in short.state_dict().items()}
-    gone = [f"{series}.{place}." for series, places in kept.items() for place in _missing(dense, series, places)]
+    removed = tuple(
+        f"{series}.{place}." for series, places in kept.items() for place in _missing(dense, series, places)
+    )
     for name in dict.fromkeys((*theirs, *built)):
-        if theirs.get(name) != built.get(name) and not name.startswith(tuple(gone)):
+        if theirs.get(name) != built.get(name) and not name.startswith(removed):
             raise GETAError(
                 f"{name} has shape {theirs.get(name, 'none')}, but {built.get(name, 'none')} in what the shorter "
                 f"configuration builds; drop other layers, or set drop_layers to 0"
@@ -74,7 +77,9 @@ def _missing(model: nn.Module, series: str, kept: Sequence[int]) -> list[int]:
 
 
 def _check_alike(origin: nn.Module, twin: nn.Module, place: str) -> None:
-    """Raises GETAError where a module that the shorter configuration builds is not the one that stands there."""
+    """Raise GETAError where the shorter configuration builds another module than the one that is there."""
+    # Tensors are cut out of the dense model with their values, but buffers made by a constructor are not loaded: one
+    # that depends on the place of its layer would be another after a reload.
     buffers = dict(origin.named_buffers(recurse=False))
     same = type(origin) is type(twin) and all(
         name in buffers and (buffer.is_meta or torch.equal(buffer, buffers[name]))
@@ -88,12 +93,14 @@ def _check_alike(origin: nn.Module, twin: nn.Module, place: str) -> None:
 
 
 def _differences(origin: Any, twin: Any, place: str, path: Path = ()) -> Iterator[Change]:
-    """What differs because of the places: whole numbers and lists are taken over, anything else is refused."""
+    """Yield what differs because of the places: integers and lists are taken over, anything else is refused."""
     for name, value in vars(twin).items():
         before = vars(origin).get(name)
         if isinstance(value, PreTrainedConfig) and isinstance(before, PreTrainedConfig):
             yield from _differences(before, value, place, (*path, name))
         elif _plain(value) and _plain(before) and value != before:
+            # Integers follow the place, as `layer_idx` does, by which a cache finds its keys. A float or a string (a
+            # layer's dropout, its kind of attention) says that the layer that remains is built as another one.
             if not isinstance(value, int | list | tuple | dict) or isinstance(value, bool):
                 raise GETAError(
                     f"{name} of {place} is {before!r}, but {value!r} in what the shorter configuration builds; drop "
@@ -103,21 +110,28 @@ def _differences(origin: Any, twin: Any, place: str, path: Path = ()) -> Iterato
 
 
 def _plain(value: Any) -> bool:
-    if isinstance(value, list | tuple | dict):
-        return all(map(_plain, value.values() if isinstance(value, dict) else value))
+    if isinstance(value, dict):
+        return all(map(_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
     return value is None or isinstance(value, int | float | str)
 
 
 def _shorter_config(config: PreTrainedConfig, series: str, kept: Sequence[int]) -> PreTrainedConfig:
-    """The configuration that builds fewer blocks in one list, found by trying every number of that size.
+    """Return the configuration that builds fewer blocks in one list, found by trying every number of that size.
 
-    Lists with an entry for every block, such as `layer_types`, are cut where that number stands.
+    Lists with an entry for every block, such as `layer_types`, are cut in the configuration that holds that number.
     """
     dense = empty_model(config)
     count = len(dense.get_submodule(series)._modules)
+    # A number that shortens the decoder along with the encoder is not the one that is wanted.
     wanted = {**_lengths(dense, series), series: len(kept)}
     for path, own in _configs(config):
-        for name in [name for name, value in vars(own).items() if type(value) is int and value == count]:
+        for name, number in vars(own).items():
+            # The number has another name in each architecture (num_hidden_layers, n_layer, encoder_layers), and other
+            # numbers may equal it: BERT has 12 layers and 12 heads. What each one does shows when it is changed.
+            if type(number) is not int or number != count:
+                continue
             tried = copy.deepcopy(config)
             changed = dict(_configs(tried))[path]
             for other, value in vars(own).items():
@@ -133,7 +147,7 @@ def _shorter_config(config: PreTrainedConfig, series: str, kept: Sequence[int]) 
 
 
 def _configs(config: PreTrainedConfig, path: Path = ()) -> Iterator[tuple[Path, PreTrainedConfig]]:
-    """A configuration and all that stand in it, each with the names that lead there."""
+    """Yield a configuration and all those nested in it, each with the names that lead there."""
     yield path, config
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
@@ -150,6 +164,6 @@ def _builds(config: PreTrainedConfig, series: str, wanted: Mapping[str, int]) ->
 
 
 def _lengths(model: nn.Module, series: str) -> dict[str, int]:
-    """Lengths of all lists of modules but those within `series`."""
+    """Return the lengths of all lists of modules but those within `series`."""
     lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     return {path: len(module) for path, module in lists.items() if not path.startswith(f"{series}.")}

@@ -66,6 +66,7 @@ def demands(sliced: SlicedTrace) -> Demands:
     # A tensor that no recorded operator made (UNKNOWN) has no ids, so nothing is known of its sizes after the cut.
     calls = [c for c in trace.calls if not any(item is UNKNOWN for item in (*c.args, *c.kwargs.values()))]
 
+    # What a number was in the recording, which a number used as a scale must still be after the cut.
     def old(leaf: Attribute | Size) -> int:
         return trace.original[leaf] if isinstance(leaf, Attribute) else sliced.flow.shape(Ref(leaf.value))[leaf.dim]
 
@@ -94,6 +95,7 @@ def fold(number: Any, sliced: SlicedTrace) -> Expression:
         return expression
     operands = tuple(fold(operand, sliced) for operand in expression.operands)
     folded = Operation(expression.function, operands)
+    # A division by 0 is kept as it is: the search then finds that it has no value, and refuses with a reason.
     if all(isinstance(operand, int) for operand in operands) and not (
         expression.function in ("floordiv", "mod") and operands[1] == 0
     ):
@@ -113,11 +115,13 @@ _ARITHMETIC = frozenset(
 def _uses(call: Call) -> Iterator[Use]:
     """Yield the numbers of a call that enter its result as themselves."""
     if call.name == "scaled_dot_product_attention":
+        # Without a scale torch takes 1 / sqrt(head_dim) from the query itself, which would change with head_dim.
         if call.kwargs.get("scale") is None and len(call.args) < 7:
             query = call.args[0] if call.args else call.kwargs["query"]
             yield Use(Size(query.value, -1), f"the default scale at {call.where}")
     elif call.name in _ARITHMETIC:
-        skipped = 1 if call.name == "full" else 2 if call.name == "new_full" else 0
+        # The size that a factory is given goes through its rule: full(size, value), tensor.new_full(size, value).
+        skipped = {"full": 1, "new_full": 2}.get(call.name, 0)
         for item in chain(call.args[skipped:], call.kwargs.values()):
             if isinstance(item, TaggedInt):
                 yield Use(item.expression, f"{call.name} at {call.where}")
@@ -172,7 +176,10 @@ def _full(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
 
 
 def _repeat(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
-    numbers, before, after = _numbers(call, 1), sliced.sizes(call.args[0]), sliced.sizes(call.outputs[0])
+    numbers = _numbers(call, 1)
+    before = sliced.sizes(call.args[0])
+    after = sliced.sizes(call.outputs[0])
+    # More numbers than dims put new dims in front, as if the tensor had had dims of size 1 there.
     before = [1] * (len(after) - len(before)) + before
     for dim, number in enumerate(numbers, start=len(after) - len(numbers)):
         if int(number) != -1 and not sliced.free(call.outputs[0], dim):
@@ -195,6 +202,7 @@ def _split(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
     numbers, dim = _given(call, 1, "split_size_or_sections", "split_size", "split_sizes"), _given(call, 2, "dim") or 0
     sizes = [sliced.size(output, dim) for output in call.outputs]
     if isinstance(numbers, int):
+        # The last part may be shorter, so it says nothing about the number unless it is the only one.
         numbers = [numbers] * max(1, len(sizes) - 1)
         sizes = sizes[: len(numbers)]
     yield from zip(numbers, sizes, strict=True)
@@ -203,8 +211,9 @@ def _split(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
 def _chunk(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
     dim = _given(call, 2, "dim") or 0
     sizes = [sliced.size(output, dim) for output in call.outputs]
+    # The number of parts is a literal that no cut changes, so equal parts must lose equally many elements.
     if len(set(sizes)) > 1 and sizes != [sliced.flow.shape(output)[dim] for output in call.outputs]:
-        raise RefusalError(f"chunk at {call.where} gives equal parts, but {sizes} elements of them stay")
+        raise RefusalError(f"chunk at {call.where} gives equal parts, but {sizes} elements of them remain")
     yield from ()
 
 
@@ -215,7 +224,9 @@ def _unflatten(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
 
 
 def _narrow(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
-    dim, start, length = (_given(call, i, n) for i, n in ((1, "dim"), (2, "start"), (3, "length")))
+    dim = _given(call, 1, "dim")
+    start = _given(call, 2, "start")
+    length = _given(call, 3, "length")
     mask = sliced.mask(call.args[0], dim)
     if isinstance(start, int):
         yield start, int(start) if mask is None else int(mask[: int(start)].sum())
@@ -228,19 +239,23 @@ def _arange(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
         if len(call.args) == 1 and isinstance(call.args[0], TaggedInt):
             yield call.args[0], int(call.args[0])
         return
-    stays = int(mask.sum())
-    if len(call.args) != 1 or not mask[:stays].all():
+    remaining = int(mask.sum())
+    # arange(n - 2) is what remains of arange(n) only if the last two were removed: [0, 1, 3] is no arange.
+    if len(call.args) != 1 or not mask[:remaining].all():
         raise RefusalError(f"arange at {call.where}: its content cannot lose other elements than the last ones")
-    yield call.args[0], stays
+    yield call.args[0], remaining
 
 
 def _item(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
     """Move bounds and places along a dim that is cut with what remains before them."""
     source = call.args[0]
     index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
+    # Indexed by a tensor, a list or a bool, a tensor has no bounds that could come from an attribute.
     if any(isinstance(item, Ref | list | bool) for item in index):
         return
-    dim, rank = 0, len(sliced.flow.shape(source))
+    dim = 0
+    rank = len(sliced.flow.shape(source))
+    # In x[..., :d] the ellipsis takes every dim that no other item does; a None takes none.
     used = sum(item is not None and item is not Ellipsis for item in index)
     for item in index:
         if item is Ellipsis:
@@ -252,7 +267,8 @@ def _item(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
 
 
 def _bounds(item: Any) -> list[Any]:
-    return [n for n in ((item.start, item.stop) if isinstance(item, slice) else (item,)) if isinstance(n, int)]
+    bounds = [item.start, item.stop] if isinstance(item, slice) else [item]
+    return [bound for bound in bounds if isinstance(bound, int)]
 
 
 def _unmoved(item: Any) -> Iterator[Demand]:
@@ -265,6 +281,8 @@ def _moved(call: Call, item: Any, mask: NDArray[np.bool_]) -> Iterator[Demand]:
     if isinstance(item, slice):
         _check_step(call, item, mask)
         for number in _bounds(item):
+            # With the mask [1, 1, 0, 1], the bound 3 becomes 2: as many elements remain before it. A bound beyond the
+            # end, such as sys.maxsize, holds as it is, unless an attribute has to go on being as far beyond.
             place = int(number)
             if place >= 0 and (place < len(mask) or isinstance(number, TaggedInt)):
                 yield number, int(mask[:place].sum()) + max(0, place - len(mask))
@@ -276,7 +294,7 @@ def _moved(call: Call, item: Any, mask: NDArray[np.bool_]) -> Iterator[Demand]:
     elif isinstance(item, int):
         place = int(item)
         if not mask[place]:
-            raise RefusalError(f"index {place} at {call.where} reads an element that leaves")
+            raise RefusalError(f"index {place} at {call.where} reads an element that is removed")
         yield item, int(mask[:place].sum()) if place >= 0 else -int(mask[place:].sum())
 
 
@@ -288,9 +306,9 @@ def _check_step(call: Call, item: slice, mask: NDArray[np.bool_]) -> None:
     chosen[item] = True
     # Compare the elements that the old slice chose, among those that remain, with what the moved slice would choose.
     start = int(mask[: int(item.start or 0)].sum())
-    stays = np.zeros(int(mask.sum()), np.bool_)
-    stays[start :: int(item.step)] = True
-    if not np.array_equal(chosen[mask], stays):
+    moved = np.zeros(int(mask.sum()), np.bool_)
+    moved[start :: int(item.step)] = True
+    if not np.array_equal(chosen[mask], moved):
         raise RefusalError(f"the stride of {item.step} at {call.where} would skip other elements than before")
 
 
@@ -318,10 +336,11 @@ def _group_norm(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:
     mask = sliced.mask(source, 1)
     if mask is None:
         return
-    left = mask.reshape(int(groups), -1).sum(axis=1)
-    if len(set(left[left > 0].tolist())) > 1:
-        raise RefusalError(f"{call.module}: groups of {left.tolist()} channels cannot be normalised together")
-    yield _own(call, sliced, "num_groups", groups), int((left > 0).sum())
+    # 8 channels in 4 groups: [2, 2, 0, 2] becomes 3 groups of 2, but no number of groups gives [2, 1, 2, 2].
+    remaining = mask.reshape(int(groups), -1).sum(axis=1)
+    if len(set(remaining[remaining > 0].tolist())) > 1:
+        raise RefusalError(f"{call.module}: groups of {remaining.tolist()} channels cannot be normalised together")
+    yield _own(call, sliced, "num_groups", groups), int((remaining > 0).sum())
 
 
 def _own(call: Call, sliced: SlicedTrace, name: str, number: Any) -> Any:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from geta_hf.errors import GETAError
+from geta_hf.qadg.propagation.element_ids import PINNED
 from geta_hf.qadg.propagation.flow import Flow
 from geta_hf.qadg.propagation.keep_masks import KeepMasks
 from geta_hf.qadg.propagation.propagate import propagate
@@ -34,6 +35,8 @@ from geta_hf.surgery.symbolic_int import Attribute, Log, Size, TaggedInt, locati
 UNKNOWN = Ref(-1)
 """Stands for a tensor that no recorded operator made."""
 
+# `tensor.shape` arrives in a TorchFunctionMode as the getter of the attribute, whose name is `__get__` like that of
+# every other attribute, so it is compared as an object.
 _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 
 
@@ -77,13 +80,15 @@ class _SizeMode(TorchFunctionMode):
 
     def __init__(self, names: frozenset[str], log: Log) -> None:
         super().__init__()
-        self.names, self.log = names, log
+        self.names = names
+        self.log = log
         self.calls: list[Call] = []
         self.recorder: Recorder | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         recorder = _get_current_dispatch_mode()
+        # Without a recorder there is no graph whose values a tag could name.
         if not isinstance(recorder, Recorder):
             return result
         if recorder is not self.recorder:  # a capture that failed starts again
@@ -105,6 +110,7 @@ class _SizeMode(TorchFunctionMode):
             return torch.Size(
                 [TaggedInt(size, Size(value, dim), self.log, self.log.run) for dim, size in enumerate(result)]
             )
+        # size(-1) and size(3) of a tensor with four dims are one number, so dims are counted from the front.
         dim = args[1] if len(args) > 1 else kwargs["dim"]
         return TaggedInt(result, Size(value, int(dim) % args[0].dim()), self.log, self.log.run)
 
@@ -118,13 +124,14 @@ class _SizeMode(TorchFunctionMode):
             return tuple(reference(inner) for inner in item) if isinstance(item, tuple) else history(item)
 
         def history(item: Any) -> Any:
-            """Numbers of another run are plain."""
+            """Return a number as it is, or as a plain one where its history is of another run."""
             if isinstance(item, slice):
                 return slice(history(item.start), history(item.stop), history(item.step))
             plain = isinstance(item, TaggedInt) and isinstance(self.log.expression_of(item), int)
             return int(item) if plain else item
 
         outputs = tuple(map(reference, result if isinstance(result, list | tuple) else (result,)))
+        # A result that the graph does not know has no size after the cut, so its call can demand nothing.
         if outputs and all(isinstance(output, Ref) and output != UNKNOWN for output in outputs):
             named = {key: reference(item) for key, item in kwargs.items()}
             self.calls.append(Call(name, reference(args), named, outputs, recorder.module[-1], location()))
@@ -155,6 +162,7 @@ def trace_sizes(model: nn.Module, batch: Mapping[str, Any], names: frozenset[str
     with _tagged_attributes(model, log, original), mode:
         graph = record_forward(model, batch)
         log.close()
+    # `calls` name values by their place, which merging does not change: only nodes are replaced.
     return SizeTrace(graph, propagate(merge_branches(graph)), mode.calls, log, original)
 
 
@@ -169,8 +177,14 @@ def _tagged_attributes(model: nn.Module, log: Log, original: dict[Attribute, int
     for path, module in model.named_modules():
         tag = _tagger(path, log, original)
         for name, value in list(vars(module).items()):
-            if not name.startswith("_") and (tagged := tag(name, value)) is not value and not of_torch(module):
+            if name.startswith("_"):
+                continue
+            # Layers of torch.nn keep their plain integers, but `tag` notes the values of those too: convolutions and
+            # group norms look up `groups` and `num_groups` there (`size_equations._own`).
+            tagged = tag(name, value)
+            if tagged is not value and not of_torch(module):
                 before.append((module, name, value))
+                # Past `__setattr__`, which a class may override to check or convert what is set.
                 module.__dict__[name] = tagged
     try:
         yield
@@ -195,6 +209,8 @@ def _tagger(path: str, log: Log, original: dict[Attribute, int]) -> Callable[[st
     def tag(name: str, value: Any) -> Any:
         if _is_integer(value):
             return integer(name, value)
+        # The exact types: a named tuple, for one, is not built from a single sequence. Each entry of a patch size (16,
+        # 16) is an attribute of its own, since a cut may change one of them alone.
         if type(value) in (list, tuple) and value and all(_is_integer(item) for item in value):
             return type(value)(integer(f"{name}[{place}]", item) for place, item in enumerate(value))
         return _TaggedConfig(value, name, tag) if is_config(value) else value
@@ -220,6 +236,8 @@ class _TaggedConfig(ConfigView):
         value = getattr(self._base, name)
         if name.startswith("_"):
             return value
+        # GPT-2's `num_attention_heads` is another name for `n_head`: as two attributes, only one of them would be
+        # changed.
         name = self._base.attribute_map.get(name, name)
         return self._tag(f"{self._name}.{name}", value)
 
@@ -240,10 +258,11 @@ class SlicedTrace:
     """
 
     def __init__(self, trace: SizeTrace, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
-        self.trace, self.flow = trace, trace.flow
+        self.trace = trace
+        self.flow = trace.flow
         self._linked: NDArray[np.bool_] | None = None
         self.removed = _removed_atoms(self.flow, kept)
-        self._staying = KeepMasks(self.flow, self.removed)
+        self._masks = KeepMasks(self.flow, self.removed)
         self._check(kept)
 
     def _check(self, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
@@ -251,19 +270,20 @@ class SlicedTrace:
         for position, value in enumerate(self.flow.graph.values):
             if value.role != "parameter" or not self.flow.known(position):
                 continue
+            # A tied parameter has several names, and `kept` need not use the first.
             dims = next((kept[name] for name in value.names if name in kept), {})
             for dim, size in enumerate(value.shape):
                 mask = self.mask(Ref(position), dim)
-                stays = np.arange(size) if mask is None else np.flatnonzero(mask)
-                if not np.array_equal(stays, dims[dim].numpy() if dim in dims else np.arange(size)):
+                remaining = np.arange(size) if mask is None else np.flatnonzero(mask)
+                if not np.array_equal(remaining, dims[dim].numpy() if dim in dims else np.arange(size)):
                     raise InconsistentError(
-                        f"dim {dim} of {value.names[0]} cannot be cut to the indices asked for: its slices do not "
-                        f"leave alone in the dependency graph; build the space for this very model"
+                        f"dim {dim} of {value.names[0]} cannot be cut to the indices asked for: its slices are "
+                        f"tied to others in the dependency graph; build the space for this very model"
                     )
 
     def mask(self, ref: Ref, dim: int) -> NDArray[np.bool_] | None:
         """Return which elements along a dim remain; None when all do."""
-        return self._staying.mask(ref.value, dim)
+        return self._masks.mask(ref.value, dim)
 
     def free(self, ref: Ref, dim: int) -> bool:
         """Return whether no parameter has a part in a dim, so that its size may be any: nothing reads it here."""
@@ -283,9 +303,9 @@ class SlicedTrace:
 
 
 def _parameter_atoms(flow: Flow) -> NDArray[np.bool_]:
-    """For every id, whether it is an atom that a parameter carries, or the frozen one."""
+    """Return for every id whether it is an atom that a parameter carries, or the pinned one."""
     found = np.zeros(flow.ids.count, np.bool_)
-    found[0] = True
+    found[PINNED] = True  # a pinned dim must keep its size, so it is never free
     for position, value in enumerate(flow.graph.values):
         if value.role == "parameter" and flow.known(position):
             for ids in flow.dims(position):
@@ -300,7 +320,10 @@ def _removed_atoms(flow: Flow, kept: Mapping[str, Mapping[int, Tensor]]) -> NDAr
     An element of a merged dim carries several atoms (its head and its place in the head) and is removed when any of
     them is. The atom of the place occurs in the remaining heads too, which tells it from the atom of the head.
     """
-    gone, stays = np.zeros(flow.ids.count, np.bool_), np.zeros(flow.ids.count, np.bool_)
+    # Two heads of two: the elements carry {head 0, place 0}, {head 0, place 1}, {head 1, place 0}, {head 1, place 1}.
+    # Without head 1 the atoms of the last two are in what is removed, but both places are in what remains as well.
+    removed = np.zeros(flow.ids.count, np.bool_)
+    remaining = np.zeros(flow.ids.count, np.bool_)
     for position, value in enumerate(flow.graph.values):
         dims = next((kept[name] for name in value.names if name in kept), None)
         if dims is None or value.role == "input" or not flow.known(position):
@@ -310,8 +333,8 @@ def _removed_atoms(flow: Flow, kept: Mapping[str, Mapping[int, Tensor]]) -> NDAr
                 table = flow.ids.atoms(ids)
                 mask = np.zeros(len(ids), np.bool_)
                 mask[dims[dim].numpy()] = True
-                stays[table[mask]] = True
-                gone[table[~mask]] = True
-    gone &= ~stays
-    gone[0] = False
-    return gone
+                remaining[table[mask]] = True
+                removed[table[~mask]] = True
+    removed &= ~remaining
+    removed[PINNED] = False  # it marks many dims that have nothing else in common
+    return removed

@@ -40,6 +40,8 @@ def slice_model(model: nn.Module, kept: Kept, values: Mapping[Attribute, int] | 
     saved = model.state_dict(keep_vars=True)
     for name, tensor in names.items():
         if id(tensor) in cut:
+            # A saved tensor is loaded with its content, so its shape is all that a new model needs. Another buffer is
+            # made by the model's constructor, at full size: to cut that, the indices themselves are needed.
             if name in saved:
                 fixes["shapes"][name] = list(cut[id(tensor)].shape)
             else:
@@ -47,9 +49,14 @@ def slice_model(model: nn.Module, kept: Kept, values: Mapping[Attribute, int] | 
     for attribute, value in (values or {}).items():
         write_attribute(model.get_submodule(attribute.module), attribute.name, value)
         fixes["attrs"].setdefault(attribute.module, {})[attribute.name] = value
-    replaced = [owner(path) for path, module in model.named_modules() if _replace(module, cut)]
+    replaced: list[str] = []
+    for path, module in model.named_modules():
+        if _replace(module, cut):
+            replaced.append(owner(path))
+    # After the attributes above: a convolution has weight.shape[1] * groups input channels, with its new `groups`.
     for path in dict.fromkeys(replaced):
-        if changed := _follow_shapes(path, model.get_submodule(path)):
+        changed = _follow_shapes(path, model.get_submodule(path))
+        if changed:
             fixes["attrs"].setdefault(path, {}).update(changed)
     _drop_derived(model)
     if isinstance(model, PreTrainedModel):
@@ -66,6 +73,7 @@ def _drop_derived(model: nn.Module) -> None:
     """Empty the caches of tensors that modules keep as plain dicts: they were computed from the tensors before."""
     for module in model.modules():
         for name, value in vars(module).items():
+            # Names with an underscore include torch's own registries: emptying `_parameters` would take the weights.
             if not name.startswith("_") and type(value) is dict and any(isinstance(v, Tensor) for v in value.values()):
                 value.clear()
 
@@ -83,6 +91,7 @@ def _cut_tensors(model: nn.Module, names: Mapping[str, Tensor], kept: Kept) -> d
         smaller = _select(name, tensor, dims)
         if id(tensor) in cut and not torch.equal(cut[id(tensor)], smaller):
             raise GETAError(f"{name} is tied to a tensor that is cut at other indices")
+        # With nothing removed, the tensor itself stays in place and takes no second copy's memory.
         if smaller.shape != tensor.shape:
             cut.setdefault(id(tensor), smaller)
     return cut
@@ -96,6 +105,7 @@ def _select(name: str, tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
         if not index.numel() or int(index.min()) < 0 or int(index.max()) >= value.shape[dim]:
             raise GETAError(f"the indices kept of dim {dim} of {name} are none, or not within {tuple(value.shape)}")
         value = value.index_select(dim, index.to(value.device))
+    # index_select gives a plain tensor; a module takes that for a buffer, but not for a parameter.
     if not isinstance(tensor, nn.Parameter):
         return value
     return nn.Parameter(value, requires_grad=tensor.requires_grad)
@@ -116,6 +126,7 @@ def _follow_shapes(path: str, module: nn.Module) -> dict[str, Any]:
     """Set the size attributes of a torch.nn module from its tensors; return those that changed, as JSON values."""
     changed = {}
     for attribute, value in shape_attributes(path, module).items():
+        # Only differences are listed: an entry for every layer would make the list as long as the model.
         if getattr(module, attribute) != value:
             setattr(module, attribute, value)
             changed[attribute] = list(value) if isinstance(value, tuple) else value

@@ -37,9 +37,12 @@ def solve(traces: Sequence[SizeTrace], kept: Mapping[str, Mapping[int, Tensor]])
     """
     asked = [demands(cut) for cut in _cuts(traces, kept)]
     original = {attribute: value for trace in traces for attribute, value in trace.original.items()}
+    # Layers and recordings repeat each other's equations. In a dict they keep their order, so that the search, which
+    # takes the first solution, finds the same one in every run.
     equations = list(dict.fromkeys(equation for one in asked for equation in one.equations))
     guards = list(dict.fromkeys(guard for one in asked for guard in one.guards))
     values = _direct(equations, original)
+    # 12 layers of two unknowns are 12 small searches, and not one over 24 unknowns.
     for part, its_guards in _parts(equations, guards):
         values.update(_Search(part, its_guards, original).run(values))
     _check_uses(asked, original | values)
@@ -60,6 +63,7 @@ def _direct(equations: Iterable[Equation], original: Values) -> Values:
     reasons: dict[Attribute, str] = {}
     for equation in equations:
         expression = equation.expression
+        # No attribute has a part in it: a literal in the code, such as view(-1, 12, 64).
         if isinstance(expression, int) and expression != equation.wanted:
             raise RefusalError(f"{equation.where}: the code fixes {expression}, where {equation.wanted} is needed")
         if isinstance(expression, Attribute):
@@ -81,6 +85,7 @@ def _parts(equations: Iterable[Equation], guards: Iterable[Guard]) -> Iterator[t
             attribute = parent[attribute]
         return attribute
 
+    # An equation of constants alone has no part; these come under None, where the search can only check them.
     rows = [(equation, list(attributes(equation.expression))) for equation in equations]
     conditions = [(guard, [*attributes(guard.left), *attributes(guard.right)]) for guard in guards]
     for _, names in [*rows, *conditions]:
@@ -102,12 +107,14 @@ class _Search:
     """
 
     def __init__(self, equations: list[Equation], guards: list[Guard], original: Values) -> None:
-        self.equations, self.guards, self.original = equations, guards, original
+        self.equations = equations
+        self.guards = guards
+        self.original = original
         self.steps = 0
         self.reason = ""
 
     def run(self, settled: Values) -> Values:
-        """The attributes settled before, and those of this part.
+        """Return the attributes settled before, and those of this part.
 
         Raises:
             RefusalError: there is an equation that no attribute can settle.
@@ -121,17 +128,24 @@ class _Search:
         self.steps += 1
         for equation in self.equations:
             if not self._holds(equation, settled):
+                # The first complaint is the cause; what fails after it, deeper in the search, often only follows from
+                # it.
                 self.reason = self.reason or self._complaint(equation, settled)
                 return self._mend(equation, attributes(equation.expression), settled)
         for guard in self.guards:
             if not self._holds(guard, settled):
+                # A comparison such as `q_heads != kv_heads` decides a branch. Holding its outcome prefers the solution
+                # under which the model runs the code that was recorded.
                 mended = self._mend(guard, [*attributes(guard.left), *attributes(guard.right)], settled)
                 return settled if mended is None else mended
         return settled
 
     def _mend(self, wrong: Equation | Guard, names: Iterable[Attribute], settled: Values) -> Values | None:
         for name in dict.fromkeys(names):
-            for value in () if name in settled else range(1, self.original[name] + 1):
+            if name in settled:
+                continue
+            # A cut makes no size larger, and 0 would leave a module without elements.
+            for value in range(1, self.original[name] + 1):
                 trial = {**settled, name: value}
                 if self._holds(wrong, trial) and self.steps < _MOST_STEPS:
                     found = self._extend(trial)
@@ -143,6 +157,7 @@ class _Search:
         if isinstance(claim, Equation):
             return self._value(claim.expression, settled) == claim.wanted
         left, right = self._value(claim.left, settled), self._value(claim.right, settled)
+        # None comes from a division by 0, and fits no outcome.
         comparable = left is not None and right is not None
         return comparable and getattr(operator, claim.comparison)(left, right) == claim.outcome
 

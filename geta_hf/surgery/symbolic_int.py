@@ -121,15 +121,20 @@ class Log:
 
     def expression_of(self, number: int) -> Expression:
         """Return the history of a number; a plain one, or one of another run, is a constant."""
+        # Attributes are tagged once, with run None, and hold in every run. Sizes name a value of one recorded graph, so
+        # they carry the run that made them: in another graph the same place is another tensor.
         live = isinstance(number, TaggedInt) and number.log is self and number.run in (None, self.run)
         return number.expression if live and self.run is not None else int(number)  # type: ignore[attr-defined]
 
 
+# Folders whose frames lie between the model's code and this log. A folder that is renamed must be renamed here too:
+# otherwise, with no error, messages name this package's own lines.
 _OWN_CODE = ("/torch/", "/geta_hf/surgery/", "/geta_hf/serialization/", "/geta_hf/qadg/")
 
 
 def location() -> str:
     """Return file and line of the innermost frame that is neither torch's nor ours."""
+    # A refusal should name a line of the model's code, such as modeling_opt.py:142, which the user can look up.
     frame = sys._getframe(1)
     while frame.f_back is not None and any(part in frame.f_code.co_filename for part in _OWN_CODE):
         frame = frame.f_back
@@ -144,10 +149,12 @@ def _arithmetic(name: str) -> Any:
 
     def method(self: TaggedInt, *others: Any) -> Any:
         result = compute(self, *others)
+        # `n * 0.5` and `n * tensor` give NotImplemented here, and Python then asks the other operand.
         if type(result) is not int:  # a float or a tensor: from here on the number is a value and no size
             self.log.used(self, others)
             return result
         operands = tuple(self.log.expression_of(number) for number in (self, *others))
+        # Both are constants, as after `close`: there is no history to carry on.
         if all(isinstance(operand, int) for operand in operands):
             return result
         # `5 - n` reaches n as n.__rsub__(5): the operands are stored in the order in which they were written.
@@ -164,6 +171,7 @@ def _comparison(name: str) -> Any:
         outcome = compute(self, other)
         if outcome is not NotImplemented:
             left, right = self.log.expression_of(self), self.log.expression_of(other)
+            # Two constants compare the same after any cut, so only a number with a history can change the outcome.
             if not (isinstance(left, int) and isinstance(right, int)):
                 self.log.guards.append(Guard(name.strip("_"), left, right, outcome, location()))
         return outcome
@@ -197,7 +205,9 @@ class TaggedInt(int):
 
     def __new__(cls, value: int, expression: Expression, log: Log, run: int | None = None) -> TaggedInt:
         self = super().__new__(cls, value)
-        self.expression, self.log, self.run = expression, log, run
+        self.expression = expression
+        self.log = log
+        self.run = run
         return self
 
     # A copy is the same number. Configurations are copied while models are built within a forward.
@@ -208,6 +218,7 @@ class TaggedInt(int):
         return self
 
     def __reduce__(self) -> Any:
+        # A pickle outlives the recording, and its log with it.
         return int, (int(self),)
 
     __hash__ = int.__hash__  # a class that defines __eq__ loses it, and sizes are keys of dicts
@@ -220,5 +231,8 @@ class TaggedInt(int):
     __eq__, __ne__ = _comparison("__eq__"), _comparison("__ne__")
     __lt__, __le__ = _comparison("__lt__"), _comparison("__le__")
     __gt__, __ge__ = _comparison("__gt__"), _comparison("__ge__")
+    # From here on the results are no integers: `head_dim ** -0.5` and `math.sqrt(head_dim)` are scales that the model
+    # was trained with, and a cut must not change them.
     __truediv__, __rtruediv__ = _use("__truediv__"), _use("__rtruediv__")
-    __pow__, __rpow__, __float__ = _use("__pow__"), _use("__rpow__"), _use("__float__")
+    __pow__, __rpow__ = _use("__pow__"), _use("__rpow__")
+    __float__ = _use("__float__")

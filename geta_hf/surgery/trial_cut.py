@@ -34,8 +34,10 @@ def try_cuts(
         The space; families that the model cannot follow are no longer prunable, with the reason.
 
     Raises:
-        GETAError: no prunable family is left.
+        GETAError: no prunable family remains.
     """
+    # Every trial costs a cut copy and several forwards. Most models pass the first one, with all families at once; only
+    # a refusal is worth the search for the families that cause it.
     trial = SurgeryTrial(model, batch, space, recordings)
     reason = trial.refusal(_some_of_each(space.prunable))
     if reason is None:
@@ -59,13 +61,15 @@ def try_cuts(
 def _refused(trial: SurgeryTrial, families: Iterable[Family]) -> dict[str, str]:
     """Return the families that cannot be cut away, with the reason.
 
-    A kind is tried as a whole first; only where that fails is each of its families tried alone.
+    All families of a kind are tried together first; only where that fails is each of its families tried alone.
     """
     refused = {}
     for kind in dict.fromkeys(family.kind for family in families):
         alike = [family for family in families if family.kind == kind]
         reason = trial.refusal(_some_of_each(alike))
-        for family in alike if reason is not None else ():
+        if reason is None:
+            continue
+        for family in alike:
             own = trial.refusal(_some_of_each([family]))
             if own is not None:
                 refused[family.name] = f"the model does not follow when {kind} are cut away: {own}"
@@ -81,6 +85,8 @@ def _some_of_each(families: Iterable[Family]) -> Removal:
     """
     removal = {}
     for position, family in enumerate(family for family in families if family.size > 1):
+        # Group `middle` and up to two before it: for 5 groups {2}, {1, 2} or {0, 1, 2}. As middle < size - 1, the last
+        # group always remains.
         middle = (family.size - 1) // 2
         places = torch.arange(family.size)
         removal[family.name] = (places <= middle) & (places > middle - 1 - position % 3)

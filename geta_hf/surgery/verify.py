@@ -72,6 +72,8 @@ def verify_surgery(model: PreTrainedModel, batch: Batch, space: PruningSpace, se
         reason = trial.refusal(removal)
         if reason is None:
             continue
+        # Families were removed together, to save time. Name the one that fails alone; where none does, it takes them
+        # all.
         for name, mask in removal.items():
             if len(removal) > 1 and (own := trial.refusal({name: mask})) is not None:
                 raise GETAError(f"{name} fails gate 4 (surgery): {own}; mark it unprunable")
@@ -101,6 +103,7 @@ class SurgeryTrial:
         self.generates = model.can_generate()
         self.recordings = record_sizes(model, self.batches[0]) if recordings is None else recordings
         other = other_shape(model, self.batches[0])
+        # Some models take one shape only, such as images of a fixed size: those are compared on the batch alone.
         if _attempt(lambda: attention_outputs(model, other)) is not None:
             self.batches.append(other)
 
@@ -123,6 +126,7 @@ class SurgeryTrial:
 
     def _compare(self, removal: Removal) -> None:
         kept = kept_indices(self.space, removal)
+        # Everything from here on is what an export does, so that a trial refuses what an export would refuse.
         attributes = solve(self.recordings.traces, kept)
         batches = [_cast(batch, self.model.dtype) for batch in self.batches]
         # Parameters are shared, since only those that are cut are replaced: a trial takes their memory and no more.
@@ -163,6 +167,7 @@ def prove_replay(
         GETAError: an output differs by more than the tolerance, or the graph does not run.
     """
     tensors = dict(compressed.named_parameters()) | dict(compressed.named_buffers())
+    # The graph is that of the model before the cut; on sliced tensors its means and norms divide by the new widths.
     values = [(place, v) for place, v in enumerate(trace.flow.graph.values) if v.role in ("parameter", "buffer")]
     weights = {place: partial(_wide, tensors[value.names[0]]) for place, value in values if trace.flow.known(place)}
     try:
@@ -177,8 +182,9 @@ def prove_replay(
             alike = [output.cpu() for output in found.values() if output.shape == tensor.shape]
             if alike and tensor.is_floating_point():
                 closest = min(alike, key=lambda output: float((output - tensor).abs().max()))
-                whole, part = {implementation: {"output": tensor}}, {implementation: {"output": closest}}
-                differences.append(prove_equal(whole, part, compressed.dtype, "cut"))
+                replayed = {implementation: {"output": tensor}}
+                computed = {implementation: {"output": closest}}
+                differences.append(prove_equal(replayed, computed, compressed.dtype, "cut"))
     if not differences:
         raise GETAError(f"no output of {type(compressed).__name__} has the shape that the recorded graph gives it")
     return max(differences)
@@ -202,7 +208,7 @@ def mask_groups(model: nn.Module, families: Iterable[Family], removal: Removal) 
 
 @contextmanager
 def masked_groups(model: nn.Module, families: Iterable[Family], removal: Removal) -> Iterator[None]:
-    """Set the groups to zero for a while, and put their values back; takes the memory of the groups alone."""
+    """Set the groups to zero for a while, then restore their values; takes the memory of the groups alone."""
     before: list[tuple[Tensor, int, Tensor, Tensor]] = []
     with torch.no_grad():
         try:
@@ -217,10 +223,14 @@ def masked_groups(model: nn.Module, families: Iterable[Family], removal: Removal
 
 def _slices(model: nn.Module, families: Iterable[Family], removal: Removal) -> Iterator[tuple[Tensor, int, Tensor]]:
     """Yield tensor, dim and indices of everything that is removed."""
+    # A member names a tied tensor by any one of its names, so each of them must be found.
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for family in families:
-        for member in family.members if family.name in removal else ():
+        if family.name not in removal:
+            continue
+        for member in family.members:
             tensor = tensors[member.tensor]
+            # member.index has a row for each group: (4, 8) for 4 heads of 8 rows of a query's weight.
             yield tensor, member.dim, member.index[removal[family.name]].flatten().to(tensor.device)
 
 
@@ -311,6 +321,7 @@ def _removals(families: Iterable[Family], generator: torch.Generator) -> Iterato
         norm = "norm" in remaining[0].couplings
         chosen: dict[str, Family] = {}
         for family in remaining:
+            # Families under a norm are compared by replay and the others by masking, so no removal mixes them.
             if ("norm" in family.couplings) == norm and not chosen.keys() & set(family.excludes):
                 chosen[family.name] = family
         remaining = [family for family in remaining if family.name not in chosen]
@@ -319,5 +330,6 @@ def _removals(families: Iterable[Family], generator: torch.Generator) -> Iterato
 
 def _some(size: int, place: int, generator: torch.Generator) -> Tensor:
     mask = torch.zeros(size, dtype=torch.bool)
+    # From 1 to size - 1 groups, by turns: another number for each family, and never all of them.
     mask[torch.randperm(size, generator=generator)[: 1 + place % (size - 1)]] = True
     return mask

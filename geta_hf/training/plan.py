@@ -56,7 +56,7 @@ class Plan:
         exact: whether training removes just that many: K without `uniform` or `multiple_of`, under which up to one
             chunk fewer may go.
         groups: prunable groups.
-        kept_parameters: share of the prunable parameters that would be left.
+        kept_parameters: share of the prunable parameters that would remain.
         mean_bits: planned mean width of the weights; None where it is learned without a budget.
         relative_bops: of the quantized layers, against 32 · 32 bits.
         bytes: of the exported model.safetensors.
@@ -118,20 +118,20 @@ def make_plan(config: CompressionConfig, space: PruningSpace, ledger: Ledger, mo
     """
     families = space.trainable
     target = solve_target(config, families, ledger)
-    gone = even_removal(target, families, ledger, Limits.of(config))
-    removed = ledger.groups - int(target.amount) if target.unit == GROUPS else int(gone.sum())
+    removal = even_removal(target, families, ledger, Limits.of(config))
+    removed = ledger.groups - int(target.amount) if target.unit == GROUPS else int(removal.sum())
     whole = ledger.prunable_parameters(ledger.nothing)
     unquantized, share = ((), 0.0) if model is None else _unquantized(model)
     return Plan(
-        rows=_rows(space, gone),
+        rows=_rows(space, removal),
         target=target,
         removed_groups=removed,
         exact=target.unit == GROUPS and not config.uniform and config.multiple_of == 1,
         groups=ledger.groups,
-        kept_parameters=ledger.prunable_parameters(gone) / max(whole, 1),
+        kept_parameters=ledger.prunable_parameters(removal) / max(whole, 1),
         mean_bits=target.bits if target.budgets else None,
-        relative_bops=ledger.relative_bops(gone, target.bits, target.input_bits),
-        bytes=int(target.spent(BYTES, ledger, gone, target.bits)),
+        relative_bops=ledger.relative_bops(removal, target.bits, target.input_bits),
+        bytes=int(target.spent(BYTES, ledger, removal, target.bits)),
         unquantized=unquantized,
         unquantized_share=share,
     )
@@ -154,10 +154,10 @@ def _unquantized(model: nn.Module) -> tuple[tuple[str, ...], float]:
     return tuple(path for path, count in bare.most_common() if count), sum(bare.values()) / max(whole, 1)
 
 
-def _rows(space: PruningSpace, gone: Tensor) -> tuple[PlanRow, ...]:
+def _rows(space: PruningSpace, removal: Tensor) -> tuple[PlanRow, ...]:
     counts: dict[tuple[str, int, int], int] = {}
     for start, family in zip(family_starts(space.trainable), space.trainable, strict=True):
-        key = (family.kind, family.size, int(gone[start : start + family.size].sum()))
+        key = (family.kind, family.size, int(removal[start : start + family.size].sum()))
         counts[key] = counts.get(key, 0) + 1
     return tuple(PlanRow(kind, number, size, removed) for (kind, size, removed), number in counts.items())
 
@@ -176,7 +176,7 @@ def make_ledger(
         space: its pruning space.
         uses: of `layer_uses`; by default every weight is used equally often.
         embedding_bits: width of the input embedding in the export; None where it is not rounded.
-        dropped: of `geta_hf.surgery.drop_layers`, the work of layers that left before.
+        dropped: of `geta_hf.surgery.drop_layers`, the work of layers that were removed before.
 
     Raises:
         GETAError: an embedding that is to be rounded, of a model that has none.

@@ -106,7 +106,7 @@ def test_an_index_moves_with_what_remains_before_it() -> None:
     remains = np.array([True, False, True, True, False, True])
     assert [moved(place, remains) for place in (0, 2, 3, 5, -1, -3)] == [0, 1, 2, 3, -1, -2]
     for place in (1, 4, -2):
-        with pytest.raises(RefusalError, match=f"index {place} at model.py:1 reads an element that leaves"):
+        with pytest.raises(RefusalError, match=f"index {place} at model.py:1 reads an element that is removed"):
             moved(place, remains)
 
 

@@ -68,7 +68,7 @@ def _check_package() -> None:
 
 
 def _packable(model: PreTrainedModel) -> dict[str, PackedLayer]:
-    """The layers whose weights the format can hold."""
+    """Return the layers whose weights the format can hold."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     return {
         name: layer
@@ -78,7 +78,7 @@ def _packable(model: PreTrainedModel) -> dict[str, PackedLayer]:
 
 
 def _packed(name: str, layer: PackedLayer, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What a file holds of a layer's weight, packed by the package itself."""
+    """Return what a file holds of a layer's weight, packed by the package itself."""
     from compressed_tensors.compressors import BaseCompressor
 
     scale = layer.step_size if layer.step_size.numel() == 1 else layer.step_size.view(-1, 1)
@@ -97,7 +97,7 @@ def _scheme(layer: PackedLayer, targets: list[str]) -> Any:
 
 
 def _quantization_config(layers: Mapping[str, PackedLayer], prefix: str) -> dict[str, Any]:
-    """One group for each bit width and kind of scale, with the layers that have it."""
+    """Build one group for each bit width and kind of scale, with the layers that have it."""
     import compressed_tensors
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
 
@@ -116,7 +116,7 @@ def _quantization_config(layers: Mapping[str, PackedLayer], prefix: str) -> dict
 
 
 def _target(name: str, prefix: str) -> str:
-    """A pattern for a layer, whether a class with a head or the base class alone is loaded."""
+    """Return a pattern for a layer, whether a class with a head or the base class alone is loaded."""
     rest = name.removeprefix(f"{prefix}.")
     head = "" if rest == name else rf"({re.escape(prefix)}\.)?"
     return f"re:{head}{re.escape(rest)}$"

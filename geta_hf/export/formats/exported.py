@@ -62,7 +62,7 @@ def require(extra: str, *packages: str) -> None:
 
 
 def traceable(model: PreTrainedModel, batch: Mapping[str, Tensor], style: Style) -> Traceable:
-    """A copy of a compressed model for an exporter, with samples to trace and prove it on.
+    """Return a copy of a compressed model for an exporter, with samples to trace and prove it on.
 
     Args:
         model: compressed, or plain; left unchanged.
@@ -91,7 +91,7 @@ def _outputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, T
 
 
 def float_tensors(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The floating-point tensors among a model's outputs."""
+    """Return the floating-point tensors among a model's outputs."""
     return {name: value for name, value in outputs.items() if isinstance(value, Tensor) and value.is_floating_point()}
 
 
@@ -137,7 +137,7 @@ def describe(case: Traceable, folder: Path, kind: str, facts: Mapping[str, Any])
 
 
 def load(folder: Path, **options: Any) -> ExportedModel:
-    """An export as its user would load it, on CPU; `options` are those of transformers' runner."""
+    """Load an export as its user would, on CPU; `options` are those of transformers' runner."""
     from transformers.exporters import ExportedModel
 
     with quietly():
@@ -145,7 +145,7 @@ def load(folder: Path, **options: Any) -> ExportedModel:
 
 
 def difference(loaded: ExportedModel, sample: Sample, allowed: float, what: str) -> float:
-    """The largest difference of any output from the model's, as a share of the largest value of that output.
+    """Return the largest difference of any output from the model's, as a share of the largest value of that output.
 
     Args:
         loaded: the export.

@@ -29,7 +29,7 @@ _LARGEST = 127
 
 
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy on CPU in fp32 and evaluation mode that returns no cache; packed weights are exactly d * n.
+    """Return a copy on CPU in fp32 and evaluation mode that returns no cache; packed weights are exactly d * n.
 
     Its configuration no longer speaks of a quantized folder.
 
@@ -123,7 +123,9 @@ class _Decode(nn.Module):
 
     def __init__(self, scale: Tensor, dim: int, dims: int, operators: bool) -> None:
         super().__init__()
-        self.dim, self.operators, self.single = dim, operators, float(scale[0])
+        self.dim = dim
+        self.operators = operators
+        self.single = float(scale[0])
         self.shape = [-1 if place == dim else 1 for place in range(dims)]
         self.per_channel = scale.numel() > 1
         if self.per_channel:
@@ -149,7 +151,9 @@ class _Rounding(nn.Module):
 
     def __init__(self, fixed: FixedQuantizer, operators: bool) -> None:
         super().__init__()
-        self.d, self.q_m, self.t = fixed.d, fixed.q_m, fixed.t
+        self.d = fixed.d
+        self.q_m = fixed.q_m
+        self.t = fixed.t
         self.operators = operators and fixed.bits <= BYTE_BITS
         self.single, self.clipping = float(fixed.d), float(fixed.q_m)
 

@@ -83,7 +83,7 @@ def _prove(folder: Path, case: Traceable, dynamic_int8: bool) -> dict[str, float
 
 
 def _finished(program: Model, dynamic_int8: bool) -> Model:
-    """The graph with the integers as small as they can be, without what is of no use to a runtime."""
+    """Return the graph with the integers as small as they can be, without what is of no use to a runtime."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
     for node, _ in _decoders(program.graph):
@@ -99,7 +99,7 @@ def _finished(program: Model, dynamic_int8: bool) -> Model:
 
 
 def _decoders(graph: Graph) -> Iterator[tuple[Node, Value]]:
-    """Every DequantizeLinear of stored codes, with the codes."""
+    """Return every DequantizeLinear of stored codes, with the codes."""
     for node in graph:
         if node.op_type == "DequantizeLinear":
             codes = node.inputs[0]
@@ -124,7 +124,7 @@ def _multiplies_integers(node: Node) -> bool:
 
 
 def _with_integer_products(program: Model) -> Model:
-    """Every product of a float and decoded codes as one of integers."""
+    """Rewrite every product of a float and decoded codes as one of integers."""
     from onnxscript.rewriter import pattern, rewrite
 
     def product(op: Any, x: Any, codes: Any, scale: Any) -> Any:

@@ -41,19 +41,19 @@ _NAMED = 8
 
 
 def plain_models(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Models that ordinary configurations describe, with the tensors of a cut model.
+    """Yield models that ordinary configurations describe, with the tensors of a cut model.
 
     There is more than one where sizes alone leave a choice (half the heads, or half of each head): the outputs tell.
 
     Args:
-        model: compressed or plain, on any device; left unchanged.
+        model: compressed or plain, on any device; not changed.
 
     Yields:
         Models of the same class as `model` that share its (decoded) tensors, to be saved and not to be run: buffers
         that folders do not hold are on meta.
 
     Raises:
-        GETAError: no configuration gives the tensors their shapes; the message says what stands against it.
+        GETAError: no configuration gives the tensors their shapes; the message says why.
     """
     search = _Search(model)
     for changes in search.solutions():
@@ -85,21 +85,21 @@ class _Search:
         self._known: dict[frozenset[tuple[Place, int]], Sizes | None] = {}
         self._refused: dict[frozenset[tuple[Place, int]], str] = {}
         self._target = {**_tensor_sizes(model), **_attribute_sizes(model, self._attributes)}
-        whole = self._sizes({})
-        if whole is None:
+        dense = self._sizes({})
+        if dense is None:
             kind = self._class.__name__
             raise GETAError(f"{kind} cannot be built from its own configuration: {self._refused[frozenset()]}")
-        # Packed layers have helpers of their own beside the tensors.
-        self._target = {name: size for name, size in self._target.items() if name in whole}
-        self._pins = self._found_pins(whole)
+        # Packed layers hold helpers, such as scales, that a plain model does not have.
+        self._target = {name: size for name, size in self._target.items() if name in dense}
+        self._pins = self._found_pins(dense)
 
     def build(self, changes: Changes) -> PreTrainedModel:
-        """The model's class on meta, from the configuration with these changes, as a folder would give it."""
+        """Build the model's class on meta, from the configuration with these changes, as a folder would give it."""
         with torch.device("meta"), no_init_weights():
             return self._class(self._config(changes))
 
     def solutions(self) -> Iterator[Changes]:
-        """Every set of changes that gives the sizes of the model.
+        """Yield every set of changes that gives the sizes of the model.
 
         Raises:
             GETAError: there is none.
@@ -123,7 +123,7 @@ class _Search:
         return self._config_class.from_dict(values)
 
     def _sizes(self, changes: Changes) -> Sizes | None:
-        """What a configuration leads to; None where the configuration or the model refuses it."""
+        """Return the sizes that a configuration leads to; None where the configuration or the model refuses it."""
         key = frozenset(changes.items())
         if key not in self._known:
             try:
@@ -139,25 +139,27 @@ class _Search:
         sizes = self._sizes(changes)
         return None if sizes is None else _differences(sizes, self._target)
 
-    def _found_pins(self, whole: Sizes) -> Changes:
-        """What all modules hold alike under a name that their configuration leaves open, though a model minds it."""
+    def _found_pins(self, dense: Sizes) -> Changes:
+        """Return what all modules hold alike under a name that their configuration leaves open, if the model uses it."""
         model = self.build({})
         places = {id(config): place for place, config in _parts(model.config)}
         found: dict[Place, set[int]] = {}
         for module in model.modules():
             config: Any = vars(module).get("config")
-            for name, value in _numbers_of(module) if id(config) in places else ():
+            if id(config) not in places:
+                continue
+            for name, value in _numbers_of(module):
                 if _is_open(config, name):
                     found.setdefault((*places[id(config)], name), set()).add(value)
         alike = {place: values.pop() for place, values in found.items() if len(values) == 1}
         return {
             place: value
             for place, value in alike.items()
-            if value > 0 and self._sizes({place: value}) == whole != self._sizes({place: 2 * value})
+            if value > 0 and self._sizes({place: value}) == dense != self._sizes({place: 2 * value})
         }
 
     def _touching(self, wrong: Wrong) -> dict[Place, tuple[int | None, set[Dim]]]:
-        """The numbers on which only dims of a wrong size depend: each with its value, and with those dims."""
+        """Find the numbers on which only dims of a wrong size depend: each with its value, and with those dims."""
         touching = {}
         for place, value in _numbers(self._config(self._pins)):
             for new in dict.fromkeys(_scaled(value, *sizes) for sizes in wrong.values()):
@@ -177,7 +179,7 @@ class _Search:
         start: Wrong,
         seen: set[frozenset[tuple[Place, int]]],
     ) -> Iterator[Changes]:
-        """Changes with others added until nothing is wrong, each of which rights a dim and spoils none."""
+        """Yield changes with others added until nothing is wrong, each of which rights a dim and spoils none."""
         if not wrong:
             yield changes
         for dim in wrong:
@@ -195,8 +197,9 @@ class _Search:
                 return
 
     def _without_idle(self, changes: Changes) -> Changes:
-        """The changes without the pins that do nothing."""
+        """Return the changes without the pins that do nothing."""
         for place in self._pins:
+            # A pin that changes no size would only clutter config.json.
             fewer = {other: value for other, value in changes.items() if other != place}
             if self._sizes(fewer) == self._sizes(changes):
                 changes = fewer
@@ -220,7 +223,7 @@ class _Search:
         )
 
     def _refusals(self, have: int, want: int) -> list[str]:
-        """What the numbers that might have been changed for a size were refused with."""
+        """Return why the numbers that might have been changed for a size were refused."""
         reasons = []
         for place, value in _numbers(self._config(self._pins)):
             new = None if value is None else _scaled(value, have, want)
@@ -251,7 +254,7 @@ def _tensor_sizes(model: nn.Module) -> Sizes:
 
 
 def _own_numbers(model: nn.Module) -> Sizes:
-    """The numbers that modules with a configuration keep."""
+    """Return the numbers that modules with a configuration keep."""
     modules = [(path, module) for path, module in model.named_modules() if is_config(vars(module).get("config"))]
     return {f"{path}.{name}": (value,) for path, module in modules for name, value in _numbers_of(module)}
 
@@ -263,13 +266,13 @@ def _numbers_of(holder: Any) -> Iterator[tuple[str, int]]:
 
 
 def _is_open(config: PreTrainedConfig, name: str) -> bool:
-    """Whether a configuration has a place for the name, or could have one, and nothing in it."""
+    """Return whether a configuration has a place for the name, or could have one, and nothing in it."""
     own, name = vars(config), config.attribute_map.get(name, name)
     return own[name] is None if name in own else not hasattr(type(config), name)
 
 
 def _parts(config: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
-    """A configuration and all that are nested in it."""
+    """Yield a configuration and all that are nested in it."""
     yield place, config
     for name, value in vars(config).items():
         if is_config(value):
@@ -277,7 +280,7 @@ def _parts(config: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
 
 
 def _numbers(config: PreTrainedConfig) -> Iterator[tuple[Place, int | None]]:
-    """Every number of a configuration, those in lists too, and every attribute that is left open."""
+    """Yield every number of a configuration, those in lists too, and every attribute that is None."""
     for place, part in _parts(config):
         for name, value in vars(part).items():
             if name.startswith("_") or name in LEFT_OUT:
@@ -289,11 +292,12 @@ def _numbers(config: PreTrainedConfig) -> Iterator[tuple[Place, int | None]]:
 
 
 def _scaled(value: int | None, have: int, want: int) -> int | None:
-    """A number that a size is a multiple of, changed as the size must be; an open one becomes the size wanted."""
+    """Scale a number that divides a size as the size must change; an open one becomes the size wanted."""
     if not have or not want:
         return None
     if value is None:
         return want
+    # 768 channels in 12 heads, of which 8 remain: have 768, want 512, and 12 becomes 8. Only exact multiples count.
     return value * want // have if value > 1 and have % value == value * want % have == 0 else None
 
 
@@ -311,7 +315,7 @@ def _differences(sizes: Sizes, target: Sizes) -> Wrong:
 
 
 def _uneven(before: Sizes, after: Sizes, wrong: Wrong) -> str:
-    """Tensors of like name that were alike and are not any more, with what is left of each; empty if there are none."""
+    """List tensors of like name that no longer have equal sizes, with what remains of each; empty if there are none."""
     for (wrong_name, dim), (have, _) in wrong.items():
         pattern = _pattern(wrong_name)
         alike = [name for name in after if _pattern(name) == pattern and before[name][dim : dim + 1] == (have,)]
