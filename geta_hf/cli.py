@@ -14,7 +14,7 @@ from geta_hf.convert import convert
 from geta_hf.errors import GETAError
 from geta_hf.evaluation.command import add_command as add_eval
 from geta_hf.export.formats import FORMATS
-from geta_hf.qadg.groups import Family
+from geta_hf.qadg.group_types import Family
 from geta_hf.qadg.propagation.propagate import record_and_propagate
 from geta_hf.qadg.space import PruningSpace, space_of
 from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs

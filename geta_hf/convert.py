@@ -26,7 +26,7 @@ from geta_hf.export.formats.geta import write_geta
 from geta_hf.methods import make_method
 from geta_hf.methods.parameter_groups import quantizer_parameters
 from geta_hf.qadg import build_space
-from geta_hf.qadg.groups import Family
+from geta_hf.qadg.group_types import Family
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.qadg.tracing.dummy_inputs import make_dummy_inputs
 from geta_hf.quantization import select_layers

@@ -11,7 +11,7 @@ from transformers import BertConfig
 
 from geta_hf import cli
 from geta_hf.cli import family_table, main
-from geta_hf.qadg.groups import Family, Member
+from geta_hf.qadg.group_types import Family, Member
 from tests.conftest import tiny_bert_config
 from tests.qadg.models import Block
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from geta_hf.qadg.group_labels import GroupLabels, find_group_labels, marked
-from geta_hf.qadg.groups import Family
+from geta_hf.qadg.group_types import Family
 from geta_hf.quantization.functional import FLOAT_BITS
 
 ROUNDING = 1e-9

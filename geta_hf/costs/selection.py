@@ -17,7 +17,7 @@ from torch import Tensor
 from geta_hf.config import CompressionConfig
 from geta_hf.errors import GETAError
 from geta_hf.qadg.group_labels import family_starts
-from geta_hf.qadg.groups import Family
+from geta_hf.qadg.group_types import Family
 
 TOLERANCE = 0.005
 """How far below the wanted amount a removal may end, as a share of it, before smaller chunks are tried."""

@@ -15,7 +15,7 @@ from geta_hf.costs.ledger import ROUNDING, Ledger
 from geta_hf.costs.selection import Chunks, Limits, take_count, take_until
 from geta_hf.errors import GETAError
 from geta_hf.qadg.group_labels import family_starts
-from geta_hf.qadg.groups import Family
+from geta_hf.qadg.group_types import Family
 from geta_hf.quantization.functional import FLOAT_BITS
 
 logger = logging.getLogger(__name__)

@@ -13,9 +13,12 @@
    weights (`replay.Replay`) and checks that (2) all shapes fit and (3) outputs equal those of zeroed weights.
 """
 
-from geta_hf.qadg.groups import Family, Member, UnsupportedOperator
+from geta_hf.qadg.group_types import Family, Member, UnsupportedOperator
 from geta_hf.qadg.space import PruningSpace, apply_policy, build_space, kept_indices, zero_groups
 from geta_hf.qadg.verify import verify_space
+from geta_hf.utils.former_modules import former_names
+
+__getattr__ = former_names(__name__, {"Frozen": "geta_hf.qadg.group_types.UnsupportedOperator"})
 
 __all__ = [
     "Family",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geta_hf.qadg.groups import Family
+from geta_hf.qadg.group_types import Family
 
 
 @dataclass(frozen=True)

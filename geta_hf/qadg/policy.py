@@ -12,7 +12,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from geta_hf.errors import GETAError
-from geta_hf.qadg.groups import COUPLINGS, KINDS, Family
+from geta_hf.qadg.group_types import COUPLINGS, KINDS, Family
 
 PRUNABLE_KINDS = frozenset({"heads", "channels"})
 

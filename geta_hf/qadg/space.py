@@ -19,12 +19,22 @@ from transformers import PreTrainedConfig
 
 from geta_hf.errors import GETAError
 from geta_hf.qadg.families.find import find_families
-from geta_hf.qadg.groups import Family, UnsupportedOperator
+from geta_hf.qadg.group_types import Family, UnsupportedOperator
 from geta_hf.qadg.policy import choose_prunable
 from geta_hf.qadg.propagation.flow import Flow
 from geta_hf.qadg.propagation.propagate import record_and_propagate
 from geta_hf.qadg.storage import read_space, write_space
 from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs
+from geta_hf.utils.former_modules import former_names
+
+# Pickled spaces name these under this module's former path.
+__getattr__ = former_names(
+    __name__,
+    {
+        "Frozen": "geta_hf.qadg.group_types.UnsupportedOperator",
+        "Member": "geta_hf.qadg.group_types.Member",
+    },
+)
 
 
 @dataclass(frozen=True)

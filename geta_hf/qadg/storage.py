@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from geta_hf.errors import GETAError
-from geta_hf.qadg.groups import COUPLINGS, KINDS, Family, Member, UnsupportedOperator
+from geta_hf.qadg.group_types import COUPLINGS, KINDS, Family, Member, UnsupportedOperator
 from geta_hf.utils.files import write_whole
 
 FORMAT_VERSION = 1

@@ -19,7 +19,7 @@ from torch import nn
 
 from geta_hf.errors import GETAError
 from geta_hf.qadg.families.find import find_families
-from geta_hf.qadg.groups import Family
+from geta_hf.qadg.group_types import Family
 from geta_hf.qadg.propagation.element_ids import PINNED
 from geta_hf.qadg.propagation.flow import Flow
 from geta_hf.qadg.propagation.propagate import record_and_propagate

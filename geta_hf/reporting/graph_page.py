@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from geta_hf.errors import GETAError
-from geta_hf.qadg.groups import Family, Member, UnsupportedOperator
+from geta_hf.qadg.group_types import Family, Member, UnsupportedOperator
 from geta_hf.qadg.propagation.element_ids import PINNED, ElementIds, Ids
 from geta_hf.qadg.propagation.flow import Dim, Flow
 from geta_hf.qadg.space import PruningSpace

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from geta_hf.errors import GETAError
-from geta_hf.qadg.groups import Family
+from geta_hf.qadg.group_types import Family
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.surgery.record import Recordings
 from geta_hf.surgery.verify import Removal, SurgeryTrial

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
-from geta_hf.qadg.groups import Family
+from geta_hf.qadg.group_types import Family
 from geta_hf.qadg.replay import Replay, ReplayError, double
 from geta_hf.qadg.space import PruningSpace, kept_indices
 from geta_hf.surgery.compare_outputs import Outputs, attention_outputs, comparison_mode, prove_equal

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_loader
 from types import ModuleType
+from typing import Any
 
 FORMER = {
     "card": "reporting.model_card",
@@ -58,6 +59,8 @@ FORMER = {
     "qadg.depth": "qadg.residual_blocks",
     "qadg.example": "qadg.tracing.dummy_inputs",
     "qadg.flow": "qadg.propagation.flow",
+    "export.formats.executorch": "export.formats.experimental.executorch",
+    "export.formats.openvino": "export.formats.experimental.openvino",
     "qadg.graph": "qadg.tracing.graph",
     "qadg.groups": "qadg.space",
     "qadg.kinds": "qadg.families.classify",
@@ -138,3 +141,21 @@ def offer_former_modules() -> None:
     """Add the finder, before those that search folders: a former package's folder may hold modules of the same name."""
     if not any(isinstance(finder, FormerModules) for finder in sys.meta_path):
         sys.meta_path.insert(0, FormerModules())
+
+
+def former_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """Make a module's `__getattr__`, which gives names that have moved, with a DeprecationWarning.
+
+    Args:
+        module: the module's own path.
+        names: former name -> where it is now, such as `geta_hf.costs.ledger.Ledger`.
+    """
+
+    def getattribute(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        present, _, attribute = names[name].rpartition(".")
+        warnings.warn(f"{module}.{name} is now {names[name]}", DeprecationWarning, 2)
+        return getattr(importlib.import_module(present), attribute)
+
+    return getattribute

@@ -15,7 +15,7 @@ from geta_hf.costs.ledger import LayerEntry, Ledger
 from geta_hf.costs.quantizer_table import Quantizers
 from geta_hf.costs.sensitivity import RoundingErrors, measure_errors, rounding_errors
 from geta_hf.costs.targets import BOPS, BYTES, GROUPS, MEAN_BITS, Target
-from geta_hf.qadg.groups import Family, Member
+from geta_hf.qadg.group_types import Family, Member
 
 WIDTHS = [4, 5, 6, 7, 8]
 SHAPES = {"a.weight": (10, 10), "b.weight": (10, 10), "c.weight": (20, 10)}

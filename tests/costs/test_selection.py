@@ -7,7 +7,7 @@ import torch
 
 from geta_hf.costs.selection import Limits, find_chunks, take_count, take_until
 from geta_hf.errors import GETAError
-from geta_hf.qadg.groups import Family, Member
+from geta_hf.qadg.group_types import Family, Member
 
 
 def family(name: str, size: int, kind: str = "channels") -> Family:

@@ -11,7 +11,7 @@ from geta_hf.costs.ledger import LayerEntry, Ledger
 from geta_hf.costs.selection import Limits
 from geta_hf.costs.targets import most_removed, solve_target
 from geta_hf.errors import GETAError
-from geta_hf.qadg.groups import Family
+from geta_hf.qadg.group_types import Family
 from geta_hf.quantization import quantize, quantized_layers
 from tests.methods.qasso.toy import STEPS, Toy, make, small_config, toy_space, train_step
 
@@ -62,7 +62,7 @@ def test_a_tensor_cut_along_both_dims_counts_what_is_left_of_it() -> None:
 
 
 def _member(tensor: str, dim: int, index: list[list[int]]):
-    from geta_hf.qadg.groups import Member
+    from geta_hf.qadg.group_types import Member
 
     return Member(tensor, dim, torch.tensor(index))
 

@@ -11,7 +11,7 @@ from transformers import BertConfig, LlamaConfig
 from geta_hf import attach_quantizers, build_space
 from geta_hf.errors import GETAError
 from geta_hf.qadg import PruningSpace
-from geta_hf.qadg.groups import COUPLINGS, KINDS, Family
+from geta_hf.qadg.group_types import COUPLINGS, KINDS, Family
 from tests.architectures import build
 
 from .models import CHANNELS, HEAD_DIM, HEADS, HIDDEN, make

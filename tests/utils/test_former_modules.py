@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from geta_hf.utils.former_modules import FORMER, offer_former_modules
+
+PACKAGE = Path(__file__).parents[2] / "geta_hf"
 
 
 @pytest.mark.parametrize("former", FORMER)
@@ -28,6 +33,38 @@ def test_imports_as_they_were_written_work() -> None:
     lines += "assert QASSO is same is geta_hf.QASSO and GETATrainer is geta_hf.GETATrainer"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", lines], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_names_that_moved_are_given_with_a_warning() -> None:
+    named = {
+        "geta_hf.export.rehearse": "geta_hf.surgery.trial_cut.try_cuts",
+        "geta_hf.export.check_ties": "geta_hf.serialization.tied_weights.check_ties",
+        "geta_hf.methods.qasso.Ledger": "geta_hf.costs.ledger.Ledger",
+        "geta_hf.qadg.Frozen": "geta_hf.qadg.group_types.UnsupportedOperator",
+        "geta_hf.qadg.space.Member": "geta_hf.qadg.group_types.Member",
+    }
+    for former, present in named.items():
+        (old, name), (new, attribute) = former.rsplit(".", 1), present.rsplit(".", 1)
+        with pytest.warns(DeprecationWarning, match=f"is now {re.escape(present)}"):
+            found = getattr(importlib.import_module(old), name)
+        assert found is getattr(importlib.import_module(new), attribute)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = importlib.import_module("geta_hf.export").nothing
+
+
+def test_no_former_path_hides_a_present_module() -> None:
+    """A module of today under a path of before would be found first."""
+    for former in FORMER:
+        path = PACKAGE / former.replace(".", "/")
+        assert not path.with_suffix(".py").exists() and not (path / "__init__.py").exists(), former
+
+
+def test_the_package_itself_uses_present_paths() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not any(name.removeprefix("geta_hf.") in FORMER for name in names), path
 
 
 def test_a_path_that_never_was_is_not_found() -> None:

@@ -13,5 +13,16 @@ It wraps any torch optimizer. Nothing here knows Trainer, Accelerate or how a fo
 
 from geta_hf.methods.qasso.optimizer import QASSO
 from geta_hf.methods.qasso.schedule import COOLDOWN, JOINT, PROJECTION, STAGES, WARMUP, Phase, Schedule
+from geta_hf.utils.former_modules import former_names
+
+__getattr__ = former_names(
+    __name__,
+    {
+        "LayerEntry": "geta_hf.costs.ledger.LayerEntry",
+        "Ledger": "geta_hf.costs.ledger.Ledger",
+        "Target": "geta_hf.costs.targets.Target",
+        "solve_target": "geta_hf.costs.targets.solve_target",
+    },
+)
 
 __all__ = ["COOLDOWN", "JOINT", "PROJECTION", "QASSO", "STAGES", "WARMUP", "Phase", "Schedule"]

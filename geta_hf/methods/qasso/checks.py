@@ -13,7 +13,7 @@ from torch import Tensor
 from geta_hf.costs.quantizer_table import Named, Quantizers
 from geta_hf.errors import GETAError
 from geta_hf.methods.base import AVERAGES
-from geta_hf.qadg.groups import Family
+from geta_hf.qadg.group_types import Family
 from geta_hf.utils.shards import add_up, local, shard_of
 
 _BAD_VALUES = ("d, q_m or t", "the gradient")

@@ -41,7 +41,7 @@ from geta_hf.methods.qasso.slices import Product, Slice, build_slices, group_sum
 from geta_hf.methods.qasso.state import REDUNDANT, REMOVED, QASSOState, restore_vectors, store_vectors
 from geta_hf.methods.rounding import round_bits
 from geta_hf.qadg.group_labels import GroupLabels, family_of_group, family_starts
-from geta_hf.qadg.groups import Family
+from geta_hf.qadg.group_types import Family
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.utils.shards import from_first_process, local
 

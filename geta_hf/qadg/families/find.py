@@ -15,7 +15,7 @@ from geta_hf.qadg.families.classify import (
     parameters_per_group,
 )
 from geta_hf.qadg.families.partition import Draft, find_drafts, find_tensor_dims
-from geta_hf.qadg.groups import Family, Member
+from geta_hf.qadg.group_types import Family, Member
 from geta_hf.qadg.propagation.flow import Flow
 
 

@@ -26,7 +26,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from geta_hf.qadg.groups import UnsupportedOperator
+from geta_hf.qadg.group_types import UnsupportedOperator
 from geta_hf.qadg.propagation.element_ids import PINNED, ElementIds, Ids
 from geta_hf.qadg.tracing.graph import Graph, Node, Ref, Value
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from geta_hf.export.export import compress
 from geta_hf.qadg import PruningSpace, build_space
-from geta_hf.qadg.groups import Family
+from geta_hf.qadg.group_types import Family
 from geta_hf.quantization import attach_quantizers, quantized_layers, step_size
 from geta_hf.surgery.verify import mask_groups
 from tests.architectures import build

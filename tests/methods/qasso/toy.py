@@ -14,7 +14,7 @@ from torch import nn
 from geta_hf.config import GETAConfig
 from geta_hf.methods.qasso.optimizer import QASSO
 from geta_hf.methods.qasso.schedule import Schedule
-from geta_hf.qadg.groups import Family, Member
+from geta_hf.qadg.group_types import Family, Member
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.quantization import attach_quantizers, quantized_layers, quantizer_prefixes
 
