@@ -760,7 +760,8 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Compressi
     values = source if isinstance(source, Mapping) else _read_mapping(source)
     method = values.get("method", GETAConfig.method)
     if not isinstance(method, str) or method not in CONFIG_CLASSES:
-        raise GETAError(f"unknown method {method!r}; known are {sorted(CONFIG_CLASSES)}")
+        known = sorted(CONFIG_CLASSES)
+        raise GETAError(f"unknown method {method!r}; known are {known}. Import the module that declares it first")
     return CONFIG_CLASSES[method].from_dict(values)
 
 

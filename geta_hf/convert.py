@@ -62,7 +62,7 @@ def convert(
         What the export of a checkpoint wrote; None for one of a folder.
 
     Raises:
-        GETAError: `source` is neither, a checkpoint from before the end of the joint stage, an unknown format, or
+        GETAError: `source` is neither, a checkpoint of a run that had not finished, an unknown format, or
             whatever keeps the export from being right. The target is then as it was before.
 
     Example:
@@ -174,8 +174,7 @@ def _checkpoint_of(folder: Path) -> Path:
 def _finished(progress: Progress, checkpoint: Path) -> int:
     if not progress.finished:
         raise GETAError(
-            f"{checkpoint} is from step {progress.step}, before the end of the joint stage, where the last groups "
-            f"become zero; train on before exporting"
+            f"{checkpoint} is from step {progress.step}, before its run had finished; train on before exporting"
         )
     return progress.removed_groups
 

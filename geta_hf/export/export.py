@@ -53,7 +53,7 @@ class ExportReport:
 
     Attributes:
         path: the folder.
-        tensor_bytes: bytes of all tensors in model.safetensors, or in its shards.
+        tensor_bytes: bytes of all tensors in model.safetensors, or in its shards; 0 in formats without such files.
         file_bytes: bytes of model.safetensors or its shards, headers included.
         packed_bits: bits of all codes, Σ numel · b over the packed weights.
         bits: module path -> bits of its packed weight.
@@ -184,11 +184,11 @@ def compress(
 
 
 def _report(target: Path, model: PreTrainedModel, kept: dict[str, tuple[int, int]], difference: float) -> ExportReport:
-    files = sorted(target.glob("*.safetensors"))
+    files = sorted(target.glob("*.safetensors"))  # ONNX and others have none
     layers = packed_layers(model)
     return ExportReport(
         path=target,
-        tensor_bytes=tensor_bytes(target),
+        tensor_bytes=tensor_bytes(target) if files else 0,
         file_bytes=sum(file.stat().st_size for file in files),
         packed_bits=sum(layer.weight.numel() * layer.bits for layer in layers.values()),
         bits=weight_bits(model),

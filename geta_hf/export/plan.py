@@ -94,6 +94,11 @@ def plan_export(
         result = read_result(model, space)
     else:
         check_result(result, model, space)
+        if expected_zero_groups is not None and result.removed_groups < expected_zero_groups:
+            raise GETAError(
+                f"the result removes {result.removed_groups} groups, {expected_zero_groups} were to be removed; take it "
+                f"once the method has finished"
+            )
     return plan_cut(model, space, batch, result, first)
 
 
@@ -156,7 +161,7 @@ def _check_zero_groups(model: PreTrainedModel, space: PruningSpace, expected: in
     if expected is not None and found < expected:
         raise GETAError(
             f"export before the groups are zero: {found} of {space.num_groups} groups are zero, {expected} were to be "
-            f"removed; train to the end of the joint stage first"
+            f"removed; train to the end first"
         )
     if not found and not quantized_layers(model):
         raise GETAError(
@@ -207,6 +212,8 @@ def check_result(result: CompressionResult, model: nn.Module, space: PruningSpac
                 f"the result removes groups of {name}, which is no prunable family of the space; pass the space that "
                 f"the model was trained with"
             )
+        if not isinstance(mask, Tensor):
+            raise GETAError(f"the result's mask of {name} is a {type(mask).__name__}; pass a tensor of torch.bool")
         if mask.dtype != torch.bool or mask.shape != zero[name].shape:
             raise GETAError(
                 f"the result's mask of {name} is {mask.dtype} of shape {tuple(mask.shape)}; pass torch.bool of shape "
@@ -216,12 +223,12 @@ def check_result(result: CompressionResult, model: nn.Module, space: PruningSpac
         if wrong:
             raise GETAError(
                 f"the result removes group {wrong[0]} of {name}, whose weights are not zero ({len(wrong)} such "
-                f"groups); set them to zero first, as the end of the joint stage does"
+                f"groups); set them to zero first, as a method does before it has finished"
             )
     found = read_widths(model)
     for what, theirs, ours in zip(("weight", "input"), (result.weight_bits, result.input_bits), found, strict=True):
         for name in dict.fromkeys((*theirs, *ours)):
-            if theirs.get(name) != ours.get(name):
+            if type(theirs.get(name)) is not type(ours.get(name)) or theirs.get(name) != ours.get(name):
                 raise GETAError(
                     f"the result stores the {what} of {name} at {theirs.get(name, 'no')} bits, but its quantizer has "
                     f"{ours.get(name, 'none')}; take the result after the widths were rounded, and attach no other "

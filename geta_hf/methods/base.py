@@ -1,7 +1,11 @@
 """The seam between training and methods: what a `Method` offers, what it is given, and what it ends with.
 
 A trainer, LoRA, distillation, checkpoints, the plan, the memory estimate, surgery and export know these names only.
-The type of the config chooses the method:
+The type of the config chooses the method. Its class declares a name, by which saved files are read back:
+
+    @dataclass
+    class MyConfig(CompressionConfig):
+        method: ClassVar[str] = "mine"
 
     METHODS[MyConfig] = MyMethod
     method = make_method(MyConfig(target_sparsity=0.3))
@@ -19,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from geta_hf.config import CompressionConfig
+from geta_hf.config import CompressionConfig, read_config
 from geta_hf.costs.ledger import Ledger
 from geta_hf.costs.targets import Target
 from geta_hf.errors import GETAError
@@ -199,6 +203,13 @@ class Method(ABC):
 
     # --- after training -----------------------------------------------------------------------------------------------
 
+    def finish(self) -> None:
+        """Complete what the last step was to do, where training ended before it; by default nothing.
+
+        Called once training has ended, on every process. An fp16 scaler skips steps, so the optimizer may have done
+        fewer than planned.
+        """
+
     @abstractmethod
     def result(self) -> CompressionResult:
         """Return what was decided; every process calls it. Raise GETAError before `finished`."""
@@ -208,12 +219,27 @@ METHODS: dict[type[CompressionConfig], type[Method]] = {}
 """The method that each type of config chooses."""
 
 
+def _check_readable_again(config: CompressionConfig) -> None:
+    """Raise GETAError for a config that checkpoints and exports could write, but nobody could read."""
+    saved = config.to_dict()
+    try:
+        same = read_config(saved).to_dict() == saved
+    except GETAError:
+        same = False
+    if not same:
+        raise GETAError(
+            f"{type(config).__name__} could not be read back from a checkpoint or an export; declare a name of its own "
+            f'in the class: `method: ClassVar[str] = "a name"`'
+        )
+
+
 def make_method(config: CompressionConfig) -> Method:
     """Make the method that a config chooses by its type, or by the nearest type that it inherits from.
 
     Raises:
-        GETAError: no method is entered in `METHODS` for this type.
+        GETAError: no method is entered in `METHODS` for this type, or what it saves could not be read back.
     """
+    _check_readable_again(config)
     # A user's subclass of GETAConfig, which only changes defaults, still means QASSO.
     for kind in type(config).__mro__:
         if kind in METHODS:

@@ -163,7 +163,8 @@ def _check_world(folder: Path, processes: int, sharded: bool) -> None:
 
 def _check_config(folder: Path, config: CompressionConfig) -> None:
     theirs, ours = read_config(folder / CONFIG_NAME).to_dict(), config.to_dict()
-    names = dict.fromkeys((*ours, *theirs))
+    # Another method has other settings by nature; its name says it all.
+    names = ["method"] if theirs["method"] != ours["method"] else list(dict.fromkeys((*ours, *theirs)))
     changed = {name: (theirs.get(name), ours.get(name)) for name in names if theirs.get(name) != ours.get(name)}
     if changed:
         text = ", ".join(f"{name}: {old!r} there, {new!r} here" for name, (old, new) in changed.items())

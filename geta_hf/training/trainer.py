@@ -312,7 +312,9 @@ class GETATrainer(Trainer):
                 f"or make a new trainer on a plain model"
             )
         self._bad_loss = torch.zeros((), dtype=torch.bool, device=self.args.device)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        self.method.finish()
+        return output
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run Trainer's step; remember, without waiting for the device, whether a loss was not finite."""
@@ -435,14 +437,8 @@ class GETATrainer(Trainer):
             What was written; None on processes other than the first. All processes have to call it.
 
         Raises:
-            GETAError: training has not reached its target, or the reloaded folder disagrees with the model.
+            GETAError: the method has not finished, or the reloaded folder disagrees with the model.
         """
-        if not self._wrapped or not self.method.finished:
-            step = self.method.step_count if self._wrapped else 0
-            raise GETAError(
-                f"training is at step {step}, before the end of the joint stage, where the last groups become zero; "
-                f"train on before exporting (steps that an fp16 scaler skipped do not count)"
-            )
         # Both exchange shards under FSDP2, so every process takes part before all but the first return.
         result = self.method.result()
         model = self._gather_model()

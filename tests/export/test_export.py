@@ -344,6 +344,21 @@ def test_a_result_may_keep_groups_that_are_zero(trained: Trained, tmp_path: Path
     assert report.kept[name] == (space.prunable[0].size, space.prunable[0].size)
 
 
+def test_a_result_of_too_few_groups_or_of_other_types_is_refused(trained: Trained, tmp_path: Path) -> None:
+    model, space = trained
+    found = read_result(model, space)
+    nothing = dataclasses.replace(found, removed={})
+    with pytest.raises(GETAError, match="the result removes 0 groups, 1 were to be removed"):
+        export(model, tmp_path / "a", space=space, batch=some_batch(), result=nothing, expected_zero_groups=1)
+    lists = dataclasses.replace(found, removed={name: mask.tolist() for name, mask in found.removed.items()})
+    with pytest.raises(GETAError, match=r"is a list; pass a tensor of torch\.bool"):
+        export(model, tmp_path / "b", space=space, batch=some_batch(), result=lists)
+    floats = dataclasses.replace(found, weight_bits={name: float(bits) for name, bits in found.weight_bits.items()})
+    with pytest.raises(GETAError, match="but its quantizer has"):
+        export(model, tmp_path / "c", space=space, batch=some_batch(), result=floats)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_result_that_the_model_does_not_have_is_refused(trained: Trained, tmp_path: Path) -> None:
     model, space = trained
     result = read_result(model, space)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from geta_hf.config import CONFIG_CLASSES, CompressionConfig, at_least, read_config, setting
+from geta_hf.config import CONFIG_CLASSES, CompressionConfig, GETAConfig, at_least, read_config, setting
 from geta_hf.costs.selection import Limits, find_chunks
 from geta_hf.costs.targets import take_due
 from geta_hf.errors import GETAError
@@ -182,3 +182,23 @@ def test_what_a_method_does_not_offer_is_refused_or_does_nothing() -> None:
         method.result()
     assert method.removed_groups == 0 and method.extra_loss(model) is None
     assert method.memory(model, toy_space(), 4) == StepMemory(kept=0, temporary=0)
+
+
+def test_a_config_that_could_not_be_read_back_is_refused() -> None:
+    @dataclass
+    class Unnamed(GETAConfig):
+        extra: int = setting(1, "A setting of its own.", section="Rules")
+
+    with pytest.raises(GETAError, match=r"Unnamed could not be read back .* declare a name of its own"):
+        make_method(Unnamed())
+    with pytest.raises(GETAError, match="CompressionConfig could not be read back"):
+        make_method(CompressionConfig())
+
+
+def test_a_config_with_other_defaults_alone_needs_no_name() -> None:
+    @dataclass
+    class Longer(GETAConfig):
+        warmup: float = 0.2
+
+    method = make_method(Longer())
+    assert type(method).__name__ == "QASSOMethod" and method.config.warmup == 0.2

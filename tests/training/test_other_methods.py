@@ -100,6 +100,37 @@ def test_a_checkpoint_of_another_method_is_refused(tmp_path: Path) -> None:
 def test_export_before_the_method_has_finished_is_refused(tmp_path: Path) -> None:
     made: GETATrainer = trainer(tmp_path, MagnitudeConfig(target_sparsity=0.5, bits=(5, 5), prune_at=STEPS + 1))
     made.train()
-    with pytest.raises(GETAError, match=f"training is at step {STEPS}"):
+    with pytest.raises(GETAError, match="groups are removed later"):
         made.export_model(tmp_path / "small")
     assert not (tmp_path / "small").exists()
+
+
+class DecayMethod(MagnitudeMethod):
+    """Adds ½ · 0.1 · Σ w² of one weight to the loss: its gradient is 0.1 · w, once a step."""
+
+    def extra_loss(self, model: torch.nn.Module) -> torch.Tensor:
+        return 0.05 * model.qa_outputs.weight.square().sum()
+
+
+@pytest.mark.parametrize("own_loss", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_term_of_a_method_counts_once_a_step(
+    own_loss: bool, accumulation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether Trainer divides the loss by the micro-batches, or a loss of the user's own does."""
+
+    def weight_after_a_step(method: type[MagnitudeMethod]) -> torch.Tensor:
+        monkeypatch.setitem(METHODS, MagnitudeConfig, method)
+        changes = {"max_steps": 1, "save_steps": 50, "per_device_train_batch_size": 8 // accumulation}
+        changes |= {"gradient_accumulation_steps": accumulation, "optim": "sgd", "weight_decay": 0.0}
+        made = trainer(tmp_path / method.__name__, CONFIGS["magnitude"], dropout=0.0, max_grad_norm=0.0, **changes)
+        if own_loss:
+            made.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs.loss / accumulation
+        before = made.model.qa_outputs.weight.detach().clone()
+        made.train()
+        rate = made.args.learning_rate
+        return before, (before - made.model.qa_outputs.weight.detach()) / rate
+
+    _, plain = weight_after_a_step(MagnitudeMethod)
+    before, decayed = weight_after_a_step(DecayMethod)
+    torch.testing.assert_close(decayed - plain, 0.1 * before, rtol=1e-2, atol=1e-5)

@@ -14,6 +14,9 @@ from geta_hf.methods.base import CompressionResult, Run
 from geta_hf.methods.qasso.method import QASSOMethod
 from geta_hf.methods.qasso.optimizer import bit_choices
 
+_ROUNDED_AT = "post_training_rounded_at"
+"""Entry of `param_groups[0]`, which checkpoints keep: the step after which weights were rounded."""
+
 
 class PostTrainingMethod(QASSOMethod):
     """Prune as QASSO does, with weights at `initial_bits`, and round them once the last step is done.
@@ -51,14 +54,23 @@ class PostTrainingMethod(QASSOMethod):
     @torch.no_grad()
     def _round_after_last_step(self, *_: object) -> None:
         """Choose the final widths and set (d, q_m) to them, in place; waits for the device."""
-        optimizer = self.optimizer
-        if optimizer is not None and optimizer.finished and optimizer.step_count == self._last_step:
-            optimizer.fix_bits(bit_choices(self.config))
+        if self.step_count == self._last_step:
+            self.finish()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Round weights now, if pruning is over; waits for the device."""
+        if self.optimizer is None or not self.optimizer.finished or self.finished:
+            return
+        self.optimizer.fix_bits(bit_choices(self.config))
+        self.optimizer.param_groups[0][_ROUNDED_AT] = self.step_count
 
     @property
     def finished(self) -> bool:
-        """True once the last step is done, and weights are rounded with it."""
-        return super().finished and self.step_count >= self._last_step
+        """True once weights are rounded: with the last step, or where training ended."""
+        if self.optimizer is None or not super().finished:
+            return False
+        return self.optimizer.param_groups[0].get(_ROUNDED_AT) == self.step_count
 
     def result(self) -> CompressionResult:
         """Return removed groups by family and integer widths by module path.

@@ -249,7 +249,7 @@ class QASSOMethod(Method):
         if optimizer is None or not optimizer.finished:
             raise GETAError(
                 f"QASSO is at step {self.step_count}, before the end of the joint stage, where the last groups become "
-                f"zero and widths become integers; train on"
+                f"zero and widths become integers; train on (steps that an fp16 scaler skipped do not count)"
             )
         # Widths are integers by now, but come back from log2(q_m^t / d + 1) + 1 in fp32, as 3.9999998.
         bits = {prefix: round(width) for prefix, width in optimizer.bits().items()}

@@ -200,7 +200,10 @@ class QASSO(torch.optim.Optimizer):
     def _warm_up_step(self, named: Named) -> None:
         """Do one of the K_w steps of line 2: x, d, q_m and t by the base optimizer.
 
-        2: x <- x - u;  (d, q_m, t) by Algorithm 3, inside [b_l, initial bits]
+        2: x <- x - u;  (d, q_m, t) <- (d, q_m, t) - their step
+
+        The paper steps (d, q_m, t) by SGD here. They take the step of Algorithm 3 instead, as in every later stage, so
+        that bits are inside [b_l, initial bits] from the first step on.
         """
         self._base_step(named)
 
@@ -223,7 +226,7 @@ class QASSO(torch.optim.Optimizer):
         15: ∇_x f is in the parameters' gradients
         16: γ by Eq. 13
         17: d by Eq. 14
-        18: x^Q by Eq. 9
+        18: x^Q by Eq. 2, as rewritten in Eq. 9
         19: [x]_I <- [x]_I - [u]_I                        (Eq. 5)
             [x]_R <- [x]_R - [u]_R - γ [x^Q]_R            (Eq. 6)
         """

@@ -88,6 +88,20 @@ def test_the_end_of_a_stopped_run_is_not_rounded() -> None:
     assert method.finished and set(method.result().weight_bits.values()) <= set(range(3, 9))
 
 
+def test_a_run_whose_scaler_skipped_steps_is_rounded_when_training_ends() -> None:
+    """An fp16 scaler skips steps, so that the optimizer never reaches the last one."""
+    model, method, optimizer = prepare(config_of("mean bits"))
+    train(model, method, optimizer, steps=STEPS - 2)
+    assert not method.finished
+    method.finish()
+    assert method.finished and set(method.result().weight_bits.values()) <= set(range(3, 9))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    method.finish()  # a second time changes nothing
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    train(model, method, optimizer, steps=STEPS - 1)
+    assert not method.finished
+
+
 @pytest.mark.parametrize("stop", [20, 50, STEPS])
 def test_a_resumed_loop_ends_the_same(stop: int) -> None:
     whole, method, optimizer = prepare(config_of("mean bits"))

@@ -446,3 +446,25 @@ def test_no_host_synchronisation_on_a_gpu(rules: str) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert optimizer.removed_groups == 5
+
+
+def test_the_projection_stage_averages_what_the_first_partition_reads() -> None:
+    """m <- λ m + (1 - λ) ⟨g, x⟩² from the first step of the projection stage on, written out for one family."""
+    config = small_config()
+    model, optimizer = make(config)
+    inside, outside = model.layers[2], model.layers[3]
+    expected = torch.zeros(len(inside.weight))
+    for step in range(5 + 8):
+        rows, bias, columns = (tensor.detach().clone() for tensor in (inside.weight, inside.bias, outside.weight))
+        train_step(model, optimizer, step)
+        if step < 5:
+            assert not optimizer.mean_square.any()  # nothing in warm-up
+            continue
+        # The gradients that the step saw are still there.
+        inner = (rows * inside.weight.grad).sum(1) + bias * inside.bias.grad
+        inner += (columns * outside.weight.grad).sum(0)
+        expected = config.saliency_decay * expected + (1 - config.saliency_decay) * inner.square()
+    sizes = {family.name: family.size for family in optimizer.families}
+    start = sum(size for name, size in list(sizes.items())[: list(sizes).index("layers:channels")])
+    found = optimizer.mean_square[start : start + sizes["layers:channels"]]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
