@@ -96,8 +96,8 @@ def plan_export(
         check_result(result, model, space)
         if expected_zero_groups is not None and result.removed_groups < expected_zero_groups:
             raise GETAError(
-                f"the result removes {result.removed_groups} groups, {expected_zero_groups} were to be removed; take it "
-                f"once the method has finished"
+                f"the result removes {result.removed_groups} groups, {expected_zero_groups} were to be removed; take "
+                f"it once the method has finished"
             )
     return plan_cut(model, space, batch, result, first)
 

@@ -66,8 +66,8 @@ def drop_layers(
 
     Only blocks that QADG's residual stream runs through, and that only add to it, can be removed (`find_blocks`). A
     number of them is chosen one by one: the one without which the loss is lowest, computed without it and without those
-    chosen before. The shorter model must be what its shorter configuration builds. It must give the logits of the dense
-    one with those blocks skipped, and the same logits with a cache as without.
+    chosen before. The shorter model must be what its shorter configuration builds, give the logits of the dense one
+    with those blocks skipped, and the same logits with a cache as without.
 
     Args:
         model: dense, with its weights; without quantizers.

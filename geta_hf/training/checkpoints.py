@@ -134,7 +134,8 @@ def check_checkpoint(
     if not (folder / CONFIG_NAME).is_file():
         raise GETAError(f"{folder} has no {CONFIG_NAME}: it is not a checkpoint of GETATrainer")
     _check_world(folder, processes, sharded)
-    for name in (SCHEDULER_NAME,) if sharded else (OPTIMIZER_NAME, SCHEDULER_NAME):
+    needed = [SCHEDULER_NAME] if sharded else [OPTIMIZER_NAME, SCHEDULER_NAME]
+    for name in needed:
         if not (folder / name).is_file():
             raise GETAError(f"{folder} has no {name}, without which stages can't go on; turn save_only_model off")
     _check_config(folder, config)

@@ -145,6 +145,7 @@ def _note_gradients(student: nn.Module, live: Live, frozen: FrozenWeights) -> No
     @torch.no_grad()
     def read(name: str, parameter: Tensor) -> None:
         assert parameter.grad is not None
+        # The product is made for the memory that it takes, and not for its value.
         _ = (frozen.merged(name, named) * parameter.grad).float()
         parameter.grad = None
 

@@ -66,7 +66,8 @@ def check_configs(student: PreTrainedModel, teacher: PreTrainedModel, hidden: bo
             raise GETAError(f"the teacher's labels are {theirs}, the student's {ours}; bring them into one order")
     if hidden:
         deeper = kept and getattr(teacher.config, "num_hidden_layers", 0) > kept[-1]
-        for size in ("hidden_size",) if deeper else ("hidden_size", "num_hidden_layers"):
+        sizes = ["hidden_size"] if deeper else ["hidden_size", "num_hidden_layers"]
+        for size in sizes:
             _check_equal(student, teacher, size, "set distill_hidden to 0 to compare logits alone")
 
 

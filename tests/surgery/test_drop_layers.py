@@ -164,7 +164,7 @@ def test_a_wrong_shorter_model_is_caught(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_what_can_not_be_is_said() -> None:
     model, batch = deep("llama")
-    with pytest.raises(GETAError, match=r"drop_layers = 5, but at most 4 layers of LlamaForCausalLM may leave"):
+    with pytest.raises(GETAError, match=r"drop_layers = 5, but at most 4 layers of LlamaForCausalLM can be removed"):
         dropped(model, 5, batch)
     with pytest.raises(
         GETAError, match=r"names 'model.layers.9', which is no layer .*model.layers.0, .* drop_layers = 0"

@@ -121,7 +121,7 @@ def test_layers_that_can_not_go_fail_before_a_run(batch, tmp_path) -> None:
     def run(wanted: int | list[str]) -> None:
         dry_run(phi_config(num_hidden_layers=3), batch, arguments(tmp_path), GETAConfig(drop_layers=wanted))
 
-    with pytest.raises(GETAError, match="drop_layers = 9, but at most 2 layers of PhiForCausalLM may leave"):
+    with pytest.raises(GETAError, match="drop_layers = 9, but at most 2 layers of PhiForCausalLM can be removed"):
         run(9)
     with pytest.raises(GETAError, match=r"names 'model.layers.7', which is no layer of the residual stream"):
         run(["model.layers.7"])

@@ -140,7 +140,7 @@ class _Search:
         return None if sizes is None else _differences(sizes, self._target)
 
     def _found_pins(self, dense: Sizes) -> Changes:
-        """Return what all modules hold alike under a name that their configuration lacks, if the model uses it."""
+        """Return what all modules hold alike under a name that their configuration leaves open, if it has an effect."""
         model = self.build({})
         places = {id(config): place for place, config in _parts(model.config)}
         found: dict[Place, set[int]] = {}

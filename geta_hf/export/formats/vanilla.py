@@ -26,10 +26,10 @@ def write_vanilla(model: PreTrainedModel, folder: Path, batch: Mapping[str, Tens
 
     The weights are the quantized values, each in the dtype it has; the file is as small as the pruning made it and no
     smaller. config.json says what was cut (fewer heads, fewer channels), so every layer must have kept equally many.
-    Experts whose rows are no longer whole 16 bytes run one by one, by `experts_implementation` in config.json.
+    Experts whose rows are no longer a multiple of 16 bytes run one by one, by `experts_implementation` in config.json.
 
     Args:
-        model: compressed, or plain; left unchanged.
+        model: compressed, or plain; not changed.
         folder: an existing empty folder.
         batch: what the proof runs on.
 
@@ -74,6 +74,8 @@ def write_plain(
             return _prove(model, folder, inputs, name)
         except GETAError as error:
             failure = error
+        # Sizes alone may allow several configurations (half the heads, or half of each head). This one computes
+        # something else, so its files must not mix with those of the next.
         for path in folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert failure is not None
@@ -81,7 +83,7 @@ def write_plain(
 
 
 def _settle_experts(plain: PreTrainedModel, model: PreTrainedModel) -> None:
-    """Let config.json say that experts run one by one, where what is left of them does not suit the fused kernel."""
+    """Let config.json say that experts run one by one, where their remaining rows do not suit the fused kernel."""
     if model.config._experts_implementation == "eager" and model._can_set_experts_implementation():
         plain.config.experts_implementation = "eager"
         logger.warning(
