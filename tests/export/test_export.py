@@ -19,7 +19,7 @@ from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering
 from geta_hf.errors import GETAError
 from geta_hf.export import ExportReport, export, plan, steps
 from geta_hf.export.export import compress, integer_bits
-from geta_hf.export.formats import geta
+from geta_hf.export.formats import FORMATS, geta
 from geta_hf.export.plan import plan_export, read_result
 from geta_hf.export.steps import cut, fill
 from geta_hf.qadg import PruningSpace, build_space, zero_groups
@@ -318,6 +318,20 @@ def test_forward_wrapped_for_mixed_precision_does_not_spoil_the_proof(trained: T
 def test_batch_that_does_not_run_is_a_clear_error(trained: Trained, tmp_path: Path) -> None:
     with pytest.raises(GETAError, match="cannot run the batch"):
         run(trained, tmp_path / "out", batch={"input_ids": torch.full((1, 3), 1000)})
+
+
+def test_a_format_without_safetensors_is_reported(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that has appeared must not end in an error."""
+
+    def write(model: PreTrainedModel, folder: Path, batch: object) -> None:
+        (folder / "model.onnx").write_bytes(b"graph")
+
+    monkeypatch.setitem(FORMATS, "bare", write)
+    report = run(trained, tmp_path / "out", format="bare")
+    assert report.tensor_bytes == report.file_bytes == 0 and report.bits
+    assert (tmp_path / "out" / "model.onnx").is_file()
 
 
 # --- what a method decided ------------------------------------------------------------------------------------------
