@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,35 @@ from tests.methods.test_toy_method import MagnitudeConfig, MagnitudeMethod
 from tests.training.test_trainer import SMALL, STEPS, rows, trainer
 
 
-@pytest.fixture(autouse=True)
-def entered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Enter the toy method for one test, as its module would for good."""
-    monkeypatch.setitem(METHODS, MagnitudeConfig, MagnitudeMethod)
+@pytest.fixture(autouse=True, scope="module")
+def entered() -> Iterator[None]:
+    """Enter the toy method for these tests, as its module would for good."""
+    METHODS[MagnitudeConfig] = MagnitudeMethod
+    yield
+    del METHODS[MagnitudeConfig]
 
 
 CONFIGS = {
     "magnitude": MagnitudeConfig(target_sparsity=0.5, bits=(5, 5), prune_at=10),
     "post-training": PostTrainingConfig(target_sparsity=0.5, bits=(3, 8), mean_bits=5, **SMALL),
 }
+EVERY = 8
+"""Steps between two checkpoints."""
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(scope="module", params=CONFIGS)
 def config(request: pytest.FixtureRequest) -> Any:
     return CONFIGS[request.param]
+
+
+@pytest.fixture(scope="module")
+def done(config: Any, entered: None, tmp_path_factory: pytest.TempPathFactory) -> GETATrainer:
+    """A run with its checkpoints, and its export in `small`."""
+    folder = tmp_path_factory.mktemp("run")
+    made = trainer(folder, config, save_steps=EVERY)
+    made.train()
+    made.export_model(folder / "small")
+    return made
 
 
 def logits_of(folder: Path) -> torch.Tensor:
@@ -42,63 +57,52 @@ def logits_of(folder: Path) -> torch.Tensor:
         return model(**batch).start_logits
 
 
-def test_a_run_ends_as_its_method_says_and_is_exported(config: Any, tmp_path: Path) -> None:
-    made = trainer(tmp_path / "run", config)
-    made.train()
-    result = made.method.result()
-    zero = zero_groups(made.model, made.space)
+def test_a_run_ends_as_its_method_says_and_is_exported(done: GETATrainer, tmp_path: Path) -> None:
+    result = done.method.result()
+    zero = zero_groups(done.model, done.space)
     assert result.removed_groups == 52 == sum(int(mask.sum()) for mask in zero.values())
-    report = made.export_model(tmp_path / "small")
+    report = done.export_model(tmp_path / "small")
     assert report.bits == dict(result.weight_bits)
     assert sum(before - kept for kept, before in report.kept.values()) == 52
-    made.model.eval()
+    done.model.eval()
     batch = {name: torch.stack([row[name] for row in rows(4)]) for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
-        expected = made.model(**batch).start_logits
+        expected = done.model(**batch).start_logits
     torch.testing.assert_close(logits_of(tmp_path / "small"), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_metrics_of_the_method_are_logged(config: Any, tmp_path: Path) -> None:
-    made = trainer(tmp_path, config)
-    made.train()
-    logged = [line for line in made.state.log_history if "loss" in line]
+def test_metrics_of_the_method_are_logged(done: GETATrainer) -> None:
+    logged = [line for line in done.state.log_history if "loss" in line]
     assert logged and all(line["stage"] >= 1 for line in logged)
-    assert logged[-1]["stage"] == len(made.method.stages)
+    assert logged[-1]["stage"] == len(done.method.stages)
 
 
-@pytest.mark.parametrize("stop", [8, 16])
-def test_a_resumed_run_ends_bit_for_bit_the_same(config: Any, stop: int, tmp_path: Path) -> None:
-    whole = trainer(tmp_path / "whole", config)
-    whole.train()
-    stopped = trainer(tmp_path / "run", config, save_steps=stop)
-    stopped.train()
-    again = trainer(tmp_path / "again", config)
-    again.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{stop}"))
+@pytest.mark.parametrize("stop", [EVERY, 2 * EVERY])
+def test_a_resumed_run_ends_bit_for_bit_the_same(done: GETATrainer, stop: int, tmp_path: Path) -> None:
+    again = trainer(tmp_path, done.geta_config)
+    again.train(resume_from_checkpoint=f"{done.args.output_dir}/checkpoint-{stop}")
     assert again.method.step_count == STEPS and again.method.removed_groups == 52
-    for name, value in whole.model.state_dict().items():
+    for name, value in done.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], value), name
 
 
-def test_the_last_checkpoint_becomes_the_same_folder(config: Any, tmp_path: Path) -> None:
-    made = trainer(tmp_path / "run", config)
-    made.train()
-    made.export_model(tmp_path / "small")
-    checkpoint = tmp_path / "run" / f"checkpoint-{STEPS}"
-    assert read_config(checkpoint / "geta_config.json") == config
-    convert(checkpoint, tmp_path / "converted")
-    assert torch.equal(logits_of(tmp_path / "converted"), logits_of(tmp_path / "small"))
+def test_the_last_checkpoint_becomes_the_same_folder(done: GETATrainer, tmp_path: Path) -> None:
+    run = Path(done.args.output_dir)
+    assert read_config(run / f"checkpoint-{STEPS}" / "geta_config.json") == done.geta_config
+    convert(run / f"checkpoint-{STEPS}", tmp_path / "converted")
+    assert torch.equal(logits_of(tmp_path / "converted"), logits_of(run / "small"))
 
 
 def test_a_checkpoint_of_another_method_is_refused(tmp_path: Path) -> None:
-    made = trainer(tmp_path / "run", CONFIGS["magnitude"])
+    made = trainer(tmp_path / "run", CONFIGS["magnitude"], max_steps=1, save_steps=1)
     made.train()
     other = trainer(tmp_path / "other")
     with pytest.raises(GETAError, match="method: 'magnitude' there, 'qasso' here"):
-        other.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{STEPS}"))
+        other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
 
 
 def test_export_before_the_method_has_finished_is_refused(tmp_path: Path) -> None:
-    made: GETATrainer = trainer(tmp_path, MagnitudeConfig(target_sparsity=0.5, bits=(5, 5), prune_at=STEPS + 1))
+    made: GETATrainer = trainer(tmp_path, CONFIGS["magnitude"], max_steps=2)
     made.train()
     with pytest.raises(GETAError, match="groups are removed later"):
         made.export_model(tmp_path / "small")
