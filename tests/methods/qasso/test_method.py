@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from geta_hf import config as config_module
 from geta_hf.config import CompressionConfig, GETAConfig
 from geta_hf.costs.targets import solve_target
 from geta_hf.errors import GETAError
@@ -223,7 +226,13 @@ def test_frozen_weights_are_scored_in_the_stages_that_ask_and_end_at_zero() -> N
             assert bool((piece == 0).all())
 
 
-def test_the_type_of_the_config_chooses_the_method() -> None:
+def test_the_type_of_the_config_chooses_the_method(monkeypatch: pytest.MonkeyPatch) -> None:
     assert METHODS[GETAConfig] is QASSOMethod and type(make_method(GETAConfig.paper())) is QASSOMethod
-    with pytest.raises(GETAError, match="no method is known for a CompressionConfig"):
-        make_method(CompressionConfig())
+    monkeypatch.setattr(config_module, "CONFIG_CLASSES", dict(config_module.CONFIG_CLASSES))
+
+    @dataclass
+    class NotEntered(CompressionConfig):
+        method: ClassVar[str] = "not-entered"
+
+    with pytest.raises(GETAError, match="no method is known for a NotEntered"):
+        make_method(NotEntered())
