@@ -140,6 +140,7 @@ def _columns(arguments: argparse.Namespace) -> dict[str, str]:
 
 def _texts(paths: Sequence[str]) -> dict[str, str]:
     """Return short name -> text. Raise GETAError for one that is empty or can't be read."""
+    # By short name, a repeated file would look like two of the same name.
     paths = list(dict.fromkeys(paths))
     texts = dict(zip(_short(paths), map(read_text, paths), strict=True))
     for name, text in texts.items():
@@ -158,6 +159,7 @@ def _short(paths: Sequence[str]) -> list[str]:
 
 def _score(folder: str, texts: Mapping[str, str], arguments: argparse.Namespace) -> _Scored:
     options = {name: getattr(arguments, name) for name in _RUN_OPTIONS}
+    # Loaded once for texts and tasks.
     model, tokenizer = load(folder, device=arguments.device, dtype=arguments.dtype)
     found = {
         name: perplexity(model, tokenizer, text, block=arguments.block, stride=arguments.stride)
@@ -198,6 +200,7 @@ def _card_metrics(scored: _Scored) -> dict[str, float]:
     found = {}
     if scored.evaluation:
         scores, limit = scored.evaluation.scores, scored.evaluation.limit
+        # The 67 paradigms of BLiMP would fill a card. The commonsense tasks are shown by themselves.
         inner = {task for name in scores if name != SUITE for one in scores[name].values() for task, _ in one.members}
         for task, metric in shown(scored.evaluation):
             if task not in inner:

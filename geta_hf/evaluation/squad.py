@@ -97,6 +97,7 @@ def best_span(
     Returns:
         The sum of both logits, the first and the last token; (-inf, 0, 0) if no pair is valid.
     """
+    # Not all pairs: n_best squared instead of tokens squared, as in BERT's own script.
     starts = _largest(start_logits, inside, n_best)
     ends = _largest(end_logits, inside, n_best)
     length = ends[None, :] - starts[:, None] + 1
@@ -144,6 +145,7 @@ def predict(
         Question id -> answer text; an empty text where no valid span exists.
     """
     pieces = list(windows(tokenizer, questions, max_length, doc_stride, progress))
+    # The longest first, so that too large a batch fails at once and not after minutes.
     pieces.sort(key=lambda window: len(window.offsets), reverse=True)
     best: dict[int, tuple[float, str]] = {}
     training = model.training

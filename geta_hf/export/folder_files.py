@@ -1,4 +1,4 @@
-"""What an exported folder holds next to its weights: the structure, the config of the run, a tokenizer."""
+"""Write what a folder holds next to its weights: the structure, the config of the run, a tokenizer."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _ORIGIN = ("is_local", "local_files_only")
 
 
 class SupportsToDict(Protocol):
-    """What is asked of a config: a dataclass that gives itself as JSON-ready data."""
+    """Describe what a config has to offer: its values as JSON-ready data."""
 
     def to_dict(self) -> dict[str, Any]: ...
 
 
 class SupportsSave(Protocol):
-    """What is asked of a tokenizer or processor."""
+    """Describe what a tokenizer or processor has to offer."""
 
     def save_pretrained(self, save_directory: str, /) -> Any: ...
 
@@ -47,6 +47,7 @@ def copy_beside(source: Path, target: Path, structure: bool) -> None:
     """
     own = {STRUCTURE_NAME, PICTURE_NAME, "README.md", "config.json"}
     for path in sorted(source.iterdir()):
+        # The carried code (.py) reads the packed weights of this folder, so it is not copied to a new one.
         weights = path.suffix in (".safetensors", ".py") or path.name.endswith(".index.json")
         if path.is_file() and not weights and (structure or path.name not in own) and not (target / path.name).exists():
             (target / path.name).write_bytes(path.read_bytes())

@@ -52,7 +52,7 @@ class CutModel:
 
 @dataclass(frozen=True)
 class Proof:
-    """What a comparison of the compressed model with the trained one found.
+    """Hold what a comparison of the compressed model with the trained one found.
 
     Attributes:
         difference: largest absolute difference of any output.
@@ -77,6 +77,7 @@ def cut(model: PreTrainedModel, plan: ExportPlan) -> CutModel:
     shared = {id(parameter): parameter for parameter in model.parameters()}
     compressed = copy.deepcopy(model, shared)
     fixes = slice_model(compressed, plan.kept, plan.attributes)
+    # A quantizer with a step size for each channel loses those of the removed channels, as the weight loses its rows.
     cut_quantizers(compressed, plan.kept)
     return CutModel(compressed, fixes)
 
@@ -94,17 +95,21 @@ def fill(cut_model: CutModel, plan: ExportPlan, embedding: RoundedEmbedding | No
         GETAError: codes beyond their bit width.
     """
     model = cut_model.model
+    # All codes are taken first: detaching removes the step sizes, and a tied weight may be read for several layers.
     packed = {name: _packed(name, layer, plan.result) for name, layer in quantized_layers(model).items()}
     detach_quantizers(model)
     if embedding is not None:
+        # The cut has only taken columns of the embedding: its step sizes are those of the rows, which remain.
         codes = embedding.codes(model.get_submodule(embedding.name))
         packed[embedding.name] = (codes, embedding.bits, embedding.step_size, None)
     holders = weight_holders(model, packed)
     for name, parts in packed.items():
         layer = model.get_submodule(name)
         pack_layer(name, layer, *parts, tied=len(holders[name]) > 1)
+        # Other modules that share the weight would otherwise keep the dense tensor, and the file would hold both.
         for holder, leaf in holders[name]:
             setattr(holder, leaf, layer.weight)
+    # Last, since the config that it writes lists the layers that are packed by now.
     attach_quantizer(model, cut_model.fixes)
     return model
 
@@ -131,6 +136,7 @@ def prove(model: PreTrainedModel, compressed: PreTrainedModel, plan: ExportPlan)
     with float_inputs(compressed):
         outputs = attention_outputs(compressed, plan.batch)
         if plan.norms:
+            # Norms are marked only where something is removed, and then the plan has recordings.
             assert plan.recordings is not None
             difference = prove_replay(plan.recordings.traces[0], plan.kept, compressed, plan.batch, outputs)
         else:
@@ -165,6 +171,7 @@ def publish(
 
     def write_all(folder: Path) -> None:
         nonlocal difference
+        # A format with inexact kernels returns None; it notes its relative differences in its own config.json.
         found = write(model, folder, plan.batch)
         if found is not None:
             difference = max(difference, found)

@@ -51,6 +51,7 @@ class Structure:
 def read_structure(folder: str | os.PathLike[str]) -> Structure:
     """Read the structure that `export` wrote next to the model. Raise GETAError for a folder without it."""
     path = Path(folder) / STRUCTURE_NAME
+    # The remedy depends on why it is missing.
     if not path.is_file() and is_export(Path(folder)):
         raise GETAError(
             f"{folder} has no {STRUCTURE_NAME}, because save_pretrained does not write it; run "
@@ -64,6 +65,7 @@ def read_structure(folder: str | os.PathLike[str]) -> Structure:
         inputs = {name: int(width) for name, width in stored.get("activation_bits", {}).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise GETAError(f"{path} can't be read ({error}); is {folder} an exported folder?") from error
+    # A number says how many were asked for, a list which ones were dropped; only the run's own config has the list.
     dropped = _run_config(folder).drop_layers
     return Structure(kept, bits, inputs, tuple(dropped) if isinstance(dropped, list) else ())
 
@@ -108,6 +110,7 @@ def measure_latency(models: Mapping[str, PreTrainedModel], tokens: int, repeats:
         Name -> median in milliseconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in models}
+    # The first passes allocate memory and choose kernels.
     for turn in range(repeats + 3):
         for name, model in models.items():
             ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
@@ -147,6 +150,8 @@ def _dense_layers(dense: PreTrainedModel, folder: str | os.PathLike[str], struct
     if not structure.dropped:
         return list(structure.bits)
     config = _run_config(folder)
+    # Dropped layers have no bits in the structure, and the paths behind them have moved up: so the dense side is
+    # chosen by the run's own rule.
     return list(select_layers(dense, config.include, config.exclude))
 
 
@@ -233,6 +238,8 @@ def _cost_rows(dense: Costs, compressed: Costs) -> list[tuple[str, str, str]]:
         rows.append(_share(f"MACs, {compressed.tokens} tokens", compressed.macs, dense.macs))
     rows.append(("mean bits", f"{dense.mean_bits:.2f}", f"{compressed.mean_bits:.2f}"))
     if dense.macs and dense.bops_linear:
+        # Two definitions that must not be mixed: the paper counts encoder linears only, by which its BERT baseline is
+        # 13.57 T BOPs (84.9 M weights x 156 tokens x 32 x 32).
         paper = f"{compressed.bops_linear / dense.bops_linear:.2%}"
         rows.append(("relative BOPs, paper (quantized linears)", "100.0%", paper))
     if dense.macs:

@@ -166,6 +166,7 @@ def check_metrics(metrics: Mapping[str, Any], where: str) -> dict[str, dict[str,
         if side not in ("dense", "compressed", "latency_ms") or not isinstance(values, Mapping):
             raise GETAError(f"{where}: {side!r} is not a key of metrics; give {{'dense': {{…}}, 'compressed': {{…}}}}")
         for name, value in values.items():
+            # bool is an int in Python, and JSON gives NaN and Infinity as floats.
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise GETAError(f"{where}: {side}[{name!r}] is {value!r}, not a finite number; remove it")
         found[side] = {str(name): float(value) for name, value in values.items()}
@@ -207,8 +208,10 @@ def _embeddings(model: PreTrainedModel) -> set[str]:
 def empty_model_of(folder: Path) -> PreTrainedModel | None:
     """Build the dense model of a folder without weights; None if transformers cannot without code from the folder."""
     try:
+        # A report must not run code of a folder that may come from a stranger.
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config = copy.deepcopy(config)
+        # With it transformers would look for packed weights; the sizes of before are those of the plain architecture.
         del config.quantization_config
         return empty_model(config).to("meta")  # type: ignore[arg-type]
     except (GETAError, OSError, ValueError, AttributeError):
@@ -216,6 +219,7 @@ def empty_model_of(folder: Path) -> PreTrainedModel | None:
 
 
 def _costs(dense: PreTrainedModel, folder: Path, structure: Structure) -> dict[str, Costs]:
+    # The fixes of the folder applied to an empty model give its sizes without a weight.
     compressed = copy.deepcopy(dense)
     stored = read_json(folder / "config.json").get("quantization_config")
     if not isinstance(stored, dict):
@@ -228,6 +232,7 @@ def _costs(dense: PreTrainedModel, folder: Path, structure: Structure) -> dict[s
     config.bits = {name: bits for name, bits in config.bits.items() if name not in embeddings}
     # `measure_costs` looks the bit widths up here. Embeddings are excluded: they multiply nothing.
     compressed.config.quantization_config = config
+    # The usual window of SQuAD, or what the model can read at most.
     tokens = min(_TOKENS, getattr(dense.config, "max_position_embeddings", None) or _TOKENS)
     names = [name for name in structure.bits if name not in embeddings]
     return {"dense": _counted(dense, tokens, names), "compressed": _counted(compressed, tokens, names)}
@@ -250,15 +255,24 @@ def _auto_class(config: Mapping[str, Any]) -> tuple[str, str | None]:
     """Return the auto class that loads an architecture, and the Hub's tag of its task."""
     architecture = _architecture(config)
     for name, task in _TASKS.items():
+        # In the order of `_TASKS`: a class may be registered under several auto classes, and the specific ones come
+        # first.
         if architecture in _class_names(getattr(transformers, name)):
             return name, task
+    # A class that transformers does not know: the folder's own code says what loads it.
     mapped = [name for name in config.get("auto_map", {}) if name.startswith("AutoModel")]
     return (mapped[0], _TASKS.get(mapped[0])) if mapped else ("AutoModel", None)
 
 
 def _class_names(auto: Any) -> set[str]:
-    entries = auto._model_mapping._model_mapping.values()
-    return {name for entry in entries for name in ([entry] if isinstance(entry, str) else entry)}
+    names: set[str] = set()
+    for entry in auto._model_mapping._model_mapping.values():
+        # Some architectures have several classes for one task.
+        if isinstance(entry, str):
+            names.add(entry)
+        else:
+            names.update(entry)
+    return names
 
 
 def _versions(config: Mapping[str, Any]) -> dict[str, str]:

@@ -20,6 +20,7 @@ from geta_hf.serialization.validate import INDEX, read_json, weight_files
 
 _NOT_OURS = {"trainer_state.json", WORLD_NAME, PROGRESS_NAME}
 _UNFINISHED = (".tmp", ".lock", ".part", ".incomplete", ".bak", ".pyc", "~")
+# Unpickling runs code, so no reader should be offered such a file.
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _LOGS = re.compile(r"__pycache__|runs|checkpoint-\d+")
 _READ_AS_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -43,6 +44,7 @@ def files_to_push(folder: str | os.PathLike[str]) -> list[tuple[str, int]]:
     path = Path(folder)
     read_structure(path)
     read_json(path / "config.json")
+    # Structure and config first: a folder that is no export must not be listed, let alone sent.
     names = sorted(_names(path, path))
     _check_weights(path, set(filter(_READ_AS_WEIGHTS.fullmatch, names)) - {INDEX})
     return [(name, (path / name).stat().st_size) for name in names]
@@ -97,6 +99,7 @@ def push_to_hub(
         >>> home.cleanup()
     """
     path = Path(folder)
+    # Everything that can fail here fails before the network is used.
     names = [name for name, _ in files_to_push(path)]
     try:
         huggingface_hub.utils.validate_repo_id(repo_id)
@@ -122,6 +125,7 @@ def push_to_hub(
 def _push(
     api: HfApi, folder: Path, names: list[str], repo_id: str, private: bool | None, revision: str | None, message: str
 ) -> str:
+    # The answer holds the full name: given `name` alone, the user's own is put before it.
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -144,6 +148,7 @@ def _reason(error: BaseException) -> str:
 
 def _names(folder: Path, root: Path) -> Iterator[str]:
     for entry in folder.iterdir():
+        # Among hidden files may be credentials, and drafts of exports that were killed.
         if entry.name.startswith("."):
             continue
         if entry.is_dir() and not entry.is_symlink():
@@ -156,6 +161,7 @@ def _names(folder: Path, root: Path) -> Iterator[str]:
 def _check_weights(folder: Path, found: set[str]) -> None:
     """Raise GETAError unless the weights are exactly those that are loaded: one file, or the shards of the index."""
     named = weight_files(folder)
+    # A stray shard is an error too: who loads by file names might read it in place of the model's.
     if missing := sorted(named - found):
         raise GETAError(f"{folder} lacks {', '.join(missing)}; export the folder again, nothing was pushed")
     if stray := sorted(found - named):

@@ -92,6 +92,8 @@ def write_card(
     merged = {side: {**known.get(side, {}), **fresh.get(side, {})} for side in (*known, *fresh)}
     summary = read_summary(path)
     text = _card(summary, base_model, task, dataset, merged, repo_id)
+    # Written last and in this order: what fails in reading or composing leaves the old card and its metrics as they
+    # were.
     if fresh:
         write_whole(path / METRICS_NAME, json.dumps(merged, indent=2) + "\n")
     write_whole(path / PICTURE_NAME, draw(layer_grid(summary.structure), standalone=True))
@@ -139,6 +141,7 @@ def _card(
     dataset = dataset or summary.dataset
     task = task or summary.front.get("pipeline_tag") or summary.task
     name = repo_id or summary.folder.resolve().name
+    # What a user added to the card by hand, such as a license, remains.
     kept = {key: value for key, value in summary.front.items() if key not in _BASE_KEYS}
     own = _front(summary, task, _result(name, task, dataset or "unknown", metrics))
     front = kept | {"library_name": "transformers"} | base | own
@@ -151,6 +154,7 @@ def _base(summary: FolderSummary, base_model: str | None) -> dict[str, Any]:
     """Return the front matter's entries for the base model; the Hub cannot link to a local path."""
     if not base_model:
         return {key: summary.front[key] for key in _BASE_KEYS if key in summary.front}
+    # A relative path such as runs/dense looks like a name on the Hub.
     if _REPO.fullmatch(base_model) and not Path(base_model).exists():
         return {"base_model": base_model, "base_model_relation": "quantized"}
     return {LOCAL_BASE: Path(base_model).name}
@@ -169,6 +173,7 @@ def _strings(values: object) -> list[str]:
 
 def _result(model: str, task: str | None, dataset: str, metrics: Metrics) -> list[dict[str, Any]]:
     values = [{"type": name, "value": value, "name": name} for name, value in metrics.get("compressed", {}).items()]
+    # An entry of the Hub's model-index has to have a task and metrics.
     if not task or not values:
         return []
     result = {"task": {"type": task}, "dataset": {"type": dataset, "name": dataset}, "metrics": values}
@@ -243,10 +248,12 @@ def ways_to_load(summary: FolderSummary, name: str) -> list[Way]:
     if summary.remote_code:
         ways.append(Way("Without geta_hf: the folder carries the code that reads it", f"{load}{flag})", "python"))
     if auto in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
+        # lm-eval does not import geta_hf, so it needs the carried code.
         tail = ",trust_remote_code=True" if summary.remote_code else ""
         command = f"lm_eval --model hf --model_args pretrained={name}{tail} --tasks lambada_openai"
         ways.append(Way("In lm-evaluation-harness", command, "bash"))
     elif summary.task in SUPPORTED_TASKS:
+        # A pipeline loads by name: either the folder carries its code or the format is registered before.
         first = "" if summary.remote_code else "import geta_hf\n"
         call = f"pipe = pipeline({json.dumps(summary.task)}, model={quoted}{flag})"
         ways.append(Way("As a pipeline", f"{first}from transformers import pipeline\n\n{call}", "python"))

@@ -25,6 +25,7 @@ WORLD_NAME = "geta_world.json"
 PROGRESS_NAME = "geta_progress.json"
 """Files in which a checkpoint records its launch and its progress; an export never has them."""
 
+# Without dots, at which the names of temporary folders are split.
 _HOST = re.sub(r"[^\w-]", "-", socket.gethostname()) or "host"
 
 
@@ -49,10 +50,12 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise GETAError(
             f"{target} exists already; choose another folder, or replace it (--overwrite, in Python overwrite=True)"
         )
+    # A mistyped path must not cost a home folder.
     if not (target / "config.json").is_file():
         raise GETAError(
             f"{target} is not a model folder (it has no config.json), so it is not replaced; choose another folder"
         )
+    # A trainer's output folder is a model folder too, and its checkpoints may be hours of work.
     for state in (*target.glob("checkpoint-*"), *target.rglob("trainer_state.json")):
         raise GETAError(f"{target} holds {state.name} of a training, so it is not replaced; choose another folder")
 
@@ -105,7 +108,9 @@ def _clear_up(target: Path) -> None:
 def _leftovers(target: Path) -> Iterator[tuple[Path, str, bool]]:
     """Yield the temporary folders next to a target: path, `new` or `old`, and whether their process is known dead."""
     pattern = re.compile(rf"\.{re.escape(target.name)}\.([\w-]+)\.(\d+)\.[0-9a-f]{{8}}\.(new|old)")
-    for folder in sorted(target.parent.iterdir()) if target.parent.is_dir() else ():
+    if not target.parent.is_dir():
+        return
+    for folder in sorted(target.parent.iterdir()):
         if found := pattern.fullmatch(folder.name):
             # On a shared disk the folder may be of another machine, whose processes cannot be seen from here.
             dead = found[1] == _HOST and not _is_alive(int(found[2]))

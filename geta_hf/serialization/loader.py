@@ -182,6 +182,7 @@ class GETALoader(HfQuantizer):
         _check_inputs(model, headers)
         self._check_plain(model, headers)
         self._names = set(headers)
+        # As they have to be after loading; see `_check_shapes`.
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         return model
 
@@ -225,6 +226,7 @@ class GETALoader(HfQuantizer):
             if (buffer := find_tensor(model, name)) is not None:
                 shrink_buffer(model, buffer, dims)
         for name, layer in packed_layers(model).items():
+            # A step of an optimizer would make it something else than d * n. Adapters on top can be trained.
             layer.weight.requires_grad_(False)
             layer.finish_loading()
             if INPUT_SCALE in layer._buffers:
@@ -242,6 +244,7 @@ class GETALoader(HfQuantizer):
         scale = layer.get_buffer(INPUT_SCALE).detach()
         bit_widths = self.quantization_config.activation_bits
         check_scale(f"{path}.{INPUT_SCALE}", scale, "d and one for t", 2)
+        # The quantizer holds the scale from here on.
         del layer._buffers[INPUT_SCALE]
         place = next(place for place in _places(model, path) if place in bit_widths)
         layer.input_quantizer = FixedQuantizer(scale, bit_widths[place])
@@ -326,6 +329,7 @@ def apply_fixes(model: PreTrainedModel, fixes: Fixes) -> None:
         if (path := find_module(model, name)) is not None:
             for attribute, value in attributes.items():
                 shrink_attribute(path, model.get_submodule(path), attribute, value)
+    # Only now, since a module's tensors and its attributes are entries of two lists.
     check_attributes(model, cut)
     _skip_initialization(model, cut)
     set_expert_counts(model, fixes)
@@ -355,6 +359,7 @@ def find_module(model: PreTrainedModel, name: str) -> str | None:
         saved = model.config.architectures or ()
         return model.base_model_prefix if type(model.base_model).__name__ in saved else None
     modules = dict(model.named_modules())
+    # The folder's own name first: a model may have a module of the other name too.
     for path in _places(model, name):
         if path in modules:
             return path
@@ -401,6 +406,7 @@ def _check_complete(model: PreTrainedModel, stored: Collection[str], fresh: Coll
         tensors = {leaf: t for leaf, t in module.state_dict(keep_vars=True).items() if "." not in leaf}
         present = {leaf: _was_loaded(model, path, leaf, tensor, stored) for leaf, tensor in tensors.items()}
         missing = [leaf for leaf, loaded in present.items() if not loaded and f"{path}.{leaf}" not in fresh]
+        # A new head on a base model lacks all its tensors; a damaged folder lacks some.
         if missing and (own or any(present.values()) or isinstance(module, PackedLayer)):
             name = f"{path}.{missing[0]}".removeprefix(".")
             raise GETAError(f"the folder has no tensor {name}, or one of another shape; copy or export it again")

@@ -92,6 +92,7 @@ def plan_memory(
     own = _method_memory(model, config, space, plan)
     held = {"optimizer": state, "pruning": own.kept}
     gradients = sum(p.nbytes for p in student.parameters() if p.requires_grad)
+    # The base optimizer's step and the method's own work come one after the other.
     temporary = max(temporary, own.temporary)
     if config is not None and config.drop_layers:
         notes = (*notes, "of the full model, though drop_layers will remove layers before training")
@@ -166,17 +167,19 @@ def _forward_and_backward(
 ) -> Moment:
     """Run the micro-batches of one step and return the bytes alive at the highest level."""
     live = Live()
+    # By id, since a tied parameter has several names.
     own = {id(parameter) for parameter in quantizer_parameters(student, trained=False).values()}
     for tensor in (*student.parameters(), *student.buffers()):
         live.hold(tensor, "quantizers" if id(tensor) in own else "weights")
-    for tensor in () if distiller is None else (*distiller.teacher.parameters(), *distiller.teacher.buffers()):
-        live.hold(tensor, "teacher")
+    if distiller is not None:
+        for tensor in (*distiller.teacher.parameters(), *distiller.teacher.buffers()):
+            live.hold(tensor, "teacher")
     for tensor in inputs.values():
         live.hold(tensor, "activations")
     _note_gradients(student, live, frozen)
     try:
         with live:
-            for _ in range(min(2, args.gradient_accumulation_steps)):  # from the second on, gradients stay
+            for _ in range(min(2, args.gradient_accumulation_steps)):  # from the second on there are gradients
                 _loss(student, distiller, inputs, args).backward()
     except Exception as error:  # a model's own code may fail on tensors without data in any way
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -199,6 +202,8 @@ def _loss(
     with autocast():
         outputs = student(**(inputs if distiller is None else distiller.student_inputs(inputs)))
     if args.bf16 or args.fp16:
+        # Accelerate does this around the forward. For a large vocabulary these logits are the largest tensor of a
+        # step.
         outputs = convert_to_fp32(outputs)
     loss = outputs["loss"]
     if distiller is not None:
@@ -223,6 +228,8 @@ def _optimizer(student: PreTrainedModel, args: TrainingArguments) -> tuple[int, 
                 live.hold(parameter, "weights")
                 live.hold(parameter.grad, "gradients")  # type: ignore[arg-type]
             before = live.level
+            # State is made in the first step, and what is alive afterwards is state; the rest of the peak is
+            # temporary.
             optimizer = kind(parameters, **options)
             optimizer.step()
             state = live.level - before
@@ -267,7 +274,8 @@ def _trial_cut_memory(model: PreTrainedModel, batch: Mapping[str, Tensor], space
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     if ids is None or not isinstance(vocabulary, int) or not model.can_generate():
         return copies
-    # Two rows of the batch and one more; eager and sdpa, cut and masked, and one that was measured beside them.
+    # Two rows of the batch and one more. Each has five logits tensors: for eager and sdpa those of the cut and of the
+    # masked model, and a fifth that was found by measuring.
     return copies + (min(2, ids.shape[0]) + 1) * ids.shape[1] * vocabulary * 5 * model.dtype.itemsize
 
 
@@ -276,7 +284,7 @@ def _trial_cut_memory(model: PreTrainedModel, batch: Mapping[str, Tensor], space
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run would do, found without weights: the space, the plan (both None for a plain run) and the memory.
+    """Hold what a run would do, found without weights: space and plan (both None for a plain run), and the memory.
 
     Example:
         >>> import torch
@@ -317,7 +325,7 @@ def dry_run(
         args: Trainer's own.
         config: None for a plain run.
         peft_config: as GETATrainer takes it, with `config`.
-        steps: of the optimizer in the whole run, where it is known; `args.max_steps` needs no repetition.
+        steps: of the optimizer in the entire run, where it is known; `args.max_steps` needs no repetition.
 
     Raises:
         GETAError: nothing to quantize or to prune, a target out of reach, layers to drop that can't be, stages that do
@@ -344,11 +352,13 @@ def dry_run(
         return DryRun(parameters, None, None, plan_memory(empty, batch, args))
     method = make_method(config)
     _check_stages(method, args, steps)
+    # Recording computes masks and positions from real values, and of `batch` only the shapes count.
     example = make_dummy_inputs(empty)
     if config.drop_layers:
         check_drop(empty, config.drop_layers, example)
     space = build_space(empty, example, prune=config.prune, keep=config.keep)
     space = space if peft_config is not None else without_untrained(space, empty)
+    # In GETATrainer's order: the space without quantizers, the plan with them and before LoRA.
     method.attach(empty, None)
     plan = make_plan(config, space, make_ledger(empty, space, embedding_bits=config.embedding_bits), empty)
     if peft_config is not None:

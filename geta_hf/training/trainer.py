@@ -46,9 +46,9 @@ logger = logging.get_logger(__name__)
 class GETATrainer(Trainer):
     """Compress a model while it is fine-tuned.
 
-    The type of the config chooses the method: `GETAConfig` is QASSO. Quantizers are put on the model, the pruning space
-    is built from a real batch and the targets are solved as soon as the trainer is made, so a model or a limit that
-    cannot work fails before training.
+    The type of the config chooses the method: `GETAConfig` is QASSO. As soon as the trainer is made, quantizers are
+    attached to the model, the pruning space is built from a real batch and the targets are solved. So a model or a
+    limit that cannot work fails before training.
 
     Args:
         model: the model to train, changed in place.
@@ -124,12 +124,15 @@ class GETATrainer(Trainer):
             self._ledger = self._measure_sizes(model)
             self.plan: Plan = make_plan(self.geta_config, self.space, self._ledger, model)
             if self.lora is not None:
+                # Last, since the matrices are merged before an export: no size and no bit width counts them.
                 attach_lora(model, self.lora)
         except BaseException:
             detach_quantizers(model)  # so that the same model can be tried again under another config
             self.dropped.restore()
             raise
+        # Until here a failure gives the layers back; from here on they only take memory.
         self.dropped.release()
+        # Training will turn the model's parameters into shards; an export fills this copy, whose shapes are complete.
         self._skeleton = empty_copy(model) if self.is_fsdp_enabled else None
         self._bad_loss = torch.zeros((), dtype=torch.bool, device=self.args.device)
         self._wrapped = False
@@ -236,6 +239,8 @@ class GETATrainer(Trainer):
         return [self._inputs_of(batch) for batch in first_batches(self.get_train_dataloader, count)]
 
     def _inputs_of(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        # Trainer drops a data set's extra columns only if remove_unused_columns is set; the recorded forward takes
+        # none.
         known = inspect.signature(self._plain_model.forward).parameters
         if "decoder_input_ids" in known and "decoder_input_ids" not in batch and "labels" in batch:
             # Given labels alone the model would make them itself, but the graph is recorded without a loss.
@@ -265,6 +270,8 @@ class GETATrainer(Trainer):
         if self._wrapped and self.optimizer is not None:
             return self.optimizer  # resumed in the same trainer; `train` has checked that
         opt_model: nn.Module = self._plain_model if model is None else model
+        # Under FSDP2 Trainer calls this after it has sharded the model, which replaces the parameters: names are
+        # those of `model` as it is given here.
         base = super().create_optimizer(opt_model)
         names: dict[Tensor, str] = {parameter: name for name, parameter in opt_model.named_parameters()}
         self.optimizer = self.method.wrap_optimizer(base, names, opt_model, self._describe_run(opt_model))
@@ -332,6 +339,7 @@ class GETATrainer(Trainer):
     ) -> Any:
         """Return Trainer's loss; in training with the terms of distillation and of the method added."""
         if not model.training:
+            # Evaluation reports the loss of the task alone, which can be compared with that of an ordinary run.
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         asked = inputs if self.distiller is None else self.distiller.student_inputs(inputs)
         loss, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
@@ -370,6 +378,7 @@ class GETATrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as Trainer does, with the metrics of the method next to the loss."""
+        # Trainer has just waited for the device to read the loss, so reading these values costs no further wait.
         self._check_finite()
         if self._wrapped and "loss" in logs:
             logs.update(self.compression_state())
@@ -389,6 +398,7 @@ class GETATrainer(Trainer):
     # --- checkpoints and export ---------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # Before anything is written: a bad checkpoint could push the last good one out (save_total_limit).
         self._check_finite()
         super()._save(output_dir, state_dict)
         progress = self._describe_progress()

@@ -99,6 +99,7 @@ def from_first_process(vector: Tensor) -> Tensor:
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return vector
+    # NCCL sends from GPUs only, gloo from the CPU.
     device = None if dist.get_backend() == "gloo" else torch.accelerator.current_accelerator()
     shared = vector.to(device or "cpu")
     dist.broadcast(shared, src=0)
