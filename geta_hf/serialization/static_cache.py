@@ -1,7 +1,7 @@
 """Let static caches of a cut model fit its layers, of which each may have kept another number of heads.
 
-transformers takes the heads of a cache from config.json, which keeps the original numbers. Most caches wait for the first
-keys and take their shape. Only one that is allocated early, as a chunked prefill does, needs to know it beforehand.
+transformers takes the heads of a cache from config.json, which keeps the original numbers. Most caches wait for the
+first keys and take their shape. Only one that is allocated early, as a chunked prefill does, needs to know it before.
 """
 
 from __future__ import annotations
