@@ -37,6 +37,7 @@ from geta_hf.serialization.atomic_folder import check_target, write_folder
 from geta_hf.serialization.sizes import check_shards
 from geta_hf.training.checkpoints import Progress, base_name, read_progress, stored_headers
 from geta_hf.training.lora import load_lora, merge_stored, plan_lora
+from geta_hf.utils.process_state import exclusive
 
 
 def convert(
@@ -218,12 +219,13 @@ def _stored(checkpoint: Path) -> Mapping[str, Tensor]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
+    with exclusive():
+        level = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(level)
 
 
 def _processing_class(checkpoint: Path) -> Any:

@@ -32,6 +32,7 @@ from geta_hf.serialization.embeddings import RoundedEmbedding, rounded_embedding
 from geta_hf.serialization.encode import activation_bits, weight_bits
 from geta_hf.serialization.packed_layers import packed_layers
 from geta_hf.serialization.sizes import check_shards, tensor_bytes
+from geta_hf.utils.process_state import exclusive
 
 __all__ = [
     "PICTURE_NAME",
@@ -72,6 +73,7 @@ class ExportReport:
     difference: float
 
 
+@exclusive()
 def export(
     model: PreTrainedModel,
     directory: str | os.PathLike[str],

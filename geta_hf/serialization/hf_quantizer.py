@@ -28,6 +28,7 @@ from geta_hf.serialization.loader import (
     tied_weights,
 )
 from geta_hf.serialization.packed_layers import PackedLayer, packed_layers
+from geta_hf.serialization.static_cache import fit_static_caches
 from geta_hf.surgery.fixes import Fixes
 
 __all__ = [
@@ -131,6 +132,8 @@ def attach_quantizer(model: PreTrainedModel, fixes: Fixes) -> None:
         # In the instance, since the class is transformers' own and other models of it are not packed.
         vars(part)["resize_token_embeddings"] = partial(_resize_token_embeddings, part)
     model.config.quantization_config = model.hf_quantizer.quantization_config  # type: ignore[union-attr]
+    if fixes["shapes"]:
+        fit_static_caches(model)
 
 
 def _fixes_below(model: PreTrainedModel, fixes: Fixes, part: PreTrainedModel) -> Fixes:

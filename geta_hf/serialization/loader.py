@@ -27,6 +27,7 @@ from geta_hf.quantization.fixed import FixedQuantizer
 from geta_hf.serialization.bitpack import MAX_BITS, MIN_BITS
 from geta_hf.serialization.decode import Decode, Header, check_packed, check_plain, check_scale, read_headers
 from geta_hf.serialization.packed_layers import INPUT_SCALE, LEAVES, PackedLayer, become_packed, packed_layers
+from geta_hf.serialization.static_cache import fit_static_caches
 from geta_hf.surgery.fixes import (
     Fixes,
     check_attributes,
@@ -237,6 +238,8 @@ class GETALoader(HfQuantizer):
         self._decoders = []
         kept = [step for step in getattr(model, "_weight_conversions", None) or () if not _decodes(step)]
         vars(model)["_weight_conversions"] = kept
+        if self.quantization_config.fixes["shapes"]:
+            fit_static_caches(model)
         return model
 
     def _make_input_quantizer(self, model: PreTrainedModel, path: str, layer: PackedLayer) -> None:

@@ -36,6 +36,7 @@ CARRIED = (
     "geta_hf.serialization.decode",
     "geta_hf.surgery.config_view",
     "geta_hf.surgery.fixes",
+    "geta_hf.serialization.static_cache",
     "geta_hf.serialization.loader",
 )
 """The modules that are copied, the loader last. They import only each other, torch, safetensors and transformers."""

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from geta_hf.quantization.kernels import Kernel
+from geta_hf.utils.process_state import exclusive
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -60,7 +61,7 @@ def outlines(mode: FakeTensorMode) -> Iterator[None]:
     Torch knows the grouped product's shapes for bfloat16 alone, and logs the stack of whatever fails.
     """
     logger = logging.getLogger("torch._subclasses.fake_tensor")
-    with warnings.catch_warnings(), mode, _Grouped():
+    with exclusive(), warnings.catch_warnings(), mode, _Grouped():
         # Asked for by transformers' look at alignment, of which tensors without data have none.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         logger.disabled, before = True, logger.disabled

@@ -30,6 +30,7 @@ from geta_hf.quantization.lora import LowRank, merge
 from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.training.preparation import empty_copy
 from geta_hf.utils.files import write_whole
+from geta_hf.utils.process_state import exclusive
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -89,7 +90,7 @@ def plan_lora(model: nn.Module, config: LoraConfig, quantized: Mapping[str, nn.M
     # Before the injection, which renames parameters (`base_layer.weight`): afterwards only their ids are the same.
     names = {id(parameter): name for name, parameter in twin.named_parameters()}
     try:
-        with warnings.catch_warnings():
+        with exclusive(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft then sets it as the layer needs it
             inject_adapter_in_model(copy.deepcopy(config), twin, _ADAPTER, low_cpu_mem_usage=True)
     except (ValueError, TypeError) as error:

@@ -54,13 +54,14 @@ def first_batches(loader: Callable[[], Iterable[Any]], count: int) -> list[Any]:
     # Shuffling and augmentation may draw from all three generators; the run has to see the data that its seed stands
     # for.
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
+    try:
+        with torch.random.fork_rng():
             batches = list(itertools.islice(loader(), count))
-        except (StopIteration, ValueError) as error:
-            raise GETAError(f"no batch can be made of train_dataset ({error or 'it is empty'})") from error
-    random.setstate(states[0])
-    np.random.set_state(states[1])
+    except (StopIteration, ValueError) as error:
+        raise GETAError(f"no batch can be made of train_dataset ({error or 'it is empty'})") from error
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
     if not batches:
         raise GETAError("no batch can be made of train_dataset (it is empty)")
     return batches

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from geta_hf.errors import GETAError
 from geta_hf.serialization.encode import dense_weight
@@ -98,7 +97,7 @@ class _Search:
 
     def build(self, changes: Changes) -> PreTrainedModel:
         """Build the model's class on meta, from the configuration with these changes, as a folder would give it."""
-        with torch.device("meta"), no_init_weights():
+        with torch.device("meta"):
             return self._class(self._config(changes))
 
     def solutions(self) -> Iterator[Changes]:

@@ -9,21 +9,23 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 from transformers.utils import ModelOutput
 
 from geta_hf.errors import GETAError
 from geta_hf.qadg.tracing.record_forward import record_forward
+from geta_hf.utils.process_state import exclusive
 
 # For a configuration that names no class of its own: the first task that knows it. Models of several modalities come
 # before text alone, and a plain trunk last.
@@ -45,6 +47,7 @@ _TASKS = (
 )
 
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+_RANDOM = (Tensor.normal_, Tensor.uniform_)
 _HUGE = 2**26  # elements; no buffer is that large
 
 _PIXELS = (64, 256)  # side of an image where the configuration names none: every common stride divides it
@@ -75,7 +78,7 @@ def empty_model(source: str | PreTrainedConfig) -> PreTrainedModel:
     # Tensors are made on CPU, where buffers get their content, and a parameter goes to meta as soon as a module holds
     # it. Memory that is never written costs nothing, as long as the system grants it.
     try:
-        with _HugeOnMeta(), no_init_weights(), init_empty_weights(include_buffers=False):
+        with exclusive(), _HugeOnMeta(), _without_weights():
             model = model_class._from_config(config)
     except (ImportError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise GETAError(
@@ -86,11 +89,42 @@ def empty_model(source: str | PreTrainedConfig) -> PreTrainedModel:
     return model.eval()
 
 
+@contextmanager
+def _without_weights() -> Iterator[None]:
+    """Move every parameter to meta as a module gets it, and initialize none; models of other threads get theirs."""
+    thread = threading.get_ident()
+    usual = PreTrainedModel.init_weights
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or threading.get_ident() != thread:
+            return None
+        empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        vars(empty).update(vars(parameter))
+        return empty
+
+    def init_weights(model: PreTrainedModel) -> None:
+        if threading.get_ident() != thread:
+            usual(model)
+
+    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
+    PreTrainedModel.init_weights = init_weights  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PreTrainedModel.init_weights = usual  # type: ignore[method-assign]
+        handle.remove()
+
+
 class _HugeOnMeta(TorchFunctionMode):
-    """A mode that makes tensors on meta if they are too large for a buffer: all experts of a layer, for example."""
+    """A mode that makes tensors on meta if they are too large for a buffer: all experts of a layer, for example.
+
+    Tensors that no module holds yet are not filled with random numbers either, which would take long.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _RANDOM:
+            return args[0]
         if func in _FACTORIES and kwargs.get("device") is None:
             # Sizes come in many forms, so they are read from the result, which costs nothing on meta.
             outline = func(*args, **kwargs | {"device": "meta"})
