@@ -56,7 +56,8 @@ def convert(
         format: one of `geta_hf.export.formats.FORMATS`.
         embedding_bits: as for `geta_hf.export`; for a checkpoint alone. By default what its config says.
         max_shard_size: as for `geta_hf.export`.
-        overwrite: replace an existing model folder, but for one that holds the source or the state of a training.
+        overwrite: replace an existing model folder, but not one that holds the source, or files which no export writes,
+            such as the state of a training.
 
     Returns:
         What the export of a checkpoint wrote; None for one of a folder.
@@ -87,7 +88,7 @@ def convert(
     if is_export(folder):
         if embedding_bits is not None:
             raise GETAError(f"{folder} is an export already, and its embedding stays as it is; export the checkpoint")
-        _rewrite(folder, place, format, max_shard_size)
+        _rewrite(folder, place, format, max_shard_size, overwrite)
         return None
     checkpoint = _checkpoint_of(folder)
     _check_apart(checkpoint, place)
@@ -118,7 +119,7 @@ def _check_apart(source: Path, target: Path) -> None:
         raise GETAError(f"{target} holds {source}, which is to be exported, so it is not replaced; choose another")
 
 
-def _rewrite(folder: Path, target: Path, format: str, max_shard_size: int | str | None) -> None:
+def _rewrite(folder: Path, target: Path, format: str, max_shard_size: int | str | None, overwrite: bool) -> None:
     """Write an exported folder in another format, or load and save it again in its own, if need be over itself."""
     if folder.resolve() != target:
         _check_apart(folder, target)
@@ -136,7 +137,7 @@ def _rewrite(folder: Path, target: Path, format: str, max_shard_size: int | str 
         if not (fresh / CARD_NAME).is_file():
             write_card(fresh, repo_id=target.name)
 
-    write_folder(target, fill)
+    write_folder(target, fill, overwrite=overwrite)
 
 
 def _kept(folder: Path, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
