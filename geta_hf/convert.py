@@ -35,6 +35,7 @@ from geta_hf.reporting.folder_summary import CARD_NAME, empty_model_of
 from geta_hf.reporting.model_card import write_card
 from geta_hf.serialization.atomic_folder import check_target, write_folder
 from geta_hf.serialization.sizes import check_shards
+from geta_hf.serialization.validate import check_links
 from geta_hf.training.checkpoints import Progress, base_name, read_progress, stored_headers
 from geta_hf.training.lora import load_lora, merge_stored, plan_lora
 
@@ -63,8 +64,8 @@ def convert(
         What the export of a checkpoint wrote; None for one of a folder.
 
     Raises:
-        GETAError: `source` is neither, a checkpoint of a run that had not finished, an unknown format, or
-            whatever keeps the export from being right. The target is then as it was before.
+        GETAError: `source` is neither, a checkpoint of a run that had not finished, an unknown format, a link that
+            leads out of the source, or whatever keeps the export from being right. The target is then as it was before.
 
     Example:
         >>> import torch
@@ -88,9 +89,11 @@ def convert(
     if is_export(folder):
         if embedding_bits is not None:
             raise GETAError(f"{folder} is an export already, and its embedding stays as it is; export the checkpoint")
+        check_links(folder)
         _rewrite(folder, place, format, max_shard_size, overwrite)
         return None
     checkpoint = _checkpoint_of(folder)
+    check_links(checkpoint)
     _check_apart(checkpoint, place)
     config = read_config(checkpoint / CONFIG_NAME)
     removed = _finished(read_progress(checkpoint), checkpoint)

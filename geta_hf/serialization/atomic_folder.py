@@ -171,22 +171,14 @@ def _put_back(old: Path, target: Path) -> None:
 def _rename_new(fresh: Path, target: Path) -> None:
     """Rename a folder to a name that nothing has.
 
-    `os.rename` alone would replace an empty folder, and so would two exports at once.
-
     Raises:
         GETAError: something has the name.
     """
     try:
-        if os.name == "nt":  # there a rename never replaces
-            fresh.rename(target)
-            return
-        target.mkdir()  # claims the name, or fails
-        try:
-            fresh.rename(target)  # replaces the claim, or fails if somebody wrote into it
-        except BaseException:
-            with contextlib.suppress(OSError):
-                target.rmdir()
-            raise
+        if os.path.lexists(target):
+            raise FileExistsError(target)
+        # What appears in this very moment is kept too: a rename fails on all but an empty folder, on Windows on all.
+        fresh.rename(target)
     except OSError as error:
         if not os.path.lexists(target):
             raise
@@ -222,10 +214,6 @@ def _share_mode(folder: Path) -> None:
 def _clear_up(target: Path) -> None:
     """Restore a target whose export was killed between the two renames; delete other folders of dead processes."""
     for folder, kind, dead in _leftovers(target):
-        if dead or kind == "old":
-            # An empty folder is what that export claimed the name with, if it got so far.
-            with contextlib.suppress(OSError):
-                target.rmdir()
         if kind == "old" and not os.path.lexists(target):
             logger.warning(
                 "%s was missing because an export was killed while it replaced it; the old folder is restored", target

@@ -322,17 +322,20 @@ def test_an_old_folder_whose_name_was_taken_gets_another(tmp_path: Path, monkeyp
     assert other.name.startswith("b.old-") and (other / "config.json").read_text() == "old"
 
 
-def test_a_name_claimed_by_a_killed_export_is_free(tmp_path: Path, killed: Callable[[Path, int], None]) -> None:
-    write_folder(tmp_path / "b", filler("old"), overwrite=False)
-    killed(tmp_path / "b", 1)
-    (tmp_path / "b").mkdir()
-    with pytest.raises(GETAError, match="exists already"):
-        check_target(tmp_path / "b", overwrite=False)
-    assert (tmp_path / "b" / "config.json").read_text() == "old"
-    killed(tmp_path / "c", 0)
-    (tmp_path / "c").mkdir()
-    check_target(tmp_path / "c", overwrite=False)
-    assert not (tmp_path / "c").exists()
+@pytest.mark.parametrize("what", ["a folder", "a file", "a link"])
+def test_what_appears_in_the_last_moment_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """After the last look, so that the rename itself has to fail."""
+    target, rename = tmp_path / "b", Path.rename
+
+    def late(self: Path, to: Path) -> Path:
+        appears(what)(target)
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", late)
+    with pytest.raises(GETAError, match="appeared while the export was running"):
+        write_folder(target, filler("new"), overwrite=False)
+    assert target.is_symlink() or target.is_file() or (target / "thesis.txt").read_text() == "thesis"
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 def no_room(folder: Path) -> None:
@@ -353,7 +356,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, fail: Ca
         filler("new")(folder)
         fail(folder)
 
-    with pytest.raises(GETAError, match="was not written .*, and nothing of it remains; make room"):
+    with pytest.raises(GETAError, match=r"was not written .*, and nothing of it remains; make room"):
         write_folder(tmp_path / "b", fill, overwrite=False)
     assert not list(tmp_path.iterdir())
 
