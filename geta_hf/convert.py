@@ -35,6 +35,7 @@ from geta_hf.reporting.folder_summary import CARD_NAME, empty_model_of
 from geta_hf.reporting.model_card import write_card
 from geta_hf.serialization.atomic_folder import check_target, write_folder
 from geta_hf.serialization.sizes import check_shards
+from geta_hf.serialization.validate import check_links
 from geta_hf.training.checkpoints import Progress, base_name, read_progress, stored_headers
 from geta_hf.training.lora import load_lora, merge_stored, plan_lora
 from geta_hf.utils.process_state import exclusive
@@ -57,14 +58,15 @@ def convert(
         format: one of `geta_hf.export.formats.FORMATS`.
         embedding_bits: as for `geta_hf.export`; for a checkpoint alone. By default what its config says.
         max_shard_size: as for `geta_hf.export`.
-        overwrite: replace an existing model folder, but for one that holds the source or the state of a training.
+        overwrite: replace an existing model folder, but not one that holds the source, or files which no export writes,
+            such as the state of a training.
 
     Returns:
         What the export of a checkpoint wrote; None for one of a folder.
 
     Raises:
-        GETAError: `source` is neither, a checkpoint of a run that had not finished, an unknown format, or
-            whatever keeps the export from being right. The target is then as it was before.
+        GETAError: `source` is neither, a checkpoint of a run that had not finished, an unknown format, a link that
+            leads out of the source, or whatever keeps the export from being right. The target is then as it was before.
 
     Example:
         >>> import torch
@@ -88,9 +90,11 @@ def convert(
     if is_export(folder):
         if embedding_bits is not None:
             raise GETAError(f"{folder} is an export already, and its embedding stays as it is; export the checkpoint")
-        _rewrite(folder, place, format, max_shard_size)
+        check_links(folder)
+        _rewrite(folder, place, format, max_shard_size, overwrite)
         return None
     checkpoint = _checkpoint_of(folder)
+    check_links(checkpoint)
     _check_apart(checkpoint, place)
     config = read_config(checkpoint / CONFIG_NAME)
     removed = _finished(read_progress(checkpoint), checkpoint)
@@ -119,7 +123,7 @@ def _check_apart(source: Path, target: Path) -> None:
         raise GETAError(f"{target} holds {source}, which is to be exported, so it is not replaced; choose another")
 
 
-def _rewrite(folder: Path, target: Path, format: str, max_shard_size: int | str | None) -> None:
+def _rewrite(folder: Path, target: Path, format: str, max_shard_size: int | str | None, overwrite: bool) -> None:
     """Write an exported folder in another format, or load and save it again in its own, if need be over itself."""
     if folder.resolve() != target:
         _check_apart(folder, target)
@@ -137,7 +141,7 @@ def _rewrite(folder: Path, target: Path, format: str, max_shard_size: int | str 
         if not (fresh / CARD_NAME).is_file():
             write_card(fresh, repo_id=target.name)
 
-    write_folder(target, fill)
+    write_folder(target, fill, overwrite=overwrite)
 
 
 def _kept(folder: Path, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:

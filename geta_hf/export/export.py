@@ -117,7 +117,8 @@ def export(
         max_shard_size: bytes, or a size such as `2GB`: weights beyond it are written in several files. For the format
             `geta` alone. By default that of `save_pretrained`, 50 GB.
         finish: called with the folder when it is proven, before it appears, to add more files, such as a card.
-        overwrite: replace an existing model folder, but for one from which a training can go on.
+        overwrite: replace an existing model folder, but not one that holds files which no export writes, such as the
+            state of a training.
         result: what the method decided. It is checked against the model; read from it when None: the groups that are
             zero, and the widths of the quantizers.
 
@@ -164,7 +165,7 @@ def export(
         if finish is not None:
             finish(folder)
 
-    difference = publish(target, compressed, plan, proof, write, add_files)
+    difference = publish(target, compressed, plan, proof, write, add_files, overwrite)
     return _report(target, compressed, plan.kept_counts, difference)
 
 

@@ -149,7 +149,13 @@ def prove(model: PreTrainedModel, compressed: PreTrainedModel, plan: ExportPlan)
 
 
 def publish(
-    target: Path, model: PreTrainedModel, plan: ExportPlan, proof: Proof, write: Writer, finish: Callable[[Path], None]
+    target: Path,
+    model: PreTrainedModel,
+    plan: ExportPlan,
+    proof: Proof,
+    write: Writer,
+    finish: Callable[[Path], None],
+    overwrite: bool,
 ) -> float:
     """Write a folder and let it appear under its name once it is proved; a failure leaves the target as it was.
 
@@ -160,12 +166,14 @@ def publish(
         proof: of the compressed model.
         write: writes and proves the format.
         finish: adds what lies next to the model.
+        overwrite: replace an existing model folder.
 
     Returns:
         The largest absolute difference of any output, of the compressed model or of the reloaded one.
 
     Raises:
-        GETAError: the format cannot hold the model, or the folder computes something else.
+        GETAError: the format cannot hold the model, the folder computes something else, or the target may not be
+            replaced.
     """
     difference = proof.difference
 
@@ -177,5 +185,5 @@ def publish(
             difference = max(difference, found)
         finish(folder)
 
-    write_folder(target, write_all)
+    write_folder(target, write_all, overwrite=overwrite)
     return difference

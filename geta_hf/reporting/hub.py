@@ -16,7 +16,7 @@ from geta_hf.errors import GETAError
 from geta_hf.reporting.comparison import read_structure
 from geta_hf.serialization.atomic_folder import PROGRESS_NAME, WORLD_NAME
 from geta_hf.serialization.sizes import tensor_sizes
-from geta_hf.serialization.validate import INDEX, read_json, weight_files
+from geta_hf.serialization.validate import INDEX, check_links, read_json, weight_files
 
 _NOT_OURS = {"trainer_state.json", WORLD_NAME, PROGRESS_NAME}
 _UNFINISHED = (".tmp", ".lock", ".part", ".incomplete", ".bak", ".pyc", "~")
@@ -39,9 +39,10 @@ def files_to_push(folder: str | os.PathLike[str]) -> list[tuple[str, int]]:
 
     Raises:
         GETAError: an incomplete export: no config.json or geta_structure.json, a missing or truncated shard, or
-            weights that the index does not name.
+            weights that the index does not name; or a link that leads out of the folder.
     """
     path = Path(folder)
+    check_links(path)
     read_structure(path)
     read_json(path / "config.json")
     # Structure and config first: a folder that is no export must not be listed, let alone sent.

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from geta_hf.errors import GETAError
+
+_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+"""The name of a blob in the Hub's cache: a hash of its content."""
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -64,6 +68,39 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise GETAError(f"{path} holds {type(values).__name__}, not a JSON object; copy or export the folder again")
     return values
+
+
+def check_links(folder: str | os.PathLike[str]) -> None:
+    """Check that no link in a folder leads out of it, before its files are uploaded or copied.
+
+    A link to a file next to the folder would publish a secret under a harmless name. Links of the Hub's cache, whose
+    snapshots consist of links to the blobs of the same repository, are allowed. Hidden entries are not looked at.
+
+    Args:
+        folder: a local folder, which may itself be a link.
+
+    Raises:
+        GETAError: naming the link and where it leads.
+    """
+    home = Path(os.path.realpath(folder))
+    for place, folders, files in os.walk(home):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in (*folders, *files):
+            path = Path(place) / name
+            if name.startswith(".") or not path.is_symlink():
+                continue
+            end = Path(os.path.realpath(path))
+            if not end.is_relative_to(home) and not _is_blob(end, home):
+                raise GETAError(
+                    f"{path.relative_to(home)} in {folder} is a link to {end}, outside of the folder; replace it by a "
+                    f"copy if the file belongs there, otherwise delete it"
+                )
+
+
+def _is_blob(file: Path, snapshot: Path) -> bool:
+    """Return whether a file is the content of a file of this snapshot in the Hub's cache."""
+    blobs = Path(os.path.realpath(snapshot.parent.parent / "blobs"))
+    return snapshot.parent.name == "snapshots" and file.parent == blobs and bool(_DIGEST.fullmatch(file.name))
 
 
 def _wrong(file: Path, key: str, value: Any) -> GETAError:
