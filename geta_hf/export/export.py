@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from geta_hf.serialization.embeddings import RoundedEmbedding, rounded_embedding
 from geta_hf.serialization.encode import activation_bits, weight_bits
 from geta_hf.serialization.packed_layers import packed_layers
 from geta_hf.serialization.sizes import check_shards, tensor_bytes
+from geta_hf.utils.copies import copy_module
 from geta_hf.utils.process_state import exclusive
 
 __all__ = [
@@ -190,7 +190,7 @@ def compress(
     """
     # Gates 2 and 3 are for `export`: here the caller answers for the groups.
     plan = plan_cut(model, space, batch, CompressionResult(removed, *read_widths(model)), verify=False)
-    return fill(cut(copy.deepcopy(model), plan), plan, embedding)  # a copy, since `cut` shares what it does not change
+    return fill(cut(copy_module(model), plan), plan, embedding)  # a copy, since `cut` shares what it does not change
 
 
 def _report(target: Path, model: PreTrainedModel, kept: dict[str, tuple[int, int]], difference: float) -> ExportReport:

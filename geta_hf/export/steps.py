@@ -6,7 +6,6 @@ for the attributes with it, and the proof replays it where a norm runs over what
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from geta_hf.surgery.compare_outputs import Outputs, attention_outputs, prove_al
 from geta_hf.surgery.fixes import Fixes
 from geta_hf.surgery.slice import slice_model
 from geta_hf.surgery.verify import prove_replay
+from geta_hf.utils.copies import copy_module
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def cut(model: PreTrainedModel, plan: ExportPlan) -> CutModel:
     """
     # Parameters are shared: those that are cut or packed are replaced in the copy, and nothing writes to the others.
     shared = {id(parameter): parameter for parameter in model.parameters()}
-    compressed = copy.deepcopy(model, shared)
+    compressed = copy_module(model, shared)
     fixes = slice_model(compressed, plan.kept, plan.attributes)
     # A quantizer with a step size for each channel loses those of the removed channels, as the weight loses its rows.
     cut_quantizers(compressed, plan.kept)

@@ -7,7 +7,6 @@ wrapper (DDP, FSDP2, compile) touches it.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from geta_hf.errors import GETAError
 from geta_hf.training.teachers import check_asks_hidden_states, check_configs, check_numbers, check_tensors, layers_of
+from geta_hf.utils.copies import copy_module
 
 IGNORED = -100
 """Hugging Face's label of a position that has no target."""
@@ -39,7 +39,7 @@ def dense_copy(model: nn.Module) -> nn.Module:
 
     The copy takes the memory of the weights once more, on the model's device until `Distiller` moves it.
     """
-    return copy.deepcopy(model)
+    return copy_module(model)
 
 
 class Distiller:

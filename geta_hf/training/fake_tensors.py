@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 import weakref
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from geta_hf.quantization.kernels import Kernel
+from geta_hf.utils.copies import copy_module
 from geta_hf.utils.process_state import exclusive
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -35,7 +35,7 @@ def without_data(model: Model, mode: FakeTensorMode, device: torch.device) -> Mo
     memo: dict[int, Any] = {id(b): outline_of(b, mode, device) for b in model.buffers()}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(outline_of(parameter, mode, device), parameter.requires_grad)
-    return copy.deepcopy(model, memo)
+    return copy_module(model, memo)
 
 
 def _quantize(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import random
@@ -18,6 +17,7 @@ from transformers.utils import logging
 
 from geta_hf.errors import GETAError
 from geta_hf.qadg import Family, PruningSpace
+from geta_hf.utils.copies import copy_module
 
 logger = logging.get_logger(__name__)
 
@@ -71,7 +71,7 @@ def empty_copy(model: nn.Module) -> Any:
     """Copy a model without the data of its parameters, to be filled later."""
     # deepcopy takes what its memo holds instead of copying it. Tied parameters have one id, so they stay tied.
     empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
-    return copy.deepcopy(model, empty)
+    return copy_module(model, empty)
 
 
 def without_untrained(space: PruningSpace, model: nn.Module) -> PruningSpace:

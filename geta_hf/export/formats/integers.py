@@ -6,7 +6,6 @@ int8 codes times the step size in the graph itself, and nothing is rounded a sec
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Literal
 
@@ -21,6 +20,7 @@ from geta_hf.quantization.maths import quantize
 from geta_hf.serialization.bitpack import BYTE_BITS
 from geta_hf.serialization.encode import fill, layer_codes, weight_holders
 from geta_hf.serialization.packed_layers import PackedLayer, packed_layers
+from geta_hf.utils.copies import copy_module
 
 Style = Literal["operators", "arithmetic", "float"]
 """How a traced graph states the weights: by quantize and dequantize operators, in plain arithmetic, or as floats."""
@@ -36,7 +36,7 @@ def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
     Args:
         model: compressed, or plain; left unchanged.
     """
-    copied = copy.deepcopy(model)
+    copied = copy_module(model)
     nn.Module.to(copied, "cpu")
     layers = packed_layers(copied)
     holders = weight_holders(copied, layers)

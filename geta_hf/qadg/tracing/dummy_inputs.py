@@ -74,12 +74,25 @@ def empty_model(source: str | PreTrainedConfig) -> PreTrainedModel:
             a package that is not there.
     """
     config = copy.deepcopy(source) if isinstance(source, PreTrainedConfig) else _load_config(source)
-    model_class = _model_class(config)
+    return build_empty(_model_class(config), config)
+
+
+def build_empty(model_class: type[PreTrainedModel], config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """Build a model of a class from a configuration as `empty_model` does.
+
+    Args:
+        model_class: of transformers, or the user's own.
+        config: which may be changed.
+        options: for the constructor, such as `dtype`.
+
+    Raises:
+        GETAError: the class cannot be built from this configuration alone.
+    """
     # Tensors are made on CPU, where buffers get their content, and a parameter goes to meta as soon as a module holds
     # it. Memory that is never written costs nothing, as long as the system grants it.
     try:
         with exclusive(), _HugeOnMeta(), _without_weights():
-            model = model_class._from_config(config)
+            model = model_class._from_config(config, **options)
     except (ImportError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise GETAError(
             f"{model_class.__name__} cannot be built from its {type(config).__name__}: {' '.join(str(error).split())} "
