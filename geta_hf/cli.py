@@ -18,6 +18,9 @@ from geta_hf.qadg.group_types import Family
 from geta_hf.qadg.propagation.propagate import record_and_propagate
 from geta_hf.qadg.space import PruningSpace, space_of
 from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs
+from geta_hf.qadg.tracing.graph import Graph
+from geta_hf.qadg.tracing.raw_reads import recorded_raw_reads
+from geta_hf.quantization import select_layers
 from geta_hf.reporting.graph_page import gather, gather_unsupported, pattern, span, write_page
 from geta_hf.reporting.html_report import write_report
 from geta_hf.reporting.hub import files_to_push, push_to_hub
@@ -109,10 +112,21 @@ def inspect(arguments: argparse.Namespace) -> None:
     space = space_of(flow, arguments.prune, arguments.keep)
     seconds = time.perf_counter() - start
     sections = [_headline(model, batch, len(flow.graph.nodes)), family_table(space.families), *_remarks(space)]
+    if raw := _read_raw(model, flow.graph):
+        sections.append("\n".join(("not quantized: the model reads these weights itself", *_indented(gather(raw)))))
     print("\n\n".join((*sections, f"{_coverage(space)}; {seconds:.1f} s")))
     if arguments.html:
         write_page(flow, space, arguments.html, arguments.model)
         print(f"wrote {arguments.html}")
+
+
+def _read_raw(model: nn.Module, graph: Graph) -> list[str]:
+    """Return the layers that would be quantized, did the model not read their weights past their forward."""
+    try:
+        layers = select_layers(model)
+    except GETAError:  # there is nothing to quantize, which does not keep a model from being pruned
+        return []
+    return recorded_raw_reads(graph, model, layers)
 
 
 def run_export(arguments: argparse.Namespace) -> None:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from geta_hf.errors import GETAError
 from geta_hf.export.formats import Writer
 from geta_hf.export.plan import ExportPlan
 from geta_hf.methods.base import CompressionResult
+from geta_hf.qadg.tracing.raw_reads import find_raw_reads
 from geta_hf.quantization import (
     FixedQuantizer,
     QuantizedLayer,
@@ -131,8 +133,22 @@ def prove(model: PreTrainedModel, compressed: PreTrainedModel, plan: ExportPlan)
     compressed model's own weights, takes the place of the trained model.
 
     Raises:
-        GETAError: an output differs by more than the tolerance.
+        GETAError: an output differs by more than the tolerance; names a layer whose quantizer had no effect, if any.
     """
+    try:
+        return _compare(model, compressed, plan)
+    except GETAError as error:
+        inputs = {name: tensor.to(model.device) for name, tensor in plan.batch.items()}
+        raw = find_raw_reads(model, quantized_layers(model), inputs)
+        if not raw:
+            raise
+        raise GETAError(
+            f"{error}. The model reads the weight of {raw[0]} itself, past its quantizer ({len(raw)} such layers): "
+            f"leave them out by `exclude` when quantizers are attached, and train again"
+        ) from error
+
+
+def _compare(model: PreTrainedModel, compressed: PreTrainedModel, plan: ExportPlan) -> Proof:
     with float_inputs(compressed):
         outputs = attention_outputs(compressed, plan.batch)
         if plan.norms:

@@ -25,6 +25,7 @@ from geta_hf.inference.layers import (
 )
 from geta_hf.inference.products import on_gpu
 from geta_hf.inference.weight_only import HAS_TRITON
+from geta_hf.qadg.tracing.raw_reads import find_raw_reads
 from geta_hf.serialization.packed_layers import PackedLayer, packed_layers
 from geta_hf.surgery.compare_outputs import comparison_mode
 from geta_hf.utils.tables import format_table
@@ -72,8 +73,8 @@ def prepare_for_inference(
 
     Integers are for processors that multiply them natively (AVX-512 or AVX VNNI, AMX; any GPU); on others every layer
     remains `float`. Without a batch every layer that can do without `float` does. With one, both ways are timed for
-    every layer on its own input in that batch; a layer whose forward the model never calls, because it uses the weight
-    itself, remains `float`.
+    every layer on its own input in that batch; a layer whose weight the model reads itself, past the layer's forward,
+    remains `float`.
 
     A model with an integer layer is in evaluation mode and has no trainable parameters afterwards; such layers hold one
     byte or half a byte for each weight and no float copy. Saving writes the same folder as before, and
@@ -112,6 +113,9 @@ def prepare_for_inference(
         raise GETAError(f"this {type(model).__name__} has no packed layer; load a folder that geta_hf exported")
     before = memory_by_part(model)
     wanted = _wanted_paths(model, layers, compute)
+    if wanted and batch is not None:
+        raw = find_raw_reads(model, layers, {name: tensor.to(model.device) for name, tensor in batch.items()}, (False,))
+        wanted = {name: path for name, path in wanted.items() if name not in raw}
     # All inputs are taken before the first path is set: afterwards layers would see rounded ones.
     inputs = {} if batch is None else _layer_inputs(model, wanted, batch)
     for name, layer in layers.items():

@@ -100,7 +100,8 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.save_for_backward(x, d, q_m, t)
         # Chosen once: backward must use the kernel of its forward, even after a `using` around the forward has ended.
         ctx.frozen, ctx.kernel = frozen, choose(x, EAGER)
-        return ctx.kernel.quantize(x, d, q_m, t)
+        # `data`, since a kernel may return a view, which autograd would let nobody modify in place.
+        return ctx.kernel.quantize(x, d, q_m, t).data
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

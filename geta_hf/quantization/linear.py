@@ -39,7 +39,9 @@ class _QuantizedLinear(torch.autograd.Function):
         # Under autocast the product is taken in another dtype than x has; so are those of backward.
         ctx.save_for_backward(x.to(out.dtype), weight, d, q_m, t, a, b)
         ctx.kernel, ctx.frozen, ctx.scale = kernel, frozen, scale
-        return out
+        # F.linear returns a view here, and autograd lets nobody modify a view that a Function returns; a plain layer's
+        # output may be modified (ReLU(inplace=True), `x += residual`). `data` is the same memory, but no view.
+        return out.data
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -26,12 +26,15 @@ from geta_hf.methods import Method, StepMemory, make_method
 from geta_hf.methods.frozen_weights import FrozenWeights
 from geta_hf.methods.parameter_groups import quantizer_parameters
 from geta_hf.qadg import PruningSpace, build_space
+from geta_hf.qadg.propagation.propagate import record_and_propagate
 from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs
-from geta_hf.quantization import detach_quantizers, quantized_layers
+from geta_hf.qadg.tracing.raw_reads import recorded_raw_reads
+from geta_hf.quantization import detach_quantizers, quantized_layers, select_layers
 from geta_hf.quantization.kernels import outlined
 from geta_hf.surgery.drop_layers import check_drop
 from geta_hf.training.distillation import Distiller
 from geta_hf.training.fake_tensors import OUTLINE, Live, outline_of, outlines, without_data
+from geta_hf.training.float_layers import exclude_layers, left_float
 from geta_hf.training.lora import attach_lora, find_frozen_weights, plan_lora
 from geta_hf.training.memory_report import PARTS, MemoryPlan, Moment
 from geta_hf.training.plan import Plan, make_ledger, make_plan
@@ -350,17 +353,20 @@ def dry_run(
     parameters = sum(parameter.numel() for parameter in empty.parameters())
     if config is None:
         return DryRun(parameters, None, None, plan_memory(empty, batch, args))
-    method = make_method(config)
-    _check_stages(method, args, steps)
+    _check_stages(make_method(config), args, steps)
     # Recording computes masks and positions from real values, and of `batch` only the shapes count.
     example = make_dummy_inputs(empty)
     if config.drop_layers:
         check_drop(empty, config.drop_layers, example)
-    space = build_space(empty, example, prune=config.prune, keep=config.keep)
+    flow = record_and_propagate(empty, example, times=2)
+    space = build_space(empty, example, prune=config.prune, keep=config.keep, flow=flow)
     space = space if peft_config is not None else without_untrained(space, empty)
     # In GETATrainer's order: the space without quantizers, the plan with them and before LoRA.
-    method.attach(empty, None)
-    plan = make_plan(config, space, make_ledger(empty, space, embedding_bits=config.embedding_bits), empty)
+    layers = select_layers(empty, config.include, config.exclude)
+    excluded = exclude_layers(config, recorded_raw_reads(flow.graph, empty, layers), layers)
+    make_method(excluded).attach(empty, None)
+    ledger = make_ledger(empty, space, embedding_bits=config.embedding_bits)
+    plan = make_plan(config, space, ledger, empty, left_float(config, excluded))
     if peft_config is not None:
         attach_lora(empty, plan_lora(empty, peft_config, quantized_layers(empty)))
     try:

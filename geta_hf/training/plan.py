@@ -63,6 +63,7 @@ class Plan:
         unquantized: modules in the model's lists of layers with a matrix that no quantizer covers, numbers as `*`,
             the largest first.
         unquantized_share: their share of all matrix weights in those lists.
+        left_float: layers without a quantizer, since the model reads their weights itself; numbers as `*`.
 
     Example:
         >>> import torch
@@ -87,6 +88,7 @@ class Plan:
     bytes: int
     unquantized: tuple[str, ...] = ()
     unquantized_share: float = 0.0
+    left_float: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         header = ("families", "number", "groups of each", "to remove if even", "kept")
@@ -103,15 +105,26 @@ class Plan:
             more = len(self.unquantized) - _NAMED
             names = ", ".join(self.unquantized[:_NAMED]) + (f" and {more} more" if more > 0 else "")
             lines.append(f"not quantized: {self.unquantized_share:.1%} of the layers' matrix weights ({names})")
+        if self.left_float:
+            lines.append(
+                f"left in floating point, as the model reads their weights itself: {', '.join(self.left_float)}"
+            )
         return "\n".join(lines)
 
 
-def make_plan(config: CompressionConfig, space: PruningSpace, ledger: Ledger, model: nn.Module | None = None) -> Plan:
+def make_plan(
+    config: CompressionConfig,
+    space: PruningSpace,
+    ledger: Ledger,
+    model: nn.Module | None = None,
+    left_float: tuple[str, ...] = (),
+) -> Plan:
     """Solve the targets of a config for a model.
 
     Args:
         config, space, ledger: of the model.
         model: with its quantizers attached, to say which weights have none; without it nothing is said of that.
+        left_float: as in `Plan`.
 
     Raises:
         GETAError: a target that can't be reached; says what can.
@@ -134,6 +147,7 @@ def make_plan(config: CompressionConfig, space: PruningSpace, ledger: Ledger, mo
         bytes=int(target.spent(BYTES, ledger, removal, target.bits)),
         unquantized=unquantized,
         unquantized_share=share,
+        left_float=left_float,
     )
 
 

@@ -32,6 +32,7 @@ from geta_hf.surgery.build_space import prepare_space
 from geta_hf.surgery.drop_layers import DroppedLayers, drop_layers, mean_loss
 from geta_hf.training.checkpoints import Progress, base_name, check_checkpoint, write_notes
 from geta_hf.training.distillation import Distiller, dense_copy
+from geta_hf.training.float_layers import check_first_gradients, exclude_raw_reads, left_float
 from geta_hf.training.lora import LoraPlan, attach_lora, find_frozen_weights, merged, plan_lora
 from geta_hf.training.plan import Plan, layer_uses, make_ledger, make_plan
 from geta_hf.training.preparation import SeededByEpoch, empty_copy, first_batches, without_untrained
@@ -63,8 +64,8 @@ class GETATrainer(Trainer):
     Attributes:
         method: the compression method.
         dropped: the layers that the model lost under `drop_layers`.
-        run_config: `geta_config` with the paths of the dropped layers in place of their number; checkpoints and the
-            export hold this one.
+        run_config: `geta_config` with the paths of the dropped layers in place of their number, and with the layers
+            excluded whose weight the model reads itself; checkpoints and the export hold this one.
         space: the pruning space.
         plan: what the run is to end with; printed when the trainer is made.
 
@@ -104,7 +105,7 @@ class GETATrainer(Trainer):
     ) -> None:
         if model is None:
             raise GETAError("GETATrainer needs `model`; `model_init` would make models that no method has seen")
-        self.geta_config = geta_config or GETAConfig()
+        self.geta_config = self.run_config = geta_config or GETAConfig()
         self.method: Method = make_method(self.geta_config)
         self.lora = self._check_model(model, peft_config)
         super().__init__(model=model, args=args, **kwargs)
@@ -116,13 +117,16 @@ class GETATrainer(Trainer):
         self.dropped = self._drop_layers(model)
         self.run_config = self._resolve_config()
         try:
+            self._leave_float(model)
             self.lora = self._replan_lora(model)
             self.space = self._find_space(model)
             self.distiller = self._make_distiller(model, teacher)
             self.method.attach(model, self._sample_batches)
             check_ties(model)
             self._ledger = self._measure_sizes(model)
-            self.plan: Plan = make_plan(self.geta_config, self.space, self._ledger, model)
+            self.plan: Plan = make_plan(
+                self.geta_config, self.space, self._ledger, model, left_float(self.geta_config, self.run_config)
+            )
             if self.lora is not None:
                 # Last, since the matrices are merged before an export: no size and no bit width counts them.
                 attach_lora(model, self.lora)
@@ -135,7 +139,7 @@ class GETATrainer(Trainer):
         # Training will turn the model's parameters into shards; an export fills this copy, whose shapes are complete.
         self._skeleton = empty_copy(model) if self.is_fsdp_enabled else None
         self._bad_loss = torch.zeros((), dtype=torch.bool, device=self.args.device)
-        self._wrapped = False
+        self._wrapped = self._gradients_checked = False
         self._print_plan()
 
     @property
@@ -167,7 +171,7 @@ class GETATrainer(Trainer):
         return lora
 
     def _layers_to_quantize(self, model: nn.Module) -> dict[str, nn.Module]:
-        return select_layers(model, self.geta_config.include, self.geta_config.exclude)
+        return select_layers(model, self.run_config.include, self.run_config.exclude)
 
     def _choose_teacher(self, model: nn.Module, teacher: nn.Module | None) -> nn.Module | None:
         """Return the given teacher, or a copy of the model before layers are dropped and quantizers attached."""
@@ -212,6 +216,13 @@ class GETATrainer(Trainer):
             return self.geta_config
         return dataclasses.replace(self.geta_config, drop_layers=list(self.dropped.removed))
 
+    def _leave_float(self, model: nn.Module) -> None:
+        """Exclude layers whose weight the model reads itself, past the layer's forward and any quantizer."""
+        known = self.run_config
+        self.run_config = exclude_raw_reads(known, model, self._layers_to_quantize(model), self._batch)
+        if self.run_config is not known:
+            self.method = make_method(self.run_config)
+
     def _find_space(self, model: nn.Module) -> PruningSpace:
         """Build the pruning space; families that the model's code cannot follow are no longer prunable."""
         # Under LoRA every weight is frozen, and groups are removed through the merged weight.
@@ -222,8 +233,8 @@ class GETATrainer(Trainer):
         return space
 
     def _replan_lora(self, model: nn.Module) -> LoraPlan | None:
-        """Plan LoRA again where layers were dropped: paths of the remaining ones have changed."""
-        if self.lora is None or not self.dropped.removed:
+        """Plan LoRA again where layers were dropped, which changes the paths of others, or left float."""
+        if self.lora is None or self.run_config is self.geta_config:
             return self.lora
         return plan_lora(model, self.lora.config, self._layers_to_quantize(model))
 
@@ -327,6 +338,9 @@ class GETATrainer(Trainer):
         """Run Trainer's step; remember, without waiting for the device, whether a loss was not finite."""
         self.method.before_backward(self._plain_model)
         loss = super().training_step(*args, **kwargs)
+        if not self._gradients_checked:
+            check_first_gradients(self._plain_model)
+            self._gradients_checked = True
         self._bad_loss = self._bad_loss | ~torch.isfinite(loss.detach())
         return loss
 

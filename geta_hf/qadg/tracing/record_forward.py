@@ -106,7 +106,7 @@ def _record(model: nn.Module, batch: Mapping[str, Any], real: bool) -> Graph:
         stack.enter_context(torch.no_grad())
         # A forward that draws random numbers must not change those that the user's training draws next.
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(_unchanged(model))
+        stack.enter_context(unchanged(model))
         stack.enter_context(_recordable(model))
         stack.enter_context(plain_kernels())
         # Both, since what a model cached in evaluation mode is only dropped in training mode.
@@ -194,7 +194,7 @@ def _recordable(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module) -> Iterator[None]:
     """Restore every module's attributes, parameters, buffers, hooks and training flag at the end."""
     before = [(module, dict(module.__dict__), _containers(module)) for module in model.modules()]
     try:
