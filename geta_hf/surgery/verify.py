@@ -27,9 +27,9 @@ from geta_hf.surgery.size_trace import SizeTrace, SlicedTrace
 from geta_hf.surgery.slice import slice_model
 from geta_hf.surgery.solve_attributes import solve
 from geta_hf.utils.copies import copy_module
+from geta_hf.utils.model_io import Batch, map_tensors
 from geta_hf.utils.module_state import HALVES, in_single_precision
 
-Batch = Mapping[str, Tensor]
 Removal = dict[str, Tensor]
 
 _NEW_TOKENS = 3
@@ -279,8 +279,11 @@ def _attempt(run: Callable[[], Any]) -> Any:
         return None
 
 
-def _cast(batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+def _cast(batch: Batch, dtype: torch.dtype) -> dict[str, Any]:
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return {name: map_tensors(cast, item) for name, item in batch.items()}
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from geta_hf.config import CompressionConfig
-from geta_hf.errors import MemoryUnknown
+from geta_hf.errors import GETAError, MemoryUnknown
 from geta_hf.methods import Method, StepMemory, make_method
 from geta_hf.methods.frozen_weights import FrozenWeights
 from geta_hf.methods.parameter_groups import quantizer_parameters
@@ -36,9 +36,12 @@ from geta_hf.training.distillation import Distiller
 from geta_hf.training.fake_tensors import OUTLINE, Live, outline_of, outlines, without_data
 from geta_hf.training.float_layers import exclude_layers, left_float
 from geta_hf.training.lora import attach_lora, find_frozen_weights, plan_lora
+from geta_hf.training.loss_terms import LossTerms, Scale
 from geta_hf.training.memory_report import PARTS, MemoryPlan, Moment
 from geta_hf.training.plan import Plan, make_ledger, make_plan
 from geta_hf.training.preparation import empty_copy, without_untrained
+from geta_hf.utils.model_io import loss_of, map_tensors
+from geta_hf.utils.module_state import running
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -81,18 +84,33 @@ def plan_memory(
         >>> memory.step.optimizer  # AdamW keeps two values of four bytes a parameter, and its step counts
         90...
     """
+    return _plan_memory(model, batch, args, config, space, plan, None if config is None else make_method(config))
+
+
+def _plan_memory(
+    model: PreTrainedModel,
+    batch: Mapping[str, Any],
+    args: TrainingArguments,
+    config: CompressionConfig | None,
+    space: PruningSpace | None,
+    plan: Plan | None,
+    method: Method | None,
+) -> MemoryPlan:
+    """Do what `plan_memory` does, for a method that may have been attached to the model."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     student = without_data(model, mode, args.device).train()
     student.config.use_cache = args.use_cache
     if args.gradient_checkpointing:
         _checkpoint(student, args)
     teacher = _fake_teacher(model, mode, args.device, config)
-    inputs = {name: outline_of(value, mode, args.device) for name, value in batch.items()}
+    inputs = {
+        name: map_tensors(partial(outline_of, mode=mode, device=args.device), item) for name, item in batch.items()
+    }
     with outlined(OUTLINE), outlines(mode):
-        distiller = _distiller(student, teacher, config)
-        backward = _forward_and_backward(student, distiller, inputs, args, _frozen(student, space))
+        terms = LossTerms(_distiller(student, teacher, config), method, partial(_autocast, args))
+        backward = _forward_and_backward(student, terms, inputs, args, _frozen(student, space))
         state, temporary, notes = _optimizer(student, args)
-    own = _method_memory(model, config, space, plan)
+    own = _method_memory(model, method, space, plan)
     held = {"optimizer": state, "pruning": own.kept}
     gradients = sum(p.nbytes for p in student.parameters() if p.requires_grad)
     # The base optimizer's step and the method's own work come one after the other.
@@ -163,8 +181,8 @@ def _note_gradients(student: nn.Module, live: Live, frozen: FrozenWeights) -> No
 
 def _forward_and_backward(
     student: PreTrainedModel,
-    distiller: Distiller | None,
-    inputs: dict[str, Tensor],
+    terms: LossTerms,
+    inputs: dict[str, Any],
     args: TrainingArguments,
     frozen: FrozenWeights,
 ) -> Moment:
@@ -174,16 +192,15 @@ def _forward_and_backward(
     own = {id(parameter) for parameter in quantizer_parameters(student, trained=False).values()}
     for tensor in (*student.parameters(), *student.buffers()):
         live.hold(tensor, "quantizers" if id(tensor) in own else "weights")
-    if distiller is not None:
-        for tensor in (*distiller.teacher.parameters(), *distiller.teacher.buffers()):
-            live.hold(tensor, "teacher")
-    for tensor in inputs.values():
-        live.hold(tensor, "activations")
+    teacher = nn.Module() if terms.distiller is None else terms.distiller.teacher
+    for tensor in (*teacher.parameters(), *teacher.buffers()):
+        live.hold(tensor, "teacher")
+    map_tensors(lambda tensor: live.hold(tensor, "activations"), inputs)
     _note_gradients(student, live, frozen)
     try:
         with live:
             for _ in range(min(2, args.gradient_accumulation_steps)):  # from the second on there are gradients
-                _loss(student, distiller, inputs, args).backward()
+                _loss(student, terms, inputs, args).backward()
     except Exception as error:  # a model's own code may fail on tensors without data in any way
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MemoryUnknown(f"the memory of {type(student).__name__} can't be foreseen: {text}") from error
@@ -193,26 +210,30 @@ def _forward_and_backward(
     return Moment(**{part: live.highest[part] for part in PARTS})
 
 
-def _loss(
-    student: PreTrainedModel, distiller: Distiller | None, inputs: dict[str, Tensor], args: TrainingArguments
-) -> Tensor:
-    """Return the loss as `GETATrainer.compute_loss` computes it under Accelerate."""
+def _autocast(args: TrainingArguments) -> torch.autocast:
     half = torch.float16 if args.fp16 else torch.bfloat16
+    return torch.autocast(args.device.type, half, enabled=args.bf16 or args.fp16)
 
-    def autocast() -> torch.autocast:
-        return torch.autocast(args.device.type, half, enabled=args.bf16 or args.fp16)
 
-    with autocast():
-        outputs = student(**(inputs if distiller is None else distiller.student_inputs(inputs)))
-    if args.bf16 or args.fp16:
+def _loss(student: PreTrainedModel, terms: LossTerms, inputs: dict[str, Any], args: TrainingArguments) -> Tensor:
+    """Return the loss as a trainer computes it under Accelerate, with the terms of distillation and of the method."""
+    own = student.forward
+
+    def forward(**asked: Any) -> Any:
+        with _autocast(args):
+            outputs = own(**asked)
         # Accelerate does this around the forward. For a large vocabulary these logits are the largest tensor of a
         # step.
-        outputs = convert_to_fp32(outputs)
-    loss = outputs["loss"]
-    if distiller is not None:
-        with autocast():
-            loss = loss + distiller.loss(inputs, outputs)
-    return loss
+        return convert_to_fp32(outputs) if args.bf16 or args.fp16 else outputs
+
+    def compute_loss(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        loss = loss_of(model(**inputs))
+        if loss is None:
+            raise GETAError("the batch holds no labels, so there is no loss; add them")
+        return loss
+
+    with running(student, forward):
+        return terms.around(compute_loss, lambda: student, lambda _: Scale())(student, inputs)
 
 
 # --- the optimizer ------------------------------------------------------------------------------------------------
@@ -258,12 +279,12 @@ def _optimizer_by_name(
 
 
 def _method_memory(
-    model: nn.Module, config: CompressionConfig | None, space: PruningSpace | None, plan: Plan | None
+    model: nn.Module, method: Method | None, space: PruningSpace | None, plan: Plan | None
 ) -> StepMemory:
     """Return what the method itself takes in a step; nothing where it is not known what will be pruned."""
-    if config is None or space is None or plan is None:
+    if method is None or space is None or plan is None:
         return StepMemory()
-    return make_method(config).memory(model, space, plan.removed_groups)
+    return method.memory(model, space, plan.removed_groups)
 
 
 def _trial_cut_memory(model: PreTrainedModel, batch: Mapping[str, Tensor], space: PruningSpace | None) -> int:
@@ -370,7 +391,7 @@ def dry_run(
     if peft_config is not None:
         attach_lora(empty, plan_lora(empty, peft_config, quantized_layers(empty)))
     try:
-        return DryRun(parameters, space, plan, plan_memory(empty, batch, args, config, space, plan))
+        return DryRun(parameters, space, plan, _plan_memory(empty, batch, args, config, space, plan, method))
     except MemoryUnknown as error:
         error.plan = plan
         raise

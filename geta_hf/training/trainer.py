@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 import os
 from functools import partial
@@ -32,11 +31,14 @@ from geta_hf.surgery.build_space import prepare_space
 from geta_hf.surgery.drop_layers import DroppedLayers, drop_layers, mean_loss
 from geta_hf.training.checkpoints import Progress, base_name, check_checkpoint, write_notes
 from geta_hf.training.distillation import Distiller, dense_copy
+from geta_hf.training.example_inputs import find_left_out, inputs_of
 from geta_hf.training.float_layers import check_first_gradients, exclude_raw_reads, left_float
 from geta_hf.training.lora import LoraPlan, attach_lora, find_frozen_weights, merged, plan_lora
+from geta_hf.training.loss_terms import LossTerms, Scale
 from geta_hf.training.plan import Plan, layer_uses, make_ledger, make_plan
 from geta_hf.training.preparation import SeededByEpoch, empty_copy, first_batches, without_untrained
 from geta_hf.training.support import Launch, check_options, check_plain
+from geta_hf.utils.model_io import to_device
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -112,7 +114,7 @@ class GETATrainer(Trainer):
         launch = Launch.of(self.accelerator, self.model)
         check_options(self.args, launch, self.optimizer, self.lr_scheduler, lora=self.lora is not None)
         # Kept, since later on not every process may draw from the loader, which all of them share.
-        self._batch = {name: value[:2] for name, value in self._sample_batches(1)[0].items()}
+        self._batch = self._choose_batch(model)
         teacher = self._choose_teacher(model, teacher)
         self.dropped = self._drop_layers(model)
         self.run_config = self._resolve_config()
@@ -130,6 +132,8 @@ class GETATrainer(Trainer):
             if self.lora is not None:
                 # Last, since the matrices are merged before an export: no size and no bit width counts them.
                 attach_lora(model, self.lora)
+            self._terms = LossTerms(self.distiller, self.method, self.accelerator.autocast)
+            self.compute_loss = self._terms.around(self.compute_loss, lambda: self._plain_model, self._loss_scale)  # type: ignore[method-assign]
         except BaseException:
             detach_quantizers(model)  # so that the same model can be tried again under another config
             self.dropped.restore()
@@ -243,24 +247,32 @@ class GETATrainer(Trainer):
         uses = layer_uses(model, self._batch)
         return make_ledger(model, self.space, uses, self.geta_config.embedding_bits, self.dropped.work)
 
-    def _sample_batches(self, count: int) -> list[dict[str, Tensor]]:
+    def _sample_batches(self, count: int) -> list[dict[str, Any]]:
         """Return the first batches without labels, on the model's device; random states are left as they were."""
+        batches = first_batches(self.get_train_dataloader, count)
+        return [to_device(inputs_of(self._plain_model, batch, self._left_out), self.args.device) for batch in batches]
+
+    def _choose_batch(self, model: nn.Module) -> dict[str, Any]:
+        """Return a batch of two rows for recordings and proofs, collated as in training, without its labels."""
+        self._check_data()
+        full = self._train_batch_size
+        # Rows are not cut out of a batch, since tensors need not be indexed by row along their first dimension.
+        self._train_batch_size = min(2, full)
+        try:
+            batch = first_batches(self.get_train_dataloader, 1)[0]
+        except Exception:
+            if full <= 2:
+                raise
+            self._train_batch_size = full  # a collator or a sampler of the user's that needs more rows
+            batch = first_batches(self.get_train_dataloader, 1)[0]
+        finally:
+            self._train_batch_size = full
+        self._left_out = find_left_out(model, batch, self.label_names)
+        return to_device(inputs_of(model, batch, self._left_out), self.args.device)
+
+    def _check_data(self) -> None:
         if self.train_dataset is None:
             raise GETAError("GETATrainer needs `train_dataset`: the pruning space is built from a batch of it")
-        return [self._inputs_of(batch) for batch in first_batches(self.get_train_dataloader, count)]
-
-    def _inputs_of(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        # Trainer drops a data set's extra columns only if remove_unused_columns is set; the recorded forward takes
-        # none.
-        known = inspect.signature(self._plain_model.forward).parameters
-        if "decoder_input_ids" in known and "decoder_input_ids" not in batch and "labels" in batch:
-            # Given labels alone the model would make them itself, but the graph is recorded without a loss.
-            batch["decoder_input_ids"] = batch["labels"].clamp(min=0)
-        return {
-            name: value.to(self.args.device)
-            for name, value in batch.items()
-            if isinstance(value, Tensor) and name in known and name not in self.label_names
-        }
 
     def _print_plan(self) -> None:
         if not self.is_world_process_zero():
@@ -286,6 +298,7 @@ class GETATrainer(Trainer):
         base = super().create_optimizer(opt_model)
         names: dict[Tensor, str] = {parameter: name for name, parameter in opt_model.named_parameters()}
         self.optimizer = self.method.wrap_optimizer(base, names, opt_model, self._describe_run(opt_model))
+        self.optimizer.register_step_pre_hook(self._check_terms)
         self._wrapped = True
         return self.optimizer
 
@@ -344,42 +357,23 @@ class GETATrainer(Trainer):
         self._bad_loss = self._bad_loss | ~torch.isfinite(loss.detach())
         return loss
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Return Trainer's loss; in training with the terms of distillation and of the method added."""
-        if not model.training:
-            # Evaluation reports the loss of the task alone, which can be compared with that of an ordinary run.
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        asked = inputs if self.distiller is None else self.distiller.student_inputs(inputs)
-        loss, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
-        if self.distiller is not None:
-            loss = loss + self._distillation_term(inputs, outputs, num_items_in_batch)
-        term = self.method.extra_loss(self._plain_model)
-        if term is not None:
-            loss = loss + self._share_of_step(term, num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
+    def _loss_scale(self, items: Tensor | int | None) -> Scale:
+        """Return how Trainer adds up the losses of micro-batches."""
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # what a subclass says of its own loss
+        if scaled is None:
+            # Trainer counts labels only where the model, or the user's function, divides by their number.
+            scaled = items is not None or self.compute_loss_func is not None
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return Scale(self.current_gradient_accumulation_steps, not scaled, processes)
 
-    def _distillation_term(self, inputs: dict[str, Any], outputs: Any, items: Tensor | int | None) -> Tensor:
-        assert self.distiller is not None
-        count: Any = items
-        if items is not None and self.args.average_tokens_across_devices:
-            count = items / self.accelerator.num_processes  # Trainer's count is the sum over processes
-        with self.accelerator.autocast():  # Accelerate puts autocast around the student's forward alone
-            term = self.distiller.loss(inputs, outputs, count)
-        if items is None and self.compute_loss_func is not None:
-            term = term / self.current_gradient_accumulation_steps  # otherwise Trainer divides the sum
-        return term
-
-    def _share_of_step(self, term: Tensor, items: Tensor | int | None) -> Tensor:
-        """Return the share of one micro-batch in a term that counts once a step."""
-        if items is None and self.compute_loss_func is None:
-            return term  # Trainer divides the loss by the number of micro-batches
-        return term / self.current_gradient_accumulation_steps
+    def _check_terms(self, *_: object) -> None:
+        """Raise GETAError at an optimizer's step without a loss that holds the terms of distillation and the method."""
+        if self._terms.any and not self._terms.used:
+            raise GETAError(
+                f"the loss was computed without self.compute_loss, so what distillation or the method adds to it is "
+                f"missing; call self.compute_loss in {type(self).__name__}.training_step, and do not replace it on the "
+                f"trainer"
+            )
 
     def _check_finite(self) -> None:
         if self._wrapped:
@@ -474,7 +468,7 @@ class GETATrainer(Trainer):
                 model,
                 directory,
                 space=self.space,
-                batch={name: value.to(model.device) for name, value in self._batch.items()},
+                batch=to_device(self._batch, model.device),
                 config=self.run_config,
                 processing_class=self.processing_class,
                 result=result,

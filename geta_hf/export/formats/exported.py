@@ -20,6 +20,7 @@ from geta_hf.export.formats.integers import Style, plain_copy, store_integers
 from geta_hf.serialization.encode import activation_bits
 from geta_hf.surgery.compare_outputs import comparison_mode
 from geta_hf.surgery.record import other_shape
+from geta_hf.utils.model_io import float_tensors, to_device
 
 if TYPE_CHECKING:
     from transformers.exporters import DynamoConfig, ExportedModel
@@ -73,7 +74,7 @@ def traceable(model: PreTrainedModel, batch: Mapping[str, Tensor], style: Style)
         GETAError: the model cannot run the batch.
     """
     copied = plain_copy(model)
-    given = {name: tensor.cpu() for name, tensor in batch.items()}
+    given = to_device(batch, "cpu")
     try:
         # The references are computed before the layers change, so that the proof covers `store_integers` as well.
         samples = [Sample(given, _outputs(copied, given))]
@@ -89,12 +90,7 @@ def traceable(model: PreTrainedModel, batch: Mapping[str, Tensor], style: Style)
 
 def _outputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     with comparison_mode(model):
-        return float_tensors(type(model).forward(model, **batch, return_dict=True))
-
-
-def float_tensors(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the floating-point tensors among a model's outputs."""
-    return {name: value for name, value in outputs.items() if isinstance(value, Tensor) and value.is_floating_point()}
+        return float_tensors(type(model).forward(model, **batch))
 
 
 def export_program(case: Traceable, kind: str, config: DynamoConfig) -> ExportedModel:

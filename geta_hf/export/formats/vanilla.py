@@ -16,6 +16,7 @@ from geta_hf.export.formats.plain import plain_models
 from geta_hf.serialization.encode import activation_bits
 from geta_hf.surgery.compare_outputs import attention_outputs, prove_alike
 from geta_hf.surgery.verify import check_generation
+from geta_hf.utils.model_io import to_device
 from geta_hf.utils.module_state import HALVES
 
 logger = logging.get_logger(__name__)
@@ -66,7 +67,7 @@ def write_plain(
             f"the {name} format has no place for rounded activations, which {len(rounded)} layers have (the first is "
             f"{next(iter(rounded))}); export in the geta format, or train on float activations"
         )
-    inputs = {key: tensor.to(model.device) for key, tensor in batch.items()}
+    inputs = to_device(batch, model.device)
     failure: GETAError | None = None
     for plain in plain_models(model):
         _settle_experts(plain, model)

@@ -161,6 +161,32 @@ class QASSO(torch.optim.Optimizer):
         # load_state_dict of the base replaces both containers; they are always shared, never copied.
         self.param_groups = self.base.param_groups
         self.state = self.base.state
+        # Some of Trainer's schedulers read the initial learning rate here.
+        self.defaults = self.base.defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters to the base optimizer, by name: `{"params": [("head.weight", tensor)], "lr": 1e-3}`.
+
+        They are updated in every stage. What is pruned or quantized has to be there from the start.
+
+        Args:
+            param_group: as torch takes it, with the model's names.
+
+        Raises:
+            GETAError: parameters without names.
+        """
+        if not hasattr(self, "base"):  # torch's own __init__, which adds the groups of the base
+            super().add_param_group(param_group)
+            return
+        given = param_group["params"]
+        params = [given] if isinstance(given, Tensor) else list(given)
+        if "param_names" not in param_group and not all(isinstance(item, tuple) for item in params):
+            raise GETAError(
+                "add_param_group needs the names of the parameters, by which stages and checkpoints find them; pass "
+                "them as (name, tensor) pairs, such as model.named_parameters() gives"
+            )
+        self.base.add_param_group({**param_group, "params": params})
+        self._invalidate_index()
 
     # --- Algorithm 2 --------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from geta_hf.errors import GETAError
 from geta_hf.qadg.tracing.graph import Graph, Value
 from geta_hf.qadg.tracing.recorder import KeptContent, Recorder
+from geta_hf.utils.model_io import map_tensors
 from geta_hf.utils.process_state import exclusive, plain_kernels
 
 _SETTINGS = {"use_cache": False, "_experts_implementation_internal": "batched_mm"}
@@ -142,13 +143,16 @@ def _failed_forward(model: nn.Module, batch: Mapping[str, Any], error: Exception
 
 
 def _input(name: str, item: Any, recorder: Recorder) -> Any:
-    if not isinstance(item, torch.Tensor):
-        return item
-    # Two copies: the forward may write to the one that it gets.
-    tensor = item.detach().cpu().clone()
-    value = Value(tuple(item.shape), item.dtype, "input", (name,), tensor.clone(), from_input=True)
-    recorder.add(tensor, value)
-    return tensor
+    """Return a copy of an input, its tensors registered with the recorder; those in lists and dicts included."""
+
+    def copied(given: torch.Tensor) -> torch.Tensor:
+        # Two copies: the forward may write to the one that it gets.
+        tensor = given.detach().cpu().clone()
+        value = Value(tuple(given.shape), given.dtype, "input", (name,), tensor.clone(), from_input=True)
+        recorder.add(tensor, value)
+        return tensor
+
+    return map_tensors(copied, item)
 
 
 def main_tensors(output: Any) -> list[torch.Tensor]:
