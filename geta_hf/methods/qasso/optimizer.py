@@ -267,15 +267,23 @@ class QASSO(torch.optim.Optimizer):
         """
         trained = self._trained_quantizers(named)
         values = [local(parameter.detach()) for parameter in trained]
+        sizes = [value.numel() for value in values]
         if values:
             # ∂f/∂(log p) = p · ∂f/∂p, so the base optimizer sees the gradient of log p and its step is a share of p.
             gradients = [local(parameter.grad) for parameter in trained if parameter.grad is not None]
             torch._foreach_mul_(gradients, values)
             before = torch.cat(values)  # a copy, while `values` are views into the parameters
-        self.base.step()
+            # From 0 the base optimizer arrives at its step itself, to full precision whatever the size of p.
+            torch._foreach_zero_(values)
+        try:
+            self.base.step()
+        except BaseException:
+            if values:
+                torch._foreach_copy_(values, before.split(sizes))
+            raise
         if values:
             stepped = relative_step(before, torch.cat(values))
-            torch._foreach_copy_(values, stepped.split([value.numel() for value in values]))
+            torch._foreach_copy_(values, stepped.split(sizes))
         # In every stage, warm-up too, where the bounds are [b_l, initial bits]. d alone is projected: the paper reports
         # that projecting q_m or t makes training unstable (Sec. 5.1).
         d, q_m, t = self.quantizers.read(named)

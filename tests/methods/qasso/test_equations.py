@@ -146,9 +146,23 @@ def test_projection_moves_d_alone_onto_the_bounds() -> None:
 def test_a_relative_step_is_the_base_optimizer_on_the_logarithm() -> None:
     """SGD on log p: p <- p · exp(-α · p · ∂f/∂p)."""
     before, grad, rate = torch.tensor([1e-4]), torch.tensor([300.0]), 0.01
-    after = before - rate * (grad * before)
-    assert relative_step(before, after).item() == pytest.approx(1e-4 * math.exp(-rate * 300 * 1e-4), rel=1e-4)
-    assert relative_step(before, before - 50.0).item() > 0
+    step = -rate * (grad * before)
+    assert relative_step(before, step).item() == pytest.approx(1e-4 * math.exp(-rate * 300 * 1e-4), rel=1e-4)
+    assert relative_step(before, torch.tensor([-50.0])).item() > 0
+
+
+MAGNITUDES = [10.0**power for power in range(-6, 9)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_relative_step_is_exact_for_any_magnitude(dtype: torch.dtype) -> None:
+    """Against float64, to the last digit of the type, for tiny steps as for large ones."""
+    steps = torch.tensor([0.0, 1e-7, -1e-5, 1e-3, -3e-3, 0.1, -0.49, 0.51, 2.0, -9.0])
+    before = torch.tensor(MAGNITUDES).to(dtype)[:, None].expand(-1, len(steps))
+    found = relative_step(before, steps.expand_as(before))
+    exact = (before.double() * steps.double().exp()).clamp_min(1e-12)
+    assert found.dtype == dtype
+    assert ((found.double() - exact).abs() <= torch.finfo(dtype).eps * exact).all()
 
 
 # --- Eqs. 13-14 -------------------------------------------------------------------------------------------------------
