@@ -34,7 +34,7 @@ from geta_hf.training.checkpoints import Progress, base_name, check_checkpoint, 
 from geta_hf.training.distillation import Distiller, dense_copy
 from geta_hf.training.lora import LoraPlan, attach_lora, find_frozen_weights, merged, plan_lora
 from geta_hf.training.plan import Plan, layer_uses, make_ledger, make_plan
-from geta_hf.training.preparation import SeededByEpoch, empty_copy, first_batches, without_untrained
+from geta_hf.training.preparation import SeededByEpoch, empty_copy, first_batches, planned_steps, without_untrained
 from geta_hf.training.support import Launch, check_options, check_plain
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ class GETATrainer(Trainer):
         check_options(self.args, launch, self.optimizer, self.lr_scheduler, lora=self.lora is not None)
         # Kept, since later on not every process may draw from the loader, which all of them share.
         self._batch = {name: value[:2] for name, value in self._sample_batches(1)[0].items()}
+        self.method.check_stages(*planned_steps(self.args, self.get_train_dataloader))
         teacher = self._choose_teacher(model, teacher)
         self.dropped = self._drop_layers(model)
         self.run_config = self._resolve_config()

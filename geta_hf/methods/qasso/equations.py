@@ -35,7 +35,7 @@ def relative_step(before: Tensor, step: Tensor) -> Tensor:
     """
     value = before.float()
     step = step.float()
-    # Of a small step exp(step) keeps few digits, and exp(step) - 1 all of them; of a large one it is the other way round.
+    # exp(step) - 1 keeps all digits of a small step, exp(step) those of a large one.
     stepped = torch.where(step.abs() < 0.5, torch.addcmul(value, value, step.expm1()), value * step.exp())
     return stepped.clamp_min(functional.TINY).to(before.dtype)
 

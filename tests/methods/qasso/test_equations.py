@@ -78,8 +78,34 @@ def test_stages_follow_each_other_and_periods_cover_them() -> None:
 def test_stages_longer_than_training_and_too_few_steps_are_refused() -> None:
     with pytest.raises(GETAError, match="training has 50"):
         Schedule.from_config(GETAConfig(warmup=20, projection=20, joint=20), 50, 50)
-    with pytest.raises(GETAError, match="joint stage has 2"):
-        Schedule.from_config(GETAConfig(warmup=1, projection=10, joint=2), 50, 50)
+    with pytest.raises(GETAError, match=r"training has 2 steps, but warmup, projection, joint .* train for 3 steps"):
+        Schedule.from_config(GETAConfig(), 2, 2)
+    with pytest.raises(GETAError, match=r"training has 0 steps, but joint .* train for 1 steps"):
+        Schedule.from_config(GETAConfig(warmup=0, projection=0), 0, 0)
+
+
+@pytest.mark.parametrize("total", range(3, 60))
+def test_periods_shrink_with_the_run_down_to_one_step_a_stage(total: int) -> None:
+    schedule = Schedule.from_config(GETAConfig(), total, total)
+    lengths = (schedule.warmup, schedule.projection, schedule.joint)
+    assert min(lengths) >= 1 and sum(lengths) <= total
+    assert schedule.projection_periods == min(4, schedule.projection)
+    assert schedule.pruning_periods == min(5, schedule.joint)
+    phases = [schedule.at(step) for step in range(total)]
+    for stage, periods in (("projection", schedule.projection_periods), ("joint", schedule.pruning_periods)):
+        assert [p.period for p in phases if p.stage == stage and p.starts] == list(range(periods))
+
+
+def test_given_lengths_shorten_the_longest_stage_where_a_share_rounds_to_nothing() -> None:
+    schedule = Schedule.from_config(GETAConfig(warmup=5, projection=0.01, joint=45), 50, 50)
+    assert (schedule.warmup, schedule.projection, schedule.joint) == (5, 1, 44)
+
+
+def test_a_stage_of_no_length_or_no_period_is_left_out() -> None:
+    for changes in ({"joint": 0}, {"joint": 0.0}, {"joint": "0 epochs"}, {"pruning_periods": 0}):
+        schedule = Schedule.from_config(GETAConfig(warmup=2, projection=8, **changes), 40, 20)
+        assert schedule.joint == schedule.pruning_periods == 0
+        assert [schedule.at(step).stage for step in (1, 9, 10)] == ["warm-up", "projection", "cool-down"]
 
 
 # --- saliency ---------------------------------------------------------------------------------------------------------
