@@ -308,6 +308,32 @@ def _is_minimum(value: float) -> bool:
     return 0 < value < 1 or (value >= 1 and float(value).is_integer())
 
 
+_DURATION = "steps, a share of training, or text such as '1.5 epochs'; not negative, and a share below 1"
+
+
+def parse_duration(text: str) -> tuple[float, str] | None:
+    """Return the number and the unit, `step` or `epoch`, of a length such as '1.5 epochs'; None for other text."""
+    number, _, unit = text.strip().partition(" ")
+    # Both "1 epoch" and "2 epochs". A bare number has an empty unit, which is refused.
+    kind = unit.strip().removesuffix("s")
+    try:
+        count = float(number)
+    except ValueError:
+        return None
+    if kind not in ("step", "epoch") or not math.isfinite(count):
+        return None
+    return count, kind
+
+
+def is_duration(value: Duration) -> bool:
+    """Return whether a value is the length of a stage: an integer, a share in [0, 1), or text with a unit."""
+    if isinstance(value, str):
+        parsed = parse_duration(value)
+        return parsed is not None and parsed[0] >= 0
+    # An int is steps and a float a share, so 1 and 1.0 are far apart: the latter, all of training, is refused.
+    return value >= 0 if isinstance(value, int) else 0 <= value < 1
+
+
 def _is_depth(value: int | list[str]) -> bool:
     return not isinstance(value, int) or value >= 0
 
@@ -616,24 +642,37 @@ class GETAConfig(CompressionConfig):
     )
     warmup: Duration = setting(
         0.1,
-        "Length of the warm-up stage.",
+        "Length of the warm-up stage; 0 leaves it out.",
+        Check(is_duration),
         section="Stages",
-        expected="steps, a share of training, or text such as '1.5 epochs'",
+        expected=_DURATION,
     )
     projection: Duration = setting(
         0.1,
-        "Length of the projection stage.",
+        "Length of the projection stage. With 0 widths stay at initial_bits until the joint stage ends.",
+        Check(is_duration),
         section="Stages",
-        expected="steps, a share of training, or text such as '1.5 epochs'",
+        expected=_DURATION,
     )
     joint: Duration = setting(
         0.4,
-        "Length of the joint stage.",
+        "Length of the joint stage. With 0 all groups are removed at once, at the last step before cool-down.",
+        Check(is_duration),
         section="Stages",
-        expected="steps, a share of training, or text such as '1.5 epochs'",
+        expected=_DURATION,
     )
-    projection_periods: int = setting(4, "B, the number of projection periods.", at_least(1), section="Stages")
-    pruning_periods: int = setting(5, "P, the number of periods of the joint stage.", at_least(1), section="Stages")
+    projection_periods: int = setting(
+        4,
+        "B, the number of projection periods; fewer where the stage has fewer steps. 0 leaves the stage out.",
+        at_least(0),
+        section="Stages",
+    )
+    pruning_periods: int = setting(
+        5,
+        "P, the number of periods of the joint stage; fewer where the stage has fewer steps. 0 leaves the stage out.",
+        at_least(0),
+        section="Stages",
+    )
     saliency: str = setting(
         "fisher",
         "Score by which groups are removed: `fisher` is the moving average of <g, x>² per parameter removed, `taylor` "
@@ -687,7 +726,7 @@ class GETAConfig(CompressionConfig):
             self._check(fits, "activation_bits", f"(b_l, b_u) with b_l <= b_u <= {self.initial_bits}")
         if self.per_channel and self.bit_rule == "paper":
             raise GETAError("Eq. 14 sets one d a layer; with per_channel choose bit_rule='sensitivity' or 'ppsg'")
-        if self.bit_reduction is not None:
+        if self.bit_reduction is not None and self.projection_periods:
             self._check_reduction()
 
     def _check_reduction(self) -> None:
@@ -717,11 +756,13 @@ class GETAConfig(CompressionConfig):
         """b_r in bits for each period: `bit_reduction`, or (initial_bits - b_u) / B."""
         if self.bit_reduction is not None:
             return self.bit_reduction
-        return (self.initial_bits - self.bits[1]) / self.projection_periods
+        return (self.initial_bits - self.bits[1]) / max(self.projection_periods, 1)
 
     @property
     def final_upper_bits(self) -> float:
-        """The upper bound after the projection stage: initial_bits - B·b_r."""
+        """The upper bound after the projection stage: initial_bits - B·b_r, which is b_u unless b_r is given."""
+        if self.bit_reduction is None or not self.projection_periods:
+            return float(self.bits[1])
         return self.initial_bits - self.projection_periods * self.reduction
 
     @classmethod

@@ -91,7 +91,7 @@ def test_tuples_and_numbers_written_as_text_are_taken() -> None:
     config = GETAConfig(bits=[4, 8], include=("query",), exclude=("key",))  # type: ignore[arg-type]
     assert GETAConfig.from_dict(config.to_dict()) == config and config.exclude == ["key"]
     assert GETAConfig.from_dict({"epsilon": "1e-9"}).epsilon == 1e-9  # as YAML 1.1 reads it
-    assert GETAConfig.from_dict({"warmup": "1e1"}).warmup == "1e1"  # a length may be text
+    assert GETAConfig.from_dict({"warmup": "1e1 steps"}).warmup == "1e1 steps"  # a length may be text
     with pytest.raises(GETAError, match="saliency = '1e3' must be one of"):
         GETAConfig.from_dict({"saliency": "1e3"})
     with pytest.raises(GETAError, match="multiple_of = '4' must be an integer"):
@@ -109,6 +109,8 @@ def test_the_reduction_ends_at_the_upper_bits() -> None:
     assert GETAConfig(bits=(4, 8)).reduction == 2 and GETAConfig(bits=(4, 8)).final_upper_bits == 8
     given = GETAConfig(bits=(4, 8), bit_reduction=2.5)
     assert given.reduction == 2.5 and given.final_upper_bits == 6
+    assert GETAConfig(projection_periods=0).final_upper_bits == 8
+    assert GETAConfig(projection_periods=0, bit_reduction=1.0).final_upper_bits == 8
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,13 @@ def test_the_reduction_ends_at_the_upper_bits() -> None:
         ({"target_sparsity": 1.0}, r"target_sparsity = 1.0 must be a number in \[0, 1\)"),
         ({"target_sparsity": -0.1}, "target_sparsity"),
         ({"saliency": "magic"}, "saliency = 'magic' must be one of fisher, taylor, hesso"),
-        ({"pruning_periods": 0}, "pruning_periods"),
+        ({"pruning_periods": -1}, "pruning_periods = -1 must be an integer of at least 0"),
+        ({"projection_periods": -1}, "projection_periods"),
+        ({"warmup": -1}, "warmup = -1 must be steps, .*; not negative"),
+        ({"projection": -0.5}, "projection = -0.5 must be steps, .*; not negative"),
+        ({"joint": "-1 epochs"}, "joint = '-1 epochs' must be steps, .*; not negative"),
+        ({"joint": "soon"}, "joint = 'soon' must be steps, a share of training, or text such as '1.5 epochs'"),
+        ({"warmup": 1.0}, "warmup = 1.0 must be steps, .* a share below 1"),
         ({"eta": 1.0}, "eta"),
         ({"eta": "abc"}, "eta = 'abc' must be a number"),
         ({"target_sparsity": "half"}, "target_sparsity = 'half' must be a number"),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Sampler
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
@@ -65,6 +67,23 @@ def first_batches(loader: Callable[[], Iterable[Any]], count: int) -> list[Any]:
     if not batches:
         raise GETAError("no batch can be made of train_dataset (it is empty)")
     return batches
+
+
+def planned_steps(args: TrainingArguments, loader: Callable[[], Sized]) -> tuple[int, float]:
+    """Return the optimizer steps of a run and of one epoch, before training; NaN for an epoch of unknown length.
+
+    Args:
+        args: of the run.
+        loader: makes the data loader of training.
+    """
+    try:
+        batches = len(loader())
+    except TypeError:  # an iterable data set has no length; Trainer then asks for `max_steps`
+        return args.max_steps, math.nan
+    per_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+    if args.max_steps > 0:
+        return args.max_steps, per_epoch
+    return math.ceil(args.num_train_epochs * per_epoch), per_epoch
 
 
 def empty_copy(model: nn.Module) -> Any:

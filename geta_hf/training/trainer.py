@@ -36,7 +36,7 @@ from geta_hf.training.float_layers import check_first_gradients, exclude_raw_rea
 from geta_hf.training.lora import LoraPlan, attach_lora, find_frozen_weights, merged, plan_lora
 from geta_hf.training.loss_terms import LossTerms, Scale
 from geta_hf.training.plan import Plan, layer_uses, make_ledger, make_plan
-from geta_hf.training.preparation import SeededByEpoch, empty_copy, first_batches, without_untrained
+from geta_hf.training.preparation import SeededByEpoch, empty_copy, first_batches, planned_steps, without_untrained
 from geta_hf.training.support import Launch, check_options, check_plain
 from geta_hf.utils.model_io import to_device
 
@@ -115,6 +115,7 @@ class GETATrainer(Trainer):
         check_options(self.args, launch, self.optimizer, self.lr_scheduler, lora=self.lora is not None)
         # Kept, since later on not every process may draw from the loader, which all of them share.
         self._batch = self._choose_batch(model)
+        self.method.check_stages(*planned_steps(self.args, self.get_train_dataloader))
         teacher = self._choose_teacher(model, teacher)
         self.dropped = self._drop_layers(model)
         self.run_config = self._resolve_config()

@@ -16,7 +16,7 @@ from geta_hf.methods.qasso.frozen import check_rules
 from geta_hf.methods.qasso.joint_step import needs_gradients
 from geta_hf.methods.qasso.metrics import compression_metrics
 from geta_hf.methods.qasso.optimizer import QASSO
-from geta_hf.methods.qasso.schedule import COOLDOWN, STAGES, Schedule
+from geta_hf.methods.qasso.schedule import STAGES, Schedule
 from geta_hf.qadg import PruningSpace
 from geta_hf.qadg.group_labels import find_group_labels
 from geta_hf.quantization import (
@@ -120,7 +120,7 @@ class QASSOMethod(Method):
         """
         descent = needs_gradients(self.config)
         groups = sum(family.size for family in space.trainable)
-        share = removed_groups / max(groups, 1) / self.config.pruning_periods
+        share = removed_groups / max(groups, 1) / max(self.config.pruning_periods, 1)
         tensors = dict(model.named_parameters())
         labels = find_group_labels(space.trainable, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
         kept = work = largest = 0
@@ -183,7 +183,8 @@ class QASSOMethod(Method):
         Args:
             model: the plain one, not a wrapper.
         """
-        cooling = self.stage == COOLDOWN
+        # Not by the stage: in a run of cool-down alone the first step still learns.
+        cooling = self.optimizer is not None and self.optimizer.finished
         # At the change alone and not in every step, as it walks all modules.
         if cooling != self._quantizers_frozen:
             freeze_quantizers(model, cooling)
