@@ -81,7 +81,7 @@ def run_script(script: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def run_code(code: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run Python code as `python -c CODE OPTIONS` in a folder, whose modules it can import; geta_hf is not installed."""
+    """Run Python code as `python -c CODE OPTIONS` in a folder whose modules it can import; geta_hf is not installed."""
     environment = _environment()
     program = environment.home / "program.py"
     program.write_text(code, encoding="utf-8")
