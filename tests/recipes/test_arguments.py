@@ -1,9 +1,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
+import runpy
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -62,11 +61,14 @@ def test_nothing_to_resume_from(parse: object, asked: str, message: str, tmp_pat
         parse([*MODEL, "--resume_from_checkpoint", asked, "--output_dir", str(tmp_path)])  # type: ignore[operator]
 
 
-def test_help_describes_every_argument_and_every_setting() -> None:
-    environment = {**os.environ, "COLUMNS": "1000", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "recipes/bert_squad.py", "--help"]
-    text = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
-    shown = " ".join(text.split())
+def test_help_describes_every_argument_and_every_setting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "recipes" / "bert_squad.py"), "--help"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    shown = " ".join(capsys.readouterr().out.split())
     for field in (*fields(bert_squad.ModelArguments), *fields(bert_squad.DataArguments)):
         assert f"--{field.name} " in shown and field.metadata["help"] in shown, field.name
     assert "--learning_rate" in shown and "geta.method NAME one of qasso, post-training (default: qasso)" in shown
