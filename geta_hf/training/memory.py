@@ -385,7 +385,8 @@ def dry_run(
     # In GETATrainer's order: the space without quantizers, the plan with them and before LoRA.
     layers = select_layers(empty, config.include, config.exclude)
     excluded = exclude_layers(config, recorded_raw_reads(flow.graph, empty, layers), layers)
-    make_method(excluded).attach(empty, None)
+    method = make_method(excluded)
+    method.attach(empty, None)
     ledger = make_ledger(empty, space, embedding_bits=config.embedding_bits)
     plan = make_plan(config, space, ledger, empty, left_float(config, excluded))
     if peft_config is not None:
