@@ -69,6 +69,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """nn.Conv2d on the quantized weight."""
 
     def forward(self, input: Tensor) -> Tensor:
+        # The method of nn.Conv2d that takes the weight, with its padding modes.
         return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
@@ -81,6 +82,7 @@ LAYER_TYPES: dict[type[nn.Module], type[nn.Module]] = {
 
 @cache
 def _quantized_class(original: Any, plain: Any) -> type[nn.Module]:
+    # Cached, since layers of one class have to be of one class afterwards.
     quantized = LAYER_TYPES[plain]
     return quantized if original is plain else type(f"Quant{original.__name__}", (quantized, original), {})
 
@@ -135,6 +137,7 @@ def dequantize_layer(layer: QuantizedLayer) -> None:
     The weight keeps its unquantized value, with what LoRA learned merged into it.
     """
     absorb(layer)
+    # Their parameters would otherwise appear in the state dict of a plain layer.
     del layer.weight_quantizer, layer.input_quantizer, layer.lora
     layer.__class__ = layer.__dict__.pop("_plain_class")
     rebind_forward(layer)
