@@ -252,7 +252,8 @@ def _indented(lines: Iterable[str]) -> list[str]:
 
 
 def _coverage(space: PruningSpace) -> str:
-    every, prunable = space.coverage(), space.coverage(prunable_only=True)
+    every = space.coverage()
+    prunable = space.coverage(prunable_only=True)
     return (
         f"{len(space.families)} families cover {every:.1%} of the matrix parameters; "
         f"{len(space.prunable)} prunable ones with {space.num_groups:,} groups cover {prunable:.1%}"

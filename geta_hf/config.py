@@ -685,9 +685,7 @@ class GETAConfig(CompressionConfig):
     )
     eta: float = setting(0.999, "η of Eqs. 13 and 14.", inside(0, 1), section="Rules")
     xi: float = setting(0.999, "ξ of Eqs. 13 and 14.", inside(0, 1), section="Rules")
-    epsilon: float = setting(
-        1e-8, "Mean magnitude up to which a group counts as forgotten.", between(0, 1), section="Rules"
-    )
+    epsilon: float = setting(1e-8, "Mean magnitude up to which a group counts as zero.", between(0, 1), section="Rules")
 
     def check_widths(self) -> None:
         """Raise GETAError for widths that the stages or the rule can't reach."""

@@ -80,7 +80,8 @@ def convert(
         >>> plain = BertForSequenceClassification.from_pretrained(folder.name + "/plain")  # without geta_hf's quantizer
         >>> folder.cleanup()
     """
-    folder, place = Path(source), Path(target).resolve()
+    folder = Path(source)
+    place = Path(target).resolve()
     check_target(place, overwrite)
     check_shards(max_shard_size, format)
     writer(format)
@@ -233,6 +234,7 @@ def _quiet() -> Iterator[None]:
 
 def _processing_class(checkpoint: Path) -> Any:
     """Load the tokenizer or processor saved with a checkpoint; None where there is none."""
+    # A processor's folder has the files of its tokenizer too, so it is asked for first.
     if (checkpoint / "processor_config.json").is_file():
         return transformers.AutoProcessor.from_pretrained(checkpoint)
     if (checkpoint / "tokenizer_config.json").is_file():

@@ -219,7 +219,8 @@ def cut_quantizers(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -
         kept: tensor name -> dim -> int64 kept indices, as `geta_hf.qadg.space.kept_indices` gives them.
     """
     for name, layer in quantized_layers(model).items():
-        quantizer, dim = layer.weight_quantizer, layer.weight_quantizer.channel_dim
+        quantizer = layer.weight_quantizer
+        dim = quantizer.channel_dim
         # A quantizer that tied layers share is cut with the first of them and fits already.
         if dim is not None and quantizer.d.numel() != layer.weight.shape[dim]:
             quantizer.keep_channels(kept[f"{name}.weight"][dim])

@@ -73,7 +73,9 @@ class FixedQuantizer(SinglePrecision):
         t = scale[1:].clone() if scale.numel() > 1 else None
         # From b = log2(q_m^t / d + 1) + 1, solved for q_m^t.
         q_m = d * float(2 ** (bits - 1) - 1)
-        for name, value in {"d": d, "q_m": q_m if t is None else q_m ** (1 / t), "t": t}.items():
+        if t is not None:
+            q_m = q_m ** (1 / t)
+        for name, value in {"d": d, "q_m": q_m, "t": t}.items():
             self.register_buffer(name, value, persistent=False)
 
     @property

@@ -49,7 +49,8 @@ class QuantLinear(QuantizedLayer, nn.Linear):
     """nn.Linear on the quantized weight, of which no copy is saved for backward."""
 
     def forward(self, input: Tensor) -> Tensor:
-        x, own = self.quantized_input(input), self.weight_quantizer
+        x = self.quantized_input(input)
+        own = self.weight_quantizer
         d, q_m = own.broadcast_over(self.weight)
         return quantized_linear(x, self.weight, self.bias, d, q_m, own.exponent, own.frozen, self.lora)
 
@@ -58,7 +59,8 @@ class QuantConv1D(QuantizedLayer, Conv1D):
     """transformers' Conv1D, a linear layer whose weight is (in, out), on the quantized weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x, own = self.quantized_input(x), self.weight_quantizer
+        x = self.quantized_input(x)
+        own = self.weight_quantizer
         if self.lora is None:
             return F.linear(x, self.quantized_weight().t(), self.bias)
         d, q_m = (value.t() for value in own.broadcast_over(self.weight))

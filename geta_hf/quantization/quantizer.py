@@ -35,7 +35,9 @@ class Quantizer(SinglePrecision):
         channel_dim: int | None = None,
     ) -> None:
         super().__init__()
-        self.learn_t, self.channel_dim, self.frozen = learn_t, channel_dim, False
+        self.learn_t = learn_t
+        self.channel_dim = channel_dim
+        self.frozen = False
         # Shape (1,) and never 0-d: FSDP2 refuses to shard a 0-d parameter.
         start = torch.as_tensor(q_m, dtype=torch.float32, device=device).detach().reshape(-1)
         self.q_m = nn.Parameter(start.clone())
