@@ -99,9 +99,8 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None, frozen: bool) -> Tensor:
         ctx.save_for_backward(x, d, q_m, t)
-        ctx.frozen = frozen
         # Chosen once: backward must use the kernel of its forward, even after a `using` around the forward has ended.
-        ctx.kernel = choose(x, EAGER)
+        ctx.frozen, ctx.kernel = frozen, choose(x, EAGER)
         return ctx.kernel.quantize(x, d, q_m, t)
 
     @staticmethod

@@ -39,9 +39,7 @@ class _QuantizedLinear(torch.autograd.Function):
         out = F.linear(x, kernel.quantize(_merged(weight, a, b, scale), d, q_m, t), bias)
         # Under autocast the product is taken in another dtype than x has; so are those of backward.
         ctx.save_for_backward(x.to(out.dtype), weight, d, q_m, t, a, b)
-        ctx.kernel = kernel
-        ctx.frozen = frozen
-        ctx.scale = scale
+        ctx.kernel, ctx.frozen, ctx.scale = kernel, frozen, scale
         return out
 
     @staticmethod
