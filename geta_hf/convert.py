@@ -87,7 +87,7 @@ def convert(
     writer(format)
     if is_export(folder):
         if embedding_bits is not None:
-            raise GETAError(f"{folder} is an export already; to round its embedding, export the checkpoint")
+            raise GETAError(f"{folder} is an export already, and its embedding stays as it is; export the checkpoint")
         _rewrite(folder, place, format, max_shard_size)
         return None
     checkpoint = _checkpoint_of(folder)
