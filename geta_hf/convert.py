@@ -83,7 +83,8 @@ def convert(
         >>> plain = BertForSequenceClassification.from_pretrained(folder.name + "/plain")  # without geta_hf's quantizer
         >>> folder.cleanup()
     """
-    folder, place = Path(source), Path(target).resolve()
+    folder = Path(source)
+    place = Path(target).resolve()
     check_target(place, overwrite)
     check_shards(max_shard_size, format)
     writer(format)
@@ -99,6 +100,7 @@ def convert(
     config = read_config(checkpoint / CONFIG_NAME)
     removed = _finished(read_progress(checkpoint), checkpoint)
     model = load_checkpoint(checkpoint, config)
+    # No data set is needed: the proof holds on any inputs.
     batch = make_dummy_inputs(model)
     card = partial(write_card, base_model=base_name(model), repo_id=place.name)
     return export(
@@ -108,6 +110,7 @@ def convert(
         batch=batch,
         config=config,
         processing_class=_processing_class(checkpoint),
+        # As noted at the time: fewer would mean that the weights are not those of that step.
         expected_zero_groups=removed,
         embedding_bits=config.embedding_bits if embedding_bits is None else embedding_bits,
         format=format,
@@ -136,6 +139,7 @@ def _rewrite(folder: Path, target: Path, format: str, max_shard_size: int | str 
         copy_beside(folder, fresh, structure=format == OWN)
         if format != OWN:
             return
+        # save_pretrained writes neither, so a folder that was loaded and saved by it gets both back.
         if not (fresh / STRUCTURE_NAME).is_file():
             write_structure(fresh, model, _kept(folder, model, batch))
         if not (fresh / CARD_NAME).is_file():
@@ -145,17 +149,17 @@ def _rewrite(folder: Path, target: Path, format: str, max_shard_size: int | str 
 
 
 def _kept(folder: Path, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """Family -> (groups kept, groups before), as far as sizes tell: those of the model, and of one never cut."""
+    """Return family -> (groups kept, groups before), as far as the sizes of the model and of the dense one tell."""
     config = read_config(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else GETAConfig()
     dense = empty_model_of(folder)
     if dense is None:
         return {}
     space = build_space(dense, batch, prune=config.prune, keep=config.keep)
-    counts = {family.name: (_groups_left(family, space, model), family.size) for family in space.prunable}
-    return {name: (left, before) for name, (left, before) in counts.items() if left is not None}
+    counts = {family.name: (_remaining_groups(family, space, model), family.size) for family in space.prunable}
+    return {name: (kept, before) for name, (kept, before) in counts.items() if kept is not None}
 
 
-def _groups_left(family: Family, space: PruningSpace, model: PreTrainedModel) -> int | None:
+def _remaining_groups(family: Family, space: PruningSpace, model: PreTrainedModel) -> int | None:
     """Count the remaining groups of a family; None where its tensors disagree, since another family cut them."""
     found = set()
     for member in family.members:
@@ -170,6 +174,7 @@ def _checkpoint_of(folder: Path) -> Path:
     if not folder.is_dir():
         raise GETAError(f"{folder} is no folder; name a run, a checkpoint or an exported folder")
     last = get_last_checkpoint(str(folder))
+    # A run's folder with a config.json holds its final model, which is later than its last checkpoint.
     checkpoint = Path(last) if last is not None and not (folder / "config.json").is_file() else folder
     if not (checkpoint / CONFIG_NAME).is_file():
         raise GETAError(f"{checkpoint} has no {CONFIG_NAME}: it is neither a checkpoint of GETATrainer nor an export")
@@ -200,12 +205,13 @@ def load_checkpoint(checkpoint: Path, config: CompressionConfig) -> PreTrainedMo
     stored = _stored(checkpoint)
     if (lora := load_lora(checkpoint)) is not None:
         merge_stored(model, plan_lora(model, lora, select_layers(model, config.include, config.exclude)), stored)
+    # After the merge, since peft looks for plain layers; the values of the quantizers come from the checkpoint below.
     make_method(config).attach(model, None)  # ranges of inputs are read from the checkpoint
     with torch.no_grad():
         for name, parameter in quantizer_parameters(model, trained=False).items():
             if name not in stored or stored[name].shape != parameter.shape:
                 raise GETAError(
-                    f"{checkpoint} holds no {name} of shape {tuple(parameter.shape)}; was it written whole?"
+                    f"{checkpoint} holds no {name} of shape {tuple(parameter.shape)}; was it written completely?"
                 )
             parameter.copy_(stored[name])
     return model
@@ -234,6 +240,7 @@ def _quiet() -> Iterator[None]:
 
 def _processing_class(checkpoint: Path) -> Any:
     """Load the tokenizer or processor saved with a checkpoint; None where there is none."""
+    # A processor's folder has the files of its tokenizer too, so it is asked for first.
     if (checkpoint / "processor_config.json").is_file():
         return transformers.AutoProcessor.from_pretrained(checkpoint)
     if (checkpoint / "tokenizer_config.json").is_file():

@@ -72,7 +72,8 @@ def run_eval(arguments: argparse.Namespace) -> None:
     Raises:
         GETAError: nothing to score, or as `evaluate`, `perplexity` and `write_card` do.
     """
-    columns, texts = _columns(arguments), _texts(arguments.text)
+    columns = _columns(arguments)
+    texts = _texts(arguments.text)
     _check(arguments, columns, texts)
     scored: dict[str, _Scored] = {}
     try:
@@ -182,6 +183,7 @@ def _as_json(scored: _Scored) -> str:
             name: {**asdict(one), "perplexity": one.perplexity, "bits_per_byte": one.bits_per_byte}
             for name, one in scored.texts.items()
         }
+    # lm-eval's results hold functions and dtypes, for which JSON has no form.
     return json.dumps(results, indent=2, default=str, ensure_ascii=False) + "\n"
 
 
@@ -199,7 +201,8 @@ def _card_metrics(scored: _Scored) -> dict[str, float]:
     """
     found = {}
     if scored.evaluation:
-        scores, limit = scored.evaluation.scores, scored.evaluation.limit
+        scores = scored.evaluation.scores
+        limit = scored.evaluation.limit
         # The 67 paradigms of BLiMP would fill a card. The commonsense tasks are shown by themselves.
         inner = {task for name in scores if name != SUITE for one in scores[name].values() for task, _ in one.members}
         for task, metric in shown(scored.evaluation):

@@ -61,6 +61,7 @@ def score(predictions: Mapping[str, str], questions: Iterable[Question]) -> dict
     Raises:
         GETAError: no question has a reference answer.
     """
+    # Counted twice, so an iterator must not be used up.
     asked = list(questions)
     answerable = [question for question in asked if question.answers]
     if not answerable:
@@ -155,7 +156,8 @@ def predict(
             batch = pieces[first : first + batch_size]
             starts, ends = _logits(model, tokenizer, batch, bf16)
             for window, start_logits, end_logits in zip(batch, starts, ends, strict=True):
-                size, context = len(window.offsets), questions[window.question].context
+                size = len(window.offsets)
+                context = questions[window.question].context
                 inside = window.offsets[:, 0] >= 0
                 total, start, end = best_span(start_logits[:size], end_logits[:size], inside, n_best, max_answer_length)
                 if total > best.get(window.question, (-np.inf, ""))[0]:
@@ -187,7 +189,7 @@ def load_folder(
 
     Args:
         folder: plain or exported.
-        device: where to put the model; by default an accelerator if there is one, otherwise the CPU.
+        device: to move the model to; by default an accelerator if there is one, otherwise the CPU.
 
     Raises:
         GETAError: a local folder without config.json.

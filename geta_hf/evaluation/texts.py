@@ -120,6 +120,7 @@ def perplexity(
     model.eval()
     total = 0.0
     try:
+        # A text shorter than a window is one window of its own length.
         for windows, fresh in _batches(tokens, min(length, len(encoded)), step):
             total += _nats(model, windows, fresh)
     finally:

@@ -82,6 +82,7 @@ def _clipping(rows: Tensor, bits: int, method: str, name: str) -> Tensor:
         for part, top in zip(magnitude.split(rows_at_once), largest.split(rows_at_once), strict=True):
             shares.append(best_share(count_magnitudes(part, top), bits))
         values = largest * torch.cat(shares)
+    # A channel of zeros has no range of its own: it gets that of the tensor, since d > 0 must hold.
     empty = largest == 0
     return torch.where(empty, clipping_value(rows, bits, method, name), values) if bool(empty.any()) else values
 
@@ -97,6 +98,7 @@ def count_magnitudes(magnitude: Tensor, largest: Tensor) -> Tensor:
         The number of elements in each bin, fp32, shape (rows, bins).
     """
     rows = magnitude.shape[0]
+    # A row of zeros counts into its first bin; dividing by its largest would give NaN.
     factor = (BINS / torch.where(largest > 0, largest, 1.0))[:, None]
     # Each row counts into bins of its own, so that one bincount serves all rows.
     first = torch.arange(rows, device=magnitude.device)[:, None] * BINS
@@ -134,6 +136,7 @@ def search_clipping(counts: Tensor, centers: Tensor, candidates: Tensor, bits: i
     Returns:
         The least error and the candidate that has it, each without the dim of the bins: shape () or (rows,).
     """
+    # One product in place of a loop: what a bin costs under a candidate is the same for all rows.
     errors = counts @ squared_errors(centers, candidates[:, None], bits).t()
     best = errors.argmin(dim=-1)
     return errors.gather(-1, best.unsqueeze(-1)).squeeze(-1), candidates[best]

@@ -91,6 +91,7 @@ def load_model(folder: str | os.PathLike[str]) -> PreTrainedModel:
     config = transformers.AutoConfig.from_pretrained(folder)
     if not config.architectures:
         raise GETAError(f"{folder}/config.json names no architecture; save the model with save_pretrained")
+    # The class that saved it: an auto class of another task would drop the head, or make a new one.
     model_class: Any = getattr(transformers, config.architectures[0], None)
     if model_class is None:
         raise GETAError(f"{folder}: transformers has no class {config.architectures[0]}")

@@ -176,6 +176,7 @@ def check_metrics(metrics: Mapping[str, Any], where: str) -> dict[str, dict[str,
 def read_front(folder: Path) -> dict[str, Any]:
     """Read the YAML front matter of the folder's card; return an empty dict if there is none."""
     path = folder / CARD_NAME
+    # A card is often edited by hand, and a wrong byte in it is no reason to fail.
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     found = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
     try:

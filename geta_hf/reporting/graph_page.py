@@ -165,6 +165,7 @@ class _Owners:
         """Return the families of the elements of a dim, ascending; an ids array that dims share is read once."""
         if ids is None:
             return []
+        # The arrays live as long as the flow, so no id is given twice.
         if id(ids) not in self._known:
             found = np.unique(self._table[self._flow.ids.atoms(ids)])
             self._known[id(ids)] = [int(position) for position in found if position >= 0]
@@ -239,7 +240,8 @@ def _edges(graph: Graph) -> list[list[int]]:
 
 def _blocks(graph: Graph) -> list[str]:
     """Return the module in which each vertex is drawn: its own, or for a merged quantizer branch that of its layer."""
-    made, readers = graph.producers(), graph.consumers()
+    made = graph.producers()
+    readers = graph.consumers()
     blocks = []
     for node in graph.nodes:
         block = node.module
@@ -298,5 +300,6 @@ def _member(member: Member) -> dict[str, Any]:
 
 
 def _frozen(frozen: UnsupportedOperator, modules: str) -> dict[str, Any]:
-    first, count = frozen.module, frozen.count
+    first = frozen.module
+    count = frozen.count
     return {"op": frozen.operator, "module": first, "modules": modules, "reason": frozen.reason, "count": count}

@@ -73,6 +73,7 @@ def write_report(
 
 def _latency(summary: FolderSummary, dense: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
     """Measure both models on the sequence length of the MACs; return nothing for a model that needs other inputs."""
+    # MACs are 0 for a model that token ids alone cannot run, which then cannot be timed in this way either.
     if not summary.costs or not summary.costs["dense"].macs:
         return {}
     models = {"dense": load_model(dense), "compressed": load_model(summary.folder)}

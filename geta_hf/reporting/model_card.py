@@ -88,7 +88,9 @@ def write_card(
         >>> home.cleanup()
     """
     path = Path(folder)
-    known, fresh = read_metrics(path), check_metrics(metrics or {}, "metrics")
+    known = read_metrics(path)
+    # Checked before anything is written, since the file is read again by every later report.
+    fresh = check_metrics(metrics or {}, "metrics")
     merged = {side: {**known.get(side, {}), **fresh.get(side, {})} for side in (*known, *fresh)}
     summary = read_summary(path)
     text = _card(summary, base_model, task, dataset, merged, repo_id)
@@ -241,7 +243,8 @@ def ways_to_load(summary: FolderSummary, name: str) -> list[Way]:
     """
     from transformers.pipelines import SUPPORTED_TASKS  # slow to import
 
-    quoted, auto = json.dumps(name), summary.auto_class
+    quoted = json.dumps(name)
+    auto = summary.auto_class
     flag = ", trust_remote_code=True" if summary.remote_code else ""
     load = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({quoted}"
     ways = [Way("With geta_hf", f"import geta_hf  # registers the format\n{load})", "python")]

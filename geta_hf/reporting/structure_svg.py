@@ -80,6 +80,7 @@ def layer_grid(structure: Structure) -> Grid:
     for section, bits in ((BITS, structure.bits), (INPUTS, structure.activation_bits)):
         rows += [Row(section, label, _map(cells, _bits)) for label, cells in _arranged(bits).items()]
     found = {column for row in rows for column in row.cells}
+    # What has no layer number comes last.
     return Grid(sorted(found, key=lambda column: int(column) if column.isdecimal() else 10**9), rows)
 
 
@@ -144,7 +145,9 @@ def draw(grid: Grid, standalone: bool = False) -> str:
     longest = max((len(cell.text) for row in grid.rows for cell in row.cells.values()), default=1)
     step = max(_STEPS[0], round(5.9 * longest + 3), min(_STEPS[1], _WIDE // max(len(grid.columns), 1)))
     width = max(_NARROWEST, step * len(grid.columns) + 2)
-    top, parts, section = 0, list[str](), ""
+    top = 0
+    parts = list[str]()
+    section = ""
     for row in grid.rows:
         if row.section != section:
             section = row.section
@@ -185,7 +188,8 @@ def _bar(cell: Cell, section: str, left: float, top: float, width: float) -> Ite
 
 
 def _square(cell: Cell, section: str, left: float, top: float, width: float) -> Iterator[str]:
-    colour, shade = "--bits" if section == BITS else "--inputs", round(0.12 + 0.83 * max(0.0, min(cell.share, 1.0)), 2)
+    colour = "--bits" if section == BITS else "--inputs"
+    shade = round(0.12 + 0.83 * max(0.0, min(cell.share, 1.0)), 2)
     yield f"<g><title>{printable(cell.title)}</title>{_box(left, top, width, _CELL, colour, shade)}"
     yield f"{_text(cell.text, left + width / 2, top + 15, '--text')}</g>"
 

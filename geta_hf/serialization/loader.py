@@ -138,7 +138,8 @@ class GETALoader(HfQuantizer):
         This hook has another purpose, but it is the only one that sees the config before the model is built, and
         building millions of layers takes hours even without memory for their weights.
         """
-        bits, fixes = self.quantization_config.bits, self.quantization_config.fixes
+        bits = self.quantization_config.bits
+        fixes = self.quantization_config.fixes
         _check_layers(config.to_dict(), len(bits) + len(fixes["shapes"]) + len(fixes["attrs"]))
         return config
 
@@ -193,7 +194,8 @@ class GETALoader(HfQuantizer):
         A tensor of a head that was not cut may have another shape: transformers then raises, or initializes it at
         random where `ignore_mismatched_sizes` asks for that.
         """
-        tensors, layers = model.state_dict(), packed_layers(model)
+        tensors = model.state_dict()
+        layers = packed_layers(model)
         found = {name: place for name in tensors for place in _places(model, name) if place in headers}
         base = "" if model.base_model is model else f"{model.base_model_prefix}."
         if headers and not _is_own_folder(model) and not any(name.startswith(base) for name in (*found, *layers)):
