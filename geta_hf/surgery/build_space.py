@@ -76,6 +76,7 @@ def prepare_space(
     prune: Sequence[str] = (),
     keep: Sequence[str] = (),
     narrow: Callable[[PruningSpace], PruningSpace] | None = None,
+    labels: Mapping[str, Any] | None = None,
 ) -> tuple[PruningSpace, Recordings | None]:
     """Build a pruning space and make unprunable, by trial cuts, what the model's own code can't follow.
 
@@ -87,6 +88,7 @@ def prepare_space(
         model, batch, prune, keep: as in `build_space`; the model is unchanged afterwards.
         narrow: what else is to become unprunable before anything is cut in trial, such as parameters that are not
             trained: takes the space and returns the narrower one.
+        labels: entries that only training passes; with them cuts are compared in training mode as well.
 
     Returns:
         The space, and what was recorded of the model; None for a model that surgery does not cut.
@@ -104,7 +106,7 @@ def prepare_space(
     if narrow is not None:
         space = narrow(space)
     recordings = record_sizes(model, batch, first)
-    return try_cuts(model, space, batch, recordings), recordings
+    return try_cuts(model, space, batch, recordings, labels), recordings
 
 
 def _can_be_cut(model: nn.Module) -> TypeGuard[PreTrainedModel]:

@@ -132,14 +132,14 @@ def prove_alike(
     except GETAError:
         if first.dtype not in module_state.HALVES:
             raise
-    with _widened(first):
+    with widened(first):
         expected = attention_outputs(first, batch)
-    with _widened(second):
+    with widened(second):
         return prove_equal(expected, attention_outputs(second, batch), torch.float32, what)
 
 
 @contextmanager
-def _widened(model: PreTrainedModel) -> Iterator[None]:
+def widened(model: PreTrainedModel) -> Iterator[None]:
     """Let a model compute in single precision for a while, on the very weights that it computes with in 16 bits."""
     with torch.no_grad():
         # Rounded in 16 bits: rounding in single precision would give some weights another code.

@@ -26,6 +26,7 @@ from geta_hf.qadg.propagation.flow import Flow
 from geta_hf.qadg.tracing.graph import Value
 from geta_hf.qadg.tracing.record_forward import main_tensors
 from geta_hf.surgery.compare_outputs import attentions, comparison_mode, set_attention
+from geta_hf.surgery.other_paths import OtherPath, quietly
 from geta_hf.surgery.size_equations import WANTED
 from geta_hf.surgery.size_trace import SizeTrace, trace_sizes
 from geta_hf.utils.model_io import Batch, named_outputs
@@ -92,6 +93,17 @@ def record_batch(model: PreTrainedModel, batch: Batch) -> SizeTrace:
     """
     with comparison_mode(model):
         return trace_sizes(model, batch, WANTED)
+
+
+def record_path(model: PreTrainedModel, path: OtherPath) -> tuple[SizeTrace, ...]:
+    """Record the forward on another path; nothing where the recording does not run it."""
+    own = model.forward
+
+    def forward(**inputs: Any) -> Any:
+        return main_tensors(path.call(model, own, inputs))
+
+    with quietly(), comparison_mode(model):
+        return tuple(_try(model, path.batch, running(model, forward)))
 
 
 def _variations(model: PreTrainedModel, batch: Batch) -> list[_Variation]:

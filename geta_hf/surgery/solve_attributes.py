@@ -10,14 +10,16 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from typing import TypeAlias
 
 from torch import Tensor
 
 from geta_hf.surgery.size_equations import Demands, Equation, RefusalError, demands
 from geta_hf.surgery.size_trace import InconsistentError, SizeTrace, SlicedTrace
-from geta_hf.surgery.symbolic_int import Attribute, Expression, Guard, Size, attributes, evaluate
+from geta_hf.surgery.symbolic_int import Attribute, Expression, Guard, Operation, Size, attributes, evaluate
 
 Values = dict[Attribute, int]
+Claim: TypeAlias = Equation | Guard
 
 _MOST_STEPS = 2000  # beyond which a part has no solution in practice; without a bound it could take for ever
 
@@ -41,9 +43,11 @@ def solve(traces: Sequence[SizeTrace], kept: Mapping[str, Mapping[int, Tensor]])
     # takes the first solution, finds the same one in every run.
     equations = list(dict.fromkeys(equation for one in asked for equation in one.equations))
     guards = list(dict.fromkeys(guard for one in asked for guard in one.guards))
+    # A quotient that is used as a number stays the same only if its operands change together.
+    quotients = [use for use in dict.fromkeys(use for one in asked for use in one.uses) if _is_quotient(use)]
     values = _direct(equations, original)
     # 12 layers of two unknowns are 12 small searches, and not one over 24 unknowns.
-    for part, its_guards in _parts(equations, guards):
+    for part, its_guards in _parts(equations, [*quotients, *guards]):
         values.update(_Search(part, its_guards, original).run(values))
     _check_uses(asked, original | values)
     return {attribute: value for attribute, value in values.items() if value != original[attribute]}
@@ -76,8 +80,18 @@ def _direct(equations: Iterable[Equation], original: Values) -> Values:
     return values
 
 
-def _parts(equations: Iterable[Equation], guards: Iterable[Guard]) -> Iterator[tuple[list[Equation], list[Guard]]]:
-    """Yield equations and guards that share attributes, part by part, so that each search stays small."""
+def _is_quotient(use: Equation) -> bool:
+    return isinstance(use.expression, Operation) and use.expression.function in ("floordiv", "mod")
+
+
+def _names(claim: Claim) -> list[Attribute]:
+    if isinstance(claim, Equation):
+        return list(attributes(claim.expression))
+    return [*attributes(claim.left), *attributes(claim.right)]
+
+
+def _parts(equations: Iterable[Equation], wishes: Iterable[Claim]) -> Iterator[tuple[list[Equation], list[Claim]]]:
+    """Yield equations and wishes that share attributes, part by part, so that each search stays small."""
     parent: dict[Attribute, Attribute] = {}
 
     def root(attribute: Attribute) -> Attribute:
@@ -86,29 +100,30 @@ def _parts(equations: Iterable[Equation], guards: Iterable[Guard]) -> Iterator[t
         return attribute
 
     # An equation of constants alone has no part; these come under None, where the search can only check them.
-    rows = [(equation, list(attributes(equation.expression))) for equation in equations]
-    conditions = [(guard, [*attributes(guard.left), *attributes(guard.right)]) for guard in guards]
+    rows = [(equation, _names(equation)) for equation in equations]
+    conditions = [(wish, _names(wish)) for wish in wishes]
     for _, names in [*rows, *conditions]:
         for name in names[1:]:
             parent[root(name)] = root(names[0])
-    parts: dict[Attribute | None, tuple[list[Equation], list[Guard]]] = {}
+    parts: dict[Attribute | None, tuple[list[Equation], list[Claim]]] = {}
     for equation, names in rows:
         parts.setdefault(root(names[0]) if names else None, ([], []))[0].append(equation)
-    for guard, names in conditions:
-        parts.setdefault(root(names[0]) if names else None, ([], []))[1].append(guard)
+    for wish, names in conditions:
+        parts.setdefault(root(names[0]) if names else None, ([], []))[1].append(wish)
     yield from parts.values()
 
 
 class _Search:
     """Settle the equations of one part in turn, each by the smallest change: one attribute not settled yet.
 
-    Then comparisons that would come out otherwise are mended in the same way. Those that cannot be mended are ignored:
-    a forward that takes another branch, as with a single head, need not be wrong, and the proof will show it.
+    Then wishes that would not come true are mended in the same way: quotients that are used as numbers, and
+    comparisons. Those that cannot be mended are ignored: a quotient is checked afterwards, and a forward that takes
+    another branch, as with a single head, need not be wrong, and the proof will show it.
     """
 
-    def __init__(self, equations: list[Equation], guards: list[Guard], original: Values) -> None:
+    def __init__(self, equations: list[Equation], wishes: list[Claim], original: Values) -> None:
         self.equations = equations
-        self.guards = guards
+        self.wishes = wishes
         self.original = original
         self.steps = 0
         self.reason = ""
@@ -131,16 +146,16 @@ class _Search:
                 # The first complaint is the cause; what fails after it, deeper in the search, often only follows from
                 # it.
                 self.reason = self.reason or self._complaint(equation, settled)
-                return self._mend(equation, attributes(equation.expression), settled)
-        for guard in self.guards:
-            if not self._holds(guard, settled):
+                return self._mend(equation, _names(equation), settled)
+        for wish in self.wishes:
+            if not self._holds(wish, settled):
                 # A comparison such as `q_heads != kv_heads` decides a branch. Holding its outcome prefers the solution
                 # under which the model runs the code that was recorded.
-                mended = self._mend(guard, [*attributes(guard.left), *attributes(guard.right)], settled)
+                mended = self._mend(wish, _names(wish), settled)
                 return settled if mended is None else mended
         return settled
 
-    def _mend(self, wrong: Equation | Guard, names: Iterable[Attribute], settled: Values) -> Values | None:
+    def _mend(self, wrong: Claim, names: Iterable[Attribute], settled: Values) -> Values | None:
         for name in dict.fromkeys(names):
             if name in settled:
                 continue
@@ -153,7 +168,7 @@ class _Search:
                         return found
         return None
 
-    def _holds(self, claim: Equation | Guard, settled: Values) -> bool:
+    def _holds(self, claim: Claim, settled: Values) -> bool:
         if isinstance(claim, Equation):
             return self._value(claim.expression, settled) == claim.wanted
         left, right = self._value(claim.left, settled), self._value(claim.right, settled)

@@ -20,7 +20,11 @@ logger = logging.get_logger(__name__)
 
 
 def try_cuts(
-    model: PreTrainedModel, space: PruningSpace, batch: Mapping[str, Tensor], recordings: Recordings | None = None
+    model: PreTrainedModel,
+    space: PruningSpace,
+    batch: Mapping[str, Tensor],
+    recordings: Recordings | None = None,
+    labels: Mapping[str, Tensor] | None = None,
 ) -> PruningSpace:
     """Cut a few groups of every prunable family away on a copy and compare with the same groups zeroed.
 
@@ -29,6 +33,7 @@ def try_cuts(
         space: its pruning space.
         batch: inputs to compare on.
         recordings: of this very model on this batch, as `record_sizes` makes them; made here when None.
+        labels: entries that only training passes, to compare in training mode as well.
 
     Returns:
         The space; families that the model cannot follow are no longer prunable, with the reason.
@@ -38,7 +43,7 @@ def try_cuts(
     """
     # Every trial costs a cut copy and several forwards. Most models pass the first one, with all families at once; only
     # a refusal is worth the search for the families that cause it.
-    trial = SurgeryTrial(model, batch, space, recordings)
+    trial = SurgeryTrial(model, batch, space, recordings, labels)
     reason = trial.refusal(_some_of_each(space.prunable))
     if reason is None:
         return space

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,10 +22,12 @@ from geta_hf.qadg.group_types import Family
 from geta_hf.qadg.replay import Replay, ReplayError, double
 from geta_hf.qadg.space import PruningSpace, kept_indices
 from geta_hf.surgery.compare_outputs import Outputs, attention_outputs, comparison_mode, prove_equal
-from geta_hf.surgery.record import Recordings, other_shape, record_sizes, stepping
+from geta_hf.surgery.other_paths import OtherPath, PathError, compare_path, other_paths
+from geta_hf.surgery.record import Recordings, other_shape, record_path, record_sizes, stepping
+from geta_hf.surgery.size_equations import RefusalError
 from geta_hf.surgery.size_trace import SizeTrace, SlicedTrace
 from geta_hf.surgery.slice import slice_model
-from geta_hf.surgery.solve_attributes import solve
+from geta_hf.surgery.solve_attributes import Values, solve
 from geta_hf.utils.copies import copy_module
 from geta_hf.utils.model_io import Batch, map_tensors
 from geta_hf.utils.module_state import HALVES, in_single_precision
@@ -88,13 +90,19 @@ class SurgeryTrial:
         batch: one batch of real inputs.
         space: the pruning space of the model.
         recordings: of this very model on this batch; made here when None.
+        labels: entries that only training passes, to compare in training mode as well.
 
     Raises:
         GETAError: the model cannot run the batch.
     """
 
     def __init__(
-        self, model: PreTrainedModel, batch: Batch, space: PruningSpace, recordings: Recordings | None = None
+        self,
+        model: PreTrainedModel,
+        batch: Batch,
+        space: PruningSpace,
+        recordings: Recordings | None = None,
+        labels: Batch | None = None,
     ) -> None:
         self.model = model
         self.space = space
@@ -106,28 +114,44 @@ class SurgeryTrial:
         # Some models take one shape only, such as images of a fixed size: those are compared on the batch alone.
         if _attempt(lambda: attention_outputs(model, other)) is not None:
             self.batches.append(other)
+        self.paths = other_paths(model, self.batches[0], None if labels is None else _cast(labels, model.dtype))
+        self._recorded: dict[str, tuple[SizeTrace, ...]] = {}
 
     def refusal(self, removal: Removal) -> str | None:
         """Return why the groups cannot be cut away, or None where they can."""
-        try:
-            self._check(removal)
-        except GETAError as error:
-            return str(error)
-        return None
+        shown: dict[str, tuple[SizeTrace, ...]] = {}
+        while True:
+            try:
+                self._check(removal, shown)
+                return None
+            except PathError as error:
+                # Only a path that fails is worth its recording, which shows the attributes that are read on it alone.
+                if error.path.name in shown or not self._record(error.path):
+                    return str(error)
+                shown[error.path.name] = self._recorded[error.path.name]
+            except GETAError as error:
+                return str(error)
 
-    def _check(self, removal: Removal) -> None:
+    def _record(self, path: OtherPath) -> bool:
+        if path.name not in self._recorded:
+            self._recorded[path.name] = record_path(self.model, path)
+        return bool(self._recorded[path.name])
+
+    def _check(self, removal: Removal, shown: Mapping[str, tuple[SizeTrace, ...]]) -> None:
         try:
-            self._compare(removal)
+            self._compare(removal, shown)
+        except PathError:  # which is compared in single precision already
+            raise
         except GETAError:
             if self.model.dtype not in HALVES:
                 raise
             with in_single_precision(self.model):  # what differs may be rounding alone
-                self._compare(removal)
+                self._compare(removal, shown)
 
-    def _compare(self, removal: Removal) -> None:
+    def _compare(self, removal: Removal, shown: Mapping[str, tuple[SizeTrace, ...]]) -> None:
         kept = kept_indices(self.space, removal)
         # Everything from here on is what an export does, so that a trial refuses what an export would refuse.
-        attributes = solve(self.recordings.traces, kept)
+        attributes = solve_with_paths(self.recordings.traces, shown, kept)
         batches = [_cast(batch, self.model.dtype) for batch in self.batches]
         # Parameters are shared, since only those that are cut are replaced: a trial takes their memory and no more.
         compressed = copy_module(self.model, {id(parameter): parameter for parameter in self.model.parameters()})
@@ -135,6 +159,8 @@ class SurgeryTrial:
         if norm_coupled(self.space, removal):
             # A norm divides by its width: zeros count in it, removed channels do not, so masking proves nothing here.
             prove_replay(self.recordings.traces[0], kept, compressed, batches[0])
+            for path in self.paths:
+                compare_path(self.model, compressed, path, equal=False)
             return
         with masked_groups(self.model, self.families.values(), removal):
             for batch in batches:
@@ -142,6 +168,34 @@ class SurgeryTrial:
                 prove_equal(reference, attention_outputs(compressed, batch), self.model.dtype, "cut")
             if self.generates:
                 check_generation(self.model, compressed, batches[0])
+            for path in self.paths:
+                compare_path(self.model, compressed, path)
+
+
+def solve_with_paths(
+    traces: Sequence[SizeTrace],
+    paths: Mapping[str, Sequence[SizeTrace]],
+    kept: Mapping[str, Mapping[int, Tensor]],
+) -> Values:
+    """Find the attributes that change, by the recordings of a batch and of other paths.
+
+    Args:
+        traces: of the batch, at least one.
+        paths: name of a path -> what was recorded on it.
+        kept: as in `solve`.
+
+    Raises:
+        RefusalError: as `solve`; names the path that adds what cannot be met.
+    """
+    values = solve(traces, kept)
+    known = tuple(traces)
+    for name, more in paths.items():
+        known = (*known, *more)
+        try:
+            values = solve(known, kept)
+        except RefusalError as error:
+            raise RefusalError(f"{name}: {error}") from error
+    return values
 
 
 def prove_replay(

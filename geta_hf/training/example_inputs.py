@@ -53,6 +53,12 @@ def inputs_of(model: nn.Module, batch: Mapping[str, Any], left_out: Collection[s
     return inputs
 
 
+def labels_of(model: nn.Module, batch: Mapping[str, Any], left_out: Collection[str]) -> dict[str, Any]:
+    """Return the entries of a batch that are left out and that the forward takes: what training alone passes."""
+    known = inspect.signature(model.forward).parameters
+    return {name: item for name, item in batch.items() if name in left_out and name in known}
+
+
 def _runs(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     """Return whether the model makes an output of these inputs."""
     tensors = next(model.parameters())

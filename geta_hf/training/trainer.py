@@ -31,7 +31,7 @@ from geta_hf.surgery.build_space import prepare_space
 from geta_hf.surgery.drop_layers import DroppedLayers, drop_layers, mean_loss
 from geta_hf.training.checkpoints import Progress, base_name, check_checkpoint, write_notes
 from geta_hf.training.distillation import Distiller, dense_copy
-from geta_hf.training.example_inputs import find_left_out, inputs_of
+from geta_hf.training.example_inputs import find_left_out, inputs_of, labels_of
 from geta_hf.training.float_layers import check_first_gradients, exclude_raw_reads, left_float
 from geta_hf.training.lora import LoraPlan, attach_lora, find_frozen_weights, merged, plan_lora
 from geta_hf.training.loss_terms import LossTerms, Scale
@@ -233,7 +233,12 @@ class GETATrainer(Trainer):
         # Under LoRA every weight is frozen, and groups are removed through the merged weight.
         narrow = None if self.lora is not None else partial(without_untrained, model=model)
         space, _ = prepare_space(
-            model, self._batch, prune=self.geta_config.prune, keep=self.geta_config.keep, narrow=narrow
+            model,
+            self._batch,
+            prune=self.geta_config.prune,
+            keep=self.geta_config.keep,
+            narrow=narrow,
+            labels=self._labels,
         )
         return space
 
@@ -269,6 +274,7 @@ class GETATrainer(Trainer):
         finally:
             self._train_batch_size = full
         self._left_out = find_left_out(model, batch, self.label_names)
+        self._labels = to_device(labels_of(model, batch, self._left_out), self.args.device)
         return to_device(inputs_of(model, batch, self._left_out), self.args.device)
 
     def _check_data(self) -> None:
