@@ -22,8 +22,16 @@ from geta_hf.export.folder_files import (
     write_structure,
 )
 from geta_hf.export.formats import OWN, writer
-from geta_hf.export.plan import check_never_exported, integer_bits, plan_cut, plan_export, read_widths
-from geta_hf.export.steps import cut, fill, prove, publish
+from geta_hf.export.plan import (
+    ExportPlan,
+    check_never_exported,
+    integer_bits,
+    plan_cut,
+    plan_export,
+    read_widths,
+    with_path,
+)
+from geta_hf.export.steps import Proof, cut, fill, prove, publish
 from geta_hf.methods.base import CompressionResult
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.serialization.atomic_folder import check_target
@@ -31,6 +39,7 @@ from geta_hf.serialization.embeddings import RoundedEmbedding, rounded_embedding
 from geta_hf.serialization.encode import activation_bits, weight_bits
 from geta_hf.serialization.packed_layers import packed_layers
 from geta_hf.serialization.sizes import check_shards, tensor_bytes
+from geta_hf.surgery.other_paths import PathError
 from geta_hf.utils.copies import copy_module
 from geta_hf.utils.process_state import exclusive
 
@@ -152,8 +161,7 @@ def export(
     # The trained model is the reference of the proof, so its embedding is rounded for as long as the proof lasts.
     # Else the proof would find the rounding itself, and could not tell it from a fault of the cut.
     with rounded_embedding(model, embedding_bits) as embedding:
-        compressed = fill(cut(model, plan), plan, embedding)
-        proof = prove(model, compressed, plan)
+        plan, compressed, proof = _cut_and_prove(model, plan, embedding)
     # The folder has to give the outputs that the proof has found, so they are not computed again. Formats for other
     # programs compare in their own way (ONNX on the CPU in fp32) and hold no structure file.
     if format == OWN:
@@ -167,6 +175,18 @@ def export(
 
     difference = publish(target, compressed, plan, proof, write, add_files, overwrite)
     return _report(target, compressed, plan.kept_counts, difference)
+
+
+def _cut_and_prove(
+    model: PreTrainedModel, plan: ExportPlan, embedding: RoundedEmbedding | None
+) -> tuple[ExportPlan, PreTrainedModel, Proof]:
+    """Cut, fill and prove; once more for each path whose attributes the recordings had not shown."""
+    while True:
+        compressed = fill(cut(model, plan), plan, embedding)
+        try:
+            return plan, compressed, prove(model, compressed, plan)
+        except PathError as error:
+            plan = with_path(model, plan, error)
 
 
 def compress(

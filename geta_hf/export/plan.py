@@ -7,7 +7,7 @@ second one takes memory.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,12 @@ from geta_hf.serialization.embeddings import input_embedding
 from geta_hf.serialization.hf_quantizer import GETAQuantizationConfig, has_quantizer
 from geta_hf.serialization.packed_layers import packed_layers
 from geta_hf.serialization.tied_weights import check_ties
-from geta_hf.surgery.record import Recordings, record_batch, record_sizes
+from geta_hf.surgery.other_paths import PathError
+from geta_hf.surgery.record import Recordings, record_batch, record_path, record_sizes
 from geta_hf.surgery.size_trace import SizeTrace
 from geta_hf.surgery.solve_attributes import solve
 from geta_hf.surgery.symbolic_int import Attribute
-from geta_hf.surgery.verify import norm_coupled
+from geta_hf.surgery.verify import norm_coupled, solve_with_paths
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class ExportPlan:
         kept_counts: family -> (groups kept, groups before).
         norms: whether a norm runs over something that is removed, so that zeros do not do what a cut does.
         recordings: of the trained model without its quantizers; None where nothing is removed.
+        paths: name of a path on which a first cut failed -> what was recorded on it.
     """
 
     batch: Mapping[str, Tensor]
@@ -51,6 +53,7 @@ class ExportPlan:
     kept_counts: dict[str, tuple[int, int]]
     norms: bool
     recordings: Recordings | None
+    paths: Mapping[str, tuple[SizeTrace, ...]] = field(default_factory=dict)
 
 
 def plan_export(
@@ -140,6 +143,28 @@ def plan_cut(
         norms=norm_coupled(space, removed),
         recordings=recordings,
     )
+
+
+def with_path(model: PreTrainedModel, plan: ExportPlan, error: PathError) -> ExportPlan:
+    """Return a plan whose attributes also suit a path on which the cut model failed.
+
+    Args:
+        model: trained; unchanged afterwards.
+        plan: by which it was cut.
+        error: what the proof found on the path.
+
+    Raises:
+        PathError: the path was recorded before, or no attributes suit it.
+    """
+    name = error.path.name
+    if plan.recordings is None or name in plan.paths:
+        raise error
+    with without_quantizers(model):
+        recorded = record_path(model, error.path)
+    if not recorded:
+        raise error
+    paths = {**plan.paths, name: recorded}
+    return replace(plan, paths=paths, attributes=solve_with_paths(plan.recordings.traces, paths, plan.kept))
 
 
 def _record(model: PreTrainedModel, batch: Mapping[str, Tensor], first: SizeTrace | None) -> Recordings:

@@ -333,9 +333,14 @@ def _seeded(seed: int) -> Iterator[None]:
 class _WithoutDropout(TorchFunctionMode):
     """Let nothing be dropped in training mode, whether a module, a function or the attention does it."""
 
-    _dropouts = frozenset(
-        [functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d]
-        + [functional.alpha_dropout, functional.feature_alpha_dropout, torch.dropout]
+    _dropouts = (
+        functional.dropout,
+        functional.dropout1d,
+        functional.dropout2d,
+        functional.dropout3d,
+        functional.alpha_dropout,
+        functional.feature_alpha_dropout,
+        torch.dropout,
     )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -370,6 +375,5 @@ def _indexed(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Iterator[tuple[
     elif func in (torch.gather, Tensor.gather, torch.index_select, Tensor.index_select):
         tensor, dim, index = (*args, *(kwargs[name] for name in ("input", "dim", "index") if name in kwargs))[:3]
         yield index, tensor.shape[dim]
-    elif func is Tensor.__getitem__ and isinstance(args[1], Tensor) and not args[1].is_floating_point():
-        if args[1].dtype not in (torch.bool, torch.uint8):
-            yield args[1], args[0].shape[0]
+    elif func is Tensor.__getitem__ and getattr(args[1], "dtype", None) in (torch.int32, torch.int64):  # no mask
+        yield args[1], args[0].shape[0]

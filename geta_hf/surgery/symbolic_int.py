@@ -179,22 +179,16 @@ def _comparison(name: str) -> Any:
     return method
 
 
-def _division(name: str) -> Any:
-    compute = getattr(int, name)
-
-    def method(self: TaggedInt, other: Any) -> Any:
-        result = compute(self, other)
-        operands = tuple(self.log.expression_of(number) for number in (self, other) if isinstance(number, int))
-        if len(operands) < 2 or type(result) is not float or not result.is_integer():
-            self.log.used(self, (other,))
-        elif not all(isinstance(operand, int) for operand in operands):
-            # `int(hidden_size / heads)` is a size, and both numbers may shrink as long as their quotient does not.
-            ordered = operands[::-1] if name == "__rtruediv__" else operands
-            where = location()
-            self.log.uses += [Use(Operation("floordiv", ordered), where), Use(Operation("mod", ordered), where)]
+def _divide(self: TaggedInt, other: Any) -> Any:
+    result = int.__truediv__(self, other)
+    operands = (self.log.expression_of(self), self.log.expression_of(other)) if isinstance(other, TaggedInt) else ()
+    if not operands or any(isinstance(operand, int) for operand in operands) or not result.is_integer():
+        self.log.used(self, (other,))
         return result
-
-    return method
+    # `int(hidden_size / heads)` is a size: both numbers may shrink, as long as their quotient does not.
+    where = location()
+    self.log.uses += [Use(Operation("floordiv", operands), where), Use(Operation("mod", operands), where)]
+    return result
 
 
 def _use(name: str) -> Any:
@@ -251,6 +245,6 @@ class TaggedInt(int):
     __gt__, __ge__ = _comparison("__gt__"), _comparison("__ge__")
     # From here on the results are no integers: `head_dim ** -0.5` and `math.sqrt(head_dim)` are scales that the model
     # was trained with, and a cut must not change them.
-    __truediv__, __rtruediv__ = _division("__truediv__"), _division("__rtruediv__")
+    __truediv__, __rtruediv__ = _divide, _use("__rtruediv__")
     __pow__, __rpow__ = _use("__pow__"), _use("__rpow__")
     __float__ = _use("__float__")
