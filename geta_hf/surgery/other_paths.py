@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -61,12 +61,14 @@ class OtherPath:
         batch: keyword arguments of the forward.
         embedded: the name of the tokens that are replaced by `inputs_embeds`; None where they remain.
         training: whether the model is in training mode, with every dropout switched off.
+        instead: what is tried where the model does not run this path, such as each of several inputs alone.
     """
 
     name: str
     batch: Mapping[str, Any] = field(repr=False)
     embedded: str | None = None
     training: bool = False
+    instead: tuple[OtherPath, ...] = field(default=(), repr=False)
 
     def call(self, model: nn.Module, forward: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
         """Run `forward` of the model on the inputs in this way; the state of the model may change."""
@@ -149,42 +151,63 @@ def _first_row(batch: Batch) -> dict[str, Any]:
 
 
 def _options(model: PreTrainedModel, batch: Batch) -> Iterator[OtherPath]:
-    """Yield the batch without each of its optional inputs, and with each of those that it lacks."""
+    """Yield the batch without its optional inputs, with flags that it lacks, and with inputs that it lacks."""
     small = _first_row(batch)
     arguments = inspect.signature(type(model).forward).parameters
     optional = {name: argument for name, argument in arguments.items() if argument.default in (None, False)}
-    for name in small:
-        if name in optional and name != model.main_input_name:
-            yield OtherPath(f"without {name}", {key: item for key, item in small.items() if key != name})
+    given = [name for name in small if name in optional and name != model.main_input_name]
+    yield from _together("without", [(small, [name], {}) for name in given])
     flags = {name for name, argument in optional.items() if "bool" in str(argument.annotation)}
     if any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values()):
         flags.update(_FLAGS)
-    for name in sorted(flags.difference(small, _BY_NAME)):
-        yield OtherPath(f"with {name}=True", {**small, name: True})
+    new = sorted(flags.difference(small, _BY_NAME))
+    yield from _together("with", [(small, [], {name: True}) for name in new])
     main = small.get(model.main_input_name)
     if not isinstance(main, Tensor) or main.dim() != 2 or main.is_floating_point():
         return
     if "inputs_embeds" in optional:
         yield OtherPath("with inputs_embeds", small, embedded=model.main_input_name)
-    lacking = [name for name in optional if name not in small and name not in flags]
-    yield from _with_more(small, main, lacking)
+    # One entry for each head would have another shape after a cut.
+    lacking = [name for name in optional if name.endswith(("_ids", "_mask")) and "head" not in name]
+    more = {name: _made_up(name, main) for name in lacking if name not in small and name not in flags}
+    yield from _together("with", [(small, [], {name: item}) for name, item in more.items()], _related(small, more))
 
 
-def _with_more(batch: Batch, main: Tensor, lacking: Collection[str]) -> Iterator[OtherPath]:
-    """Yield the batch with each input that it lacks, of those whose form their name tells; related ones together."""
-    found: dict[str, Tensor] = {}
-    for name in lacking:
-        # One entry for each head would have another shape after a cut.
-        if name.endswith(("_ids", "_mask")) and "head" not in name:
-            found[name] = _made_up(name, main)
-    for name, item in found.items():
-        yield OtherPath(f"with {name}", {**batch, name: item})
-    for prefix in dict.fromkeys(name.partition("_")[0] for name in found):
-        related = {name: item for name, item in found.items() if name.partition("_")[0] == prefix}
-        if len(related) > 1 and prefix not in ("input", "position", "attention"):
-            wider = {name: item[..., None] for name, item in related.items() if name.endswith("position_ids")}
-            for more in (related, {**related, **wider}) if wider else (related,):
-                yield OtherPath(f"with {', '.join(more)}", {**batch, **more})
+_Change: TypeAlias = tuple[Batch, Sequence[str], Mapping[str, Any]]
+"""A batch, what it loses and what it gains."""
+
+
+def _together(word: str, changes: Sequence[_Change], others: Sequence[_Change] = ()) -> Iterator[OtherPath]:
+    """Yield one path with all changes of a batch; where a model does not run it, each of them, and others, alone."""
+    if not changes:
+        return
+    alone = tuple(_changed(word, change) for change in (*changes, *others))
+    if len(changes) == 1:
+        yield alone[0]
+        return
+    lost = [name for _, names, _ in changes for name in names]
+    gained = {name: item for _, _, items in changes for name, item in items.items()}
+    everything = _changed(word, (changes[0][0], lost, gained))
+    yield replace(everything, instead=alone)
+
+
+def _changed(word: str, change: _Change) -> OtherPath:
+    batch, lost, gained = change
+    rest = {name: item for name, item in batch.items() if name not in lost}
+    return OtherPath(f"{word} {', '.join((*lost, *gained))}", {**rest, **gained})
+
+
+def _related(batch: Batch, more: Mapping[str, Tensor]) -> list[_Change]:
+    """Return the inputs that belong together by the first word of their names, such as those of entities."""
+    found: list[_Change] = []
+    for prefix in dict.fromkeys(name.partition("_")[0] for name in more):
+        items = {name: item for name, item in more.items() if name.partition("_")[0] == prefix}
+        if len(items) < 2:
+            continue
+        # An entity is a span of several tokens, whose positions are one dim more.
+        wider = {name: item[..., None] for name, item in items.items() if name.endswith("position_ids")}
+        found += [(batch, (), items), (batch, (), {**items, **wider})]
+    return found
 
 
 def _made_up(name: str, main: Tensor) -> Tensor:
@@ -240,6 +263,8 @@ def compare_path(trained: PreTrainedModel, cut: PreTrainedModel, path: OtherPath
     """
     reference = _attempt(trained, path)
     if reference is None:
+        for other in path.instead:
+            compare_path(trained, cut, other, equal)
         return
     try:
         found = path_outputs(cut, path)
