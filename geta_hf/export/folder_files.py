@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,10 +32,22 @@ class SupportsSave(Protocol):
     def save_pretrained(self, save_directory: str, /) -> Any: ...
 
 
-def write_structure(folder: Path, model: PreTrainedModel, kept: Mapping[str, tuple[int, int]]) -> None:
-    """Write `STRUCTURE_NAME` of a compressed model: family -> (groups kept, groups before), and the bits of layers."""
-    structure = {"version": STRUCTURE_VERSION, "kept": kept, "bits": weight_bits(model)}
-    _write_json(folder / STRUCTURE_NAME, structure | {"activation_bits": activation_bits(model)})
+def write_structure(
+    folder: Path, model: PreTrainedModel, kept: Mapping[str, tuple[int, int]], untouched: Sequence[str] = ()
+) -> None:
+    """Write `STRUCTURE_NAME` of a compressed model.
+
+    Args:
+        folder: that gets the file.
+        model: compressed, whose bits are written too.
+        kept: family -> (groups kept, groups before).
+        untouched: parameters that no recorded forward read; the file does not mention them where there are none.
+    """
+    structure: dict[str, Any] = {"version": STRUCTURE_VERSION, "kept": kept, "bits": weight_bits(model)}
+    structure["activation_bits"] = activation_bits(model)
+    if untouched:
+        structure["untouched"] = list(untouched)
+    _write_json(folder / STRUCTURE_NAME, structure)
 
 
 def copy_beside(source: Path, target: Path, structure: bool) -> None:

@@ -43,6 +43,7 @@ class ExportPlan:
         kept_counts: family -> (groups kept, groups before).
         norms: whether a norm runs over something that is removed, so that zeros do not do what a cut does.
         recordings: of the trained model without its quantizers; None where nothing is removed.
+        untouched: parameters that the recorded forward of the space did not read.
         paths: name of a path on which a first cut failed -> what was recorded on it.
     """
 
@@ -53,6 +54,7 @@ class ExportPlan:
     kept_counts: dict[str, tuple[int, int]]
     norms: bool
     recordings: Recordings | None
+    untouched: tuple[str, ...] = ()
     paths: Mapping[str, tuple[SizeTrace, ...]] = field(default_factory=dict)
 
 
@@ -142,6 +144,7 @@ def plan_cut(
         kept_counts={name: (int((~mask).sum()), mask.numel()) for name, mask in removed.items()},
         norms=norm_coupled(space, removed),
         recordings=recordings,
+        untouched=space.untouched,
     )
 
 

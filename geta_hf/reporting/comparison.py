@@ -36,12 +36,14 @@ class Structure:
         bits: module path -> bits of its packed weight, in model order.
         activation_bits: module path -> bits of its input, for the layers that round it; in model order.
         dropped: paths in the dense model of entire layers that were removed before anything else.
+        untouched: parameters that no recorded forward read, so that no proof covers them.
     """
 
     kept: dict[str, tuple[int, int]]
     bits: dict[str, int]
     activation_bits: dict[str, int] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
+    untouched: tuple[str, ...] = ()
 
     def of_kind(self, kind: str) -> list[tuple[int, int]]:
         """Return (kept, before) of every family of a kind, such as `heads`, in model order."""
@@ -63,11 +65,13 @@ def read_structure(folder: str | os.PathLike[str]) -> Structure:
         bits = {name: int(width) for name, width in stored["bits"].items()}
         # Folders of the first versions lack this key.
         inputs = {name: int(width) for name, width in stored.get("activation_bits", {}).items()}
+        untouched = tuple(map(str, stored.get("untouched", ())))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise GETAError(f"{path} can't be read ({error}); is {folder} an exported folder?") from error
     # A number says how many were asked for, a list which ones were dropped; only the run's own config has the list.
     dropped = _run_config(folder).drop_layers
-    return Structure(kept, bits, inputs, tuple(dropped) if isinstance(dropped, list) else ())
+    layers = tuple(dropped) if isinstance(dropped, list) else ()
+    return Structure(kept, bits, inputs, layers, untouched)
 
 
 def is_export(folder: Path) -> bool:

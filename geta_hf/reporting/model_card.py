@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from geta_hf.reporting.folder_summary import (
     read_metrics,
     read_summary,
 )
+from geta_hf.reporting.graph_page import gather
 from geta_hf.reporting.structure_svg import BITS, Grid, Row, draw, layer_grid, printable
 from geta_hf.utils.files import write_whole
 from geta_hf.utils.tables import format_table
@@ -194,10 +195,20 @@ def _body(summary: FolderSummary, base_model: str | None, metrics: Metrics, name
         f"## Bytes\n\n{parts}",
         "## How to load it\n\n" + "\n\n".join(_way(way) for way in ways_to_load(summary, name)),
     ]
+    if summary.structure.untouched:
+        sections.append(f"## Not covered\n\n{_not_covered(summary.structure.untouched)}")
     if summary.config:
         sections.append("## GETAConfig\n\n" + _fenced(json.dumps(summary.config, indent=2), "json"))
     versions = "; ".join(f"{name} {version}" for name, version in summary.versions.items())
     return "\n\n".join((*sections, f"## Versions\n\n{_cell(versions)}"))
+
+
+def _not_covered(names: Sequence[str]) -> str:
+    listed = "\n".join(f"- {_cell(name)}" for name in gather(names))
+    return (
+        "The forward pass that the model was compressed and proved on read none of these parameters. Inputs that reach "
+        f"them run code that was not checked:\n\n{listed}"
+    )
 
 
 _COUNTED = (

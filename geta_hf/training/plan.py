@@ -20,6 +20,7 @@ from geta_hf.qadg import PruningSpace
 from geta_hf.qadg.group_labels import family_starts
 from geta_hf.quantization import quantized_layers
 from geta_hf.quantization.quantizer import Quantizer
+from geta_hf.reporting.graph_page import gather
 from geta_hf.serialization.embeddings import input_embedding
 from geta_hf.serialization.sizes import stored_names
 from geta_hf.utils.tables import format_table
@@ -64,6 +65,8 @@ class Plan:
             the largest first.
         unquantized_share: their share of all matrix weights in those lists.
         left_float: layers without a quantizer, since the model reads their weights itself; numbers as `*`.
+        untouched: parameters that the recorded forward did not read: nothing of them is pruned, and no proof covers
+            them.
 
     Example:
         >>> import torch
@@ -89,6 +92,7 @@ class Plan:
     unquantized: tuple[str, ...] = ()
     unquantized_share: float = 0.0
     left_float: tuple[str, ...] = ()
+    untouched: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         header = ("families", "number", "groups of each", "to remove if even", "kept")
@@ -108,6 +112,10 @@ class Plan:
         if self.left_float:
             lines.append(
                 f"left in floating point, as the model reads their weights itself: {', '.join(self.left_float)}"
+            )
+        if self.untouched:
+            lines.append(
+                f"not read by the batch's forward, so not pruned and not proved: {', '.join(gather(self.untouched))}"
             )
         return "\n".join(lines)
 
@@ -148,6 +156,7 @@ def make_plan(
         unquantized=unquantized,
         unquantized_share=share,
         left_float=left_float,
+        untouched=space.untouched,
     )
 
 
