@@ -157,15 +157,14 @@ def with_path(model: PreTrainedModel, plan: ExportPlan, error: PathError) -> Exp
         error: what the proof found on the path.
 
     Raises:
-        PathError: the path was recorded before, or no attributes suit it.
+        PathError: the path was recorded before.
+        RefusalError: no attributes suit it.
     """
     name = error.path.name
     if plan.recordings is None or name in plan.paths:
         raise error
     with without_quantizers(model):
         recorded = record_path(model, error.path)
-    if not recorded:
-        raise error
     paths = {**plan.paths, name: recorded}
     return replace(plan, paths=paths, attributes=solve_with_paths(plan.recordings.traces, paths, plan.kept))
 

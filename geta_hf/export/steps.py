@@ -166,7 +166,7 @@ def _compare(model: PreTrainedModel, compressed: PreTrainedModel, plan: ExportPl
         if plan.kept:  # without a cut the code and its sizes are those of the trained model on every path
             with float_inputs(model):
                 for path in other_paths(model, plan.batch):
-                    compare_path(model, compressed, path, equal=not plan.norms)
+                    compare_path(model, compressed, path, plan.paths, equal=not plan.norms)
     if activation_bits(compressed):  # the folder rounds inputs again, as this model does
         outputs = attention_outputs(compressed, plan.batch)
     return Proof(difference, outputs)

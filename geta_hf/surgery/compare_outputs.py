@@ -156,7 +156,7 @@ def widened(model: PreTrainedModel) -> Iterator[None]:
                 weight.data = data
 
 
-def prove_equal(reference: Outputs, found: Outputs, dtype: torch.dtype, what: str) -> float:
+def prove_equal(reference: Outputs, found: Outputs, dtype: torch.dtype, what: str, least_scale: float = 1.0) -> float:
     """Compare two models' outputs.
 
     Args:
@@ -164,6 +164,7 @@ def prove_equal(reference: Outputs, found: Outputs, dtype: torch.dtype, what: st
         found: of the model under test, on the same batch.
         dtype: the model's, which sets the tolerance.
         what: how to call the model under test in an error.
+        least_scale: what an output's scale is taken as where all its values are smaller.
 
     Returns:
         The largest absolute difference.
@@ -180,7 +181,7 @@ def prove_equal(reference: Outputs, found: Outputs, dtype: torch.dtype, what: st
                 shape = None if actual is None else tuple(actual.shape)
                 raise GETAError(f"{where} has shape {shape}, the trained model's {tuple(expected.shape)}")
             difference = _difference(expected, actual)
-            allowed = TOLERANCE[dtype] * _scale(expected)
+            allowed = TOLERANCE[dtype] * _scale(expected, least_scale)
             if not difference <= allowed:  # also true of NaN
                 raise GETAError(
                     f"{where} differs by {difference:.3g} from the trained model's; allowed is {allowed:.3g}"
@@ -197,7 +198,7 @@ def _difference(expected: Tensor, actual: Tensor) -> float:
     return float(torch.stack(gaps).max()) if gaps else 0.0
 
 
-def _scale(expected: Tensor) -> float:
+def _scale(expected: Tensor, least: float) -> float:
     sizes = (piece.abs() for piece in expected.flatten().split(_PIECE) if piece.numel())
     largest = [torch.where(size < _FILLER, size, 0.0).max() for size in sizes]
-    return max(1.0, float(torch.stack(largest).max())) if largest else 1.0
+    return max(least, float(torch.stack(largest).max())) if largest else least

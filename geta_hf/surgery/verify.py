@@ -126,16 +126,16 @@ class SurgeryTrial:
                 return None
             except PathError as error:
                 # Only a path that fails is worth its recording, which shows the attributes that are read on it alone.
-                if error.path.name in shown or not self._record(error.path):
+                if error.path.name in shown:
                     return str(error)
-                shown[error.path.name] = self._recorded[error.path.name]
+                shown[error.path.name] = self._record(error.path)
             except GETAError as error:
                 return str(error)
 
-    def _record(self, path: OtherPath) -> bool:
+    def _record(self, path: OtherPath) -> tuple[SizeTrace, ...]:
         if path.name not in self._recorded:
             self._recorded[path.name] = record_path(self.model, path)
-        return bool(self._recorded[path.name])
+        return self._recorded[path.name]
 
     def _check(self, removal: Removal, shown: Mapping[str, tuple[SizeTrace, ...]]) -> None:
         try:
@@ -160,7 +160,7 @@ class SurgeryTrial:
             # A norm divides by its width: zeros count in it, removed channels do not, so masking proves nothing here.
             prove_replay(self.recordings.traces[0], kept, compressed, batches[0])
             for path in self.paths:
-                compare_path(self.model, compressed, path, equal=False)
+                compare_path(self.model, compressed, path, shown, equal=False)
             return
         with masked_groups(self.model, self.families.values(), removal):
             for batch in batches:
@@ -169,7 +169,7 @@ class SurgeryTrial:
             if self.generates:
                 check_generation(self.model, compressed, batches[0])
             for path in self.paths:
-                compare_path(self.model, compressed, path)
+                compare_path(self.model, compressed, path, shown)
 
 
 def solve_with_paths(
