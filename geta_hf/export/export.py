@@ -31,7 +31,7 @@ from geta_hf.export.plan import (
     read_widths,
     with_path,
 )
-from geta_hf.export.steps import Proof, cut, fill, prove, publish
+from geta_hf.export.steps import CutModel, cut, fill, prove, prove_paths, publish
 from geta_hf.methods.base import CompressionResult
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.serialization.atomic_folder import check_target
@@ -163,7 +163,9 @@ def export(
     # The trained model is the reference of the proof, so its embedding is rounded for as long as the proof lasts.
     # Else the proof would find the rounding itself, and could not tell it from a fault of the cut.
     with rounded_embedding(model, embedding_bits) as embedding:
-        plan, compressed, proof = _cut_and_prove(model, plan, embedding)
+        plan, smaller = _cut(model, plan)
+        compressed = fill(smaller, plan, embedding)
+        proof = prove(model, compressed, plan)
     # The folder has to give the outputs that the proof has found, so they are not computed again. Formats for other
     # programs compare in their own way (ONNX on the CPU in fp32) and hold no structure file.
     if format == OWN:
@@ -185,14 +187,13 @@ def export(
     return _report(target, compressed, plan, difference)
 
 
-def _cut_and_prove(
-    model: PreTrainedModel, plan: ExportPlan, embedding: RoundedEmbedding | None
-) -> tuple[ExportPlan, PreTrainedModel, Proof]:
-    """Cut, fill and prove; once more for each path whose attributes the recordings had not shown."""
+def _cut(model: PreTrainedModel, plan: ExportPlan) -> tuple[ExportPlan, CutModel]:
+    """Cut the model; once more for each path that reads attributes which the recordings had not shown."""
     while True:
-        compressed = fill(cut(model, plan), plan, embedding)
+        smaller = cut(model, plan)
         try:
-            return plan, compressed, prove(model, compressed, plan)
+            prove_paths(model, smaller, plan)
+            return plan, smaller
         except PathError as error:
             plan = with_path(model, plan, error)
 

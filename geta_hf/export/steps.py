@@ -27,6 +27,7 @@ from geta_hf.quantization import (
     fixed_quantizer,
     float_inputs,
     quantized_layers,
+    without_quantizers,
 )
 from geta_hf.serialization.atomic_folder import write_folder
 from geta_hf.serialization.embeddings import RoundedEmbedding
@@ -34,7 +35,7 @@ from geta_hf.serialization.encode import activation_bits, pack_layer, weight_hol
 from geta_hf.serialization.hf_quantizer import attach_quantizer
 from geta_hf.surgery.compare_outputs import Outputs, attention_outputs, prove_alike
 from geta_hf.surgery.fixes import Fixes
-from geta_hf.surgery.other_paths import PathError, compare_path, other_paths
+from geta_hf.surgery.other_paths import compare_path, other_paths
 from geta_hf.surgery.slice import slice_model
 from geta_hf.surgery.verify import prove_replay
 from geta_hf.utils.copies import copy_module
@@ -83,6 +84,28 @@ def cut(model: PreTrainedModel, plan: ExportPlan) -> CutModel:
     # A quantizer with a step size for each channel loses those of the removed channels, as the weight loses its rows.
     cut_quantizers(compressed, plan.kept)
     return CutModel(compressed, fixes)
+
+
+def prove_paths(model: PreTrainedModel, cut_model: CutModel, plan: ExportPlan) -> None:
+    """Compare the cut model with the trained one on paths that the batch does not take.
+
+    Both run without quantizers: which code runs, and on which sizes, does not depend on them, and to round every weight
+    for each of the paths would take longer than all the rest.
+
+    Args:
+        model: trained; unchanged afterwards.
+        cut_model: not filled yet.
+        plan: by which it was cut.
+
+    Raises:
+        PathError: the cut model fails, or computes something else.
+    """
+    # Without a cut the code and its sizes are those of the trained model on every path.
+    if not plan.kept:
+        return
+    with without_quantizers(model), without_quantizers(cut_model.model):
+        for path in other_paths(model, plan.batch):
+            compare_path(model, cut_model.model, path, plan.paths, equal=not plan.norms)
 
 
 @torch.no_grad()
@@ -134,13 +157,10 @@ def prove(model: PreTrainedModel, compressed: PreTrainedModel, plan: ExportPlan)
     compressed model's own weights, takes the place of the trained model.
 
     Raises:
-        PathError: the models agree on the batch, but not on a path that the batch does not take.
         GETAError: an output differs by more than the tolerance; names a layer whose quantizer had no effect, if any.
     """
     try:
         return _compare(model, compressed, plan)
-    except PathError:  # what fails there alone is no quantizer
-        raise
     except GETAError as error:
         inputs = {name: tensor.to(model.device) for name, tensor in plan.batch.items()}
         raw = find_raw_reads(model, quantized_layers(model), inputs)
@@ -163,10 +183,6 @@ def _compare(model: PreTrainedModel, compressed: PreTrainedModel, plan: ExportPl
             with float_inputs(model):
                 trained = attention_outputs(model, plan.batch)
                 difference = prove_alike(model, trained, compressed, plan.batch, "cut", outputs)
-        if plan.kept:  # without a cut the code and its sizes are those of the trained model on every path
-            with float_inputs(model):
-                for path in other_paths(model, plan.batch):
-                    compare_path(model, compressed, path, plan.paths, equal=not plan.norms)
     if activation_bits(compressed):  # the folder rounds inputs again, as this model does
         outputs = attention_outputs(compressed, plan.batch)
     return Proof(difference, outputs)
