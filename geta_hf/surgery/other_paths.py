@@ -51,7 +51,8 @@ class PathError(GETAError):
     """
 
     def __init__(self, path: OtherPath, reason: str) -> None:
-        super().__init__(f"{path.name}: {reason}")
+        remedy = "; train on batches that have these inputs, so that they are taken into account" if path.adds else ""
+        super().__init__(f"{path.name}: {reason}{remedy}")
         self.path = path
 
 
@@ -64,6 +65,7 @@ class OtherPath:
         batch: keyword arguments of the forward.
         embedded: the name of the tokens that are replaced by `inputs_embeds`; None where they remain.
         training: whether the model is in training mode, with every dropout switched off.
+        adds: whether it has inputs that the batch lacks.
         instead: what is tried where the model does not run this path, such as each of several inputs alone.
     """
 
@@ -71,6 +73,7 @@ class OtherPath:
     batch: Mapping[str, Any] = field(repr=False)
     embedded: str | None = None
     training: bool = False
+    adds: bool = False
     instead: tuple[OtherPath, ...] = field(default=(), repr=False)
 
     def call(self, model: nn.Module, forward: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
@@ -208,7 +211,9 @@ def _together(word: str, changes: Sequence[_Change], others: Sequence[_Change] =
 def _changed(word: str, change: _Change) -> OtherPath:
     batch, lost, gained = change
     rest = {name: item for name, item in batch.items() if name not in lost}
-    return OtherPath(f"{word} {', '.join((*lost, *gained))}", {**rest, **gained})
+    # A flag can't be part of a batch of a data set, but tensors can.
+    adds = any(isinstance(item, Tensor) for item in gained.values())
+    return OtherPath(f"{word} {', '.join((*lost, *gained))}", {**rest, **gained}, adds=adds)
 
 
 def _related(batch: Batch, more: Mapping[str, Tensor]) -> list[_Change]:

@@ -23,6 +23,8 @@ from transformers import (
 from geta_hf.errors import GETAError
 from geta_hf.export import export
 from geta_hf.qadg import PruningSpace, build_space
+from geta_hf.reporting.comparison import read_structure
+from geta_hf.reporting.model_card import write_card
 from geta_hf.surgery import other_paths as paths
 from geta_hf.surgery import verify as gate
 from geta_hf.surgery.build_space import prepare_space
@@ -65,14 +67,14 @@ def test_short_text_that_runs_other_code_is_exported_and_equal(tmp_path: Path) -
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-class _SlopesConfig(PreTrainedConfig):
+class SlopesConfig(PreTrainedConfig):
     model_type = "slopes"
 
 
-class _Slopes(PreTrainedModel):
+class Slopes(PreTrainedModel):
     """Attention with a slope for each head: a table that is computed again for text of more than 16 tokens."""
 
-    config_class = _SlopesConfig
+    config_class = SlopesConfig
     anew_beyond = 16
     fixed_in_training = False
 
@@ -84,6 +86,7 @@ class _Slopes(PreTrainedModel):
         self.out = nn.Linear(16, 16)
         self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
         self.head = nn.Linear(16, 2)
+        self.scale = nn.Parameter(torch.ones(1))
         self.slopes = nn.Parameter(2.0 ** -torch.arange(1, 5))
         self.post_init()
 
@@ -98,7 +101,7 @@ class _Slopes(PreTrainedModel):
         weights = (q @ k.transpose(2, 3) / 2 - slopes.view(-1, 1, 1) * distance.abs()).softmax(-1)
         mixed = (weights @ v).transpose(1, 2)
         if scale_mask is not None:
-            mixed = mixed * scale_mask.view(rows, length, 1, 1).expand(rows, length, self.heads, 4)
+            mixed = mixed * self.scale * scale_mask.view(rows, length, 1, 1).expand(rows, length, self.heads, 4)
         if self.training and labels is not None:
             mixed = mixed.reshape(rows, length, 16) if self.fixed_in_training else mixed
         x = x + self.out(mixed.flatten(2))
@@ -108,9 +111,9 @@ class _Slopes(PreTrainedModel):
         return {"logits": logits} if loss is None else {"loss": loss, "logits": logits}
 
 
-def slopes() -> _Slopes:
+def slopes() -> Slopes:
     torch.manual_seed(0)
-    return _Slopes(_SlopesConfig()).eval()
+    return Slopes(SlopesConfig()).eval()
 
 
 def test_a_table_computed_anew_for_longer_text_is_refused_before_training() -> None:
@@ -141,13 +144,17 @@ def test_an_input_that_reads_parameters_of_its_own_is_refused() -> None:
 def test_an_attribute_that_an_optional_input_alone_reads_is_changed_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_Slopes, "anew_beyond", 1000)
+    monkeypatch.setattr(Slopes, "anew_beyond", 1000)
     model, batch = slopes(), tokens(12)
     space, _ = prepare_space(model, batch)
     assert {family.kind for family in space.prunable} == {"heads", "channels"}
     train_by_hand(model, space)
-    export(model, tmp_path / "out", space=space, batch=batch)
-    reloaded = _Slopes.from_pretrained(tmp_path / "out").eval()
+    report = export(model, tmp_path / "out", space=space, batch=batch)
+    # What only the optional input reads is named, in the folder and in its card too.
+    assert report.untouched == read_structure(tmp_path / "out").untouched == ("scale",)
+    card = write_card(tmp_path / "out").read_text()
+    assert "## Not covered" in card and "- scale\n" in card
+    reloaded = Slopes.from_pretrained(tmp_path / "out").eval()
     assert reloaded.heads < 4
     with torch.no_grad():
         for optional in ({}, {"scale_mask": torch.rand(2, 12)}):
@@ -177,7 +184,7 @@ def test_an_index_beyond_a_table_is_found_before_a_gpu_sees_it() -> None:
 
 
 def test_code_of_training_alone_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_Slopes, "fixed_in_training", True)
+    monkeypatch.setattr(Slopes, "fixed_in_training", True)
     model, labels = slopes(), {"labels": torch.tensor([0, 1])}
     space = build_space(model, tokens(12))
     assert "heads" not in reasons(_only_training(model, space, None))
@@ -199,9 +206,9 @@ def test_nothing_is_dropped_in_training_mode_and_all_state_comes_back() -> None:
 
 def test_outputs_that_depend_on_chance_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = slopes()
-    usual = _Slopes.forward
+    usual = Slopes.forward
     monkeypatch.setattr(
-        _Slopes, "forward", lambda self, **given: {"logits": usual(self, **given)["logits"] + torch.rand(self.heads)[0]}
+        Slopes, "forward", lambda self, **given: {"logits": usual(self, **given)["logits"] + torch.rand(self.heads)[0]}
     )
     other = slopes()
     other.heads = 3
