@@ -63,9 +63,17 @@ def read_structure(folder: str | os.PathLike[str]) -> Structure:
         # Folders of the first versions lack this key.
         inputs = {name: int(width) for name, width in stored.get("activation_bits", {}).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise GETAError(f"{path} can't be read ({error}); is {folder} an exported folder?") from error
+        inside = export_inside(Path(folder))
+        remedy = f"is {folder} an exported folder?" if inside is None else f"give the export of this run, {inside}"
+        raise GETAError(f"{path} can't be read ({error}); {remedy}") from error
     dropped = _run_config(folder).drop_layers
     return Structure(kept, bits, inputs, tuple(dropped) if isinstance(dropped, list) else ())
+
+
+def export_inside(folder: Path) -> Path | None:
+    """Return the export in the folder of a run, where the recipes write it; None if there is none."""
+    export = folder / "export"
+    return export if (export / STRUCTURE_NAME).is_file() and not (folder / "config.json").is_file() else None
 
 
 def is_export(folder: Path) -> bool:
