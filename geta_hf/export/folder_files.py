@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel
 
 from geta_hf.config import CONFIG_NAME
+from geta_hf.export.untouched import UNTOUCHED_NAME
 from geta_hf.serialization.encode import activation_bits, weight_bits
 
 STRUCTURE_NAME = "geta_structure.json"
@@ -45,7 +46,7 @@ def copy_beside(source: Path, target: Path, structure: bool) -> None:
         target: the new folder, with its model.
         structure: also copy what was kept, and what describes the folder in geta_hf's own format.
     """
-    own = {STRUCTURE_NAME, PICTURE_NAME, "README.md", "config.json"}
+    own = {STRUCTURE_NAME, PICTURE_NAME, UNTOUCHED_NAME, "README.md", "config.json"}
     for path in sorted(source.iterdir()):
         weights = path.suffix in (".safetensors", ".py") or path.name.endswith(".index.json")
         if path.is_file() and not weights and (structure or path.name not in own) and not (target / path.name).exists():
