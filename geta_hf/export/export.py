@@ -24,6 +24,7 @@ from geta_hf.export.folder_files import (
 from geta_hf.export.formats import OWN, writer
 from geta_hf.export.plan import check_never_exported, integer_bits, plan_cut, plan_export, read_widths
 from geta_hf.export.steps import cut, fill, prove, publish
+from geta_hf.export.untouched import write_untouched
 from geta_hf.methods.base import CompressionResult
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.serialization.atomic_folder import check_target
@@ -162,6 +163,7 @@ def export(
     def add_files(folder: Path) -> None:
         # The folder is still a draft here: if the card fails, no folder without a card appears.
         save_beside(folder, config, processing_class)
+        write_untouched(folder, plan.untouched)
         if finish is not None:
             finish(folder)
 

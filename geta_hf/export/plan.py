@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
+from geta_hf.export.untouched import Untouched, untouched_of
 from geta_hf.methods.base import CompressionResult
 from geta_hf.qadg import PruningSpace, build_space, kept_indices, verify_space, zero_groups
 from geta_hf.qadg.tracing.record_forward import check_same_path
@@ -42,6 +43,7 @@ class ExportPlan:
         kept_counts: family -> (groups kept, groups before).
         norms: whether a norm runs over something that is removed, so that zeros do not do what a cut does.
         recordings: of the trained model without its quantizers; None where nothing is removed.
+        untouched: what compression leaves as it is, and why.
     """
 
     batch: Mapping[str, Tensor]
@@ -51,6 +53,7 @@ class ExportPlan:
     kept_counts: dict[str, tuple[int, int]]
     norms: bool
     recordings: Recordings | None
+    untouched: Untouched
 
 
 def plan_export(
@@ -139,6 +142,7 @@ def plan_cut(
         kept_counts={name: (int((~mask).sum()), mask.numel()) for name, mask in removed.items()},
         norms=norm_coupled(space, removed),
         recordings=recordings,
+        untouched=untouched_of(space),
     )
 
 

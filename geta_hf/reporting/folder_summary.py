@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from geta_hf.config import CONFIG_NAME
 from geta_hf.costs.model_costs import Costs, layer_costs, mean_bits, measure_costs
 from geta_hf.errors import GETAError
+from geta_hf.export.untouched import Untouched, read_untouched
 from geta_hf.qadg.tracing.dummy_inputs import empty_model
 from geta_hf.quantization.functional import FLOAT_BITS
 from geta_hf.reporting.comparison import Metrics, Structure, read_structure
+from geta_hf.reporting.results import Results, read_results
 from geta_hf.serialization.hf_quantizer import GETAQuantizationConfig, apply_fixes
 from geta_hf.serialization.packed_layers import INPUT_SCALE, WEIGHT_SCALE
 from geta_hf.serialization.sizes import tensor_sizes
@@ -78,6 +80,10 @@ class FolderSummary:
         config: all fields of the GETAConfig; empty if it was not saved.
         front: the YAML front matter of its model card, such as `base_model`.
         versions: of the software that wrote it and that reads it.
+        results: scores of "dense" and "compressed" by data set, if measured.
+        untouched: what was not pruned, and why.
+        float_layers: modules with a matrix that is not quantized, embeddings excluded; empty if transformers cannot
+            build the model.
     """
 
     folder: Path
@@ -93,6 +99,9 @@ class FolderSummary:
     config: dict[str, Any]
     front: dict[str, Any]
     versions: dict[str, str]
+    results: Results = field(default_factory=dict)
+    untouched: Untouched = field(default_factory=Untouched)
+    float_layers: tuple[str, ...] = ()
 
     @property
     def base_model(self) -> str | None:
@@ -102,11 +111,18 @@ class FolderSummary:
 
     @property
     def dataset(self) -> str | None:
-        """Return the data set of the metrics that the card names."""
+        """Return the data set that the card names for metrics that are no part of `results`."""
+        own = {one.data for one in self.results.get("compressed", ())}
+        return next((name for name in self.datasets if name not in own), None)
+
+    @property
+    def datasets(self) -> list[str]:
+        """Return the data sets that the card names, in order."""
         try:
-            return str(self.front["model-index"][0]["results"][0]["dataset"]["name"])
+            blocks = self.front["model-index"][0]["results"]
+            return list(dict.fromkeys(str(block["dataset"]["name"]) for block in blocks))
         except (KeyError, IndexError, TypeError):
-            return None
+            return []
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -142,6 +158,9 @@ def read_summary(folder: str | os.PathLike[str]) -> FolderSummary:
         config=read_json(path / CONFIG_NAME) if (path / CONFIG_NAME).is_file() else {},
         front=read_front(path),
         versions=_versions(config),
+        results=read_results(path),
+        untouched=read_untouched(path),
+        float_layers=() if model is None else _float_layers(model, structure),
     )
 
 
@@ -200,6 +219,17 @@ def _parts(folder: Path, structure: Structure, model: PreTrainedModel | None) ->
                 part = PACKED if path in structure.bits and leaf == "weight" else REST
             parts[part] += size
     return {part: size for part, size in parts.items() if size}
+
+
+def _float_layers(model: PreTrainedModel, structure: Structure) -> tuple[str, ...]:
+    """Return the modules that remain and hold a matrix that is not stored at a few bits."""
+    gone = tuple(f"{path}." for path in structure.dropped)
+    found = []
+    for path, module in model.named_modules():
+        matrices = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim > 1]
+        if matrices and path not in structure.bits and not isinstance(module, nn.Embedding):
+            found += [] if f"{path}.".startswith(gone) else [path]
+    return tuple(found)
 
 
 def _embeddings(model: PreTrainedModel) -> set[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
@@ -37,6 +37,7 @@ from geta_hf.training.lora import LoraPlan, attach_lora, find_frozen_weights, me
 from geta_hf.training.loss_terms import LossTerms, Scale
 from geta_hf.training.plan import Plan, layer_uses, make_ledger, make_plan
 from geta_hf.training.preparation import SeededByEpoch, empty_copy, first_batches, planned_steps, without_untrained
+from geta_hf.training.publishing import PublishingTrainer
 from geta_hf.training.support import Launch, check_options, check_plain
 from geta_hf.utils.model_io import to_device
 
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
-class GETATrainer(Trainer):
+class GETATrainer(PublishingTrainer):
     """Compress a model while it is fine-tuned.
 
     The type of the config chooses the method: `GETAConfig` is QASSO. As soon as the trainer is made, quantizers are
@@ -346,6 +347,8 @@ class GETATrainer(Trainer):
         self._bad_loss = torch.zeros((), dtype=torch.bool, device=self.args.device)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.method.finish()
+        if self.args.push_to_hub:
+            self._push_if_finished("End of training")
         return output
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
