@@ -24,6 +24,7 @@ from geta_hf.quantization import select_layers
 from geta_hf.reporting.graph_page import gather, gather_unsupported, pattern, span, write_page
 from geta_hf.reporting.html_report import write_report
 from geta_hf.reporting.hub import files_to_push, push_to_hub
+from geta_hf.serialization.validate import check_headers, check_readable
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -108,7 +109,10 @@ def inspect(arguments: argparse.Namespace) -> None:
     """
     # Building and recording are what takes time here; the import of torch is not counted.
     start = time.perf_counter()
+    check_readable(arguments.model)
     model = empty_model(arguments.model)
+    if Path(arguments.model).is_dir():
+        check_headers(model, Path(arguments.model))
     batch = make_dummy_inputs(model)
     flow = record_and_propagate(model, batch)
     space = space_of(flow, arguments.prune, arguments.keep)

@@ -823,7 +823,7 @@ def _read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
         # JSON is not left to YAML, which reads `1e-8` as text.
         values = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise GETAError(f"{path} can't be read as a config: {error}") from error
     if not isinstance(values, dict):
         raise GETAError(f"{path} holds {type(values).__name__}, not the fields of a config")

@@ -18,7 +18,7 @@ from geta_hf.reporting.folder_summary import CARD_NAME
 from geta_hf.reporting.model_card import card_under
 from geta_hf.serialization.atomic_folder import PROGRESS_NAME, WORLD_NAME
 from geta_hf.serialization.sizes import tensor_sizes
-from geta_hf.serialization.validate import INDEX, check_links, read_json, weight_files
+from geta_hf.serialization.validate import INDEX, check_links, check_readable, read_json, weight_files
 
 _NOT_OURS = {"trainer_state.json", WORLD_NAME, PROGRESS_NAME}
 _UNFINISHED = (".tmp", ".lock", ".part", ".incomplete", ".bak", ".pyc", "~")
@@ -48,6 +48,7 @@ def files_to_push(folder: str | os.PathLike[str]) -> list[tuple[str, int]]:
     read_structure(path)
     read_json(path / "config.json")
     # Structure and config first: a folder that is no export must not be listed, let alone sent.
+    check_readable(path)
     names = sorted(_names(path, path))
     _check_weights(path, set(filter(_READ_AS_WEIGHTS.fullmatch, names)) - {INDEX})
     return [(name, (path / name).stat().st_size) for name in names]

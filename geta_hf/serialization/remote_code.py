@@ -29,6 +29,7 @@ logger = logging.get_logger(__name__)
 
 CARRIED = (
     "geta_hf.errors",
+    "geta_hf.utils.config_limits",
     "geta_hf.quantization.maths",
     "geta_hf.quantization.fixed",
     "geta_hf.serialization.bitpack",
