@@ -12,6 +12,7 @@ import inspect
 import json
 import math
 import os
+import re
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -339,6 +340,15 @@ def is_duration(value: Duration) -> bool:
     return value >= 0 if isinstance(value, int) else 0 <= value < 1
 
 
+def _are_patterns(values: list[str]) -> bool:
+    try:
+        for value in values:
+            re.compile(value)
+    except re.error:
+        return False
+    return True
+
+
 def _is_depth(value: int | list[str]) -> bool:
     return not isinstance(value, int) or value >= 0
 
@@ -468,12 +478,14 @@ class CompressionConfig:
         None,
         "Regular expressions over module names: the layers to quantize. None selects the attention and MLP layers of "
         "the repeated blocks.",
+        Check(_are_patterns),
         section="Selection",
         expected="a list of regular expressions",
     )
     exclude: list[str] = setting(
         [],
         "Regular expressions over module names: layers not to quantize.",
+        Check(_are_patterns),
         section="Selection",
         expected="a list of regular expressions",
     )

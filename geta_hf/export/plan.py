@@ -24,6 +24,7 @@ from geta_hf.serialization.embeddings import input_embedding
 from geta_hf.serialization.hf_quantizer import GETAQuantizationConfig, has_quantizer
 from geta_hf.serialization.packed_layers import packed_layers
 from geta_hf.serialization.tied_weights import check_ties
+from geta_hf.surgery.rebuild import check_rebuilds
 from geta_hf.surgery.record import Recordings, record_batch, record_sizes
 from geta_hf.surgery.size_trace import SizeTrace
 from geta_hf.surgery.solve_attributes import solve
@@ -86,6 +87,8 @@ def plan_export(
     if embedding_bits is not None:
         input_embedding(model, embedding_bits)
     batch = dict(model.dummy_inputs if batch is None else batch)
+    with without_quantizers(model):
+        check_rebuilds(model, batch, quantized_layers(model))
     first: SizeTrace | None = None
     if space is None:
         # Quantizers change nothing about the groups, and without them the graph serves the proof on packed weights too.

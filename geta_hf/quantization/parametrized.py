@@ -27,7 +27,7 @@ def removal_of(module: nn.Module, path: str, leaf: str = "weight") -> tuple[str,
     """
     path = f"model.{path}".removesuffix(".")
     if parametrize.is_parametrized(module, leaf):
-        steps = module.parametrizations[leaf]  # type: ignore[union-attr,index]
+        steps = module.parametrizations[leaf]  # type: ignore[index]
         names = ", ".join(type(step).__name__ for step in steps)
         return names, _REMOVE.format(path=path, leaf=leaf)
     for hook in module._forward_pre_hooks.values():

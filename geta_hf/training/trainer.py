@@ -31,6 +31,7 @@ from geta_hf.surgery.build_space import prepare_space
 from geta_hf.surgery.drop_layers import DroppedLayers, drop_layers, mean_loss
 from geta_hf.training.checkpoints import Progress, base_name, check_checkpoint, write_notes
 from geta_hf.training.distillation import Distiller, dense_copy
+from geta_hf.training.early_checks import check_exports, check_is_model, check_length, check_model
 from geta_hf.training.example_inputs import find_left_out, inputs_of
 from geta_hf.training.float_layers import check_first_gradients, exclude_raw_reads, left_float
 from geta_hf.training.lora import LoraPlan, attach_lora, find_frozen_weights, merged, plan_lora
@@ -113,10 +114,12 @@ class GETATrainer(PublishingTrainer):
         self.lora = self._check_model(model, peft_config)
         super().__init__(model=model, args=args, **kwargs)
         launch = Launch.of(self.accelerator, self.model)
+        check_length(self.args)
         check_options(self.args, launch, self.optimizer, self.lr_scheduler, lora=self.lora is not None)
         # Kept, since later on not every process may draw from the loader, which all of them share.
         self._batch = self._choose_batch(model)
         self.method.check_stages(*planned_steps(self.args, self.get_train_dataloader))
+        check_exports(model, self._batch, self._layers_to_quantize(model))
         teacher = self._choose_teacher(model, teacher)
         self.dropped = self._drop_layers(model)
         self.run_config = self._resolve_config()
@@ -170,8 +173,10 @@ class GETATrainer(PublishingTrainer):
 
     def _check_model(self, model: nn.Module, peft_config: LoraConfig | None) -> LoraPlan | None:
         """Check what can be known before Trainer is set up; return what LoRA will train."""
+        check_is_model(model)
         check_plain(model)
         chosen = self._layers_to_quantize(model)  # nothing to quantize fails first
+        check_model(model, chosen)
         lora = None if peft_config is None else plan_lora(model, peft_config, chosen)
         self.method.check(frozen_weights=lora is not None)
         return lora
