@@ -115,6 +115,14 @@ class SurgeryTrial:
             return str(error)
         return None
 
+    def unsolvable(self, removal: Removal) -> str | None:
+        """Return why no attributes of the model make up for a cut of the groups, or None; nothing is cut."""
+        try:
+            solve(self.recordings.traces, kept_indices(self.space, removal))
+        except GETAError as error:
+            return str(error)
+        return None
+
     def _check(self, removal: Removal) -> None:
         try:
             self._compare(removal)
