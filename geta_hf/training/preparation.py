@@ -50,13 +50,14 @@ def first_batches(loader: Callable[[], Iterable[Any]], count: int) -> list[Any]:
         GETAError: there is none.
     """
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
+    try:
+        with torch.random.fork_rng():
             batches = list(itertools.islice(loader(), count))
-        except (StopIteration, ValueError) as error:
-            raise GETAError(f"no batch can be made of train_dataset ({error or 'it is empty'})") from error
-    random.setstate(states[0])
-    np.random.set_state(states[1])
+    except (StopIteration, ValueError) as error:
+        raise GETAError(f"no batch can be made of train_dataset ({error or 'it is empty'})") from error
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
     if not batches:
         raise GETAError("no batch can be made of train_dataset (it is empty)")
     return batches
