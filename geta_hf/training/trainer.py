@@ -342,7 +342,32 @@ class GETATrainer(Trainer):
         self._bad_loss = torch.zeros((), dtype=torch.bool, device=self.args.device)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.method.finish()
+        self._say_what_is_missing()
         return output
+
+    def _say_what_is_missing(self) -> None:
+        """Warn after training where there is no result yet, or no best model among the finished ones."""
+        if not self.method.finished:
+            logger.warning(
+                "training ended at step %d of %d, before the compression was finished, so the model can't be exported "
+                "yet: resume from a checkpoint. A callback that stops early has to wait until trainer.method.finished "
+                "is true",
+                self.state.global_step,
+                self.state.max_steps,
+            )
+        elif self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
+            logger.warning(
+                "load_best_model_at_end found no checkpoint that was evaluated and saved after the compression was "
+                "finished, so the model is that of the last step; evaluate and save more often"
+            )
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Compare finished models alone; before, neither the best model nor early stopping counts an evaluation."""
+        if self._wrapped and self.method.finished:
+            return super()._determine_best_metric(metrics, trial)
+        # Early stopping counts nothing as long as there is no best metric.
+        self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
+        return False
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run Trainer's step; remember, without waiting for the device, whether a loss was not finite."""
@@ -501,6 +526,21 @@ class GETATrainer(Trainer):
                 )
 
         return by_first_process(self.accelerator, write)
+
+    def restore_compression(self) -> None:
+        """Set removed groups to zero and bit widths to their final values again, after something changed the model.
+
+        Averages of weights over the run (EMA, SWA), noise, or the weights of an earlier state are not compressed: what
+        was removed is not zero in them. All processes have to call this.
+
+        Raises:
+            GETAError: the method has not finished.
+
+        Example:
+            Average the weights in a callback, copy the averages to the model in `on_train_end`, then call
+            `trainer.restore_compression()` and `trainer.export_model("small")`.
+        """
+        self.method.restore()
 
     def _gather_model(self) -> PreTrainedModel:
         """Return the full trained model; under FSDP2 it is gathered on the CPU, which takes all processes."""
