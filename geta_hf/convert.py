@@ -14,7 +14,6 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from geta_hf.config import CONFIG_NAME, CompressionConfig, GETAConfig, read_config
@@ -36,7 +35,8 @@ from geta_hf.reporting.model_card import write_card
 from geta_hf.serialization.atomic_folder import check_target, write_folder
 from geta_hf.serialization.sizes import check_shards
 from geta_hf.serialization.validate import check_links
-from geta_hf.training.checkpoints import Progress, base_name, read_progress, stored_headers
+from geta_hf.training.checkpoints import Progress, base_name, is_finished, read_progress, stored_headers
+from geta_hf.training.complete import newest_to_export
 from geta_hf.training.lora import load_lora, merge_stored, plan_lora
 from geta_hf.utils.process_state import exclusive
 
@@ -53,7 +53,8 @@ def convert(
     """Write what a run or an export holds in some format.
 
     Args:
-        source: a checkpoint of GETATrainer, the folder of a run (its last checkpoint is taken), or an exported folder.
+        source: a checkpoint of GETATrainer, the folder of a run (its newest complete checkpoint is taken), or an
+            exported folder.
         target: where the new folder is to appear.
         format: one of `geta_hf.export.formats.FORMATS`.
         embedding_bits: as for `geta_hf.export`; for a checkpoint alone. By default what its config says.
@@ -173,9 +174,9 @@ def _remaining_groups(family: Family, space: PruningSpace, model: PreTrainedMode
 def _checkpoint_of(folder: Path) -> Path:
     if not folder.is_dir():
         raise GETAError(f"{folder} is no folder; name a run, a checkpoint or an exported folder")
-    last = get_last_checkpoint(str(folder))
     # A run's folder with a config.json holds its final model, which is later than its last checkpoint.
-    checkpoint = Path(last) if last is not None and not (folder / "config.json").is_file() else folder
+    last = None if (folder / "config.json").is_file() else newest_to_export(folder, is_finished)
+    checkpoint = folder if last is None else last
     if not (checkpoint / CONFIG_NAME).is_file():
         raise GETAError(f"{checkpoint} has no {CONFIG_NAME}: it is neither a checkpoint of GETATrainer nor an export")
     return checkpoint

@@ -31,6 +31,11 @@ from geta_hf.surgery.solve_attributes import solve
 from geta_hf.surgery.symbolic_int import Attribute
 from geta_hf.surgery.verify import norm_coupled
 
+_CHANGED = (
+    "Where something changed the model after its last step (an average of weights such as EMA, noise, an earlier "
+    "state), trainer.restore_compression() sets removed groups to zero and widths to their final values again"
+)
+
 
 @dataclass(frozen=True)
 class ExportPlan:
@@ -236,7 +241,7 @@ def check_result(result: CompressionResult, model: nn.Module, space: PruningSpac
         if wrong:
             raise GETAError(
                 f"the result removes group {wrong[0]} of {name}, whose weights are not zero ({len(wrong)} such "
-                f"groups); set them to zero first, as a method does before it has finished"
+                f"groups); set them to zero first, as a method does before it has finished. {_CHANGED}"
             )
     found = read_widths(model)
     for what, theirs, ours in zip(("weight", "input"), (result.weight_bits, result.input_bits), found, strict=True):
@@ -282,7 +287,8 @@ def integer_bits(name: str, bits: Tensor) -> int:
             raise GETAError(f"{name} has {value:.4g} bits; what is exported has {MIN_BITS} to {MAX_BITS}")
         if abs(value - round(value)) > 1e-3:
             raise GETAError(
-                f"{name} has {value:.4f} bits, which is not an integer; the cool-down must round bits before an export"
+                f"{name} has {value:.4f} bits, which is not an integer; the cool-down must round bits before an export. "
+                f"{_CHANGED}"
             )
     widths = sorted(set(map(round, values)))
     if len(widths) > 1:

@@ -151,6 +151,7 @@ class QASSO(torch.optim.Optimizer):
         self._labels: list[GroupLabels] | None = None
         self._redundant: RedundantSlices | None = None
         self._removed: list[Slice] = []
+        self._final_quantizers: Named = {}
 
     def _sum_frozen_gradients(self, named: Named) -> GradientSums:
         check_rules(self.config)
@@ -282,6 +283,8 @@ class QASSO(torch.optim.Optimizer):
         self._average_gradients(phase, named)  # where no stage came before
         # After a resume nothing is listed yet, and the removed slices have to be zeroed below.
         self._index_slices(named)
+        if not self._final_quantizers:
+            self._note_final_quantizers(named)
         for parameter in self._trained_quantizers(named):
             parameter.grad = None  # a base optimizer skips what has no gradient
         self.base.step()
@@ -479,6 +482,25 @@ class QASSO(torch.optim.Optimizer):
             self.removed_mask,
             choices,
         )
+        self._note_final_quantizers(named)
+
+    def _note_final_quantizers(self, named: Named) -> None:
+        names = [name for leaf in ("d", "q_m", "t") for name in self.quantizers.names[leaf] if name in named]
+        self._final_quantizers = {name: local(named[name].detach()).clone() for name in names}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Set the removed groups to zero again, and d, q_m and t to (d*, q_m*, t*) of line 22.
+
+        For weights that were averaged, or otherwise changed, after the joint stage.
+        """
+        named = self._named()
+        self._follow_device(named)
+        # Frozen weights too: an average over the run holds what they were before they were removed.
+        labels = self.frozen.with_adapters(self._labels or ())
+        zero_slices(build_slices(labels, self.qasso_state.removed, self._family, named), named)
+        for name, value in self._final_quantizers.items():
+            local(named[name].detach()).copy_(value)
 
     # --- guards -------------------------------------------------------------------------------------------------------
 
@@ -638,6 +660,7 @@ class QASSO(torch.optim.Optimizer):
         rest, vectors = restore_vectors(state_dict, self.qasso_state.vectors())
         self.base.load_state_dict(rest)
         self.qasso_state = QASSOState(**vectors)
+        self._final_quantizers = {}
         self._share_base()
         # The status is another one now, so the slices listed from the former are stale.
         self._invalidate_index()
