@@ -404,8 +404,10 @@ class CompressionConfig:
     )
     activation_bits: tuple[int, int] | None = setting(
         None,
-        "The bounds for the inputs of the layers, calibrated on `calibration_batches`. None does not quantize "
-        "activations.",
+        "The bounds for the inputs of the layers, calibrated on `calibration_batches`. `target_bops` decides where in "
+        "them each input ends, together with the weights' widths. Without it sensitivity decides, with the middle of "
+        "the bounds as the mean; under `bit_rule` `ppsg` and `paper` the learned widths are rounded. None does not "
+        "quantize activations.",
         Check(_is_pair_of_widths),
         section="Widths",
         expected=_PAIR,
@@ -556,6 +558,23 @@ class CompressionConfig:
         if self.mean_bits is not None or sized:
             return self.mean_bits
         return (self.widths[0] + self.widths[-1]) / 2
+
+    @property
+    def input_widths(self) -> list[int]:
+        """The integer widths that a layer's input may end with, ascending; none where inputs are not quantized."""
+        if self.activation_bits is None:
+            return []
+        return list(range(self.activation_bits[0], self.activation_bits[1] + 1))
+
+    @property
+    def wanted_mean_input_bits(self) -> float | None:
+        """The plain mean that widths of inputs end with at most: the middle of `activation_bits`.
+
+        None where inputs are not quantized, and where `target_bops` decides their widths together with the weights'.
+        """
+        if self.activation_bits is None or self.target_bops is not None:
+            return None
+        return sum(self.activation_bits) / 2
 
     @property
     def final_upper_bits(self) -> float:
@@ -750,6 +769,13 @@ class GETAConfig(CompressionConfig):
         if self.bit_rule != "sensitivity":
             return self.mean_bits
         return super().wanted_mean_bits
+
+    @property
+    def wanted_mean_input_bits(self) -> float | None:
+        """As for every method if `bit_rule` is `sensitivity`; otherwise b_u, at or near which learned widths end."""
+        if self.bit_rule != "sensitivity" and self.activation_bits is not None and self.target_bops is None:
+            return float(self.activation_bits[1])
+        return super().wanted_mean_input_bits
 
     @property
     def reduction(self) -> float:
