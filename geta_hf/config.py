@@ -793,10 +793,19 @@ class GETAConfig(CompressionConfig):
 
     @classmethod
     def paper(cls, **changes: Any) -> Self:
-        """Return the rules of the paper: HESSO saliency, Eqs. 13 and 14, q_m = max|W|, learned t.
+        """Return the rules of the paper: HESSO saliency, Eqs. 13 and 14, q_m = max|W|, learned t of weights and inputs.
+
+        What still differs from the paper is listed in `docs/paper_index.md`.
 
         Args:
-            changes: values of any fields, which override these rules too.
+            changes: values of any fields, which override these rules too. Without `projection_periods`, B is 4, or
+                b_u - b_l where that is less.
+
+        Raises:
+            GETAError: bounds that Algorithm 2 does not take: it needs b_u >= b_l + 1, 1 <= B <= b_u - b_l and b_r >= 1.
+
+        >>> GETAConfig.paper(bits=(4, 6)).projection_periods
+        2
         """
         rules: dict[str, Any] = {
             "saliency": "hesso",
@@ -804,8 +813,35 @@ class GETAConfig(CompressionConfig):
             "bit_rule": "paper",
             "clipping": "max",
             "learn_exponent": True,
+            "learn_activation_exponent": True,
         }
-        return cls(**{**rules, **changes})
+        config = cls(**{**rules, **changes})
+        if "projection_periods" not in changes and "bit_reduction" not in changes:
+            fewest = max(config.bits[1] - config.bits[0], 1)
+            config.projection_periods = min(config.projection_periods, fewest)
+        config._check_paper()
+        return config
+
+    def _check_paper(self) -> None:
+        """Raise GETAError for bounds that line 1 of Algorithm 2 excludes."""
+        lower, upper = self.bits
+        source = "in the paper's rules (Algorithm 2, line 1)"
+        if upper < lower + 1:
+            raise GETAError(
+                f"bits = {self.bits} must have b_u >= b_l + 1 {source}; widen bits, or use GETAConfig without paper()"
+            )
+        if not 1 <= self.projection_periods <= upper - lower:
+            raise GETAError(
+                f"projection_periods = {self.projection_periods} must be in 1..{upper - lower}, from 1 to b_u - b_l, "
+                f"{source}; a projection stage is left out with projection = 0"
+            )
+        # The reduction that follows from other fields is a quotient, so that 1 may come out as 0.9999999.
+        if self.reduction < 1 - 1e-9:
+            raise GETAError(
+                f"b_r = {self.reduction:g} must be at least 1 {source}: it is bit_reduction, or (initial_bits - b_u) / "
+                f"projection_periods = ({self.initial_bits} - {upper}) / {self.projection_periods}; use fewer periods "
+                f"or raise initial_bits"
+            )
 
 
 # -------------------------------------------------------------------------------------------------------------- reading

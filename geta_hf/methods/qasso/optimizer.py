@@ -27,7 +27,14 @@ from geta_hf.costs.selection import Limits, find_chunks
 from geta_hf.costs.targets import GROUPS, Target, solve_target, take_due
 from geta_hf.errors import GETAError
 from geta_hf.methods.frozen_weights import FrozenWeights
-from geta_hf.methods.qasso.checks import check_base, check_covered, note_bad, refuse_bad, squared_gradients
+from geta_hf.methods.qasso.checks import (
+    check_base,
+    check_covered,
+    note_bad,
+    refuse_bad,
+    squared_gradients,
+    warn_of_equal_scores,
+)
 from geta_hf.methods.qasso.equations import (
     fisher_scores,
     hesso_scores,
@@ -409,6 +416,7 @@ class QASSO(torch.optim.Optimizer):
         chunks = find_chunks(self.families, scores, removed, Limits.of(self.config))
         # Line 12: of K groups (p + 1) / P are due at the end of period p, so each period adds about K / P.
         taken = take_due(self.target, self.ledger, chunks, removed, done, periods)
+        warn_of_equal_scores(self.families, scores, removed, taken)
         self.qasso_state.status[taken] = REDUNDANT
         self._invalidate_slices()
 
