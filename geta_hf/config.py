@@ -419,8 +419,10 @@ class CompressionConfig:
     )
     activation_bits: tuple[int, int] | None = setting(
         None,
-        "The bounds for the inputs of the layers, calibrated on `calibration_batches`. None does not quantize "
-        "activations.",
+        "The bounds for the inputs of the layers, calibrated on `calibration_batches`. `target_bops` decides where in "
+        "them each input ends, together with the weights' widths. Without it sensitivity decides, with the middle of "
+        "the bounds as the mean; under `bit_rule` `ppsg` and `paper` the learned widths are rounded. None does not "
+        "quantize activations.",
         Check(_is_pair_of_widths),
         section="Widths",
         expected=_PAIR,
@@ -578,6 +580,23 @@ class CompressionConfig:
         if self.mean_bits is not None or sized:
             return self.mean_bits
         return (self.widths[0] + self.widths[-1]) / 2
+
+    @property
+    def input_widths(self) -> list[int]:
+        """The integer widths that a layer's input may end with, ascending; none where inputs are not quantized."""
+        if self.activation_bits is None:
+            return []
+        return list(range(self.activation_bits[0], self.activation_bits[1] + 1))
+
+    @property
+    def wanted_mean_input_bits(self) -> float | None:
+        """The plain mean that widths of inputs end with at most: the middle of `activation_bits`.
+
+        None where inputs are not quantized, and where `target_bops` decides their widths together with the weights'.
+        """
+        if self.activation_bits is None or self.target_bops is not None:
+            return None
+        return sum(self.activation_bits) / 2
 
     @property
     def final_upper_bits(self) -> float:
@@ -776,6 +795,13 @@ class GETAConfig(CompressionConfig):
         return super().wanted_mean_bits
 
     @property
+    def wanted_mean_input_bits(self) -> float | None:
+        """As for every method if `bit_rule` is `sensitivity`; otherwise b_u, at or near which learned widths end."""
+        if self.bit_rule != "sensitivity" and self.activation_bits is not None and self.target_bops is None:
+            return float(self.activation_bits[1])
+        return super().wanted_mean_input_bits
+
+    @property
     def reduction(self) -> float:
         """b_r in bits for each period: `bit_reduction`, or (initial_bits - b_u) / B."""
         if self.bit_reduction is not None:
@@ -791,10 +817,19 @@ class GETAConfig(CompressionConfig):
 
     @classmethod
     def paper(cls, **changes: Any) -> Self:
-        """Return the rules of the paper: HESSO saliency, Eqs. 13 and 14, q_m = max|W|, learned t.
+        """Return the rules of the paper: HESSO saliency, Eqs. 13 and 14, q_m = max|W|, learned t of weights and inputs.
+
+        What still differs from the paper is listed in `docs/paper_index.md`.
 
         Args:
-            changes: values of any fields, which override these rules too.
+            changes: values of any fields, which override these rules too. Without `projection_periods`, B is 4, or
+                b_u - b_l where that is less.
+
+        Raises:
+            GETAError: bounds that Algorithm 2 does not take: it needs b_u >= b_l + 1, 1 <= B <= b_u - b_l and b_r >= 1.
+
+        >>> GETAConfig.paper(bits=(4, 6)).projection_periods
+        2
         """
         rules: dict[str, Any] = {
             "saliency": "hesso",
@@ -802,8 +837,35 @@ class GETAConfig(CompressionConfig):
             "bit_rule": "paper",
             "clipping": "max",
             "learn_exponent": True,
+            "learn_activation_exponent": True,
         }
-        return cls(**{**rules, **changes})
+        config = cls(**{**rules, **changes})
+        if "projection_periods" not in changes and "bit_reduction" not in changes:
+            fewest = max(config.bits[1] - config.bits[0], 1)
+            config.projection_periods = min(config.projection_periods, fewest)
+        config._check_paper()
+        return config
+
+    def _check_paper(self) -> None:
+        """Raise GETAError for bounds that line 1 of Algorithm 2 excludes."""
+        lower, upper = self.bits
+        source = "in the paper's rules (Algorithm 2, line 1)"
+        if upper < lower + 1:
+            raise GETAError(
+                f"bits = {self.bits} must have b_u >= b_l + 1 {source}; widen bits, or use GETAConfig without paper()"
+            )
+        if not 1 <= self.projection_periods <= upper - lower:
+            raise GETAError(
+                f"projection_periods = {self.projection_periods} must be in 1..{upper - lower}, from 1 to b_u - b_l, "
+                f"{source}; a projection stage is left out with projection = 0"
+            )
+        # The reduction that follows from other fields is a quotient, so that 1 may come out as 0.9999999.
+        if self.reduction < 1 - 1e-9:
+            raise GETAError(
+                f"b_r = {self.reduction:g} must be at least 1 {source}: it is bit_reduction, or (initial_bits - b_u) / "
+                f"projection_periods = ({self.initial_bits} - {upper}) / {self.projection_periods}; use fewer periods "
+                f"or raise initial_bits"
+            )
 
 
 # -------------------------------------------------------------------------------------------------------------- reading

@@ -6,6 +6,8 @@ one; who calls it decides what the bins count and which candidates are tried.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,19 @@ BINS = 4096
 _SHARES = torch.linspace(0.1, 1.0, 91)
 # Elements, or bins, handled at once: their positions and counts are int64, which takes twice to eight times the tensor.
 _CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How often the magnitudes of a tensor fall into bins of equal width; on CPU.
+
+    Attributes:
+        counts: fp32, shape (bins,).
+        top: the end of the last bin, relative to the clipping value that was chosen.
+    """
+
+    counts: Tensor
+    top: float
 
 
 def check_clipping(method: str) -> None:

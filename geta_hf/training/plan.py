@@ -58,6 +58,7 @@ class Plan:
         groups: prunable groups.
         kept_parameters: share of the prunable parameters that would remain.
         mean_bits: planned mean width of the weights; None where it is learned without a budget.
+        input_bits: planned mean width of the layers' inputs; None where they are not quantized.
         relative_bops: of the quantized layers, against 32 · 32 bits.
         bytes: of the exported model.safetensors.
         unquantized: modules in the model's lists of layers with a matrix that no quantizer covers, numbers as `*`,
@@ -86,6 +87,7 @@ class Plan:
     mean_bits: float | None
     relative_bops: float
     bytes: int
+    input_bits: float | None = None
     unquantized: tuple[str, ...] = ()
     unquantized_share: float = 0.0
     left_float: tuple[str, ...] = ()
@@ -94,12 +96,14 @@ class Plan:
         header = ("families", "number", "groups of each", "to remove if even", "kept")
         table = [(r.kind, f"{r.families}", f"{r.groups}", f"{r.removed}", f"{r.groups - r.removed}") for r in self.rows]
         bits = "learned" if self.mean_bits is None else f"{self.mean_bits:.2f}"
+        inputs = "" if self.input_bits is None else f", of inputs {self.input_bits:.2f}"
         about = "" if self.exact else "about "
         lines = [
             format_table(header, table),
             f"groups to remove: {about}{self.removed_groups:,} of {self.groups:,}; prunable parameters kept: "
             f"{self.kept_parameters:.1%}",
-            f"mean bits: {bits}; relative BOPs: {self.relative_bops:.2%}; exported model: {self.bytes / 1e6:,.2f} MB",
+            f"mean bits: {bits}{inputs}; relative BOPs: {self.relative_bops:.2%}; "
+            f"exported model: {self.bytes / 1e6:,.2f} MB",
         ]
         if self.unquantized:
             more = len(self.unquantized) - _NAMED
@@ -145,6 +149,7 @@ def make_plan(
         mean_bits=target.bits if target.budgets else None,
         relative_bops=ledger.relative_bops(removal, target.bits, target.input_bits),
         bytes=int(target.spent(BYTES, ledger, removal, target.bits)),
+        input_bits=None if config.activation_bits is None else target.input_bits,
         unquantized=unquantized,
         unquantized_share=share,
         left_float=left_float,

@@ -20,13 +20,21 @@ from torch import Tensor
 
 from geta_hf.config import GETAConfig
 from geta_hf.costs.bit_allocation import BitChoices
+from geta_hf.costs.input_sensitivity import input_errors
 from geta_hf.costs.ledger import Ledger
 from geta_hf.costs.quantizer_table import Quantizers
 from geta_hf.costs.selection import Limits, find_chunks
 from geta_hf.costs.targets import GROUPS, Target, solve_target, take_due
 from geta_hf.errors import GETAError
 from geta_hf.methods.frozen_weights import FrozenWeights
-from geta_hf.methods.qasso.checks import check_base, check_covered, note_bad, refuse_bad, squared_gradients
+from geta_hf.methods.qasso.checks import (
+    check_base,
+    check_covered,
+    note_bad,
+    refuse_bad,
+    squared_gradients,
+    warn_of_equal_scores,
+)
 from geta_hf.methods.qasso.equations import (
     fisher_scores,
     hesso_scores,
@@ -43,6 +51,7 @@ from geta_hf.methods.rounding import round_bits
 from geta_hf.qadg.group_labels import GroupLabels, family_of_group, family_starts
 from geta_hf.qadg.group_types import Family
 from geta_hf.qadg.space import PruningSpace
+from geta_hf.quantization.clipping import Histogram
 from geta_hf.utils.shards import from_first_process, local
 
 _STEP = "qasso_step"
@@ -74,6 +83,7 @@ class QASSO(torch.optim.Optimizer):
         frozen: what is cut or quantized, but not trained; see `qasso.frozen`.
         target: that of the plan; by default the config's targets are solved here.
         goal: the former name of `target`.
+        histograms: prefix -> magnitudes of a layer's input, by which widths of inputs are chosen.
 
     Attributes:
         target: what the run is to end with.
@@ -120,6 +130,7 @@ class QASSO(torch.optim.Optimizer):
         frozen: FrozenWeights | None = None,
         target: Target | None = None,
         goal: Target | None = None,
+        histograms: Mapping[str, Histogram] | None = None,
     ) -> None:
         super().__init__(base.param_groups, {})
         self.base = base
@@ -139,6 +150,7 @@ class QASSO(torch.optim.Optimizer):
         check_base(base, named)
         check_covered(named, self.families, quantizers, input_quantizers)
         self.quantizers = Quantizers(quantizers, input_quantizers, named, channel_dims)
+        self._histograms = [(histograms or {}).get(prefix) for prefix in self.quantizers.input_prefixes]
         self.ledger = ledger or Ledger.of_tensors(self.families, named, self.quantizers.own_weights)
         self.target: Target = target or goal or solve_target(config, self.families, self.ledger)
         self.qasso_state = QASSOState.start(
@@ -371,6 +383,7 @@ class QASSO(torch.optim.Optimizer):
 
         m_g <- λ m_g + (1 - λ) ⟨g, x⟩_g²      of every group, as long as a partition follows
         v_l <- λ v_l + (1 - λ) ‖g_l‖²         of every quantized weight, in the last pruning period
+        s_i <- λ s_i + (1 - λ) ⟨g, x^Q - x⟩²  of every quantized input, in that period too
         """
         if not self.schedule.averages(phase):
             return
@@ -393,6 +406,8 @@ class QASSO(torch.optim.Optimizer):
         if in_last_period and self.config.bit_rule == "sensitivity" and self.quantizers.prefixes:
             squares = squared_gradients(self.quantizers, named) + of_layers
             state.curvature.mul_(decay).add_(squares, alpha=1 - decay)
+            if len(state.input_square):
+                state.input_square.mul_(decay).add_(self.quantizers.input_squares(named), alpha=1 - decay)
 
     def _scores(self, named: Named) -> Tensor:
         """Return the saliency of every group by the rule of the config, shape (groups,)."""
@@ -430,6 +445,7 @@ class QASSO(torch.optim.Optimizer):
         chunks = find_chunks(self.families, scores, removed, Limits.of(self.config))
         # Line 12: of K groups (p + 1) / P are due at the end of period p, so each period adds about K / P.
         taken = take_due(self.target, self.ledger, chunks, removed, done, periods)
+        warn_of_equal_scores(self.families, scores, removed, taken)
         self.qasso_state.status[taken] = REDUNDANT
         self._invalidate_slices()
 
@@ -461,8 +477,12 @@ class QASSO(torch.optim.Optimizer):
     # --- line 22: fixing the quantizers -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def fix_bits(self, choices: BitChoices) -> None:
+    def fix_bits(self, choices: BitChoices, choose_inputs: bool = True) -> None:
         """Give every layer an integer width that meets the target, by these choices; waits for the device.
+
+        Args:
+            choices: allowed widths, and the rules.
+            choose_inputs: whether widths of inputs are chosen as well; otherwise each is rounded to the nearest.
 
         Raises:
             GETAError: something became NaN or infinite before.
@@ -472,6 +492,11 @@ class QASSO(torch.optim.Optimizer):
         named = self._named()
         self._follow_device(named)
         self.check_finite()
+        inputs = None
+        if choose_inputs and len(self.qasso_state.input_square):
+            bits = self.quantizers.bits(named)[self.quantizers.weight_layers :]
+            search = self.config.clipping == "mse" and not self.config.learn_activation_exponent
+            inputs = input_errors(self.qasso_state.input_square, bits, choices.inputs, self._histograms, search)
         round_bits(
             self.quantizers,
             named,
@@ -481,6 +506,7 @@ class QASSO(torch.optim.Optimizer):
             self.target,
             self.removed_mask,
             choices,
+            inputs,
         )
         self._note_final_quantizers(named)
 
