@@ -287,8 +287,8 @@ def integer_bits(name: str, bits: Tensor) -> int:
             raise GETAError(f"{name} has {value:.4g} bits; what is exported has {MIN_BITS} to {MAX_BITS}")
         if abs(value - round(value)) > 1e-3:
             raise GETAError(
-                f"{name} has {value:.4f} bits, which is not an integer; the cool-down must round bits before an export. "
-                f"{_CHANGED}"
+                f"{name} has {value:.4f} bits, which is not an integer; the cool-down must round bits before an "
+                f"export. {_CHANGED}"
             )
     widths = sorted(set(map(round, values)))
     if len(widths) > 1:
