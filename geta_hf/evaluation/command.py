@@ -73,7 +73,8 @@ def run_eval(arguments: argparse.Namespace) -> None:
     Raises:
         GETAError: nothing to score, or as `evaluate`, `perplexity` and `write_card` do.
     """
-    columns, texts = _columns(arguments), _texts(arguments.text)
+    columns = _columns(arguments)
+    texts = _texts(arguments.text)
     _check(arguments, columns, texts)
     scored: dict[str, _Scored] = {}
     try:
@@ -141,6 +142,7 @@ def _columns(arguments: argparse.Namespace) -> dict[str, str]:
 
 def _texts(paths: Sequence[str]) -> dict[str, str]:
     """Return short name -> text. Raise GETAError for one that is empty or can't be read."""
+    # By short name, a repeated file would look like two of the same name.
     paths = list(dict.fromkeys(paths))
     texts = dict(zip(_short(paths), map(read_text, paths), strict=True))
     for name, text in texts.items():
@@ -159,6 +161,7 @@ def _short(paths: Sequence[str]) -> list[str]:
 
 def _score(folder: str, texts: Mapping[str, str], arguments: argparse.Namespace) -> _Scored:
     options = {name: getattr(arguments, name) for name in _RUN_OPTIONS}
+    # Loaded once for texts and tasks.
     model, tokenizer = load(folder, device=arguments.device, dtype=arguments.dtype)
     found = {
         name: perplexity(model, tokenizer, text, block=arguments.block, stride=arguments.stride)
@@ -181,6 +184,7 @@ def _as_json(scored: _Scored) -> str:
             name: {**asdict(one), "perplexity": one.perplexity, "bits_per_byte": one.bits_per_byte}
             for name, one in scored.texts.items()
         }
+    # lm-eval's results hold functions and dtypes, for which JSON has no form.
     return json.dumps(results, indent=2, default=str, ensure_ascii=False) + "\n"
 
 
@@ -204,7 +208,9 @@ def _card_results(scored: _Scored, local: bool) -> list[TaskResult]:
     """
     found: dict[str, TaskResult] = {}
     if scored.evaluation:
-        scores, limit = scored.evaluation.scores, scored.evaluation.limit
+        scores = scored.evaluation.scores
+        limit = scored.evaluation.limit
+        # The 67 paradigms of BLiMP would fill a card. The commonsense tasks are shown by themselves.
         inner = {task for name in scores if name != SUITE for one in scores[name].values() for task, _ in one.members}
         for task, metric in shown(scored.evaluation):
             if task not in inner:

@@ -63,6 +63,7 @@ def score(predictions: Mapping[str, str], questions: Iterable[Question]) -> dict
     Raises:
         GETAError: no question has a reference answer.
     """
+    # Counted twice, so an iterator must not be used up.
     asked = list(questions)
     answerable = [question for question in asked if question.answers]
     if not answerable:
@@ -126,6 +127,7 @@ def best_span(
     Returns:
         The sum of both logits, the first and the last token; (-inf, 0, 0) if no pair is valid.
     """
+    # Not all pairs: n_best squared instead of tokens squared, as in BERT's own script.
     starts = _largest(start_logits, inside, n_best)
     ends = _largest(end_logits, inside, n_best)
     length = ends[None, :] - starts[:, None] + 1
@@ -173,6 +175,7 @@ def predict(
         Question id -> answer text; an empty text where no valid span exists.
     """
     pieces = list(windows(tokenizer, questions, max_length, doc_stride, progress))
+    # The longest first, so that too large a batch fails at once and not after minutes.
     pieces.sort(key=lambda window: len(window.offsets), reverse=True)
     best: dict[int, tuple[float, str]] = {}
     training = model.training
@@ -182,7 +185,8 @@ def predict(
             batch = pieces[first : first + batch_size]
             starts, ends = _logits(model, tokenizer, batch, bf16)
             for window, start_logits, end_logits in zip(batch, starts, ends, strict=True):
-                size, context = len(window.offsets), questions[window.question].context
+                size = len(window.offsets)
+                context = questions[window.question].context
                 inside = window.offsets[:, 0] >= 0
                 total, start, end = best_span(start_logits[:size], end_logits[:size], inside, n_best, max_answer_length)
                 if total > best.get(window.question, (-np.inf, ""))[0]:
@@ -214,7 +218,7 @@ def load_folder(
 
     Args:
         folder: plain or exported.
-        device: where to put the model; by default an accelerator if there is one, otherwise the CPU.
+        device: to move the model to; by default an accelerator if there is one, otherwise the CPU.
 
     Raises:
         GETAError: a local folder without config.json.

@@ -18,10 +18,11 @@ from geta_hf.reporting.folder_summary import CARD_NAME
 from geta_hf.reporting.model_card import card_under
 from geta_hf.serialization.atomic_folder import PROGRESS_NAME, WORLD_NAME
 from geta_hf.serialization.sizes import tensor_sizes
-from geta_hf.serialization.validate import INDEX, read_json, weight_files
+from geta_hf.serialization.validate import INDEX, check_links, check_readable, read_json, weight_files
 
 _NOT_OURS = {"trainer_state.json", WORLD_NAME, PROGRESS_NAME}
 _UNFINISHED = (".tmp", ".lock", ".part", ".incomplete", ".bak", ".pyc", "~")
+# Unpickling runs code, so no reader should be offered such a file.
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _LOGS = re.compile(r"__pycache__|runs|checkpoint-\d+")
 _READ_AS_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -40,11 +41,14 @@ def files_to_push(folder: str | os.PathLike[str]) -> list[tuple[str, int]]:
 
     Raises:
         GETAError: an incomplete export: no config.json or geta_structure.json, a missing or truncated shard, or
-            weights that the index does not name.
+            weights that the index does not name; or a link that leads out of the folder.
     """
     path = Path(folder)
+    check_links(path)
     read_structure(path)
     read_json(path / "config.json")
+    # Structure and config first: a folder that is no export must not be listed, let alone sent.
+    check_readable(path)
     names = sorted(_names(path, path))
     _check_weights(path, set(filter(_READ_AS_WEIGHTS.fullmatch, names)) - {INDEX})
     return [(name, (path / name).stat().st_size) for name in names]
@@ -146,6 +150,7 @@ def upload(
 def _push(
     api: HfApi, folder: Path, names: list[str], repo_id: str, private: bool | None, revision: str | None, message: str
 ) -> CommitInfo:
+    # The answer holds the full name: given `name` alone, the user's own is put before it.
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -174,6 +179,7 @@ def _reason(error: BaseException) -> str:
 
 def _names(folder: Path, root: Path) -> Iterator[str]:
     for entry in folder.iterdir():
+        # Among hidden files may be credentials, and drafts of exports that were killed.
         if entry.name.startswith("."):
             continue
         if entry.is_dir() and not entry.is_symlink():
@@ -186,6 +192,7 @@ def _names(folder: Path, root: Path) -> Iterator[str]:
 def _check_weights(folder: Path, found: set[str]) -> None:
     """Raise GETAError unless the weights are exactly those that are loaded: one file, or the shards of the index."""
     named = weight_files(folder)
+    # A stray shard is an error too: who loads by file names might read it in place of the model's.
     if missing := sorted(named - found):
         raise GETAError(f"{folder} lacks {', '.join(missing)}; export the folder again, nothing was pushed")
     if stray := sorted(found - named):

@@ -116,7 +116,9 @@ def write_card(
         >>> home.cleanup()
     """
     path = Path(folder)
-    known, fresh = read_metrics(path), check_metrics(metrics or {}, "metrics")
+    known = read_metrics(path)
+    # Checked before anything is written, since the file is read again by every later report.
+    fresh = check_metrics(metrics or {}, "metrics")
     scores = merge_results(_updated(read_results(path), fresh), results or {})
     for side, entries in (results or {}).items():
         fresh[side] = {**fresh.get(side, {}), **metrics_of(entries)}
@@ -125,6 +127,8 @@ def write_card(
     if front:
         summary = replace(summary, front={**summary.front, **front})
     text = _card(summary, base_model, task, dataset, merged, repo_id)
+    # Written last and in this order: what fails in reading or composing leaves the old card and its metrics as they
+    # were.
     if fresh:
         write_whole(path / METRICS_NAME, json.dumps(merged, indent=2) + "\n")
     if scores:
@@ -189,6 +193,7 @@ def _card(
     name = (repo_id or summary.folder.resolve().name).encode(errors="replace").decode()
     license = _license(summary.front, base_model or base.get("base_model"))
     replaced = {*_BASE_KEYS, *_LICENSE_KEYS} - set(license)
+    # What a user added to the card by hand remains.
     kept = {key: value for key, value in summary.front.items() if key not in replaced}
     own = _front(summary, task, _index(name, task, dataset or "unknown", metrics, summary.results))
     front = kept | {"library_name": "transformers"} | license | base | own
@@ -269,6 +274,7 @@ def _base(summary: FolderSummary, base_model: str | None) -> dict[str, Any]:
     """Return the front matter's entries for the base model; the Hub cannot link to a local path."""
     if not base_model:
         return {key: summary.front[key] for key in _BASE_KEYS if key in summary.front}
+    # A relative path such as runs/dense looks like a name on the Hub.
     if _REPO.fullmatch(base_model) and not Path(base_model).exists():
         return {"base_model": base_model, "base_model_relation": "quantized"}
     return {LOCAL_BASE: Path(base_model).name}
@@ -292,6 +298,7 @@ def _index(model: str, task: str | None, dataset: str, metrics: Metrics, results
     rest = {name: value for name, value in metrics.get("compressed", {}).items() if name not in known}
     blocks = [TaskResult(dataset, rest)] if rest else []
     entries = [_block(task, one) for one in (*blocks, *scored) if one.metrics]
+    # An entry of the Hub's model-index has to have a task and metrics.
     return [{"name": _leaf(model), "results": entries}] if task and entries else []
 
 
@@ -424,16 +431,19 @@ def ways_to_load(summary: FolderSummary, name: str) -> list[Way]:
     """
     from transformers.pipelines import SUPPORTED_TASKS  # slow to import
 
-    quoted, auto = _quoted(name), summary.auto_class
+    quoted = _quoted(name)
+    auto = summary.auto_class
     flag = ", trust_remote_code=True" if summary.remote_code else ""
     load = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({quoted}"
     ways = [Way("With geta_hf", f"import geta_hf  # registers the format\n{load})", "python")]
     if summary.remote_code:
         ways.append(Way("Without geta_hf: the folder carries the code that reads it", f"{load}{flag})", "python"))
     if auto in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
+        # lm-eval does not import geta_hf, so it needs the carried code.
         command = f"lm_eval --model hf --model_args {_model_args(name, summary.remote_code)} --tasks lambada_openai"
         ways.append(Way("In lm-evaluation-harness", command, "bash"))
     elif summary.task in SUPPORTED_TASKS:
+        # A pipeline loads by name: either the folder carries its code or the format is registered before.
         first = "" if summary.remote_code else "import geta_hf\n"
         call = f"pipe = pipeline({json.dumps(summary.task)}, model={quoted}{flag})"
         ways.append(Way("As a pipeline", f"{first}from transformers import pipeline\n\n{call}", "python"))

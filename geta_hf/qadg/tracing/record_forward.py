@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from geta_hf.errors import GETAError
 from geta_hf.qadg.tracing.graph import Graph, Value
 from geta_hf.qadg.tracing.recorder import KeptContent, Recorder
+from geta_hf.utils.model_io import map_tensors
 from geta_hf.utils.process_state import exclusive, plain_kernels
 
 _SETTINGS = {"use_cache": False, "_experts_implementation_internal": "batched_mm"}
@@ -106,7 +107,7 @@ def _record(model: nn.Module, batch: Mapping[str, Any], real: bool) -> Graph:
         stack.enter_context(torch.no_grad())
         # A forward that draws random numbers must not change those that the user's training draws next.
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(_unchanged(model))
+        stack.enter_context(unchanged(model))
         stack.enter_context(_recordable(model))
         stack.enter_context(plain_kernels())
         # Both, since what a model cached in evaluation mode is only dropped in training mode.
@@ -142,13 +143,16 @@ def _failed_forward(model: nn.Module, batch: Mapping[str, Any], error: Exception
 
 
 def _input(name: str, item: Any, recorder: Recorder) -> Any:
-    if not isinstance(item, torch.Tensor):
-        return item
-    # Two copies: the forward may write to the one that it gets.
-    tensor = item.detach().cpu().clone()
-    value = Value(tuple(item.shape), item.dtype, "input", (name,), tensor.clone(), from_input=True)
-    recorder.add(tensor, value)
-    return tensor
+    """Return a copy of an input, its tensors registered with the recorder; those in lists and dicts included."""
+
+    def copied(given: torch.Tensor) -> torch.Tensor:
+        # Two copies: the forward may write to the one that it gets.
+        tensor = given.detach().cpu().clone()
+        value = Value(tuple(given.shape), given.dtype, "input", (name,), tensor.clone(), from_input=True)
+        recorder.add(tensor, value)
+        return tensor
+
+    return map_tensors(copied, item)
 
 
 def main_tensors(output: Any) -> list[torch.Tensor]:
@@ -194,7 +198,7 @@ def _recordable(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module) -> Iterator[None]:
     """Restore every module's attributes, parameters, buffers, hooks and training flag at the end."""
     before = [(module, dict(module.__dict__), _containers(module)) for module in model.modules()]
     try:
