@@ -133,7 +133,16 @@ class GETALoader(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Return True, which means adapters on top: transformers refuses to train a quantized model without them."""
+        """Return True: adapters on top are trained, and what is not packed."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Return True, without which Trainer refuses the model, even if it is only to be evaluated."""
+        logger.warning_once(
+            "this model is compressed: Trainer evaluates it as it is, but trains no packed weight. To train further, "
+            "put an adapter of peft on top, or call model.dequantize() first"
+        )
         return True
 
     @property
