@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging
 
 from geta_hf.errors import GETAError
+from geta_hf.serialization.checksums import checksums
 from geta_hf.serialization.encode import activation_bits, packed_tensors, unpack_layer, weight_bits, weight_holders
 from geta_hf.serialization.loader import (
     QUANT_METHOD,
@@ -82,6 +84,7 @@ class GETAHfQuantizer(GETALoader):
             if (weight := state.pop(f"{name}.weight", None)) is not None:
                 offloaded = load_offloaded_parameter(model, f"{name}.weight") if weight.is_meta else None
                 state.update(packed_tensors(name, layer, offloaded))
+        self.quantization_config.checksums = checksums(_as_stored(model, state))
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -108,6 +111,14 @@ class GETAHfQuantizer(GETALoader):
         fixes = self.quantization_config.fixes
         if any(fixes[part] for part in ("shapes", "keep", "attrs")):
             attach_quantizer(model, fixes)
+
+
+def _as_stored(model: PreTrainedModel, state: dict[str, Any]) -> dict[str, Any]:
+    """Return the tensors of a state dict under the names, and in the pieces, in which `save_pretrained` stores them."""
+    loaded = {
+        name: load_offloaded_parameter(model, name) if tensor.is_meta else tensor for name, tensor in state.items()
+    }
+    return dict(revert_weight_conversion(model, loaded))
 
 
 AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = GETAQuantizationConfig
