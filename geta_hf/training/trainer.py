@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 
 from geta_hf.config import CONFIG_NAME, CompressionConfig, GETAConfig
@@ -32,6 +32,7 @@ from geta_hf.surgery.build_space import prepare_space
 from geta_hf.surgery.drop_layers import DroppedLayers, drop_layers, mean_loss
 from geta_hf.training.checkpoints import Progress, base_name, check_checkpoint, write_notes
 from geta_hf.training.distillation import Distiller, dense_copy
+from geta_hf.training.dtypes import DTypes, dtypes_of, unrounded, warn_of_other_dtypes
 from geta_hf.training.early_checks import check_exports, check_is_model, check_length, check_model
 from geta_hf.training.lora import LoraPlan, attach_lora, find_frozen_weights, merged, plan_lora
 from geta_hf.training.plan import Plan, layer_uses, make_ledger, make_plan
@@ -136,6 +137,7 @@ class GETATrainer(Trainer):
         self._skeleton = empty_copy(model) if self.is_fsdp_enabled else None
         self._bad_loss = torch.zeros((), dtype=torch.bool, device=self.args.device)
         self._wrapped = False
+        self._dtypes: DTypes = {}
         self._print_plan()
 
     @property
@@ -319,7 +321,13 @@ class GETATrainer(Trainer):
         self._bad_loss = torch.zeros((), dtype=torch.bool, device=self.args.device)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.method.finish()
+        self._dtypes = dtypes_of(self._plain_model)
         return output
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Run Trainer's loop; a model that it converts to 16 bits is afterwards as it was trained."""
+        with unrounded(self._plain_model, self.args):
+            return super().evaluation_loop(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run Trainer's step; remember, without waiting for the device, whether a loss was not finite."""
@@ -449,6 +457,7 @@ class GETATrainer(Trainer):
         model = self._gather_model()
         if not self.is_world_process_zero():
             return None
+        warn_of_other_dtypes(model, self._dtypes)
         card = partial(write_card, base_model=base_name(model), repo_id=Path(directory).resolve().name)
         with merged(model):
             return export(
