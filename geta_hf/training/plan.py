@@ -18,6 +18,7 @@ from geta_hf.costs.selection import Limits
 from geta_hf.costs.targets import BYTES, GROUPS, Target, even_removal, solve_target
 from geta_hf.qadg import PruningSpace
 from geta_hf.qadg.group_labels import family_starts
+from geta_hf.qadg.missing_heads import missing_heads
 from geta_hf.quantization import quantized_layers
 from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.serialization.embeddings import input_embedding
@@ -63,6 +64,7 @@ class Plan:
         unquantized: modules in the model's lists of layers with a matrix that no quantizer covers, numbers as `*`,
             the largest first.
         unquantized_share: their share of all matrix weights in those lists.
+        without_heads: a sentence for each kind of module that counts heads of which none is found, with the reason.
 
     Example:
         >>> import torch
@@ -87,6 +89,7 @@ class Plan:
     bytes: int
     unquantized: tuple[str, ...] = ()
     unquantized_share: float = 0.0
+    without_heads: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         header = ("families", "number", "groups of each", "to remove if even", "kept")
@@ -103,7 +106,7 @@ class Plan:
             more = len(self.unquantized) - _NAMED
             names = ", ".join(self.unquantized[:_NAMED]) + (f" and {more} more" if more > 0 else "")
             lines.append(f"not quantized: {self.unquantized_share:.1%} of the layers' matrix weights ({names})")
-        return "\n".join(lines)
+        return "\n".join((*lines, *self.without_heads))
 
 
 def make_plan(config: CompressionConfig, space: PruningSpace, ledger: Ledger, model: nn.Module | None = None) -> Plan:
@@ -134,6 +137,7 @@ def make_plan(config: CompressionConfig, space: PruningSpace, ledger: Ledger, mo
         bytes=int(target.spent(BYTES, ledger, removal, target.bits)),
         unquantized=unquantized,
         unquantized_share=share,
+        without_heads=() if model is None else missing_heads(model, space),
     )
 
 

@@ -178,8 +178,11 @@ STRUCTURE: dict[str, tuple[Change, str]] = {
     "a head by hand": (more_outputs, r"qa_outputs.weight .*\(7, 32\), but \(2, 32\).*num_labels=7"),
     "a deeper head": (deep_head, "no tensor qa_outputs.weight.*Undo the change"),
     "more words": (more_words, "word_embeddings.weight.*vocab_size=70"),
-    "weight norm": (weight_norm, r"no tensor qa_outputs.weight.*remove_parametrizations\(model.qa_outputs, 'weight'\)"),
-    "masks": (pruned, r"no tensor qa_outputs.weight.*prune.remove\(model.qa_outputs, 'weight'\)"),
+    "weight norm": (
+        weight_norm,
+        r"no tensor qa_outputs.weight.*remove_parametrizations\(model.get_submodule\('qa_outputs'\), 'weight'\)",
+    ),
+    "masks": (pruned, r"no tensor qa_outputs.weight.*prune.remove\(model.get_submodule\('qa_outputs'\), 'weight'\)"),
     "another activation": (other_activation("relu"), "layer.0.*act_fn is a ReLU.*GELU.*hidden_act='relu'"),
     "an activation that is close": (other_activation("gelu_new"), "NewGELUActivation.*hidden_act='gelu_new'"),
     "an activation in one layer": (one_activation, "layer.0.intermediate.*act_fn is a Tanh.*Undo the change"),

@@ -51,15 +51,15 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a head by hand": (lambda model: setattr(model, "qa_outputs", nn.Linear(32, 3)), "num_labels=3"),
     "weight norm": (
         lambda model: parametrizations.weight_norm(dense(model)),
-        rf"{DENSE}.weight is computed by _WeightNorm.*remove_parametrizations\(model.{DENSE}, 'weight'\)",
+        rf"{DENSE}.weight is computed by _WeightNorm.*remove_parametrizations\(model.get_submodule.*'weight'\)",
     ),
     "old spectral norm": (
         lambda model: torch.nn.utils.spectral_norm(dense(model)),
-        rf"{DENSE}.weight is computed by spectral_norm.*remove_spectral_norm\(model.{DENSE}, 'weight'\)",
+        rf"{DENSE}.weight is computed by spectral_norm.*remove_spectral_norm\(model.get_submodule.*'weight'\)",
     ),
     "masks": (
         lambda model: prune.random_unstructured(dense(model), "weight", 0.5),
-        rf"{DENSE}.weight is computed by torch.nn.utils.prune.*prune.remove\(model.{DENSE}, 'weight'\)",
+        rf"{DENSE}.weight is computed by torch.nn.utils.prune.*prune.remove\(model.get_submodule.*'weight'\)",
     ),
     "a parametrization": (
         lambda model: parametrize.register_parametrization(dense(model), "weight", Sign()),
