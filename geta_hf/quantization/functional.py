@@ -60,6 +60,7 @@ def gradients(
     """
     g = grad.float()
     signed_z = clip_power(x.float(), q_m, t)
+    # sgn(x) (round(z/d) - z/d) is round(s) - s of the signed value, since rounding half to even is symmetric.
     scaled = signed_z / d
     grad_d = _sum_of_product(g, torch.round(scaled).sub_(scaled), d)
     grad_x = straight_through(grad, x, q_m)
