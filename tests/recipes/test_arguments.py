@@ -66,7 +66,7 @@ def test_nothing_to_resume_from(parse: object, asked: str, message: str, tmp_pat
 def test_a_folder_that_the_export_would_not_replace_is_found_before_training(parse: object, tmp_path: Path) -> None:
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "thesis.txt").write_text("mine")
-    with pytest.raises(GETAError, match="export is not a model folder.*choose another folder"):
+    with pytest.raises(GETAError, match=r"export is not a model folder.*choose another folder"):
         parse([*MODEL, "--output_dir", str(tmp_path)])  # type: ignore[operator]
     (tmp_path / "export" / "config.json").write_text("{}")
     (tmp_path / "export" / "thesis.txt").unlink()
