@@ -13,6 +13,7 @@ from geta_hf.errors import GETAError
 from geta_hf.quantization import quantized_layers, without_quantizers
 from geta_hf.utils import module_state
 from geta_hf.utils.model_io import Batch, float_tensors, named_outputs, outputs_by_name, to_device
+from geta_hf.utils.process_state import exclusive
 
 # Largest difference allowed, as a share of the largest logit (of 1 where logits are small): rounding differs with the
 # sizes of the matrices, and nothing else may. Models in double precision may compute a few steps in single.
@@ -88,7 +89,8 @@ def comparison_mode(model: PreTrainedModel) -> Iterator[None]:
     """
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     implementations = [(config, config._attn_implementation) for config in configs]
-    with module_state.eval_mode(model), outputs_by_name(model):
+    # Exclusive, since the random state that comes back afterwards is that of the process.
+    with exclusive(), module_state.eval_mode(model), outputs_by_name(model):
         model.train().eval()
         try:
             yield

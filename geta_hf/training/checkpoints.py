@@ -79,6 +79,8 @@ def read_progress(folder: Path) -> Progress:
 def base_name(model: nn.Module) -> str | None:
     """Return what a model was trained from: what its checkpoint notes, or else where it was loaded from."""
     name = str(model.config.name_or_path or "") if isinstance(model, PreTrainedModel) else ""
+    # A resumed or exported run loads its model from a checkpoint, whose path would say nothing to a reader of the
+    # card.
     if not name or not (path := Path(name)).exists():
         return name or None
     return read_progress(path).base_model if (path / PROGRESS_NAME).is_file() else str(path.resolve())
@@ -93,6 +95,7 @@ def stored_headers(folder: Path) -> dict[str, Header]:
     try:
         return read_headers([str(file) for file in sorted(folder.glob("*.safetensors"))], folder)
     except GETAError as error:
+        # Older ones only, from which training comes to this step again.
         others = [path for path in checkpoints_of(folder.parent) if step_of(path) < step_of(folder)]
         done = next((path for path in others if is_finished(path)), None)
         if done is not None:
@@ -131,6 +134,7 @@ def check_checkpoint(
     if not (folder / CONFIG_NAME).is_file():
         raise GETAError(f"{folder} has no {CONFIG_NAME}: it is not a checkpoint of GETATrainer")
     _check_world(folder, processes, sharded)
+    # Under FSDP Accelerate writes the optimizer's state in files of its own.
     needed = [SCHEDULER_NAME] if sharded else [OPTIMIZER_NAME, SCHEDULER_NAME]
     for name in needed:
         if not (folder / name).is_file():
@@ -170,6 +174,7 @@ def _check_config(folder: Path, config: CompressionConfig) -> None:
     theirs, ours = read_config(folder / CONFIG_NAME).to_dict(), config.to_dict()
     # Another method has other settings by nature; its name says it all.
     names = ["method"] if theirs["method"] != ours["method"] else list(dict.fromkeys((*ours, *theirs)))
+    # Of both configs: an older checkpoint lacks settings that are new, and the other way round.
     changed = {name: (theirs.get(name), ours.get(name)) for name in names if theirs.get(name) != ours.get(name)}
     if changed:
         text = ", ".join(f"{name}: {old!r} there, {new!r} here" for name, (old, new) in changed.items())

@@ -26,12 +26,15 @@ from geta_hf.methods import Method, StepMemory, make_method
 from geta_hf.methods.frozen_weights import FrozenWeights
 from geta_hf.methods.parameter_groups import quantizer_parameters
 from geta_hf.qadg import PruningSpace, build_space
+from geta_hf.qadg.propagation.propagate import record_and_propagate
 from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs
-from geta_hf.quantization import detach_quantizers, quantized_layers
+from geta_hf.qadg.tracing.raw_reads import recorded_raw_reads
+from geta_hf.quantization import detach_quantizers, quantized_layers, select_layers
 from geta_hf.quantization.kernels import outlined
 from geta_hf.surgery.drop_layers import check_drop
 from geta_hf.training.distillation import Distiller
 from geta_hf.training.fake_tensors import OUTLINE, Live, outline_of, outlines, without_data
+from geta_hf.training.float_layers import exclude_layers, left_float
 from geta_hf.training.lora import attach_lora, find_frozen_weights, plan_lora
 from geta_hf.training.loss_terms import LossTerms, Scale
 from geta_hf.training.memory_report import PARTS, MemoryPlan, Moment
@@ -110,6 +113,7 @@ def _plan_memory(
     own = _method_memory(model, method, space, plan)
     held = {"optimizer": state, "pruning": own.kept}
     gradients = sum(p.nbytes for p in student.parameters() if p.requires_grad)
+    # The base optimizer's step and the method's own work come one after the other.
     temporary = max(temporary, own.temporary)
     if config is not None and config.drop_layers:
         notes = (*notes, "of the full model, though drop_layers will remove layers before training")
@@ -184,6 +188,7 @@ def _forward_and_backward(
 ) -> Moment:
     """Run the micro-batches of one step and return the bytes alive at the highest level."""
     live = Live()
+    # By id, since a tied parameter has several names.
     own = {id(parameter) for parameter in quantizer_parameters(student, trained=False).values()}
     for tensor in (*student.parameters(), *student.buffers()):
         live.hold(tensor, "quantizers" if id(tensor) in own else "weights")
@@ -194,7 +199,7 @@ def _forward_and_backward(
     _note_gradients(student, live, frozen)
     try:
         with live:
-            for _ in range(min(2, args.gradient_accumulation_steps)):  # from the second on, gradients stay
+            for _ in range(min(2, args.gradient_accumulation_steps)):  # from the second on there are gradients
                 _loss(student, terms, inputs, args).backward()
     except Exception as error:  # a model's own code may fail on tensors without data in any way
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -217,6 +222,8 @@ def _loss(student: PreTrainedModel, terms: LossTerms, inputs: dict[str, Any], ar
     def forward(**asked: Any) -> Any:
         with _autocast(args):
             outputs = own(**asked)
+        # Accelerate does this around the forward. For a large vocabulary these logits are the largest tensor of a
+        # step.
         return convert_to_fp32(outputs) if args.bf16 or args.fp16 else outputs
 
     def compute_loss(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -245,6 +252,8 @@ def _optimizer(student: PreTrainedModel, args: TrainingArguments) -> tuple[int, 
                 live.hold(parameter, "weights")
                 live.hold(parameter.grad, "gradients")  # type: ignore[arg-type]
             before = live.level
+            # State is made in the first step, and what is alive afterwards is state; the rest of the peak is
+            # temporary.
             optimizer = kind(parameters, **options)
             optimizer.step()
             state = live.level - before
@@ -289,7 +298,8 @@ def _trial_cut_memory(model: PreTrainedModel, batch: Mapping[str, Tensor], space
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     if ids is None or not isinstance(vocabulary, int) or not model.can_generate():
         return copies
-    # Two rows of the batch and one more; eager and sdpa, cut and masked, and one that was measured beside them.
+    # Two rows of the batch and one more. Each has five logits tensors: for eager and sdpa those of the cut and of the
+    # masked model, and a fifth that was found by measuring.
     return copies + (min(2, ids.shape[0]) + 1) * ids.shape[1] * vocabulary * 5 * model.dtype.itemsize
 
 
@@ -298,7 +308,7 @@ def _trial_cut_memory(model: PreTrainedModel, batch: Mapping[str, Tensor], space
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run would do, found without weights: the space, the plan (both None for a plain run) and the memory.
+    """Hold what a run would do, found without weights: space and plan (both None for a plain run), and the memory.
 
     Example:
         >>> import torch
@@ -339,7 +349,7 @@ def dry_run(
         args: Trainer's own.
         config: None for a plain run.
         peft_config: as GETATrainer takes it, with `config`.
-        steps: of the optimizer in the whole run, where it is known; `args.max_steps` needs no repetition.
+        steps: of the optimizer in the entire run, where it is known; `args.max_steps` needs no repetition.
 
     Raises:
         GETAError: nothing to quantize or to prune, a target out of reach, layers to drop that can't be, stages that do
@@ -364,15 +374,21 @@ def dry_run(
     parameters = sum(parameter.numel() for parameter in empty.parameters())
     if config is None:
         return DryRun(parameters, None, None, plan_memory(empty, batch, args))
-    method = make_method(config)
-    _check_stages(method, args, steps)
+    _check_stages(make_method(config), args, steps)
+    # Recording computes masks and positions from real values, and of `batch` only the shapes count.
     example = make_dummy_inputs(empty)
     if config.drop_layers:
         check_drop(empty, config.drop_layers, example)
-    space = build_space(empty, example, prune=config.prune, keep=config.keep)
+    flow = record_and_propagate(empty, example, times=2)
+    space = build_space(empty, example, prune=config.prune, keep=config.keep, flow=flow)
     space = space if peft_config is not None else without_untrained(space, empty)
+    # In GETATrainer's order: the space without quantizers, the plan with them and before LoRA.
+    layers = select_layers(empty, config.include, config.exclude)
+    excluded = exclude_layers(config, recorded_raw_reads(flow.graph, empty, layers), layers)
+    method = make_method(excluded)
     method.attach(empty, None)
-    plan = make_plan(config, space, make_ledger(empty, space, embedding_bits=config.embedding_bits), empty)
+    ledger = make_ledger(empty, space, embedding_bits=config.embedding_bits)
+    plan = make_plan(config, space, ledger, empty, left_float(config, excluded))
     if peft_config is not None:
         attach_lora(empty, plan_lora(empty, peft_config, quantized_layers(empty)))
     try:

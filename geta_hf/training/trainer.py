@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
@@ -32,13 +32,16 @@ from geta_hf.surgery.drop_layers import DroppedLayers, drop_layers, mean_loss
 from geta_hf.training.checkpoints import Progress, base_name, check_checkpoint, write_notes
 from geta_hf.training.complete import mark_complete, mark_unfinished, newest_to_resume
 from geta_hf.training.distillation import Distiller, dense_copy
+from geta_hf.training.early_checks import check_exports, check_is_model, check_length, check_model
 from geta_hf.training.example_inputs import divides_by_count, find_left_out, inputs_of
+from geta_hf.training.float_layers import check_first_gradients, exclude_raw_reads, left_float
 from geta_hf.training.looked_at import keep_looked_at, looking_at
 from geta_hf.training.lora import LoraPlan, attach_lora, find_frozen_weights, merged, plan_lora
 from geta_hf.training.loss_terms import LossTerms, Scale
 from geta_hf.training.plan import Plan, layer_uses, make_ledger, make_plan
-from geta_hf.training.preparation import SeededByEpoch, empty_copy, first_batches, without_untrained
+from geta_hf.training.preparation import SeededByEpoch, empty_copy, first_batches, planned_steps, without_untrained
 from geta_hf.training.processes import by_first_process, decided_by_first_process
+from geta_hf.training.publishing import PublishingTrainer
 from geta_hf.training.support import Launch, check_options, check_plain
 from geta_hf.utils.model_io import to_device
 
@@ -48,12 +51,12 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
-class GETATrainer(Trainer):
+class GETATrainer(PublishingTrainer):
     """Compress a model while it is fine-tuned.
 
-    The type of the config chooses the method: `GETAConfig` is QASSO. Quantizers are put on the model, the pruning space
-    is built from a real batch and the targets are solved as soon as the trainer is made, so a model or a limit that
-    cannot work fails before training.
+    The type of the config chooses the method: `GETAConfig` is QASSO. As soon as the trainer is made, quantizers are
+    attached to the model, the pruning space is built from a real batch and the targets are solved. So a model or a
+    limit that cannot work fails before training.
 
     Args:
         model: the model to train, changed in place.
@@ -68,8 +71,8 @@ class GETATrainer(Trainer):
     Attributes:
         method: the compression method.
         dropped: the layers that the model lost under `drop_layers`.
-        run_config: `geta_config` with the paths of the dropped layers in place of their number; checkpoints and the
-            export hold this one.
+        run_config: `geta_config` with the paths of the dropped layers in place of their number, and with the layers
+            excluded whose weight the model reads itself; checkpoints and the export hold this one.
         space: the pruning space.
         plan: what the run is to end with; printed when the trainer is made.
 
@@ -109,26 +112,33 @@ class GETATrainer(Trainer):
     ) -> None:
         if model is None:
             raise GETAError("GETATrainer needs `model`; `model_init` would make models that no method has seen")
-        self.geta_config = geta_config or GETAConfig()
+        self.geta_config = self.run_config = geta_config or GETAConfig()
         self.method: Method = make_method(self.geta_config)
         self.lora = self._check_model(model, peft_config)
         super().__init__(model=model, args=args, **kwargs)
         launch = Launch.of(self.accelerator, self.model)
+        check_length(self.args)
         check_options(self.args, launch, self.optimizer, self.lr_scheduler, lora=self.lora is not None)
         # Kept, since later on not every process may draw from the loader, which all of them share.
         self._batch = self._choose_batch(model)
+        self.method.check_stages(*planned_steps(self.args, self.get_train_dataloader))
+        check_exports(model, self._batch, self._layers_to_quantize(model))
         teacher = self._choose_teacher(model, teacher)
         self.dropped = self._drop_layers(model)
         self.run_config = self._resolve_config()
         try:
+            self._leave_float(model)
             self.lora = self._replan_lora(model)
             self.space = self._find_space(model)
             self.distiller = self._make_distiller(model, teacher)
             self.method.attach(model, self._sample_batches)
             check_ties(model)
             self._ledger = self._measure_sizes(model)
-            self.plan: Plan = make_plan(self.geta_config, self.space, self._ledger, model)
+            self.plan: Plan = make_plan(
+                self.geta_config, self.space, self._ledger, model, left_float(self.geta_config, self.run_config)
+            )
             if self.lora is not None:
+                # Last, since the matrices are merged before an export: no size and no bit width counts them.
                 attach_lora(model, self.lora)
             self._terms = LossTerms(self.distiller, self.method, self.accelerator.autocast)
             self.compute_loss = self._terms.around(self.compute_loss, lambda: self._plain_model, self._loss_scale)  # type: ignore[method-assign]
@@ -136,10 +146,12 @@ class GETATrainer(Trainer):
             detach_quantizers(model)  # so that the same model can be tried again under another config
             self.dropped.restore()
             raise
+        # Until here a failure gives the layers back; from here on they only take memory.
         self.dropped.release()
+        # Training will turn the model's parameters into shards; an export fills this copy, whose shapes are complete.
         self._skeleton = empty_copy(model) if self.is_fsdp_enabled else None
         self._bad_loss = torch.zeros((), dtype=torch.bool, device=self.args.device)
-        self._wrapped = False
+        self._wrapped = self._gradients_checked = False
         self._print_plan()
 
     @property
@@ -164,14 +176,16 @@ class GETATrainer(Trainer):
 
     def _check_model(self, model: nn.Module, peft_config: LoraConfig | None) -> LoraPlan | None:
         """Check what can be known before Trainer is set up; return what LoRA will train."""
+        check_is_model(model)
         check_plain(model)
         chosen = self._layers_to_quantize(model)  # nothing to quantize fails first
+        check_model(model, chosen)
         lora = None if peft_config is None else plan_lora(model, peft_config, chosen)
         self.method.check(frozen_weights=lora is not None)
         return lora
 
     def _layers_to_quantize(self, model: nn.Module) -> dict[str, nn.Module]:
-        return select_layers(model, self.geta_config.include, self.geta_config.exclude)
+        return select_layers(model, self.run_config.include, self.run_config.exclude)
 
     def _choose_teacher(self, model: nn.Module, teacher: nn.Module | None) -> nn.Module | None:
         """Return the given teacher, or a copy of the model before layers are dropped and quantizers attached."""
@@ -216,6 +230,13 @@ class GETATrainer(Trainer):
             return self.geta_config
         return dataclasses.replace(self.geta_config, drop_layers=list(self.dropped.removed))
 
+    def _leave_float(self, model: nn.Module) -> None:
+        """Exclude layers whose weight the model reads itself, past the layer's forward and any quantizer."""
+        known = self.run_config
+        self.run_config = exclude_raw_reads(known, model, self._layers_to_quantize(model), self._batch)
+        if self.run_config is not known:
+            self.method = make_method(self.run_config)
+
     def _find_space(self, model: nn.Module) -> PruningSpace:
         """Build the pruning space; families that the model's code cannot follow are no longer prunable."""
         # Under LoRA every weight is frozen, and groups are removed through the merged weight.
@@ -226,8 +247,8 @@ class GETATrainer(Trainer):
         return space
 
     def _replan_lora(self, model: nn.Module) -> LoraPlan | None:
-        """Plan LoRA again where layers were dropped: paths of the remaining ones have changed."""
-        if self.lora is None or not self.dropped.removed:
+        """Plan LoRA again where layers were dropped, which changes the paths of others, or left float."""
+        if self.lora is None or self.run_config is self.geta_config:
             return self.lora
         return plan_lora(model, self.lora.config, self._layers_to_quantize(model))
 
@@ -300,6 +321,8 @@ class GETATrainer(Trainer):
         if self._wrapped and self.optimizer is not None:
             return self.optimizer  # resumed in the same trainer; `train` has checked that
         opt_model: nn.Module = self._plain_model if model is None else model
+        # Under FSDP2 Trainer calls this after it has sharded the model, which replaces the parameters: names are
+        # those of `model` as it is given here.
         base = super().create_optimizer(opt_model)
         names: dict[Tensor, str] = {parameter: name for name, parameter in opt_model.named_parameters()}
         self.optimizer = self.method.wrap_optimizer(base, names, opt_model, self._describe_run(opt_model))
@@ -353,6 +376,8 @@ class GETATrainer(Trainer):
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.method.finish()
         self._say_what_is_missing()
+        if self.args.push_to_hub:
+            self._push_if_finished("End of training")
         return output
 
     def _say_what_is_missing(self) -> None:
@@ -383,6 +408,9 @@ class GETATrainer(Trainer):
         """Run Trainer's step; remember, without waiting for the device, whether a loss was not finite."""
         self.method.before_backward(self._plain_model)
         loss = super().training_step(*args, **kwargs)
+        if not self._gradients_checked:
+            check_first_gradients(self._plain_model)
+            self._gradients_checked = True
         self._bad_loss = self._bad_loss | ~torch.isfinite(loss.detach())
         return loss
 
@@ -422,6 +450,7 @@ class GETATrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as Trainer does, with the metrics of the method next to the loss."""
+        # Trainer has just waited for the device to read the loss, so reading these values costs no further wait.
         self._check_finite()
         if self._wrapped and "loss" in logs:
             logs.update(self.compression_state())
@@ -441,6 +470,7 @@ class GETATrainer(Trainer):
     # --- checkpoints and export ---------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # Before anything is written: a bad checkpoint could push the last good one out (save_total_limit).
         self._check_finite()
         super()._save(output_dir, state_dict)
         progress = self._describe_progress()

@@ -237,9 +237,13 @@ def test_unreachable_sparsity(tmp_path) -> None:
 
 
 def test_stages_longer_than_training(tmp_path) -> None:
-    made = trainer(tmp_path, GETAConfig(**{**SMALL, "joint": 30}))
+    """Known when the trainer is made: by steps, by epochs, and where there are too few steps for any stage."""
     with pytest.raises(GETAError, match="training has 24"):
-        made.train()
+        trainer(tmp_path, GETAConfig(**{**SMALL, "joint": 30}))
+    with pytest.raises(GETAError, match="training has 2 steps, but warmup, projection, joint take at least one each"):
+        trainer(tmp_path, GETAConfig(), max_steps=-1, num_train_epochs=0.25)
+    with pytest.raises(GETAError, match="'joint': 24}, 30 steps, but training has 16"):
+        trainer(tmp_path, GETAConfig(**{**SMALL, "joint": "3 epochs"}), max_steps=-1, num_train_epochs=2)
 
 
 def test_a_model_without_quantizable_layers(tmp_path) -> None:

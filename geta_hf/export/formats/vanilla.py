@@ -61,6 +61,7 @@ def write_plain(
         GETAError: as `write_vanilla` does.
     """
     rounded = activation_bits(model)
+    # An ordinary reader would compute with float inputs, so the folder would give other outputs without a word.
     if rounded:
         raise GETAError(
             f"the {name} format has no place for rounded activations, which {len(rounded)} layers have (the first is "
@@ -88,13 +89,14 @@ def _settle_experts(plain: PreTrainedModel, model: PreTrainedModel) -> None:
     if model.config._experts_implementation == "eager" and model._can_set_experts_implementation():
         plain.config.experts_implementation = "eager"
         logger.warning(
-            "config.json says experts_implementation = eager, which is slower: rows of the cut experts are no whole 16 "
-            "bytes, as the fused kernel needs them; train with multiple_of = 8 for it"
+            "config.json says experts_implementation = eager, which is slower: the fused kernel needs rows of a "
+            "multiple of 16 bytes, which the cut experts do not have; train with multiple_of = 8 to use it"
         )
 
 
 @torch.no_grad()
 def _prove(model: PreTrainedModel, folder: Path, batch: Mapping[str, Tensor], name: str) -> None:
+    # No dtype is named: the folder has to say by itself in which one it is loaded.
     reloaded = type(model).from_pretrained(folder)
     reloaded.to(model.device)  # type: ignore[arg-type]
     try:

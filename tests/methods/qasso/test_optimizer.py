@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 
 import pytest
 import torch
@@ -232,6 +233,49 @@ def test_quantizer_steps_are_relative_to_their_scale() -> None:
         ratios += [layer.weight_quantizer.d.item() / d for layer, d in zip(model.layers, before, strict=True)]
     assert all(0.98 < ratio < 1.02 for ratio in ratios) and any(ratio != 1 for ratio in ratios)
     assert all(value.item() > 0 for name, value in model.named_parameters() if "quantizer" in name)
+
+
+@pytest.mark.parametrize("base", ["SGD", "AdamW", "RMSprop"])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_every_step_of_a_clipping_value_is_that_of_its_logarithm(base: str, weights: torch.dtype) -> None:
+    """From 1e-6 to 1e8, twenty steps against the base optimizer on log q_m in float64."""
+    for magnitude in (1e-6, 1.0, 2e4, 4e4, 1e8):
+        model, optimizer = make(small_config(warmup=40, projection=8, joint=5))
+        model.to(weights)
+        optimizer = wrap(model, small_config(warmup=40, projection=8, joint=5), _base(base))
+        quantizer = model.layers[0].weight_quantizer
+        assert quantizer.q_m.dtype == torch.float32
+        quantizer.q_m.data.fill_(magnitude)
+        log = torch.tensor([math.log(quantizer.q_m.item())], dtype=torch.float64, requires_grad=True)
+        oracle = getattr(torch.optim, base)([log], lr=3e-3, weight_decay=0.0)
+        for step in range(20):
+            slope = math.sin(step) + 0.3
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            quantizer.q_m.grad = torch.tensor([slope / quantizer.q_m.item()])
+            log.grad = torch.tensor([slope], dtype=torch.float64)
+            optimizer.step()
+            oracle.step()
+        assert quantizer.q_m.item() == pytest.approx(math.exp(log.item()), rel=3e-6)
+        assert abs(log.item() - math.log(magnitude)) > 1e-3
+
+
+def _base(kind: str):
+    return lambda groups: getattr(torch.optim, kind)(groups, lr=1e-2)
+
+
+def test_a_base_step_that_fails_leaves_the_quantizers_as_they_were() -> None:
+    model, optimizer = make(small_config())
+    train_step(model, optimizer, 0)
+    before = {name: p.clone() for name, p in model.named_parameters() if "quantizer" in name}
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    optimizer.base.step = fail
+    with pytest.raises(KeyboardInterrupt):
+        train_step(model, optimizer, 1)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
 
 
 @pytest.mark.parametrize("rules", RULES)
