@@ -34,7 +34,7 @@ from geta_hf.training.complete import mark_complete, mark_unfinished, newest_to_
 from geta_hf.training.distillation import Distiller, dense_copy
 from geta_hf.training.dtypes import DTypes, dtypes_of, unrounded, warn_of_other_dtypes
 from geta_hf.training.early_checks import check_exports, check_is_model, check_length, check_model
-from geta_hf.training.example_inputs import find_left_out, inputs_of
+from geta_hf.training.example_inputs import divides_by_count, find_left_out, inputs_of
 from geta_hf.training.float_layers import check_first_gradients, exclude_raw_reads, left_float
 from geta_hf.training.looked_at import keep_looked_at, looking_at
 from geta_hf.training.lora import LoraPlan, attach_lora, find_frozen_weights, merged, plan_lora
@@ -277,7 +277,17 @@ class GETATrainer(PublishingTrainer):
         except Exception:  # a collator or a sampler of the user's needs more rows
             batch = full
         self._left_out = find_left_out(model, batch, self.label_names)
+        self._check_count(model, batch)
         return to_device(inputs_of(model, batch, self._left_out), self.args.device)
+
+    def _check_count(self, model: nn.Module, batch: dict[str, Any]) -> None:
+        """Let Trainer average losses over processes and micro-batches, where the model ignores the count of labels."""
+        several = self.args.world_size > 1 or self.args.gradient_accumulation_steps > 1
+        if not (several and self.model_accepts_loss_kwargs and self.compute_loss_func is None and "labels" in batch):
+            return
+        if not divides_by_count(model, batch):
+            logger.warning("the loss of %s is a mean over rows: micro-batches are averaged", type(model).__name__)
+            self.model_accepts_loss_kwargs = False
 
     def _first_batches(self, count: int, rows: int | None = None) -> list[dict[str, Any]]:
         """Return the first batches as training will see them; random states and streams are left as they were.

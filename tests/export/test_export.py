@@ -222,7 +222,7 @@ def test_existing_target_is_replaced_only_when_asked(trained: Trained, tmp_path:
         run(trained, tmp_path / "out")
     (tmp_path / "out" / "onnx").mkdir()
     (tmp_path / "out" / "onnx" / "model.onnx").touch()
-    with pytest.raises(GETAError, match="holds onnx/model.onnx, which no export writes"):
+    with pytest.raises(GETAError, match=r"holds onnx/model.onnx, which no export writes"):
         run(trained, tmp_path / "out", overwrite=True)
     (tmp_path / "out" / "onnx" / "model.onnx").rename(tmp_path / "out" / "model.onnx")
     (tmp_path / "out" / "onnx").rmdir()
