@@ -9,11 +9,12 @@ import torch
 from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
-from geta_hf.qadg import PruningSpace, build_space
+from geta_hf.qadg import PruningSpace
 from geta_hf.surgery import verify as gate
 from geta_hf.surgery.slice import slice_model
 from geta_hf.surgery.trial_cut import try_cuts
 from tests.export.tiny_encoders import some_batch, tiny_bloom, tiny_mixture, tiny_model
+from tests.spaces import build_space
 
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "albert", "mpnet"])
