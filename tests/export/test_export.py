@@ -190,7 +190,7 @@ def test_nothing_to_export_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("bits", "message"),
-    [(7.5, r"has 7\.5000 bits, which is not whole"), (1.5, "has 1.5 bits; .* 2 to 16"), (20.0, "has 20 bits")],
+    [(7.5, r"has 7\.5000 bits, which is not an integer"), (1.5, "has 1.5 bits; .* 2 to 16"), (20.0, "has 20 bits")],
 )
 def test_bits_must_be_snapped(trained: Trained, tmp_path: Path, bits: float, message: str) -> None:
     quantizer = quantized_layers(trained[0])["bert.encoder.layer.1.output.dense"].weight_quantizer
@@ -203,7 +203,7 @@ def test_bits_must_be_snapped(trained: Trained, tmp_path: Path, bits: float, mes
 
 def test_whole_bits_forgives_rounding_alone() -> None:
     assert integer_bits("layer", torch.tensor([7.9995])) == 8
-    with pytest.raises(GETAError, match="cool-down must snap bits"):
+    with pytest.raises(GETAError, match="cool-down must round bits"):
         integer_bits("layer", torch.tensor([7.998]))
     with pytest.raises(GETAError, match="nan bits"):
         integer_bits("layer", torch.tensor([float("nan")]))
