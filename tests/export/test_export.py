@@ -221,9 +221,14 @@ def test_existing_target_is_replaced_only_when_asked(trained: Trained, tmp_path:
     stamp = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
     with pytest.raises(GETAError, match="exists already"):
         run(trained, tmp_path / "out")
-    (tmp_path / "out" / "old").touch()
+    (tmp_path / "out" / "onnx").mkdir()
+    (tmp_path / "out" / "onnx" / "model.onnx").touch()
+    with pytest.raises(GETAError, match="holds onnx/model.onnx, which no export writes"):
+        run(trained, tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "onnx" / "model.onnx").rename(tmp_path / "out" / "model.onnx")
+    (tmp_path / "out" / "onnx").rmdir()
     run(trained, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "old").exists()
+    assert not (tmp_path / "out" / "model.onnx").exists()
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns != stamp
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
