@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from geta_hf import attach_quantizers, build_space, export
+from geta_hf import attach_quantizers, export
 from geta_hf.errors import GETAError
 from geta_hf.serialization import hf_quantizer
 from geta_hf.serialization.hf_quantizer import GETAHfQuantizer, GETAQuantizationConfig

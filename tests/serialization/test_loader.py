@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from geta_hf import GETAError, build_space, export
+from geta_hf import GETAError, export
 from geta_hf.serialization import loader
 from geta_hf.serialization.loader import find_module
 from tests.export.test_use import IDS, exported_llama
