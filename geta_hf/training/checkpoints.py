@@ -139,14 +139,15 @@ def check_checkpoint(
     for name in needed:
         if not (folder / name).is_file():
             raise GETAError(f"{folder} has no {name}, without which stages can't go on; turn save_only_model off")
+    _check_config(folder, config)
+    check_lora(folder, lora)
+    # After what has a message of its own.
     fault = fault_of(folder, training=True)
     if fault is not None:
         raise GETAError(
             f"{folder} is not complete: {fault}. Resume from another checkpoint; resume_from_checkpoint=True takes the "
             f"newest complete one"
         )
-    _check_config(folder, config)
-    check_lora(folder, lora)
     if not sharded:
         _check_shapes(folder, model)
 

@@ -15,10 +15,11 @@ import torch
 import yaml
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config
 
-from geta_hf import Evaluation, GETAError, build_space, evaluate, export, perplexity
+from geta_hf import Evaluation, GETAError, evaluate, export, perplexity
 from geta_hf.cli import main
 from geta_hf.evaluation import COMMONSENSE, command, harness, tasks
 from tests.export.tiny_encoders import train_by_hand
+from tests.spaces import build_space
 from tests.tiny_tasks import ROWS, byte_tokenizer, tiny_llama, write_rows
 
 pytest.importorskip("lm_eval")

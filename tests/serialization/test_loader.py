@@ -28,11 +28,12 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from geta_hf import GETAError, build_space, export
+from geta_hf import GETAError, export
 from geta_hf.serialization import loader
 from geta_hf.serialization.loader import find_module
 from tests.export.test_use import IDS, exported_llama
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
+from tests.spaces import build_space
 
 NORM = "bert.encoder.layer.1.output.LayerNorm.weight"
 ROWS = [{"input_ids": IDS[0], "labels": IDS[0]}] * 4
