@@ -12,6 +12,7 @@ import inspect
 import json
 import math
 import os
+import re
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -103,6 +104,7 @@ def setting(
         expected: replaces the generated description of the type and range in messages and documentation.
     """
     metadata = {"help": help, "check": check, "section": section, "choices": choices, "expected": expected}
+    # dataclasses refuse a list as a default, which all configs would share.
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -152,6 +154,7 @@ def settings_of(kind: type[CompressionConfig]) -> dict[str, Setting]:
 
     A subclass that redeclares a field with a plain value changes its default only.
     """
+    # Annotations are text in this module, so dataclasses.fields has no types.
     hints = get_type_hints(kind)
     found = {}
     for field in dataclasses.fields(kind):
@@ -163,6 +166,7 @@ def settings_of(kind: type[CompressionConfig]) -> dict[str, Setting]:
 
 
 def _metadata(kind: type, name: str) -> Mapping[str, Any]:
+    # A plain value makes a field without metadata, so they are those of the class that declared it.
     for base in kind.__mro__:
         field = vars(base).get("__dataclass_fields__", {}).get(name)
         if field is not None and "help" in field.metadata:
@@ -202,12 +206,14 @@ def _has_one_type(value: Any, hint: Any) -> bool:
         return all(_has_type(item, items[0]) for item in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)
+    # By the type itself, since bool is a subclass of int.
     if hint in (bool, int):
         return type(value) is hint
     return isinstance(value, origin or hint)
 
 
 def _is_finite(value: int | float) -> bool:
+    # isfinite raises for an integer too large for a float.
     return isinstance(value, int) or math.isfinite(value)
 
 
@@ -332,6 +338,15 @@ def is_duration(value: Duration) -> bool:
         return parsed is not None and parsed[0] >= 0
     # An int is steps and a float a share, so 1 and 1.0 are far apart: the latter, all of training, is refused.
     return value >= 0 if isinstance(value, int) else 0 <= value < 1
+
+
+def _are_patterns(values: list[str]) -> bool:
+    try:
+        for value in values:
+            re.compile(value)
+    except re.error:
+        return False
+    return True
 
 
 def _is_depth(value: int | list[str]) -> bool:
@@ -465,12 +480,14 @@ class CompressionConfig:
         None,
         "Regular expressions over module names: the layers to quantize. None selects the attention and MLP layers of "
         "the repeated blocks.",
+        Check(_are_patterns),
         section="Selection",
         expected="a list of regular expressions",
     )
     exclude: list[str] = setting(
         [],
         "Regular expressions over module names: layers not to quantize.",
+        Check(_are_patterns),
         section="Selection",
         expected="a list of regular expressions",
     )
@@ -499,17 +516,21 @@ class CompressionConfig:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # Of the class itself: a subclass that only changes defaults is the same method.
         if "method" not in vars(cls):
             return
+        # Two methods of one name would make the file of a run ambiguous.
         owner = CONFIG_CLASSES.setdefault(cls.method, cls)
         if owner is not cls:
             raise GETAError(f"method {cls.method!r} of {cls.__name__} already belongs to {owner.__name__}")
 
     def __post_init__(self) -> None:
+        # Every value by itself first: the checks of several settings rely on the types.
         for name, one in settings_of(type(self)).items():
             value = getattr(self, name)
             self._check(one.accepts(value), name, one.allowed)
             setattr(self, name, _normalize(value, one.hint))
+        # Set here and not as the field's default, which a target of another kind could not tell from a user's wish.
         if not any(getattr(self, name) is not None for name in (*_PRUNING, *_SIZES)):
             self.target_sparsity = 0.5
         if self.bit_choices is not None:
@@ -535,6 +556,7 @@ class CompressionConfig:
         for names in (pruning, sizes):
             if len(names) > 1:
                 raise GETAError(f"{' and '.join(names)} set the same target; give only one of them")
+        # Pruning, size and mean width are tied by one equation, so any two decide the third.
         if pruning and sizes and self.mean_bits is not None:
             raise GETAError(
                 f"{pruning[0]}, {sizes[0]} and mean_bits can't all be met; give two of them, the third is solved for"
@@ -584,6 +606,7 @@ class CompressionConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, with the name of the method; `read_config` returns an equal config."""
         values = dataclasses.asdict(self)
+        # JSON has no tuples; `_normalize` makes them again when a config is read.
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         return {"method": self.method, **plain}
 
@@ -602,6 +625,7 @@ class CompressionConfig:
                 f"geta_hf.config.read_config, which chooses the class"
             )
         given = {name: value for name, value in values.items() if name != "method"}
+        # An ignored key would run with a default in place of what was asked for.
         unknown = sorted(set(given) - set(settings))
         if unknown:
             raise GETAError(f"unknown {cls.__name__} keys {unknown}; known are {sorted(settings)}")
@@ -731,9 +755,7 @@ class GETAConfig(CompressionConfig):
     )
     eta: float = setting(0.999, "η of Eqs. 13 and 14.", inside(0, 1), section="Rules")
     xi: float = setting(0.999, "ξ of Eqs. 13 and 14.", inside(0, 1), section="Rules")
-    epsilon: float = setting(
-        1e-8, "Mean magnitude up to which a group counts as forgotten.", between(0, 1), section="Rules"
-    )
+    epsilon: float = setting(1e-8, "Mean magnitude up to which a group counts as zero.", between(0, 1), section="Rules")
 
     def check_widths(self) -> None:
         """Raise GETAError for widths that the stages or the rule can't reach."""
@@ -743,6 +765,8 @@ class GETAConfig(CompressionConfig):
         if self.activation_bits is not None:
             fits = self.activation_bits[1] <= self.initial_bits
             self._check(fits, "activation_bits", f"(b_l, b_u) with b_l <= b_u <= {self.initial_bits}")
+        # Eq. 14 comes from one angle between a layer's gradient and its rounding errors, so it has no d for each
+        # channel.
         if self.per_channel and self.bit_rule == "paper":
             raise GETAError("Eq. 14 sets one d a layer; with per_channel choose bit_rule='sensitivity' or 'ppsg'")
         if self.bit_reduction is not None and self.projection_periods:
@@ -871,8 +895,9 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Compressi
 def _read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
+        # JSON is not left to YAML, which reads `1e-8` as text.
         values = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise GETAError(f"{path} can't be read as a config: {error}") from error
     if not isinstance(values, dict):
         raise GETAError(f"{path} holds {type(values).__name__}, not the fields of a config")

@@ -242,6 +242,16 @@ class QASSOMethod(Method):
 
     # --- after training -----------------------------------------------------------------------------------------------
 
+    def restore(self) -> None:
+        """Set removed groups to zero and quantizers to their final values again, in place.
+
+        Raises:
+            GETAError: the joint stage is not over.
+        """
+        self.result()
+        assert self.optimizer is not None
+        self.optimizer.restore()
+
     def result(self) -> CompressionResult:
         """Return removed groups by family and integer widths by module path.
 
@@ -252,7 +262,8 @@ class QASSOMethod(Method):
         if optimizer is None or not optimizer.finished:
             raise GETAError(
                 f"QASSO is at step {self.step_count}, before the end of the joint stage, where the last groups become "
-                f"zero and widths become integers; train on (steps that an fp16 scaler skipped do not count)"
+                f"zero and widths become integers; train on (steps that an fp16 scaler skipped do not count). A "
+                f"callback that stops early has to wait until trainer.method.finished is true"
             )
         # Widths are integers by now, but come back from log2(q_m^t / d + 1) + 1 in fp32, as 3.9999998.
         bits = {prefix: round(width) for prefix, width in optimizer.bits().items()}

@@ -163,6 +163,7 @@ class QASSO(torch.optim.Optimizer):
         self._labels: list[GroupLabels] | None = None
         self._redundant: RedundantSlices | None = None
         self._removed: list[Slice] = []
+        self._final_quantizers: Named = {}
 
     def _sum_frozen_gradients(self, named: Named) -> GradientSums:
         check_rules(self.config)
@@ -174,6 +175,32 @@ class QASSO(torch.optim.Optimizer):
         # load_state_dict of the base replaces both containers; they are always shared, never copied.
         self.param_groups = self.base.param_groups
         self.state = self.base.state
+        # Some of Trainer's schedulers read the initial learning rate here.
+        self.defaults = self.base.defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters to the base optimizer, by name: `{"params": [("head.weight", tensor)], "lr": 1e-3}`.
+
+        They are updated in every stage. What is pruned or quantized has to be there from the start.
+
+        Args:
+            param_group: as torch takes it, with the model's names.
+
+        Raises:
+            GETAError: parameters without names.
+        """
+        if not hasattr(self, "base"):  # torch's own __init__, which adds the groups of the base
+            super().add_param_group(param_group)
+            return
+        given = param_group["params"]
+        params = [given] if isinstance(given, Tensor) else list(given)
+        if "param_names" not in param_group and not all(isinstance(item, tuple) for item in params):
+            raise GETAError(
+                "add_param_group needs the names of the parameters, by which stages and checkpoints find them; pass "
+                "them as (name, tensor) pairs, such as model.named_parameters() gives"
+            )
+        self.base.add_param_group({**param_group, "params": params})
+        self._invalidate_index()
 
     # --- Algorithm 2 --------------------------------------------------------------------------------------------------
 
@@ -268,6 +295,8 @@ class QASSO(torch.optim.Optimizer):
         self._average_gradients(phase, named)  # where no stage came before
         # After a resume nothing is listed yet, and the removed slices have to be zeroed below.
         self._index_slices(named)
+        if not self._final_quantizers:
+            self._note_final_quantizers(named)
         for parameter in self._trained_quantizers(named):
             parameter.grad = None  # a base optimizer skips what has no gradient
         self.base.step()
@@ -479,6 +508,25 @@ class QASSO(torch.optim.Optimizer):
             choices,
             inputs,
         )
+        self._note_final_quantizers(named)
+
+    def _note_final_quantizers(self, named: Named) -> None:
+        names = [name for leaf in ("d", "q_m", "t") for name in self.quantizers.names[leaf] if name in named]
+        self._final_quantizers = {name: local(named[name].detach()).clone() for name in names}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Set the removed groups to zero again, and d, q_m and t to (d*, q_m*, t*) of line 22.
+
+        For weights that were averaged, or otherwise changed, after the joint stage.
+        """
+        named = self._named()
+        self._follow_device(named)
+        # Frozen weights too: an average over the run holds what they were before they were removed.
+        labels = self.frozen.with_adapters(self._labels or ())
+        zero_slices(build_slices(labels, self.qasso_state.removed, self._family, named), named)
+        for name, value in self._final_quantizers.items():
+            local(named[name].detach()).copy_(value)
 
     # --- guards -------------------------------------------------------------------------------------------------------
 
@@ -638,6 +686,7 @@ class QASSO(torch.optim.Optimizer):
         rest, vectors = restore_vectors(state_dict, self.qasso_state.vectors())
         self.base.load_state_dict(rest)
         self.qasso_state = QASSOState(**vectors)
+        self._final_quantizers = {}
         self._share_base()
         # The status is another one now, so the slices listed from the former are stale.
         self._invalidate_index()

@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from transformers import SchedulerType, get_scheduler
 
 from geta_hf.config import GETAConfig
 from geta_hf.errors import GETAError
@@ -512,3 +513,50 @@ def test_the_projection_stage_averages_what_the_first_partition_reads() -> None:
     start = sum(size for name, size in list(sizes.items())[: list(sizes).index("layers:channels")])
     found = optimizer.mean_square[start : start + sizes["layers:channels"]]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
+# --- what schedulers, callbacks and Accelerate read of an optimizer -------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [kind.value for kind in SchedulerType])
+def test_every_scheduler_of_trainer_gives_the_rates_that_the_base_optimizer_would_have(kind: str) -> None:
+    options = {"cosine_with_min_lr": {"min_lr": 1e-4}, "cosine_warmup_with_min_lr": {"min_lr": 1e-4}}
+    options["warmup_stable_decay"] = {"num_decay_steps": 3}
+    rates = []
+    for wrapped in (True, False):
+        model, optimizer = make(small_config())
+        optimizer = optimizer if wrapped else optimizer.base
+        scheduler = get_scheduler(
+            kind, optimizer, num_warmup_steps=2, num_training_steps=9, scheduler_specific_kwargs=options.get(kind)
+        )
+        for step in range(8):
+            train_step(model, optimizer, step)
+            scheduler.step(*([1.0 + step] if kind in ("reduce_lr_on_plateau", "greedy") else []))
+            rates.append([group["lr"] for group in optimizer.param_groups])
+    assert rates[:8] == rates[8:]
+    varied = len({tuple(rate) for rate in rates[:8]}) > 1
+    assert varied or kind in ("constant", "reduce_lr_on_plateau", "greedy")
+
+
+def test_defaults_state_and_groups_are_those_of_the_base_also_after_loading() -> None:
+    model, optimizer = make(small_config())
+    train_step(model, optimizer, 0)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for name in ("defaults", "state", "param_groups"):
+        assert getattr(optimizer, name) is getattr(optimizer.base, name)
+    assert optimizer.defaults["lr"] == 1e-2
+
+
+def test_a_group_added_in_training_is_trained_by_the_base_and_survives_a_checkpoint() -> None:
+    model, optimizer = make(small_config())
+    more = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(GETAError, match=r"add_param_group needs the names.*\(name, tensor\) pairs"):
+        optimizer.add_param_group({"params": [more]})
+    optimizer.add_param_group({"params": iter([("more", more)]), "lr": 0.5, "weight_decay": 0.0})
+    train_step(model, optimizer, 0)
+    more.grad = torch.ones(3)
+    optimizer.step()
+    assert optimizer.param_groups[-1]["param_names"] == ["more"] and more.max() < 0.6
+    assert optimizer.base.param_groups[-1]["params"][0] is more
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train_step(model, optimizer, 1)
