@@ -7,7 +7,6 @@ embedding table; all that is not quantized at 32 · 32.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 from geta_hf.errors import GETAError
 from geta_hf.quantization import quantized_layers
 from geta_hf.quantization.functional import FLOAT_BITS
+from geta_hf.utils.copies import copy_module
 from geta_hf.utils.module_state import eval_mode
 
 
@@ -132,7 +132,7 @@ def measure_costs(model: PreTrainedModel, tokens: int = 384, names: Sequence[str
     """
     layers = layer_costs(model, names)
     # Fused attention kernels are not counted by torch, so count the same maths done eagerly.
-    eager = copy.deepcopy(model).eval()
+    eager = copy_module(model).eval()
     eager.set_attn_implementation("eager")
     uses, _ = count_uses(eager, [layer.name for layer in layers])
     looked_up = _count_look_ups(eager)

@@ -6,7 +6,6 @@ for the attributes with it, and the proof replays it where a norm runs over what
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from geta_hf.errors import GETAError
 from geta_hf.export.formats import Writer
 from geta_hf.export.plan import ExportPlan
 from geta_hf.methods.base import CompressionResult
+from geta_hf.qadg.tracing.raw_reads import find_raw_reads
 from geta_hf.quantization import (
     FixedQuantizer,
     QuantizedLayer,
@@ -35,6 +36,8 @@ from geta_hf.surgery.compare_outputs import Outputs, attention_outputs, prove_al
 from geta_hf.surgery.fixes import Fixes
 from geta_hf.surgery.slice import slice_model
 from geta_hf.surgery.verify import prove_replay
+from geta_hf.utils.copies import copy_module
+from geta_hf.utils.model_io import to_device
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class CutModel:
 
 @dataclass(frozen=True)
 class Proof:
-    """What a comparison of the compressed model with the trained one found.
+    """Hold what a comparison of the compressed model with the trained one found.
 
     Attributes:
         difference: largest absolute difference of any output.
@@ -75,8 +78,9 @@ def cut(model: PreTrainedModel, plan: ExportPlan) -> CutModel:
     """
     # Parameters are shared: those that are cut or packed are replaced in the copy, and nothing writes to the others.
     shared = {id(parameter): parameter for parameter in model.parameters()}
-    compressed = copy.deepcopy(model, shared)
+    compressed = copy_module(model, shared)
     fixes = slice_model(compressed, plan.kept, plan.attributes)
+    # A quantizer with a step size for each channel loses those of the removed channels, as the weight loses its rows.
     cut_quantizers(compressed, plan.kept)
     return CutModel(compressed, fixes)
 
@@ -94,17 +98,21 @@ def fill(cut_model: CutModel, plan: ExportPlan, embedding: RoundedEmbedding | No
         GETAError: codes beyond their bit width.
     """
     model = cut_model.model
+    # All codes are taken first: detaching removes the step sizes, and a tied weight may be read for several layers.
     packed = {name: _packed(name, layer, plan.result) for name, layer in quantized_layers(model).items()}
     detach_quantizers(model)
     if embedding is not None:
+        # The cut has only taken columns of the embedding: its step sizes are those of the rows, which remain.
         codes = embedding.codes(model.get_submodule(embedding.name))
         packed[embedding.name] = (codes, embedding.bits, embedding.step_size, None)
     holders = weight_holders(model, packed)
     for name, parts in packed.items():
         layer = model.get_submodule(name)
         pack_layer(name, layer, *parts, tied=len(holders[name]) > 1)
+        # Other modules that share the weight would otherwise keep the dense tensor, and the file would hold both.
         for holder, leaf in holders[name]:
             setattr(holder, leaf, layer.weight)
+    # Last, since the config that it writes lists the layers that are packed by now.
     attach_quantizer(model, cut_model.fixes)
     return model
 
@@ -126,11 +134,25 @@ def prove(model: PreTrainedModel, compressed: PreTrainedModel, plan: ExportPlan)
     compressed model's own weights, takes the place of the trained model.
 
     Raises:
-        GETAError: an output differs by more than the tolerance.
+        GETAError: an output differs by more than the tolerance; names a layer whose quantizer had no effect, if any.
     """
+    try:
+        return _compare(model, compressed, plan)
+    except GETAError as error:
+        raw = find_raw_reads(model, quantized_layers(model), to_device(plan.batch, model.device))
+        if not raw:
+            raise
+        raise GETAError(
+            f"{error}. The model reads the weight of {raw[0]} itself, past its quantizer ({len(raw)} such layers): "
+            f"leave them out by `exclude` when quantizers are attached, and train again"
+        ) from error
+
+
+def _compare(model: PreTrainedModel, compressed: PreTrainedModel, plan: ExportPlan) -> Proof:
     with float_inputs(compressed):
         outputs = attention_outputs(compressed, plan.batch)
         if plan.norms:
+            # Norms are marked only where something is removed, and then the plan has recordings.
             assert plan.recordings is not None
             difference = prove_replay(plan.recordings.traces[0], plan.kept, compressed, plan.batch, outputs)
         else:
@@ -173,6 +195,7 @@ def publish(
 
     def write_all(folder: Path) -> None:
         nonlocal difference
+        # A format with inexact kernels returns None; it notes its relative differences in its own config.json.
         found = write(model, folder, plan.batch)
         if found is not None:
             difference = max(difference, found)

@@ -19,6 +19,7 @@ from geta_hf.quantization.fixed import InputQuantizedLayer
 from geta_hf.quantization.layer_types import base_type
 from geta_hf.quantization.linear import quantized_linear
 from geta_hf.quantization.lora import LowRank
+from geta_hf.quantization.parametrized import removal_of
 from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.utils.accelerate_hooks import rebind_forward
 
@@ -49,7 +50,8 @@ class QuantLinear(QuantizedLayer, nn.Linear):
     """nn.Linear on the quantized weight, of which no copy is saved for backward."""
 
     def forward(self, input: Tensor) -> Tensor:
-        x, own = self.quantized_input(input), self.weight_quantizer
+        x = self.quantized_input(input)
+        own = self.weight_quantizer
         d, q_m = own.broadcast_over(self.weight)
         return quantized_linear(x, self.weight, self.bias, d, q_m, own.exponent, own.frozen, self.lora)
 
@@ -58,7 +60,8 @@ class QuantConv1D(QuantizedLayer, Conv1D):
     """transformers' Conv1D, a linear layer whose weight is (in, out), on the quantized weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x, own = self.quantized_input(x), self.weight_quantizer
+        x = self.quantized_input(x)
+        own = self.weight_quantizer
         if self.lora is None:
             return F.linear(x, self.quantized_weight().t(), self.bias)
         d, q_m = (value.t() for value in own.broadcast_over(self.weight))
@@ -69,6 +72,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """nn.Conv2d on the quantized weight."""
 
     def forward(self, input: Tensor) -> Tensor:
+        # The method of nn.Conv2d that takes the weight, with its padding modes.
         return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
@@ -81,6 +85,7 @@ LAYER_TYPES: dict[type[nn.Module], type[nn.Module]] = {
 
 @cache
 def _quantized_class(original: Any, plain: Any) -> type[nn.Module]:
+    # Cached, since layers of one class have to be of one class afterwards.
     quantized = LAYER_TYPES[plain]
     return quantized if original is plain else type(f"Quant{original.__name__}", (quantized, original), {})
 
@@ -93,7 +98,7 @@ def check_convertible(layer: nn.Module, name: str) -> None:
         name: path of the layer, for the error.
 
     Raises:
-        GETAError: the layer is quantized already, or its class is not supported.
+        GETAError: the layer is quantized already, its class is not supported, or its weight is no parameter.
     """
     if isinstance(layer, QuantizedLayer):
         raise GETAError(f"{name} is already quantized; detach its quantizer first")
@@ -103,6 +108,29 @@ def check_convertible(layer: nn.Module, name: str) -> None:
             f"{name}: {type(layer).__name__} has a forward of its own; supported are {supported} and subclasses that "
             f"keep its forward. Exclude it by a pattern"
         )
+    check_parameter(layer, name)
+
+
+def check_parameter(layer: nn.Module, name: str) -> None:
+    """Check that the weight of a layer is a parameter of it, and not computed from others.
+
+    Args:
+        layer: one whose weight is to be quantized.
+        name: path of the layer, for the error.
+
+    Raises:
+        GETAError: it is computed, such as by weight norm; names the layer, and the call that makes it a parameter.
+    """
+    if layer._parameters.get("weight") is not None:
+        return
+    found = removal_of(layer, name)
+    if found is None:
+        raise GETAError(f"{name}.weight is no parameter; make it one, or exclude the layer by a pattern")
+    what, call = found
+    raise GETAError(
+        f"{name}.weight is computed by {what} and is no parameter that can be quantized; call {call} first, or exclude "
+        f"the layer by a pattern"
+    )
 
 
 def quantize_layer(layer: nn.Module, quantizer: Quantizer) -> None:
@@ -135,6 +163,7 @@ def dequantize_layer(layer: QuantizedLayer) -> None:
     The weight keeps its unquantized value, with what LoRA learned merged into it.
     """
     absorb(layer)
+    # Their parameters would otherwise appear in the state dict of a plain layer.
     del layer.weight_quantizer, layer.input_quantizer, layer.lora
     layer.__class__ = layer.__dict__.pop("_plain_class")
     rebind_forward(layer)

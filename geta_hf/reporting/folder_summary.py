@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from geta_hf.config import CONFIG_NAME
 from geta_hf.costs.model_costs import Costs, layer_costs, mean_bits, measure_costs
 from geta_hf.errors import GETAError
 from geta_hf.export.folder_files import STRUCTURE_NAME
+from geta_hf.export.untouched import Untouched, read_untouched
 from geta_hf.qadg.tracing.dummy_inputs import empty_model
 from geta_hf.quantization.functional import FLOAT_BITS
 from geta_hf.reporting.comparison import Metrics, Structure, read_structure
+from geta_hf.reporting.results import Results, read_results
 from geta_hf.serialization.hf_quantizer import GETAQuantizationConfig, apply_fixes
 from geta_hf.serialization.packed_layers import INPUT_SCALE, WEIGHT_SCALE
 from geta_hf.serialization.sizes import tensor_sizes
@@ -83,6 +85,10 @@ class FolderSummary:
         config: all fields of the GETAConfig; empty if it was not saved.
         front: the YAML front matter of its model card, such as `base_model`.
         versions: of the software that wrote it and that reads it.
+        results: scores of "dense" and "compressed" by data set, if measured.
+        untouched: what was not pruned, and why.
+        float_layers: modules with a matrix that is not quantized, embeddings excluded; empty if transformers cannot
+            build the model.
     """
 
     folder: Path
@@ -98,6 +104,9 @@ class FolderSummary:
     config: dict[str, Any]
     front: dict[str, Any]
     versions: dict[str, str]
+    results: Results = field(default_factory=dict)
+    untouched: Untouched = field(default_factory=Untouched)
+    float_layers: tuple[str, ...] = ()
 
     @property
     def base_model(self) -> str | None:
@@ -107,11 +116,18 @@ class FolderSummary:
 
     @property
     def dataset(self) -> str | None:
-        """Return the data set of the metrics that the card names."""
+        """Return the data set that the card names for metrics that are no part of `results`."""
+        own = {one.data for one in self.results.get("compressed", ())}
+        return next((name for name in self.datasets if name not in own), None)
+
+    @property
+    def datasets(self) -> list[str]:
+        """Return the data sets that the card names, in order."""
         try:
-            return str(self.front["model-index"][0]["results"][0]["dataset"]["name"])
+            blocks = self.front["model-index"][0]["results"]
+            return list(dict.fromkeys(str(block["dataset"]["name"]) for block in blocks))
         except (KeyError, IndexError, TypeError):
-            return None
+            return []
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -148,6 +164,9 @@ def read_summary(folder: str | os.PathLike[str]) -> FolderSummary:
         config=read_json(path / CONFIG_NAME) if (path / CONFIG_NAME).is_file() else {},
         front=read_front(path),
         versions=_versions(config),
+        results=read_results(path),
+        untouched=read_untouched(path),
+        float_layers=() if model is None else _float_layers(model, structure),
     )
 
 
@@ -172,6 +191,7 @@ def check_metrics(metrics: Mapping[str, Any], where: str) -> dict[str, dict[str,
         if side not in ("dense", "compressed", "latency_ms") or not isinstance(values, Mapping):
             raise GETAError(f"{where}: {side!r} is not a key of metrics; give {{'dense': {{…}}, 'compressed': {{…}}}}")
         for name, value in values.items():
+            # bool is an int in Python, and JSON gives NaN and Infinity as floats.
             if not _is_finite(value):
                 raise GETAError(f"{where}: {side}[{str(name)!r}] is {_shorten(value)}, not a finite number; remove it")
         found[side] = {str(name): float(value) for name, value in values.items()}
@@ -205,6 +225,7 @@ def read_front(folder: Path) -> dict[str, Any]:
     path = folder / CARD_NAME
     if not path.is_file():
         return {}
+    # A card is often edited by hand, and a wrong byte in it is no reason to fail.
     with path.open(encoding="utf-8", errors="replace") as file:
         text = file.read(_LONGEST_FRONT)
     found = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
@@ -226,6 +247,17 @@ def _parts(folder: Path, structure: Structure, model: PreTrainedModel | None) ->
                 part = PACKED if path in structure.bits and leaf == "weight" else REST
             parts[part] += size
     return {part: size for part, size in parts.items() if size}
+
+
+def _float_layers(model: PreTrainedModel, structure: Structure) -> tuple[str, ...]:
+    """Return the modules that remain and hold a matrix that is not stored at a few bits."""
+    gone = tuple(f"{path}." for path in structure.dropped)
+    found = []
+    for path, module in model.named_modules():
+        matrices = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim > 1]
+        if matrices and path not in structure.bits and not isinstance(module, nn.Embedding):
+            found += [] if f"{path}.".startswith(gone) else [path]
+    return tuple(found)
 
 
 def _embeddings(model: PreTrainedModel) -> set[str]:
@@ -255,6 +287,7 @@ def _has_class(config: Mapping[str, Any]) -> bool:
 
 
 def _costs(dense: PreTrainedModel, folder: Path, structure: Structure) -> dict[str, Costs]:
+    # The fixes of the folder applied to an empty model give its sizes without a weight.
     compressed = copy.deepcopy(dense)
     config = GETAQuantizationConfig(**read_json(folder / "config.json")["quantization_config"])
     apply_fixes(compressed, config.fixes)
@@ -262,6 +295,7 @@ def _costs(dense: PreTrainedModel, folder: Path, structure: Structure) -> dict[s
     config.bits = {name: bits for name, bits in config.bits.items() if name not in embeddings}
     # `measure_costs` looks the bit widths up here. Embeddings are excluded: they multiply nothing.
     compressed.config.quantization_config = config
+    # The usual window of SQuAD, or what the model can read at most.
     tokens = min(_TOKENS, getattr(dense.config, "max_position_embeddings", None) or _TOKENS)
     names = [name for name in structure.bits if name not in embeddings]
     modules = dict(dense.named_modules())
@@ -291,16 +325,25 @@ def _auto_class(config: Mapping[str, Any]) -> tuple[str, str | None]:
     """Return the auto class that loads an architecture, and the Hub's tag of its task."""
     architecture = _architecture(config)
     for name, task in _TASKS.items():
+        # In the order of `_TASKS`: a class may be registered under several auto classes, and the specific ones come
+        # first.
         if architecture in _class_names(getattr(transformers, name)):
             return name, task
+    # A class that transformers does not know: the folder's own code says what loads it.
     own = config.get("auto_map")
     mapped = [name for name in own if name.startswith("AutoModel")] if isinstance(own, dict) else []
     return (mapped[0], _TASKS.get(mapped[0])) if mapped else ("AutoModel", None)
 
 
 def _class_names(auto: Any) -> set[str]:
-    entries = auto._model_mapping._model_mapping.values()
-    return {name for entry in entries for name in ([entry] if isinstance(entry, str) else entry)}
+    names: set[str] = set()
+    for entry in auto._model_mapping._model_mapping.values():
+        # Some architectures have several classes for one task.
+        if isinstance(entry, str):
+            names.add(entry)
+        else:
+            names.update(entry)
+    return names
 
 
 def _versions(config: Mapping[str, Any]) -> dict[str, str]:

@@ -34,7 +34,7 @@ PROGRESS_NAME = "geta_progress.json"
 _KNOWN = re.compile(
     r"config\.json|(generation|preprocessor|processor|video_preprocessor|audio_tokenizer)_config\.json|README\.md"
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|modeling_geta\.py"
-    r"|geta_(structure|config|metrics|files)\.json|geta_structure\.svg|geta_\w+\.py"
+    r"|geta_(?!world|progress)\w+\.json|geta_structure\.svg|geta_\w+\.py"
     # what programs of other formats consist of
     r"|model\.(onnx|onnx\.data|pt2|pte|xml|bin)|export\.json"
     # what transformers' tokenizers and processors write
@@ -49,6 +49,7 @@ _KNOWN = re.compile(
 FILES_NAME = "geta_files.json"
 """Lists the files of a folder that are written by it but not named above, such as those of a tokenizer of one's own."""
 
+# Without dots, at which the names of temporary folders are split.
 _HOST = re.sub(r"[^\w-]", "-", socket.gethostname()) or "host"
 
 
@@ -78,10 +79,12 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 def _check_replaceable(folder: Path, name: Path) -> None:
     """Raise GETAError unless a folder, called `name` in errors, is a model folder that holds only known files."""
+    # A mistyped path must not cost a home folder.
     if not (folder / "config.json").is_file():
         raise GETAError(
             f"{name} is not a model folder (it has no config.json), so it is not replaced; choose another folder"
         )
+    # A trainer's output folder is a model folder too, and its checkpoints may be hours of work.
     for state in (*folder.glob("checkpoint-*"), *folder.rglob("trainer_state.json")):
         raise GETAError(f"{name} holds {state.name} of a training, so it is not replaced; choose another folder")
     unknown = _unknown(folder)
@@ -226,7 +229,9 @@ def _clear_up(target: Path) -> None:
 def _leftovers(target: Path) -> Iterator[tuple[Path, str, bool]]:
     """Yield the temporary folders next to a target: path, `new` or `old`, and whether their process is known dead."""
     pattern = re.compile(rf"\.{re.escape(target.name)}\.([\w-]+)\.(\d+)\.[0-9a-f]{{8}}\.(new|old)")
-    for folder in sorted(target.parent.iterdir()) if target.parent.is_dir() else ():
+    if not target.parent.is_dir():
+        return
+    for folder in sorted(target.parent.iterdir()):
         if found := pattern.fullmatch(folder.name):
             # On a shared disk the folder may be of another machine, whose processes cannot be seen from here.
             dead = found[1] == _HOST and not _is_alive(int(found[2]))

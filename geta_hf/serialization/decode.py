@@ -77,6 +77,7 @@ def read_headers(files: Iterable[str], folder: str | os.PathLike[str]) -> dict[s
                 for name in tensors.keys():  # noqa: SIM118  safe_open is not a mapping
                     if name in found:
                         raise GETAError(f"{file} and {found[name].file} both hold {name}; export the folder again")
+                    # A slice knows type and shape, and reads no data until it is indexed.
                     part = tensors.get_slice(name)
                     found[name] = Header(file, part.get_dtype(), tuple(part.get_shape()))
         except (SafetensorError, OSError) as error:
@@ -181,7 +182,8 @@ def check_scale(name: str, scale: Tensor, several: str, count: int) -> None:
             f"{name} is {scale.dtype} of shape {tuple(scale.shape)}, not one float32, nor one for {several} "
             f"({count}); export the folder again"
         )
-    smallest, largest = float(scale.min()), float(scale.max())
+    smallest = float(scale.min())
+    largest = float(scale.max())
     if not (smallest > 0 and largest < math.inf):  # NaN is neither
         wrong = largest if smallest > 0 else smallest
         raise GETAError(f"{name} is {wrong}; a step size is positive and finite, so copy or export the folder again")
@@ -200,7 +202,9 @@ class Decode(ConversionOps):
     """
 
     def __init__(self, hf_quantizer: Any, name: str, places: Iterable[str], layer: PackedLayer) -> None:
-        self.hf_quantizer, self.name, self.layer = hf_quantizer, name, layer
+        self.hf_quantizer = hf_quantizer
+        self.name = name
+        self.layer = layer
         self.pattern = "|".join(map(re.escape, dict.fromkeys(places)))
         self.dtype: torch.dtype = layer.weight.dtype
         self.problem: str | None = None
@@ -222,6 +226,7 @@ class Decode(ConversionOps):
         try:
             weight = self._decoded(found)
         except GETAError as error:
+            # Zeros let loading go on to its end, where the problem is raised as what it is.
             self.problem = str(error)
             weight = torch.zeros_like(self.layer.weight, device="cpu")
         return {kwargs["full_layer_name"]: weight}
@@ -231,13 +236,15 @@ class Decode(ConversionOps):
         if len(found) < 2:
             lacks = "weight" if "scale" in found else WEIGHT_SCALE
             raise GETAError(f"the folder has no tensor {self.name}.{lacks}; copy or export it again")
-        stream, scale = found["stream"], found["scale"]
+        stream = found["stream"]
+        scale = found["scale"]
         channels = layer.dense_shape[output_dim(layer)]
         check_scale(f"{self.name}.{WEIGHT_SCALE}", scale, "each output channel", channels)
         try:
             codes = unpack(stream, layer.bits, math.prod(layer.dense_shape)).view(layer.dense_shape)
         except GETAError as error:
             raise GETAError(f"{self.name}.weight: {error}") from error
+        # Only for a stream that was decoded: `_share_step_sizes` takes its presence as the mark of that.
         layer.step_size = scale.cpu()
         weight = layer.stored(codes, self.dtype)
         # Where codes cannot be read back from the weight, the stream itself has to be kept for saving.

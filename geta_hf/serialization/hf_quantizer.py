@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightConverter, revert_weight_conversion
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -30,6 +31,7 @@ from geta_hf.serialization.loader import (
     tied_weights,
 )
 from geta_hf.serialization.packed_layers import PackedLayer, packed_layers
+from geta_hf.serialization.static_cache import fit_static_caches
 from geta_hf.surgery.fixes import Fixes
 
 __all__ = [
@@ -83,6 +85,7 @@ class GETAHfQuantizer(GETALoader):
             if (weight := state.pop(f"{name}.weight", None)) is not None:
                 offloaded = load_offloaded_parameter(model, f"{name}.weight") if weight.is_meta else None
                 state.update(packed_tensors(name, layer, offloaded))
+        vars(model)["_weight_conversions"] = _conversions_of_others(model)
         self.quantization_config.checksums = checksums(_as_stored(model, state))
         return state, {}
 
@@ -90,6 +93,7 @@ class GETAHfQuantizer(GETALoader):
         layers = packed_layers(model)
         holders = weight_holders(model, layers)
         for name, layer in layers.items():
+            # It makes a new parameter, which every module that shares the weight has to hold.
             unpack_layer(layer)
             for holder, leaf in holders[name]:
                 setattr(holder, leaf, layer.weight)
@@ -100,6 +104,7 @@ class GETAHfQuantizer(GETALoader):
 
         A model that was cut keeps its fix list, without which no folder of it could be loaded.
         """
+        # All models inside: each got a quantizer of its own, so that it can be saved alone.
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 vars(module).pop("hf_quantizer", None)
@@ -137,8 +142,32 @@ def attach_quantizer(model: PreTrainedModel, fixes: Fixes) -> None:
             partial=bool(path),
         )
         part.hf_quantizer = GETAHfQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
+        # In the instance, since the class is transformers' own and other models of it are not packed.
         vars(part)["resize_token_embeddings"] = partial(_resize_token_embeddings, part)
     model.config.quantization_config = model.hf_quantizer.quantization_config  # type: ignore[union-attr]
+    if fixes["shapes"]:
+        fit_static_caches(model)
+
+
+def _conversions_of_others(model: PreTrainedModel) -> list[Any]:
+    """Return how `save_pretrained` is to convert a model's tensors, without what would merge or split packed ones.
+
+    Some models have Q, K and V as three layers and as one tensor in their files. Three bit streams are not a bit stream
+    of three layers, so packed ones are stored one by one, which loading accepts as well.
+    """
+    conversions = vars(model).get("_weight_conversions")
+    if conversions is None:  # as `save_pretrained` chooses them for a model that was not loaded
+        found = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [step for step in found if not isinstance(step, PrefixChange)]
+    packed = [f"{name}.weight" for name in packed_layers(model)]
+
+    def merges(step: Any) -> bool:
+        backwards = step.reverse_transform()
+        if not isinstance(backwards, WeightConverter):
+            return False
+        return any(backwards.rename_source_key(name)[1] is not None for name in packed)
+
+    return [step for step in conversions if not merges(step)]
 
 
 def _fixes_below(model: PreTrainedModel, fixes: Fixes, part: PreTrainedModel) -> Fixes:
@@ -158,6 +187,7 @@ def _renamed(fixes: Fixes, find: Callable[[str], str | None]) -> Fixes:
     def tensors(entries: dict[str, Any]) -> dict[str, Any]:
         renamed = {}
         for name, entry in entries.items():
+            # A tensor of the model itself has no dot in its name, and the path is then empty.
             path, _, leaf = name.rpartition(".")
             if (found := find(path)) is not None:
                 renamed[f"{found}.{leaf}".removeprefix(".")] = entry
@@ -171,6 +201,7 @@ def _resize_token_embeddings(model: Any, *args: Any, **kwargs: Any) -> nn.Module
     """Resize by the class's own `resize_token_embeddings`, which does not know packed weights, or refuse."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     wanted = args[0] if args else kwargs.get("new_num_tokens")
+    # Called without a size, or with the present one, it only returns the embedding; that works on packed ones too.
     same = wanted in (None, ends[0].weight.shape[0]) and len(args) < 2 and not kwargs.get("pad_to_multiple_of")
     if not same and any(isinstance(end, PackedLayer) for end in ends):
         raise GETAError("a packed embedding cannot be resized; call model.dequantize() first, then resize it")

@@ -30,6 +30,7 @@ from geta_hf.serialization.bitpack import MAX_BITS, MIN_BITS
 from geta_hf.serialization.checksums import Verification
 from geta_hf.serialization.decode import Decode, Header, check_packed, check_plain, check_scale, read_headers
 from geta_hf.serialization.packed_layers import INPUT_SCALE, LEAVES, PackedLayer, become_packed, packed_layers
+from geta_hf.serialization.static_cache import fit_static_caches
 from geta_hf.surgery.fixes import (
     Fixes,
     check_attributes,
@@ -148,7 +149,16 @@ class GETALoader(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Return True, which means adapters on top: transformers refuses to train a quantized model without them."""
+        """Return True: adapters on top are trained, and what is not packed."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Return True, without which Trainer refuses the model, even if it is only to be evaluated."""
+        logger.warning_once(
+            "this model is compressed: Trainer evaluates it as it is, but trains no packed weight. To train further, "
+            "put an adapter of peft on top, or call model.dequantize() first"
+        )
         return True
 
     @property
@@ -161,7 +171,8 @@ class GETALoader(HfQuantizer):
         This hook has another purpose, but it is the only one that sees the config before the model is built, and
         building millions of layers takes hours even without memory for their weights.
         """
-        bits, fixes = self.quantization_config.bits, self.quantization_config.fixes
+        bits = self.quantization_config.bits
+        fixes = self.quantization_config.fixes
         named = len(bits) + len(fixes["shapes"]) + len(fixes["attrs"])
         _check_layers(config.to_dict(), named, _count_tensors(config.name_or_path or ""))
         return config
@@ -223,6 +234,7 @@ class GETALoader(HfQuantizer):
         self._check_plain(model, headers)
         _check_buffers(model, headers)
         self._names = set(headers)
+        # As they have to be after loading; see `_check_shapes`.
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
     def _check_plain(self, model: PreTrainedModel, headers: Mapping[str, Header]) -> None:
@@ -231,7 +243,8 @@ class GETALoader(HfQuantizer):
         A tensor of a head that was not cut may have another shape: transformers then raises, or initializes it at
         random where `ignore_mismatched_sizes` asks for that.
         """
-        tensors, layers = model.state_dict(), packed_layers(model)
+        tensors = model.state_dict()
+        layers = packed_layers(model)
         found = {name: place for name in tensors for place in _places(model, name) if place in headers}
         base = "" if model.base_model is model else f"{model.base_model_prefix}."
         if headers and not _is_own_folder(model) and not any(name.startswith(base) for name in (*found, *layers)):
@@ -266,6 +279,7 @@ class GETALoader(HfQuantizer):
             if (buffer := find_tensor(model, name)) is not None:
                 shrink_buffer(model, buffer, dims)
         for name, layer in packed_layers(model).items():
+            # A step of an optimizer would make it something else than d * n. Adapters on top can be trained.
             layer.weight.requires_grad_(False)
             layer.finish_loading()
             if INPUT_SCALE in layer._buffers:
@@ -276,6 +290,8 @@ class GETALoader(HfQuantizer):
         self._decoders = []
         kept = [step for step in getattr(model, "_weight_conversions", None) or () if not _decodes(step)]
         vars(model)["_weight_conversions"] = kept
+        if self.quantization_config.fixes["shapes"]:
+            fit_static_caches(model)
         return model
 
     def _make_input_quantizer(self, model: PreTrainedModel, path: str, layer: PackedLayer) -> None:
@@ -283,6 +299,7 @@ class GETALoader(HfQuantizer):
         scale = layer.get_buffer(INPUT_SCALE).detach()
         bit_widths = self.quantization_config.activation_bits
         check_scale(f"{path}.{INPUT_SCALE}", scale, "d and one for t", 2)
+        # The quantizer holds the scale from here on.
         del layer._buffers[INPUT_SCALE]
         place = next(place for place in _places(model, path) if place in bit_widths)
         layer.input_quantizer = FixedQuantizer(scale, bit_widths[place])
@@ -382,6 +399,7 @@ def apply_fixes(model: PreTrainedModel, fixes: Fixes) -> None:
         if (path := find_module(model, name)) is not None:
             for attribute, value in attributes.items():
                 shrink_attribute(path, model.get_submodule(path), attribute, value)
+    # Only now, since a module's tensors and its attributes are entries of two lists.
     check_attributes(model, cut)
     _skip_initialization(model, cut)
     set_expert_counts(model, fixes)
@@ -411,6 +429,7 @@ def find_module(model: PreTrainedModel, name: str) -> str | None:
         saved = model.config.architectures or ()
         return model.base_model_prefix if type(model.base_model).__name__ in saved else None
     modules = dict(model.named_modules())
+    # The folder's own name first: a model may have a module of the other name too.
     for path in _places(model, name):
         if path in modules:
             return path
@@ -457,6 +476,7 @@ def _check_complete(model: PreTrainedModel, stored: Collection[str], fresh: Coll
         tensors = {leaf: t for leaf, t in module.state_dict(keep_vars=True).items() if "." not in leaf}
         present = {leaf: _was_loaded(model, path, leaf, tensor, stored) for leaf, tensor in tensors.items()}
         missing = [leaf for leaf, loaded in present.items() if not loaded and f"{path}.{leaf}" not in fresh]
+        # A new head on a base model lacks all its tensors; a damaged folder lacks some.
         if missing and (own or any(present.values()) or isinstance(module, PackedLayer)):
             name = f"{path}.{missing[0]}".removeprefix(".")
             raise GETAError(f"the folder has no tensor {name}, or one of another shape; copy or export it again")

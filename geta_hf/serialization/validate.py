@@ -114,6 +114,7 @@ def weight_files(folder: Path) -> set[str]:
     if not index.is_file():
         return {WEIGHTS}
     stored = read_json(index)
+    # transformers adds keys to it without looking.
     if not isinstance(stored.get("metadata"), dict):
         raise _wrong(index, "metadata", stored.get("metadata"))
     shards = stored.get("weight_map")

@@ -126,14 +126,14 @@ def _shorter_config(config: PreTrainedConfig, series: str, kept: Sequence[int]) 
     count = len(dense.get_submodule(series)._modules)
     # A number that shortens the decoder along with the encoder is not the one that is wanted.
     wanted = {**_lengths(dense, series), series: len(kept)}
-    for path, own in _configs(config):
+    for path, own in nested_configs(config):
         for name, number in vars(own).items():
             # The number has another name in each architecture (num_hidden_layers, n_layer, encoder_layers), and other
             # numbers may equal it: BERT has 12 layers and 12 heads. What each one does shows when it is changed.
             if type(number) is not int or number != count:
                 continue
             tried = copy.deepcopy(config)
-            changed = dict(_configs(tried))[path]
+            changed = dict(nested_configs(tried))[path]
             for other, value in vars(own).items():
                 if isinstance(value, list | tuple) and len(value) == count:
                     setattr(changed, other, type(value)(value[place] for place in kept))
@@ -146,12 +146,12 @@ def _shorter_config(config: PreTrainedConfig, series: str, kept: Sequence[int]) 
     )
 
 
-def _configs(config: PreTrainedConfig, path: Path = ()) -> Iterator[tuple[Path, PreTrainedConfig]]:
+def nested_configs(config: PreTrainedConfig, path: Path = ()) -> Iterator[tuple[Path, PreTrainedConfig]]:
     """Yield a configuration and all those nested in it, each with the names that lead there."""
     yield path, config
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            yield from _configs(value, (*path, name))
+            yield from nested_configs(value, (*path, name))
 
 
 def _builds(config: PreTrainedConfig, series: str, wanted: Mapping[str, int]) -> bool:

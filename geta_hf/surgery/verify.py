@@ -6,7 +6,6 @@ code does with sizes: that shows only when the code runs on the cut tensors.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,9 +26,10 @@ from geta_hf.surgery.record import Recordings, other_shape, record_sizes, steppi
 from geta_hf.surgery.size_trace import SizeTrace, SlicedTrace
 from geta_hf.surgery.slice import slice_model
 from geta_hf.surgery.solve_attributes import solve
+from geta_hf.utils.copies import copy_module
+from geta_hf.utils.model_io import Batch, cast_floats
 from geta_hf.utils.module_state import HALVES, in_single_precision
 
-Batch = Mapping[str, Tensor]
 Removal = dict[str, Tensor]
 
 _NEW_TOKENS = 3
@@ -99,7 +99,7 @@ class SurgeryTrial:
         self.model = model
         self.space = space
         self.families = {family.name: family for family in space.families}
-        self.batches = [_cast(batch, model.dtype)]
+        self.batches = [cast_floats(batch, model.dtype)]
         self.generates = model.can_generate()
         self.recordings = record_sizes(model, self.batches[0]) if recordings is None else recordings
         other = other_shape(model, self.batches[0])
@@ -111,6 +111,14 @@ class SurgeryTrial:
         """Return why the groups cannot be cut away, or None where they can."""
         try:
             self._check(removal)
+        except GETAError as error:
+            return str(error)
+        return None
+
+    def unsolvable(self, removal: Removal) -> str | None:
+        """Return why no attributes of the model make up for a cut of the groups, or None; nothing is cut."""
+        try:
+            solve(self.recordings.traces, kept_indices(self.space, removal))
         except GETAError as error:
             return str(error)
         return None
@@ -128,9 +136,9 @@ class SurgeryTrial:
         kept = kept_indices(self.space, removal)
         # Everything from here on is what an export does, so that a trial refuses what an export would refuse.
         attributes = solve(self.recordings.traces, kept)
-        batches = [_cast(batch, self.model.dtype) for batch in self.batches]
+        batches = [cast_floats(batch, self.model.dtype) for batch in self.batches]
         # Parameters are shared, since only those that are cut are replaced: a trial takes their memory and no more.
-        compressed = copy.deepcopy(self.model, {id(parameter): parameter for parameter in self.model.parameters()})
+        compressed = copy_module(self.model, {id(parameter): parameter for parameter in self.model.parameters()})
         slice_model(compressed, kept, attributes)
         if norm_coupled(self.space, removal):
             # A norm divides by its width: zeros count in it, removed channels do not, so masking proves nothing here.
@@ -279,10 +287,6 @@ def _attempt(run: Callable[[], Any]) -> Any:
         return None
 
 
-def _cast(batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
-
-
 @torch.no_grad()
 def _randomized(model: PreTrainedModel, batch: Batch, space: PruningSpace, seed: int) -> PreTrainedModel:
     """Return a copy with random weights, in double precision where the model runs in it.
@@ -291,7 +295,7 @@ def _randomized(model: PreTrainedModel, batch: Batch, space: PruningSpace, seed:
     wrong indices changes nothing.
     """
     wide = _with_random_weights(model, space, seed).double()
-    outputs = _attempt(lambda: attention_outputs(wide, _cast(batch, wide.dtype))) or {}
+    outputs = _attempt(lambda: attention_outputs(wide, cast_floats(batch, wide.dtype))) or {}
     # A filler that single precision rounds to its lowest number may be beyond it here, and make NaN.
     sound = [not tensor.isnan().any() for tensors in outputs.values() for tensor in tensors.values()]
     return wide if sound and all(sound) else _with_random_weights(model, space, seed)
@@ -299,7 +303,7 @@ def _randomized(model: PreTrainedModel, batch: Batch, space: PruningSpace, seed:
 
 def _with_random_weights(model: PreTrainedModel, space: PruningSpace, seed: int) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(seed)
-    copied = copy.deepcopy(model)
+    copied = copy_module(model)
     cut = {member.tensor for family in space.families for member in family.members}
     buffers = [buffer for name, buffer in copied.named_buffers() if name in cut and buffer.is_floating_point()]
     for tensor in (*copied.parameters(), *buffers):

@@ -17,13 +17,14 @@ from transformers import AutoModel, BertForQuestionAnswering, BertForTokenClassi
 from geta_hf.errors import GETAError
 from geta_hf.export import export
 from geta_hf.export.export import compress, integer_bits
-from geta_hf.qadg import PruningSpace, build_space, zero_groups
+from geta_hf.qadg import PruningSpace, zero_groups
 from geta_hf.quantization import FixedQuantizer, attach_input_quantizers, quantized_layers, step_size
 from geta_hf.serialization.packed_layers import packed_layers
 from geta_hf.surgery.compare_outputs import attention_outputs
 from tests.architectures import build
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
 from tests.serialization.test_hf_quantizer import edit_config, edit_tensors
+from tests.spaces import build_space
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
@@ -218,7 +219,7 @@ def test_channels_of_a_layer_agree_on_their_bits(tmp_path: Path) -> None:
     assert integer_bits("layer", torch.tensor([4.0, 3.9995, 4.0004])) == 4
     with pytest.raises(GETAError, match=r"layer has channels of \[4, 5\] bits, but a layer is stored at one width"):
         integer_bits("layer", torch.tensor([4.0, 5.0, 4.0]))
-    with pytest.raises(GETAError, match=r"layer has 4\.5000 bits, which is not whole"):
+    with pytest.raises(GETAError, match=r"layer has 4\.5000 bits, which is not an integer"):
         integer_bits("layer", torch.tensor([4.0, 4.5, 4.0]))
     model, space, _ = trained()
     quantizer = quantized_layers(model)[QUERY].input_quantizer

@@ -9,22 +9,24 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 from transformers.utils import ModelOutput
 
 from geta_hf.errors import GETAError
 from geta_hf.qadg.tracing.record_forward import record_forward
 from geta_hf.utils.config_limits import check_counts
+from geta_hf.utils.process_state import exclusive
 
 # For a configuration that names no class of its own: the first task that knows it. Models of several modalities come
 # before text alone, and a plain trunk last.
@@ -46,6 +48,7 @@ _TASKS = (
 )
 
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+_RANDOM = (Tensor.normal_, Tensor.uniform_)
 _RANGES = (torch.arange, torch.linspace, torch.logspace, torch.full, torch.eye)
 _HUGE = 2**26  # elements; no buffer is that large
 _LONG = 2**14  # elements; two vectors of so many together have no huge outer product
@@ -80,12 +83,25 @@ def empty_model(source: str | PreTrainedConfig) -> PreTrainedModel:
         check_counts(config.to_dict(), None, type(config).__name__)
     else:
         config = _load_config(source)
-    model_class = _model_class(config)
+    return build_empty(_model_class(config), config)
+
+
+def build_empty(model_class: type[PreTrainedModel], config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """Build a model of a class from a configuration as `empty_model` does.
+
+    Args:
+        model_class: of transformers, or the user's own.
+        config: which may be changed.
+        options: for the constructor, such as `dtype`.
+
+    Raises:
+        GETAError: the class cannot be built from this configuration alone.
+    """
     # Tensors are made on CPU, where buffers get their content, and a parameter goes to meta as soon as a module holds
     # it. Memory that is never written costs nothing, as long as the system grants it.
     try:
-        with _Sized(), no_init_weights(), init_empty_weights(include_buffers=False):
-            model = model_class._from_config(config)
+        with exclusive(), _Sized(), _without_weights():
+            model = model_class._from_config(config, **options)
     except GETAError:
         raise
     # A configuration that is damaged may fail anywhere in the code of its class.
@@ -104,11 +120,38 @@ def empty_model(source: str | PreTrainedConfig) -> PreTrainedModel:
     return model.eval()
 
 
+@contextmanager
+def _without_weights() -> Iterator[None]:
+    """Move every parameter to meta as a module gets it, and initialize none; models of other threads get theirs."""
+    thread = threading.get_ident()
+    usual = PreTrainedModel.init_weights
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or threading.get_ident() != thread:
+            return None
+        empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        vars(empty).update(vars(parameter))
+        return empty
+
+    def init_weights(model: PreTrainedModel) -> None:
+        if threading.get_ident() != thread:
+            usual(model)
+
+    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
+    PreTrainedModel.init_weights = init_weights  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PreTrainedModel.init_weights = usual  # type: ignore[method-assign]
+        handle.remove()
+
+
 class _Sized(TorchFunctionMode):
     """A mode that bounds what a model's constructor makes.
 
     Tensors that are too large for a buffer, such as all experts of a layer, are made on meta; what cannot be, and a
-    number of tensors that no model has, is an error before it costs memory.
+    number of tensors that no model has, is an error before it costs memory. Tensors that no module holds yet are not
+    filled with random numbers either, which would take long.
     """
 
     def __init__(self) -> None:
@@ -117,6 +160,8 @@ class _Sized(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _RANDOM:
+            return args[0]
         if func in _FACTORIES and kwargs.get("device") is None:
             self._made += 1
             if self._made > _MANY_TENSORS:
