@@ -19,9 +19,13 @@ from geta_hf.qadg.missing_heads import missing_heads
 from geta_hf.qadg.propagation.propagate import record_and_propagate
 from geta_hf.qadg.space import PruningSpace, space_of
 from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs
+from geta_hf.qadg.tracing.graph import Graph
+from geta_hf.qadg.tracing.raw_reads import recorded_raw_reads
+from geta_hf.quantization import select_layers
 from geta_hf.reporting.graph_page import gather, gather_unsupported, pattern, span, write_page
 from geta_hf.reporting.html_report import write_report
 from geta_hf.reporting.hub import files_to_push, push_to_hub
+from geta_hf.serialization.validate import check_headers, check_readable
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -52,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
+    # What a user can mend is one line. Anything else is a fault of this package and keeps its traceback.
     except (GETAError, OSError) as error:
         print(f"geta-hf: {error}", file=sys.stderr)
         return 2
@@ -103,17 +108,32 @@ def inspect(arguments: argparse.Namespace) -> None:
     Example:
         `geta-hf inspect google-bert/bert-base-uncased --html graph.html`
     """
+    # Building and recording are what takes time here; the import of torch is not counted.
     start = time.perf_counter()
+    check_readable(arguments.model)
     model = empty_model(arguments.model)
+    if Path(arguments.model).is_dir():
+        check_headers(model, Path(arguments.model))
     batch = make_dummy_inputs(model)
     flow = record_and_propagate(model, batch)
     space = space_of(flow, arguments.prune, arguments.keep)
     seconds = time.perf_counter() - start
     sections = [_headline(model, batch, len(flow.graph.nodes)), family_table(space.families), *_remarks(model, space)]
+    if raw := _read_raw(model, flow.graph):
+        sections.append("\n".join(("not quantized: the model reads these weights itself", *_indented(gather(raw)))))
     print("\n\n".join((*sections, f"{_coverage(space)}; {seconds:.1f} s")))
     if arguments.html:
         write_page(flow, space, arguments.html, arguments.model)
         print(f"wrote {arguments.html}")
+
+
+def _read_raw(model: nn.Module, graph: Graph) -> list[str]:
+    """Return the layers that would be quantized, did the model not read their weights past their forward."""
+    try:
+        layers = select_layers(model)
+    except GETAError:  # there is nothing to quantize, which does not keep a model from being pruned
+        return []
+    return recorded_raw_reads(graph, model, layers)
 
 
 def run_export(arguments: argparse.Namespace) -> None:
@@ -164,6 +184,7 @@ def run_push(arguments: argparse.Namespace) -> None:
     """
     rows = [(name, f"{size:,}") for name, size in files_to_push(arguments.folder)]
     print("\n".join(_aligned([("file", "bytes"), *rows], right={1})))
+    # None and not False: without the option the user's own setting on the Hub decides.
     private = True if arguments.private else None
     address = push_to_hub(arguments.folder, arguments.repo, private=private, dry_run=arguments.dry_run)
     print(f"{'would be uploaded to' if arguments.dry_run else 'uploaded to'} {address}")
@@ -194,6 +215,7 @@ def family_table(families: Iterable[Family]) -> str:
         alike.setdefault(_likeness(family), []).append(family)
     if not alike:
         return "no families"
+    # Sorting is stable, so families remain in the order of the model.
     blocks = sorted(alike.values(), key=lambda block: not block[0].prunable)
     head = ("family", "families", "kind", "groups", "parameters", "MACs", "prunable")
     lines = _aligned([head, *(_cells(block) for block in blocks)], right={1, 3, 4, 5})
@@ -251,7 +273,8 @@ def _indented(lines: Iterable[str]) -> list[str]:
 
 
 def _coverage(space: PruningSpace) -> str:
-    every, prunable = space.coverage(), space.coverage(prunable_only=True)
+    every = space.coverage()
+    prunable = space.coverage(prunable_only=True)
     return (
         f"{len(space.families)} families cover {every:.1%} of the matrix parameters; "
         f"{len(space.prunable)} prunable ones with {space.num_groups:,} groups cover {prunable:.1%}"

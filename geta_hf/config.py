@@ -104,6 +104,7 @@ def setting(
         expected: replaces the generated description of the type and range in messages and documentation.
     """
     metadata = {"help": help, "check": check, "section": section, "choices": choices, "expected": expected}
+    # dataclasses refuse a list as a default, which all configs would share.
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -153,6 +154,7 @@ def settings_of(kind: type[CompressionConfig]) -> dict[str, Setting]:
 
     A subclass that redeclares a field with a plain value changes its default only.
     """
+    # Annotations are text in this module, so dataclasses.fields has no types.
     hints = get_type_hints(kind)
     found = {}
     for field in dataclasses.fields(kind):
@@ -164,6 +166,7 @@ def settings_of(kind: type[CompressionConfig]) -> dict[str, Setting]:
 
 
 def _metadata(kind: type, name: str) -> Mapping[str, Any]:
+    # A plain value makes a field without metadata, so they are those of the class that declared it.
     for base in kind.__mro__:
         field = vars(base).get("__dataclass_fields__", {}).get(name)
         if field is not None and "help" in field.metadata:
@@ -203,12 +206,14 @@ def _has_one_type(value: Any, hint: Any) -> bool:
         return all(_has_type(item, items[0]) for item in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)
+    # By the type itself, since bool is a subclass of int.
     if hint in (bool, int):
         return type(value) is hint
     return isinstance(value, origin or hint)
 
 
 def _is_finite(value: int | float) -> bool:
+    # isfinite raises for an integer too large for a float.
     return isinstance(value, int) or math.isfinite(value)
 
 
@@ -309,6 +314,32 @@ def _is_minimum(value: float) -> bool:
     return 0 < value < 1 or (value >= 1 and float(value).is_integer())
 
 
+_DURATION = "steps, a share of training, or text such as '1.5 epochs'; not negative, and a share below 1"
+
+
+def parse_duration(text: str) -> tuple[float, str] | None:
+    """Return the number and the unit, `step` or `epoch`, of a length such as '1.5 epochs'; None for other text."""
+    number, _, unit = text.strip().partition(" ")
+    # Both "1 epoch" and "2 epochs". A bare number has an empty unit, which is refused.
+    kind = unit.strip().removesuffix("s")
+    try:
+        count = float(number)
+    except ValueError:
+        return None
+    if kind not in ("step", "epoch") or not math.isfinite(count):
+        return None
+    return count, kind
+
+
+def is_duration(value: Duration) -> bool:
+    """Return whether a value is the length of a stage: an integer, a share in [0, 1), or text with a unit."""
+    if isinstance(value, str):
+        parsed = parse_duration(value)
+        return parsed is not None and parsed[0] >= 0
+    # An int is steps and a float a share, so 1 and 1.0 are far apart: the latter, all of training, is refused.
+    return value >= 0 if isinstance(value, int) else 0 <= value < 1
+
+
 def _are_patterns(values: list[str]) -> bool:
     try:
         for value in values:
@@ -388,8 +419,10 @@ class CompressionConfig:
     )
     activation_bits: tuple[int, int] | None = setting(
         None,
-        "The bounds for the inputs of the layers, calibrated on `calibration_batches`. None does not quantize "
-        "activations.",
+        "The bounds for the inputs of the layers, calibrated on `calibration_batches`. `target_bops` decides where in "
+        "them each input ends, together with the weights' widths. Without it sensitivity decides, with the middle of "
+        "the bounds as the mean; under `bit_rule` `ppsg` and `paper` the learned widths are rounded. None does not "
+        "quantize activations.",
         Check(_is_pair_of_widths),
         section="Widths",
         expected=_PAIR,
@@ -483,17 +516,21 @@ class CompressionConfig:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # Of the class itself: a subclass that only changes defaults is the same method.
         if "method" not in vars(cls):
             return
+        # Two methods of one name would make the file of a run ambiguous.
         owner = CONFIG_CLASSES.setdefault(cls.method, cls)
         if owner is not cls:
             raise GETAError(f"method {cls.method!r} of {cls.__name__} already belongs to {owner.__name__}")
 
     def __post_init__(self) -> None:
+        # Every value by itself first: the checks of several settings rely on the types.
         for name, one in settings_of(type(self)).items():
             value = getattr(self, name)
             self._check(one.accepts(value), name, one.allowed)
             setattr(self, name, _normalize(value, one.hint))
+        # Set here and not as the field's default, which a target of another kind could not tell from a user's wish.
         if not any(getattr(self, name) is not None for name in (*_PRUNING, *_SIZES)):
             self.target_sparsity = 0.5
         if self.bit_choices is not None:
@@ -519,6 +556,7 @@ class CompressionConfig:
         for names in (pruning, sizes):
             if len(names) > 1:
                 raise GETAError(f"{' and '.join(names)} set the same target; give only one of them")
+        # Pruning, size and mean width are tied by one equation, so any two decide the third.
         if pruning and sizes and self.mean_bits is not None:
             raise GETAError(
                 f"{pruning[0]}, {sizes[0]} and mean_bits can't all be met; give two of them, the third is solved for"
@@ -544,6 +582,23 @@ class CompressionConfig:
         return (self.widths[0] + self.widths[-1]) / 2
 
     @property
+    def input_widths(self) -> list[int]:
+        """The integer widths that a layer's input may end with, ascending; none where inputs are not quantized."""
+        if self.activation_bits is None:
+            return []
+        return list(range(self.activation_bits[0], self.activation_bits[1] + 1))
+
+    @property
+    def wanted_mean_input_bits(self) -> float | None:
+        """The plain mean that widths of inputs end with at most: the middle of `activation_bits`.
+
+        None where inputs are not quantized, and where `target_bops` decides their widths together with the weights'.
+        """
+        if self.activation_bits is None or self.target_bops is not None:
+            return None
+        return sum(self.activation_bits) / 2
+
+    @property
     def final_upper_bits(self) -> float:
         """The upper bound of the widths at the end of training."""
         return self.bits[1]
@@ -551,6 +606,7 @@ class CompressionConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, with the name of the method; `read_config` returns an equal config."""
         values = dataclasses.asdict(self)
+        # JSON has no tuples; `_normalize` makes them again when a config is read.
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         return {"method": self.method, **plain}
 
@@ -569,6 +625,7 @@ class CompressionConfig:
                 f"geta_hf.config.read_config, which chooses the class"
             )
         given = {name: value for name, value in values.items() if name != "method"}
+        # An ignored key would run with a default in place of what was asked for.
         unknown = sorted(set(given) - set(settings))
         if unknown:
             raise GETAError(f"unknown {cls.__name__} keys {unknown}; known are {sorted(settings)}")
@@ -628,24 +685,37 @@ class GETAConfig(CompressionConfig):
     )
     warmup: Duration = setting(
         0.1,
-        "Length of the warm-up stage.",
+        "Length of the warm-up stage; 0 leaves it out.",
+        Check(is_duration),
         section="Stages",
-        expected="steps, a share of training, or text such as '1.5 epochs'",
+        expected=_DURATION,
     )
     projection: Duration = setting(
         0.1,
-        "Length of the projection stage.",
+        "Length of the projection stage. With 0 widths stay at initial_bits until the joint stage ends.",
+        Check(is_duration),
         section="Stages",
-        expected="steps, a share of training, or text such as '1.5 epochs'",
+        expected=_DURATION,
     )
     joint: Duration = setting(
         0.4,
-        "Length of the joint stage.",
+        "Length of the joint stage. With 0 all groups are removed at once, at the last step before cool-down.",
+        Check(is_duration),
         section="Stages",
-        expected="steps, a share of training, or text such as '1.5 epochs'",
+        expected=_DURATION,
     )
-    projection_periods: int = setting(4, "B, the number of projection periods.", at_least(1), section="Stages")
-    pruning_periods: int = setting(5, "P, the number of periods of the joint stage.", at_least(1), section="Stages")
+    projection_periods: int = setting(
+        4,
+        "B, the number of projection periods; fewer where the stage has fewer steps. 0 leaves the stage out.",
+        at_least(0),
+        section="Stages",
+    )
+    pruning_periods: int = setting(
+        5,
+        "P, the number of periods of the joint stage; fewer where the stage has fewer steps. 0 leaves the stage out.",
+        at_least(0),
+        section="Stages",
+    )
     saliency: str = setting(
         "fisher",
         "Score by which groups are removed: `fisher` is the moving average of <g, x>² per parameter removed, `taylor` "
@@ -685,9 +755,7 @@ class GETAConfig(CompressionConfig):
     )
     eta: float = setting(0.999, "η of Eqs. 13 and 14.", inside(0, 1), section="Rules")
     xi: float = setting(0.999, "ξ of Eqs. 13 and 14.", inside(0, 1), section="Rules")
-    epsilon: float = setting(
-        1e-8, "Mean magnitude up to which a group counts as forgotten.", between(0, 1), section="Rules"
-    )
+    epsilon: float = setting(1e-8, "Mean magnitude up to which a group counts as zero.", between(0, 1), section="Rules")
 
     def check_widths(self) -> None:
         """Raise GETAError for widths that the stages or the rule can't reach."""
@@ -697,9 +765,11 @@ class GETAConfig(CompressionConfig):
         if self.activation_bits is not None:
             fits = self.activation_bits[1] <= self.initial_bits
             self._check(fits, "activation_bits", f"(b_l, b_u) with b_l <= b_u <= {self.initial_bits}")
+        # Eq. 14 comes from one angle between a layer's gradient and its rounding errors, so it has no d for each
+        # channel.
         if self.per_channel and self.bit_rule == "paper":
             raise GETAError("Eq. 14 sets one d a layer; with per_channel choose bit_rule='sensitivity' or 'ppsg'")
-        if self.bit_reduction is not None:
+        if self.bit_reduction is not None and self.projection_periods:
             self._check_reduction()
 
     def _check_reduction(self) -> None:
@@ -725,23 +795,41 @@ class GETAConfig(CompressionConfig):
         return super().wanted_mean_bits
 
     @property
+    def wanted_mean_input_bits(self) -> float | None:
+        """As for every method if `bit_rule` is `sensitivity`; otherwise b_u, at or near which learned widths end."""
+        if self.bit_rule != "sensitivity" and self.activation_bits is not None and self.target_bops is None:
+            return float(self.activation_bits[1])
+        return super().wanted_mean_input_bits
+
+    @property
     def reduction(self) -> float:
         """b_r in bits for each period: `bit_reduction`, or (initial_bits - b_u) / B."""
         if self.bit_reduction is not None:
             return self.bit_reduction
-        return (self.initial_bits - self.bits[1]) / self.projection_periods
+        return (self.initial_bits - self.bits[1]) / max(self.projection_periods, 1)
 
     @property
     def final_upper_bits(self) -> float:
-        """The upper bound after the projection stage: initial_bits - B·b_r."""
+        """The upper bound after the projection stage: initial_bits - B·b_r, which is b_u unless b_r is given."""
+        if self.bit_reduction is None or not self.projection_periods:
+            return float(self.bits[1])
         return self.initial_bits - self.projection_periods * self.reduction
 
     @classmethod
     def paper(cls, **changes: Any) -> Self:
-        """Return the rules of the paper: HESSO saliency, Eqs. 13 and 14, q_m = max|W|, learned t.
+        """Return the rules of the paper: HESSO saliency, Eqs. 13 and 14, q_m = max|W|, learned t of weights and inputs.
+
+        What still differs from the paper is listed in `docs/paper_index.md`.
 
         Args:
-            changes: values of any fields, which override these rules too.
+            changes: values of any fields, which override these rules too. Without `projection_periods`, B is 4, or
+                b_u - b_l where that is less.
+
+        Raises:
+            GETAError: bounds that Algorithm 2 does not take: it needs b_u >= b_l + 1, 1 <= B <= b_u - b_l and b_r >= 1.
+
+        >>> GETAConfig.paper(bits=(4, 6)).projection_periods
+        2
         """
         rules: dict[str, Any] = {
             "saliency": "hesso",
@@ -749,8 +837,35 @@ class GETAConfig(CompressionConfig):
             "bit_rule": "paper",
             "clipping": "max",
             "learn_exponent": True,
+            "learn_activation_exponent": True,
         }
-        return cls(**{**rules, **changes})
+        config = cls(**{**rules, **changes})
+        if "projection_periods" not in changes and "bit_reduction" not in changes:
+            fewest = max(config.bits[1] - config.bits[0], 1)
+            config.projection_periods = min(config.projection_periods, fewest)
+        config._check_paper()
+        return config
+
+    def _check_paper(self) -> None:
+        """Raise GETAError for bounds that line 1 of Algorithm 2 excludes."""
+        lower, upper = self.bits
+        source = "in the paper's rules (Algorithm 2, line 1)"
+        if upper < lower + 1:
+            raise GETAError(
+                f"bits = {self.bits} must have b_u >= b_l + 1 {source}; widen bits, or use GETAConfig without paper()"
+            )
+        if not 1 <= self.projection_periods <= upper - lower:
+            raise GETAError(
+                f"projection_periods = {self.projection_periods} must be in 1..{upper - lower}, from 1 to b_u - b_l, "
+                f"{source}; a projection stage is left out with projection = 0"
+            )
+        # The reduction that follows from other fields is a quotient, so that 1 may come out as 0.9999999.
+        if self.reduction < 1 - 1e-9:
+            raise GETAError(
+                f"b_r = {self.reduction:g} must be at least 1 {source}: it is bit_reduction, or (initial_bits - b_u) / "
+                f"projection_periods = ({self.initial_bits} - {upper}) / {self.projection_periods}; use fewer periods "
+                f"or raise initial_bits"
+            )
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -780,8 +895,9 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Compressi
 def _read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
+        # JSON is not left to YAML, which reads `1e-8` as text.
         values = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise GETAError(f"{path} can't be read as a config: {error}") from error
     if not isinstance(values, dict):
         raise GETAError(f"{path} holds {type(values).__name__}, not the fields of a config")

@@ -14,7 +14,6 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from geta_hf.config import CONFIG_NAME, CompressionConfig, GETAConfig, read_config
@@ -35,8 +34,11 @@ from geta_hf.reporting.folder_summary import CARD_NAME, empty_model_of
 from geta_hf.reporting.model_card import write_card
 from geta_hf.serialization.atomic_folder import check_target, write_folder
 from geta_hf.serialization.sizes import check_shards
-from geta_hf.training.checkpoints import Progress, base_name, read_progress, stored_headers
+from geta_hf.serialization.validate import check_links
+from geta_hf.training.checkpoints import Progress, base_name, is_finished, read_progress, stored_headers
+from geta_hf.training.complete import newest_to_export
 from geta_hf.training.lora import load_lora, merge_stored, plan_lora
+from geta_hf.utils.process_state import exclusive
 
 
 def convert(
@@ -51,19 +53,21 @@ def convert(
     """Write what a run or an export holds in some format.
 
     Args:
-        source: a checkpoint of GETATrainer, the folder of a run (its last checkpoint is taken), or an exported folder.
+        source: a checkpoint of GETATrainer, the folder of a run (its newest complete checkpoint is taken), or an
+            exported folder.
         target: where the new folder is to appear.
         format: one of `geta_hf.export.formats.FORMATS`.
         embedding_bits: as for `geta_hf.export`; for a checkpoint alone. By default what its config says.
         max_shard_size: as for `geta_hf.export`.
-        overwrite: replace an existing model folder, but for one that holds the source or the state of a training.
+        overwrite: replace an existing model folder, but not one that holds the source, or files which no export writes,
+            such as the state of a training.
 
     Returns:
         What the export of a checkpoint wrote; None for one of a folder.
 
     Raises:
-        GETAError: `source` is neither, a checkpoint of a run that had not finished, an unknown format, or
-            whatever keeps the export from being right. The target is then as it was before.
+        GETAError: `source` is neither, a checkpoint of a run that had not finished, an unknown format, a link that
+            leads out of the source, or whatever keeps the export from being right. The target is then as it was before.
 
     Example:
         >>> import torch
@@ -80,20 +84,24 @@ def convert(
         >>> plain = BertForSequenceClassification.from_pretrained(folder.name + "/plain")  # without geta_hf's quantizer
         >>> folder.cleanup()
     """
-    folder, place = Path(source), Path(target).resolve()
+    folder = Path(source)
+    place = Path(target).resolve()
     check_target(place, overwrite)
     check_shards(max_shard_size, format)
     writer(format)
     if is_export(folder):
         if embedding_bits is not None:
             raise GETAError(f"{folder} is an export already, and its embedding stays as it is; export the checkpoint")
-        _rewrite(folder, place, format, max_shard_size)
+        check_links(folder)
+        _rewrite(folder, place, format, max_shard_size, overwrite)
         return None
     checkpoint = _checkpoint_of(folder)
+    check_links(checkpoint)
     _check_apart(checkpoint, place)
     config = read_config(checkpoint / CONFIG_NAME)
     removed = _finished(read_progress(checkpoint), checkpoint)
     model = load_checkpoint(checkpoint, config)
+    # No data set is needed: the proof holds on any inputs.
     batch = make_dummy_inputs(model)
     card = partial(write_card, base_model=base_name(model), repo_id=place.name)
     return export(
@@ -103,6 +111,7 @@ def convert(
         batch=batch,
         config=config,
         processing_class=_processing_class(checkpoint),
+        # As noted at the time: fewer would mean that the weights are not those of that step.
         expected_zero_groups=removed,
         embedding_bits=config.embedding_bits if embedding_bits is None else embedding_bits,
         format=format,
@@ -118,7 +127,7 @@ def _check_apart(source: Path, target: Path) -> None:
         raise GETAError(f"{target} holds {source}, which is to be exported, so it is not replaced; choose another")
 
 
-def _rewrite(folder: Path, target: Path, format: str, max_shard_size: int | str | None) -> None:
+def _rewrite(folder: Path, target: Path, format: str, max_shard_size: int | str | None, overwrite: bool) -> None:
     """Write an exported folder in another format, or load and save it again in its own, if need be over itself."""
     if folder.resolve() != target:
         _check_apart(folder, target)
@@ -131,26 +140,27 @@ def _rewrite(folder: Path, target: Path, format: str, max_shard_size: int | str 
         copy_beside(folder, fresh, structure=format == OWN)
         if format != OWN:
             return
+        # save_pretrained writes neither, so a folder that was loaded and saved by it gets both back.
         if not (fresh / STRUCTURE_NAME).is_file():
             write_structure(fresh, model, _kept(folder, model, batch))
         if not (fresh / CARD_NAME).is_file():
             write_card(fresh, repo_id=target.name)
 
-    write_folder(target, fill)
+    write_folder(target, fill, overwrite=overwrite)
 
 
 def _kept(folder: Path, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """Family -> (groups kept, groups before), as far as sizes tell: those of the model, and of one never cut."""
+    """Return family -> (groups kept, groups before), as far as the sizes of the model and of the dense one tell."""
     config = read_config(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else GETAConfig()
     dense = empty_model_of(folder)
     if dense is None:
         return {}
     space = build_space(dense, batch, prune=config.prune, keep=config.keep)
-    counts = {family.name: (_groups_left(family, space, model), family.size) for family in space.prunable}
-    return {name: (left, before) for name, (left, before) in counts.items() if left is not None}
+    counts = {family.name: (_remaining_groups(family, space, model), family.size) for family in space.prunable}
+    return {name: (kept, before) for name, (kept, before) in counts.items() if kept is not None}
 
 
-def _groups_left(family: Family, space: PruningSpace, model: PreTrainedModel) -> int | None:
+def _remaining_groups(family: Family, space: PruningSpace, model: PreTrainedModel) -> int | None:
     """Count the remaining groups of a family; None where its tensors disagree, since another family cut them."""
     found = set()
     for member in family.members:
@@ -164,8 +174,9 @@ def _groups_left(family: Family, space: PruningSpace, model: PreTrainedModel) ->
 def _checkpoint_of(folder: Path) -> Path:
     if not folder.is_dir():
         raise GETAError(f"{folder} is no folder; name a run, a checkpoint or an exported folder")
-    last = get_last_checkpoint(str(folder))
-    checkpoint = Path(last) if last is not None and not (folder / "config.json").is_file() else folder
+    # A run's folder with a config.json holds its final model, which is later than its last checkpoint.
+    last = None if (folder / "config.json").is_file() else newest_to_export(folder, is_finished)
+    checkpoint = folder if last is None else last
     if not (checkpoint / CONFIG_NAME).is_file():
         raise GETAError(f"{checkpoint} has no {CONFIG_NAME}: it is neither a checkpoint of GETATrainer nor an export")
     return checkpoint
@@ -195,12 +206,13 @@ def load_checkpoint(checkpoint: Path, config: CompressionConfig) -> PreTrainedMo
     stored = _stored(checkpoint)
     if (lora := load_lora(checkpoint)) is not None:
         merge_stored(model, plan_lora(model, lora, select_layers(model, config.include, config.exclude)), stored)
+    # After the merge, since peft looks for plain layers; the values of the quantizers come from the checkpoint below.
     make_method(config).attach(model, None)  # ranges of inputs are read from the checkpoint
     with torch.no_grad():
         for name, parameter in quantizer_parameters(model, trained=False).items():
             if name not in stored or stored[name].shape != parameter.shape:
                 raise GETAError(
-                    f"{checkpoint} holds no {name} of shape {tuple(parameter.shape)}; was it written whole?"
+                    f"{checkpoint} holds no {name} of shape {tuple(parameter.shape)}; was it written completely?"
                 )
             parameter.copy_(stored[name])
     return model
@@ -218,16 +230,18 @@ def _stored(checkpoint: Path) -> Mapping[str, Tensor]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
+    with exclusive():
+        level = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(level)
 
 
 def _processing_class(checkpoint: Path) -> Any:
     """Load the tokenizer or processor saved with a checkpoint; None where there is none."""
+    # A processor's folder has the files of its tokenizer too, so it is asked for first.
     if (checkpoint / "processor_config.json").is_file():
         return transformers.AutoProcessor.from_pretrained(checkpoint)
     if (checkpoint / "tokenizer_config.json").is_file():

@@ -46,8 +46,12 @@ def written(
     bits: dict[str, int],
     inputs: dict[str, int] | None = None,
     config: dict[str, Any] | None = None,
+    codes: int = 80,
 ) -> Path:
-    """A folder with the files of an export of any structure; by default of a model that transformers does not know."""
+    """A folder with the files of an export of any structure; by default of a model that transformers does not know.
+
+    Each packed layer has so many codes.
+    """
     folder.mkdir(parents=True)
     values = {
         **(config or _UNKNOWN),
@@ -57,7 +61,7 @@ def written(
     structure = {"version": 1, "kept": kept, "bits": bits, "activation_bits": inputs or {}}
     (folder / "geta_structure.json").write_text(json.dumps(structure))
     streams = {
-        f"{name.encode(errors='replace').decode()}.weight": torch.zeros(10 * width, dtype=torch.uint8)
+        f"{name.encode(errors='replace').decode()}.weight": torch.zeros(codes * width // 8, dtype=torch.uint8)
         for name, width in bits.items()
     }
     save_file({**streams, "plain": torch.zeros(5)}, folder / "model.safetensors")

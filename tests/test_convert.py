@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +22,7 @@ from geta_hf.reporting.folder_summary import read_summary
 from geta_hf.reporting.html_report import write_report
 from geta_hf.reporting.hub import files_to_push
 from geta_hf.training.checkpoints import PROGRESS_NAME
+from tests.elsewhere import run_code
 from tests.training.test_trainer import SMALL, trainer
 
 IDS = {"input_ids": torch.arange(3, 19).view(2, 8)}
@@ -129,7 +128,7 @@ def test_a_damaged_checkpoint_is_named_with_the_ones_before(run: Path, tmp_path:
     shutil.copytree(run / "run", tmp_path / "run")
     os.truncate(tmp_path / "run" / "checkpoint-24" / "model.safetensors", 3000)
     with pytest.raises(GETAError, match=r"checkpoint-24.model\.safetensors is damaged or cut short") as error:
-        convert(tmp_path / "run", tmp_path / "out")
+        convert(tmp_path / "run" / "checkpoint-24", tmp_path / "out")
     assert str(error.value).endswith(f"; or export {tmp_path}/run/checkpoint-20")
     shutil.rmtree(tmp_path / "run" / "checkpoint-20")
     with pytest.raises(GETAError, match="damaged") as error:
@@ -216,6 +215,7 @@ def test_other_formats_get_no_picture_that_nothing_shows(run: Path, tmp_path: Pa
     assert {path.name for path in tmp_path.iterdir()} == {"geta_config.json"}
 
 
+ROOT = Path(__file__).parents[1]
 KILLED = """
 import os, sys
 from geta_hf.convert import convert
@@ -238,8 +238,8 @@ def test_killed_while_it_replaces_a_folder_nothing_is_lost(run: Path, tmp_path: 
     """Between the two renames the old folder stands under another name beside it."""
     convert(run / "exported", tmp_path / "out")
     whole = (tmp_path / "out" / "model.safetensors").read_bytes()
-    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(run / "exported"), str(tmp_path / "out"), str(steps)]
-    assert subprocess.run(command, env=dict(os.environ), check=False).returncode == 9
+    arguments = (str(run / "exported"), str(tmp_path / "out"), str(steps))
+    assert run_code(KILLED, ROOT, *arguments).returncode == 9
     assert not (tmp_path / "out").exists() or (tmp_path / "out" / "model.safetensors").read_bytes() == whole
     left = [path for path in tmp_path.glob("**/model.safetensors") if path.read_bytes() == whole]
     assert left

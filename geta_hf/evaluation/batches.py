@@ -43,9 +43,12 @@ class BatchedLM(HFLM):
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
         classes: dict[int, list[int]] = defaultdict(list)
         for place, (_, context, continuation) in enumerate(requests):
+            # Lengths within a factor of two share a class, so at most half of a batch is padding.
             classes[(len(context) + len(continuation)).bit_length()].append(place)
         answers: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(requests), desc="requests", disable=disable_tqdm or None) as bar:
+            # The longest first: what does not fit into memory fails at once, and the progress bar is never too
+            # hopeful.
             for _, places in sorted(classes.items(), reverse=True):
                 # lm-eval caches batch sizes here; those of another class of length do not fit.
                 self.batch_sizes: dict[int, int] = {}
@@ -67,5 +70,6 @@ class BatchedLM(HFLM):
                     f"an answer of {len(continuation)} tokens does not fit into the model's {self.max_length} "
                     "positions; remove that task"
                 )
+            # The last token is only predicted and takes no position, hence the one more.
             self.truncated += len(context) + len(continuation) > self.max_length + 1
         self.requests += len(requests)

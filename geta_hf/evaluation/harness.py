@@ -79,6 +79,7 @@ def evaluate(
         0.71
     """
     check_numbers(limit=limit, batch_size=batch_size, num_fewshot=num_fewshot)
+    # The tasks come before the model, since a mistyped name must not cost the time of loading.
     with open_tasks(tasks, data_dir, fewshot=bool(num_fewshot)) as (manager, known):
         loaded, words = load(model, tokenizer, device=device, dtype=dtype)
         options = {"num_fewshot": num_fewshot, "limit": limit, "task_manager": manager}
@@ -109,6 +110,7 @@ def load(
     loaded: Any = model
     name = str(model.name_or_path) if isinstance(model, PreTrainedModel) else os.fspath(model)
     if not isinstance(model, PreTrainedModel):
+        # Before loading, since torch accepts any name until a tensor is made on the device.
         place = _device(device)
         with one_line_errors(f"{name}: no causal language model could be loaded"):
             loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
@@ -127,10 +129,12 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
 
 def check_folder(name: str) -> PreTrainedConfig:
     """Return the config of a model. Raise GETAError if it is clear without its weights that it can't be scored."""
+    # transformers takes a missing folder for a name on the Hub, and its error would speak of a repository.
     if not Path(name).is_dir():
         with one_line_errors(f"{name}: no such folder, and no name on the Hub"):
             validate_repo_id(name)
     with one_line_errors(f"{name}: no causal language model could be loaded"):
+        # A LoRA folder has no config of its own; transformers loads its base model and then the adapter.
         adapter = find_adapter_config_file(name)
         config = AutoConfig.from_pretrained(read_json(Path(adapter))["base_model_name_or_path"] if adapter else name)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -249,12 +253,15 @@ def _run(
     from geta_hf.evaluation.batches import BatchedLM
 
     lm = BatchedLM(model, tokenizer, batch_size)
+    # None keeps lm-eval from setting the process's seeds.
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))
     results: Any = simple_evaluate(
         model=lm, tasks=tasks, batch_size=batch_size, bootstrap_iters=BOOTSTRAP_DRAWS, **seeds, **options
     )
     scores = read_scores(results)
+    # They hold every question and answer, and the scores of each are in `scores` by now.
     results.pop("samples")
+    # As lm-eval's command line writes it. It was given an object here, which the file could not name.
     results["config"] |= {"model": "hf", "model_args": f"pretrained={name}", "device": str(model.device)}
     results |= {"model_source": "hf", "model_name": name, "model_name_sanitized": name.replace("/", "__")}
     return Evaluation(name, scores, results, lm.truncated, lm.requests, options["limit"])

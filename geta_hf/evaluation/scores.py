@@ -79,8 +79,11 @@ def read_scores(results: Mapping[str, Any]) -> dict[str, dict[str, Score]]:
 def _task_scores(values: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
     found = {}
     for metric, filtered, value, stderr in _metrics(values):
+        # With filters, such as one that extracts an answer, each question has a sample for every filter.
         own = [one.get(metric) for one in samples if one["filter"] == filtered]
         numbers = tuple(float(one) for one in own if isinstance(one, int | float))
+        # Checked, since not every metric is a mean over its questions: for a perplexity or an F1 the paired error
+        # below would be wrong.
         is_mean = len(numbers) == len(own) > 0 and math.isclose(statistics.fmean(numbers), value, abs_tol=1e-9)
         found[_shown(metric, filtered)] = Score(value, stderr, numbers if is_mean else ())
     return found
@@ -94,6 +97,8 @@ def _group_scores(
     for metric, filtered, value, stderr in _metrics(values):
         name = _shown(metric, filtered)
         pairs = tuple((member, name) for member in members)
+        # lm-eval weights some groups by the number of questions. Only where the plain mean gives its value does the
+        # group have members.
         complete = bool(pairs) and all(name in scores.get(member, {}) for member in members)
         is_mean = complete and math.isclose(_mean(pairs, scores).value, value, abs_tol=1e-9)
         found[name] = Score(value, stderr, members=pairs if is_mean else ())
@@ -122,6 +127,7 @@ def _shown(metric: str, filtered: str) -> str:
 def _mean(members: Sequence[tuple[str, str]], scores: Mapping[str, Mapping[str, Score]]) -> Score:
     own = [scores[task][metric] for task, metric in members]
     errors = [score.stderr for score in own if score.stderr is not None]
+    # The tasks are independent, so variances add up: the error of a mean of n is the root of their sum over n.
     stderr = math.hypot(*errors) / len(own) if len(errors) == len(own) else None
     return Score(statistics.fmean(score.value for score in own), stderr, members=tuple(members))
 
@@ -136,6 +142,7 @@ def difference(first: Evaluation, second: Evaluation, task: str, metric: str) ->
     if one.members and one.members == other.members:
         errors = [difference(first, second, *member)[1] for member in one.members]
         known = [error for error in errors if error is not None]
+        # As in `_mean`, with the paired error of each task.
         stderr = math.hypot(*known) / len(errors) if len(known) == len(errors) else None
     else:
         stderr = _paired(one.questions, other.questions)

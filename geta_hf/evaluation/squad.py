@@ -6,7 +6,9 @@ Devlin et al. 2019 (https://arxiv.org/abs/1810.04805).
 
 from __future__ import annotations
 
+import math
 import re
+import statistics
 import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -61,15 +63,15 @@ def score(predictions: Mapping[str, str], questions: Iterable[Question]) -> dict
     Raises:
         GETAError: no question has a reference answer.
     """
+    # Counted twice, so an iterator must not be used up.
     asked = list(questions)
     answerable = [question for question in asked if question.answers]
     if not answerable:
         raise GETAError("no question has a reference answer, so there is nothing to score")
     em = total_f1 = 0.0
-    for question in answerable:
-        if question.id in predictions:
-            em += max(exact_match(predictions[question.id], answer) for answer in question.answers)
-            total_f1 += max(f1(predictions[question.id], answer) for answer in question.answers)
+    for exact, overlap in _scores(predictions, answerable):
+        em += exact
+        total_f1 += overlap
     return {
         "em": 100 * em / len(answerable),
         "f1": 100 * total_f1 / len(answerable),
@@ -77,6 +79,34 @@ def score(predictions: Mapping[str, str], questions: Iterable[Question]) -> dict
         "missing": sum(question.id not in predictions for question in answerable),
         "unanswerable": len(asked) - len(answerable),
     }
+
+
+def standard_errors(predictions: Mapping[str, str], questions: Iterable[Question]) -> dict[str, float]:
+    """Return the standard errors of `score`'s EM and F1 over the questions, in percent; none for fewer than two.
+
+    Args:
+        predictions: question id -> answer text.
+        questions: as for `score`.
+    """
+    scores = _scores(predictions, [question for question in questions if question.answers])
+    if len(scores) < 2:
+        return {}
+    columns = zip(*scores, strict=True)
+    errors = [100 * statistics.stdev(column) / math.sqrt(len(scores)) for column in columns]
+    return dict(zip(("em", "f1"), errors, strict=True))
+
+
+def _scores(predictions: Mapping[str, str], answerable: Iterable[Question]) -> list[tuple[float, float]]:
+    """Return (exact match, F1) of each question by its best reference answer; 0 without a prediction."""
+    found = []
+    for question in answerable:
+        answer = predictions.get(question.id)
+        if answer is None:
+            found.append((0.0, 0.0))
+            continue
+        exact = max(exact_match(answer, reference) for reference in question.answers)
+        found.append((exact, max(f1(answer, reference) for reference in question.answers)))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------- prediction
@@ -97,6 +127,7 @@ def best_span(
     Returns:
         The sum of both logits, the first and the last token; (-inf, 0, 0) if no pair is valid.
     """
+    # Not all pairs: n_best squared instead of tokens squared, as in BERT's own script.
     starts = _largest(start_logits, inside, n_best)
     ends = _largest(end_logits, inside, n_best)
     length = ends[None, :] - starts[:, None] + 1
@@ -144,6 +175,7 @@ def predict(
         Question id -> answer text; an empty text where no valid span exists.
     """
     pieces = list(windows(tokenizer, questions, max_length, doc_stride, progress))
+    # The longest first, so that too large a batch fails at once and not after minutes.
     pieces.sort(key=lambda window: len(window.offsets), reverse=True)
     best: dict[int, tuple[float, str]] = {}
     training = model.training
@@ -153,7 +185,8 @@ def predict(
             batch = pieces[first : first + batch_size]
             starts, ends = _logits(model, tokenizer, batch, bf16)
             for window, start_logits, end_logits in zip(batch, starts, ends, strict=True):
-                size, context = len(window.offsets), questions[window.question].context
+                size = len(window.offsets)
+                context = questions[window.question].context
                 inside = window.offsets[:, 0] >= 0
                 total, start, end = best_span(start_logits[:size], end_logits[:size], inside, n_best, max_answer_length)
                 if total > best.get(window.question, (-np.inf, ""))[0]:
@@ -185,7 +218,7 @@ def load_folder(
 
     Args:
         folder: plain or exported.
-        device: where to put the model; by default an accelerator if there is one, otherwise the CPU.
+        device: to move the model to; by default an accelerator if there is one, otherwise the CPU.
 
     Raises:
         GETAError: a local folder without config.json.

@@ -164,6 +164,7 @@ def windows(
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int, doc_stride: int) -> None:
     if not tokenizer.is_fast:
         raise GETAError(f"{type(tokenizer).__name__} is a slow tokenizer without offsets; load it with use_fast=True")
+    # For the longest question: the tokenizer would raise in the middle of the data, or never advance.
     room = max_length - MAX_QUESTION_TOKENS - tokenizer.num_special_tokens_to_add(pair=True)
     if not 0 <= doc_stride < room:
         raise GETAError(
@@ -173,6 +174,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int, doc_st
 
 
 def _short_questions(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[str]:
+    # Some questions of SQuAD begin with many blanks, which `only_second` would keep while it cuts the paragraph.
     texts = [question.question.strip() for question in questions]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ends = [offsets[:MAX_QUESTION_TOKENS][-1][1] if offsets else 0 for offsets in encoded["offset_mapping"]]
@@ -183,6 +185,7 @@ def _split(encoded: BatchEncoding, first: int) -> Iterator[Window]:
     owners = encoded.pop("overflow_to_sample_mapping")
     offsets = encoded.pop("offset_mapping")
     for row, owner in enumerate(owners):
+        # Sequence 1 is the paragraph; the question's tokens have offsets too, but into the question.
         inside = np.array([sequence == 1 for sequence in encoded.sequence_ids(row)])
         spans = np.where(inside[:, None], np.array(offsets[row], dtype=np.int64), -1)
         inputs = {key: np.array(encoded[key][row], dtype=np.int32) for key in encoded}
@@ -242,6 +245,7 @@ def _positions(window: Window, start: int, end: int, cls_token_id: int | None) -
     inside = np.flatnonzero(window.offsets[:, 0] >= 0)
     begins, ends = window.offsets[inside, 0], window.offsets[inside, 1]
     if len(inside) == 0 or start < begins[0] or end > ends[-1]:
+        # By its id, since not every tokenizer puts it first (XLNet's is last).
         is_cls = np.flatnonzero(window.inputs["input_ids"] == cls_token_id)
         return (int(is_cls[0]),) * 2 if len(is_cls) else (0, 0)
     first = np.searchsorted(ends, start, side="right")  # the first token that ends after the answer's start

@@ -61,11 +61,18 @@ def split_names(tasks: str | Sequence[str]) -> list[str]:
     names = [name.strip() for name in given if name.strip()]
     if not names:
         raise GETAError("no task is named; try tasks='commonsense', or any names of lm-eval's tasks")
-    return list(dict.fromkeys(one for name in names for one in (COMMONSENSE if name == SUITE else (name,))))
+    found: list[str] = []
+    for name in names:
+        if name == SUITE:
+            found += COMMONSENSE
+        else:
+            found.append(name)
+    return list(dict.fromkeys(found))
 
 
 def stock_folder() -> Path:
     """Return the folder of the installed lm-eval's tasks. Raise GETAError if lm-eval is not installed."""
+    # Found and not imported: the import takes seconds, and only the folder is needed.
     found = importlib.util.find_spec("lm_eval")
     if found is None or found.origin is None:
         raise GETAError("lm-eval is not installed; pip install 'geta_hf[eval]'")
@@ -128,7 +135,9 @@ def write_tasks(
     Raises:
         GETAError: lm-eval is not installed, a task can't be read from local files, or a file is missing or has no rows.
     """
-    stock, source, target = stock_folder(), Path(data_dir), Path(out_dir)
+    stock = stock_folder()
+    source = Path(data_dir)
+    target = Path(out_dir)
     if not source.is_dir():
         raise GETAError(f"{source}: no such folder; data_dir holds a folder for every task")
     names = _opened(split_names(tasks), source) if tasks else _present(source)
@@ -158,6 +167,7 @@ def _opened(names: Sequence[str], source: Path) -> list[str]:
     """Return the names, with patterns replaced by their matches among the tasks that have files."""
     found: list[str] = []
     for name in names:
+        # Matched here and not by lm-eval, which finds only the tasks that have been written.
         if any(sign in name for sign in "*?["):
             there = [*_present(source), *(f"{BLIMP}_{paradigm}" for paradigm in _paradigms(source))]
             matches = fnmatch.filter(there, name)
@@ -188,6 +198,7 @@ def _local(name: str, source: Path, stock: Path, fewshot: bool) -> dict[str, Any
     data = {split: _needed(source / name, split, fields)}
     if (fewshot and name in COMMONSENSE) or _file(source / name, "train"):
         data["train"] = _needed(source / name, "train", fields)
+    # An included task names all its splits. Those without a file here have to be None, or lm-eval looks for them.
     splits = {f"{part}_split": part if part in data else None for part in ("validation", "test")}
     training = {"training_split": "train" if "train" in data else None}
     return _task(name, stock / path, data) | training | splits
@@ -209,6 +220,7 @@ def _paradigm(name: str, source: Path, stock: Path) -> dict[str, Any]:
 
 
 def _task(name: str, stock: Path, data: dict[str, str]) -> dict[str, Any]:
+    # None overwrites the name of a subset on the Hub, which the included task may have.
     rows = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": data}}
     return {"include": os.fspath(_included(stock)), "task": name, **rows}
 
@@ -232,6 +244,7 @@ def _needed(folder: Path, stem: str, fields: Sequence[str]) -> str:
         with (
             gzip.open(found, "rt", encoding="utf-8") if found.endswith(".gz") else open(found, encoding="utf-8") as rows
         ):
+            # One row only: it shows the fields, and files may be large.
             first = json.loads(next(rows, ""))
     except (OSError, EOFError, ValueError) as error:
         raise GETAError(f"{found}: its first line is not JSON ({error}); each line is one row") from error

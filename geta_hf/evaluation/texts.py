@@ -109,6 +109,7 @@ def perplexity(
         >>> found.tokens, found.bytes, round(found.perplexity)  # untrained, so close to the 4 words of the vocabulary
         (5, 21, 4)
     """
+    # Numbers first, since the check of the model runs it.
     length, step = window(model.config, block, stride)
     check_fit(model, tokenizer)
     encoded = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
@@ -119,6 +120,7 @@ def perplexity(
     model.eval()
     total = 0.0
     try:
+        # A text shorter than a window is one window of its own length.
         for windows, fresh in _batches(tokens, min(length, len(encoded)), step):
             total += _nats(model, windows, fresh)
     finally:
@@ -164,6 +166,7 @@ def _batches(tokens: Tensor, length: int, stride: int) -> Iterator[tuple[Tensor,
         shape (rows,). The last window ends with the text.
     """
     last = len(tokens) - 1 - length
+    # The last window ends with the text and overlaps the one before by more than usual, so that every window is full.
     starts = torch.tensor([*range(0, last, stride), last])
     fresh = torch.cat([torch.tensor([length]), starts.diff()])
     rows = max(_POSITIONS // length, 1)
@@ -174,7 +177,9 @@ def _batches(tokens: Tensor, length: int, stride: int) -> Iterator[tuple[Tensor,
 def _nats(model: PreTrainedModel, windows: Tensor, fresh: Tensor) -> float:
     """Return the sum of the negative log-likelihoods of the last `fresh` tokens of every window."""
     windows = windows.to(model.device)
+    # Labels would give a mean over all tokens of a window, of which some were scored in an earlier one.
     logits = model(input_ids=windows[:, :-1], use_cache=False).logits
+    # In fp32, and summed in fp64: a text may have millions of tokens.
     losses = cross_entropy(logits.float().transpose(1, 2), windows[:, 1:], reduction="none").cpu()
     scored = torch.arange(losses.shape[1]) >= losses.shape[1] - fresh[:, None]
     return float(losses[scored].double().sum())
@@ -202,6 +207,7 @@ def perplexity_of_rows(
     tokens = 0
     for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collate):
         inputs = {name: value.to(model.device) for name, value in batch.items()}
+        # The model shifts the labels by one, so the first of a row is never predicted.
         count = int((inputs["labels"][:, 1:] != IGNORED).sum())
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             loss = model(**inputs, use_cache=False).loss

@@ -24,6 +24,7 @@ from geta_hf.export.folder_files import (
 from geta_hf.export.formats import OWN, writer
 from geta_hf.export.plan import check_never_exported, integer_bits, plan_cut, plan_export, read_widths
 from geta_hf.export.steps import cut, fill, prove, publish
+from geta_hf.export.untouched import write_untouched
 from geta_hf.methods.base import CompressionResult
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.serialization.atomic_folder import check_target
@@ -32,6 +33,7 @@ from geta_hf.serialization.encode import activation_bits, weight_bits
 from geta_hf.serialization.packed_layers import packed_layers
 from geta_hf.serialization.sizes import check_shards, tensor_bytes
 from geta_hf.utils.copies import copy_module
+from geta_hf.utils.process_state import exclusive
 
 __all__ = [
     "PICTURE_NAME",
@@ -49,7 +51,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export wrote.
+    """Describe what an export wrote.
 
     Attributes:
         path: the folder.
@@ -72,6 +74,7 @@ class ExportReport:
     difference: float
 
 
+@exclusive()
 def export(
     model: PreTrainedModel,
     directory: str | os.PathLike[str],
@@ -97,9 +100,9 @@ def export(
     weight is stored at its own bit width, everything else in its own dtype. What is cut passes gates 2 and 3 first
     (`verify_space`). Before the folder appears it is reloaded, and the trained, the cut and the reloaded model must
     give the same outputs, with eager and with sdpa attention (gate 4).
-    Where a norm runs over what was cut, the trained model's recorded graph on what is left takes its place. Layers that
-    round their inputs do so in the folder with the same values; what was trained and what was cut are compared without,
-    since the last bit of a sum may decide which way an activation is rounded.
+    Where a norm runs over what was cut, the trained model's recorded graph on the remaining slices takes its place.
+    Layers that round their inputs do so in the folder with the same values. The trained and the cut model are compared
+    without this rounding, since the last bit of a sum may decide which way an activation is rounded.
 
     Args:
         model: trained, with its quantizers attached and their bits rounded to integers; unchanged afterwards.
@@ -115,7 +118,8 @@ def export(
         max_shard_size: bytes, or a size such as `2GB`: weights beyond it are written in several files. For the format
             `geta` alone. By default that of `save_pretrained`, 50 GB.
         finish: called with the folder when it is proven, before it appears, to add more files, such as a card.
-        overwrite: replace an existing model folder, but for one from which a training can go on.
+        overwrite: replace an existing model folder, but not one that holds files which no export writes, such as the
+            state of a training.
         result: what the method decided. It is checked against the model; read from it when None: the groups that are
             zero, and the widths of the quantizers.
 
@@ -141,22 +145,29 @@ def export(
         >>> folder.cleanup()
     """
     target = Path(directory).resolve()
+    # What is wrong with the call itself fails first: to record and prove a large model takes minutes.
     check_target(target, overwrite)
     check_shards(max_shard_size, format)
     write = writer(format)
     plan = plan_export(model, space, batch, result, expected_zero_groups, embedding_bits)
+    # The trained model is the reference of the proof, so its embedding is rounded for as long as the proof lasts.
+    # Else the proof would find the rounding itself, and could not tell it from a fault of the cut.
     with rounded_embedding(model, embedding_bits) as embedding:
         compressed = fill(cut(model, plan), plan, embedding)
         proof = prove(model, compressed, plan)
+    # The folder has to give the outputs that the proof has found, so they are not computed again. Formats for other
+    # programs compare in their own way (ONNX on the CPU in fp32) and hold no structure file.
     if format == OWN:
         write = partial(write, kept=plan.kept_counts, outputs=proof.outputs, max_shard_size=max_shard_size)
 
     def add_files(folder: Path) -> None:
+        # The folder is still a draft here: if the card fails, no folder without a card appears.
         save_beside(folder, config, processing_class)
+        write_untouched(folder, plan.untouched)
         if finish is not None:
             finish(folder)
 
-    difference = publish(target, compressed, plan, proof, write, add_files)
+    difference = publish(target, compressed, plan, proof, write, add_files, overwrite)
     return _report(target, compressed, plan.kept_counts, difference)
 
 
@@ -179,6 +190,7 @@ def compress(
     Raises:
         GETAError: bits that are not integers, codes beyond their bit width, a cut that cannot be.
     """
+    # Gates 2 and 3 are for `export`: here the caller answers for the groups.
     plan = plan_cut(model, space, batch, CompressionResult(removed, *read_widths(model)), verify=False)
     return fill(cut(copy_module(model), plan), plan, embedding)  # a copy, since `cut` shares what it does not change
 

@@ -1,4 +1,4 @@
-"""What an exported folder holds next to its weights: the structure, the config of the run, a tokenizer."""
+"""Write what a folder holds next to its weights: the structure, the config of the run, a tokenizer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel
 
 from geta_hf.config import CONFIG_NAME
+from geta_hf.serialization.atomic_folder import FILES_NAME
 from geta_hf.serialization.encode import activation_bits, weight_bits
 
 STRUCTURE_NAME = "geta_structure.json"
@@ -20,13 +21,13 @@ _ORIGIN = ("is_local", "local_files_only")
 
 
 class SupportsToDict(Protocol):
-    """What is asked of a config: a dataclass that gives itself as JSON-ready data."""
+    """Describe what a config has to offer: its values as JSON-ready data."""
 
     def to_dict(self) -> dict[str, Any]: ...
 
 
 class SupportsSave(Protocol):
-    """What is asked of a tokenizer or processor."""
+    """Describe what a tokenizer or processor has to offer."""
 
     def save_pretrained(self, save_directory: str, /) -> Any: ...
 
@@ -45,10 +46,13 @@ def copy_beside(source: Path, target: Path, structure: bool) -> None:
         target: the new folder, with its model.
         structure: also copy what was kept, and what describes the folder in geta_hf's own format.
     """
-    own = {STRUCTURE_NAME, PICTURE_NAME, "README.md", "config.json"}
+    own = set() if structure else {STRUCTURE_NAME, PICTURE_NAME, "README.md", "config.json"}
     for path in sorted(source.iterdir()):
+        # The carried code (.py) reads the packed weights of this folder, so it is not copied to a new one.
         weights = path.suffix in (".safetensors", ".py") or path.name.endswith(".index.json")
-        if path.is_file() and not weights and (structure or path.name not in own) and not (target / path.name).exists():
+        if weights or path.name in (*own, FILES_NAME):
+            continue
+        if path.is_file() and not (target / path.name).exists():
             (target / path.name).write_bytes(path.read_bytes())
 
 

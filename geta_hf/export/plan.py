@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
+from geta_hf.export.untouched import Untouched, untouched_of
 from geta_hf.methods.base import CompressionResult
 from geta_hf.qadg import PruningSpace, build_space, kept_indices, verify_space, zero_groups
 from geta_hf.qadg.tracing.record_forward import check_same_path
@@ -30,10 +31,15 @@ from geta_hf.surgery.solve_attributes import solve
 from geta_hf.surgery.symbolic_int import Attribute
 from geta_hf.surgery.verify import norm_coupled
 
+_CHANGED = (
+    "Where something changed the model after its last step (an average of weights such as EMA, noise, an earlier "
+    "state), trainer.restore_compression() sets removed groups to zero and widths to their final values again"
+)
+
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What an export does to a trained model, as plain data.
+    """Hold what an export does to a trained model, as plain data.
 
     Attributes:
         batch: what the proofs run on.
@@ -43,6 +49,7 @@ class ExportPlan:
         kept_counts: family -> (groups kept, groups before).
         norms: whether a norm runs over something that is removed, so that zeros do not do what a cut does.
         recordings: of the trained model without its quantizers; None where nothing is removed.
+        untouched: what compression leaves as it is, and why.
     """
 
     batch: Mapping[str, Tensor]
@@ -52,6 +59,7 @@ class ExportPlan:
     kept_counts: dict[str, tuple[int, int]]
     norms: bool
     recordings: Recordings | None
+    untouched: Untouched
 
 
 def plan_export(
@@ -80,6 +88,7 @@ def plan_export(
     if not isinstance(model, PreTrainedModel):
         raise GETAError(f"export takes a transformers model, not a {type(model).__name__}")
     check_never_exported(model)
+    # Only for its errors; `rounded_embedding` does the work, when nothing else can be refused any more.
     if embedding_bits is not None:
         input_embedding(model, embedding_bits)
     batch = dict(model.dummy_inputs if batch is None else batch)
@@ -125,9 +134,11 @@ def plan_cut(
         GETAError: weights that are tied so that they cannot be packed, a gate that failed, or a cut that the model's
             code cannot follow.
     """
+    # Ties are checked before the recording, which takes far longer.
     check_ties(model)
     removed = _all_families(result.removed, space)
     kept = kept_indices(space, removed)
+    # Without a cut every shape and attribute remains, so quantization alone needs no recording.
     recordings = _record(model, batch, first) if kept else None
     if recordings is not None and verify:
         verify_space(model, [batch], space, removal=removed, flow=recordings.flow)
@@ -139,6 +150,7 @@ def plan_cut(
         kept_counts={name: (int((~mask).sum()), mask.numel()) for name, mask in removed.items()},
         norms=norm_coupled(space, removed),
         recordings=recordings,
+        untouched=untouched_of(space),
     )
 
 
@@ -154,6 +166,7 @@ def check_never_exported(model: nn.Module) -> None:
         raise GETAError(f"this {kind} is an export already; save it with save_pretrained, or train the dense model")
     if not has_quantizer(model):
         return
+    # A model that was cut but not quantized has no packed layer; its config still says that it was compressed.
     if isinstance(getattr(model.config, "quantization_config", None), GETAQuantizationConfig):
         raise GETAError(f"this {kind} was pruned before by geta_hf; start from the dense model")
     raise GETAError(f"this {kind} was loaded in quantized form; train from full precision")
@@ -161,6 +174,7 @@ def check_never_exported(model: nn.Module) -> None:
 
 def _check_zero_groups(model: PreTrainedModel, space: PruningSpace, expected: int | None) -> None:
     found = sum(int(zero.sum()) for zero in zero_groups(model, space).values())
+    # More than expected is no fault: slices may have been zero before training, or become zero without a method.
     if expected is not None and found < expected:
         raise GETAError(
             f"export before the groups are zero: {found} of {space.num_groups} groups are zero, {expected} were to be "
@@ -217,6 +231,7 @@ def check_result(result: CompressionResult, model: nn.Module, space: PruningSpac
             )
         if not isinstance(mask, Tensor):
             raise GETAError(f"the result's mask of {name} is a {type(mask).__name__}; pass a tensor of torch.bool")
+        # Integers would pass as a mask, but ~ on them is -n - 1, so nearly all groups would count as kept.
         if mask.dtype != torch.bool or mask.shape != zero[name].shape:
             raise GETAError(
                 f"the result's mask of {name} is {mask.dtype} of shape {tuple(mask.shape)}; pass torch.bool of shape "
@@ -226,11 +241,12 @@ def check_result(result: CompressionResult, model: nn.Module, space: PruningSpac
         if wrong:
             raise GETAError(
                 f"the result removes group {wrong[0]} of {name}, whose weights are not zero ({len(wrong)} such "
-                f"groups); set them to zero first, as a method does before it has finished"
+                f"groups); set them to zero first, as a method does before it has finished. {_CHANGED}"
             )
     found = read_widths(model)
     for what, theirs, ours in zip(("weight", "input"), (result.weight_bits, result.input_bits), found, strict=True):
         for name in dict.fromkeys((*theirs, *ours)):
+            # Types as well: 8.0 == 8 and True == 1 in Python, and the folder's JSON would hold such a width.
             if type(theirs.get(name)) is not type(ours.get(name)) or theirs.get(name) != ours.get(name):
                 raise GETAError(
                     f"the result stores the {what} of {name} at {theirs.get(name, 'no')} bits, but its quantizer has "
@@ -264,12 +280,15 @@ def integer_bits(name: str, bits: Tensor) -> int:
         GETAError: not within 1e-3 of an integer, not of 2 to 16, or not the same for all channels.
     """
     values = bits.unique().tolist()
+    # b = log2(q_m^t / d + 1) + 1 is computed from fp32 values, so a rounded width is an integer up to their precision
+    # only.
     for value in values:
         if not MIN_BITS - 1e-3 <= value <= MAX_BITS + 1e-3:
             raise GETAError(f"{name} has {value:.4g} bits; what is exported has {MIN_BITS} to {MAX_BITS}")
         if abs(value - round(value)) > 1e-3:
             raise GETAError(
-                f"{name} has {value:.4f} bits, which is not whole; the cool-down must snap bits before an export"
+                f"{name} has {value:.4f} bits, which is not an integer; the cool-down must round bits before an "
+                f"export. {_CHANGED}"
             )
     widths = sorted(set(map(round, values)))
     if len(widths) > 1:

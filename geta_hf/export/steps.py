@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from geta_hf.errors import GETAError
 from geta_hf.export.formats import Writer
 from geta_hf.export.plan import ExportPlan
 from geta_hf.methods.base import CompressionResult
+from geta_hf.qadg.tracing.raw_reads import find_raw_reads
 from geta_hf.quantization import (
     FixedQuantizer,
     QuantizedLayer,
@@ -52,7 +54,7 @@ class CutModel:
 
 @dataclass(frozen=True)
 class Proof:
-    """What a comparison of the compressed model with the trained one found.
+    """Hold what a comparison of the compressed model with the trained one found.
 
     Attributes:
         difference: largest absolute difference of any output.
@@ -77,6 +79,7 @@ def cut(model: PreTrainedModel, plan: ExportPlan) -> CutModel:
     shared = {id(parameter): parameter for parameter in model.parameters()}
     compressed = copy_module(model, shared)
     fixes = slice_model(compressed, plan.kept, plan.attributes)
+    # A quantizer with a step size for each channel loses those of the removed channels, as the weight loses its rows.
     cut_quantizers(compressed, plan.kept)
     return CutModel(compressed, fixes)
 
@@ -94,17 +97,21 @@ def fill(cut_model: CutModel, plan: ExportPlan, embedding: RoundedEmbedding | No
         GETAError: codes beyond their bit width.
     """
     model = cut_model.model
+    # All codes are taken first: detaching removes the step sizes, and a tied weight may be read for several layers.
     packed = {name: _packed(name, layer, plan.result) for name, layer in quantized_layers(model).items()}
     detach_quantizers(model)
     if embedding is not None:
+        # The cut has only taken columns of the embedding: its step sizes are those of the rows, which remain.
         codes = embedding.codes(model.get_submodule(embedding.name))
         packed[embedding.name] = (codes, embedding.bits, embedding.step_size, None)
     holders = weight_holders(model, packed)
     for name, parts in packed.items():
         layer = model.get_submodule(name)
         pack_layer(name, layer, *parts, tied=len(holders[name]) > 1)
+        # Other modules that share the weight would otherwise keep the dense tensor, and the file would hold both.
         for holder, leaf in holders[name]:
             setattr(holder, leaf, layer.weight)
+    # Last, since the config that it writes lists the layers that are packed by now.
     attach_quantizer(model, cut_model.fixes)
     return model
 
@@ -126,11 +133,26 @@ def prove(model: PreTrainedModel, compressed: PreTrainedModel, plan: ExportPlan)
     compressed model's own weights, takes the place of the trained model.
 
     Raises:
-        GETAError: an output differs by more than the tolerance.
+        GETAError: an output differs by more than the tolerance; names a layer whose quantizer had no effect, if any.
     """
+    try:
+        return _compare(model, compressed, plan)
+    except GETAError as error:
+        inputs = {name: tensor.to(model.device) for name, tensor in plan.batch.items()}
+        raw = find_raw_reads(model, quantized_layers(model), inputs)
+        if not raw:
+            raise
+        raise GETAError(
+            f"{error}. The model reads the weight of {raw[0]} itself, past its quantizer ({len(raw)} such layers): "
+            f"leave them out by `exclude` when quantizers are attached, and train again"
+        ) from error
+
+
+def _compare(model: PreTrainedModel, compressed: PreTrainedModel, plan: ExportPlan) -> Proof:
     with float_inputs(compressed):
         outputs = attention_outputs(compressed, plan.batch)
         if plan.norms:
+            # Norms are marked only where something is removed, and then the plan has recordings.
             assert plan.recordings is not None
             difference = prove_replay(plan.recordings.traces[0], plan.kept, compressed, plan.batch, outputs)
         else:
@@ -143,7 +165,13 @@ def prove(model: PreTrainedModel, compressed: PreTrainedModel, plan: ExportPlan)
 
 
 def publish(
-    target: Path, model: PreTrainedModel, plan: ExportPlan, proof: Proof, write: Writer, finish: Callable[[Path], None]
+    target: Path,
+    model: PreTrainedModel,
+    plan: ExportPlan,
+    proof: Proof,
+    write: Writer,
+    finish: Callable[[Path], None],
+    overwrite: bool,
 ) -> float:
     """Write a folder and let it appear under its name once it is proved; a failure leaves the target as it was.
 
@@ -154,21 +182,24 @@ def publish(
         proof: of the compressed model.
         write: writes and proves the format.
         finish: adds what lies next to the model.
+        overwrite: replace an existing model folder.
 
     Returns:
         The largest absolute difference of any output, of the compressed model or of the reloaded one.
 
     Raises:
-        GETAError: the format cannot hold the model, or the folder computes something else.
+        GETAError: the format cannot hold the model, the folder computes something else, or the target may not be
+            replaced.
     """
     difference = proof.difference
 
     def write_all(folder: Path) -> None:
         nonlocal difference
+        # A format with inexact kernels returns None; it notes its relative differences in its own config.json.
         found = write(model, folder, plan.batch)
         if found is not None:
             difference = max(difference, found)
         finish(folder)
 
-    write_folder(target, write_all)
+    write_folder(target, write_all, overwrite=overwrite)
     return difference

@@ -72,6 +72,7 @@ class IntegerLayer(PackedLayer):
         Raises:
             GETAError: a gradient is wanted.
         """
+        # Integer operations end the graph without a word, so that the layers below would not be trained.
         if torch.is_grad_enabled() and input.requires_grad:
             raise GETAError(
                 f"a layer on the path {self.path!r} has no gradient; compute under torch.no_grad(), or call "
@@ -84,6 +85,7 @@ class IntegerLayer(PackedLayer):
         outputs = self._rows_first(self._dense_shape)[0]
         step = self.step_size.to(rows.device)
         stored = self._transposed(self.weight)
+        # See FEW_ROWS: the number of rows decides whether reading the weight or multiplying takes the time.
         few = on_gpu(rows) and rows.shape[0] <= FEW_ROWS
         if few or self.path == WEIGHT_ONLY:
             fused = few and HAS_TRITON
@@ -117,6 +119,7 @@ class IntegerLayer(PackedLayer):
         self.__dict__["_dtype"] = dtype
         self._dense_shape = tuple(codes.shape)
         rows = self._transposed(codes)
+        # Computed before the padding and the packing, from the codes themselves.
         self._totals = rows.sum(1, dtype=torch.int32)
         self.for_gpu = on_gpu(rows)
         self.halved = self.bits <= HALF_BITS and self.for_gpu
@@ -192,10 +195,12 @@ def set_path(name: str, layer: PackedLayer, path: str) -> None:
         layer.path = path
         layer.step_size = layer.step_size.to(layer.weight.device)
         return
+    # From the codes and not from the weight in memory, so any number of changes of the path loses nothing.
     codes = layer_codes(name, layer)
     dtype = layer.float_dtype
     packed_class: Any = type(layer)
     if isinstance(layer, IntegerLayer):
+        # _integer_class puts the packed class second.
         packed_class = packed_class.__bases__[1]
         for leaf in layer.ADDED:
             del vars(layer)[leaf]

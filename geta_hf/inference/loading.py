@@ -47,6 +47,8 @@ def load_for_inference(
     """
     check_compute(compute)
     check_readable(folder)
+    # With `auto` the choice needs a model that runs. With a device_map Accelerate places weights by their float
+    # sizes.
     if compute == "int8" and kwargs.get("device_map") is None:
         with _reading_integers():
             model = model_class.from_pretrained(folder, **kwargs)
@@ -62,6 +64,7 @@ class _IntegerQuantizer(GETAHfQuantizer):
         super()._process_model_before_weight_loading(model, **kwargs)
         tied = tied_weights(model)
         for name, layer in packed_layers(model).items():
+            # A tied weight has to remain what the other module expects, which computes with floats.
             if fits_integers(layer) and f"{name}.weight" not in tied:
                 reserve_integers(layer)
         return model

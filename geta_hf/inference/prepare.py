@@ -25,6 +25,7 @@ from geta_hf.inference.layers import (
 )
 from geta_hf.inference.products import on_gpu
 from geta_hf.inference.weight_only import HAS_TRITON
+from geta_hf.qadg.tracing.raw_reads import find_raw_reads
 from geta_hf.serialization.packed_layers import PackedLayer, packed_layers
 from geta_hf.surgery.compare_outputs import comparison_mode
 from geta_hf.utils.tables import format_table
@@ -72,8 +73,8 @@ def prepare_for_inference(
 
     Integers are for processors that multiply them natively (AVX-512 or AVX VNNI, AMX; any GPU); on others every layer
     remains `float`. Without a batch every layer that can do without `float` does. With one, both ways are timed for
-    every layer on its own input in that batch; a layer whose forward the model never calls, because it uses the weight
-    itself, remains `float`.
+    every layer on its own input in that batch; a layer whose weight the model reads itself, past the layer's forward,
+    remains `float`.
 
     A model with an integer layer is in evaluation mode and has no trainable parameters afterwards; such layers hold one
     byte or half a byte for each weight and no float copy. Saving writes the same folder as before, and
@@ -112,10 +113,15 @@ def prepare_for_inference(
         raise GETAError(f"this {type(model).__name__} has no packed layer; load a folder that geta_hf exported")
     before = memory_by_part(model)
     wanted = _wanted_paths(model, layers, compute)
+    if wanted and batch is not None:
+        raw = find_raw_reads(model, layers, {name: tensor.to(model.device) for name, tensor in batch.items()}, (False,))
+        wanted = {name: path for name, path in wanted.items() if name not in raw}
+    # All inputs are taken before the first path is set: afterwards layers would see rounded ones.
     inputs = {} if batch is None else _layer_inputs(model, wanted, batch)
     for name, layer in layers.items():
         path = wanted.get(name, FLOAT)
         if batch is not None and path != FLOAT:
+            # Each input is dropped once it was used, since those of all layers may be larger than the model.
             path = path if name in inputs and _is_faster(name, layer, path, inputs.pop(name)) else FLOAT
         set_path(name, layer, path)
     paths = {name: path_of(layer) for name, layer in layers.items()}
@@ -163,6 +169,7 @@ def _wanted_path(layer: PackedLayer, compute: str) -> str:
 @cache
 def _cpu_has_integers() -> bool:
     """Return whether the CPU adds products of bytes up in 32 bits; others are slow, or overflow 16 bits."""
+    # Without these, AVX2 adds pairs of byte products in 16 bits, which saturate.
     found = torch.cpu.get_capabilities()
     return any(found.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
 
@@ -173,6 +180,7 @@ def _layer_inputs(model: PreTrainedModel, names: Mapping[str, str], batch: Mappi
     found: dict[str, Tensor] = {}
 
     def store(name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
+        # A layer that is called several times is timed on its first call.
         found.setdefault(name, (*args, *kwargs.values())[0])
 
     hooks = [
@@ -194,6 +202,8 @@ def _is_faster(name: str, layer: PackedLayer, path: str, x: Tensor) -> bool:
         set_path(name, layer, tried)
         timer = Timer("layer(x)", globals={"layer": layer, "x": x}, num_threads=torch.get_num_threads())
         with torch.no_grad():
+            # The minimum, since other programs can only add time. FLOAT comes first, so the layer ends on the path
+            # that is tried.
             seconds[tried] = min(timer.timeit(3).mean for _ in range(3))
     return seconds[path] < seconds[FLOAT]
 
@@ -206,6 +216,7 @@ def memory_by_part(model: nn.Module) -> dict[str, int]:
     linears = [layer.weight for layer in layers if not isinstance(layer, nn.Embedding)]
     parts = {"embeddings": embeddings, "packed layers": linears, "codes kept for saving": streams}
     parts["other tensors"] = [*model.parameters(), *model.buffers()]
+    # Tied tensors count once, for the first part that has them.
     seen: set[int] = set()
     return {part: sum(_new_bytes(tensor, seen) for tensor in tensors) for part, tensors in parts.items()}
 

@@ -37,8 +37,10 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         and 0 is 0 exactly.
     """
     x = x.float()
+    # The range is extended to hold 0, so that 0 has a code of its own: padding must remain exactly 0.
     low, high = x.amin(-1, keepdim=True).clamp_max_(0.0), x.amax(-1, keepdim=True).clamp_min_(0.0)
     step = high.sub_(low).div_(_LEVELS).clamp_min_(TINY)
+    # An integer, since only then are the sums of n and of z both exact.
     zero = low.div_(step).round_().add_(127.0)
     # Not addcmul, which torch does not vectorize over broadcast columns.
     codes = (x / step).sub_(zero).round_().to(torch.int8)
@@ -55,6 +57,7 @@ def integer_product(codes: Tensor, weight: Tensor, outputs: int) -> Tensor:
     """
     rows = codes.shape[0]
     missing_inputs = weight.shape[1] - codes.shape[1]
+    # The kernel refuses fewer rows. The added ones are cut off again below.
     missing_rows = _FEWEST_ROWS - rows if on_gpu(codes) and rows < _FEWEST_ROWS else 0
     if missing_inputs or missing_rows:
         codes = F.pad(codes, (0, missing_inputs, 0, missing_rows))

@@ -36,6 +36,7 @@ def _kernel(
 ) -> None:
     i, j = tl.program_id(1) * R + tl.arange(0, R), tl.program_id(0) * C + tl.arange(0, C)
     total = tl.zeros((R, C), tl.float32)
+    # 64-bit, since a weight may have more than 2^31 elements.
     of_row, of_column = x + i.to(tl.int64)[:, None] * inputs, weight + j.to(tl.int64)[None, :] * stored
     for start in range(0, stored, D):
         k = start + tl.arange(0, D)
@@ -63,12 +64,14 @@ def _kernel(
 )
 def fused_linear(x: Tensor, weight: Tensor, step: Tensor, bias: Tensor | None, outputs: int, halved: bool) -> Tensor:
     """Compute `weight_only.weight_only_linear` in one pass over the weight, which must be contiguous."""
+    # The kernel computes addresses from the row's length; a slice of a batch has other strides.
     x = x.contiguous()
     rows, inputs = x.shape
     out = x.new_empty(rows, outputs)
     grid = (triton.cdiv(outputs, COLUMNS), triton.cdiv(rows, ROWS))
     with torch.cuda.device_of(x):
         _kernel[grid](
+            # Triton needs some pointer; without a bias it is never read.
             *(x, weight, step, step if bias is None else bias, out, rows, inputs, outputs, weight.shape[1]),
             *(halved, step.numel() > 1, bias is not None, ROWS, COLUMNS, DEPTH),
             enable_fp_fusion=True,
@@ -76,6 +79,7 @@ def fused_linear(x: Tensor, weight: Tensor, step: Tensor, bias: Tensor | None, o
     return out
 
 
+# For torch.compile, which has to know the shape without running the kernel.
 @fused_linear.register_fake
 def _(x: Tensor, weight: Tensor, step: Tensor, bias: Tensor | None, outputs: int, halved: bool) -> Tensor:
     return x.new_empty(x.shape[0], outputs)

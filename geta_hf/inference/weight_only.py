@@ -54,7 +54,9 @@ def weight_only_linear(
     """
     if fused:
         return torch.ops.geta_hf.weight_only_linear(x, weight, step, bias, outputs, halved)
+    # Without the padding: on this way nothing needs it, and the input has none.
     codes = (unpack_halves(weight) if halved else weight)[:outputs, : x.shape[1]]
+    # In fp32 and then cast, as a decoded weight is, so that the values are those of the float path.
     dense = codes.float() * step.view(-1, 1)
     return F.linear(x, dense.to(x.dtype), None if bias is None else bias.to(x.dtype))
 

@@ -29,7 +29,10 @@ def variants(model: nn.Module, batch: Mapping[str, Any]) -> list[Batch]:
         One with another number of rows, and, where there is text, one that is shorter, with the last row padded.
     """
     found = [_other_rows(batch)]
-    text = {name: item for name, item in batch.items() if _is_text(item)}
+    main = batch.get(getattr(model, "main_input_name", "input_ids"))
+    # Of the same shape as the tokens: the edges of a graph and the grids of pictures are integers in two dims as well.
+    shape = main.shape if isinstance(main, Tensor) and _is_text(main) else None
+    text = {name: item for name, item in batch.items() if _is_text(item) and shape in (None, item.shape)}
     if text:
         found.append(_shorter(batch, text, "attention_mask" in inspect.signature(model.forward).parameters))
     return found

@@ -24,7 +24,7 @@ from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.utils.accelerate_hooks import rebind_forward
 
 _OWN = ("weight_quantizer", "input_quantizer", "lora")
-"""What a quantized layer has that a plain one lacks."""
+"""Attributes of a quantized layer that a plain one lacks."""
 
 Layers = dict[str, nn.Module]
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -58,6 +58,7 @@ def select_layers(model: nn.Module, include: Sequence[str] | None = None, exclud
 
 
 def _in_blocks(model: nn.Module, layers: Layers) -> Layers:
+    # A head may hold its layers in a ModuleList too, and is not meant by default: it makes the output.
     base = getattr(model, "base_model", model)
     in_block: set[int] = set()
     for module in base.modules():
@@ -134,6 +135,7 @@ def attach_quantizers(
     for name, layer in chosen.items():
         check_convertible(layer, name)
     _refuse_foreign_ties(model, chosen)
+    # Tied weights are one tensor in a folder, with one step size.
     by_weight: dict[int, Quantizer] = {}
     for name, layer in chosen.items():
         weight: torch.Tensor = layer.weight  # type: ignore[assignment]
@@ -163,6 +165,8 @@ def _refuse_foreign_ties(model: nn.Module, chosen: Layers) -> None:
     ours = {id(layer) for layer in chosen.values()}
     for other, module in model.named_modules():
         for parameter in module._parameters.values():
+            # An embedding tied to a quantized head would be read unquantized in training and quantized from the
+            # folder.
             if id(parameter) in weights and id(module) not in ours:
                 raise GETAError(
                     f"{weights[id(parameter)]}.weight is tied to {other or 'the model'}, which is not quantized; "
@@ -220,7 +224,9 @@ def cut_quantizers(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -
         kept: tensor name -> dim -> int64 kept indices, as `geta_hf.qadg.space.kept_indices` gives them.
     """
     for name, layer in quantized_layers(model).items():
-        quantizer, dim = layer.weight_quantizer, layer.weight_quantizer.channel_dim
+        quantizer = layer.weight_quantizer
+        dim = quantizer.channel_dim
+        # A quantizer that tied layers share is cut with the first of them and fits already.
         if dim is not None and quantizer.d.numel() != layer.weight.shape[dim]:
             quantizer.keep_channels(kept[f"{name}.weight"][dim])
 
@@ -229,6 +235,7 @@ def cut_quantizers(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -
 def float_inputs(model: nn.Module) -> Iterator[None]:
     """Switch off all input quantizers of a model, in training or exported, within the context."""
     layers = [module for module in model.modules() if isinstance(module, InputQuantizedLayer)]
+    # Plain and packed layers alike, so that trained and exported models can be compared in one way.
     before = [layer.input_quantizer for layer in layers]
     for layer in layers:
         layer.input_quantizer = None
@@ -245,6 +252,7 @@ def without_quantizers(model: nn.Module) -> Iterator[None]:
 
     No tensor is copied. What LoRA adds to a weight has no part in it.
     """
+    # The objects themselves are put back, so an optimizer that holds the quantizers' parameters notices nothing.
     before = [(layer, type(layer), layer._modules, dict(vars(layer))) for layer in quantized_layers(model).values()]
     try:
         for layer, _, modules, attributes in before:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from geta_hf.errors import GETAError
 from geta_hf.quantization.attach import matching, quantized_layers
-from geta_hf.quantization.clipping import best_share, check_clipping, count_magnitudes
+from geta_hf.quantization.clipping import Histogram, best_share, check_clipping, count_magnitudes
 from geta_hf.quantization.layers import QuantizedLayer
 from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.utils.module_state import eval_mode
@@ -37,6 +37,7 @@ class _Range:
         if not 0.0 < self.largest < math.inf:
             return
         self.top = self.top or largest
+        # The old bins are exactly half of the new ones, so no count has to be guessed.
         while self.top < largest:  # over twice the range, two bins become one
             self.top *= 2
             if self.counts is not None:
@@ -55,6 +56,10 @@ class _Range:
         used = math.ceil(self.largest / self.top * bins)
         share = float(best_share(self.counts[:, :used], bits))
         return min(self.largest, share * self.top * used / bins)
+
+    def histogram(self, clipping_value: float) -> Histogram | None:
+        """Return what was counted, relative to a clipping value; None where nothing was."""
+        return None if self.counts is None else Histogram(self.counts[0].cpu(), self.top / clipping_value)
 
 
 def attach_input_quantizers(
@@ -108,10 +113,12 @@ def attach_input_quantizers(
     check_clipping(clipping)
     layers = _chosen(model, include, exclude)
     ranges = _calibrate(model, layers, batches)
+    # After all batches, and for the width that the inputs will have: at 16 bits almost nothing would be clipped.
     values = {name: _checked(name, found).clipping_value(target_bits, clipping) for name, found in ranges.items()}
     # Only now that nothing can fail: a model must not end with half of its layers changed.
     for name, layer in layers.items():
         layer.input_quantizer = Quantizer(values[name], initial_bits, learn_t, layer.weight.device)
+        layer.input_quantizer.histogram = ranges[name].histogram(values[name])
         layer.input_quantizer.train(layer.training)
     return layers
 
@@ -134,6 +141,7 @@ def _calibrate(
 ) -> dict[str, _Range]:
     """Return the ranges of what came into every layer while the model ran the batches."""
     ranges = {name: _Range() for name in layers}
+    # Iterating over one batch would give the names of its tensors.
     if isinstance(batches, Mapping):
         raise GETAError("batches must be several batches, not one mapping; pass [batch]")
     ran = 0
@@ -176,6 +184,7 @@ def _checked(name: str, found: _Range) -> _Range:
 @contextmanager
 def _watching(layer: nn.Module, found: _Range) -> Iterator[None]:
     def watch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Some models pass the input by keyword.
         found.add(args[0] if args else next(iter(kwargs.values())))
 
     handle = layer.register_forward_pre_hook(watch, with_kwargs=True)

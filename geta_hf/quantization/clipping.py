@@ -6,6 +6,8 @@ one; who calls it decides what the bins count and which candidates are tried.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,19 @@ BINS = 4096
 _SHARES = torch.linspace(0.1, 1.0, 91)
 # Elements, or bins, handled at once: their positions and counts are int64, which takes twice to eight times the tensor.
 _CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How often the magnitudes of a tensor fall into bins of equal width; on CPU.
+
+    Attributes:
+        counts: fp32, shape (bins,).
+        top: the end of the last bin, relative to the clipping value that was chosen.
+    """
+
+    counts: Tensor
+    top: float
 
 
 def check_clipping(method: str) -> None:
@@ -112,6 +127,7 @@ def count_magnitudes(magnitude: Tensor, largest: Tensor) -> Tensor:
         The number of elements in each bin, fp32, shape (rows, bins).
     """
     rows = magnitude.shape[0]
+    # A row of zeros counts into its first bin; dividing by its largest would give NaN.
     factor = (BINS / torch.where(largest > 0, largest, 1.0))[:, None]
     # Each row counts into bins of its own, so that one bincount serves all rows.
     first = torch.arange(rows, device=magnitude.device)[:, None] * BINS
@@ -149,6 +165,7 @@ def search_clipping(counts: Tensor, centers: Tensor, candidates: Tensor, bits: i
     Returns:
         The least error and the candidate that has it, each without the dim of the bins: shape () or (rows,).
     """
+    # One product in place of a loop: what a bin costs under a candidate is the same for all rows.
     errors = counts @ squared_errors(centers, candidates[:, None], bits).t()
     best = errors.argmin(dim=-1)
     return errors.gather(-1, best.unsqueeze(-1)).squeeze(-1), candidates[best]

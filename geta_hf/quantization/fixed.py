@@ -40,6 +40,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None) -> Tensor:
+        # Only where x was clipped is needed: d is not learned any more.
         ctx.save_for_backward(x, q_m)
         return quantize(x, d, q_m, t)
 
@@ -70,8 +71,11 @@ class FixedQuantizer(SinglePrecision):
         scale = scale.detach()
         d = scale[:1].clone()
         t = scale[1:].clone() if scale.numel() > 1 else None
+        # From b = log2(q_m^t / d + 1) + 1, solved for q_m^t.
         q_m = d * float(2 ** (bits - 1) - 1)
-        for name, value in {"d": d, "q_m": q_m if t is None else q_m ** (1 / t), "t": t}.items():
+        if t is not None:
+            q_m = q_m ** (1 / t)
+        for name, value in {"d": d, "q_m": q_m, "t": t}.items():
             self.register_buffer(name, value, persistent=False)
 
     @property

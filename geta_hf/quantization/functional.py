@@ -60,6 +60,7 @@ def gradients(
     """
     g = grad.float()
     signed_z = clip_power(x.float(), q_m, t)
+    # sgn(x) (round(z/d) - z/d) is round(s) - s of the signed value, since rounding half to even is symmetric.
     scaled = signed_z / d
     grad_d = _sum_of_product(g, torch.round(scaled).sub_(scaled), d)
     grad_x = straight_through(grad, x, q_m)
@@ -100,7 +101,8 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.save_for_backward(x, d, q_m, t)
         # Chosen once: backward must use the kernel of its forward, even after a `using` around the forward has ended.
         ctx.frozen, ctx.kernel = frozen, choose(x, EAGER)
-        return ctx.kernel.quantize(x, d, q_m, t)
+        # `data`, since a kernel may return a view, which autograd would let nobody modify in place.
+        return ctx.kernel.quantize(x, d, q_m, t).data
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -19,6 +19,8 @@ def base_type(layer: nn.Module) -> type[nn.Module] | None:
     layer_type: Any = type(layer)
     for plain in PLAIN_TYPES:
         if isinstance(layer, plain):
+            # isinstance alone would accept a subclass that does more in its forward, which the quantized class would
+            # replace.
             if layer_type.forward is plain.forward:
                 return plain
             return plain if plain is nn.Linear and _computes_a_linear(layer_type) else None
@@ -37,6 +39,7 @@ def _computes_a_linear(layer_type: Any) -> bool:
         probe = layer_type.__new__(layer_type)
         with torch.random.fork_rng(devices=[]):
             nn.Linear.__init__(probe, 6, 5, bias=bias, device="cpu", dtype=torch.float32)
+        # Of several sizes, since a class may clip or scale its input only beyond some range.
         for size in (1e-3, 1.0, 1e3):
             x = size * torch.randn(2, 3, 6, generator=generator)
             try:

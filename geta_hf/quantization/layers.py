@@ -50,7 +50,8 @@ class QuantLinear(QuantizedLayer, nn.Linear):
     """nn.Linear on the quantized weight, of which no copy is saved for backward."""
 
     def forward(self, input: Tensor) -> Tensor:
-        x, own = self.quantized_input(input), self.weight_quantizer
+        x = self.quantized_input(input)
+        own = self.weight_quantizer
         d, q_m = own.broadcast_over(self.weight)
         return quantized_linear(x, self.weight, self.bias, d, q_m, own.exponent, own.frozen, self.lora)
 
@@ -59,7 +60,8 @@ class QuantConv1D(QuantizedLayer, Conv1D):
     """transformers' Conv1D, a linear layer whose weight is (in, out), on the quantized weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x, own = self.quantized_input(x), self.weight_quantizer
+        x = self.quantized_input(x)
+        own = self.weight_quantizer
         if self.lora is None:
             return F.linear(x, self.quantized_weight().t(), self.bias)
         d, q_m = (value.t() for value in own.broadcast_over(self.weight))
@@ -70,6 +72,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """nn.Conv2d on the quantized weight."""
 
     def forward(self, input: Tensor) -> Tensor:
+        # The method of nn.Conv2d that takes the weight, with its padding modes.
         return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
@@ -82,6 +85,7 @@ LAYER_TYPES: dict[type[nn.Module], type[nn.Module]] = {
 
 @cache
 def _quantized_class(original: Any, plain: Any) -> type[nn.Module]:
+    # Cached, since layers of one class have to be of one class afterwards.
     quantized = LAYER_TYPES[plain]
     return quantized if original is plain else type(f"Quant{original.__name__}", (quantized, original), {})
 
@@ -159,6 +163,7 @@ def dequantize_layer(layer: QuantizedLayer) -> None:
     The weight keeps its unquantized value, with what LoRA learned merged into it.
     """
     absorb(layer)
+    # Their parameters would otherwise appear in the state dict of a plain layer.
     del layer.weight_quantizer, layer.input_quantizer, layer.lora
     layer.__class__ = layer.__dict__.pop("_plain_class")
     rebind_forward(layer)

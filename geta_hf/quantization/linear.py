@@ -34,12 +34,15 @@ class _QuantizedLinear(torch.autograd.Function):
         b: Tensor | None,
         scale: float,
     ) -> Tensor:
+        # Chosen once, so that backward recomputes the very values of forward.
         kernel = choose(weight, EAGER)
         out = F.linear(x, kernel.quantize(_merged(weight, a, b, scale), d, q_m, t), bias)
         # Under autocast the product is taken in another dtype than x has; so are those of backward.
         ctx.save_for_backward(x.to(out.dtype), weight, d, q_m, t, a, b)
         ctx.kernel, ctx.frozen, ctx.scale = kernel, frozen, scale
-        return out
+        # F.linear returns a view here, and autograd lets nobody modify a view that a Function returns; a plain layer's
+        # output may be modified (ReLU(inplace=True), `x += residual`). `data` is the same memory, but no view.
+        return out.data
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -54,6 +57,8 @@ class _QuantizedLinear(torch.autograd.Function):
             grad_bias = grad.sum(0)
         # Positions of weight, d, q_m, t, a and b: all of them follow from the gradient of x^Q.
         if any(ctx.needs_input_grad[position] for position in (1, 3, 4, 5, 7, 8)):
+            # Straight through: the gradient of x^Q is that of the merged weight where it is not clipped, and A and B
+            # follow by the product rule.
             grad_weight = grad.t() @ x.reshape(-1, weight.shape[1])
             of_quantizer = gradients_or_zeros(ctx.kernel, ctx.frozen, grad_weight, weight, d, q_m, t)
             if a is not None and b is not None and of_quantizer[0] is not None:

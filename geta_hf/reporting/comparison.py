@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from geta_hf.config import CONFIG_NAME, CompressionConfig, GETAConfig, read_config
 from geta_hf.costs.model_costs import Costs, bytes_on_disk, measure_costs
@@ -21,8 +20,11 @@ from geta_hf.errors import GETAError
 from geta_hf.export.export import STRUCTURE_NAME
 from geta_hf.quantization import select_layers
 from geta_hf.serialization.hf_quantizer import QUANT_METHOD
+from geta_hf.serialization.loader import check_widths
 from geta_hf.serialization.validate import check_readable, read_json
 from geta_hf.utils.tables import format_table
+
+_MANY_GROUPS = 2**40
 
 Metrics = Mapping[str, Mapping[str, float]]
 
@@ -51,21 +53,45 @@ class Structure:
 def read_structure(folder: str | os.PathLike[str]) -> Structure:
     """Read the structure that `export` wrote next to the model. Raise GETAError for a folder without it."""
     path = Path(folder) / STRUCTURE_NAME
+    # The remedy depends on why it is missing.
     if not path.is_file() and is_export(Path(folder)):
         raise GETAError(
             f"{folder} has no {STRUCTURE_NAME}, because save_pretrained does not write it; run "
             f"`geta-hf export {folder} OUT`, which does"
         )
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        kept = {name: (int(count), int(before)) for name, (count, before) in stored["kept"].items()}
-        bits = {name: int(width) for name, width in stored["bits"].items()}
-        # Folders of the first versions lack this key.
-        inputs = {name: int(width) for name, width in stored.get("activation_bits", {}).items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise GETAError(f"{path} can't be read ({error}); is {folder} an exported folder?") from error
+    if not path.is_file():
+        raise GETAError(f"{path} can't be read (there is no such file); is {folder} an exported folder?")
+    stored = read_json(path)
+    kept = _read_counts(path, stored)
+    bits = _read_widths(path, "bits", stored.get("bits"))
+    # Folders of the first versions lack this key.
+    inputs = _read_widths(path, "activation_bits", stored.get("activation_bits", {}))
+    # A number says how many were asked for, a list which ones were dropped; only the run's own config has the list.
     dropped = _run_config(folder).drop_layers
     return Structure(kept, bits, inputs, tuple(dropped) if isinstance(dropped, list) else ())
+
+
+def _read_counts(path: Path, stored: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    counts = stored.get("kept")
+    if not isinstance(counts, dict):
+        raise GETAError(f"{path} can't be read (kept is {str(counts)[:80]!r}, not an object); is it of an export?")
+    for name, pair in counts.items():
+        good = isinstance(pair, list) and len(pair) == 2 and all(map(_is_count, pair)) and pair[0] <= pair[1]
+        if not good:
+            raise GETAError(
+                f"{path} can't be read (kept[{name!r}] is {str(pair)[:80]}, not the groups kept and those before); "
+                f"export the folder again"
+            )
+    return {name: (kept, before) for name, (kept, before) in counts.items()}
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MANY_GROUPS
+
+
+def _read_widths(path: Path, key: str, widths: Any) -> dict[str, int]:
+    check_widths(key, widths, f"{path}:")
+    return dict(widths)
 
 
 def is_export(folder: Path) -> bool:
@@ -86,13 +112,36 @@ def _run_config(folder: str | os.PathLike[str]) -> CompressionConfig:
 def load_model(folder: str | os.PathLike[str]) -> PreTrainedModel:
     """Load a dense or exported folder as the class that saved it, in eval mode."""
     check_readable(folder)
-    config = transformers.AutoConfig.from_pretrained(folder)
-    if not config.architectures:
+    model_class = _model_class(Path(folder))
+    try:
+        # Without the answer False, transformers would ask whether code of the folder may run.
+        return model_class.from_pretrained(folder, trust_remote_code=False).eval()
+    except GETAError:
+        raise
+    # A damaged config may fail anywhere in the code of the model's class.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise GETAError(
+            f"{folder} can't be loaded ({type(error).__name__}: {reason}); copy or export it again"
+        ) from error
+
+
+def _model_class(folder: Path) -> Any:
+    """Return the class in transformers of the model in a local folder or on the Hub."""
+    config, _ = PreTrainedConfig.get_config_dict(folder)
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise GETAError(f"{folder}/config.json names no architecture; save the model with save_pretrained")
-    model_class: Any = getattr(transformers, config.architectures[0], None)
-    if model_class is None:
-        raise GETAError(f"{folder}: transformers has no class {config.architectures[0]}")
-    return model_class.from_pretrained(folder).eval()
+    # The class that saved it: an auto class of another task would drop the head, or make a new one.
+    found = getattr(transformers, names[0], None)
+    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        return found
+    if "auto_map" in config:
+        raise GETAError(
+            f"{folder} is of a model with code of its own ({names[0]}), which geta-hf never runs; in Python, make its "
+            f"trainer again, resume the run with train(resume_from_checkpoint=True), and call export_model"
+        )
+    raise GETAError(f"{folder}: transformers has no class {names[0]}")
 
 
 @torch.no_grad()
@@ -108,6 +157,7 @@ def measure_latency(models: Mapping[str, PreTrainedModel], tokens: int, repeats:
         Name -> median in milliseconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in models}
+    # The first passes allocate memory and choose kernels.
     for turn in range(repeats + 3):
         for name, model in models.items():
             ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
@@ -147,6 +197,8 @@ def _dense_layers(dense: PreTrainedModel, folder: str | os.PathLike[str], struct
     if not structure.dropped:
         return list(structure.bits)
     config = _run_config(folder)
+    # Dropped layers have no bits in the structure, and the paths behind them have moved up: so the dense side is
+    # chosen by the run's own rule.
     return list(select_layers(dense, config.include, config.exclude))
 
 
@@ -233,6 +285,8 @@ def _cost_rows(dense: Costs, compressed: Costs) -> list[tuple[str, str, str]]:
         rows.append(_share(f"MACs, {compressed.tokens} tokens", compressed.macs, dense.macs))
     rows.append(("mean bits", f"{dense.mean_bits:.2f}", f"{compressed.mean_bits:.2f}"))
     if dense.macs and dense.bops_linear:
+        # Two definitions that must not be mixed: the paper counts encoder linears only, by which its BERT baseline is
+        # 13.57 T BOPs (84.9 M weights x 156 tokens x 32 x 32).
         paper = f"{compressed.bops_linear / dense.bops_linear:.2%}"
         rows.append(("relative BOPs, paper (quantized linears)", "100.0%", paper))
     if dense.macs:

@@ -40,6 +40,7 @@ def span(names: Sequence[str]) -> str:
     """Return one name for several of the same `pattern`: `model.layers.{0..31}.mlp:channels`, or `{0,2,4}`."""
     if not names:
         return ""
+    # One column for each place of a number in the pattern, filled in the order in which `sub` comes to them.
     columns = iter(zip(*(map(int, _NUMBER.findall(name)) for name in names), strict=True))
     return _NUMBER.sub(lambda _: _numbers(set(next(columns))), names[0])
 
@@ -93,6 +94,7 @@ def write_page(flow: Flow, space: PruningSpace, path: str | os.PathLike[str], ti
         raise GETAError(f"cannot write a page to {target}: name a file in a folder that exists")
     parts = {
         "title": html.escape(title),
+        # Inside a script element, where HTML's own escapes do not count.
         "data": _embedded(page_data(flow, space, title)),
         "script": "\n".join(_packaged(name) for name in _SCRIPTS),
     }
@@ -105,6 +107,7 @@ def _packaged(name: str) -> str:
 
 def _embedded(data: dict[str, Any]) -> str:
     """Return JSON that cannot end the surrounding script element, whatever names it contains."""
+    # A module's name comes from the model's code and may hold anything, `</script>` included.
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -147,10 +150,13 @@ class _Owners:
         self._known: dict[int, list[int]] = {}
         named = {value.names[0]: position for position, value in enumerate(flow.graph.values) if value.names}
         atoms = [_family_atoms(flow, family, named) for family in space.families]
+        # An atom may be in several families (head and head dim), so the table has as many columns as the most of
+        # them. It is one array, since a large model has millions of atoms.
         depth = np.zeros(flow.ids.count, np.int64)
         for own in atoms:
             depth[own] += 1
         self._table = np.full((flow.ids.count, max(1, int(depth.max(initial=0)))), -1)
+        # Backwards, so that the families of an atom are in ascending order.
         for position, own in reversed(list(enumerate(atoms))):
             depth[own] -= 1
             self._table[own, depth[own]] = position
@@ -159,6 +165,7 @@ class _Owners:
         """Return the families of the elements of a dim, ascending; an ids array that dims share is read once."""
         if ids is None:
             return []
+        # The arrays live as long as the flow, so no id is given twice.
         if id(ids) not in self._known:
             found = np.unique(self._table[self._flow.ids.atoms(ids)])
             self._known[id(ids)] = [int(position) for position in found if position >= 0]
@@ -205,6 +212,7 @@ def _vertex(flow: Flow, node: Node, block: str, owners: _Owners, reasons: dict[t
     read = list(dict.fromkeys(node.refs()))
     dims = {value: owners.of_value(value) for value in (*node.outputs, *read)}
     families = sorted({family for value in node.outputs for dim in dims[value] for family in dim})
+    # What has neither weights nor families, such as masks and positions, pins nothing of interest.
     learned = any(values[value].from_parameter for value in (*read, *node.outputs))
     return {
         "op": node.op,
@@ -232,12 +240,14 @@ def _edges(graph: Graph) -> list[list[int]]:
 
 def _blocks(graph: Graph) -> list[str]:
     """Return the module in which each vertex is drawn: its own, or for a merged quantizer branch that of its layer."""
-    made, readers = graph.producers(), graph.consumers()
+    made = graph.producers()
+    readers = graph.consumers()
     blocks = []
     for node in graph.nodes:
         block = node.module
         if node.op == "attached":
             block = _weight_module(graph, made, node) or block
+        # A quantizer of an input belongs to the layer that reads its output.
         elif node.op == "inserted":
             reader = readers.get(node.outputs[0], [])
             block = graph.nodes[reader[0]].module if reader else block
@@ -290,5 +300,6 @@ def _member(member: Member) -> dict[str, Any]:
 
 
 def _frozen(frozen: UnsupportedOperator, modules: str) -> dict[str, Any]:
-    first, count = frozen.module, frozen.count
+    first = frozen.module
+    count = frozen.count
     return {"op": frozen.operator, "module": first, "modules": modules, "reason": frozen.reason, "count": count}

@@ -58,6 +58,7 @@ def write_report(
         >>> home.cleanup()
     """
     target = Path(out)
+    # Before the summary and the latency, which take minutes for a large model.
     if not target.parent.is_dir() or target.is_dir():
         raise GETAError(f"cannot write a report to {target}: name a file in a folder that exists")
     summary = read_summary(folder)
@@ -72,6 +73,7 @@ def write_report(
 
 def _latency(summary: FolderSummary, dense: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
     """Measure both models on the sequence length of the MACs; return nothing for a model that needs other inputs."""
+    # MACs are 0 for a model that token ids alone cannot run, which then cannot be timed in this way either.
     if not summary.costs or not summary.costs["dense"].macs:
         return {}
     models = {"dense": load_model(dense), "compressed": load_model(summary.folder)}
@@ -80,6 +82,8 @@ def _latency(summary: FolderSummary, dense: str | os.PathLike[str]) -> dict[str,
 
 def _filled(parts: Mapping[str, str]) -> str:
     template = Path(__file__).with_name("html_report.html").read_text(encoding="utf-8")
+    # By a function, since backslashes in a replacement text would be read as escapes. In one pass, so that a model's
+    # name that looks like a hole is not filled.
     return re.sub(r"{{(\w+)}}", lambda hole: parts[hole[1]], template)
 
 
@@ -108,7 +112,7 @@ def _facts(summary: FolderSummary) -> str:
         "base model": summary.base_model,
         "task": summary.front.get("pipeline_tag") or summary.task,
         "class": summary.architecture,
-        "data of the metrics": summary.dataset,
+        "data of the metrics": ", ".join(summary.datasets),
     }
     return "".join(f"<div><dt>{key}</dt><dd>{printable(value)}</dd></div>" for key, value in entries.items() if value)
 
@@ -158,6 +162,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _bytes(parts: Mapping[str, int]) -> str:
+    # A part of a few bytes still gets a visible strip.
     total = max(sum(parts.values()), 1)
     bars = "".join(
         f"<i class='part{place}' style='flex-grow:{max(size / total, 0.002):.4f}' title='{printable(name)}'></i>"

@@ -17,7 +17,9 @@ KEPT, BITS, INPUTS = "kept", "bits of weights", "bits of inputs"
 MANY_ROWS = 40
 """If a section has more rows, those that differ only in a number (experts, blocks of a stage) share one."""
 
+# A number that is a full part of a name, as in layers.3, and not one inside a word, as in conv2d.
 _NUMBER = re.compile(r"(?<![^.#])\d+(?![^.:#])")
+# XML has no escape for these: one of them makes the picture unreadable.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 _LABEL, _BAR, _CELL, _GAP, _LETTER, _NARROWEST, _WIDE = 15, 34, 22, 7, 6.3, 300, 700
 _STEPS = (26, 40)
@@ -78,6 +80,7 @@ def layer_grid(structure: Structure) -> Grid:
     for section, bits in ((BITS, structure.bits), (INPUTS, structure.activation_bits)):
         rows += [Row(section, label, _map(cells, _bits)) for label, cells in _arranged(bits).items()]
     found = {column for row in rows for column in row.cells}
+    # What has no layer number comes last.
     return Grid(sorted(found, key=lambda column: int(column) if column.isdecimal() else 10**9), rows)
 
 
@@ -89,6 +92,7 @@ def _arranged(values: Mapping[str, object]) -> dict[str, dict[str, list[tuple[st
     """Return label -> column -> the named values."""
     places = {name: _split(name) for name in values}
     if len({(before, after) for before, _, after in places.values()}) > MANY_ROWS:
+        # Experts are numbered behind the layer: each would have a row of its own.
         places = {name: (before, number, pattern(after)) for name, (before, number, after) in places.items()}
     shared = _shared([before for before, number, _ in places.values() if number])
     rows: dict[str, dict[str, list[tuple[str, object]]]] = {}
@@ -121,6 +125,7 @@ def _bits(entries: Sequence[tuple[str, int]]) -> Cell:
     lowest, highest = min(widths), max(widths)
     text = str(lowest) if lowest == highest else f"{mean(widths):.1f}"
     spread = text if lowest == highest else f"{lowest} to {highest}, {text} on average"
+    # On a logarithmic scale from 2 bits (0) to 16 bits (1): each halving is as large a step of the shade.
     return Cell(text, math.log2(mean(widths) / 2) / 3, f"{_names(entries)}: {spread} bits")
 
 
@@ -136,10 +141,13 @@ def draw(grid: Grid, standalone: bool = False) -> str:
         standalone: include the colors, for a separate file; otherwise the surrounding page sets `--text`,
             `--quiet`, `--before`, `--kept`, `--bits` and `--inputs`.
     """
+    # As wide as the longest number needs, and wider where few layers leave room.
     longest = max((len(cell.text) for row in grid.rows for cell in row.cells.values()), default=1)
     step = max(_STEPS[0], round(5.9 * longest + 3), min(_STEPS[1], _WIDE // max(len(grid.columns), 1)))
     width = max(_NARROWEST, step * len(grid.columns) + 2)
-    top, parts, section = 0, list[str](), ""
+    top = 0
+    parts = list[str]()
+    section = ""
     for row in grid.rows:
         if row.section != section:
             section = row.section
@@ -180,7 +188,8 @@ def _bar(cell: Cell, section: str, left: float, top: float, width: float) -> Ite
 
 
 def _square(cell: Cell, section: str, left: float, top: float, width: float) -> Iterator[str]:
-    colour, shade = "--bits" if section == BITS else "--inputs", round(0.12 + 0.83 * max(0.0, min(cell.share, 1.0)), 2)
+    colour = "--bits" if section == BITS else "--inputs"
+    shade = round(0.12 + 0.83 * max(0.0, min(cell.share, 1.0)), 2)
     yield f"<g><title>{printable(cell.title)}</title>{_box(left, top, width, _CELL, colour, shade)}"
     yield f"{_text(cell.text, left + width / 2, top + 15, '--text')}</g>"
 

@@ -68,6 +68,7 @@ def unpack(stream: Tensor, bits: int, numel: int) -> Tensor:
         if missing := -part.numel() % bits:
             part = torch.cat((part, part.new_zeros(missing)))
         codes[start : start + 8 * ROWS_AT_ONCE] = _to_codes(part.view(-1, bits), bits).view(-1)[: numel - start]
+    # Only the unsigned 0 gives this code, and no export writes it.
     if numel and int(codes.min()) < -largest_code(bits):
         raise GETAError(f"the {bits}-bit stream holds a code that is never written; the data is damaged")
     return codes

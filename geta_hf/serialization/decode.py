@@ -55,7 +55,8 @@ def read_headers(files: Iterable[str], folder: str | os.PathLike[str]) -> dict[s
         The header of every tensor by the tensor's name.
 
     Raises:
-        GETAError: a file is missing, damaged, cut short or no safetensors file, or lies outside the folder.
+        GETAError: a file is missing, not readable, damaged, cut short or no safetensors file, or lies outside the
+            folder; or two files hold the same tensor.
     """
     found: dict[str, Header] = {}
     home: Path | None = None
@@ -70,14 +71,31 @@ def read_headers(files: Iterable[str], folder: str | os.PathLike[str]) -> dict[s
             raise GETAError(
                 f"{file} is no safetensors file; a folder of geta_hf holds no other weights, so export it again"
             )
+        _check_open(file)
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  safe_open is not a mapping
+                    if name in found:
+                        raise GETAError(f"{file} and {found[name].file} both hold {name}; export the folder again")
+                    # A slice knows type and shape, and reads no data until it is indexed.
                     part = tensors.get_slice(name)
                     found[name] = Header(file, part.get_dtype(), tuple(part.get_shape()))
         except (SafetensorError, OSError) as error:
             raise GETAError(f"{file} is damaged or cut short ({error}); copy or export the folder again") from error
     return found
+
+
+def _check_open(file: str) -> None:
+    """Check that a file is an ordinary one that may be read, since safetensors calls others missing, or waits."""
+    try:
+        if Path(file).exists() and not Path(file).is_file():
+            raise GETAError(f"{file} is no ordinary file; export the folder again")
+        with Path(file).open("rb"):
+            pass
+    except PermissionError as error:
+        raise GETAError(f"{file} may not be read ({error.strerror}); ask its owner for the right to read it") from error
+    except OSError as error:
+        raise GETAError(f"{file} is damaged or cut short ({error}); copy or export the folder again") from error
 
 
 def _is_inside(file: Path, folder: Path) -> bool:
@@ -164,7 +182,8 @@ def check_scale(name: str, scale: Tensor, several: str, count: int) -> None:
             f"{name} is {scale.dtype} of shape {tuple(scale.shape)}, not one float32, nor one for {several} "
             f"({count}); export the folder again"
         )
-    smallest, largest = float(scale.min()), float(scale.max())
+    smallest = float(scale.min())
+    largest = float(scale.max())
     if not (smallest > 0 and largest < math.inf):  # NaN is neither
         wrong = largest if smallest > 0 else smallest
         raise GETAError(f"{name} is {wrong}; a step size is positive and finite, so copy or export the folder again")
@@ -183,7 +202,9 @@ class Decode(ConversionOps):
     """
 
     def __init__(self, hf_quantizer: Any, name: str, places: Iterable[str], layer: PackedLayer) -> None:
-        self.hf_quantizer, self.name, self.layer = hf_quantizer, name, layer
+        self.hf_quantizer = hf_quantizer
+        self.name = name
+        self.layer = layer
         self.pattern = "|".join(map(re.escape, dict.fromkeys(places)))
         self.dtype: torch.dtype = layer.weight.dtype
         self.problem: str | None = None
@@ -205,6 +226,7 @@ class Decode(ConversionOps):
         try:
             weight = self._decoded(found)
         except GETAError as error:
+            # Zeros let loading go on to its end, where the problem is raised as what it is.
             self.problem = str(error)
             weight = torch.zeros_like(self.layer.weight, device="cpu")
         return {kwargs["full_layer_name"]: weight}
@@ -214,13 +236,15 @@ class Decode(ConversionOps):
         if len(found) < 2:
             lacks = "weight" if "scale" in found else WEIGHT_SCALE
             raise GETAError(f"the folder has no tensor {self.name}.{lacks}; copy or export it again")
-        stream, scale = found["stream"], found["scale"]
+        stream = found["stream"]
+        scale = found["scale"]
         channels = layer.dense_shape[output_dim(layer)]
         check_scale(f"{self.name}.{WEIGHT_SCALE}", scale, "each output channel", channels)
         try:
             codes = unpack(stream, layer.bits, math.prod(layer.dense_shape)).view(layer.dense_shape)
         except GETAError as error:
             raise GETAError(f"{self.name}.weight: {error}") from error
+        # Only for a stream that was decoded: `_share_step_sizes` takes its presence as the mark of that.
         layer.step_size = scale.cpu()
         weight = layer.stored(codes, self.dtype)
         # Where codes cannot be read back from the weight, the stream itself has to be kept for saving.

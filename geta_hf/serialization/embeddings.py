@@ -42,6 +42,7 @@ class RoundedEmbedding:
             raise GETAError(
                 f"{self.name} has lost rows since it was rounded to {self.bits} bits; export without embedding_bits"
             )
+        # The weight is d * n rounded to its dtype, and bf16 moves an n of at most 127 by no more than a quarter.
         return torch.round(weight.float() / self.step_size.to(weight.device)[:, None]).to(torch.int32)
 
 
@@ -66,6 +67,8 @@ def rounded_embedding(model: PreTrainedModel, bits: int | None) -> Iterator[Roun
     clipping = channel_clipping_values(weight, bits, name=f"{name}.weight")
     d = step_size(float(bits), clipping, torch.ones(1, device=weight.device))
     rows = d[:, None]
+    # Only the data changes: the parameter is the same object, so an output layer that is tied to it computes with the
+    # same rounded values.
     layer.weight.data = (integer_codes(weight, rows, clipping[:, None]).float() * rows).to(weight.dtype)
     try:
         yield RoundedEmbedding(name, bits, d.cpu())

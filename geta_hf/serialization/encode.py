@@ -49,6 +49,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     stream = torch.zeros(-(-flat.numel() // 8), bits, dtype=torch.uint8)
     for start in range(0, stream.shape[0], ROWS_AT_ONCE):
         part = flat[8 * start : 8 * (start + ROWS_AT_ONCE)].to(torch.int32) + 2 ** (bits - 1)
+        # The last codes may be fewer than eight; the padding falls behind the end of the stream and is cut off below.
         rows = F.pad(part, (0, -part.numel() % 8)).view(-1, 8)
         stream[start : start + ROWS_AT_ONCE] = _to_bytes(rows, bits)
     return stream.view(-1)[: stream_length(flat.numel(), bits)].clone()
@@ -94,8 +95,10 @@ def pack_layer(
             f"{name}: code {largest} does not fit in {bits} bits, the largest is {largest_code(bits)}; its clipping "
             f"value, step size and bit width disagree, so set the step size again or give it more bits"
         )
-    dtype, device = layer.get_parameter("weight").dtype, layer.get_parameter("weight").device
+    dtype = layer.get_parameter("weight").dtype
+    device = layer.get_parameter("weight").device
     packed = become_packed(name, layer, bits, tied)
+    # Accelerate's hooks keep a bound forward, which would still be that of the plain class.
     rebind_forward(packed)
     packed.input_quantizer = input_quantizer
     packed.step_size = torch.as_tensor(step_size, dtype=torch.float32).detach().cpu().reshape(-1)
@@ -111,6 +114,7 @@ def fill(layer: PackedLayer, codes: Tensor, dtype: torch.dtype) -> None:
         dtype: the type that the layer computes in.
     """
     weight = layer.stored(codes, dtype)
+    # A weight in bf16 cannot hold codes of more than 8 bits exactly, so they are kept as they will be saved.
     layer.stream = None if layer.holds(codes, weight) else pack(codes, layer.bits)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.finish_loading()
@@ -133,6 +137,7 @@ def layer_codes(name: str, layer: PackedLayer, weight: Tensor | None = None) -> 
     if layer.stream is None:
         codes = layer.read_back(weight)
     else:
+        # The stream is the truth here. The weight is still compared below, since it may have been trained.
         codes = unpack(layer.stream, layer.bits, weight.numel()).view(weight.shape).to(weight.device, torch.int32)
     expected = layer.decoded(codes)
     # The model may have been cast to half precision and back since it was loaded: that is no change of its codes.
@@ -191,6 +196,7 @@ def weight_holders(model: nn.Module, layers: Iterable[str]) -> dict[str, list[tu
     """Return every (module, attribute) that holds the weight of each of these layers: several where it is tied."""
     found: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
+        # _parameters and not named_parameters, which leaves out all but the first holder of a shared tensor.
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
                 found.setdefault(id(parameter), []).append((module, leaf))

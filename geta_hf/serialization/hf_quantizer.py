@@ -28,6 +28,7 @@ from geta_hf.serialization.loader import (
     tied_weights,
 )
 from geta_hf.serialization.packed_layers import PackedLayer, packed_layers
+from geta_hf.serialization.static_cache import fit_static_caches
 from geta_hf.surgery.fixes import Fixes
 
 __all__ = [
@@ -87,6 +88,7 @@ class GETAHfQuantizer(GETALoader):
         layers = packed_layers(model)
         holders = weight_holders(model, layers)
         for name, layer in layers.items():
+            # It makes a new parameter, which every module that shares the weight has to hold.
             unpack_layer(layer)
             for holder, leaf in holders[name]:
                 setattr(holder, leaf, layer.weight)
@@ -97,6 +99,7 @@ class GETAHfQuantizer(GETALoader):
 
         A model that was cut keeps its fix list, without which no folder of it could be loaded.
         """
+        # All models inside: each got a quantizer of its own, so that it can be saved alone.
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 vars(module).pop("hf_quantizer", None)
@@ -126,8 +129,11 @@ def attach_quantizer(model: PreTrainedModel, fixes: Fixes) -> None:
             partial=bool(path),
         )
         part.hf_quantizer = GETAHfQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
+        # In the instance, since the class is transformers' own and other models of it are not packed.
         vars(part)["resize_token_embeddings"] = partial(_resize_token_embeddings, part)
     model.config.quantization_config = model.hf_quantizer.quantization_config  # type: ignore[union-attr]
+    if fixes["shapes"]:
+        fit_static_caches(model)
 
 
 def _fixes_below(model: PreTrainedModel, fixes: Fixes, part: PreTrainedModel) -> Fixes:
@@ -147,6 +153,7 @@ def _renamed(fixes: Fixes, find: Callable[[str], str | None]) -> Fixes:
     def tensors(entries: dict[str, Any]) -> dict[str, Any]:
         renamed = {}
         for name, entry in entries.items():
+            # A tensor of the model itself has no dot in its name, and the path is then empty.
             path, _, leaf = name.rpartition(".")
             if (found := find(path)) is not None:
                 renamed[f"{found}.{leaf}".removeprefix(".")] = entry
@@ -160,6 +167,7 @@ def _resize_token_embeddings(model: Any, *args: Any, **kwargs: Any) -> nn.Module
     """Resize by the class's own `resize_token_embeddings`, which does not know packed weights, or refuse."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     wanted = args[0] if args else kwargs.get("new_num_tokens")
+    # Called without a size, or with the present one, it only returns the embedding; that works on packed ones too.
     same = wanted in (None, ends[0].weight.shape[0]) and len(args) < 2 and not kwargs.get("pad_to_multiple_of")
     if not same and any(isinstance(end, PackedLayer) for end in ends):
         raise GETAError("a packed embedding cannot be resized; call model.dequantize() first, then resize it")

@@ -11,7 +11,9 @@ random and go on. Every folder carries a copy of this module, which only reads; 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from geta_hf.quantization.fixed import FixedQuantizer
 from geta_hf.serialization.bitpack import MAX_BITS, MIN_BITS
 from geta_hf.serialization.decode import Decode, Header, check_packed, check_plain, check_scale, read_headers
 from geta_hf.serialization.packed_layers import INPUT_SCALE, LEAVES, PackedLayer, become_packed, packed_layers
+from geta_hf.serialization.static_cache import fit_static_caches
 from geta_hf.surgery.fixes import (
     Fixes,
     check_attributes,
@@ -37,6 +40,7 @@ from geta_hf.surgery.fixes import (
     shrink_buffer,
     shrink_tensor,
 )
+from geta_hf.utils.config_limits import MANY_LAYERS, check_counts
 
 logger = logging.get_logger(__name__)
 
@@ -44,8 +48,8 @@ QUANT_METHOD = "geta"
 FORMAT_VERSION = 1
 
 _WHERE = "quantization_config in config.json:"
-_MANY_LAYERS = 1000
-"""Up to this many layers are built within seconds; a larger model names its layers in quantization_config."""
+_BUFFER_BYTES = 2**27
+"""Up to so many bytes of buffers that no folder holds are always allowed; beyond, four times the folder's tensors."""
 
 
 class GETAQuantizationConfig(QuantizationConfigMixin):
@@ -89,8 +93,8 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
             raise GETAError(f"{_WHERE} unknown keys {sorted(unknown)}; install the release that wrote the folder")
         if not isinstance(partial, bool):
             raise GETAError(f"{_WHERE} partial is {partial!r}, not true or false")
-        _check_widths("bits", self.bits)
-        _check_widths("activation_bits", self.activation_bits)
+        check_widths("bits", self.bits)
+        check_widths("activation_bits", self.activation_bits)
         if lacking := sorted(set(self.activation_bits) - set(self.bits)):
             raise GETAError(f"{_WHERE} activation_bits names {lacking[0]!r}, which is not in bits; add it there too")
         self.fixes = no_fixes() if fixes is None else read_fixes(fixes, f"{_WHERE} fixes")
@@ -104,12 +108,17 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
         return {k: v for k, v in super().to_dict().items() if v or k not in ("activation_bits", "partial")}
 
 
-def _check_widths(key: str, widths: Any) -> None:
+def check_widths(key: str, widths: Any, where: str = _WHERE) -> None:
+    """Check that a value maps names of modules to bit widths.
+
+    Raises:
+        GETAError: `where` says in which file it is.
+    """
     if not isinstance(widths, dict):
-        raise GETAError(f"{_WHERE} {key} must be an object of module names, not {widths!r}")
+        raise GETAError(f"{where} {key} must be an object of module names, not {str(widths)[:80]!r}")
     for name, bits in widths.items():
         if not isinstance(bits, int) or isinstance(bits, bool) or not MIN_BITS <= bits <= MAX_BITS:
-            raise GETAError(f"{_WHERE} {key}[{name!r}] is {bits!r}, not an integer from {MIN_BITS} to {MAX_BITS}")
+            raise GETAError(f"{where} {key}[{name!r}] is {bits!r}, not an integer from {MIN_BITS} to {MAX_BITS}")
 
 
 class GETALoader(HfQuantizer):
@@ -137,8 +146,10 @@ class GETALoader(HfQuantizer):
         This hook has another purpose, but it is the only one that sees the config before the model is built, and
         building millions of layers takes hours even without memory for their weights.
         """
-        bits, fixes = self.quantization_config.bits, self.quantization_config.fixes
-        _check_layers(config.to_dict(), len(bits) + len(fixes["shapes"]) + len(fixes["attrs"]))
+        bits = self.quantization_config.bits
+        fixes = self.quantization_config.fixes
+        named = len(bits) + len(fixes["shapes"]) + len(fixes["attrs"])
+        _check_layers(config.to_dict(), named, _count_tensors(config.name_or_path or ""))
         return config
 
     update_tp_plan = update_attn_implementation  # the hook that sees the config in older releases
@@ -181,7 +192,9 @@ class GETALoader(HfQuantizer):
                 check_packed(place, layer, headers)
         _check_inputs(model, headers)
         self._check_plain(model, headers)
+        _check_buffers(model, headers)
         self._names = set(headers)
+        # As they have to be after loading; see `_check_shapes`.
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         return model
 
@@ -191,7 +204,8 @@ class GETALoader(HfQuantizer):
         A tensor of a head that was not cut may have another shape: transformers then raises, or initializes it at
         random where `ignore_mismatched_sizes` asks for that.
         """
-        tensors, layers = model.state_dict(), packed_layers(model)
+        tensors = model.state_dict()
+        layers = packed_layers(model)
         found = {name: place for name in tensors for place in _places(model, name) if place in headers}
         base = "" if model.base_model is model else f"{model.base_model_prefix}."
         if headers and not _is_own_folder(model) and not any(name.startswith(base) for name in (*found, *layers)):
@@ -225,6 +239,7 @@ class GETALoader(HfQuantizer):
             if (buffer := find_tensor(model, name)) is not None:
                 shrink_buffer(model, buffer, dims)
         for name, layer in packed_layers(model).items():
+            # A step of an optimizer would make it something else than d * n. Adapters on top can be trained.
             layer.weight.requires_grad_(False)
             layer.finish_loading()
             if INPUT_SCALE in layer._buffers:
@@ -235,6 +250,8 @@ class GETALoader(HfQuantizer):
         self._decoders = []
         kept = [step for step in getattr(model, "_weight_conversions", None) or () if not _decodes(step)]
         vars(model)["_weight_conversions"] = kept
+        if self.quantization_config.fixes["shapes"]:
+            fit_static_caches(model)
         return model
 
     def _make_input_quantizer(self, model: PreTrainedModel, path: str, layer: PackedLayer) -> None:
@@ -242,6 +259,7 @@ class GETALoader(HfQuantizer):
         scale = layer.get_buffer(INPUT_SCALE).detach()
         bit_widths = self.quantization_config.activation_bits
         check_scale(f"{path}.{INPUT_SCALE}", scale, "d and one for t", 2)
+        # The quantizer holds the scale from here on.
         del layer._buffers[INPUT_SCALE]
         place = next(place for place in _places(model, path) if place in bit_widths)
         layer.input_quantizer = FixedQuantizer(scale, bit_widths[place])
@@ -285,16 +303,31 @@ def _share_offloaded(model: PreTrainedModel) -> None:
                     index[target] = index[source]
 
 
-def _check_layers(config: Mapping[str, Any], named: int) -> None:
-    """Check that a config has no more layers than are built within seconds, or than the folder names."""
-    for key, value in config.items():
-        if isinstance(value, dict) and key != "quantization_config":
-            _check_layers(value, named)
-        elif str(key).endswith(("layer", "layers")) and isinstance(value, int) and value > max(_MANY_LAYERS, named):
-            raise GETAError(
-                f"config.json: {key} is {value}, but quantization_config names {named} modules and tensors; copy or "
-                f"export the folder again"
-            )
+def _check_layers(config: Mapping[str, Any], named: int, tensors: int | None = None) -> None:
+    """Check that a config has no more layers than are built within seconds, or than the folder names or holds."""
+    why = f"but quantization_config names {named} modules and tensors"
+    check_counts(config, max(named, MANY_LAYERS if tensors is None else tensors), why=why)
+
+
+def _count_tensors(folder: str) -> int | None:
+    """Return how many tensors a local folder holds; None for a name on the Hub."""
+    if not (Path(folder) / "config.json").is_file():
+        return None
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return sum(len(read_headers([str(file)], folder)) for file in files) or None
+
+
+def _check_buffers(model: PreTrainedModel, headers: Mapping[str, Header]) -> None:
+    """Check the size of what no folder holds and the model makes by itself, such as a table of positions."""
+    saved = model.state_dict().keys()
+    sizes = {name: buffer.nbytes for name, buffer in model.named_buffers() if name not in saved}
+    allowed = max(_BUFFER_BYTES, 4 * sum(math.prod(header.shape) for header in headers.values()))
+    if sum(sizes.values()) > allowed:
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise GETAError(
+            f"config.json makes {largest} {sizes[largest]} bytes, more than a model of this folder's size has; copy or "
+            f"export the folder again"
+        )
 
 
 def _check_inputs(model: PreTrainedModel, names: Iterable[str]) -> None:
@@ -326,6 +359,7 @@ def apply_fixes(model: PreTrainedModel, fixes: Fixes) -> None:
         if (path := find_module(model, name)) is not None:
             for attribute, value in attributes.items():
                 shrink_attribute(path, model.get_submodule(path), attribute, value)
+    # Only now, since a module's tensors and its attributes are entries of two lists.
     check_attributes(model, cut)
     _skip_initialization(model, cut)
     set_expert_counts(model, fixes)
@@ -355,6 +389,7 @@ def find_module(model: PreTrainedModel, name: str) -> str | None:
         saved = model.config.architectures or ()
         return model.base_model_prefix if type(model.base_model).__name__ in saved else None
     modules = dict(model.named_modules())
+    # The folder's own name first: a model may have a module of the other name too.
     for path in _places(model, name):
         if path in modules:
             return path
@@ -401,6 +436,7 @@ def _check_complete(model: PreTrainedModel, stored: Collection[str], fresh: Coll
         tensors = {leaf: t for leaf, t in module.state_dict(keep_vars=True).items() if "." not in leaf}
         present = {leaf: _was_loaded(model, path, leaf, tensor, stored) for leaf, tensor in tensors.items()}
         missing = [leaf for leaf, loaded in present.items() if not loaded and f"{path}.{leaf}" not in fresh]
+        # A new head on a base model lacks all its tensors; a damaged folder lacks some.
         if missing and (own or any(present.values()) or isinstance(module, PackedLayer)):
             name = f"{path}.{missing[0]}".removeprefix(".")
             raise GETAError(f"the folder has no tensor {name}, or one of another shape; copy or export it again")

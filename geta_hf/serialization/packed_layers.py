@@ -156,6 +156,7 @@ class PackedRows(PackedLayer, nn.Embedding):
         """Return the rows that `input`, integers of any shape, names; they make a new last dim."""
         scale = self.row_scale.value.to(self.weight.device)
         scale = scale[input].unsqueeze(-1) if scale.numel() > 1 else scale
+        # Multiplied in fp32 and then cast, as in a decoded embedding, so that both give the same bits.
         return (self.weight[input].to(torch.float32) * scale).to(self.like.dtype)
 
     def read_back(self, weight: Tensor) -> Tensor:
@@ -173,6 +174,7 @@ _PACKED: dict[type[nn.Module], type[PackedLayer]] = {
 @cache
 def _packed_class(original: Any, plain: Any) -> type[nn.Module]:
     """Return the packed class of a plain class or of a subclass of one."""
+    # Cached, since two classes made for one original would not be equal.
     return _PACKED[plain] if original is plain else type(f"Packed{original.__name__}", (_PACKED[plain], original), {})
 
 
@@ -206,5 +208,7 @@ def become_packed(name: str, layer: nn.Module, bits: int, tied: bool = False) ->
     layer.__class__ = packed_class
     packed: PackedLayer = layer  # type: ignore[assignment]
     packed.__dict__["plain_class"] = original
-    packed.bits, packed.input_quantizer, packed.stream = bits, None, None
+    packed.bits = bits
+    packed.input_quantizer = None
+    packed.stream = None
     return packed

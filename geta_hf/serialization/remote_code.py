@@ -29,6 +29,7 @@ logger = logging.get_logger(__name__)
 
 CARRIED = (
     "geta_hf.errors",
+    "geta_hf.utils.config_limits",
     "geta_hf.quantization.maths",
     "geta_hf.quantization.fixed",
     "geta_hf.serialization.bitpack",
@@ -36,6 +37,7 @@ CARRIED = (
     "geta_hf.serialization.decode",
     "geta_hf.surgery.config_view",
     "geta_hf.surgery.fixes",
+    "geta_hf.serialization.static_cache",
     "geta_hf.serialization.loader",
 )
 """The modules that are copied, the loader last. They import only each other, torch, safetensors and transformers."""
@@ -60,6 +62,7 @@ def save_compressed(model: PreTrainedModel, folder: Path, **kwargs: Any) -> None
         logger.warning("%s is not a class of transformers; its folder loads only with geta_hf", type(model).__name__)
         model.save_pretrained(folder, **kwargs)
         return
+    # Only while it is saved: a later save_pretrained of this model alone would name code that its folder lacks.
     model.config.auto_map = auto_map(model, own)
     try:
         model.save_pretrained(folder, **kwargs)
@@ -122,6 +125,7 @@ def _relative(module: ModuleType) -> str:
     """Return the source of a module with its imports of geta_hf made relative."""
 
     def flat(match: re.Match[str]) -> str:
+        # Found here, when the folder is written, and not by a user who lacks geta_hf and cannot load it.
         if match[2] not in CARRIED:
             raise GETAError(f"{module.__name__} imports {match[2]}, which folders do not carry; add it to CARRIED")
         return f"{match[1]}.{_flat(match[2])}{match[3]}"
@@ -131,6 +135,7 @@ def _relative(module: ModuleType) -> str:
 
 def _modeling(model: PreTrainedModel, own: type[PreTrainedModel]) -> str:
     config = type(model.config)
+    # The base class as well: AutoModel loads it from a folder that was saved with a head.
     classes = dict.fromkeys([config, own, _base_class(own)])
     lines = [
         f'"""{own.__name__} as geta_hf compressed it: `from_pretrained(FOLDER, trust_remote_code=True)`.',

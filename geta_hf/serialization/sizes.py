@@ -59,6 +59,8 @@ def stored_names(
     """
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     names = {id(tensor): name for name, tensor in tensors.items()}
+    # save_pretrained calls the same function. A tensor that it only renames is still the same object; one that it
+    # splits or merges is not.
     saved = revert_weight_conversion(model, dict(tensors))
     renamed = {names[id(tensor)]: name for name, tensor in saved.items() if id(tensor) in names}
     found = {name: [(new, shapes[name])] for name, new in renamed.items() if new != name}
@@ -84,6 +86,7 @@ def check_shards(size: int | str | None, format: str) -> None:
     if format != "geta":
         raise GETAError(f"max_shard_size is for the geta format only, not for {format}; remove it")
     try:
+        # The library that will split the files decides what a size is.
         split_torch_state_dict_into_shards({}, max_shard_size=size)
         if isinstance(size, int) and size <= 0:
             raise ValueError("it has to be positive")

@@ -21,6 +21,7 @@ def check_ties(model: nn.Module) -> None:
         GETAError: a tie that is declared but not there, or is there but not declared.
     """
     declared = model.get_expanded_tied_weights_keys(all_submodels=True) if isinstance(model, PreTrainedModel) else {}
+    # With all names of a shared parameter; by default named_parameters gives only the first.
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for target, source in declared.items():
         if parameters.get(target) is not parameters.get(source):
@@ -28,6 +29,7 @@ def check_ties(model: nn.Module) -> None:
                 f"{target} and {source} are not tied, though the config says so, and would be one weight once loaded; "
                 f"call model.tie_weights(), or set model.config.tie_word_embeddings = False"
             )
+    # Ties that were made by hand: two names of one parameter that lead to different sources in the declaration.
     first: dict[int, str] = {}
     for path, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):

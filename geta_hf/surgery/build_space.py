@@ -14,6 +14,7 @@ from geta_hf.qadg.tracing.record_forward import check_same_path
 from geta_hf.surgery.record import Recordings, record_batch, record_sizes
 from geta_hf.surgery.trial_cut import try_cuts
 from geta_hf.surgery.verify import verify_surgery
+from geta_hf.utils.process_state import exclusive
 
 
 def build_space(
@@ -67,6 +68,7 @@ def build_space(
     return space
 
 
+@exclusive()
 def prepare_space(
     model: nn.Module,
     batch: Mapping[str, Any],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from geta_hf.errors import GETAError
 from geta_hf.quantization import quantized_layers, without_quantizers
 from geta_hf.utils import module_state
+from geta_hf.utils.model_io import Batch, float_tensors, named_outputs, outputs_by_name, to_device
+from geta_hf.utils.process_state import exclusive
 
 # Largest difference allowed, as a share of the largest logit (of 1 where logits are small): rounding differs with the
 # sizes of the matrices, and nothing else may. Models in double precision may compute a few steps in single.
@@ -24,7 +26,7 @@ _PIECE = 1 << 20  # elements compared at once
 Outputs = dict[str, dict[str, Tensor]]
 
 
-def attention_outputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Outputs:
+def attention_outputs(model: PreTrainedModel, batch: Batch) -> Outputs:
     """Return every floating-point output of the model in evaluation mode, under each attention implementation it has.
 
     Both are compared, since eager and sdpa attention read different sizes of the module. The model is unchanged
@@ -40,7 +42,7 @@ def attention_outputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Ou
     Raises:
         GETAError: the model cannot run the batch, or returns no tensor.
     """
-    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    inputs = to_device(batch, model.device)
     with comparison_mode(model):
         return {implementation: _outputs(model, inputs, implementation) for implementation in attentions(model)}
 
@@ -61,33 +63,34 @@ def set_attention(model: PreTrainedModel, implementation: str) -> None:
         model.set_attn_implementation(implementation)
 
 
-def _outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor], implementation: str) -> dict[str, Tensor]:
+def _outputs(model: PreTrainedModel, inputs: Batch, implementation: str) -> dict[str, Tensor]:
     set_attention(model, implementation)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # some draw what they mask in evaluation, too
             # The class's forward: accelerate wraps an instance's own in autocast, which the copies do not have.
-            result = type(model).forward(model, **inputs, return_dict=True)
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            result = type(model).forward(model, **inputs)
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         raise GETAError(
             f"{type(model).__name__} cannot run the batch with {sorted(inputs)} ({implementation} attention): {error}"
         ) from error
-    tensors = {name: value for name, value in result.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    tensors = float_tensors(result)
     if not tensors:
-        raise GETAError(f"{type(model).__name__} returns no tensor to compare, only {sorted(result)}")
+        raise GETAError(f"{type(model).__name__} returns no tensor to compare, only {sorted(named_outputs(result))}")
     return tensors
 
 
 @contextmanager
 def comparison_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Enter evaluation mode without gradients; training flags and the attention implementation come back afterwards.
+    """Enter evaluation mode without gradients, with outputs by name; all flags and settings come back afterwards.
 
     What a module cached of its weights in evaluation mode is dropped on both sides: they may have changed before, and
     may change again. Modules drop it as they enter training mode.
     """
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     implementations = [(config, config._attn_implementation) for config in configs]
-    with module_state.eval_mode(model):
+    # Exclusive, since the random state that comes back afterwards is that of the process.
+    with exclusive(), module_state.eval_mode(model), outputs_by_name(model):
         model.train().eval()
         try:
             yield
@@ -102,7 +105,7 @@ def prove_alike(
     first: PreTrainedModel,
     outputs: Outputs,
     second: PreTrainedModel,
-    batch: Mapping[str, Tensor],
+    batch: Batch,
     what: str,
     found: Outputs | None = None,
 ) -> float:

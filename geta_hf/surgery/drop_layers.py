@@ -20,8 +20,7 @@ from geta_hf.qadg.residual_blocks import Block, find_blocks, residual_blocks, sk
 from geta_hf.surgery.compare_outputs import TOLERANCE, Outputs, attention_outputs, comparison_mode, prove_equal
 from geta_hf.surgery.record import stepping
 from geta_hf.surgery.shorter_config import shorter_changes
-
-Batch = Mapping[str, Tensor]
+from geta_hf.utils.model_io import Batch, loss_of, named_outputs, to_device
 
 
 @dataclass
@@ -85,7 +84,7 @@ def drop_layers(
             f"drop_layers shortens a Hugging Face model by its configuration, which {type(model).__name__} lacks; set "
             f"it to 0"
         )
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    inputs = to_device(inputs, model.device)
     blocks = find_blocks(model, inputs)
     removed: list[Block]
     losses: list[float]
@@ -133,14 +132,14 @@ def mean_loss(model: Any, batches: Sequence[Mapping[str, Any]]) -> Tensor:
     """
     losses = []
     for batch in batches:
-        inputs = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, Tensor)}
-        losses.append(model(**inputs, **uncached(model)).loss)
-    if not losses or any(loss is None for loss in losses):
+        losses.append(loss_of(model(**to_device(batch, model.device), **uncached(model))))
+    known = [loss for loss in losses if loss is not None]
+    if not losses or len(known) < len(losses):
         raise GETAError(
             "drop_layers chooses layers by the model's own loss, but the batches of train_dataset hold no labels; add "
             "them, or name the layers to remove"
         )
-    return torch.stack([loss.detach().float() for loss in losses]).mean()
+    return torch.stack([loss.detach().float() for loss in known]).mean()
 
 
 # --- which blocks -------------------------------------------------------------------------------------------------
@@ -297,7 +296,7 @@ def _cache_agrees(model: PreTrainedModel, inputs: Batch) -> bool:
         return False
     unpadded = {"input_ids": inputs["input_ids"]}
     with comparison_mode(model):
-        full = model(**unpadded, **uncached(model)).logits[:, -1:]
+        full = named_outputs(model(**unpadded, **uncached(model)))["logits"][:, -1:]
         try:
             with stepping(model):
                 stepped = model(**unpadded)

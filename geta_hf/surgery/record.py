@@ -28,9 +28,8 @@ from geta_hf.qadg.tracing.record_forward import main_tensors
 from geta_hf.surgery.compare_outputs import attentions, comparison_mode, set_attention
 from geta_hf.surgery.size_equations import WANTED
 from geta_hf.surgery.size_trace import SizeTrace, trace_sizes
+from geta_hf.utils.model_io import Batch, named_outputs
 from geta_hf.utils.module_state import running
-
-Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def _record_alone(model: PreTrainedModel, variation: _Variation) -> list[SizeTra
 # --- all of them in one recording ---------------------------------------------------------------------------------
 
 
-def _joined(variations: Sequence[_Variation]) -> dict[str, Tensor]:
+def _joined(variations: Sequence[_Variation]) -> dict[str, Any]:
     """Return the inputs of all variations, each name prefixed with the place of its variation.
 
     Every variation has inputs of its own, so that sizes of one say nothing of another.
@@ -205,14 +204,22 @@ def _parameters(flow: Flow) -> Iterator[tuple[int, Value]]:
 # --- the variations themselves ------------------------------------------------------------------------------------
 
 
-def other_shape(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
-    """Return the batch with one row more and, where its main input is a sequence of tokens, a few tokens fewer."""
-    main = batch.get(model.main_input_name)
-    tokens = main is not None and main.dim() == 2 and not main.is_floating_point() and main.shape[1] > 4
-    rows = next((tensor.shape[0] for tensor in batch.values() if tensor.dim()), 0)
+def other_shape(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    """Return the batch with one row more and, where its main input is a sequence of tokens, a few tokens fewer.
 
-    def change(tensor: Tensor) -> Tensor:
-        if not tensor.dim() or tensor.shape[0] != rows:
+    A batch with a tensor that has neither as many rows nor one is returned as it is.
+    """
+    main = batch.get(model.main_input_name)
+    lengths = [item.shape[0] for item in batch.values() if isinstance(item, Tensor) and item.dim()]
+    rows = main.shape[0] if isinstance(main, Tensor) and main.dim() else max(lengths, default=0)
+    # Patches of all pictures in one tensor, packed rows, the edges of a graph: what is not indexed by sample can't be
+    # given a row more by index, and an offset beyond its tensor ends a process on a GPU. A length of 1 is broadcast.
+    if not {rows} <= set(lengths) <= {rows, 1}:
+        return dict(batch)
+    tokens = isinstance(main, Tensor) and main.dim() == 2 and not main.is_floating_point() and main.shape[1] > 4
+
+    def change(tensor: Any) -> Any:
+        if not isinstance(tensor, Tensor) or not tensor.dim() or tensor.shape[0] != rows:
             return tensor
         if tokens and main is not None and tensor.dim() > 1 and tensor.shape[1] == main.shape[1]:
             tensor = tensor[:, :-2]
@@ -242,10 +249,10 @@ def _last_logits_in_steps(model: PreTrainedModel, inputs: dict[str, Any]) -> Any
     first = dict(inputs)
     if _masks_tokens(inputs, tokens, ids):
         first["attention_mask"] = inputs["attention_mask"][:, :-1]
-    past = full(model, **{**first, tokens: ids[:, :-1]}, use_cache=True)
+    past = named_outputs(full(model, **{**first, tokens: ids[:, :-1]}, use_cache=True))
     # Whatever the forward returns and takes again is its cache, by any name.
     cache = {name: value for name, value in past.items() if name in accepted and name not in inputs}
-    return full(model, **{**inputs, **cache, tokens: ids[:, -1:]}, use_cache=True).logits
+    return named_outputs(full(model, **{**inputs, **cache, tokens: ids[:, -1:]}, use_cache=True))["logits"]
 
 
 def _masks_tokens(inputs: Mapping[str, Any], tokens: str, ids: Tensor) -> bool:

@@ -31,6 +31,7 @@ from geta_hf.qadg.tracing.record_forward import record_forward
 from geta_hf.qadg.tracing.recorder import Recorder
 from geta_hf.surgery.config_view import ConfigView, is_config
 from geta_hf.surgery.symbolic_int import Attribute, Log, Size, TaggedInt, location
+from geta_hf.utils.process_state import exclusive
 
 UNKNOWN = Ref(-1)
 """Stands for a tensor that no recorded operator made."""
@@ -159,7 +160,7 @@ def trace_sizes(model: nn.Module, batch: Mapping[str, Any], names: frozenset[str
     """
     log, original = Log(), dict[Attribute, int]()
     mode = _SizeMode(names, log)
-    with _tagged_attributes(model, log, original), mode:
+    with exclusive(), _tagged_attributes(model, log, original), mode:
         graph = record_forward(model, batch)
         log.close()
     # `calls` name values by their place, which merging does not change: only nodes are replaced.

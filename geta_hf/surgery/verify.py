@@ -27,9 +27,9 @@ from geta_hf.surgery.size_trace import SizeTrace, SlicedTrace
 from geta_hf.surgery.slice import slice_model
 from geta_hf.surgery.solve_attributes import solve
 from geta_hf.utils.copies import copy_module
+from geta_hf.utils.model_io import Batch, map_tensors
 from geta_hf.utils.module_state import HALVES, in_single_precision
 
-Batch = Mapping[str, Tensor]
 Removal = dict[str, Tensor]
 
 _NEW_TOKENS = 3
@@ -111,6 +111,14 @@ class SurgeryTrial:
         """Return why the groups cannot be cut away, or None where they can."""
         try:
             self._check(removal)
+        except GETAError as error:
+            return str(error)
+        return None
+
+    def unsolvable(self, removal: Removal) -> str | None:
+        """Return why no attributes of the model make up for a cut of the groups, or None; nothing is cut."""
+        try:
+            solve(self.recordings.traces, kept_indices(self.space, removal))
         except GETAError as error:
             return str(error)
         return None
@@ -279,8 +287,11 @@ def _attempt(run: Callable[[], Any]) -> Any:
         return None
 
 
-def _cast(batch: Batch, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+def _cast(batch: Batch, dtype: torch.dtype) -> dict[str, Any]:
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return {name: map_tensors(cast, item) for name, item in batch.items()}
 
 
 @torch.no_grad()

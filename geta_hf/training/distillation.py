@@ -54,7 +54,7 @@ class Distiller:
       head is compared by its mean squared error, multi-label logits by the KL of each label's two outcomes.
     - The error of a hidden state (B, L, H) is mean((s - t)²) / mean(t²) over H, so that a weight means the same for
       every model; it is averaged over unmasked positions, layers (embeddings included), encoder and decoder. It is
-      taken position by position, since only then do accumulated batches add up to the whole batch.
+      computed for each position, since only then do accumulated batches add up to the full batch.
 
     Memory: the teacher's weights once more on every process, not sharded; one forward of it without graph; while the
     student's backward waits, one gradient of the logits' size and, for hidden states, those of the teacher and their
@@ -62,14 +62,14 @@ class Distiller:
 
     Args:
         student: the model to train, not yet wrapped.
-        teacher: another model over the same inputs. It is put in eval, frozen and moved, in place; its dtype stays.
+        teacher: another model over the same inputs. Set to eval mode, frozen and moved, in place; its dtype is kept.
         logits: weight of the logits' term, at least 0.
         hidden: weight of the hidden states' term, at least 0.
         temperature: T, above 0, which softens both distributions.
-        device: where the teacher shall run; None leaves it where it is.
-        kept: of a student that lost whole layers: path of the list -> the teacher's layers that the student still has.
-            Each of those is then to be given the hidden state that it was given in the teacher, and the last hidden
-            state is compared with the teacher's last.
+        device: the one that the teacher runs on; None does not move it.
+        kept: for a student that lost entire layers: path of the list -> the teacher's layers that the student still
+            has. The input of each of these is then compared with its input in the teacher, and the last hidden state
+            with the teacher's last.
 
     Attributes:
         teacher: the frozen teacher.
@@ -107,6 +107,7 @@ class Distiller:
         self._config = student.config if isinstance(student, PreTrainedModel) else None
         self._shifts_labels = _shifts_labels(student)
         self._asked: dict[str, Any] = {"output_hidden_states": True} if hidden else {}
+        # A decoder fills its cache for generation by default, which here would only take memory.
         self._uncached = {"use_cache": False} if "use_cache" in inspect.signature(teacher.forward).parameters else {}
         # Without labels the teacher is spared its loss; an encoder-decoder makes its decoder's inputs of them.
         self._unlabelled = isinstance(teacher, PreTrainedModel) and not teacher.config.is_encoder_decoder
@@ -154,6 +155,8 @@ class Distiller:
         labelled = _label_mask(inputs, self._shifts_labels)
         if labelled is None:
             raise GETAError("num_items counts labels, but the inputs hold none; pass None")
+        # The term is a mean over this batch's labels. Times its labels over all labels of the step, the shares add up
+        # to the mean over the step, as Trainer's loss does.
         return labelled.sum() / num_items
 
     def _logits_term(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any], taught: Mapping[str, Any]) -> Tensor:
@@ -168,6 +171,7 @@ class Distiller:
         mask = _fitting(student.shape, _mask(inputs, "attention_mask"))
         if mask is None:
             return kl(student, teacher, None, self._temperature)
+        # Padding gets probability 0 in both softmaxes. A row of padding alone has no softmax (NaN), so it is masked.
         student, teacher = (logits.masked_fill(~mask, -math.inf) for logits in (student, teacher))
         return kl(student, teacher, mask.any(-1), self._temperature)
 
@@ -177,6 +181,7 @@ class Distiller:
             student, teacher = (torch.stack((z, torch.zeros_like(z)), -1) for z in (student, teacher))
         labelled = _label_mask(inputs, self._shifts_labels)
         mask = _fitting(student.shape[:-1], labelled, *_padding_masks(inputs))
+        # A single output has a softmax of 1 whatever its value, so its KL would always be 0.
         if problem == "regression" or student.shape[-1] == 1:
             return _mean((student.float() - teacher.float()).square().mean(-1), mask)
         return kl(student, teacher, mask, self._temperature)
@@ -186,7 +191,7 @@ class _KL(torch.autograd.Function):
     """Sum T²·KL(teacher ‖ student) over the kept rows, with the gradient T·(q - p) computed in the same pass.
 
     Autograd would keep several fp32 tensors of the logits' size; this keeps the gradient alone, and masks it by
-    choice, so that not even NaN in a row that is left out gets through.
+    choice, so that not even NaN in an excluded row gets through.
     """
 
     @staticmethod
@@ -196,6 +201,7 @@ class _KL(torch.autograd.Function):
         rows = max(1, CHUNK // student.shape[1])
         for start in range(0, student.shape[0], rows):
             part = slice(start, start + rows)
+            # In fp32: in half precision the differences of two close distributions are mostly rounding.
             log_q = F.log_softmax(student[part].float() / temperature, -1)
             log_p = F.log_softmax(teacher[part].float() / temperature, -1)
             p = log_p.exp()
@@ -245,6 +251,8 @@ def _relative_error(student: Tensor, teacher: Tensor, masks: Sequence[Tensor | N
         student, teacher = student.flatten(1)[:, None], teacher.flatten(1)[:, None]
     mask = _fitting(student.shape[:-1], *masks)
     keep = torch.ones_like(student[..., 0], dtype=torch.bool) if mask is None else mask
+    # States of padding may be anything, NaN included, so they are replaced before the division: zero times NaN is
+    # NaN.
     teacher = teacher.float()
     difference = torch.where(keep[..., None], student.float() - teacher, 0)
     scale = torch.where(keep, teacher.square().mean(-1), 1).clamp(min=1e-12)
@@ -260,6 +268,7 @@ def _hidden_term(
         _check_hidden_states(name, student, teacher)
         masks = [_mask(inputs, "attention_mask")]
         if name == "decoder_hidden_states":
+            # A decoder's positions are those of the labels, which the model shifts into its inputs by itself.
             masks = [_label_mask(inputs, shifted=False), *_padding_masks(inputs)]
         errors += [_relative_error(s, t, masks) for s, t in zip(student, teacher, strict=True)]
     return torch.stack(errors).mean()

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from geta_hf.quantization.kernels import Kernel
 from geta_hf.utils.copies import copy_module
+from geta_hf.utils.process_state import exclusive
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -30,6 +31,7 @@ def outline_of(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Te
 
 def without_data(model: Model, mode: FakeTensorMode, device: torch.device) -> Model:
     """Copy a model so that its tensors hold no data; tied tensors stay tied."""
+    # deepcopy takes these in place of the tensors, which would be copied with their data.
     memo: dict[int, Any] = {id(b): outline_of(b, mode, device) for b in model.buffers()}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(outline_of(parameter, mode, device), parameter.requires_grad)
@@ -59,7 +61,7 @@ def outlines(mode: FakeTensorMode) -> Iterator[None]:
     Torch knows the grouped product's shapes for bfloat16 alone, and logs the stack of whatever fails.
     """
     logger = logging.getLogger("torch._subclasses.fake_tensor")
-    with warnings.catch_warnings(), mode, _Grouped():
+    with exclusive(), warnings.catch_warnings(), mode, _Grouped():
         # Asked for by transformers' look at alignment, of which tensors without data have none.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         logger.disabled, before = True, logger.disabled
@@ -99,6 +101,7 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        # By storage, since a view takes no memory of its own.
         for value in tree_leaves(out):
             if isinstance(value, Tensor) and id(value.untyped_storage()) not in self._part:
                 self.hold(value, "activations")
@@ -112,12 +115,15 @@ class Live(TorchDispatchMode):
             self.now[self._part[key]] -= size
         else:
             self.level += size
+            # A storage dies with the last tensor or autograd node that holds it, so its life is the memory's own.
             weakref.finalize(storage, self._drop, key, size)
         self._part[key] = part
         self.now[part] += size
+        # A copy at each new peak: the parts that are alive then, and not the highest of each part by itself.
         if self.level > self.peak:
             self.peak, self.highest = self.level, self.now.copy()
 
     def _drop(self, key: int, size: int) -> None:
         self.level -= size
+        # Removed at once, since Python gives the id to the next object.
         self.now[self._part.pop(key)] -= size

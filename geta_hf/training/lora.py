@@ -30,6 +30,7 @@ from geta_hf.quantization.lora import LowRank, merge
 from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.training.preparation import empty_copy
 from geta_hf.utils.files import write_whole
+from geta_hf.utils.process_state import exclusive
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -46,7 +47,7 @@ _NOTES = {"peft_version", "auto_mapping", "base_model_name_or_path", "revision",
 _IDLE = {"task_type", "peft_type", "fan_in_fan_out", "runtime_config", "megatron_core", "qalora_group_size"}
 _REMEDIES = {
     "lora_dropout": "what is dropped at random can't be merged under a quantizer; set it to 0",
-    "target_parameters": "quantizers are on whole layers; name them by target_modules",
+    "target_parameters": "quantizers are on layers; name them by target_modules",
     "trainable_token_indices": "name the embedding in modules_to_save",
 }
 
@@ -83,10 +84,13 @@ def plan_lora(model: nn.Module, config: LoraConfig, quantized: Mapping[str, nn.M
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
 
+    # peft has many ways to name layers (patterns, all-linear, layer numbers). It is asked on a copy without data,
+    # since it replaces modules and writes into the config what it found.
     twin = empty_copy(model)
+    # Before the injection, which renames parameters (`base_layer.weight`): afterwards only their ids are the same.
     names = {id(parameter): name for name, parameter in twin.named_parameters()}
     try:
-        with warnings.catch_warnings():
+        with exclusive(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft then sets it as the layer needs it
             inject_adapter_in_model(copy.deepcopy(config), twin, _ADAPTER, low_cpu_mem_usage=True)
     except (ValueError, TypeError) as error:
@@ -108,6 +112,7 @@ def _check_config(config: LoraConfig) -> None:
         raise GETAError(
             f"peft_config is a {type(config).__name__}; only a plain LoraConfig can be merged into a weight"
         )
+    # Any other option that is set is an error: a run that ignored it would train something else.
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value and field.name not in _PLACES | _VALUES | _NOTES | _IDLE:
@@ -141,7 +146,7 @@ def _some(names: list[str]) -> str:
 
 
 def attach_lora(model: nn.Module, plan: LoraPlan) -> None:
-    """Freeze a model and put the trained matrices on its layers, in place; quantizers stay as they are.
+    """Freeze a model and add the trained matrices to its layers, in place; quantizers are not changed.
 
     Args:
         model: the one that was planned for, with its quantizers.
@@ -155,7 +160,9 @@ def attach_lora(model: nn.Module, plan: LoraPlan) -> None:
     for name, start in plan.layers.items():
         layer = quantized[name]
         for matrix in (start.lora_A[_ADAPTER], start.lora_B[_ADAPTER]):
+            # The plan's matrices are on meta.
             matrix.to_empty(device=layer.weight.device)
+        # peft's own start: B = 0, so the first step computes the dense model's outputs.
         start.reset_lora_parameters(_ADAPTER, plan.config.init_lora_weights)
         a, b = (matrices[_ADAPTER].get_parameter("weight") for matrices in (start.lora_A, start.lora_B))
         layer.lora = LowRank(a, b, start.scaling[_ADAPTER], isinstance(layer, Conv1D))
@@ -183,6 +190,8 @@ def find_frozen_weights(model: nn.Module, space: PruningSpace) -> FrozenWeights:
 def merged(model: nn.Module) -> Iterator[None]:
     """Merge LoRA into the weights inside the context; afterwards restore everything bit for bit."""
     layers = [layer for layer in quantized_layers(model).values() if layer.lora is not None]
+    # Kept and copied back, since W + BA - BA is not W in floating point. On the CPU, since the device may have no
+    # room for the weights twice.
     before = [(layer, layer.lora, layer.weight.detach().to("cpu", copy=True)) for layer in layers]
     try:
         for layer in layers:
@@ -221,6 +230,7 @@ def merge_stored(model: nn.Module, plan: LoraPlan, stored: Mapping[str, Tensor])
 
 def save_lora(folder: Path, config: LoraConfig) -> None:
     """Write a LoraConfig into a checkpoint as peft writes it, under its own file name."""
+    # peft writes under a fixed name, which must never lie in the checkpoint.
     with tempfile.TemporaryDirectory() as draft:
         config.save_pretrained(draft)
         write_whole(folder / LORA_NAME, (Path(draft) / "adapter_config.json").read_text(encoding="utf-8"))
@@ -257,5 +267,6 @@ def _comparable(config: LoraConfig | None) -> dict[str, Any] | None:
     """Return the fields of a config that change training, with sets as sorted lists."""
     if config is None:
         return None
+    # Sets come back from JSON as lists, in any order.
     values = {name: value for name, value in config.to_dict().items() if name not in _NOTES}
     return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}

@@ -21,21 +21,27 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from geta_hf.config import CompressionConfig
-from geta_hf.errors import MemoryUnknown
+from geta_hf.errors import GETAError, MemoryUnknown
 from geta_hf.methods import Method, StepMemory, make_method
 from geta_hf.methods.frozen_weights import FrozenWeights
 from geta_hf.methods.parameter_groups import quantizer_parameters
 from geta_hf.qadg import PruningSpace, build_space
+from geta_hf.qadg.propagation.propagate import record_and_propagate
 from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs
-from geta_hf.quantization import detach_quantizers, quantized_layers
+from geta_hf.qadg.tracing.raw_reads import recorded_raw_reads
+from geta_hf.quantization import detach_quantizers, quantized_layers, select_layers
 from geta_hf.quantization.kernels import outlined
 from geta_hf.surgery.drop_layers import check_drop
 from geta_hf.training.distillation import Distiller
 from geta_hf.training.fake_tensors import OUTLINE, Live, outline_of, outlines, without_data
+from geta_hf.training.float_layers import exclude_layers, left_float
 from geta_hf.training.lora import attach_lora, find_frozen_weights, plan_lora
+from geta_hf.training.loss_terms import LossTerms, Scale
 from geta_hf.training.memory_report import PARTS, MemoryPlan, Moment
 from geta_hf.training.plan import Plan, make_ledger, make_plan
 from geta_hf.training.preparation import empty_copy, without_untrained
+from geta_hf.utils.model_io import loss_of, map_tensors
+from geta_hf.utils.module_state import running
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -78,20 +84,36 @@ def plan_memory(
         >>> memory.step.optimizer  # AdamW keeps two values of four bytes a parameter, and its step counts
         90...
     """
+    return _plan_memory(model, batch, args, config, space, plan, None if config is None else make_method(config))
+
+
+def _plan_memory(
+    model: PreTrainedModel,
+    batch: Mapping[str, Any],
+    args: TrainingArguments,
+    config: CompressionConfig | None,
+    space: PruningSpace | None,
+    plan: Plan | None,
+    method: Method | None,
+) -> MemoryPlan:
+    """Do what `plan_memory` does, for a method that may have been attached to the model."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     student = without_data(model, mode, args.device).train()
     student.config.use_cache = args.use_cache
     if args.gradient_checkpointing:
         _checkpoint(student, args)
     teacher = _fake_teacher(model, mode, args.device, config)
-    inputs = {name: outline_of(value, mode, args.device) for name, value in batch.items()}
+    inputs = {
+        name: map_tensors(partial(outline_of, mode=mode, device=args.device), item) for name, item in batch.items()
+    }
     with outlined(OUTLINE), outlines(mode):
-        distiller = _distiller(student, teacher, config)
-        backward = _forward_and_backward(student, distiller, inputs, args, _frozen(student, space))
+        terms = LossTerms(_distiller(student, teacher, config), method, partial(_autocast, args))
+        backward = _forward_and_backward(student, terms, inputs, args, _frozen(student, space))
         state, temporary, notes = _optimizer(student, args)
-    own = _method_memory(model, config, space, plan)
+    own = _method_memory(model, method, space, plan)
     held = {"optimizer": state, "pruning": own.kept}
     gradients = sum(p.nbytes for p in student.parameters() if p.requires_grad)
+    # The base optimizer's step and the method's own work come one after the other.
     temporary = max(temporary, own.temporary)
     if config is not None and config.drop_layers:
         notes = (*notes, "of the full model, though drop_layers will remove layers before training")
@@ -159,25 +181,26 @@ def _note_gradients(student: nn.Module, live: Live, frozen: FrozenWeights) -> No
 
 def _forward_and_backward(
     student: PreTrainedModel,
-    distiller: Distiller | None,
-    inputs: dict[str, Tensor],
+    terms: LossTerms,
+    inputs: dict[str, Any],
     args: TrainingArguments,
     frozen: FrozenWeights,
 ) -> Moment:
     """Run the micro-batches of one step and return the bytes alive at the highest level."""
     live = Live()
+    # By id, since a tied parameter has several names.
     own = {id(parameter) for parameter in quantizer_parameters(student, trained=False).values()}
     for tensor in (*student.parameters(), *student.buffers()):
         live.hold(tensor, "quantizers" if id(tensor) in own else "weights")
-    for tensor in () if distiller is None else (*distiller.teacher.parameters(), *distiller.teacher.buffers()):
+    teacher = nn.Module() if terms.distiller is None else terms.distiller.teacher
+    for tensor in (*teacher.parameters(), *teacher.buffers()):
         live.hold(tensor, "teacher")
-    for tensor in inputs.values():
-        live.hold(tensor, "activations")
+    map_tensors(lambda tensor: live.hold(tensor, "activations"), inputs)
     _note_gradients(student, live, frozen)
     try:
         with live:
-            for _ in range(min(2, args.gradient_accumulation_steps)):  # from the second on, gradients stay
-                _loss(student, distiller, inputs, args).backward()
+            for _ in range(min(2, args.gradient_accumulation_steps)):  # from the second on there are gradients
+                _loss(student, terms, inputs, args).backward()
     except Exception as error:  # a model's own code may fail on tensors without data in any way
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MemoryUnknown(f"the memory of {type(student).__name__} can't be foreseen: {text}") from error
@@ -187,24 +210,30 @@ def _forward_and_backward(
     return Moment(**{part: live.highest[part] for part in PARTS})
 
 
-def _loss(
-    student: PreTrainedModel, distiller: Distiller | None, inputs: dict[str, Tensor], args: TrainingArguments
-) -> Tensor:
-    """Return the loss as `GETATrainer.compute_loss` computes it under Accelerate."""
+def _autocast(args: TrainingArguments) -> torch.autocast:
     half = torch.float16 if args.fp16 else torch.bfloat16
+    return torch.autocast(args.device.type, half, enabled=args.bf16 or args.fp16)
 
-    def autocast() -> torch.autocast:
-        return torch.autocast(args.device.type, half, enabled=args.bf16 or args.fp16)
 
-    with autocast():
-        outputs = student(**(inputs if distiller is None else distiller.student_inputs(inputs)))
-    if args.bf16 or args.fp16:
-        outputs = convert_to_fp32(outputs)
-    loss = outputs["loss"]
-    if distiller is not None:
-        with autocast():
-            loss = loss + distiller.loss(inputs, outputs)
-    return loss
+def _loss(student: PreTrainedModel, terms: LossTerms, inputs: dict[str, Any], args: TrainingArguments) -> Tensor:
+    """Return the loss as a trainer computes it under Accelerate, with the terms of distillation and of the method."""
+    own = student.forward
+
+    def forward(**asked: Any) -> Any:
+        with _autocast(args):
+            outputs = own(**asked)
+        # Accelerate does this around the forward. For a large vocabulary these logits are the largest tensor of a
+        # step.
+        return convert_to_fp32(outputs) if args.bf16 or args.fp16 else outputs
+
+    def compute_loss(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        loss = loss_of(model(**inputs))
+        if loss is None:
+            raise GETAError("the batch holds no labels, so there is no loss; add them")
+        return loss
+
+    with running(student, forward):
+        return terms.around(compute_loss, lambda: student, lambda _: Scale())(student, inputs)
 
 
 # --- the optimizer ------------------------------------------------------------------------------------------------
@@ -223,6 +252,8 @@ def _optimizer(student: PreTrainedModel, args: TrainingArguments) -> tuple[int, 
                 live.hold(parameter, "weights")
                 live.hold(parameter.grad, "gradients")  # type: ignore[arg-type]
             before = live.level
+            # State is made in the first step, and what is alive afterwards is state; the rest of the peak is
+            # temporary.
             optimizer = kind(parameters, **options)
             optimizer.step()
             state = live.level - before
@@ -248,12 +279,12 @@ def _optimizer_by_name(
 
 
 def _method_memory(
-    model: nn.Module, config: CompressionConfig | None, space: PruningSpace | None, plan: Plan | None
+    model: nn.Module, method: Method | None, space: PruningSpace | None, plan: Plan | None
 ) -> StepMemory:
     """Return what the method itself takes in a step; nothing where it is not known what will be pruned."""
-    if config is None or space is None or plan is None:
+    if method is None or space is None or plan is None:
         return StepMemory()
-    return make_method(config).memory(model, space, plan.removed_groups)
+    return method.memory(model, space, plan.removed_groups)
 
 
 def _trial_cut_memory(model: PreTrainedModel, batch: Mapping[str, Tensor], space: PruningSpace | None) -> int:
@@ -267,7 +298,8 @@ def _trial_cut_memory(model: PreTrainedModel, batch: Mapping[str, Tensor], space
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     if ids is None or not isinstance(vocabulary, int) or not model.can_generate():
         return copies
-    # Two rows of the batch and one more; eager and sdpa, cut and masked, and one that was measured beside them.
+    # Two rows of the batch and one more. Each has five logits tensors: for eager and sdpa those of the cut and of the
+    # masked model, and a fifth that was found by measuring.
     return copies + (min(2, ids.shape[0]) + 1) * ids.shape[1] * vocabulary * 5 * model.dtype.itemsize
 
 
@@ -276,7 +308,7 @@ def _trial_cut_memory(model: PreTrainedModel, batch: Mapping[str, Tensor], space
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run would do, found without weights: the space, the plan (both None for a plain run) and the memory.
+    """Hold what a run would do, found without weights: space and plan (both None for a plain run), and the memory.
 
     Example:
         >>> import torch
@@ -317,7 +349,7 @@ def dry_run(
         args: Trainer's own.
         config: None for a plain run.
         peft_config: as GETATrainer takes it, with `config`.
-        steps: of the optimizer in the whole run, where it is known; `args.max_steps` needs no repetition.
+        steps: of the optimizer in the entire run, where it is known; `args.max_steps` needs no repetition.
 
     Raises:
         GETAError: nothing to quantize or to prune, a target out of reach, layers to drop that can't be, stages that do
@@ -342,19 +374,25 @@ def dry_run(
     parameters = sum(parameter.numel() for parameter in empty.parameters())
     if config is None:
         return DryRun(parameters, None, None, plan_memory(empty, batch, args))
-    method = make_method(config)
-    _check_stages(method, args, steps)
+    _check_stages(make_method(config), args, steps)
+    # Recording computes masks and positions from real values, and of `batch` only the shapes count.
     example = make_dummy_inputs(empty)
     if config.drop_layers:
         check_drop(empty, config.drop_layers, example)
-    space = build_space(empty, example, prune=config.prune, keep=config.keep)
+    flow = record_and_propagate(empty, example, times=2)
+    space = build_space(empty, example, prune=config.prune, keep=config.keep, flow=flow)
     space = space if peft_config is not None else without_untrained(space, empty)
+    # In GETATrainer's order: the space without quantizers, the plan with them and before LoRA.
+    layers = select_layers(empty, config.include, config.exclude)
+    excluded = exclude_layers(config, recorded_raw_reads(flow.graph, empty, layers), layers)
+    method = make_method(excluded)
     method.attach(empty, None)
-    plan = make_plan(config, space, make_ledger(empty, space, embedding_bits=config.embedding_bits), empty)
+    ledger = make_ledger(empty, space, embedding_bits=config.embedding_bits)
+    plan = make_plan(config, space, ledger, empty, left_float(config, excluded))
     if peft_config is not None:
         attach_lora(empty, plan_lora(empty, peft_config, quantized_layers(empty)))
     try:
-        return DryRun(parameters, space, plan, plan_memory(empty, batch, args, config, space, plan))
+        return DryRun(parameters, space, plan, _plan_memory(empty, batch, args, config, space, plan, method))
     except MemoryUnknown as error:
         error.plan = plan
         raise

@@ -12,7 +12,7 @@ PARTS = {
     "quantizers": "quantizers (d, q_m, t)",
     "gradients": "gradients",
     "optimizer": "optimizer state",
-    "pruning": "slices being forgotten",
+    "pruning": "slices being removed",
     "teacher": "teacher",
     "activations": "activations, temporaries",
 }
@@ -41,7 +41,7 @@ class MemoryPlan:
     """The moments that may hold the most memory, of one process on its device.
 
     Attributes:
-        preparation: while GETATrainer is made, where cutting is rehearsed on copies; empty for a plain run.
+        preparation: while GETATrainer is made, with the copies of the trial cut; empty for a plain run.
         backward: the highest level of forward and backward, in the joint stage, once the optimizer has its state.
         step: the highest level of the optimizer's step, QASSO's own part included.
         notes: what could not be counted.
@@ -73,6 +73,7 @@ class MemoryPlan:
         unit, scale = ("GB", 1e9) if self.peak >= 1e9 else ("MB", 1e6)
         sizes = [(text, [getattr(moment, part) / scale for moment in moments]) for part, text in PARTS.items()]
         sizes.append(("in all", [moment.total / scale for moment in moments]))
+        # A part that is zero at all moments, such as a teacher that there is not, gets no row.
         rows = [(text, *(f"{value:,.2f}" for value in values)) for text, values in sizes if any(values)]
         table = format_table((f"memory, {unit}", "before", "forward and backward", "optimizer's step"), rows)
         return "\n".join((table, f"peak: {self.peak / scale:,.2f} {unit}", *self.notes))

@@ -26,7 +26,7 @@ from geta_hf.serialization.sizes import stored_names
 from geta_hf.utils.tables import format_table
 
 _NAMED = 4
-"""How many modules without a quantizer a plan names."""
+"""Number of modules without a quantizer that a plan names."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will end with.
+    """Hold what a run will end with.
 
     Attributes:
         rows: the prunable families. Training chooses which of them lose more and which less.
@@ -59,12 +59,14 @@ class Plan:
         groups: prunable groups.
         kept_parameters: share of the prunable parameters that would remain.
         mean_bits: planned mean width of the weights; None where it is learned without a budget.
+        input_bits: planned mean width of the layers' inputs; None where they are not quantized.
         relative_bops: of the quantized layers, against 32 · 32 bits.
         bytes: of the exported model.safetensors.
         unquantized: modules in the model's lists of layers with a matrix that no quantizer covers, numbers as `*`,
             the largest first.
         unquantized_share: their share of all matrix weights in those lists.
         without_heads: a sentence for each kind of module that counts heads of which none is found, with the reason.
+        left_float: layers without a quantizer, since the model reads their weights itself; numbers as `*`.
 
     Example:
         >>> import torch
@@ -87,34 +89,49 @@ class Plan:
     mean_bits: float | None
     relative_bops: float
     bytes: int
+    input_bits: float | None = None
     unquantized: tuple[str, ...] = ()
     unquantized_share: float = 0.0
     without_heads: tuple[str, ...] = ()
+    left_float: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         header = ("families", "number", "groups of each", "to remove if even", "kept")
         table = [(r.kind, f"{r.families}", f"{r.groups}", f"{r.removed}", f"{r.groups - r.removed}") for r in self.rows]
         bits = "learned" if self.mean_bits is None else f"{self.mean_bits:.2f}"
+        inputs = "" if self.input_bits is None else f", of inputs {self.input_bits:.2f}"
         about = "" if self.exact else "about "
         lines = [
             format_table(header, table),
             f"groups to remove: {about}{self.removed_groups:,} of {self.groups:,}; prunable parameters kept: "
             f"{self.kept_parameters:.1%}",
-            f"mean bits: {bits}; relative BOPs: {self.relative_bops:.2%}; exported model: {self.bytes / 1e6:,.2f} MB",
+            f"mean bits: {bits}{inputs}; relative BOPs: {self.relative_bops:.2%}; "
+            f"exported model: {self.bytes / 1e6:,.2f} MB",
         ]
         if self.unquantized:
             more = len(self.unquantized) - _NAMED
             names = ", ".join(self.unquantized[:_NAMED]) + (f" and {more} more" if more > 0 else "")
             lines.append(f"not quantized: {self.unquantized_share:.1%} of the layers' matrix weights ({names})")
+        if self.left_float:
+            lines.append(
+                f"left in floating point, as the model reads their weights itself: {', '.join(self.left_float)}"
+            )
         return "\n".join((*lines, *self.without_heads))
 
 
-def make_plan(config: CompressionConfig, space: PruningSpace, ledger: Ledger, model: nn.Module | None = None) -> Plan:
+def make_plan(
+    config: CompressionConfig,
+    space: PruningSpace,
+    ledger: Ledger,
+    model: nn.Module | None = None,
+    left_float: tuple[str, ...] = (),
+) -> Plan:
     """Solve the targets of a config for a model.
 
     Args:
         config, space, ledger: of the model.
         model: with its quantizers attached, to say which weights have none; without it nothing is said of that.
+        left_float: as in `Plan`.
 
     Raises:
         GETAError: a target that can't be reached; says what can.
@@ -123,7 +140,7 @@ def make_plan(config: CompressionConfig, space: PruningSpace, ledger: Ledger, mo
     target = solve_target(config, families, ledger)
     removal = even_removal(target, families, ledger, Limits.of(config))
     removed = ledger.groups - int(target.amount) if target.unit == GROUPS else int(removal.sum())
-    whole = ledger.prunable_parameters(ledger.nothing)
+    before = ledger.prunable_parameters(ledger.nothing)
     unquantized, share = ((), 0.0) if model is None else _unquantized(model)
     return Plan(
         rows=_rows(space, removal),
@@ -131,31 +148,36 @@ def make_plan(config: CompressionConfig, space: PruningSpace, ledger: Ledger, mo
         removed_groups=removed,
         exact=target.unit == GROUPS and not config.uniform and config.multiple_of == 1,
         groups=ledger.groups,
-        kept_parameters=ledger.prunable_parameters(removal) / max(whole, 1),
+        kept_parameters=ledger.prunable_parameters(removal) / max(before, 1),
         mean_bits=target.bits if target.budgets else None,
         relative_bops=ledger.relative_bops(removal, target.bits, target.input_bits),
         bytes=int(target.spent(BYTES, ledger, removal, target.bits)),
+        input_bits=None if config.activation_bits is None else target.input_bits,
         unquantized=unquantized,
         unquantized_share=share,
         without_heads=() if model is None else missing_heads(model, space),
+        left_float=left_float,
     )
 
 
 def _unquantized(model: nn.Module) -> tuple[tuple[str, ...], float]:
     """Find modules in lists of layers whose matrices no quantizer covers, and their share of all matrices there."""
     base: nn.Module = getattr(model, "base_model", model)
+    # Embeddings and heads outside these lists usually stay float on purpose. Inside, experts that are stored as one
+    # stacked parameter are easily overlooked.
     inside = {id(part) for blocks in base.modules() if isinstance(blocks, nn.ModuleList) for part in blocks.modules()}
     matrices = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # no norms, no biases
     covered = {id(layer.weight) for layer in quantized_layers(model).values()}
-    bare, whole = Counter[str](), 0
+    bare = Counter[str]()
+    total = 0
     for path, module in model.named_modules():
         if id(module) not in inside or isinstance(module, nn.Embedding):
             continue
         for name, tensor in module.named_parameters(path, recurse=False):
             if tensor.ndim >= 2 and name in matrices:
-                whole += tensor.numel()
+                total += tensor.numel()
                 bare[re.sub(r"\b\d+\b", "*", path)] += 0 if id(tensor) in covered else tensor.numel()
-    return tuple(path for path, count in bare.most_common() if count), sum(bare.values()) / max(whole, 1)
+    return tuple(path for path, count in bare.most_common() if count), sum(bare.values()) / max(total, 1)
 
 
 def _rows(space: PruningSpace, removal: Tensor) -> tuple[PlanRow, ...]:
@@ -176,7 +198,7 @@ def make_ledger(
     """Measure everything that an export would store of a model that is about to be trained.
 
     Args:
-        model: with its quantizers attached, whole in this process.
+        model: with its quantizers attached, complete in this process.
         space: its pruning space.
         uses: of `layer_uses`; by default every weight is used equally often.
         embedding_bits: width of the input embedding in the export; None where it is not rounded.
@@ -188,6 +210,7 @@ def make_ledger(
     quantizers = (n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Quantizer))
     own = {f"{name}.{leaf}" for name in quantizers for leaf in ("d", "q_m", "t")}
     shapes, item_bytes, seen = {}, {}, set()
+    # keep_vars gives the tensors themselves: detached ones would be new objects, and tied weights would count twice.
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name not in own and id(tensor) not in seen:
             seen.add(id(tensor))
@@ -207,6 +230,7 @@ def _stored_names(model: nn.Module, ledger: Ledger) -> dict[str, list[tuple[str,
     """Map names of tensors and their step sizes to the names that a file uses, where these differ."""
     if not isinstance(model, PreTrainedModel):
         return {}
+    # A file's header holds the names, so their lengths count where the target is in bytes.
     packed = [layer.weight for layer in ledger.layers]
     scales = [f"{name}_scale" for name in (*packed, *ledger.row_bits)]
     inputs = [f"{name.removesuffix('weight')}input_scale" for name in packed]

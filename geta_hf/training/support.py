@@ -36,6 +36,7 @@ class Launch:
         plugin = getattr(accelerator.state, "fsdp_plugin", None)
         parallel = getattr(accelerator, "parallelism_config", None)
         by_config = parallel is not None and parallel.tp_enabled
+        # By getattr, since older versions of Accelerate lack some fields. A plugin without a version is FSDP 1.
         return cls(
             deepspeed=getattr(accelerator.state, "deepspeed_plugin", None) is not None,
             fsdp_version=None if plugin is None else getattr(plugin, "fsdp_version", 1),
@@ -59,11 +60,6 @@ def check_options(
         raise GETAError("a ready-made scheduler does not know the quantizers; pass optimizers=(optimizer, None)")
     if args.auto_find_batch_size:
         raise GETAError("auto_find_batch_size restarts training half-way; find the batch size without GETATrainer")
-    if args.load_best_model_at_end:
-        raise GETAError(
-            "load_best_model_at_end would bring back a checkpoint from before groups and bits were removed; "
-            "turn it off, the last checkpoint is the compressed one"
-        )
     _check_optimizer_name(OptimizerNames(args.optim).value)
     check_launch(launch)
     if lora:
@@ -71,9 +67,10 @@ def check_options(
 
 
 def _check_optimizer_name(name: str) -> None:
+    # By parts of the name, since each comes in several forms (galore_adamw_8bit_layerwise).
     if "lomo" in name or name.endswith("layerwise"):
         raise GETAError(
-            f"optim = {name!r} updates weights while gradients are computed, where groups can't be forgotten; "
+            f"optim = {name!r} updates weights while gradients are computed, so no step can remove groups; "
             f"use adamw_torch_fused, or adamw_8bit to save memory"
         )
     if name.startswith("schedule_free"):

@@ -61,10 +61,12 @@ def check_configs(student: PreTrainedModel, teacher: PreTrainedModel, hidden: bo
     _check_equal(student, teacher, "vocab_size", "a teacher of the same tokenizer reads and predicts the same tokens")
     if not student.can_generate():  # a language model's label count is a default that nothing uses
         _check_equal(student, teacher, "num_labels", "give a teacher trained for the same labels")
+        # Logits are compared by position, so the same labels in another order would teach the wrong ones.
         ours, theirs = (dict(model.config.id2label or {}) for model in (student, teacher))
         if ours != theirs and set(ours.values()) == set(theirs.values()):
             raise GETAError(f"the teacher's labels are {theirs}, the student's {ours}; bring them into one order")
     if hidden:
+        # Where layers were dropped the teacher has more of them by intention.
         deeper = kept and getattr(teacher.config, "num_hidden_layers", 0) > kept[-1]
         sizes = ["hidden_size"] if deeper else ["hidden_size", "num_hidden_layers"]
         for size in sizes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 import os
 from functools import partial
@@ -12,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from geta_hf.config import CONFIG_NAME, CompressionConfig, GETAConfig
@@ -31,13 +30,21 @@ from geta_hf.serialization.tied_weights import check_ties
 from geta_hf.surgery.build_space import prepare_space
 from geta_hf.surgery.drop_layers import DroppedLayers, drop_layers, mean_loss
 from geta_hf.training.checkpoints import Progress, base_name, check_checkpoint, write_notes
+from geta_hf.training.complete import mark_complete, mark_unfinished, newest_to_resume
 from geta_hf.training.distillation import Distiller, dense_copy
 from geta_hf.training.dtypes import DTypes, dtypes_of, unrounded, warn_of_other_dtypes
 from geta_hf.training.early_checks import check_exports, check_is_model, check_length, check_model
+from geta_hf.training.example_inputs import find_left_out, inputs_of
+from geta_hf.training.float_layers import check_first_gradients, exclude_raw_reads, left_float
+from geta_hf.training.looked_at import keep_looked_at, looking_at
 from geta_hf.training.lora import LoraPlan, attach_lora, find_frozen_weights, merged, plan_lora
+from geta_hf.training.loss_terms import LossTerms, Scale
 from geta_hf.training.plan import Plan, layer_uses, make_ledger, make_plan
-from geta_hf.training.preparation import SeededByEpoch, empty_copy, first_batches, without_untrained
+from geta_hf.training.preparation import SeededByEpoch, empty_copy, first_batches, planned_steps, without_untrained
+from geta_hf.training.processes import by_first_process, decided_by_first_process
+from geta_hf.training.publishing import PublishingTrainer
 from geta_hf.training.support import Launch, check_options, check_plain
+from geta_hf.utils.model_io import to_device
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -45,12 +52,12 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
-class GETATrainer(Trainer):
+class GETATrainer(PublishingTrainer):
     """Compress a model while it is fine-tuned.
 
-    The type of the config chooses the method: `GETAConfig` is QASSO. Quantizers are put on the model, the pruning space
-    is built from a real batch and the targets are solved as soon as the trainer is made, so a model or a limit that
-    cannot work fails before training.
+    The type of the config chooses the method: `GETAConfig` is QASSO. As soon as the trainer is made, quantizers are
+    attached to the model, the pruning space is built from a real batch and the targets are solved. So a model or a
+    limit that cannot work fails before training.
 
     Args:
         model: the model to train, changed in place.
@@ -65,8 +72,8 @@ class GETATrainer(Trainer):
     Attributes:
         method: the compression method.
         dropped: the layers that the model lost under `drop_layers`.
-        run_config: `geta_config` with the paths of the dropped layers in place of their number; checkpoints and the
-            export hold this one.
+        run_config: `geta_config` with the paths of the dropped layers in place of their number, and with the layers
+            excluded whose weight the model reads itself; checkpoints and the export hold this one.
         space: the pruning space.
         plan: what the run is to end with; printed when the trainer is made.
 
@@ -106,7 +113,7 @@ class GETATrainer(Trainer):
     ) -> None:
         if model is None:
             raise GETAError("GETATrainer needs `model`; `model_init` would make models that no method has seen")
-        self.geta_config = geta_config or GETAConfig()
+        self.geta_config = self.run_config = geta_config or GETAConfig()
         self.method: Method = make_method(self.geta_config)
         self.lora = self._check_model(model, peft_config)
         super().__init__(model=model, args=args, **kwargs)
@@ -114,29 +121,38 @@ class GETATrainer(Trainer):
         check_length(self.args)
         check_options(self.args, launch, self.optimizer, self.lr_scheduler, lora=self.lora is not None)
         # Kept, since later on not every process may draw from the loader, which all of them share.
-        self._batch = {name: value[:2] for name, value in self._sample_batches(1)[0].items()}
+        self._batch = self._choose_batch(model)
+        self.method.check_stages(*planned_steps(self.args, self.get_train_dataloader))
         check_exports(model, self._batch, self._layers_to_quantize(model))
         teacher = self._choose_teacher(model, teacher)
         self.dropped = self._drop_layers(model)
         self.run_config = self._resolve_config()
         try:
+            self._leave_float(model)
             self.lora = self._replan_lora(model)
             self.space = self._find_space(model)
             self.distiller = self._make_distiller(model, teacher)
             self.method.attach(model, self._sample_batches)
             check_ties(model)
             self._ledger = self._measure_sizes(model)
-            self.plan: Plan = make_plan(self.geta_config, self.space, self._ledger, model)
+            self.plan: Plan = make_plan(
+                self.geta_config, self.space, self._ledger, model, left_float(self.geta_config, self.run_config)
+            )
             if self.lora is not None:
+                # Last, since the matrices are merged before an export: no size and no bit width counts them.
                 attach_lora(model, self.lora)
+            self._terms = LossTerms(self.distiller, self.method, self.accelerator.autocast)
+            self.compute_loss = self._terms.around(self.compute_loss, lambda: self._plain_model, self._loss_scale)  # type: ignore[method-assign]
         except BaseException:
             detach_quantizers(model)  # so that the same model can be tried again under another config
             self.dropped.restore()
             raise
+        # Until here a failure gives the layers back; from here on they only take memory.
         self.dropped.release()
+        # Training will turn the model's parameters into shards; an export fills this copy, whose shapes are complete.
         self._skeleton = empty_copy(model) if self.is_fsdp_enabled else None
         self._bad_loss = torch.zeros((), dtype=torch.bool, device=self.args.device)
-        self._wrapped = False
+        self._wrapped = self._gradients_checked = False
         self._dtypes: DTypes = {}
         self._print_plan()
 
@@ -171,7 +187,7 @@ class GETATrainer(Trainer):
         return lora
 
     def _layers_to_quantize(self, model: nn.Module) -> dict[str, nn.Module]:
-        return select_layers(model, self.geta_config.include, self.geta_config.exclude)
+        return select_layers(model, self.run_config.include, self.run_config.exclude)
 
     def _choose_teacher(self, model: nn.Module, teacher: nn.Module | None) -> nn.Module | None:
         """Return the given teacher, or a copy of the model before layers are dropped and quantizers attached."""
@@ -201,7 +217,7 @@ class GETATrainer(Trainer):
         if not wanted:
             return DroppedLayers()
         named = not isinstance(wanted, int)
-        batches = [] if named else first_batches(self.get_train_dataloader, self.geta_config.calibration_batches)
+        batches = [] if named else self._first_batches(self.geta_config.calibration_batches)
 
         def loss() -> float:
             with self.accelerator.autocast():
@@ -216,6 +232,13 @@ class GETATrainer(Trainer):
             return self.geta_config
         return dataclasses.replace(self.geta_config, drop_layers=list(self.dropped.removed))
 
+    def _leave_float(self, model: nn.Module) -> None:
+        """Exclude layers whose weight the model reads itself, past the layer's forward and any quantizer."""
+        known = self.run_config
+        self.run_config = exclude_raw_reads(known, model, self._layers_to_quantize(model), self._batch)
+        if self.run_config is not known:
+            self.method = make_method(self.run_config)
+
     def _find_space(self, model: nn.Module) -> PruningSpace:
         """Build the pruning space; families that the model's code cannot follow are no longer prunable."""
         # Under LoRA every weight is frozen, and groups are removed through the merged weight.
@@ -226,8 +249,8 @@ class GETATrainer(Trainer):
         return space
 
     def _replan_lora(self, model: nn.Module) -> LoraPlan | None:
-        """Plan LoRA again where layers were dropped: paths of the remaining ones have changed."""
-        if self.lora is None or not self.dropped.removed:
+        """Plan LoRA again where layers were dropped, which changes the paths of others, or left float."""
+        if self.lora is None or self.run_config is self.geta_config:
             return self.lora
         return plan_lora(model, self.lora.config, self._layers_to_quantize(model))
 
@@ -236,22 +259,40 @@ class GETATrainer(Trainer):
         uses = layer_uses(model, self._batch)
         return make_ledger(model, self.space, uses, self.geta_config.embedding_bits, self.dropped.work)
 
-    def _sample_batches(self, count: int) -> list[dict[str, Tensor]]:
+    def _sample_batches(self, count: int) -> list[dict[str, Any]]:
         """Return the first batches without labels, on the model's device; random states are left as they were."""
+        inputs = [inputs_of(self._plain_model, batch, self._left_out) for batch in self._first_batches(count)]
+        return [to_device(batch, self.args.device) for batch in inputs]
+
+    def _choose_batch(self, model: nn.Module) -> dict[str, Any]:
+        """Return a batch of two rows for recordings and proofs, collated as in training, without its labels."""
         if self.train_dataset is None:
             raise GETAError("GETATrainer needs `train_dataset`: the pruning space is built from a batch of it")
-        return [self._inputs_of(batch) for batch in first_batches(self.get_train_dataloader, count)]
+        if self.args.dataloader_num_workers == 0:  # workers read copies of a stream
+            self.train_dataset = keep_looked_at(self.train_dataset)
+        full = self._first_batches(1)[0]  # which training needs in any case
+        try:
+            # Rows are not cut out of a batch, since tensors need not be indexed by row along their first dimension.
+            batch = self._first_batches(1, rows=2)[0]
+        except Exception:  # a collator or a sampler of the user's needs more rows
+            batch = full
+        self._left_out = find_left_out(model, batch, self.label_names)
+        return to_device(inputs_of(model, batch, self._left_out), self.args.device)
 
-    def _inputs_of(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        known = inspect.signature(self._plain_model.forward).parameters
-        if "decoder_input_ids" in known and "decoder_input_ids" not in batch and "labels" in batch:
-            # Given labels alone the model would make them itself, but the graph is recorded without a loss.
-            batch["decoder_input_ids"] = batch["labels"].clamp(min=0)
-        return {
-            name: value.to(self.args.device)
-            for name, value in batch.items()
-            if isinstance(value, Tensor) and name in known and name not in self.label_names
-        }
+    def _first_batches(self, count: int, rows: int | None = None) -> list[dict[str, Any]]:
+        """Return the first batches as training will see them; random states and streams are left as they were.
+
+        Args:
+            count: how many.
+            rows: of a batch, at most; those of training by default.
+        """
+        full = self._train_batch_size
+        self._train_batch_size = full if rows is None else min(rows, full)
+        try:
+            with looking_at(self.train_dataset):
+                return first_batches(self.get_train_dataloader, count)
+        finally:
+            self._train_batch_size = full
 
     def _print_plan(self) -> None:
         if not self.is_world_process_zero():
@@ -272,9 +313,12 @@ class GETATrainer(Trainer):
         if self._wrapped and self.optimizer is not None:
             return self.optimizer  # resumed in the same trainer; `train` has checked that
         opt_model: nn.Module = self._plain_model if model is None else model
+        # Under FSDP2 Trainer calls this after it has sharded the model, which replaces the parameters: names are
+        # those of `model` as it is given here.
         base = super().create_optimizer(opt_model)
         names: dict[Tensor, str] = {parameter: name for name, parameter in opt_model.named_parameters()}
         self.optimizer = self.method.wrap_optimizer(base, names, opt_model, self._describe_run(opt_model))
+        self.optimizer.register_step_pre_hook(self._check_terms)
         self._wrapped = True
         return self.optimizer
 
@@ -318,10 +362,15 @@ class GETATrainer(Trainer):
                 f"this trainer has done {self.method.step_count} steps already; resume from a checkpoint, "
                 f"or make a new trainer on a plain model"
             )
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         self._bad_loss = torch.zeros((), dtype=torch.bool, device=self.args.device)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.method.finish()
         self._dtypes = dtypes_of(self._plain_model)
+        self._say_what_is_missing()
+        if self.args.push_to_hub:
+            self._push_if_finished("End of training")
         return output
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -329,60 +378,77 @@ class GETATrainer(Trainer):
         with unrounded(self._plain_model, self.args):
             return super().evaluation_loop(*args, **kwargs)
 
+    def _say_what_is_missing(self) -> None:
+        """Warn after training where there is no result yet, or no best model among the finished ones."""
+        if not self.method.finished:
+            logger.warning(
+                "training ended at step %d of %d, before the compression was finished, so the model can't be exported "
+                "yet: resume from a checkpoint. A callback that stops early has to wait until trainer.method.finished "
+                "is true",
+                self.state.global_step,
+                self.state.max_steps,
+            )
+        elif self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
+            logger.warning(
+                "load_best_model_at_end found no checkpoint that was evaluated and saved after the compression was "
+                "finished, so the model is that of the last step; evaluate and save more often"
+            )
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Compare finished models alone; before, neither the best model nor early stopping counts an evaluation."""
+        if self._wrapped and self.method.finished:
+            return super()._determine_best_metric(metrics, trial)
+        # Early stopping counts nothing as long as there is no best metric.
+        self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
+        return False
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run Trainer's step; remember, without waiting for the device, whether a loss was not finite."""
         self.method.before_backward(self._plain_model)
         loss = super().training_step(*args, **kwargs)
+        if not self._gradients_checked:
+            check_first_gradients(self._plain_model)
+            self._gradients_checked = True
         self._bad_loss = self._bad_loss | ~torch.isfinite(loss.detach())
         return loss
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Return Trainer's loss; in training with the terms of distillation and of the method added."""
-        if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        asked = inputs if self.distiller is None else self.distiller.student_inputs(inputs)
-        loss, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
-        if self.distiller is not None:
-            loss = loss + self._distillation_term(inputs, outputs, num_items_in_batch)
-        term = self.method.extra_loss(self._plain_model)
-        if term is not None:
-            loss = loss + self._share_of_step(term, num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
+    def _loss_scale(self, items: Tensor | int | None) -> Scale:
+        """Return how Trainer adds up the losses of micro-batches."""
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # what a subclass says of its own loss
+        if scaled is None:
+            # Trainer counts labels only where the model, or the user's function, divides by their number.
+            scaled = items is not None or self.compute_loss_func is not None
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return Scale(self.current_gradient_accumulation_steps, not scaled, processes)
 
-    def _distillation_term(self, inputs: dict[str, Any], outputs: Any, items: Tensor | int | None) -> Tensor:
-        assert self.distiller is not None
-        count: Any = items
-        if items is not None and self.args.average_tokens_across_devices:
-            count = items / self.accelerator.num_processes  # Trainer's count is the sum over processes
-        with self.accelerator.autocast():  # Accelerate puts autocast around the student's forward alone
-            term = self.distiller.loss(inputs, outputs, count)
-        if items is None and self.compute_loss_func is not None:
-            term = term / self.current_gradient_accumulation_steps  # otherwise Trainer divides the sum
-        return term
-
-    def _share_of_step(self, term: Tensor, items: Tensor | int | None) -> Tensor:
-        """Return the share of one micro-batch in a term that counts once a step."""
-        if items is None and self.compute_loss_func is None:
-            return term  # Trainer divides the loss by the number of micro-batches
-        return term / self.current_gradient_accumulation_steps
+    def _check_terms(self, *_: object) -> None:
+        """Raise GETAError at an optimizer's step without a loss that holds the terms of distillation and the method."""
+        if self._terms.any and not self._terms.used:
+            raise GETAError(
+                f"the loss was computed without self.compute_loss, so what distillation or the method adds to it is "
+                f"missing; call self.compute_loss in {type(self).__name__}.training_step, and do not replace it on the "
+                f"trainer"
+            )
 
     def _check_finite(self) -> None:
         if self._wrapped:
             self.method.check_finite()
         if bool(self._bad_loss):
             raise GETAError(
-                f"the loss was NaN or infinite by step {self.state.global_step}; the last checkpoint is intact. "
-                f"Lower the learning rate or check the data"
+                f"the loss was NaN or infinite by step {self.state.global_step}. Lower the learning rate or check the "
+                f"data, and {self._way_back()}"
             )
+
+    def _way_back(self) -> str:
+        """Return where a run that failed can go on from, as the end of a sentence."""
+        try:
+            return f"resume from {newest_to_resume(Path(str(self.args.output_dir)))}, which is intact"
+        except GETAError:
+            return "start again, as no checkpoint was saved"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as Trainer does, with the metrics of the method next to the loss."""
+        # Trainer has just waited for the device to read the loss, so reading these values costs no further wait.
         self._check_finite()
         if self._wrapped and "loss" in logs:
             logs.update(self.compression_state())
@@ -402,6 +468,7 @@ class GETATrainer(Trainer):
     # --- checkpoints and export ---------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # Before anything is written: a bad checkpoint could push the last good one out (save_total_limit).
         self._check_finite()
         super()._save(output_dir, state_dict)
         progress = self._describe_progress()
@@ -428,16 +495,39 @@ class GETATrainer(Trainer):
             base_name(self._plain_model),
         )
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        check_checkpoint(
-            Path(resume_from_checkpoint),
-            self.run_config,
-            self._plain_model,
-            self.args.world_size,
-            self.is_fsdp_enabled,
-            self._lora_config,
-        )
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save as Trainer does; the checkpoint is marked as complete last, and only then are older ones deleted."""
+        run = self._get_output_dir(trial=trial)
+        folder = Path(run) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            mark_unfinished(folder)
+        limit = self.args.save_total_limit
+        self.args.save_total_limit = None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # each process writes its random states, or its shards
+        if self.args.should_save:
+            mark_complete(folder)
+            rotate_checkpoints(run, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _checkpoint_to_resume(self, asked: str | bool) -> str:
+        """Return the checkpoint that is named, or the newest complete one, as the first process finds it."""
+
+        def find() -> str:
+            folder = newest_to_resume(Path(str(self.args.output_dir))) if asked is True else Path(str(asked))
+            check_checkpoint(
+                folder,
+                self.run_config,
+                self._plain_model,
+                self.args.world_size,
+                self.is_fsdp_enabled,
+                self._lora_config,
+            )
+            return str(folder)
+
+        return decided_by_first_process(self.accelerator, find)
 
     def export_model(self, directory: str | os.PathLike[str], overwrite: bool = False) -> ExportReport | None:
         """Write the small folder: zero groups sliced away, weights packed at their bits; tokenizer and card included.
@@ -447,31 +537,49 @@ class GETATrainer(Trainer):
             overwrite: replace an existing model folder. Default: False.
 
         Returns:
-            What was written; None on processes other than the first. All processes have to call it.
+            What was written; None on processes other than the first. All processes have to call it, and return once
+            the folder is there.
 
         Raises:
             GETAError: the method has not finished, or the reloaded folder disagrees with the model.
         """
-        # Both exchange shards under FSDP2, so every process takes part before all but the first return.
+        # Both exchange shards under FSDP2, so every process takes part.
         result = self.method.result()
         model = self._gather_model()
-        if not self.is_world_process_zero():
-            return None
         warn_of_other_dtypes(model, self._dtypes)
-        card = partial(write_card, base_model=base_name(model), repo_id=Path(directory).resolve().name)
-        with merged(model):
-            return export(
-                model,
-                directory,
-                space=self.space,
-                batch={name: value.to(model.device) for name, value in self._batch.items()},
-                config=self.run_config,
-                processing_class=self.processing_class,
-                result=result,
-                embedding_bits=self.geta_config.embedding_bits,
-                finish=card,
-                overwrite=overwrite,
-            )
+
+        def write() -> ExportReport:
+            card = partial(write_card, base_model=base_name(model), repo_id=Path(directory).resolve().name)
+            with merged(model):
+                return export(
+                    model,
+                    directory,
+                    space=self.space,
+                    batch=to_device(self._batch, model.device),
+                    config=self.run_config,
+                    processing_class=self.processing_class,
+                    result=result,
+                    embedding_bits=self.geta_config.embedding_bits,
+                    finish=card,
+                    overwrite=overwrite,
+                )
+
+        return by_first_process(self.accelerator, write)
+
+    def restore_compression(self) -> None:
+        """Set removed groups to zero and bit widths to their final values again, after something changed the model.
+
+        Averages of weights over the run (EMA, SWA), noise, or the weights of an earlier state are not compressed: what
+        was removed is not zero in them. All processes have to call this.
+
+        Raises:
+            GETAError: the method has not finished.
+
+        Example:
+            Average the weights in a callback, copy the averages to the model in `on_train_end`, then call
+            `trainer.restore_compression()` and `trainer.export_model("small")`.
+        """
+        self.method.restore()
 
     def _gather_model(self) -> PreTrainedModel:
         """Return the full trained model; under FSDP2 it is gathered on the CPU, which takes all processes."""

@@ -23,6 +23,7 @@ def rebind_forward(module: nn.Module) -> None:
     Args:
         module: with a hook or without.
     """
+    # Anything else was set by another wrapper, which has its own reasons.
     if isinstance(vars(module).get("_old_forward"), MethodType):
         vars(module)["_old_forward"] = MethodType(type(module).forward, module)
 

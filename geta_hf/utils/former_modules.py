@@ -1,4 +1,4 @@
-"""Let modules be imported under their paths of before the package had rooms; goes with the next version."""
+"""Let modules be imported under their paths of before the package had rooms; to be removed in the next version."""
 
 from __future__ import annotations
 
@@ -126,9 +126,10 @@ class FormerModules(MetaPathFinder, Loader):
         """Import the present module."""
         present = f"geta_hf.{FORMER[spec.name.partition('.')[2]]}"
         warnings.warn(
-            f"{spec.name} is now {present}; the former path goes with the next version", DeprecationWarning, 2
+            f"{spec.name} is now {present}; the former path will be removed in the next version", DeprecationWarning, 2
         )
         module = importlib.import_module(present)
+        # The import system sets __spec__ of what is returned here, which is the present module itself.
         self._spec = module.__spec__
         return module
 

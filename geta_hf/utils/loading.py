@@ -20,6 +20,7 @@ def one_line_errors(message: str) -> Iterator[None]:
     """
     try:
         yield
+    # It has a sentence of its own already. GETAError is a ValueError, so it has to come first.
     except GETAError:
         raise
     except (OSError, ValueError, RuntimeError) as error:

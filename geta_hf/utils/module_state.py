@@ -21,6 +21,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         model: any module. Each of its modules gets its own training flag back, which `model.train()` would not do.
     """
     modes = [(module, module.training) for module in model.modules()]
+    # Only the GPUs that the model is on: by default fork_rng saves the state of all, and warns if there are many.
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     model.eval()
     try:
@@ -60,6 +61,7 @@ def in_single_precision(module: nn.Module) -> Iterator[None]:
     before = [tensor.data for tensor in halves]
     try:
         for tensor in halves:
+            # The data alone: the objects remain, so ties, hooks and an optimizer's references do too.
             tensor.data = tensor.data.float()
         yield
     finally:

@@ -60,7 +60,8 @@ def shard_of(tensor: Tensor, name: str = "a parameter") -> Shard | None:
     axis, placement = split[0]
     if len(split) > 1 or not isinstance(placement, ShardPlacement):
         raise GETAError(f"{name} is split as {tensor.placements}; train with FSDP2, which splits along one dimension")
-    mesh, size = tensor.device_mesh, tensor.shape[placement.dim]
+    mesh = tensor.device_mesh
+    size = tensor.shape[placement.dim]
     # As torch.chunk splits: parts of the same size, rounded up, so the last ones may be shorter or empty.
     chunk = -(-size // mesh.size(axis))
     start = min(mesh.get_local_rank(axis) * chunk, size)
@@ -99,6 +100,7 @@ def from_first_process(vector: Tensor) -> Tensor:
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return vector
+    # NCCL sends from GPUs only, gloo from the CPU.
     device = None if dist.get_backend() == "gloo" else torch.accelerator.current_accelerator()
     shared = vector.to(device or "cpu")
     dist.broadcast(shared, src=0)

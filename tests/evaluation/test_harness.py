@@ -266,7 +266,8 @@ def test_a_limit_is_told_in_the_table_and_in_the_card(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = shutil.copytree(home / "small", tmp_path / "small")
-    (small / "geta_metrics.json").unlink(missing_ok=True)  # of another test
+    for left in ("geta_metrics.json", "geta_results.json", "README.md"):  # of another test
+        (small / left).unlink(missing_ok=True)
     options = ["--tasks", "piqa,blimp", "--data_dir", str(home / "data"), "--device", "cpu"]
     assert main(["eval", str(small), *options, "--limit", "2", "--card"]) == 0
     assert "The scores are over the first 2 questions of each task." in capsys.readouterr().out
@@ -274,7 +275,12 @@ def test_a_limit_is_told_in_the_table_and_in_the_card(
     part = "first 2 questions"
     assert names == {f"piqa acc, {part}", f"piqa acc_norm, {part}", f"blimp acc, {part} of each task"}
     (entry,) = yaml.safe_load((small / "README.md").read_text().split("---")[1])["model-index"]
-    assert {metric["name"] for metric in entry["results"][0]["metrics"]} == names
+    blocks = {block["dataset"]["name"]: block for block in entry["results"]}
+    assert set(blocks) == {"piqa, local files", "blimp, local files"}
+    assert {metric["name"] for block in blocks.values() for metric in block["metrics"]} == names
+    piqa = blocks["piqa, local files"]
+    assert piqa["dataset"]["split"] == "validation" and piqa["dataset"]["args"] == {"samples": 2, "total": 4}
+    assert all(metric["args"]["stderr"] >= 0 for metric in piqa["metrics"])
 
 
 def test_texts_of_one_name_are_kept_apart(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

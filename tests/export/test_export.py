@@ -189,7 +189,7 @@ def test_nothing_to_export_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("bits", "message"),
-    [(7.5, r"has 7\.5000 bits, which is not whole"), (1.5, "has 1.5 bits; .* 2 to 16"), (20.0, "has 20 bits")],
+    [(7.5, r"has 7\.5000 bits, which is not an integer"), (1.5, "has 1.5 bits; .* 2 to 16"), (20.0, "has 20 bits")],
 )
 def test_bits_must_be_snapped(trained: Trained, tmp_path: Path, bits: float, message: str) -> None:
     quantizer = quantized_layers(trained[0])["bert.encoder.layer.1.output.dense"].weight_quantizer
@@ -202,7 +202,7 @@ def test_bits_must_be_snapped(trained: Trained, tmp_path: Path, bits: float, mes
 
 def test_whole_bits_forgives_rounding_alone() -> None:
     assert integer_bits("layer", torch.tensor([7.9995])) == 8
-    with pytest.raises(GETAError, match="cool-down must snap bits"):
+    with pytest.raises(GETAError, match="cool-down must round bits"):
         integer_bits("layer", torch.tensor([7.998]))
     with pytest.raises(GETAError, match="nan bits"):
         integer_bits("layer", torch.tensor([float("nan")]))
@@ -220,9 +220,14 @@ def test_existing_target_is_replaced_only_when_asked(trained: Trained, tmp_path:
     stamp = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
     with pytest.raises(GETAError, match="exists already"):
         run(trained, tmp_path / "out")
-    (tmp_path / "out" / "old").touch()
+    (tmp_path / "out" / "onnx").mkdir()
+    (tmp_path / "out" / "onnx" / "model.onnx").touch()
+    with pytest.raises(GETAError, match=r"holds onnx/model.onnx, which no export writes"):
+        run(trained, tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "onnx" / "model.onnx").rename(tmp_path / "out" / "model.onnx")
+    (tmp_path / "out" / "onnx").rmdir()
     run(trained, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "old").exists()
+    assert not (tmp_path / "out" / "model.onnx").exists()
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns != stamp
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

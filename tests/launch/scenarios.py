@@ -110,6 +110,7 @@ def offer_fsdp_on_cpu() -> None:
 
 def main(folder: Path, launch: str, names: list[str]) -> None:
     torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # a fork has that of the process that it was made of
     state = PartialState(cpu=True)
     fsdp, processes = launch == "fsdp2", state.num_processes
     if fsdp:

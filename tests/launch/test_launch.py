@@ -3,33 +3,29 @@ also when they were interrupted in the joint stage."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModelForQuestionAnswering
 
 from geta_hf import GETAConfig
 from geta_hf.errors import GETAError
 from geta_hf.training.checkpoints import check_checkpoint, write_notes
-from tests.launch.scenarios import RULES, make, outcome, whole_run
+from tests.launch.scenarios import RULES, main, make, outcome, whole_run
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["resumed-default", "whole-paper"]
 # The loss does not depend on these: their gradients are rounding errors, of which Adam makes whole steps.
 IDLE = ("key.bias", "layer.1.output.LayerNorm.bias", "qa_outputs.bias")
 
 
 def launch(folder: Path, how: str, *names: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    command += ["--rdzv_endpoint", "localhost:0", "-m", "tests.launch.scenarios", str(folder), how, *names]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    """Start what torchrun starts, as forks of this process, which has the libraries loaded."""
+    processes = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "start_method": "fork"}
+    config = LaunchConfig(**processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="none")
+    elastic_launch(config, record(main))(folder, how, list(names))
 
 
 @pytest.fixture(scope="module")

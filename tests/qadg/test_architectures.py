@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
+from itertools import tee
 from pathlib import Path
 
 import pytest
+from torch import Tensor, nn
 
 from benchmarks.zoo import Result, examine, families_found
+from geta_hf.qadg import verify
+from geta_hf.qadg.propagation.flow import Flow
 from tests.architectures import ARCHITECTURES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -85,6 +90,21 @@ def documented() -> dict[str, list[str]]:
     return {row[0]: row for row in rows if row[0] in ARCHITECTURES}
 
 
+@pytest.fixture
+def policies_share_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Record the batches of a model once for all policies that `verify_space` tries on it, when they are asked for."""
+    made: dict[nn.Module, Iterator[Flow]] = {}
+    record = verify._flows
+
+    def flows(model: nn.Module, batch: dict[str, Tensor], first: Flow | None) -> Iterator[Flow]:
+        assert first is None
+        made[model], copy = tee(made.pop(model, None) or record(model, batch, None))
+        return copy
+
+    monkeypatch.setattr(verify, "_flows", flows)
+
+
+@pytest.mark.usefixtures("policies_share_recordings")
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
 )

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
@@ -17,6 +14,7 @@ from geta_hf.config import CompressionConfig, above, setting, settings_of
 from recipes import language_modeling as recipe
 from recipes import question_answering as bert_squad
 from recipes.arguments import describe_config
+from tests.elsewhere import run_script
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -63,10 +61,9 @@ def test_nothing_to_resume_from(parse: object, asked: str, message: str, tmp_pat
 
 
 def test_help_describes_every_argument_and_every_setting() -> None:
-    environment = {**os.environ, "COLUMNS": "1000", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "recipes/bert_squad.py", "--help"]
-    text = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
-    shown = " ".join(text.split())
+    done = run_script(ROOT / "recipes" / "bert_squad.py", "--help", COLUMNS="1000")
+    assert done.returncode == 0, done.stderr
+    shown = " ".join(done.stdout.split())
     for field in (*fields(bert_squad.ModelArguments), *fields(bert_squad.DataArguments)):
         assert f"--{field.name} " in shown and field.metadata["help"] in shown, field.name
     assert "--learning_rate" in shown and "geta.method NAME one of qasso, post-training (default: qasso)" in shown

@@ -2,51 +2,52 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from recipes import language_modeling, question_answering
+from tests.elsewhere import run_script
 from tests.recipes.test_question_answering import arguments_for
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {"bert_squad": question_answering, "phi2_commonsense": language_modeling}
 
 
-def launch(name: str, *options: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    command = [sys.executable, str(ROOT / "recipes" / f"{name}.py"), *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+def script(name: str) -> Path:
+    return ROOT / "recipes" / f"{name}.py"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_help_is_that_of_the_recipe(name: str) -> None:
-    done = launch(name, "--help")
-    assert done.returncode == 0, done.stderr
-    assert NAMES[name].__doc__ in done.stdout and "--model_name_or_path" in done.stdout
+def test_help_is_that_of_the_recipe(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(script(name)), "--help"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    runpy.run_path(sys.argv[0], run_name="__main__")  # as Python runs a script; any exit would be an error
+    shown = capsys.readouterr().out
+    assert NAMES[name].__doc__ in shown and "--model_name_or_path" in shown
 
 
 def test_an_error_is_one_line(tmp_path: Path) -> None:
-    done = launch("phi2_commonsense", str(tmp_path / "none.yaml"))
+    done = run_script(script("phi2_commonsense"), str(tmp_path / "none.yaml"))
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
 
 
 def test_a_run_under_the_former_name(tmp_path: Path) -> None:
     """With workers that load the data."""
-    done = launch("bert_squad", *arguments_for(tmp_path, "--dataloader_num_workers", "2"))
+    done = run_script(script("bert_squad"), *arguments_for(tmp_path, "--dataloader_num_workers", "2"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "export" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_classes_are_found_by_other_processes(name: str) -> None:
-    names = runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="__mp_main__")  # as a spawned worker does
+    names = runpy.run_path(str(script(name)), run_name="__mp_main__")  # as a spawned worker does
     assert names["main"] is NAMES[name].main
     data = NAMES[name].DataArguments()
     assert pickle.loads(pickle.dumps(data)) == data

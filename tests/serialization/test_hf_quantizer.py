@@ -3,8 +3,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from geta_hf.serialization.hf_quantizer import GETAHfQuantizer, GETAQuantization
 from geta_hf.serialization.packed_layers import PackedLinear, packed_layers
 from geta_hf.serialization.remote_code import save_compressed
 from tests.architectures import build
+from tests.elsewhere import run_code
 from tests.export.test_use import IDS, exported_llama
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
 
@@ -390,7 +389,7 @@ def test_reader_without_the_plug_in_fails(exported: Path) -> None:
         f"BertForQuestionAnswering.from_pretrained({str(exported)!r})\n"
         "print('loaded', 'geta_hf' in sys.modules)\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = run_code(code, exported)
     assert result.returncode != 0
     assert "loaded" not in result.stdout
     assert "MISMATCH" in result.stderr

@@ -237,9 +237,13 @@ def test_unreachable_sparsity(tmp_path) -> None:
 
 
 def test_stages_longer_than_training(tmp_path) -> None:
-    made = trainer(tmp_path, GETAConfig(**{**SMALL, "joint": 30}))
+    """Known when the trainer is made: by steps, by epochs, and where there are too few steps for any stage."""
     with pytest.raises(GETAError, match="training has 24"):
-        made.train()
+        trainer(tmp_path, GETAConfig(**{**SMALL, "joint": 30}))
+    with pytest.raises(GETAError, match="training has 2 steps, but warmup, projection, joint take at least one each"):
+        trainer(tmp_path, GETAConfig(), max_steps=-1, num_train_epochs=0.25)
+    with pytest.raises(GETAError, match="'joint': 24}, 30 steps, but training has 16"):
+        trainer(tmp_path, GETAConfig(**{**SMALL, "joint": "3 epochs"}), max_steps=-1, num_train_epochs=2)
 
 
 def test_a_model_without_quantizable_layers(tmp_path) -> None:
@@ -293,8 +297,6 @@ def test_resume_from_another_config_or_model_or_folder(tmp_path, trained) -> Non
 def test_what_would_undo_the_compression_is_refused(tmp_path) -> None:
     with pytest.raises(GETAError, match="auto_find_batch_size"):
         trainer(tmp_path, auto_find_batch_size=True)
-    with pytest.raises(GETAError, match="load_best_model_at_end"):
-        trainer(tmp_path, load_best_model_at_end=True, save_strategy="best", metric_for_best_model="loss")
     for name in ("lomo", "adalomo", "galore_adamw_layerwise", "apollo_adamw_layerwise"):
         with pytest.raises(GETAError, match=f"optim = '{name}' updates weights while gradients are computed"):
             trainer(tmp_path, optim=name)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 import importlib
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from geta_hf.utils.former_modules import FORMER, offer_former_modules
+from tests.elsewhere import run_code
 
 PACKAGE = Path(__file__).parents[2] / "geta_hf"
 
@@ -31,7 +31,7 @@ def test_imports_as_they_were_written_work() -> None:
     lines = "from geta_hf.qasso import QASSO; from geta_hf.trainer import GETATrainer; import geta_hf.export.packing\n"
     lines += "from geta_hf.qasso.optimizer import QASSO as same; import geta_hf\n"
     lines += "assert QASSO is same is geta_hf.QASSO and GETATrainer is geta_hf.GETATrainer"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", lines], capture_output=True, text=True, check=False)
+    done = run_code(lines, PACKAGE.parent)
     assert done.returncode == 0, done.stderr
 
 

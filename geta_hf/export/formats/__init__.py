@@ -21,6 +21,7 @@ Options of a format's own are keyword arguments.
 OWN = "geta"
 """The format that geta_hf itself reads."""
 
+# Listed here although their packages are optional: each writer imports them when it is called, and names the extra.
 FORMATS: dict[str, Writer] = {
     OWN: write_geta,
     "vanilla": write_vanilla,

@@ -69,6 +69,7 @@ def _check_package() -> None:
 
 def _packable(model: PreTrainedModel) -> dict[str, PackedLayer]:
     """Return the layers whose weights the format can hold."""
+    # A tied weight must exist under its dense name: the other module reads it from there.
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     return {
         name: layer
@@ -109,6 +110,7 @@ def _quantization_config(layers: Mapping[str, PackedLayer], prefix: str) -> dict
         group: _scheme(layers[names[0]], [_target(name, prefix) for name in names])
         for group, names in sorted(groups.items())
     }
+    # Nothing is ignored by name, since the targets name single layers: what no group names remains dense.
     config = QuantizationConfig(
         config_groups=schemes, format=_FORMAT, quantization_status=QuantizationStatus.COMPRESSED, ignore=[]
     )

@@ -1,4 +1,4 @@
-"""What the formats of transformers' exporters share: trace, write, and prove what was written by running it."""
+"""Trace a model, write it by one of transformers' exporters, and prove what was written by running it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from geta_hf.export.formats.integers import Style, plain_copy, store_integers
 from geta_hf.serialization.encode import activation_bits
 from geta_hf.surgery.compare_outputs import comparison_mode
 from geta_hf.surgery.record import other_shape
+from geta_hf.utils.model_io import float_tensors, to_device
 
 if TYPE_CHECKING:
     from transformers.exporters import DynamoConfig, ExportedModel
 
 EXACT = 1e-4
-"""Largest difference allowed where nothing but the weights is rounded, as a share of the largest output."""
+"""The largest difference allowed where nothing but the weights is rounded, as a share of the largest output."""
 
 ROUNDED = 0.1
 """The same where activations are rounded too: the last bit of a sum may decide which way."""
@@ -73,11 +74,13 @@ def traceable(model: PreTrainedModel, batch: Mapping[str, Tensor], style: Style)
         GETAError: the model cannot run the batch.
     """
     copied = plain_copy(model)
-    given = {name: tensor.cpu() for name, tensor in batch.items()}
+    given = to_device(batch, "cpu")
     try:
+        # The references are computed before the layers change, so that the proof covers `store_integers` as well.
         samples = [Sample(given, _outputs(copied, given))]
     except Exception as error:
         raise GETAError(f"{type(model).__name__} cannot run the batch with {sorted(given)}: {error}") from error
+    # A graph that has kept a batch size or a length as a constant passes on the batch that it was traced with.
     other = other_shape(copied, given)
     with contextlib.suppress(Exception):  # each model has its own way to refuse a shape
         samples.append(Sample(other, _outputs(copied, other)))
@@ -87,12 +90,7 @@ def traceable(model: PreTrainedModel, batch: Mapping[str, Tensor], style: Style)
 
 def _outputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     with comparison_mode(model):
-        return float_tensors(type(model).forward(model, **batch, return_dict=True))
-
-
-def float_tensors(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the floating-point tensors among a model's outputs."""
-    return {name: value for name, value in outputs.items() if isinstance(value, Tensor) and value.is_floating_point()}
+        return float_tensors(type(model).forward(model, **batch))
 
 
 def export_program(case: Traceable, kind: str, config: DynamoConfig) -> ExportedModel:
@@ -117,7 +115,7 @@ def export_program(case: Traceable, kind: str, config: DynamoConfig) -> Exported
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Without the exporters' progress reports, and what torch itself warns of its own code."""
+    """Silence the exporters' progress reports, and what torch warns of its own code."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", category=FutureWarning)
         yield
@@ -169,6 +167,7 @@ def difference(loaded: ExportedModel, sample: Sample, allowed: float, what: str)
 def _share(name: str, expected: Tensor, found: Tensor | None, allowed: float, what: str) -> float:
     if found is None or found.shape != expected.shape:
         shape = None if found is None else tuple(found.shape)
+        # Compared first: torch.where would broadcast a wrong shape without an error.
         raise GETAError(f"the {what}'s {name} has shape {shape}, the model's {tuple(expected.shape)}")
     gap = torch.where(expected == found, 0.0, (expected - found).abs())  # infinities that agree
     share = float(gap.max()) / max(float(expected[expected.isfinite()].abs().max()), 1e-6)

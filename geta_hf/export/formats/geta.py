@@ -43,6 +43,7 @@ def write_geta(
     save_compressed(model, folder, **shard_options(max_shard_size))
     if kept is not None:
         write_structure(folder, model, kept)
+    # In the same dtype and on the same device: other ones round differently, which is no fault of the folder.
     reloaded = type(model).from_pretrained(folder, dtype=model.dtype)
     reloaded.to(model.device)  # type: ignore[arg-type]
     return prove_alike(model, expected, reloaded, batch, "reloaded")

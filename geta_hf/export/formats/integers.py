@@ -23,7 +23,7 @@ from geta_hf.serialization.packed_layers import PackedLayer, packed_layers
 from geta_hf.utils.copies import copy_module
 
 Style = Literal["operators", "arithmetic", "float"]
-"""What a traced graph has: quantize and dequantize operators, the same in plain arithmetic, or float weights."""
+"""How a traced graph states the weights: by quantize and dequantize operators, in plain arithmetic, or as floats."""
 
 _LARGEST = 127
 
@@ -49,6 +49,7 @@ def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
         copied.config.__dict__.pop(key, None)
     copied.config.dtype, copied.config.architectures = torch.float32, [type(model).__name__]
     if copied.can_generate():
+        # A cache would be a further output of the graph, and its length a further size that has to be free.
         copied.config.use_cache = False
     return copied.eval()
 
@@ -76,8 +77,11 @@ def _store(name: str, layer: PackedLayer, operators: bool) -> None:
     codes, scale = layer_codes(name, layer).to(torch.int8), layer.step_size
     # A Linear's are stored transposed: runtimes find integer kernels for a product only without a step between.
     codes, dim = (codes.t(), 1) if isinstance(layer, nn.Linear) else (codes, output_dim(layer))
+    # A parameter in the instance would be exported next to the codes, at four times their size.
     layer.weight = None
     del layer.weight
+    # A property works only on a class. The subclass remains an instance of the layer's own class, by which exporters
+    # and the model's code choose what to do.
     layer.__class__ = type("Integer" + type(layer).__name__, (_kind(layer), type(layer)), {})
     layer.register_buffer("integers", codes.contiguous())
     layer.decode = _Decode(scale, dim, codes.dim(), operators)
@@ -125,11 +129,13 @@ class _Decode(nn.Module):
         super().__init__()
         self.dim = dim
         self.operators = operators
+        # The operator for a single scale takes a Python number, not a tensor.
         self.single = float(scale[0])
         self.shape = [-1 if place == dim else 1 for place in range(dims)]
         self.per_channel = scale.numel() > 1
         if self.per_channel:
             self.register_buffer("scale", scale.clone())
+            # Codes are symmetric, but the operators demand a zero point for each channel.
             self.register_buffer("zero", torch.zeros(scale.numel(), dtype=torch.int8))
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -142,7 +148,7 @@ class _Decode(nn.Module):
 
 
 class _Rounding(nn.Module):
-    """What a layer's own quantizer does to its input, in operators that an exporter knows.
+    """Round a layer's input as its own quantizer does, in operators that an exporter knows.
 
     Args:
         fixed: the layer's quantizer.
@@ -171,7 +177,7 @@ class _Rounding(nn.Module):
 
 
 def _operators() -> torch._ops._OpNamespace:
-    """torch's own operators for quantized graphs, which every exporter translates."""
+    """Return torch's own operators for quantized graphs, which every exporter translates."""
     import torch.ao.quantization.fx._decomposed  # registers them
 
     return torch.ops.quantized_decomposed

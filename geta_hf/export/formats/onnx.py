@@ -70,7 +70,7 @@ def write_onnx(
 
 
 def _prove(folder: Path, case: Traceable, dynamic_int8: bool) -> dict[str, float]:
-    """Largest differences of the file's own arithmetic, and of what onnxruntime makes of it where nothing is set."""
+    """Return the largest differences of the file's own arithmetic, and of onnxruntime with nothing set."""
     from onnxruntime import SessionOptions
 
     options = SessionOptions()
@@ -78,6 +78,7 @@ def _prove(folder: Path, case: Traceable, dynamic_int8: bool) -> dict[str, float
     exact = load(folder, session_options=options)
     allowed = ROUNDED if dynamic_int8 else case.tolerance
     own = max(difference(exact, sample, allowed, "ONNX model") for sample in case.samples)
+    # With nothing set, as most users will run it: checked as well, with the tolerance for rounded inputs.
     usual = load(folder)
     return {"exact": own, "default": max(difference(usual, sample, ROUNDED, "ONNX model") for sample in case.samples)}
 
@@ -89,6 +90,7 @@ def _finished(program: Model, dynamic_int8: bool) -> Model:
     for node, _ in _decoders(program.graph):
         node.resize_inputs(2)  # zero is the default
     if dynamic_int8:
+        # MatMulInteger takes int8 alone, so codes are narrowed to 4 bits only without it.
         program = _with_integer_products(program)
     else:
         for node, codes in _decoders(program.graph):
@@ -113,6 +115,7 @@ def _narrow(node: Node, stored: Value) -> None:
 
     assert stored.const_value is not None
     codes = stored.const_value.numpy()
+    # By the largest code and not by the bit width: a layer of 5 bits whose codes happen to be small fits too.
     if abs(codes).max() <= _SMALL and not any(_multiplies_integers(user) for user, _ in node.outputs[0].uses()):
         stored.const_value = ir.Tensor(codes, dtype=ir.DataType.INT4, name=stored.name)
         stored.dtype = ir.DataType.INT4
@@ -131,11 +134,15 @@ def _with_integer_products(program: Model) -> Model:
         return op.MatMul(x, op.DequantizeLinear(codes, scale))
 
     def of_integers(op: Any, x: Any, codes: Any, scale: Any) -> Any:
+        # The operator finds the range of each input by itself. MatMulInteger subtracts the zero point, so the int32
+        # sum needs only the two step sizes.
         rounded, step, zero = op.DynamicQuantizeLinear(x, _outputs=3)
         total = op.Cast(op.MatMulInteger(rounded, codes, zero), to=1)
         return op.Mul(total, op.Mul(step, scale))
 
     def is_float(context: Any, x: Any, codes: Any, **_: Any) -> bool:
+        # An input that the model rounds is decoded codes too: onnxruntime makes an exact integer product of that
+        # pair, which another rounding would spoil.
         producer = x.producer()
         return codes.is_initializer() and (producer is None or producer.op_type != "DequantizeLinear")
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from geta_hf.errors import GETAError
 from geta_hf.serialization.encode import dense_weight
@@ -31,13 +30,13 @@ Sizes = dict[str, tuple[int, ...]]
 """Shapes by tensor name, size attributes by module path and name."""
 Dim = tuple[str, int]
 Wrong = dict[Dim, tuple[int, int]]
-"""Where two models differ: the dim, -1 for a tensor that one of them lacks -> (size it has, size it should have)."""
+"""Dims in which two models differ, -1 for a tensor that one of them lacks -> (size it has, size it should have)."""
 
 LEFT_OUT = ("quantization_config", "auto_map")
-"""What config.json says of our own format, which no other one repeats."""
+"""Keys of config.json that describe our own format; no other format repeats them."""
 
 _NAMED = 8
-"""How many layers an error lists."""
+"""Number of layers that an error lists."""
 
 
 def plain_models(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
@@ -64,8 +63,11 @@ def _filled(plain: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
     state = model.state_dict()
     for name, layer in packed_layers(model).items():
         state[f"{name}.weight"] = dense_weight(layer)
+    # Assigned, since tensors on meta have no memory to copy into. That gives every name a tensor of its own, so ties
+    # have to be made again.
     plain.load_state_dict(state, assign=True)
     plain.tie_weights()
+    # Its own file, which the configuration does not contain: without it a chat model would lose its stop tokens.
     if model.can_generate():
         plain.generation_config = copy.deepcopy(model.generation_config)
     return plain.eval()
@@ -95,7 +97,7 @@ class _Search:
 
     def build(self, changes: Changes) -> PreTrainedModel:
         """Build the model's class on meta, from the configuration with these changes, as a folder would give it."""
-        with torch.device("meta"), no_init_weights():
+        with torch.device("meta"):
             return self._class(self._config(changes))
 
     def solutions(self) -> Iterator[Changes]:
@@ -125,6 +127,7 @@ class _Search:
     def _sizes(self, changes: Changes) -> Sizes | None:
         """Return the sizes that a configuration leads to; None where the configuration or the model refuses it."""
         key = frozenset(changes.items())
+        # The search reaches the same changes by many paths, and building a large model takes long even on meta.
         if key not in self._known:
             try:
                 model = self.build(changes)
@@ -141,6 +144,9 @@ class _Search:
 
     def _found_pins(self, dense: Sizes) -> Changes:
         """Return what all modules hold alike under a name that their configuration leaves open, if it has an effect."""
+        # Models derive head_dim as hidden_size / heads where the config leaves it open. With fewer heads it would
+        # grow, so it is fixed at its present value (a pin) before heads are changed. A name counts only if the model
+        # reads it: its own value changes nothing, and twice the value does.
         model = self.build({})
         places = {id(config): place for place, config in _parts(model.config)}
         found: dict[Place, set[int]] = {}
@@ -162,10 +168,13 @@ class _Search:
         """Find the numbers on which only dims of a wrong size depend: each with its value, and with those dims."""
         touching = {}
         for place, value in _numbers(self._config(self._pins)):
+            # Several values are tried, since a class may refuse one (heads that do not divide the hidden size). The
+            # first that can be built tells what depends on the number.
             for new in dict.fromkeys(_scaled(value, *sizes) for sizes in wrong.values()):
                 now = None if new is None else self._wrong({**self._pins, place: new})
                 if now is not None:
                     dims = {dim for dim in wrong if now.get(dim) != wrong[dim]}
+                    # A number that also moves a size that is right, such as the hidden size, cannot be the one.
                     if dims and now.keys() <= wrong.keys():
                         touching[place] = (value, dims)
                     break
@@ -189,7 +198,9 @@ class _Search:
                 now = None if new is None else self._wrong({**changes, place: new})
                 if new is not None and now is not None and dim not in now and now.keys() <= wrong.keys():
                     steps.append(({**changes, place: new}, now))
+            # Every solution rights this dim by one of these steps, so the other dims need no branches of their own.
             for step, now in steps:
+                # The same changes in another order lead to the same configuration.
                 if (key := frozenset(step.items())) not in seen:
                     seen.add(key)
                     yield from self._extended(step, now, touching, start, seen)
@@ -208,6 +219,7 @@ class _Search:
     def _reason(self, wrong: Wrong, touching: Mapping[Place, Any]) -> str:
         kind = self._config_class.__name__
         before = self._sizes(self._pins) or {}
+        # The usual reason comes first, since its remedy is one option of the run.
         if uneven := _uneven(before, self._target, wrong):
             return (
                 f"layers differ in what they kept, and a {kind} has one number for all: {uneven}; train with "
@@ -234,7 +246,7 @@ class _Search:
 
 
 def _fixed_attributes(model: PreTrainedModel) -> list[tuple[str, str]]:
-    """Module path and name of every attribute that surgery changed."""
+    """Return module path and name of every attribute that surgery changed."""
     quantization = getattr(model.config, "quantization_config", None)
     attributes = quantization.fixes["attrs"] if isinstance(quantization, GETAQuantizationConfig) else {}
     return [(path, name) for path, names in attributes.items() for name in names]
@@ -267,6 +279,8 @@ def _numbers_of(holder: Any) -> Iterator[tuple[str, int]]:
 
 def _is_open(config: PreTrainedConfig, name: str) -> bool:
     """Return whether a configuration has a place for the name, or could have one, and nothing in it."""
+    # Configs have aliases (GPT-2's num_attention_heads is n_head), and a name that is a property of the class cannot
+    # be set.
     own, name = vars(config), config.attribute_map.get(name, name)
     return own[name] is None if name in own else not hasattr(type(config), name)
 
@@ -287,6 +301,8 @@ def _numbers(config: PreTrainedConfig) -> Iterator[tuple[Place, int | None]]:
                 continue
             if isinstance(value, list | tuple):
                 yield from (((*place, name, at), item) for at, item in enumerate(value) if type(item) is int)
+            # None is a number that the model derives (num_key_value_heads, head_dim) and that may be stated instead.
+            # A bool is an int to isinstance, but never a size.
             elif value is None or type(value) is int:
                 yield (*place, name), value
 
@@ -306,6 +322,7 @@ def _differences(sizes: Sizes, target: Sizes) -> Wrong:
     for name, want in target.items():
         have = sizes.get(name)
         if have is None or None in have or len(have) != len(want):
+            # Zeros, since no factor makes a missing tensor appear: `_scaled` then proposes nothing.
             wrong[name, -1] = (0, 0)
         else:
             wrong.update(

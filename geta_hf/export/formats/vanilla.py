@@ -16,6 +16,7 @@ from geta_hf.export.formats.plain import plain_models
 from geta_hf.serialization.encode import activation_bits
 from geta_hf.surgery.compare_outputs import attention_outputs, prove_alike
 from geta_hf.surgery.verify import check_generation
+from geta_hf.utils.model_io import to_device
 from geta_hf.utils.module_state import HALVES
 
 logger = logging.get_logger(__name__)
@@ -60,12 +61,13 @@ def write_plain(
         GETAError: as `write_vanilla` does.
     """
     rounded = activation_bits(model)
+    # An ordinary reader would compute with float inputs, so the folder would give other outputs without a word.
     if rounded:
         raise GETAError(
             f"the {name} format has no place for rounded activations, which {len(rounded)} layers have (the first is "
             f"{next(iter(rounded))}); export in the geta format, or train on float activations"
         )
-    inputs = {key: tensor.to(model.device) for key, tensor in batch.items()}
+    inputs = to_device(batch, model.device)
     failure: GETAError | None = None
     for plain in plain_models(model):
         _settle_experts(plain, model)
@@ -87,13 +89,14 @@ def _settle_experts(plain: PreTrainedModel, model: PreTrainedModel) -> None:
     if model.config._experts_implementation == "eager" and model._can_set_experts_implementation():
         plain.config.experts_implementation = "eager"
         logger.warning(
-            "config.json says experts_implementation = eager, which is slower: rows of the cut experts are no whole 16 "
-            "bytes, as the fused kernel needs them; train with multiple_of = 8 for it"
+            "config.json says experts_implementation = eager, which is slower: the fused kernel needs rows of a "
+            "multiple of 16 bytes, which the cut experts do not have; train with multiple_of = 8 to use it"
         )
 
 
 @torch.no_grad()
 def _prove(model: PreTrainedModel, folder: Path, batch: Mapping[str, Tensor], name: str) -> None:
+    # No dtype is named: the folder has to say by itself in which one it is loaded.
     reloaded = type(model).from_pretrained(folder)
     reloaded.to(model.device)  # type: ignore[arg-type]
     try:

@@ -20,13 +20,21 @@ from torch import Tensor
 
 from geta_hf.config import GETAConfig
 from geta_hf.costs.bit_allocation import BitChoices
+from geta_hf.costs.input_sensitivity import input_errors
 from geta_hf.costs.ledger import Ledger
 from geta_hf.costs.quantizer_table import Quantizers
 from geta_hf.costs.selection import Limits, find_chunks
 from geta_hf.costs.targets import GROUPS, Target, solve_target, take_due
 from geta_hf.errors import GETAError
 from geta_hf.methods.frozen_weights import FrozenWeights
-from geta_hf.methods.qasso.checks import check_base, check_covered, note_bad, refuse_bad, squared_gradients
+from geta_hf.methods.qasso.checks import (
+    check_base,
+    check_covered,
+    note_bad,
+    refuse_bad,
+    squared_gradients,
+    warn_of_equal_scores,
+)
 from geta_hf.methods.qasso.equations import (
     fisher_scores,
     hesso_scores,
@@ -36,13 +44,14 @@ from geta_hf.methods.qasso.equations import (
 )
 from geta_hf.methods.qasso.frozen import GradientSums, check_rules, forget_frozen
 from geta_hf.methods.qasso.joint_step import RedundantSlices
-from geta_hf.methods.qasso.schedule import COOLDOWN, JOINT, PROJECTION, WARMUP, Phase, Schedule
+from geta_hf.methods.qasso.schedule import COOLDOWN, JOINT, PROJECTION, WARMUP, Phase, Schedule, note_short_run
 from geta_hf.methods.qasso.slices import Product, Slice, build_slices, group_sums, zero_moments, zero_slices
 from geta_hf.methods.qasso.state import REDUNDANT, REMOVED, QASSOState, restore_vectors, store_vectors
 from geta_hf.methods.rounding import round_bits
 from geta_hf.qadg.group_labels import GroupLabels, family_of_group, family_starts
 from geta_hf.qadg.group_types import Family
 from geta_hf.qadg.space import PruningSpace
+from geta_hf.quantization.clipping import Histogram
 from geta_hf.utils.shards import from_first_process, local
 
 _STEP = "qasso_step"
@@ -74,6 +83,7 @@ class QASSO(torch.optim.Optimizer):
         frozen: what is cut or quantized, but not trained; see `qasso.frozen`.
         target: that of the plan; by default the config's targets are solved here.
         goal: the former name of `target`.
+        histograms: prefix -> magnitudes of a layer's input, by which widths of inputs are chosen.
 
     Attributes:
         target: what the run is to end with.
@@ -120,11 +130,13 @@ class QASSO(torch.optim.Optimizer):
         frozen: FrozenWeights | None = None,
         target: Target | None = None,
         goal: Target | None = None,
+        histograms: Mapping[str, Histogram] | None = None,
     ) -> None:
         super().__init__(base.param_groups, {})
         self.base = base
         self.schedule = schedule
         self.config = config
+        note_short_run(schedule, config)
         self.families: tuple[Family, ...] = space.trainable
         self._share_base()
         for group in self.param_groups:
@@ -138,6 +150,7 @@ class QASSO(torch.optim.Optimizer):
         check_base(base, named)
         check_covered(named, self.families, quantizers, input_quantizers)
         self.quantizers = Quantizers(quantizers, input_quantizers, named, channel_dims)
+        self._histograms = [(histograms or {}).get(prefix) for prefix in self.quantizers.input_prefixes]
         self.ledger = ledger or Ledger.of_tensors(self.families, named, self.quantizers.own_weights)
         self.target: Target = target or goal or solve_target(config, self.families, self.ledger)
         self.qasso_state = QASSOState.start(
@@ -150,6 +163,7 @@ class QASSO(torch.optim.Optimizer):
         self._labels: list[GroupLabels] | None = None
         self._redundant: RedundantSlices | None = None
         self._removed: list[Slice] = []
+        self._final_quantizers: Named = {}
 
     def _sum_frozen_gradients(self, named: Named) -> GradientSums:
         check_rules(self.config)
@@ -161,6 +175,32 @@ class QASSO(torch.optim.Optimizer):
         # load_state_dict of the base replaces both containers; they are always shared, never copied.
         self.param_groups = self.base.param_groups
         self.state = self.base.state
+        # Some of Trainer's schedulers read the initial learning rate here.
+        self.defaults = self.base.defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters to the base optimizer, by name: `{"params": [("head.weight", tensor)], "lr": 1e-3}`.
+
+        They are updated in every stage. What is pruned or quantized has to be there from the start.
+
+        Args:
+            param_group: as torch takes it, with the model's names.
+
+        Raises:
+            GETAError: parameters without names.
+        """
+        if not hasattr(self, "base"):  # torch's own __init__, which adds the groups of the base
+            super().add_param_group(param_group)
+            return
+        given = param_group["params"]
+        params = [given] if isinstance(given, Tensor) else list(given)
+        if "param_names" not in param_group and not all(isinstance(item, tuple) for item in params):
+            raise GETAError(
+                "add_param_group needs the names of the parameters, by which stages and checkpoints find them; pass "
+                "them as (name, tensor) pairs, such as model.named_parameters() gives"
+            )
+        self.base.add_param_group({**param_group, "params": params})
+        self._invalidate_index()
 
     # --- Algorithm 2 --------------------------------------------------------------------------------------------------
 
@@ -185,19 +225,21 @@ class QASSO(torch.optim.Optimizer):
         # γ exists in the joint stage only; that of an earlier step must not be logged again.
         self.gamma = None
         if phase.stage == WARMUP:
-            self._warm_up_step(named)
+            self._warm_up_step(phase, named)
         elif phase.stage == PROJECTION:
             self._projection_step(phase, named)
         elif phase.stage == JOINT:
             self._joint_step(phase, named)
         else:
-            self._cool_down_step(named)
+            self._cool_down_step(phase, named)
         self.param_groups[0][_STEP] += 1
-        if self.finished and phase.stage != COOLDOWN:
+        if self.step_count == self.schedule.decided_after:
+            if self.schedule.joint == 0:
+                self._remove_at_once(named)
             self.fix_bits(bit_choices(self.config))  # (d*, q_m*, t*) of line 22
         return loss
 
-    def _warm_up_step(self, named: Named) -> None:
+    def _warm_up_step(self, phase: Phase, named: Named) -> None:
         """Do one of the K_w steps of line 2: x, d, q_m and t by the base optimizer.
 
         2: x <- x - u;  (d, q_m, t) <- (d, q_m, t) - their step
@@ -205,6 +247,7 @@ class QASSO(torch.optim.Optimizer):
         The paper steps (d, q_m, t) by SGD here. They take the step of Algorithm 3 instead, as in every later stage, so
         that bits are inside [b_l, initial bits] from the first step on.
         """
+        self._average_gradients(phase, named)  # where no projection stage follows
         self._base_step(named)
 
     def _projection_step(self, phase: Phase, named: Named) -> None:
@@ -232,7 +275,7 @@ class QASSO(torch.optim.Optimizer):
         """
         self._average_gradients(phase, named)
         if phase.starts:
-            self._partition(phase, named)  # 11, 12
+            self._partition(named, phase.period + 1, self.schedule.pruning_periods)  # 11, 12
         redundant = self._index_slices(named)
         if self._gradient_sums is None:
             # Eqs. 9 to 13 speak of x and g before the update. Under LoRA W takes no step, so nothing has to be kept.
@@ -244,13 +287,16 @@ class QASSO(torch.optim.Optimizer):
         if phase.ends:
             self._remove(redundant, named)
 
-    def _cool_down_step(self, named: Named) -> None:
+    def _cool_down_step(self, phase: Phase, named: Named) -> None:
         """Do one step of line 22: with (d*, q_m*, t*) fixed, train x in the important groups.
 
         22: [x]_I <- [x]_I - [u]_I
         """
+        self._average_gradients(phase, named)  # where no stage came before
         # After a resume nothing is listed yet, and the removed slices have to be zeroed below.
         self._index_slices(named)
+        if not self._final_quantizers:
+            self._note_final_quantizers(named)
         for parameter in self._trained_quantizers(named):
             parameter.grad = None  # a base optimizer skips what has no gradient
         self.base.step()
@@ -267,15 +313,23 @@ class QASSO(torch.optim.Optimizer):
         """
         trained = self._trained_quantizers(named)
         values = [local(parameter.detach()) for parameter in trained]
+        sizes = [value.numel() for value in values]
         if values:
             # ∂f/∂(log p) = p · ∂f/∂p, so the base optimizer sees the gradient of log p and its step is a share of p.
             gradients = [local(parameter.grad) for parameter in trained if parameter.grad is not None]
             torch._foreach_mul_(gradients, values)
             before = torch.cat(values)  # a copy, while `values` are views into the parameters
-        self.base.step()
+            # From 0 the base optimizer arrives at its step itself, to full precision whatever the size of p.
+            torch._foreach_zero_(values)
+        try:
+            self.base.step()
+        except BaseException:
+            if values:
+                torch._foreach_copy_(values, before.split(sizes))
+            raise
         if values:
             stepped = relative_step(before, torch.cat(values))
-            torch._foreach_copy_(values, stepped.split([value.numel() for value in values]))
+            torch._foreach_copy_(values, stepped.split(sizes))
         # In every stage, warm-up too, where the bounds are [b_l, initial bits]. d alone is projected: the paper reports
         # that projecting q_m or t makes training unstable (Sec. 5.1).
         d, q_m, t = self.quantizers.read(named)
@@ -291,23 +345,26 @@ class QASSO(torch.optim.Optimizer):
     @property
     def bit_bounds(self) -> tuple[float, float]:
         """(b_l, b_u) of weights in force at the next step."""
-        return self._bounds(self.config.bits[0], self.config.reduction)
+        return self._bounds(self.config.bits[0], self.config.final_upper_bits)
 
     @property
     def input_bit_bounds(self) -> tuple[float, float]:
         """(b_l, b_u) of the layers' inputs in force at the next step; they fall evenly, since b_r is for weights."""
         lower, upper = self.config.activation_bits or self.config.bits
-        return self._bounds(lower, (self.config.initial_bits - upper) / self.config.projection_periods)
+        return self._bounds(lower, upper)
 
-    def _bounds(self, lower: int, reduction: float) -> tuple[float, float]:
-        """Return the bounds of which the upper one fell by `reduction` in each projection period so far (line 4)."""
+    def _bounds(self, lower: int, final: float) -> tuple[float, float]:
+        """Return the bounds; the upper one falls to `final` in equal parts, one for each projection period (line 4)."""
         phase = self.phase
-        periods = self.config.projection_periods
+        periods = self.schedule.projection_periods
         if phase.stage == WARMUP:
-            periods = 0
+            share = 0.0
         elif phase.stage == PROJECTION:
-            periods = phase.period + 1
-        return lower, self.config.initial_bits - periods * reduction
+            share = (phase.period + 1) / periods
+        else:
+            # Without a projection stage the bound is what it was, until widths are decided.
+            share = 1.0 if periods or phase.stage == COOLDOWN else 0.0
+        return lower, self.config.initial_bits - (self.config.initial_bits - final) * share
 
     def _entry_bounds(self) -> tuple[Tensor, Tensor]:
         """Return b_l and b_u of every entry of the quantizer table, shape (entries,) each."""
@@ -326,13 +383,16 @@ class QASSO(torch.optim.Optimizer):
 
         m_g <- λ m_g + (1 - λ) ⟨g, x⟩_g²      of every group, as long as a partition follows
         v_l <- λ v_l + (1 - λ) ‖g_l‖²         of every quantized weight, in the last pruning period
+        s_i <- λ s_i + (1 - λ) ⟨g, x^Q - x⟩²  of every quantized input, in that period too
         """
+        if not self.schedule.averages(phase):
+            return
         state = self.qasso_state
         decay = self.config.saliency_decay
-        # The last partition is made when the last period starts. Then widths are what remains to be decided, and the
-        # averages for these are of a model that has nearly lost its groups already.
-        in_last_period = phase.stage == JOINT and phase.period == self.schedule.pruning_periods - 1
-        partition_follows = not in_last_period or phase.starts
+        # The last partition is made when the last period of the joint stage starts. Then widths are what remains to be
+        # decided, and the averages for these are of a model that has nearly lost its groups already.
+        in_last_period = self.schedule.in_last_period(phase)
+        partition_follows = phase.stage != JOINT or not in_last_period or phase.starts
         of_groups: Tensor | float = 0.0
         of_layers: Tensor | float = 0.0
         if self._gradient_sums is not None:
@@ -346,6 +406,8 @@ class QASSO(torch.optim.Optimizer):
         if in_last_period and self.config.bit_rule == "sensitivity" and self.quantizers.prefixes:
             squares = squared_gradients(self.quantizers, named) + of_layers
             state.curvature.mul_(decay).add_(squares, alpha=1 - decay)
+            if len(state.input_square):
+                state.input_square.mul_(decay).add_(self.quantizers.input_squares(named), alpha=1 - decay)
 
     def _scores(self, named: Named) -> Tensor:
         """Return the saliency of every group by the rule of the config, shape (groups,)."""
@@ -365,8 +427,8 @@ class QASSO(torch.optim.Optimizer):
         """Return Σ of product(x, g) over each group; a parameter without a gradient counts as g = 0."""
         return group_sums(self._labels or (), named, self.ledger.groups, product)
 
-    def _partition(self, phase: Phase, named: Named) -> None:
-        """Choose G_R, so that (p + 1) / P of the way is done at the period's end; waits for the device."""
+    def _partition(self, named: Named, done: int, periods: int) -> None:
+        """Choose G_R, so that `done` of `periods` of the way is done once it is removed; waits for the device."""
         if not self.families:
             return
         # Processes must agree on every group, but sums in another order may differ in the last digit.
@@ -381,9 +443,9 @@ class QASSO(torch.optim.Optimizer):
         # Removed groups are out; all others compete again, whatever an earlier period scored them.
         removed = self.removed_mask
         chunks = find_chunks(self.families, scores, removed, Limits.of(self.config))
-        periods = self.schedule.pruning_periods
         # Line 12: of K groups (p + 1) / P are due at the end of period p, so each period adds about K / P.
-        taken = take_due(self.target, self.ledger, chunks, removed, phase.period + 1, periods)
+        taken = take_due(self.target, self.ledger, chunks, removed, done, periods)
+        warn_of_equal_scores(self.families, scores, removed, taken)
         self.qasso_state.status[taken] = REDUNDANT
         self._invalidate_slices()
 
@@ -407,11 +469,20 @@ class QASSO(torch.optim.Optimizer):
         status[status == REDUNDANT] = REMOVED
         self._invalidate_slices()
 
+    def _remove_at_once(self, named: Named) -> None:
+        """Remove all that is to be removed, where there is no joint stage to forget it in."""
+        self._partition(named, done=1, periods=1)
+        self._remove(self._index_slices(named), named)
+
     # --- line 22: fixing the quantizers -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def fix_bits(self, choices: BitChoices) -> None:
+    def fix_bits(self, choices: BitChoices, choose_inputs: bool = True) -> None:
         """Give every layer an integer width that meets the target, by these choices; waits for the device.
+
+        Args:
+            choices: allowed widths, and the rules.
+            choose_inputs: whether widths of inputs are chosen as well; otherwise each is rounded to the nearest.
 
         Raises:
             GETAError: something became NaN or infinite before.
@@ -421,6 +492,11 @@ class QASSO(torch.optim.Optimizer):
         named = self._named()
         self._follow_device(named)
         self.check_finite()
+        inputs = None
+        if choose_inputs and len(self.qasso_state.input_square):
+            bits = self.quantizers.bits(named)[self.quantizers.weight_layers :]
+            search = self.config.clipping == "mse" and not self.config.learn_activation_exponent
+            inputs = input_errors(self.qasso_state.input_square, bits, choices.inputs, self._histograms, search)
         round_bits(
             self.quantizers,
             named,
@@ -430,7 +506,27 @@ class QASSO(torch.optim.Optimizer):
             self.target,
             self.removed_mask,
             choices,
+            inputs,
         )
+        self._note_final_quantizers(named)
+
+    def _note_final_quantizers(self, named: Named) -> None:
+        names = [name for leaf in ("d", "q_m", "t") for name in self.quantizers.names[leaf] if name in named]
+        self._final_quantizers = {name: local(named[name].detach()).clone() for name in names}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Set the removed groups to zero again, and d, q_m and t to (d*, q_m*, t*) of line 22.
+
+        For weights that were averaged, or otherwise changed, after the joint stage.
+        """
+        named = self._named()
+        self._follow_device(named)
+        # Frozen weights too: an average over the run holds what they were before they were removed.
+        labels = self.frozen.with_adapters(self._labels or ())
+        zero_slices(build_slices(labels, self.qasso_state.removed, self._family, named), named)
+        for name, value in self._final_quantizers.items():
+            local(named[name].detach()).copy_(value)
 
     # --- guards -------------------------------------------------------------------------------------------------------
 
@@ -454,7 +550,7 @@ class QASSO(torch.optim.Optimizer):
     def watch_frozen(self) -> None:
         """Sum gradients of frozen tensors in the stages that score groups; to be called before each backward pass."""
         if self._gradient_sums is not None:
-            self._gradient_sums.set_active(self.phase.stage in (PROJECTION, JOINT), self._named())
+            self._gradient_sums.set_active(self.schedule.averages(self.phase), self._named())
 
     def _named(self) -> Named:
         return {
@@ -509,7 +605,7 @@ class QASSO(torch.optim.Optimizer):
     @property
     def finished(self) -> bool:
         """True once the joint stage is over: all that was to be removed is zero, and widths are integers."""
-        return self.phase.stage == COOLDOWN
+        return self.step_count >= self.schedule.decided_after
 
     @property
     def status(self) -> Tensor:
@@ -590,6 +686,7 @@ class QASSO(torch.optim.Optimizer):
         rest, vectors = restore_vectors(state_dict, self.qasso_state.vectors())
         self.base.load_state_dict(rest)
         self.qasso_state = QASSOState(**vectors)
+        self._final_quantizers = {}
         self._share_base()
         # The status is another one now, so the slices listed from the former are stale.
         self._invalidate_index()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 
-from geta_hf.config import Duration, GETAConfig
+from geta_hf.config import Duration, GETAConfig, parse_duration
 from geta_hf.errors import GETAError
+
+logger = logging.getLogger(__name__)
 
 WARMUP, PROJECTION, JOINT, COOLDOWN = "warm-up", "projection", "joint", "cool-down"
 STAGES = (WARMUP, PROJECTION, JOINT, COOLDOWN)
@@ -32,22 +35,17 @@ def resolve_duration(duration: Duration, total_steps: int, steps_per_epoch: floa
     elif duration < 1:
         steps = math.floor(duration * total_steps + 1e-6)  # down, so that shares of 1 in all fit into training
     else:
-        raise GETAError(f"{name} = {duration} is a share of training and must be below 1; steps are whole numbers")
+        raise GETAError(f"{name} = {duration} is a share of training and must be below 1; steps are integers")
     if steps < 0:
         raise GETAError(f"{name} = {duration!r} must not be negative")
     return steps
 
 
 def _parse(duration: str, steps_per_epoch: float, name: str) -> int:
-    number, _, unit = duration.strip().partition(" ")
-    # Both "1 epoch" and "2 epochs". A bare number has an empty unit, which is refused.
-    kind = unit.strip().removesuffix("s")
-    try:
-        count = float(number)
-    except ValueError:
-        count = math.nan
-    if kind not in ("step", "epoch") or not math.isfinite(count):
+    parsed = parse_duration(duration)
+    if parsed is None:
         raise GETAError(f"{name} = {duration!r} is not like '200 steps' or '1.5 epochs'")
+    count, kind = parsed
     if kind == "epoch" and not math.isfinite(steps_per_epoch):
         raise GETAError(
             f"{name} = {duration!r}, but the training data has no length; give steps or a share of training"
@@ -84,7 +82,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps of each stage; cool-down takes the rest of `total`.
+    """Steps of each stage; cool-down takes the rest of `total`. Any stage may have none.
 
     >>> from geta_hf import GETAConfig, Schedule
     >>> schedule = Schedule.from_config(GETAConfig(warmup=10, projection=0.2), total_steps=100, steps_per_epoch=50)
@@ -103,25 +101,65 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: GETAConfig, total_steps: int, steps_per_epoch: float) -> Schedule:
-        """Resolve the stages of a config. Raise GETAError when they do not fit into training."""
-        lengths = {
-            name: resolve_duration(getattr(config, name), total_steps, steps_per_epoch, f"GETAConfig.{name}")
-            for name in ("warmup", "projection", "joint")
-        }
-        used = sum(lengths.values())
-        if used > total_steps:
-            raise GETAError(f"stages take {lengths}, {used} steps, but training has {total_steps}; shorten them")
-        periods = {"projection": config.projection_periods, "joint": config.pruning_periods}
+        """Resolve the stages of a config. A stage of length 0, or of no period, has no steps.
+
+        In a short run every other stage has at least one step, and no more periods than steps.
+
+        Raises:
+            GETAError: the stages do not fit into training.
+        """
+        periods = {"warmup": 1, "projection": config.projection_periods, "joint": config.pruning_periods}
+        resolved = {}
+        lengths = {}
         for name, count in periods.items():
-            # A period without a step would never start, so its reduction or its groups would silently be skipped.
-            if lengths[name] < count:
-                raise GETAError(
-                    f"the {name} stage has {lengths[name]} of {total_steps} steps for {count} periods; "
-                    f"train longer, lengthen GETAConfig.{name} or use fewer periods"
-                )
+            duration = getattr(config, name)
+            resolved[name] = resolve_duration(duration, total_steps, steps_per_epoch, f"GETAConfig.{name}")
+            if not count or _is_zero(duration):
+                resolved[name] = lengths[name] = 0
+            else:
+                lengths[name] = max(resolved[name], 1)
+        if sum(resolved.values()) > total_steps:
+            used = sum(resolved.values())
+            raise GETAError(f"stages take {resolved}, {used} steps, but training has {total_steps}; shorten them")
+        lengths = _fit(lengths, total_steps)
         return cls(
-            **lengths, total=total_steps, projection_periods=periods["projection"], pruning_periods=periods["joint"]
+            **lengths,
+            total=total_steps,
+            projection_periods=min(periods["projection"], lengths["projection"]),
+            pruning_periods=min(periods["joint"], lengths["joint"]),
         )
+
+    @property
+    def cool_down_start(self) -> int:
+        """The number of steps before cool-down."""
+        return self.warmup + self.projection + self.joint
+
+    @property
+    def decided_after(self) -> int:
+        """The number of steps after which groups are removed and widths are final; at least one, for its gradients."""
+        return max(self.cool_down_start, 1)
+
+    def averages(self, phase: Phase) -> bool:
+        """Return whether gradients are averaged in a step, for the scores and widths that are decided later.
+
+        From the projection stage on, so that the first partition has an average to read; without that stage in warm-up,
+        and where there is no stage but cool-down, in its first step.
+        """
+        if phase.stage == WARMUP:
+            return self.projection == 0
+        if phase.stage == COOLDOWN:
+            return self.cool_down_start == 0 and phase.starts
+        return True
+
+    def in_last_period(self, phase: Phase) -> bool:
+        """Return whether a step belongs to the last period before widths are decided."""
+        if phase.stage == JOINT:
+            return phase.period == self.pruning_periods - 1
+        if self.joint:
+            return False
+        if phase.stage == PROJECTION:
+            return phase.period == self.projection_periods - 1
+        return self.projection == 0 and self.averages(phase)
 
     def at(self, step: int) -> Phase:
         """Return the phase of 0-based optimizer step `step`; steps beyond `total` are cool-down."""
@@ -135,6 +173,43 @@ class Schedule:
         # Everything after it, however long training goes on: a longer run than planned only trains more.
         start = joint_start + self.joint
         return Phase(COOLDOWN, 0, step - start, max(self.total - start, 1))
+
+
+def _is_zero(duration: Duration) -> bool:
+    """Return whether a length is 0 as it was given; a small share that rounds to no step is not."""
+    if not isinstance(duration, str):
+        return duration == 0
+    parsed = parse_duration(duration)
+    return parsed is not None and parsed[0] == 0
+
+
+def _fit(lengths: dict[str, int], total_steps: int) -> dict[str, int]:
+    """Return lengths of stages that fit into training, shortened from the longest where they do not."""
+    wanted = [name for name, length in lengths.items() if length]
+    if len(wanted) > total_steps:
+        raise GETAError(
+            f"training has {total_steps} steps, but {', '.join(wanted)} take at least one each: train for "
+            f"{len(wanted)} steps or more, or leave a stage out with GETAConfig.{wanted[0]} = 0"
+        )
+    lengths = dict(lengths)
+    # Stages that would have rounded to no step take it from the others, one at a time.
+    while sum(lengths.values()) > total_steps:
+        longest = max(lengths, key=lambda name: lengths[name])
+        lengths[longest] -= 1
+    return lengths
+
+
+def note_short_run(schedule: Schedule, config: GETAConfig) -> None:
+    """Say in one line of the log where a run is too short for the periods that its config asks for."""
+    fewer = []
+    for stage, steps, periods, wanted in (
+        ("projection", schedule.projection, schedule.projection_periods, config.projection_periods),
+        ("joint", schedule.joint, schedule.pruning_periods, config.pruning_periods),
+    ):
+        if steps and periods < wanted:
+            fewer.append(f"the {stage} stage has {steps} steps, so {periods} periods instead of {wanted}")
+    if fewer:
+        logger.warning("training has only %d steps: %s", schedule.total, "; ".join(fewer))
 
 
 def _in_period(stage: str, step: int, length: int, periods: int) -> Phase:

@@ -7,6 +7,7 @@ and restores every attribute of every module afterwards, as it is the user's mod
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import zip_longest
@@ -21,6 +22,8 @@ from transformers import PreTrainedModel
 from geta_hf.errors import GETAError
 from geta_hf.qadg.tracing.graph import Graph, Value
 from geta_hf.qadg.tracing.recorder import KeptContent, Recorder
+from geta_hf.utils.model_io import map_tensors
+from geta_hf.utils.process_state import exclusive, plain_kernels
 
 _SETTINGS = {"use_cache": False, "_experts_implementation_internal": "batched_mm"}
 """Fields of every config while recording: a cache is no output, and experts' fused kernel has no meta version."""
@@ -100,11 +103,13 @@ def _record(model: nn.Module, batch: Mapping[str, Any], real: bool) -> Graph:
     graph = Graph()
     recorder = Recorder(graph, real)
     with ExitStack() as stack:
+        stack.enter_context(exclusive())
         stack.enter_context(torch.no_grad())
         # A forward that draws random numbers must not change those that the user's training draws next.
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(_unchanged(model))
+        stack.enter_context(unchanged(model))
         stack.enter_context(_recordable(model))
+        stack.enter_context(plain_kernels())
         # Both, since what a model cached in evaluation mode is only dropped in training mode.
         model.train().eval()
         _swap_in_stand_ins(model, recorder)
@@ -138,13 +143,16 @@ def _failed_forward(model: nn.Module, batch: Mapping[str, Any], error: Exception
 
 
 def _input(name: str, item: Any, recorder: Recorder) -> Any:
-    if not isinstance(item, torch.Tensor):
-        return item
-    # Two copies: the forward may write to the one that it gets.
-    tensor = item.detach().cpu().clone()
-    value = Value(tuple(item.shape), item.dtype, "input", (name,), tensor.clone(), from_input=True)
-    recorder.add(tensor, value)
-    return tensor
+    """Return a copy of an input, its tensors registered with the recorder; those in lists and dicts included."""
+
+    def copied(given: torch.Tensor) -> torch.Tensor:
+        # Two copies: the forward may write to the one that it gets.
+        tensor = given.detach().cpu().clone()
+        value = Value(tuple(given.shape), given.dtype, "input", (name,), tensor.clone(), from_input=True)
+        recorder.add(tensor, value)
+        return tensor
+
+    return map_tensors(copied, item)
 
 
 def main_tensors(output: Any) -> list[torch.Tensor]:
@@ -176,30 +184,21 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
 
 @contextmanager
 def _recordable(model: nn.Module) -> Iterator[None]:
-    """Turn off what can't be recorded, in configs and in torch, while the context lasts.
-
-    In torch these are fused kernels, which would appear as one operator without a rule: the fast path of transformer
-    layers, and oneDNN's.
-    """
+    """Turn off in the configs what can't be recorded, while the context lasts."""
     # By identity, as the modules of a model share their config, which is to be restored once.
     configs = {id(m.config): vars(m.config) for m in model.modules() if isinstance(m, PreTrainedModel)}
     before = [(fields, {name: fields[name] for name in _SETTINGS if name in fields}) for fields in configs.values()]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    fused = torch.backends.mkldnn.set_flags(_enabled=False)[0]
     try:
-        torch.backends.mha.set_fastpath_enabled(False)
         for fields, old in before:
             fields.update({name: _SETTINGS[name] for name in old})
         yield
     finally:
-        torch.backends.mkldnn.set_flags(_enabled=fused)
-        torch.backends.mha.set_fastpath_enabled(fast)
         for fields, old in before:
             fields.update(old)
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module) -> Iterator[None]:
     """Restore every module's attributes, parameters, buffers, hooks and training flag at the end."""
     before = [(module, dict(module.__dict__), _containers(module)) for module in model.modules()]
     try:
@@ -226,12 +225,16 @@ def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
 def _module_paths(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Tell the recorder which module is running; one that is not the model's own counts as part of its caller."""
     paths = {id(module): path for path, module in model.named_modules()}
+    thread = threading.get_ident()
 
     def enter(module: nn.Module, args: Any) -> None:
-        recorder.module.append(paths.get(id(module), recorder.module[-1]))
+        # Global hooks see the models of all threads, such as one that is being trained.
+        if threading.get_ident() == thread:
+            recorder.module.append(paths.get(id(module), recorder.module[-1]))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        recorder.module.pop()
+        if threading.get_ident() == thread:
+            recorder.module.pop()
 
     # Global hooks: the hooks of the modules themselves belong to the user and are not touched.
     handles = (register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True))

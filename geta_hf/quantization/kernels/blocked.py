@@ -28,7 +28,8 @@ def blocked(eager: Kernel) -> Kernel:
         return out
 
     def gradients(grad: Tensor, x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None) -> Gradients:
-        grad_x, sums = torch.empty_like(x), []
+        grad_x = torch.empty_like(x)
+        sums = []
         for part, *block in _blocks(grad_x, grad, x, d, q_m, t):
             inner, *others = eager.gradients(*block)
             part.copy_(inner)

@@ -86,6 +86,7 @@ def must_stay_plain(*tensors: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return True
+    # By exact type: a DTensor's rows are read through its own operators only.
     return any(type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta for x in tensors)
 
 
@@ -104,6 +105,7 @@ def _known(name: str) -> str:
 def _fastest(x: Tensor) -> str:
     if x.is_cuda:
         return "triton" if _has_triton() else "eager"
+    # One block gains nothing from being a block.
     if x.device.type != "cpu" or x.numel() <= BLOCK:
         return "eager"
     return "compiled" if x.numel() >= COMPILE_FROM else "blocked"

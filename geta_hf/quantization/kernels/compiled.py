@@ -54,6 +54,7 @@ class _Attempt:
         self.compiled: Callable[..., Any] | None = None
 
     def __call__(self, *args: Tensor | None) -> Any:
+        # The backward pass is written by hand, so the compiler must not trace one.
         args = tuple(value if value is None else value.detach() for value in args)
         if self.compiled is not None:
             return self.compiled(*args)
@@ -66,6 +67,7 @@ class _Attempt:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # deprecations inside torch's own compiler
+                # dynamic, since a model has many sizes of weights, and each would be compiled by itself otherwise.
                 function = torch.compile(self.function, dynamic=True)
                 result = function(*args)
         except Exception as error:  # a broken toolchain can raise anything

@@ -37,6 +37,7 @@ def _of_channels(
 ) -> tl.tensor:
     """Load what `values` holds for each row or column, broadcastable against the tile."""
     if BY_ROW:
+        # 1 and not 0 beyond the edge, since values are divided by it.
         return tl.load(values + i, i < rows, 1.0)[:, None]
     else:
         return tl.load(values + j, j < cols, 1.0)[None, :]
@@ -137,6 +138,8 @@ class _Layout:
     @property
     def tile(self) -> tuple[int, int]:
         """(rows, columns) of one program's tile, powers of two; wide enough to read full lines of memory."""
+        # Along a row sums stay in the tile; down a column many rows are wanted in it, so that few partial sums
+        # remain.
         cols = min(TILE if self.by_row else 64, triton.next_power_of_2(self.cols))
         return min(TILE // cols, triton.next_power_of_2(self.rows)), cols
 
@@ -180,6 +183,8 @@ def triton_kernel(eager: Kernel) -> Kernel:
         x, step, clip = x.detach().contiguous(), layout.spread(d), layout.spread(q_m)
         out = torch.empty_like(x)
         with torch.cuda.device_of(x):
+            # Without fusion below: a fused multiply-add rounds once less than the pure functions, and a value near a
+            # tie would get another code.
             _forward[(layout.tiles[0] * layout.tiles[1],)](
                 *(x, step, clip, step if t is None else t.detach(), out, layout.rows, layout.cols),
                 *(t is not None, layout.by_row, *layout.tile),
@@ -216,6 +221,7 @@ def _run_backward(
     grad_x, exponent = torch.empty_like(grad), torch.ones_like(clip[:1]) if t is None else t.detach()
     with torch.cuda.device_of(x):
         _backward[(layout.tiles[0] * layout.tiles[1],)](
+            # Triton needs some pointer where there are no sums; nothing is written to it.
             *(grad, x, step, clip, exponent, grad_x, clip if partial is None else partial, layout.rows, layout.cols),
             *(partial is not None, t is not None, layout.by_row, *layout.tile),
             enable_fp_fusion=False,

@@ -78,8 +78,34 @@ def test_stages_follow_each_other_and_periods_cover_them() -> None:
 def test_stages_longer_than_training_and_too_few_steps_are_refused() -> None:
     with pytest.raises(GETAError, match="training has 50"):
         Schedule.from_config(GETAConfig(warmup=20, projection=20, joint=20), 50, 50)
-    with pytest.raises(GETAError, match="joint stage has 2"):
-        Schedule.from_config(GETAConfig(warmup=1, projection=10, joint=2), 50, 50)
+    with pytest.raises(GETAError, match=r"training has 2 steps, but warmup, projection, joint .* train for 3 steps"):
+        Schedule.from_config(GETAConfig(), 2, 2)
+    with pytest.raises(GETAError, match=r"training has 0 steps, but joint .* train for 1 steps"):
+        Schedule.from_config(GETAConfig(warmup=0, projection=0), 0, 0)
+
+
+@pytest.mark.parametrize("total", range(3, 60))
+def test_periods_shrink_with_the_run_down_to_one_step_a_stage(total: int) -> None:
+    schedule = Schedule.from_config(GETAConfig(), total, total)
+    lengths = (schedule.warmup, schedule.projection, schedule.joint)
+    assert min(lengths) >= 1 and sum(lengths) <= total
+    assert schedule.projection_periods == min(4, schedule.projection)
+    assert schedule.pruning_periods == min(5, schedule.joint)
+    phases = [schedule.at(step) for step in range(total)]
+    for stage, periods in (("projection", schedule.projection_periods), ("joint", schedule.pruning_periods)):
+        assert [p.period for p in phases if p.stage == stage and p.starts] == list(range(periods))
+
+
+def test_given_lengths_shorten_the_longest_stage_where_a_share_rounds_to_nothing() -> None:
+    schedule = Schedule.from_config(GETAConfig(warmup=5, projection=0.01, joint=45), 50, 50)
+    assert (schedule.warmup, schedule.projection, schedule.joint) == (5, 1, 44)
+
+
+def test_a_stage_of_no_length_or_no_period_is_left_out() -> None:
+    for changes in ({"joint": 0}, {"joint": 0.0}, {"joint": "0 epochs"}, {"pruning_periods": 0}):
+        schedule = Schedule.from_config(GETAConfig(warmup=2, projection=8, **changes), 40, 20)
+        assert schedule.joint == schedule.pruning_periods == 0
+        assert [schedule.at(step).stage for step in (1, 9, 10)] == ["warm-up", "projection", "cool-down"]
 
 
 # --- saliency ---------------------------------------------------------------------------------------------------------
@@ -146,9 +172,23 @@ def test_projection_moves_d_alone_onto_the_bounds() -> None:
 def test_a_relative_step_is_the_base_optimizer_on_the_logarithm() -> None:
     """SGD on log p: p <- p · exp(-α · p · ∂f/∂p)."""
     before, grad, rate = torch.tensor([1e-4]), torch.tensor([300.0]), 0.01
-    after = before - rate * (grad * before)
-    assert relative_step(before, after).item() == pytest.approx(1e-4 * math.exp(-rate * 300 * 1e-4), rel=1e-4)
-    assert relative_step(before, before - 50.0).item() > 0
+    step = -rate * (grad * before)
+    assert relative_step(before, step).item() == pytest.approx(1e-4 * math.exp(-rate * 300 * 1e-4), rel=1e-4)
+    assert relative_step(before, torch.tensor([-50.0])).item() > 0
+
+
+MAGNITUDES = [10.0**power for power in range(-6, 9)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_relative_step_is_exact_for_any_magnitude(dtype: torch.dtype) -> None:
+    """Against float64, to the last digit of the type, for tiny steps as for large ones."""
+    steps = torch.tensor([0.0, 1e-7, -1e-5, 1e-3, -3e-3, 0.1, -0.49, 0.51, 2.0, -9.0])
+    before = torch.tensor(MAGNITUDES).to(dtype)[:, None].expand(-1, len(steps))
+    found = relative_step(before, steps.expand_as(before))
+    exact = (before.double() * steps.double().exp()).clamp_min(1e-12)
+    assert found.dtype == dtype
+    assert ((found.double() - exact).abs() <= torch.finfo(dtype).eps * exact).all()
 
 
 # --- Eqs. 13-14 -------------------------------------------------------------------------------------------------------

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 
 import pytest
 import torch
+from transformers import SchedulerType, get_scheduler
 
 from geta_hf.config import GETAConfig
 from geta_hf.errors import GETAError
@@ -231,6 +233,49 @@ def test_quantizer_steps_are_relative_to_their_scale() -> None:
         ratios += [layer.weight_quantizer.d.item() / d for layer, d in zip(model.layers, before, strict=True)]
     assert all(0.98 < ratio < 1.02 for ratio in ratios) and any(ratio != 1 for ratio in ratios)
     assert all(value.item() > 0 for name, value in model.named_parameters() if "quantizer" in name)
+
+
+@pytest.mark.parametrize("base", ["SGD", "AdamW", "RMSprop"])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_every_step_of_a_clipping_value_is_that_of_its_logarithm(base: str, weights: torch.dtype) -> None:
+    """From 1e-6 to 1e8, twenty steps against the base optimizer on log q_m in float64."""
+    for magnitude in (1e-6, 1.0, 2e4, 4e4, 1e8):
+        model, optimizer = make(small_config(warmup=40, projection=8, joint=5))
+        model.to(weights)
+        optimizer = wrap(model, small_config(warmup=40, projection=8, joint=5), _base(base))
+        quantizer = model.layers[0].weight_quantizer
+        assert quantizer.q_m.dtype == torch.float32
+        quantizer.q_m.data.fill_(magnitude)
+        log = torch.tensor([math.log(quantizer.q_m.item())], dtype=torch.float64, requires_grad=True)
+        oracle = getattr(torch.optim, base)([log], lr=3e-3, weight_decay=0.0)
+        for step in range(20):
+            slope = math.sin(step) + 0.3
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            quantizer.q_m.grad = torch.tensor([slope / quantizer.q_m.item()])
+            log.grad = torch.tensor([slope], dtype=torch.float64)
+            optimizer.step()
+            oracle.step()
+        assert quantizer.q_m.item() == pytest.approx(math.exp(log.item()), rel=3e-6)
+        assert abs(log.item() - math.log(magnitude)) > 1e-3
+
+
+def _base(kind: str):
+    return lambda groups: getattr(torch.optim, kind)(groups, lr=1e-2)
+
+
+def test_a_base_step_that_fails_leaves_the_quantizers_as_they_were() -> None:
+    model, optimizer = make(small_config())
+    train_step(model, optimizer, 0)
+    before = {name: p.clone() for name, p in model.named_parameters() if "quantizer" in name}
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    optimizer.base.step = fail
+    with pytest.raises(KeyboardInterrupt):
+        train_step(model, optimizer, 1)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
 
 
 @pytest.mark.parametrize("rules", RULES)
@@ -468,3 +513,50 @@ def test_the_projection_stage_averages_what_the_first_partition_reads() -> None:
     start = sum(size for name, size in list(sizes.items())[: list(sizes).index("layers:channels")])
     found = optimizer.mean_square[start : start + sizes["layers:channels"]]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
+# --- what schedulers, callbacks and Accelerate read of an optimizer -------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [kind.value for kind in SchedulerType])
+def test_every_scheduler_of_trainer_gives_the_rates_that_the_base_optimizer_would_have(kind: str) -> None:
+    options = {"cosine_with_min_lr": {"min_lr": 1e-4}, "cosine_warmup_with_min_lr": {"min_lr": 1e-4}}
+    options["warmup_stable_decay"] = {"num_decay_steps": 3}
+    rates = []
+    for wrapped in (True, False):
+        model, optimizer = make(small_config())
+        optimizer = optimizer if wrapped else optimizer.base
+        scheduler = get_scheduler(
+            kind, optimizer, num_warmup_steps=2, num_training_steps=9, scheduler_specific_kwargs=options.get(kind)
+        )
+        for step in range(8):
+            train_step(model, optimizer, step)
+            scheduler.step(*([1.0 + step] if kind in ("reduce_lr_on_plateau", "greedy") else []))
+            rates.append([group["lr"] for group in optimizer.param_groups])
+    assert rates[:8] == rates[8:]
+    varied = len({tuple(rate) for rate in rates[:8]}) > 1
+    assert varied or kind in ("constant", "reduce_lr_on_plateau", "greedy")
+
+
+def test_defaults_state_and_groups_are_those_of_the_base_also_after_loading() -> None:
+    model, optimizer = make(small_config())
+    train_step(model, optimizer, 0)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for name in ("defaults", "state", "param_groups"):
+        assert getattr(optimizer, name) is getattr(optimizer.base, name)
+    assert optimizer.defaults["lr"] == 1e-2
+
+
+def test_a_group_added_in_training_is_trained_by_the_base_and_survives_a_checkpoint() -> None:
+    model, optimizer = make(small_config())
+    more = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(GETAError, match=r"add_param_group needs the names.*\(name, tensor\) pairs"):
+        optimizer.add_param_group({"params": [more]})
+    optimizer.add_param_group({"params": iter([("more", more)]), "lr": 0.5, "weight_decay": 0.0})
+    train_step(model, optimizer, 0)
+    more.grad = torch.ones(3)
+    optimizer.step()
+    assert optimizer.param_groups[-1]["param_names"] == ["more"] and more.max() < 0.6
+    assert optimizer.base.param_groups[-1]["params"][0] is more
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train_step(model, optimizer, 1)

@@ -1,0 +1,101 @@
+"""Leave layers float whose quantizer would have no effect, since the model reads their weight itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from geta_hf.config import CompressionConfig
+from geta_hf.errors import GETAError
+from geta_hf.qadg.tracing.raw_reads import find_raw_reads
+from geta_hf.quantization import quantized_layers
+
+logger = logging.get_logger(__name__)
+
+
+def exclude_raw_reads(
+    config: CompressionConfig, model: nn.Module, layers: Mapping[str, nn.Module], batch: Mapping[str, Any]
+) -> CompressionConfig:
+    """Return the config with the layers excluded whose weight the model reads past their forward; warn of them.
+
+    Args:
+        config: of the run; returned as it is where there is no such layer.
+        model: before quantizers are attached.
+        layers: those that are to be quantized, by name.
+        batch: one batch of inputs; all processes call this, each with its own.
+    """
+    device = next(model.parameters()).device
+    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    found: list[str] = find_raw_reads(model, layers, inputs)
+    if torch.distributed.is_initialized():
+        # Which expert runs depends on the batch, but every process must quantize the same layers.
+        found = gather_object(found)
+    if not found:
+        return config
+    excluded = exclude_layers(config, found, layers)
+    logger.warning(
+        "left in floating point: %s; the model reads the weight itself, past the layer's forward, where a quantizer "
+        "would have no effect",
+        ", ".join(left_float(config, excluded)),
+    )
+    return excluded
+
+
+def exclude_layers(config: CompressionConfig, found: Collection[str], names: Collection[str]) -> CompressionConfig:
+    """Return the config with the layers of these names excluded, out of all `names`; itself where there are none."""
+    if not found:
+        return config
+    return dataclasses.replace(config, exclude=[*config.exclude, *name_patterns(found, names)])
+
+
+def left_float(config: CompressionConfig, excluded: CompressionConfig) -> tuple[str, ...]:
+    """Return the layers that `exclude_layers` excluded, with `*` for numbers.
+
+    Args:
+        config: what it was given.
+        excluded: what it returned.
+    """
+    patterns = excluded.exclude[len(config.exclude) :]
+    return tuple(pattern[1:-1].replace(r"\d+", "*").replace("\\", "") for pattern in patterns)
+
+
+def name_patterns(found: Collection[str], names: Collection[str]) -> list[str]:
+    """Return regular expressions that match the names found and no others; one for alike names in all blocks.
+
+    Example:
+        >>> name_patterns(["h.0.out", "h.1.out"], ["h.0.out", "h.1.out", "h.0.up"])
+        ['^h\\\\.\\\\d+\\\\.out$']
+    """
+    found = set(found)
+    patterns: dict[str, None] = {}
+    for name in names:
+        if name not in found:
+            continue
+        alike = "^" + re.sub(r"(?<=\.)\d+(?=\\\.|$)", r"\\d+", re.escape(name)) + "$"
+        wider = {other for other in names if re.search(alike, other)}
+        patterns[alike if wider <= found else f"^{re.escape(name)}$"] = None
+    return list(patterns)
+
+
+def check_first_gradients(model: nn.Module) -> None:
+    """Check after the first backward pass that no weight was trained past its quantizer.
+
+    A kernel that is no operator of torch is invisible before training; its gradients are not.
+
+    Raises:
+        GETAError: a weight has a gradient, but none of its quantizer's parameters has.
+    """
+    for name, layer in quantized_layers(model).items():
+        trained = [parameter for parameter in layer.weight_quantizer.parameters() if parameter.requires_grad]
+        if layer.weight.grad is not None and trained and all(parameter.grad is None for parameter in trained):
+            raise GETAError(
+                f"{name}.weight has a gradient, but its quantizer has none: a kernel reads the weight past the layer's "
+                f"forward. Leave the layer in floating point: GETAConfig(exclude=['^{re.escape(name)}$'])"
+            )
