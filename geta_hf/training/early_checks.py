@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from geta_hf.errors import GETAError
 from geta_hf.quantization.layers import check_parameter
 from geta_hf.surgery.rebuild import check_rebuilds
+from geta_hf.utils.model_io import Batch
 
 
 def check_is_model(model: Any) -> None:
@@ -45,7 +46,7 @@ def check_model(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     check_values(model)
 
 
-def check_exports(model: nn.Module, batch: Mapping[str, Tensor], layers: Iterable[str]) -> None:
+def check_exports(model: nn.Module, batch: Batch, layers: Iterable[str]) -> None:
     """Check that a folder could hold the model; see `geta_hf.surgery.rebuild.check_rebuilds`.
 
     Args:
