@@ -92,7 +92,7 @@ def test_what_is_done_on_purpose(whole: Path, tmp_path: Path, mutation: Mutation
 def test_what_happens_by_chance(whole: Path, tmp_path: Path) -> None:
     names = tuple(OPENERS)
     wrong = []
-    for number, mutation in enumerate(at_random(whole, 40, seed=1)):
+    for number, mutation in enumerate(at_random(whole, 30, seed=1)):
         wrong += check(whole, tmp_path, mutation, (names[number % 5],))
     assert not wrong
 
