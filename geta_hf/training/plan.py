@@ -65,6 +65,7 @@ class Plan:
             the largest first.
         unquantized_share: their share of all matrix weights in those lists.
         left_float: layers without a quantizer, since the model reads their weights itself; numbers as `*`.
+        not_vanilla: why the result cannot be written in the format `vanilla`; empty if it can, None if not known.
 
     Example:
         >>> import torch
@@ -91,6 +92,7 @@ class Plan:
     unquantized: tuple[str, ...] = ()
     unquantized_share: float = 0.0
     left_float: tuple[str, ...] = ()
+    not_vanilla: str | None = None
 
     def __str__(self) -> str:
         header = ("families", "number", "groups of each", "to remove if even", "kept")
@@ -113,6 +115,9 @@ class Plan:
             lines.append(
                 f"left in floating point, as the model reads their weights itself: {', '.join(self.left_float)}"
             )
+        if self.not_vanilla is not None:
+            vanilla = f"not vanilla: {self.not_vanilla}" if self.not_vanilla else "also vanilla, without geta_hf"
+            lines.append(f"formats of the result: geta; {vanilla}")
         return "\n".join(lines)
 
 
@@ -135,7 +140,11 @@ def make_plan(
     """
     families = space.trainable
     target = solve_target(config, families, ledger)
-    removal = even_removal(target, families, ledger, Limits.of(config))
+    limits = Limits.of(config)
+    removal = even_removal(target, families, ledger, limits)
+    if target.unit == GROUPS and any(limits.restricted(family) for family in families):
+        # Few counts are allowed, so K itself may be far from any of them.
+        target = replace(target, amount=ledger.groups - int(removal.sum()))
     removed = ledger.groups - int(target.amount) if target.unit == GROUPS else int(removal.sum())
     before = ledger.prunable_parameters(ledger.nothing)
     unquantized, share = ((), 0.0) if model is None else _unquantized(model)
