@@ -13,13 +13,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightConverter
+from transformers.core_model_loading import PrefixChange, WeightConverter, revert_weight_conversion
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging
 
 from geta_hf.errors import GETAError
+from geta_hf.serialization.checksums import checksums
 from geta_hf.serialization.encode import activation_bits, packed_tensors, unpack_layer, weight_bits, weight_holders
 from geta_hf.serialization.loader import (
     QUANT_METHOD,
@@ -85,6 +86,7 @@ class GETAHfQuantizer(GETALoader):
                 offloaded = load_offloaded_parameter(model, f"{name}.weight") if weight.is_meta else None
                 state.update(packed_tensors(name, layer, offloaded))
         vars(model)["_weight_conversions"] = _conversions_of_others(model)
+        self.quantization_config.checksums = checksums(_as_stored(model, state))
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -111,6 +113,14 @@ class GETAHfQuantizer(GETALoader):
         fixes = self.quantization_config.fixes
         if any(fixes[part] for part in ("shapes", "keep", "attrs")):
             attach_quantizer(model, fixes)
+
+
+def _as_stored(model: PreTrainedModel, state: dict[str, Any]) -> dict[str, Any]:
+    """Return the tensors of a state dict under the names, and in the pieces, in which `save_pretrained` stores them."""
+    loaded = {
+        name: load_offloaded_parameter(model, name) if tensor.is_meta else tensor for name, tensor in state.items()
+    }
+    return dict(revert_weight_conversion(model, loaded))
 
 
 AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = GETAQuantizationConfig

@@ -26,9 +26,9 @@ from geta_hf.qadg.tracing.dummy_inputs import build_empty
 from geta_hf.quantization.parametrized import removal_of
 from geta_hf.surgery.compare_outputs import TOLERANCE, comparison_mode
 from geta_hf.surgery.shorter_config import nested_configs
+from geta_hf.utils.model_io import Batch, cast_floats, map_tensors, to_device
 from geta_hf.utils.module_state import HALVES
 
-Batch = Mapping[str, Tensor]
 _Runs = list[tuple[str, list[Tensor]]]  # path of a module, what it returned
 
 _IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
@@ -78,10 +78,11 @@ def check_rebuilds(model: PreTrainedModel, batch: Batch, quantized: Iterable[str
     if len({tensor.device for tensor in tensors}) > 1 or any(tensor.is_meta for tensor in tensors):
         return
     _share_tensors(model, twin)
-    inputs = {name: _cast(tensor.to(model.device), model.dtype) for name, tensor in batch.items()}
+    inputs = cast_floats(to_device(batch, model.device), model.dtype)
     try:
         expected = _outputs(model, inputs)
-    except Exception:  # recording the model on the batch says so in its own words
+    except Exception as error:
+        _blame_departures(model, twin, inputs, error)
         return
     autocast = _autocast_within(model, inputs)
     try:
@@ -90,7 +91,7 @@ def check_rebuilds(model: PreTrainedModel, batch: Batch, quantized: Iterable[str
     except Exception as error:
         raise GETAError(
             f"{type(model).__name__} runs the batch, but a copy that is built from its config does not: "
-            f"{' '.join(str(error).split())[:300]}. {_departures_text(find_departures(model, twin))}"
+            f"{_line(error)}. {_departures_text(find_departures(model, twin))}"
         ) from error
     share = _difference(expected, found)
     if share == 0.0 and _say_something(expected):
@@ -106,10 +107,29 @@ def check_rebuilds(model: PreTrainedModel, batch: Batch, quantized: Iterable[str
     raise GETAError(_refusal(model, twin, inputs, autocast))
 
 
+def _blame_departures(model: PreTrainedModel, twin: PreTrainedModel, inputs: Batch, error: Exception) -> None:
+    """Raise GETAError where a model cannot run the batch and its copy can.
+
+    Where neither can, recording the model on the batch says so in its own words.
+    """
+    try:
+        with _as_in_a_folder(model.device, None):
+            _outputs(twin, inputs)
+    except Exception:
+        return
+    raise GETAError(
+        f"{type(model).__name__} cannot run the batch, but a copy that is built from its config can: {_line(error)}. "
+        f"{_departures_text(find_departures(model, twin))}"
+    ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
 def _built(model: PreTrainedModel) -> PreTrainedModel:
     """Build the model's class from its config as a folder holds it; parameters are on meta."""
-    config = _as_stored(model.config)
-    return build_empty(type(model), config, dtype=model.dtype)
+    return build_empty(type(model), _as_stored(model.config), dtype=model.dtype)
 
 
 def _as_stored(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -336,12 +356,11 @@ def _random_values(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return 2 * torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+def _widened(inputs: Batch) -> dict[str, Any]:
+    def widen(tensor: Tensor) -> Tensor:
+        return tensor.float() if tensor.dtype in HALVES else tensor
 
-
-def _widened(inputs: Batch) -> dict[str, Tensor]:
-    return {name: tensor.float() if tensor.dtype in HALVES else tensor for name, tensor in inputs.items()}
+    return {name: map_tensors(widen, item) for name, item in inputs.items()}
 
 
 # --- what differs -------------------------------------------------------------------------------------------------

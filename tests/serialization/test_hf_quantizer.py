@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from geta_hf import attach_quantizers, build_space, export
+from geta_hf import attach_quantizers, export
 from geta_hf.errors import GETAError
 from geta_hf.serialization import hf_quantizer
 from geta_hf.serialization.hf_quantizer import GETAHfQuantizer, GETAQuantizationConfig
@@ -31,6 +31,7 @@ from tests.architectures import build
 from tests.elsewhere import run_code
 from tests.export.test_use import IDS, exported_llama
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
+from tests.spaces import build_space
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 NORM = "bert.encoder.layer.1.output.LayerNorm.weight"

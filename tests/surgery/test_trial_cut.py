@@ -13,13 +13,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from geta_hf.errors import GETAError
-from geta_hf.qadg import PruningSpace, build_space
+from geta_hf.qadg import PruningSpace
 from geta_hf.surgery import verify as gate
 from geta_hf.surgery.size_equations import RefusalError
 from geta_hf.surgery.slice import slice_model
 from geta_hf.surgery.solve_attributes import solve
 from geta_hf.surgery.trial_cut import _ends_and_middle, _one_end, try_cuts
 from tests.export.tiny_encoders import some_batch, tiny_bloom, tiny_mixture, tiny_model
+from tests.spaces import build_space
 
 Split = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
