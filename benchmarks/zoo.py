@@ -265,7 +265,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     records = read_records(chosen.data)
     for name in chosen.only or ARCHITECTURES:
-        record = {} if chosen.only else records.get(name, {})
+        record = {} if chosen.only else dict(records.get(name, {}))
         if "families" not in record:
             record = {**gate_record(examine(name)), **record}
         if "training" not in record:
