@@ -81,7 +81,7 @@ def most_removed(families: Sequence[Family], limits: Limits, share: float = 1.0)
 def _nearest_removal(family: Family, limits: Limits, wanted: float) -> int:
     """Return the count nearest to `wanted` that a family can lose in complete chunks."""
     # The common case in one line of arithmetic: a search calls this up to 20 times over all families.
-    if limits.multiple(family) == 1:
+    if limits.multiple(family) == 1 and not limits.restricted(family):
         return min(math.floor(wanted + 0.5), family.size - limits.least(family))
     removed = 0
     for size in limits.chunks(family, family.size):

@@ -66,6 +66,7 @@ class Plan:
             the largest first.
         unquantized_share: their share of all matrix weights in those lists.
         left_float: layers without a quantizer, since the model reads their weights itself; numbers as `*`.
+        not_vanilla: why the result cannot be written in the format `vanilla`; empty if it can, None if not known.
         without_heads: a sentence for each kind of module that counts heads of which none is found, with the reason.
 
     Example:
@@ -93,6 +94,7 @@ class Plan:
     unquantized: tuple[str, ...] = ()
     unquantized_share: float = 0.0
     left_float: tuple[str, ...] = ()
+    not_vanilla: str | None = None
     without_heads: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -116,6 +118,9 @@ class Plan:
             lines.append(
                 f"left in floating point, as the model reads their weights itself: {', '.join(self.left_float)}"
             )
+        if self.not_vanilla is not None:
+            vanilla = f"not vanilla: {self.not_vanilla}" if self.not_vanilla else "also vanilla, without geta_hf"
+            lines.append(f"formats of the result: geta; {vanilla}")
         return "\n".join((*lines, *self.without_heads))
 
 
@@ -138,7 +143,11 @@ def make_plan(
     """
     families = space.trainable
     target = solve_target(config, families, ledger)
-    removal = even_removal(target, families, ledger, Limits.of(config))
+    limits = Limits.of(config)
+    removal = even_removal(target, families, ledger, limits)
+    if target.unit == GROUPS and any(limits.restricted(family) for family in families):
+        # Few counts are allowed, so K itself may be far from any of them.
+        target = replace(target, amount=ledger.groups - int(removal.sum()))
     removed = ledger.groups - int(target.amount) if target.unit == GROUPS else int(removal.sum())
     before = ledger.prunable_parameters(ledger.nothing)
     unquantized, share = ((), 0.0) if model is None else _unquantized(model)

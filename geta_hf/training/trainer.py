@@ -20,6 +20,7 @@ from geta_hf.config import CONFIG_NAME, CompressionConfig, GETAConfig
 from geta_hf.costs.ledger import Ledger
 from geta_hf.errors import GETAError
 from geta_hf.export import ExportReport, export
+from geta_hf.export.uniform_counts import choose_counts
 from geta_hf.methods import Method, Run, make_method
 from geta_hf.methods.frozen_weights import FrozenWeights
 from geta_hf.methods.parameter_groups import quantizer_parameters
@@ -138,6 +139,7 @@ class GETATrainer(PublishingTrainer):
             self.plan: Plan = make_plan(
                 self.geta_config, self.space, self._ledger, model, left_float(self.geta_config, self.run_config)
             )
+            self.plan = dataclasses.replace(self.plan, not_vanilla=self._not_vanilla)
             if self.lora is not None:
                 # Last, since the matrices are merged before an export: no size and no bit width counts them.
                 attach_lora(model, self.lora)
@@ -243,9 +245,10 @@ class GETATrainer(PublishingTrainer):
         """Build the pruning space; families that the model's code cannot follow are no longer prunable."""
         # Under LoRA every weight is frozen, and groups are removed through the merged weight.
         narrow = None if self.lora is not None else partial(without_untrained, model=model)
-        space, _ = prepare_space(
+        space, recordings = prepare_space(
             model, self._batch, prune=self.geta_config.prune, keep=self.geta_config.keep, narrow=narrow
         )
+        space, self._not_vanilla = choose_counts(self.geta_config, space, model, recordings)
         return space
 
     def _replan_lora(self, model: nn.Module) -> LoraPlan | None:
