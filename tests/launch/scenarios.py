@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering, TrainerCallback, TrainingArguments
 
-from geta_hf import GETAConfig, GETATrainer
+from geta_hf import GETAConfig, GETAError, GETATrainer
 from tests.conftest import tiny_bert_config
 
 STEPS, GLOBAL_BATCH = 24, 8
@@ -75,6 +75,14 @@ def whole_run(folder: Path, rules: str, processes: int, fsdp: bool = False, **ch
     trainer = make(folder, rules, processes, fsdp, **changes)
     trainer.train()
     report = trainer.export_model(folder / "small")
+    # In every process: the folder is there, and a failure of the first one is one of all.
+    assert (folder / "small" / "config.json").is_file()
+    refused = ""
+    try:
+        trainer.export_model(folder / "small")
+    except GETAError as error:
+        refused = str(error)
+    assert "exists already" in refused and ("the first process failed" in refused) == (report is None)
     found = outcome(trainer)
     if report is not None:
         small = AutoModelForQuestionAnswering.from_pretrained(report.path)

@@ -73,7 +73,7 @@ def test_widths_alone_that_changed_are_refused_with_the_remedy(averaged, tmp_pat
     layer = next(iter(quantized_layers(averaged.model).values()))
     with torch.no_grad():
         layer.weight_quantizer.d.mul_(1.3)
-    with pytest.raises(GETAError, match=r"not whole.*restore_compression"):
+    with pytest.raises(GETAError, match=r"not an integer.*restore_compression"):
         averaged.export_model(tmp_path / "small")
     averaged.restore_compression()
     averaged.export_model(tmp_path / "small")
