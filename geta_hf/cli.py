@@ -15,6 +15,7 @@ from geta_hf.errors import GETAError
 from geta_hf.evaluation.command import add_command as add_eval
 from geta_hf.export.formats import FORMATS
 from geta_hf.qadg.group_types import Family
+from geta_hf.qadg.missing_heads import missing_heads
 from geta_hf.qadg.propagation.propagate import record_and_propagate
 from geta_hf.qadg.space import PruningSpace, space_of
 from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs
@@ -117,7 +118,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     flow = record_and_propagate(model, batch)
     space = space_of(flow, arguments.prune, arguments.keep)
     seconds = time.perf_counter() - start
-    sections = [_headline(model, batch, len(flow.graph.nodes)), family_table(space.families), *_remarks(space)]
+    sections = [_headline(model, batch, len(flow.graph.nodes)), family_table(space.families), *_remarks(model, space)]
     if raw := _read_raw(model, flow.graph):
         sections.append("\n".join(("not quantized: the model reads these weights itself", *_indented(gather(raw)))))
     print("\n\n".join((*sections, f"{_coverage(space)}; {seconds:.1f} s")))
@@ -249,8 +250,10 @@ def _aligned(rows: Sequence[Sequence[str]], right: set[int]) -> list[str]:
     return ["  ".join(line(row)).rstrip() for row in rows]
 
 
-def _remarks(space: PruningSpace) -> Iterator[str]:
-    """Yield the unsupported operators, and the parameters that no operator reads, if there are any."""
+def _remarks(model: nn.Module, space: PruningSpace) -> Iterator[str]:
+    """Yield heads that are not found, unsupported operators, and parameters that no operator reads, if any."""
+    if heads := missing_heads(model, space):
+        yield "\n".join(heads)
     if space.unsupported:
         yield "\n".join(("unsupported operators, whose inputs are not pruned", *_indented(_unsupported_table(space))))
     if space.untouched:

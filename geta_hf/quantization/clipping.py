@@ -104,6 +104,7 @@ def _clipping(rows: Tensor, bits: int, method: str, name: str) -> Tensor:
             f"scale it up, initialize it again, or exclude the layer by a pattern"
         )
     check_clipping(method)
+    largest = torch.where(largest < least, 0.0, largest)  # such a row has no range of its own
     values = largest
     if method == "mse":
         rows_at_once = max(1, _CHUNK // BINS)
@@ -111,8 +112,8 @@ def _clipping(rows: Tensor, bits: int, method: str, name: str) -> Tensor:
         for part, top in zip(magnitude.split(rows_at_once), largest.split(rows_at_once), strict=True):
             shares.append(best_share(count_magnitudes(part, top), bits))
         values = largest * torch.cat(shares)
-    # A channel of zeros has no range of its own: it gets that of the tensor, since d > 0 must hold.
-    empty = largest < least
+    # A channel of zeros gets the range of the tensor, since d > 0 must hold.
+    empty = largest == 0
     return torch.where(empty, clipping_value(rows, bits, method, name), values) if bool(empty.any()) else values
 
 

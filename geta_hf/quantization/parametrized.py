@@ -25,7 +25,7 @@ def removal_of(module: nn.Module, path: str, leaf: str = "weight") -> tuple[str,
         path: of the module, as the call names it.
         leaf: name of the tensor.
     """
-    path = f"model.{path}".removesuffix(".")
+    path = f"model.get_submodule({path!r})"
     if parametrize.is_parametrized(module, leaf):
         steps = module.parametrizations[leaf]  # type: ignore[index]
         names = ", ".join(type(step).__name__ for step in steps)

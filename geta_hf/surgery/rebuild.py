@@ -81,7 +81,8 @@ def check_rebuilds(model: PreTrainedModel, batch: Batch, quantized: Iterable[str
     inputs = cast_floats(to_device(batch, model.device), model.dtype)
     try:
         expected = _outputs(model, inputs)
-    except Exception:  # recording the model on the batch says so in its own words
+    except Exception as error:
+        _blame_departures(model, twin, inputs, error)
         return
     autocast = _autocast_within(model, inputs)
     try:
@@ -90,7 +91,7 @@ def check_rebuilds(model: PreTrainedModel, batch: Batch, quantized: Iterable[str
     except Exception as error:
         raise GETAError(
             f"{type(model).__name__} runs the batch, but a copy that is built from its config does not: "
-            f"{' '.join(str(error).split())[:300]}. {_departures_text(find_departures(model, twin))}"
+            f"{_line(error)}. {_departures_text(find_departures(model, twin))}"
         ) from error
     share = _difference(expected, found)
     if share == 0.0 and _say_something(expected):
@@ -106,10 +107,29 @@ def check_rebuilds(model: PreTrainedModel, batch: Batch, quantized: Iterable[str
     raise GETAError(_refusal(model, twin, inputs, autocast))
 
 
+def _blame_departures(model: PreTrainedModel, twin: PreTrainedModel, inputs: Batch, error: Exception) -> None:
+    """Raise GETAError where a model cannot run the batch and its copy can.
+
+    Where neither can, recording the model on the batch says so in its own words.
+    """
+    try:
+        with _as_in_a_folder(model.device, None):
+            _outputs(twin, inputs)
+    except Exception:
+        return
+    raise GETAError(
+        f"{type(model).__name__} cannot run the batch, but a copy that is built from its config can: {_line(error)}. "
+        f"{_departures_text(find_departures(model, twin))}"
+    ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
 def _built(model: PreTrainedModel) -> PreTrainedModel:
     """Build the model's class from its config as a folder holds it; parameters are on meta."""
-    config = _as_stored(model.config)
-    return build_empty(type(model), config, dtype=model.dtype)
+    return build_empty(type(model), _as_stored(model.config), dtype=model.dtype)
 
 
 def _as_stored(config: PreTrainedConfig) -> PreTrainedConfig:

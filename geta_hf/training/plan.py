@@ -18,6 +18,7 @@ from geta_hf.costs.selection import Limits
 from geta_hf.costs.targets import BYTES, GROUPS, Target, even_removal, solve_target
 from geta_hf.qadg import PruningSpace
 from geta_hf.qadg.group_labels import family_starts
+from geta_hf.qadg.missing_heads import missing_heads
 from geta_hf.quantization import quantized_layers
 from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.serialization.embeddings import input_embedding
@@ -65,6 +66,7 @@ class Plan:
             the largest first.
         unquantized_share: their share of all matrix weights in those lists.
         left_float: layers without a quantizer, since the model reads their weights itself; numbers as `*`.
+        without_heads: a sentence for each kind of module that counts heads of which none is found, with the reason.
 
     Example:
         >>> import torch
@@ -91,6 +93,7 @@ class Plan:
     unquantized: tuple[str, ...] = ()
     unquantized_share: float = 0.0
     left_float: tuple[str, ...] = ()
+    without_heads: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         header = ("families", "number", "groups of each", "to remove if even", "kept")
@@ -113,7 +116,7 @@ class Plan:
             lines.append(
                 f"left in floating point, as the model reads their weights itself: {', '.join(self.left_float)}"
             )
-        return "\n".join(lines)
+        return "\n".join((*lines, *self.without_heads))
 
 
 def make_plan(
@@ -153,6 +156,7 @@ def make_plan(
         unquantized=unquantized,
         unquantized_share=share,
         left_float=left_float,
+        without_heads=() if model is None else missing_heads(model, space),
     )
 
 

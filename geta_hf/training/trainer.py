@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from geta_hf.config import CONFIG_NAME, CompressionConfig, GETAConfig
@@ -32,6 +32,7 @@ from geta_hf.surgery.drop_layers import DroppedLayers, drop_layers, mean_loss
 from geta_hf.training.checkpoints import Progress, base_name, check_checkpoint, write_notes
 from geta_hf.training.complete import mark_complete, mark_unfinished, newest_to_resume
 from geta_hf.training.distillation import Distiller, dense_copy
+from geta_hf.training.dtypes import DTypes, dtypes_of, unrounded, warn_of_other_dtypes
 from geta_hf.training.early_checks import check_exports, check_is_model, check_length, check_model
 from geta_hf.training.example_inputs import divides_by_count, find_left_out, inputs_of
 from geta_hf.training.float_layers import check_first_gradients, exclude_raw_reads, left_float
@@ -152,6 +153,7 @@ class GETATrainer(PublishingTrainer):
         self._skeleton = empty_copy(model) if self.is_fsdp_enabled else None
         self._bad_loss = torch.zeros((), dtype=torch.bool, device=self.args.device)
         self._wrapped = self._gradients_checked = False
+        self._dtypes: DTypes = {}
         self._print_plan()
 
     @property
@@ -375,6 +377,7 @@ class GETATrainer(PublishingTrainer):
         self._bad_loss = torch.zeros((), dtype=torch.bool, device=self.args.device)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.method.finish()
+        self._dtypes = dtypes_of(self._plain_model)
         self._say_what_is_missing()
         if self.args.push_to_hub:
             self._push_if_finished("End of training")
@@ -403,6 +406,11 @@ class GETATrainer(PublishingTrainer):
         # Early stopping counts nothing as long as there is no best metric.
         self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
         return False
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Run Trainer's loop; a model that it converts to 16 bits is afterwards as it was trained."""
+        with unrounded(self._plain_model, self.args):
+            return super().evaluation_loop(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run Trainer's step; remember, without waiting for the device, whether a loss was not finite."""
@@ -550,6 +558,7 @@ class GETATrainer(PublishingTrainer):
         model = self._gather_model()
 
         def write() -> ExportReport:
+            warn_of_other_dtypes(model, self._dtypes)
             card = partial(write_card, base_model=base_name(model), repo_id=Path(directory).resolve().name)
             with merged(model):
                 return export(

@@ -61,10 +61,11 @@ def plain_files(folder: Path) -> set[str]:
 
 
 def contents(folder: Path, name: str) -> Any:
-    """Return what a JSON file holds, without what transformers itself drops or changes."""
+    """Return what a JSON file holds, without what transformers itself drops or changes, and without checksums."""
     found = runs.read_json(folder / name)
     found.pop("transformers_version", None)
     found.pop("use_cache", None)  # set by Trainer, and dropped by configs that do not know it
+    found.get("quantization_config", {}).pop("checksums", None)  # which were not written then
     return found
 
 

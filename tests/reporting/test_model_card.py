@@ -175,6 +175,7 @@ def test_nothing_of_a_name_reaches_the_card_unescaped(tmp_path: Path) -> None:
     write_untouched(folder, Untouched({HOSTILE: HOSTILE}, {HOSTILE: HOSTILE}, [HOSTILE]))
     (folder / CONFIG_NAME).write_text(json.dumps({"method": "qasso", "drop_layers": [HOSTILE]}))
     plain = HOSTILE.replace("\ud800", "")
+    assert "script>" in write_card(folder, repo_id=HOSTILE).read_text()
     results = {"compressed": [TaskResult(plain, {plain: 1.0}, {plain: 0.5}, split=plain, samples=3)]}
     options = {"base_model": f"/x/{plain}", "task": "text-generation", "dataset": plain}
     card = write_card(folder, results=results, metrics={"dense": {plain: 2.0}}, **options)
