@@ -104,8 +104,8 @@ def push_to_hub(
         True
         >>> home.cleanup()
     """
-    _check_push(folder, repo_id)
     if dry_run:
+        _check_push(folder, repo_id)
         return f"{HfApi().endpoint}/{repo_id}"
     options = {"private": private, "token": token, "revision": revision, "commit_message": commit_message}
     return upload(folder, repo_id, **options).commit_url  # type: ignore[arg-type]

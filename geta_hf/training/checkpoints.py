@@ -174,6 +174,9 @@ def _check_config(folder: Path, config: CompressionConfig) -> None:
     theirs, ours = read_config(folder / CONFIG_NAME).to_dict(), config.to_dict()
     # Another method has other settings by nature; its name says it all.
     names = ["method"] if theirs["method"] != ours["method"] else list(dict.fromkeys((*ours, *theirs)))
+    if theirs.get("activation_bits") is None and ours.get("activation_bits") is None:
+        # It says nothing where inputs are not quantized, and the paper's rules set it only since this version.
+        names = [name for name in names if name != "learn_activation_exponent"]
     # Of both configs: an older checkpoint lacks settings that are new, and the other way round.
     changed = {name: (theirs.get(name), ours.get(name)) for name in names if theirs.get(name) != ours.get(name)}
     if changed:
