@@ -210,8 +210,11 @@ class Method(ABC):
         fewer than planned.
         """
 
-    def restore(self) -> None:
+    def restore(self, model: nn.Module) -> None:
         """Set removed groups to zero and widths to their final values again, where something changed them afterwards.
+
+        Args:
+            model: the plain one, not a wrapper.
 
         Raises:
             GETAError: by default, since only a method knows what it decided.

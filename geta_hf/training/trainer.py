@@ -597,7 +597,7 @@ class GETATrainer(PublishingTrainer):
             Average the weights in a callback, copy the averages to the model in `on_train_end`, then call
             `trainer.restore_compression()` and `trainer.export_model("small")`.
         """
-        self.method.restore()
+        self.method.restore(self._plain_model)
 
     def _gather_model(self) -> PreTrainedModel:
         """Return the full trained model; under FSDP2 it is gathered on the CPU, which takes all processes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,21 @@ def test_widths_alone_that_changed_are_refused_with_the_remedy(averaged, tmp_pat
     layer = next(iter(quantized_layers(averaged.model).values()))
     with torch.no_grad():
         layer.weight_quantizer.d.mul_(1.3)
-    with pytest.raises(GETAError, match=r"not whole.*restore_compression"):
+        layer.weight_quantizer.t.add_(0.1)  # not learned, so not in the optimizer
+    with pytest.raises(GETAError, match=r"not an integer.*restore_compression"):
         averaged.export_model(tmp_path / "small")
+    averaged.restore_compression()
+    averaged.export_model(tmp_path / "small")
+
+
+def test_a_run_that_was_resumed_at_its_end_is_restored_too(averaged, tmp_path) -> None:
+    """No step follows in which anything could be noted."""
+    averaged.restore_compression()
+    optimizer = averaged.method.optimizer
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with torch.no_grad():
+        for parameter in averaged.model.parameters():
+            parameter.mul_(1.01).add_(1e-3)
     averaged.restore_compression()
     averaged.export_model(tmp_path / "small")
 

@@ -242,8 +242,12 @@ class QASSOMethod(Method):
 
     # --- after training -----------------------------------------------------------------------------------------------
 
-    def restore(self) -> None:
+    @torch.no_grad()
+    def restore(self, model: nn.Module) -> None:
         """Set removed groups to zero and quantizers to their final values again, in place.
+
+        Args:
+            model: the plain one, not a wrapper.
 
         Raises:
             GETAError: the joint stage is not over.
@@ -251,6 +255,10 @@ class QASSOMethod(Method):
         self.result()
         assert self.optimizer is not None
         self.optimizer.restore()
+        trained = {name for group in self.optimizer.param_groups for name in group["param_names"]}
+        for name, parameter in quantizer_parameters(model, trained=False).items():
+            if name.endswith(".t") and name not in trained:
+                parameter.fill_(1.0)  # an exponent that is not learned
 
     def result(self) -> CompressionResult:
         """Return removed groups by family and integer widths by module path.

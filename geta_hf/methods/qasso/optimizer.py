@@ -164,6 +164,7 @@ class QASSO(torch.optim.Optimizer):
         self._redundant: RedundantSlices | None = None
         self._removed: list[Slice] = []
         self._final_quantizers: Named = {}
+        self._resumed = False
 
     def _sum_frozen_gradients(self, named: Named) -> GradientSums:
         check_rules(self.config)
@@ -295,8 +296,9 @@ class QASSO(torch.optim.Optimizer):
         self._average_gradients(phase, named)  # where no stage came before
         # After a resume nothing is listed yet, and the removed slices have to be zeroed below.
         self._index_slices(named)
-        if not self._final_quantizers:
-            self._note_final_quantizers(named)
+        if self._resumed:
+            self._note_final_quantizers(named)  # again, where the model was loaded after the optimizer
+            self._resumed = False
         for parameter in self._trained_quantizers(named):
             parameter.grad = None  # a base optimizer skips what has no gradient
         self.base.step()
@@ -686,7 +688,11 @@ class QASSO(torch.optim.Optimizer):
         rest, vectors = restore_vectors(state_dict, self.qasso_state.vectors())
         self.base.load_state_dict(rest)
         self.qasso_state = QASSOState(**vectors)
-        self._final_quantizers = {}
         self._share_base()
+        # Weights are usually loaded before the optimizer's state, and no step may follow.
+        self._final_quantizers = {}
+        self._resumed = self.finished
+        if self._resumed:
+            self._note_final_quantizers(self._named())
         # The status is another one now, so the slices listed from the former are stale.
         self._invalidate_index()
