@@ -386,11 +386,6 @@ class GETATrainer(PublishingTrainer):
             self._push_if_finished("End of training")
         return output
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Run Trainer's loop; a model that it converts to 16 bits is afterwards as it was trained."""
-        with unrounded(self._plain_model, self.args):
-            return super().evaluation_loop(*args, **kwargs)
-
     def _say_what_is_missing(self) -> None:
         """Warn after training where there is no result yet, or no best model among the finished ones."""
         if not self.method.finished:
