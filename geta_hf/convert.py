@@ -22,6 +22,7 @@ from geta_hf.export import ExportReport, export
 from geta_hf.export.folder_files import STRUCTURE_NAME, copy_beside, write_structure
 from geta_hf.export.formats import OWN, writer
 from geta_hf.export.formats.geta import write_geta
+from geta_hf.export.untouched import Untouched, untouched_of, write_untouched
 from geta_hf.methods import make_method
 from geta_hf.methods.parameter_groups import quantizer_parameters
 from geta_hf.qadg import build_space
@@ -142,20 +143,24 @@ def _rewrite(folder: Path, target: Path, format: str, max_shard_size: int | str 
             return
         # save_pretrained writes neither, so a folder that was loaded and saved by it gets both back.
         if not (fresh / STRUCTURE_NAME).is_file():
-            write_structure(fresh, model, _kept(folder, model, batch))
+            space = _dense_space(folder, batch)
+            write_structure(fresh, model, {} if space is None else _kept(space, model))
+            write_untouched(fresh, Untouched() if space is None else untouched_of(space))
         if not (fresh / CARD_NAME).is_file():
             write_card(fresh, repo_id=target.name)
 
     write_folder(target, fill, overwrite=overwrite)
 
 
-def _kept(folder: Path, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """Return family -> (groups kept, groups before), as far as the sizes of the model and of the dense one tell."""
+def _dense_space(folder: Path, batch: Mapping[str, Tensor]) -> PruningSpace | None:
+    """Build the pruning space of an exported model before it was cut; None if transformers cannot build the model."""
     config = read_config(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else GETAConfig()
     dense = empty_model_of(folder)
-    if dense is None:
-        return {}
-    space = build_space(dense, batch, prune=config.prune, keep=config.keep)
+    return None if dense is None else build_space(dense, batch, prune=config.prune, keep=config.keep)
+
+
+def _kept(space: PruningSpace, model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """Return family -> (groups kept, groups before), as far as the sizes of the model and of the dense one tell."""
     counts = {family.name: (_remaining_groups(family, space, model), family.size) for family in space.prunable}
     return {name: (kept, before) for name, (kept, before) in counts.items() if kept is not None}
 

@@ -113,7 +113,7 @@ def _check(arguments: Arguments) -> None:
         parse_bytes(arguments.model.device_memory)
     if arguments.training.eval_strategy != "no" and not arguments.data.evaluates:
         raise GETAError("eval_strategy needs rows to evaluate on: give eval_file or eval_split")
-    loading.check_resume(arguments.training)
+    loading.check_folders(arguments.training)
 
 
 def parse_bytes(text: str) -> int:

@@ -33,7 +33,7 @@ from geta_hf.evaluation.squad_features import Question
 from geta_hf.reporting.results import TaskResult
 from geta_hf.utils.loading import one_line_errors
 from recipes.arguments import parse_sections, print_help, read_values
-from recipes.loading import check_resume, load_config, load_tokenizer
+from recipes.loading import check_folders, load_config, load_tokenizer
 from recipes.run import (
     Arguments,
     export,
@@ -83,7 +83,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     """
     values, geta = read_values(argv, _parser())
     model, data, training = parse_sections(_parser(), values)
-    check_resume(training)
+    check_folders(training)
     return Arguments(model, data, training, geta)
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from geta_hf import GETAConfig, build_space, export
+from geta_hf import GETAConfig, export
 from geta_hf.quantization import attach_input_quantizers, step_size
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
+from tests.spaces import build_space
 
 _UNKNOWN = {"model_type": "unheard_of", "architectures": ["UnheardOfModel"]}
 

@@ -25,6 +25,8 @@ from geta_hf.training.checkpoints import PROGRESS_NAME
 from tests.elsewhere import run_code
 from tests.training.test_trainer import SMALL, trainer
 
+pytestmark = pytest.mark.usefixtures("shared_spaces")
+
 IDS = {"input_ids": torch.arange(3, 19).view(2, 8)}
 
 

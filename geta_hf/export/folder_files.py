@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel
 
 from geta_hf.config import CONFIG_NAME
+from geta_hf.export.untouched import UNTOUCHED_NAME
 from geta_hf.serialization.atomic_folder import FILES_NAME
 from geta_hf.serialization.encode import activation_bits, weight_bits
 
@@ -46,7 +47,7 @@ def copy_beside(source: Path, target: Path, structure: bool) -> None:
         target: the new folder, with its model.
         structure: also copy what was kept, and what describes the folder in geta_hf's own format.
     """
-    own = set() if structure else {STRUCTURE_NAME, PICTURE_NAME, "README.md", "config.json"}
+    own = set() if structure else {STRUCTURE_NAME, PICTURE_NAME, UNTOUCHED_NAME, "README.md", "config.json"}
     for path in sorted(source.iterdir()):
         # The carried code (.py) reads the packed weights of this folder, so it is not copied to a new one.
         weights = path.suffix in (".safetensors", ".py") or path.name.endswith(".index.json")

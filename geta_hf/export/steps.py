@@ -37,6 +37,7 @@ from geta_hf.surgery.fixes import Fixes
 from geta_hf.surgery.slice import slice_model
 from geta_hf.surgery.verify import prove_replay
 from geta_hf.utils.copies import copy_module
+from geta_hf.utils.model_io import to_device
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,7 @@ def prove(model: PreTrainedModel, compressed: PreTrainedModel, plan: ExportPlan)
     try:
         return _compare(model, compressed, plan)
     except GETAError as error:
-        inputs = {name: tensor.to(model.device) for name, tensor in plan.batch.items()}
-        raw = find_raw_reads(model, quantized_layers(model), inputs)
+        raw = find_raw_reads(model, quantized_layers(model), to_device(plan.batch, model.device))
         if not raw:
             raise
         raise GETAError(

@@ -74,14 +74,11 @@ def _learned_bits(quantizers: Quantizers, named: Named) -> LearnedBits:
 
 def _of_first_process(chosen: BitAllocation) -> BitAllocation:
     """Return the first process's choice on all of them, so that a last digit of an error can't make them differ."""
-    weight_bits = from_first_process(torch.tensor(chosen.weight_bits, dtype=torch.int64))
-    input_bits = from_first_process(torch.tensor(chosen.input_bits, dtype=torch.int64))
-    return BitAllocation(
-        weight_bits.tolist(),
-        from_first_process(chosen.clip_factors),
-        input_bits.tolist(),
-        from_first_process(chosen.input_clip_factors),
-    )
+    # Weights and inputs in one vector each, so that processes exchange two messages.
+    count = len(chosen.weight_bits)
+    bits = from_first_process(torch.tensor([*chosen.weight_bits, *chosen.input_bits], dtype=torch.int64)).tolist()
+    clips = from_first_process(torch.cat([chosen.clip_factors, chosen.input_clip_factors]))
+    return BitAllocation(bits[:count], clips[:count], bits[count:], clips[count:])
 
 
 def write_bits(quantizers: Quantizers, named: Named, chosen: BitAllocation) -> None:

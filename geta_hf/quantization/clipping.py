@@ -112,6 +112,7 @@ def _clipping(rows: Tensor, bits: int, method: str, name: str) -> Tensor:
         for part, top in zip(magnitude.split(rows_at_once), largest.split(rows_at_once), strict=True):
             shares.append(best_share(count_magnitudes(part, top), bits))
         values = largest * torch.cat(shares)
+    # A channel of zeros gets the range of the tensor, since d > 0 must hold.
     empty = largest == 0
     return torch.where(empty, clipping_value(rows, bits, method, name), values) if bool(empty.any()) else values
 

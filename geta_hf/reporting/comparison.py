@@ -60,7 +60,9 @@ def read_structure(folder: str | os.PathLike[str]) -> Structure:
             f"`geta-hf export {folder} OUT`, which does"
         )
     if not path.is_file():
-        raise GETAError(f"{path} can't be read (there is no such file); is {folder} an exported folder?")
+        inside = export_inside(Path(folder))
+        remedy = f"is {folder} an exported folder?" if inside is None else f"give the export of this run, {inside}"
+        raise GETAError(f"{path} can't be read (there is no such file); {remedy}")
     stored = read_json(path)
     kept = _read_counts(path, stored)
     bits = _read_widths(path, "bits", stored.get("bits"))
@@ -69,6 +71,12 @@ def read_structure(folder: str | os.PathLike[str]) -> Structure:
     # A number says how many were asked for, a list which ones were dropped; only the run's own config has the list.
     dropped = _run_config(folder).drop_layers
     return Structure(kept, bits, inputs, tuple(dropped) if isinstance(dropped, list) else ())
+
+
+def export_inside(folder: Path) -> Path | None:
+    """Return the export in the folder of a run, where the recipes write it; None if there is none."""
+    export = folder / "export"
+    return export if (export / STRUCTURE_NAME).is_file() and not (folder / "config.json").is_file() else None
 
 
 def _read_counts(path: Path, stored: Mapping[str, Any]) -> dict[str, tuple[int, int]]:

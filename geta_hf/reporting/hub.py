@@ -17,6 +17,7 @@ from geta_hf.reporting.comparison import read_structure
 from geta_hf.reporting.folder_summary import CARD_NAME
 from geta_hf.reporting.model_card import card_under
 from geta_hf.serialization.atomic_folder import PROGRESS_NAME, WORLD_NAME
+from geta_hf.serialization.checksums import verify_files
 from geta_hf.serialization.sizes import tensor_sizes
 from geta_hf.serialization.validate import INDEX, check_links, check_readable, read_json, weight_files
 
@@ -103,8 +104,8 @@ def push_to_hub(
         True
         >>> home.cleanup()
     """
-    _check_push(folder, repo_id)
     if dry_run:
+        _check_push(folder, repo_id)
         return f"{HfApi().endpoint}/{repo_id}"
     options = {"private": private, "token": token, "revision": revision, "commit_message": commit_message}
     return upload(folder, repo_id, **options).commit_url  # type: ignore[arg-type]
@@ -199,3 +200,5 @@ def _check_weights(folder: Path, found: set[str]) -> None:
         raise GETAError(f"{folder} has weights that are not the model's: {', '.join(stray)}; delete them, then push")
     for name in sorted(named):
         tensor_sizes(folder / name)  # raises for a damaged file
+    stored = read_json(folder / "config.json").get("quantization_config") or {}
+    verify_files([str(folder / name) for name in sorted(named)], stored.get("checksums", {}))

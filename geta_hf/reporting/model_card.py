@@ -189,7 +189,8 @@ def _card(
     base = _base(summary, base_model)
     dataset = dataset or summary.dataset
     task = task or summary.front.get("pipeline_tag") or summary.task
-    name = repo_id or summary.folder.resolve().name
+    # A folder's name may hold bytes that are not UTF-8, which no file of text can.
+    name = (repo_id or summary.folder.resolve().name).encode(errors="replace").decode()
     license = _license(summary.front, base_model or base.get("base_model"))
     replaced = {*_BASE_KEYS, *_LICENSE_KEYS} - set(license)
     # What a user added to the card by hand remains.

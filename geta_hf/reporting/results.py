@@ -112,7 +112,7 @@ def _key(one: TaskResult) -> tuple[object, ...]:
 def as_json(results: Results) -> str:
     """Return the content of `RESULTS_NAME`."""
     stored = {side: [_compact(one) for one in entries] for side, entries in results.items()}
-    return json.dumps(stored, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(stored, indent=2) + "\n"
 
 
 def _compact(one: TaskResult) -> dict[str, Any]:

@@ -12,7 +12,7 @@ random and go on. Every folder carries a copy of this module, which only reads; 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from geta_hf.errors import GETAError
 from geta_hf.quantization.fixed import FixedQuantizer
 from geta_hf.serialization.bitpack import MAX_BITS, MIN_BITS
+from geta_hf.serialization.checksums import Verification
 from geta_hf.serialization.decode import Decode, Header, check_packed, check_plain, check_scale, read_headers
 from geta_hf.serialization.packed_layers import INPUT_SCALE, LEAVES, PackedLayer, become_packed, packed_layers
 from geta_hf.serialization.static_cache import fit_static_caches
@@ -48,6 +49,8 @@ QUANT_METHOD = "geta"
 FORMAT_VERSION = 1
 
 _WHERE = "quantization_config in config.json:"
+_LATER_KEYS = ("activation_bits", "partial", "checksums")
+
 _BUFFER_BYTES = 2**27
 """Up to so many bytes of buffers that no folder holds are always allowed; beyond, four times the folder's tensors."""
 
@@ -64,6 +67,8 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
             None: no layer does, and config.json has no such key.
         partial: whether the model was saved from within another one. It may then lack modules that its class has on its
             own, such as a pooler. Default False, and config.json has no such key.
+        checksums: tensor name -> CRC-32 of its bytes in the file, as 8 hexadecimal digits. Default None: none is known,
+            and config.json has no such key.
 
     Raises:
         GETAError: an unknown version or key, or a value that no export writes.
@@ -77,6 +82,7 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
         activation_bits: dict[str, int] | None = None,
         partial: bool = False,
+        checksums: dict[str, str] | None = None,
         **unknown: Any,
     ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
@@ -84,6 +90,7 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
         self.bits = {} if bits is None else bits
         self.activation_bits = {} if activation_bits is None else activation_bits
         self.partial = partial
+        self.checksums = {} if checksums is None else checksums
         if format_version != FORMAT_VERSION:
             raise GETAError(
                 f"{_WHERE} format_version is {format_version!r}, but this release of geta_hf reads {FORMAT_VERSION}; "
@@ -93,6 +100,7 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
             raise GETAError(f"{_WHERE} unknown keys {sorted(unknown)}; install the release that wrote the folder")
         if not isinstance(partial, bool):
             raise GETAError(f"{_WHERE} partial is {partial!r}, not true or false")
+        _check_checksums(self.checksums)
         check_widths("bits", self.bits)
         check_widths("activation_bits", self.activation_bits)
         if lacking := sorted(set(self.activation_bits) - set(self.bits)):
@@ -105,7 +113,15 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
         Keys that came later are missing where they say nothing, so that a folder without rounded inputs is written as
         it was before there were any.
         """
-        return {k: v for k, v in super().to_dict().items() if v or k not in ("activation_bits", "partial")}
+        return {k: v for k, v in super().to_dict().items() if v or k not in _LATER_KEYS}
+
+
+def _check_checksums(checksums: Any) -> None:
+    if not isinstance(checksums, dict):
+        raise GETAError(f"{_WHERE} checksums must be an object of tensor names, not {str(checksums)[:80]!r}")
+    for name, value in checksums.items():
+        if not isinstance(value, str) or len(value) != 8:
+            raise GETAError(f"{_WHERE} checksums[{name!r}] is {str(value)[:80]!r}, not 8 hexadecimal digits")
 
 
 def check_widths(key: str, widths: Any, where: str = _WHERE) -> None:
@@ -133,7 +149,16 @@ class GETALoader(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Return True, which means adapters on top: transformers refuses to train a quantized model without them."""
+        """Return True: adapters on top are trained, and what is not packed."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Return True, without which Trainer refuses the model, even if it is only to be evaluated."""
+        logger.warning_once(
+            "this model is compressed: Trainer evaluates it as it is, but trains no packed weight. To train further, "
+            "put an adapter of peft on top, or call model.dequantize() first"
+        )
         return True
 
     @property
@@ -177,9 +202,24 @@ class GETALoader(HfQuantizer):
         return [decoder.converter() for decoder in self._decoders]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        files = list(kwargs.get("checkpoint_files") or ())
+        self.prepare(model, files)
+        self._verification = Verification(files, self.quantization_config.checksums)
+        return model
+
+    def prepare(self, model: PreTrainedModel, files: Sequence[str]) -> None:
+        """Shrink a freshly built model, prepare its packed layers, and compare it with the headers of the files.
+
+        Args:
+            model: without weights; changed in place.
+            files: of weights.
+
+        Raises:
+            GETAError: the files do not hold such a model.
+        """
         config = self.quantization_config
         # Before anything else: every later step may then rely on a header that is true to its file.
-        headers = read_headers(kwargs.get("checkpoint_files") or (), model.config.name_or_path or "")
+        headers = read_headers(files, model.config.name_or_path or "")
         apply_fixes(model, config.fixes)
         self._decoders: list[Decode] = []
         tied = tied_weights(model)
@@ -196,7 +236,6 @@ class GETALoader(HfQuantizer):
         self._names = set(headers)
         # As they have to be after loading; see `_check_shapes`.
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        return model
 
     def _check_plain(self, model: PreTrainedModel, headers: Mapping[str, Header]) -> None:
         """Check that the folder is of such a model at all, and its plain tensors, before any is read.
@@ -233,6 +272,7 @@ class GETALoader(HfQuantizer):
         for problem in (decoder.problem for decoder in self._decoders):
             if problem is not None:
                 raise GETAError(problem)
+        self._verification.finish()
         _check_complete(model, self._names, self._fresh, _is_own_folder(model) and not self.quantization_config.partial)
         _check_shapes(model, self._shapes)
         for name, dims in self.quantization_config.fixes["keep"].items():

@@ -34,6 +34,7 @@ CARRIED = (
     "geta_hf.quantization.fixed",
     "geta_hf.serialization.bitpack",
     "geta_hf.serialization.packed_layers",
+    "geta_hf.serialization.checksums",
     "geta_hf.serialization.decode",
     "geta_hf.surgery.config_view",
     "geta_hf.surgery.fixes",

@@ -25,7 +25,7 @@ from geta_hf.utils.config_limits import check_counts
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 """The name of a blob in the Hub's cache: a hash of its content."""
 
-_LARGEST_JSON, _LARGEST_INDEX = 8 * 2**20, 64 * 2**20
+_LARGEST_JSON, _LARGEST_INDEX = 16 * 2**20, 64 * 2**20
 """Bytes. The parsed values take up to twenty times as much."""
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -74,7 +74,7 @@ def check_headers(model: PreTrainedModel, folder: Path) -> None:
     config = GETAQuantizationConfig(**stored) if own else GETAQuantizationConfig()
     copied = copy.deepcopy(model)
     vars(copied.config)["_name_or_path"] = str(folder)
-    GETALoader(config, pre_quantized=True)._process_model_before_weight_loading(copied, checkpoint_files=files)
+    GETALoader(config, pre_quantized=True).prepare(copied, files)
 
 
 def folder_headers(folder: Path) -> dict[str, Header]:

@@ -26,7 +26,7 @@ from geta_hf.qadg.tracing.dummy_inputs import build_empty
 from geta_hf.quantization.parametrized import removal_of
 from geta_hf.surgery.compare_outputs import TOLERANCE, comparison_mode
 from geta_hf.surgery.shorter_config import nested_configs
-from geta_hf.utils.model_io import Batch, map_tensors, to_device
+from geta_hf.utils.model_io import Batch, cast_floats, map_tensors, to_device
 from geta_hf.utils.module_state import HALVES
 
 _Runs = list[tuple[str, list[Tensor]]]  # path of a module, what it returned
@@ -79,7 +79,7 @@ def check_rebuilds(model: PreTrainedModel, batch: Batch, quantized: Iterable[str
     if len({tensor.device for tensor in tensors}) > 1 or any(tensor.is_meta for tensor in tensors):
         return
     _share_tensors(model, twin)
-    inputs = _cast(to_device(batch, model.device), model.dtype)
+    inputs = cast_floats(to_device(batch, model.device), model.dtype)
     try:
         expected = _outputs(model, inputs)
     except Exception as error:
@@ -363,12 +363,11 @@ def _random_values(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return 2 * torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5
 
 
-def _cast(inputs: Batch, dtype: torch.dtype) -> Batch:
-    return map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, dict(inputs))
+def _widened(inputs: Batch) -> dict[str, Any]:
+    def widen(tensor: Tensor) -> Tensor:
+        return tensor.float() if tensor.dtype in HALVES else tensor
 
-
-def _widened(inputs: Batch) -> Batch:
-    return map_tensors(lambda tensor: tensor.float() if tensor.dtype in HALVES else tensor, dict(inputs))
+    return {name: map_tensors(widen, item) for name, item in inputs.items()}
 
 
 # --- what differs -------------------------------------------------------------------------------------------------

@@ -335,17 +335,18 @@ def _candidates(number: Any, mask: NDArray[np.bool_], places: Sequence[int], rol
     if not isinstance(number, TaggedInt):
         return [None if number is None else int(number)]
     found = [int(number)]
-    if role < 2:
-        moved = _remaining_before(number, mask)
-        found = [*([] if moved is None else [moved]), *found]
-    if places and role == 0:
-        found.insert(0, places[0])
-    elif role == 0:
-        found.append(int(mask.sum()))  # beyond the end, so that nothing is taken
-    elif places and role == 1:
-        found.append(places[-1] + 1)
-    elif len(places) > 1:
-        found.insert(0, places[1] - places[0])
+    if role == 2:
+        step = [places[1] - places[0]] if len(places) > 1 else []
+        return list(dict.fromkeys([*step, *found]))
+    # Of -2 * n no attribute makes a number that counts from the start, so what counts from the end goes on doing so.
+    origin = int(mask.sum()) if int(number) < 0 else 0
+    moved = _remaining_before(number, mask)
+    found = [*([] if moved is None else [moved]), *found]
+    if role == 0:
+        # Without any element to take, a start beyond the end is right.
+        found.insert(0 if places else len(found), (places[0] if places else int(mask.sum())) - origin)
+    elif places:
+        found.append(places[-1] + 1 - origin)
     return list(dict.fromkeys(found))
 
 

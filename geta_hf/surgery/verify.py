@@ -27,7 +27,7 @@ from geta_hf.surgery.size_trace import SizeTrace, SlicedTrace
 from geta_hf.surgery.slice import slice_model
 from geta_hf.surgery.solve_attributes import solve
 from geta_hf.utils.copies import copy_module
-from geta_hf.utils.model_io import Batch, map_tensors
+from geta_hf.utils.model_io import Batch, cast_floats
 from geta_hf.utils.module_state import HALVES, in_single_precision
 
 Removal = dict[str, Tensor]
@@ -99,7 +99,7 @@ class SurgeryTrial:
         self.model = model
         self.space = space
         self.families = {family.name: family for family in space.families}
-        self.batches = [_cast(batch, model.dtype)]
+        self.batches = [cast_floats(batch, model.dtype)]
         self.generates = model.can_generate()
         self.recordings = record_sizes(model, self.batches[0]) if recordings is None else recordings
         other = other_shape(model, self.batches[0])
@@ -136,7 +136,7 @@ class SurgeryTrial:
         kept = kept_indices(self.space, removal)
         # Everything from here on is what an export does, so that a trial refuses what an export would refuse.
         attributes = solve(self.recordings.traces, kept)
-        batches = [_cast(batch, self.model.dtype) for batch in self.batches]
+        batches = [cast_floats(batch, self.model.dtype) for batch in self.batches]
         # Parameters are shared, since only those that are cut are replaced: a trial takes their memory and no more.
         compressed = copy_module(self.model, {id(parameter): parameter for parameter in self.model.parameters()})
         slice_model(compressed, kept, attributes)
@@ -287,13 +287,6 @@ def _attempt(run: Callable[[], Any]) -> Any:
         return None
 
 
-def _cast(batch: Batch, dtype: torch.dtype) -> dict[str, Any]:
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-    return {name: map_tensors(cast, item) for name, item in batch.items()}
-
-
 @torch.no_grad()
 def _randomized(model: PreTrainedModel, batch: Batch, space: PruningSpace, seed: int) -> PreTrainedModel:
     """Return a copy with random weights, in double precision where the model runs in it.
@@ -302,7 +295,7 @@ def _randomized(model: PreTrainedModel, batch: Batch, space: PruningSpace, seed:
     wrong indices changes nothing.
     """
     wide = _with_random_weights(model, space, seed).double()
-    outputs = _attempt(lambda: attention_outputs(wide, _cast(batch, wide.dtype))) or {}
+    outputs = _attempt(lambda: attention_outputs(wide, cast_floats(batch, wide.dtype))) or {}
     # A filler that single precision rounds to its lowest number may be beyond it here, and make NaN.
     sound = [not tensor.isnan().any() for tensors in outputs.values() for tensor in tensors.values()]
     return wide if sound and all(sound) else _with_random_weights(model, space, seed)

@@ -139,14 +139,15 @@ def check_checkpoint(
     for name in needed:
         if not (folder / name).is_file():
             raise GETAError(f"{folder} has no {name}, without which stages can't go on; turn save_only_model off")
+    _check_config(folder, config)
+    check_lora(folder, lora)
+    # After what has a message of its own.
     fault = fault_of(folder, training=True)
     if fault is not None:
         raise GETAError(
             f"{folder} is not complete: {fault}. Resume from another checkpoint; resume_from_checkpoint=True takes the "
             f"newest complete one"
         )
-    _check_config(folder, config)
-    check_lora(folder, lora)
     if not sharded:
         _check_shapes(folder, model)
 
@@ -173,6 +174,9 @@ def _check_config(folder: Path, config: CompressionConfig) -> None:
     theirs, ours = read_config(folder / CONFIG_NAME).to_dict(), config.to_dict()
     # Another method has other settings by nature; its name says it all.
     names = ["method"] if theirs["method"] != ours["method"] else list(dict.fromkeys((*ours, *theirs)))
+    if theirs.get("activation_bits") is None and ours.get("activation_bits") is None:
+        # It says nothing where inputs are not quantized, and the paper's rules set it only since this version.
+        names = [name for name in names if name != "learn_activation_exponent"]
     # Of both configs: an older checkpoint lacks settings that are new, and the other way round.
     changed = {name: (theirs.get(name), ours.get(name)) for name in names if theirs.get(name) != ours.get(name)}
     if changed:

@@ -65,8 +65,8 @@ class Plan:
         unquantized: modules in the model's lists of layers with a matrix that no quantizer covers, numbers as `*`,
             the largest first.
         unquantized_share: their share of all matrix weights in those lists.
-        without_heads: a sentence for each kind of module that counts heads of which none is found, with the reason.
         left_float: layers without a quantizer, since the model reads their weights itself; numbers as `*`.
+        without_heads: a sentence for each kind of module that counts heads of which none is found, with the reason.
 
     Example:
         >>> import torch
@@ -92,8 +92,8 @@ class Plan:
     input_bits: float | None = None
     unquantized: tuple[str, ...] = ()
     unquantized_share: float = 0.0
-    without_heads: tuple[str, ...] = ()
     left_float: tuple[str, ...] = ()
+    without_heads: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         header = ("families", "number", "groups of each", "to remove if even", "kept")
@@ -155,8 +155,8 @@ def make_plan(
         input_bits=None if config.activation_bits is None else target.input_bits,
         unquantized=unquantized,
         unquantized_share=share,
-        without_heads=() if model is None else missing_heads(model, space),
         left_float=left_float,
+        without_heads=() if model is None else missing_heads(model, space),
     )
 
 

@@ -34,7 +34,7 @@ from geta_hf.training.complete import mark_complete, mark_unfinished, newest_to_
 from geta_hf.training.distillation import Distiller, dense_copy
 from geta_hf.training.dtypes import DTypes, dtypes_of, unrounded, warn_of_other_dtypes
 from geta_hf.training.early_checks import check_exports, check_is_model, check_length, check_model
-from geta_hf.training.example_inputs import find_left_out, inputs_of
+from geta_hf.training.example_inputs import divides_by_count, find_left_out, inputs_of
 from geta_hf.training.float_layers import check_first_gradients, exclude_raw_reads, left_float
 from geta_hf.training.looked_at import keep_looked_at, looking_at
 from geta_hf.training.lora import LoraPlan, attach_lora, find_frozen_weights, merged, plan_lora
@@ -277,7 +277,17 @@ class GETATrainer(PublishingTrainer):
         except Exception:  # a collator or a sampler of the user's needs more rows
             batch = full
         self._left_out = find_left_out(model, batch, self.label_names)
+        self._check_count(model, batch)
         return to_device(inputs_of(model, batch, self._left_out), self.args.device)
+
+    def _check_count(self, model: nn.Module, batch: dict[str, Any]) -> None:
+        """Let Trainer average losses over processes and micro-batches, where the model ignores the count of labels."""
+        several = self.args.world_size > 1 or self.args.gradient_accumulation_steps > 1
+        if not (several and self.model_accepts_loss_kwargs and self.compute_loss_func is None and "labels" in batch):
+            return
+        if not divides_by_count(model, batch):
+            logger.warning("the loss of %s is a mean over rows: micro-batches are averaged", type(model).__name__)
+            self.model_accepts_loss_kwargs = False
 
     def _first_batches(self, count: int, rows: int | None = None) -> list[dict[str, Any]]:
         """Return the first batches as training will see them; random states and streams are left as they were.
@@ -373,11 +383,6 @@ class GETATrainer(PublishingTrainer):
             self._push_if_finished("End of training")
         return output
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Run Trainer's loop; a model that it converts to 16 bits is afterwards as it was trained."""
-        with unrounded(self._plain_model, self.args):
-            return super().evaluation_loop(*args, **kwargs)
-
     def _say_what_is_missing(self) -> None:
         """Warn after training where there is no result yet, or no best model among the finished ones."""
         if not self.method.finished:
@@ -401,6 +406,11 @@ class GETATrainer(PublishingTrainer):
         # Early stopping counts nothing as long as there is no best metric.
         self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
         return False
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Run Trainer's loop; a model that it converts to 16 bits is afterwards as it was trained."""
+        with unrounded(self._plain_model, self.args):
+            return super().evaluation_loop(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run Trainer's step; remember, without waiting for the device, whether a loss was not finite."""
@@ -546,9 +556,9 @@ class GETATrainer(PublishingTrainer):
         # Both exchange shards under FSDP2, so every process takes part.
         result = self.method.result()
         model = self._gather_model()
-        warn_of_other_dtypes(model, self._dtypes)
 
         def write() -> ExportReport:
+            warn_of_other_dtypes(model, self._dtypes)
             card = partial(write_card, base_model=base_name(model), repo_id=Path(directory).resolve().name)
             with merged(model):
                 return export(

@@ -15,10 +15,11 @@ import torch
 import yaml
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config
 
-from geta_hf import Evaluation, GETAError, build_space, evaluate, export, perplexity
+from geta_hf import Evaluation, GETAError, evaluate, export, perplexity
 from geta_hf.cli import main
 from geta_hf.evaluation import COMMONSENSE, command, harness, tasks
 from tests.export.tiny_encoders import train_by_hand
+from tests.spaces import build_space
 from tests.tiny_tasks import ROWS, byte_tokenizer, tiny_llama, write_rows
 
 pytest.importorskip("lm_eval")
@@ -182,6 +183,13 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tiny_llama().config.save_pretrained(places["other"])
     tiny_llama(positions=64).config.save_pretrained(places["short"])
     LlamaConfig(vocab_size=200).save_pretrained(places["narrow"])
+    for task in ("SequenceClassification", "TokenClassification", "QuestionAnswering"):
+        places[task] = folder / task
+        LlamaConfig(architectures=[f"LlamaFor{task}"]).save_pretrained(places[task])
+    for name in ("run/export", "started/checkpoint-4"):
+        (folder / name).mkdir(parents=True)
+    (folder / "run/export/geta_structure.json").write_text("{}")
+    places |= {"run": folder / "run", "started": folder / "started"}
     T5Config(vocab_size=300).save_pretrained(places["seq2seq"])
     for name in ("short", "narrow", "seq2seq"):
         byte_tokenizer().save_pretrained(places[name])
@@ -212,6 +220,11 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (["{other}/nowhere", "--text", "{text}"], "{other}/nowhere: no such folder"),
         (["{other}", "--text", "{text}"], "{other}: no tokenizer"),
         (["{narrow}", "--text", "{text}"], "{narrow}: the tokenizer's token 256, bos_token 256 has no row"),
+        (["{SequenceClassification}", "--text", "{text}"], "is a LlamaForSequenceClassification, but tasks and texts"),
+        (["{TokenClassification}", "--text", "{text}"], "is a LlamaForTokenClassification, but tasks and texts"),
+        (["{QuestionAnswering}", "--text", "{text}"], "is a LlamaForQuestionAnswering, but tasks and texts"),
+        (["{run}", "--text", "{text}"], "{run} is the folder of a run; give its export, {run}/export"),
+        (["{started}", "--text", "{text}"], "without an export; run `geta-hf export {started} OUT` first"),
         (["{seq2seq}", "--text", "{text}"], "{seq2seq}: no causal language model could be loaded (T5Config"),
     ],
 )

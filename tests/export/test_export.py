@@ -22,12 +22,13 @@ from geta_hf.export.export import compress, integer_bits
 from geta_hf.export.formats import FORMATS, geta
 from geta_hf.export.plan import plan_export, read_result
 from geta_hf.export.steps import cut, fill
-from geta_hf.qadg import PruningSpace, build_space, zero_groups
+from geta_hf.qadg import PruningSpace, zero_groups
 from geta_hf.qadg.tracing.recorder import Recorder
 from geta_hf.quantization import attach_quantizers, quantized_layers, step_size
 from geta_hf.serialization.packed_layers import packed_layers
 from geta_hf.surgery.slice import slice_model
 from tests.export.tiny_encoders import CLASSES, some_batch, tiny_bloom, tiny_model, train_by_hand
+from tests.spaces import build_space
 from tests.surgery.test_verify import with_kinds
 
 Trained = tuple[PreTrainedModel, PruningSpace]

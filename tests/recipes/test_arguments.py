@@ -60,6 +60,17 @@ def test_nothing_to_resume_from(parse: object, asked: str, message: str, tmp_pat
         parse([*MODEL, "--resume_from_checkpoint", asked, "--output_dir", str(tmp_path)])  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("parse", [recipe.parse_arguments, bert_squad.parse_arguments])
+def test_a_folder_that_the_export_would_not_replace_is_found_before_training(parse: object, tmp_path: Path) -> None:
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "thesis.txt").write_text("mine")
+    with pytest.raises(GETAError, match=r"export is not a model folder.*choose another folder"):
+        parse([*MODEL, "--output_dir", str(tmp_path)])  # type: ignore[operator]
+    (tmp_path / "export" / "config.json").write_text("{}")
+    (tmp_path / "export" / "thesis.txt").unlink()
+    parse([*MODEL, "--output_dir", str(tmp_path)])  # type: ignore[operator]  # an earlier run's, which is replaced
+
+
 def test_help_describes_every_argument_and_every_setting() -> None:
     done = run_script(ROOT / "recipes" / "bert_squad.py", "--help", COLUMNS="1000")
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 from transformers import T5Config, ViTConfig
 
-from geta_hf import build_space, export
+from geta_hf import export
 from geta_hf.costs.model_costs import measure_costs
 from geta_hf.errors import GETAError
 from geta_hf.reporting.comparison import load_model
@@ -17,6 +17,7 @@ from geta_hf.reporting.folder_summary import EMBEDDINGS, PACKED, REST, SCALES, c
 from geta_hf.serialization.sizes import tensor_bytes, tensor_sizes
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
 from tests.small_folders import exported, written
+from tests.spaces import build_space
 
 
 def test_costs_are_those_of_the_loaded_models(tmp_path: Path) -> None:

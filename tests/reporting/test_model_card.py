@@ -175,6 +175,7 @@ def test_nothing_of_a_name_reaches_the_card_unescaped(tmp_path: Path) -> None:
     write_untouched(folder, Untouched({HOSTILE: HOSTILE}, {HOSTILE: HOSTILE}, [HOSTILE]))
     (folder / CONFIG_NAME).write_text(json.dumps({"method": "qasso", "drop_layers": [HOSTILE]}))
     plain = HOSTILE.replace("\ud800", "")
+    assert "script>" in write_card(folder, repo_id=HOSTILE).read_text()
     results = {"compressed": [TaskResult(plain, {plain: 1.0}, {plain: 0.5}, split=plain, samples=3)]}
     options = {"base_model": f"/x/{plain}", "task": "text-generation", "dataset": plain}
     card = write_card(folder, results=results, metrics={"dense": {plain: 2.0}}, **options)
@@ -215,23 +216,25 @@ def test_every_data_set_has_a_block_with_split_size_and_error(folder: Path) -> N
     assert squad.metrics == {"em": 80.0, "f1": 87.0} and squad.stderr == {}
 
 
-def test_damaged_results_are_refused(folder: Path) -> None:
+def test_damaged_results_are_refused(tmp_path: Path) -> None:
     for content in (
         '{"compressed": 3}',
         '{"other": []}',
         '{"dense": [{"data": 3}]}',
         '{"dense": [{"data": "a", "x": 1}]}',
     ):
-        (folder / RESULTS_NAME).write_text(content)
+        (tmp_path / RESULTS_NAME).write_text(content)
         with pytest.raises(GETAError, match=RESULTS_NAME):
-            model_card(folder)
+            read_results(tmp_path)
     with pytest.raises(GETAError, match="not a finite number"):
         TaskResult("a", {"acc": 10**400})
     with pytest.raises(GETAError, match="number of samples"):
         TaskResult("a", {"acc": 1.0}, samples=0)
 
 
-def test_the_license_is_that_of_the_base_model(folder: Path, tmp_path: Path) -> None:
+def test_the_license_is_that_of_the_base_model(tmp_path: Path) -> None:
+    folder = written(tmp_path / "m", {}, {"a": 4})
+    (tmp_path / "dense").mkdir()
     card = write_card(folder)
     assert (
         front(card).license == "unknown"

@@ -107,6 +107,17 @@ def test_nothing_is_pushed_from_a_checkpoint(
     assert caplog.text.count("nothing is pushed during training") == 1
 
 
+def test_the_end_of_training_pushes(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer(tmp_path / "name", save_strategy="no", push_to_hub=True)
+    found: list[tuple[str, bool]] = []
+    monkeypatch.setattr(
+        made, "push_to_hub", lambda commit_message: found.append((commit_message, made.method.finished))
+    )
+    made.train()
+    assert found == [("End of training", True)]
+
+
+@pytest.mark.slow
 def test_the_end_of_training_pushes_the_export(hub: FakeHub, tmp_path: Path) -> None:
     made = trainer(tmp_path / "name", save_steps=STEPS // 2, push_to_hub=True, hub_strategy="all_checkpoints")
     made.train()

@@ -19,7 +19,6 @@ from geta_hf.export import export
 from geta_hf.export.formats import plain as plain_module
 from geta_hf.export.formats.plain import _Search, plain_models
 from geta_hf.export.formats.vanilla import write_plain, write_vanilla
-from geta_hf.qadg import build_space
 from geta_hf.serialization.hf_quantizer import attach_quantizer
 from geta_hf.surgery.slice import slice_model
 from geta_hf.surgery.verify import mask_groups
@@ -28,6 +27,7 @@ from tests.elsewhere import run_elsewhere
 from tests.export.formats.uniform import compressed, cut, halved, logits, prepared, tiny
 from tests.export.test_activations import rounding
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
+from tests.spaces import build_space
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "gemma2")
 SMALLER = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}

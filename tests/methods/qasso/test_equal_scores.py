@@ -11,8 +11,10 @@ from geta_hf.config import GETAConfig
 from geta_hf.errors import GETAError
 from geta_hf.methods.qasso.checks import warn_of_equal_scores
 from tests.methods.loop import prepare, train
-from tests.methods.qasso.toy import Toy, small_config, toy_space
+from tests.methods.qasso.toy import Toy, toy_space
 
+STEPS = 14
+SHORT = {"warmup": 1, "projection": 3, "joint": 8, "target_sparsity": 0.5}
 SAID = "the saliency does not tell groups apart in"
 NONE = torch.zeros(10, dtype=torch.bool)
 
@@ -67,16 +69,16 @@ def test_removed_groups_do_not_count(caplog) -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"joint": 0}, {"saliency": "taylor"}])
 def test_a_block_without_gradients_is_named_in_a_run(caplog, changes: dict) -> None:
-    model, method, optimizer = prepare(small_config(**changes), Unused())
+    model, method, optimizer = prepare(GETAConfig(**{**SHORT, **changes}), Unused(), steps=STEPS)
     with caplog.at_level(logging.WARNING):
-        train(model, method, optimizer)
+        train(model, method, optimizer, STEPS)
     assert f"{SAID} layers:channels (all 6 score 0)" in caplog.text and method.finished
 
 
 def test_an_ordinary_run_says_nothing(caplog) -> None:
-    model, method, optimizer = prepare(small_config())
+    model, method, optimizer = prepare(GETAConfig(**SHORT), steps=STEPS)
     with caplog.at_level(logging.WARNING):
-        train(model, method, optimizer)
+        train(model, method, optimizer, STEPS)
     assert SAID not in caplog.text
 
 

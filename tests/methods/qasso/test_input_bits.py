@@ -17,9 +17,9 @@ RANGE = (2, 8)
 
 
 def run(kind=GETAConfig, model=None, **changes):
-    values = {"warmup": 5, "projection": 8, "joint": 25, "target_sparsity": 0.3, "activation_bits": RANGE, **changes}
-    model, method, optimizer = prepare(kind(**values), model, steps=42)
-    train(model, method, optimizer, steps=42)
+    values = {"warmup": 2, "projection": 4, "joint": 15, "target_sparsity": 0.3, "activation_bits": RANGE, **changes}
+    model, method, optimizer = prepare(kind(**values), model, steps=24)
+    train(model, method, optimizer, steps=24)
     return model, method, optimizer
 
 
@@ -88,17 +88,20 @@ class Uneven(Toy):
         return self.head(x + 1e-3 * out(self.activation(mix(x))))
 
 
-def test_inputs_that_the_loss_feels_get_more_bits() -> None:
+@pytest.fixture(scope="module")
+def uneven():
     torch.manual_seed(0)
-    _, method, _ = run(model=Uneven())
-    up, down, mix, out = method.result().input_bits.values()
+    model, method, _ = run(model=Uneven())
+    return model, method.result()
+
+
+def test_inputs_that_the_loss_feels_get_more_bits(uneven) -> None:
+    up, down, mix, out = uneven[1].input_bits.values()
     assert min(up, down) > max(mix, out)
 
 
-def test_the_choice_is_better_than_the_same_bits_the_other_way_round() -> None:
-    torch.manual_seed(0)
-    model, method, _ = run(model=Uneven())
-    result = method.result()
+def test_the_choice_is_better_than_the_same_bits_the_other_way_round(uneven) -> None:
+    model, result = uneven
 
     def loss_with(widths: list[int]) -> float:
         other = copy.deepcopy(model)
