@@ -37,6 +37,7 @@ _IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_in
 _FILLER = 1e4  # from here on an output is a filler of masked positions, which is no scale to compare by
 _AMPLIFIED_TOLERANCE = 1e-5  # rounding in single precision, through all layers, relative to the largest output
 _BUILDS = 24  # copies that are built in search of a remedy
+_CODE_REMEDY = "Remove it, or make it part of the forward of the model's class"
 _NAMED = 3  # departures that an error names
 
 
@@ -112,6 +113,12 @@ def _blame_departures(model: PreTrainedModel, twin: PreTrainedModel, inputs: Bat
 
     Where neither can, recording the model on the batch says so in its own words.
     """
+    replaced = [each.text for each in find_departures(model, twin) if each.by_code]
+    if not inputs and replaced:
+        # The arguments of the forward decide which inputs a model is given, and a replaced one may name none.
+        raise GETAError(
+            f"{type(model).__name__} is given no inputs: {'; '.join(replaced[:_NAMED])}. {_CODE_REMEDY}"
+        ) from error
     try:
         with _as_in_a_folder(model.device, None):
             _outputs(twin, inputs)
@@ -373,7 +380,7 @@ def _refusal(model: PreTrainedModel, twin: PreTrainedModel, inputs: Batch, autoc
     found = _closest(find_departures(model, twin), place)
     what = "; ".join(each.text for each in found[:_NAMED]) or f"{place or 'its forward'} computes something else"
     by_code = bool(found) and all(each.by_code for each in found)
-    remedy = "Remove it, or make it part of the forward of the model's class" if by_code else _remedy(model, twin)
+    remedy = _CODE_REMEDY if by_code else _remedy(model, twin)
     return (
         f"{type(model).__name__} computes something else than a copy that is built from its config with the same "
         f"weights, and an export holds no more than those: {what}. {remedy}"

@@ -116,6 +116,13 @@ def test_a_hook_under_which_the_model_does_not_run(bert: BertForQuestionAnswerin
         check_rebuilds(bert, batch)
 
 
+def test_a_forward_that_names_no_inputs(bert: BertForQuestionAnswering) -> None:
+    """Trainer then removes all columns, and a batch without any would be blamed."""
+    bert.forward = lambda *args, **kwargs: type(bert).forward(bert, *args, **kwargs)  # type: ignore[method-assign]
+    with pytest.raises(GETAError, match=r"is given no inputs: .* has its method forward replaced by .*Remove it"):
+        check_rebuilds(bert, {})
+
+
 # --- structure ------------------------------------------------------------------------------------------------------
 
 
