@@ -101,6 +101,7 @@ def test_packed_rows(tmp_path: Path) -> None:
     assert made._batch["position_ids"].shape == packed and isinstance(made._batch["max_length_q"], int)
 
 
+@pytest.mark.slow
 def test_a_collator_that_needs_the_full_batch_gets_it(tmp_path: Path) -> None:
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         assert len(rows) == 4
@@ -211,7 +212,7 @@ WAYS: dict[type[Own], tuple[set[str], dict[str, Any]]] = {
 }
 
 
-SLOW = (Own, OwnKeywords, OwnNested)  # each is near to another one
+SLOW = (Own, OwnTuple, OwnKeywords, OwnNested)  # each is near to another one
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,7 @@ def test_the_best_model_is_one_from_the_cool_down_and_early_stopping_waits_for_i
     assert report is not None and sum(kept for kept, _ in report.kept.values()) == 52
 
 
+@pytest.mark.slow
 def test_no_evaluation_of_a_finished_model_is_said(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         made = chosen(tmp_path, {}, [StopAt(19)], eval_steps=16, save_steps=16)

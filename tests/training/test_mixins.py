@@ -42,6 +42,7 @@ class GETASeq2SeqTrainer(GETATrainer, Seq2SeqTrainer):
     pass
 
 
+@pytest.mark.slow
 def test_seq2seq(tmp_path: Path) -> None:
     torch.manual_seed(0)
     halves = {f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in (("layers", 1),)}

@@ -77,6 +77,7 @@ def test_what_can_be_read_again_is_left_as_it_is() -> None:
             pass
 
 
+@pytest.mark.slow
 def test_training_sees_every_row_of_a_generator_once(tmp_path: Path) -> None:
     seen: list[int] = []
 
