@@ -457,8 +457,9 @@ class CompressionConfig:
     )
     uniform: bool = setting(
         False,
-        "Remove equally many groups from all families of the same kind and size. With this or with `multiple_of`, the "
-        "exact K may be out of reach; then up to one chunk fewer is removed.",
+        "Remove equally many groups from all families of the same kind and size, and keep only counts that the model's "
+        "config class accepts. With this or with `multiple_of`, the exact K may be out of reach; then up to one chunk "
+        "fewer is removed.",
         section="Pruning limits",
     )
     clipping: str = setting(
