@@ -15,7 +15,7 @@ test: $(READY)
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
-# Every architecture through every gate, into docs/architectures.md; about half an hour on one core.
+# Every architecture through every gate, trained and exported, into docs/architectures.md; about an hour on one core.
 zoo: $(READY)
 	$(BIN)/python -m benchmarks.zoo
 

@@ -1,24 +1,29 @@
-"""The pruning spaces of many small Hugging Face architectures, and which of the four gates they pass.
+"""Many small Hugging Face architectures: their pruning spaces, the gates that they pass, and how they train and export.
 
-    python -m benchmarks.zoo [--output docs/architectures.md] [--only NAME ...]
+    python -m benchmarks.zoo [--data docs/architectures.jsonl] [--output docs/architectures.md] [--only NAME ...]
 
-One architecture's failure does not stop the others; every failure is listed with its reason.
+One architecture's failure does not stop the others; every failure is listed with its reason. The data file has a line
+for each architecture and is written after each, so a run that was stopped goes on where it was: what has a line is
+done again only if it is named by `--only`.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
+import json
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
+from benchmarks.zoo_training import STEPS as STEPS_TRAINED
+from benchmarks.zoo_training import train_and_export
 from geta_hf import GETAError
 from geta_hf.qadg import PruningSpace, verify_space
 from geta_hf.qadg.propagation.propagate import record_and_propagate
@@ -27,20 +32,9 @@ from geta_hf.surgery.trial_cut import try_cuts
 from geta_hf.surgery.verify import verify_surgery
 from tests.architectures import ARCHITECTURES, build
 
-HEADER = (
-    "architecture",
-    "model",
-    "families, prunable / found",
-    "matrix parameters found",
-    "prunable",
-    "groups tested",
-    "gates 1-3",
-    "with all switched on",
-    "gate 4",
-    "frozen, untouched or refused, and why",
-    "seconds",
-)
-STEPS = ("capture", "gates 2-3", "all switched on", "gate 4")
+Record = dict[str, Any]
+"""What is known of one architecture: a line of the data file."""
+
 EVERYTHING = (("residual", "norm", "tied", "output"), ("query_heads",), ("head_dim",))
 """Policies that together make every family prunable but those of kind `other`, such as rows of a table of positions."""
 
@@ -78,8 +72,9 @@ class Result:
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("docs/architectures.jsonl"))
     parser.add_argument("--output", type=Path, default=Path("docs/architectures.md"))
-    parser.add_argument("--only", nargs="+", default=list(ARCHITECTURES), metavar="NAME")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME")
     return parser.parse_args()
 
 
@@ -133,22 +128,24 @@ def _cut(result: Result) -> None:
     verify_surgery(model, batch, result.space)
 
 
-def row(result: Result) -> tuple[str, ...]:
-    """One line of the table."""
+def gate_record(result: Result) -> Record:
+    """Return what the gates found of one architecture, as plain data."""
     space = result.space
-    return (
-        result.name,
-        result.model,
-        families_found(space),
-        f"{100 * space.coverage():.0f} %",
-        f"{100 * space.coverage(prunable_only=True):.0f} %",
-        str(sum(family.size for family in space.prunable if family.size > 1)),
-        result.passed("gates 2-3") + (" (norm-coupled switched on)" if result.norms else ""),
-        result.passed("all switched on"),
-        result.passed("gate 4"),
-        _remarks(result),
-        f"{result.seconds:.1f}",
-    )
+    return {
+        "architecture": result.name,
+        "model": result.model,
+        "families": families_found(space),
+        "found": round(100 * space.coverage()),
+        "prunable": round(100 * space.coverage(prunable_only=True)),
+        "groups": sum(family.size for family in space.prunable if family.size > 1),
+        "gates 2-3": result.passed("gates 2-3") + (" (norm-coupled switched on)" if result.norms else ""),
+        "all switched on": result.passed("all switched on"),
+        "gate 4": result.passed("gate 4"),
+        "remarks": _remarks(result),
+        "reasons": dict(Counter(family.reason for family in space.families if not family.prunable)),
+        "failures": {step: _one_line(why) for step, why in result.failures.items()},
+        "gate seconds": round(result.seconds, 1),
+    }
 
 
 def families_found(space: PruningSpace) -> str:
@@ -170,54 +167,88 @@ def _remarks(result: Result) -> str:
     return "; ".join(parts)
 
 
-def summary(results: Sequence[Result]) -> str:
-    """Totals in words."""
-    pruned = [result for result in results if result.space.prunable]
-    lines = [f"{len(results)} architectures, of which"]
-    for step in STEPS:
-        among = pruned if step in ("gates 2-3", "gate 4") else results
-        lines.append(f"- {sum(step not in r.failures for r in among)} of {len(among)} pass {step}")
-    lines.append(f"- {sum(r.norms for r in results)} have families coupled to norms alone, which were switched on")
-    lines.append(f"- {sum(bool(r.refused) for r in results)} have families that the model's own code can't follow")
-    lines.append(f"- {len(results) - len(pruned)} end with nothing to prune")
-    lines.append(f"- {sum(not r.space.unsupported for r in results)} have no frozen operator")
-    if pruned:
-        found = sum(r.space.coverage() for r in pruned) / len(pruned)
-        prunable = sum(r.space.coverage(prunable_only=True) for r in pruned) / len(pruned)
-        groups = sum(r.space.num_groups for r in pruned)
-        lines.append(
-            f"- {groups} groups; on average {100 * found:.0f} % of the elements of matrix parameters lie in a family, "
-            f"{100 * prunable:.0f} % in a prunable one"
+def read_records(path: Path) -> dict[str, Record]:
+    """Return the lines of a data file by architecture; none where there is no such file."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = [json.loads(line) for line in lines]
+    return {record["architecture"]: record for record in records}
+
+
+def write_records(path: Path, records: Mapping[str, Record]) -> None:
+    """Write one line for each architecture, in the order of the list."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(records[name]) for name in ARCHITECTURES if name in records]
+    path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def summary(records: Sequence[Record]) -> str:
+    """Return totals in words."""
+    pruned = [record for record in records if record["groups"]]
+    trained = [record["training"] for record in records if "training" in record]
+    exported = [training for training in trained if "failure" not in training]
+    passed = sum(_verified(record) == "yes" for record in pruned)
+    refused = sum("families refused" in record["remarks"] for record in records)
+    return "\n".join(
+        (
+            f"{len(records)} architectures, of which",
+            f"- {passed} of {len(pruned)} with something to prune pass every gate",
+            f"- {len(exported)} of {len(trained)} that were trained export, and load again with equal outputs",
+            f"- {sum(bool(training['left_float']) for training in exported)} of them read weights of some layers "
+            f"themselves, past the layer's forward; those layers remain in floating point",
+            f"- {refused} have families that the model's own code cannot follow, which are not pruned",
+            f"- {len(records) - len(pruned)} end with nothing to prune",
         )
-    return "\n".join(lines)
-
-
-def page(results: Sequence[Result]) -> str:
-    """The whole document."""
-    failures = [f"- **{r.name}**, {step}: {_one_line(why)}" for r in results for step, why in r.failures.items()]
-    return (
-        "# Architectures\n\n"
-        "Made by `make zoo`: tiny configurations with random weights, the default policy, transformers "
-        f"{transformers.__version__}, torch {torch.__version__}. Gate 1 freezes what no rule covers, gate 2 is "
-        "completeness, gate 3 alignment, gate 4 the real model after surgery: cut with other counts in every layer, "
-        "eager and sdpa, other shapes, generation with and without cache. Gates 2 and 3 run on the batch, with other "
-        "rows, and shorter with padding where the model runs those. *With all switched on* repeats them for residual "
-        "width, norm-coupled, tied and output-facing families, query heads and head dims. The seconds are those of "
-        "everything together, on one core.\n\n"
-        f"{summary(results)}\n\n{_table(HEADER, [row(result) for result in results])}\n\n"
-        "## Failures\n\n" + ("\n".join(failures) or "None.") + "\n\n"
-        "## Found, but not prunable by default\n\n" + _table(("families", "reason"), _reasons(results)) + "\n"
     )
 
 
-def _reasons(results: Sequence[Result]) -> list[tuple[str, ...]]:
-    families = (family for result in results for family in result.space.families if not family.prunable)
-    counts = Counter(re.sub(r"(the same indices as) .*", r"\1 a prunable family", family.reason) for family in families)
-    return [(str(count), reason) for reason, count in counts.most_common()]
+def page(records: Sequence[Record]) -> str:
+    """Return the document for readers; what else is known is in the data file."""
+    head = ("architecture", "model", "prunable families", "weights in them", "gates", "trained and exported")
+    failures = [(record["architecture"], step, why) for record in records for step, why in record["failures"].items()]
+    trainings = ((record["architecture"], record.get("training", {})) for record in records)
+    failures += [
+        (name, training["at"], _one_line(training["failure"])) for name, training in trainings if "failure" in training
+    ]
+    return (
+        "# Architectures\n\n"
+        f"Tiny configurations with random weights under the default policy, with transformers "
+        f"{transformers.__version__} and torch {torch.__version__}. *Gates*: what is found to be prunable is cut from "
+        "the real model, with other counts in every layer, and computes what the model with zeros in those places "
+        "computes: with eager and sdpa attention, in other shapes, in generation with and without a cache. *Trained "
+        f"and exported*: {STEPS_TRAINED} steps that remove groups and learn bit widths, an export, and a reload with "
+        "equal outputs. [architectures.jsonl](architectures.jsonl) has a line for each with all that is known: "
+        "families that are not prunable and why, operators without a rule, differences, seconds. `make zoo` makes "
+        "both and goes on where it was stopped.\n\n"
+        f"{summary(records)}\n\n{_table(head, [_row(record) for record in records])}\n\n"
+        "## Failures\n\n"
+        + ("\n".join(f"- **{name}**, {step}: {why}" for name, step, why in failures) or "None.")
+        + "\n"
+    )
+
+
+def _row(record: Record) -> tuple[str, ...]:
+    families = [part.rpartition(" / ")[0] for part in record["families"].split(", ")]
+    prunable = ", ".join(family for family in families if not family.endswith(" 0"))
+    training = record.get("training")
+    if training is None:
+        exported = "not tried yet"
+    elif "failure" in training:
+        exported = f"no, see below ({training['at']})"
+    else:
+        exported = "yes, some layers in floating point" if training["left_float"] else "yes"
+    share = f"{record['prunable']} %"
+    return record["architecture"], record["model"], prunable or "none", share, _verified(record), exported
+
+
+def _verified(record: Record) -> str:
+    """Return whether an architecture passes every gate, in one word."""
+    verdicts = {record[step].split(" (")[0] for step in ("gates 2-3", "all switched on", "gate 4")}
+    if "no" in verdicts or "capture" in record["failures"]:
+        return "no"
+    return "yes" if record["groups"] else "nothing to prune"
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Not padded: the reasons are long."""
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, ("---",) * len(header), *rows))
 
 
@@ -230,15 +261,23 @@ def main() -> None:
     chosen = options()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
-    results = []
-    for name in chosen.only:
-        results.append(examine(name))
-        failed = ", ".join(results[-1].failures)
-        print(f"{name}: {failed + ' failed' if failed else 'ok'} ({results[-1].seconds:.1f} s)", flush=True)
-    chosen.output.parent.mkdir(parents=True, exist_ok=True)
-    chosen.output.write_text(page(results))
-    print(f"\n{summary(results)}\n\nWritten to {chosen.output}")
+    records = read_records(chosen.data)
+    for name in chosen.only or ARCHITECTURES:
+        record = {} if chosen.only else dict(records.get(name, {}))
+        if "families" not in record:
+            record = {**gate_record(examine(name)), **record}
+        if "training" not in record:
+            record["training"] = train_and_export(name)
+        if record != records.get(name):
+            records[name] = record
+            write_records(chosen.data, records)
+            failed = ", ".join((*record["failures"], record["training"].get("at", ""))).strip(", ")
+            print(f"{name}: {failed + ' failed' if failed else 'ok'}", flush=True)
+    ordered = [records[name] for name in ARCHITECTURES if name in records]
+    chosen.output.write_text(page(ordered))
+    print(f"\n{summary(ordered)}\n\nWritten to {chosen.output}")
 
 
 if __name__ == "__main__":

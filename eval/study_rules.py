@@ -84,7 +84,9 @@ def all_cells() -> list[Cell]:
     crossed = [dict(zip(RULES, values, strict=True)) for values in product(*RULES.values())]
     defaults, *rest = sorted(crossed, key=_changed)  # stable
     paper = GETAConfig.paper()
-    preset = {rule: getattr(paper, rule) for rule in (*RULES, "clipping", "learn_exponent")}
+    preset = {
+        rule: getattr(paper, rule) for rule in (*RULES, "clipping", "learn_exponent", "learn_activation_exponent")
+    }
     others = [Cell(" / ".join(rules.values()), rules) for rules in rest]
     beside = [Cell(ROUNDED, defaults, rounded=True), Cell(TAUGHT, {**defaults, "distill_logits": 1.0})]
     return [Cell(PAPER, preset), Cell(OURS, defaults), Cell(CONTROL), Cell(DENSE), *others, *beside]

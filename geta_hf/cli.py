@@ -15,6 +15,7 @@ from geta_hf.errors import GETAError
 from geta_hf.evaluation.command import add_command as add_eval
 from geta_hf.export.formats import FORMATS
 from geta_hf.qadg.group_types import Family
+from geta_hf.qadg.missing_heads import missing_heads
 from geta_hf.qadg.propagation.propagate import record_and_propagate
 from geta_hf.qadg.space import PruningSpace, space_of
 from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs
@@ -24,6 +25,7 @@ from geta_hf.quantization import select_layers
 from geta_hf.reporting.graph_page import gather, gather_unsupported, pattern, span, write_page
 from geta_hf.reporting.html_report import write_report
 from geta_hf.reporting.hub import files_to_push, push_to_hub
+from geta_hf.serialization.validate import check_headers, check_readable
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -108,12 +110,15 @@ def inspect(arguments: argparse.Namespace) -> None:
     """
     # Building and recording are what takes time here; the import of torch is not counted.
     start = time.perf_counter()
+    check_readable(arguments.model)
     model = empty_model(arguments.model)
+    if Path(arguments.model).is_dir():
+        check_headers(model, Path(arguments.model))
     batch = make_dummy_inputs(model)
     flow = record_and_propagate(model, batch)
     space = space_of(flow, arguments.prune, arguments.keep)
     seconds = time.perf_counter() - start
-    sections = [_headline(model, batch, len(flow.graph.nodes)), family_table(space.families), *_remarks(space)]
+    sections = [_headline(model, batch, len(flow.graph.nodes)), family_table(space.families), *_remarks(model, space)]
     if raw := _read_raw(model, flow.graph):
         sections.append("\n".join(("not quantized: the model reads these weights itself", *_indented(gather(raw)))))
     print("\n\n".join((*sections, f"{_coverage(space)}; {seconds:.1f} s")))
@@ -245,8 +250,10 @@ def _aligned(rows: Sequence[Sequence[str]], right: set[int]) -> list[str]:
     return ["  ".join(line(row)).rstrip() for row in rows]
 
 
-def _remarks(space: PruningSpace) -> Iterator[str]:
-    """Yield the unsupported operators, and the parameters that no operator reads, if there are any."""
+def _remarks(model: nn.Module, space: PruningSpace) -> Iterator[str]:
+    """Yield heads that are not found, unsupported operators, and parameters that no operator reads, if any."""
+    if heads := missing_heads(model, space):
+        yield "\n".join(heads)
     if space.unsupported:
         yield "\n".join(("unsupported operators, whose inputs are not pruned", *_indented(_unsupported_table(space))))
     if space.untouched:

@@ -12,6 +12,7 @@ import inspect
 import json
 import math
 import os
+import re
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -339,6 +340,15 @@ def is_duration(value: Duration) -> bool:
     return value >= 0 if isinstance(value, int) else 0 <= value < 1
 
 
+def _are_patterns(values: list[str]) -> bool:
+    try:
+        for value in values:
+            re.compile(value)
+    except re.error:
+        return False
+    return True
+
+
 def _is_depth(value: int | list[str]) -> bool:
     return not isinstance(value, int) or value >= 0
 
@@ -409,8 +419,10 @@ class CompressionConfig:
     )
     activation_bits: tuple[int, int] | None = setting(
         None,
-        "The bounds for the inputs of the layers, calibrated on `calibration_batches`. None does not quantize "
-        "activations.",
+        "The bounds for the inputs of the layers, calibrated on `calibration_batches`. `target_bops` decides where in "
+        "them each input ends, together with the weights' widths. Without it sensitivity decides, with the middle of "
+        "the bounds as the mean; under `bit_rule` `ppsg` and `paper` the learned widths are rounded. None does not "
+        "quantize activations.",
         Check(_is_pair_of_widths),
         section="Widths",
         expected=_PAIR,
@@ -445,8 +457,9 @@ class CompressionConfig:
     )
     uniform: bool = setting(
         False,
-        "Remove equally many groups from all families of the same kind and size. With this or with `multiple_of`, the "
-        "exact K may be out of reach; then up to one chunk fewer is removed.",
+        "Remove equally many groups from all families of the same kind and size, and keep only counts that the model's "
+        "config class accepts. With this or with `multiple_of`, the exact K may be out of reach; then up to one chunk "
+        "fewer is removed.",
         section="Pruning limits",
     )
     clipping: str = setting(
@@ -468,12 +481,14 @@ class CompressionConfig:
         None,
         "Regular expressions over module names: the layers to quantize. None selects the attention and MLP layers of "
         "the repeated blocks.",
+        Check(_are_patterns),
         section="Selection",
         expected="a list of regular expressions",
     )
     exclude: list[str] = setting(
         [],
         "Regular expressions over module names: layers not to quantize.",
+        Check(_are_patterns),
         section="Selection",
         expected="a list of regular expressions",
     )
@@ -566,6 +581,23 @@ class CompressionConfig:
         if self.mean_bits is not None or sized:
             return self.mean_bits
         return (self.widths[0] + self.widths[-1]) / 2
+
+    @property
+    def input_widths(self) -> list[int]:
+        """The integer widths that a layer's input may end with, ascending; none where inputs are not quantized."""
+        if self.activation_bits is None:
+            return []
+        return list(range(self.activation_bits[0], self.activation_bits[1] + 1))
+
+    @property
+    def wanted_mean_input_bits(self) -> float | None:
+        """The plain mean that widths of inputs end with at most: the middle of `activation_bits`.
+
+        None where inputs are not quantized, and where `target_bops` decides their widths together with the weights'.
+        """
+        if self.activation_bits is None or self.target_bops is not None:
+            return None
+        return sum(self.activation_bits) / 2
 
     @property
     def final_upper_bits(self) -> float:
@@ -764,6 +796,13 @@ class GETAConfig(CompressionConfig):
         return super().wanted_mean_bits
 
     @property
+    def wanted_mean_input_bits(self) -> float | None:
+        """As for every method if `bit_rule` is `sensitivity`; otherwise b_u, at or near which learned widths end."""
+        if self.bit_rule != "sensitivity" and self.activation_bits is not None and self.target_bops is None:
+            return float(self.activation_bits[1])
+        return super().wanted_mean_input_bits
+
+    @property
     def reduction(self) -> float:
         """b_r in bits for each period: `bit_reduction`, or (initial_bits - b_u) / B."""
         if self.bit_reduction is not None:
@@ -779,10 +818,19 @@ class GETAConfig(CompressionConfig):
 
     @classmethod
     def paper(cls, **changes: Any) -> Self:
-        """Return the rules of the paper: HESSO saliency, Eqs. 13 and 14, q_m = max|W|, learned t.
+        """Return the rules of the paper: HESSO saliency, Eqs. 13 and 14, q_m = max|W|, learned t of weights and inputs.
+
+        What still differs from the paper is listed in `docs/paper_index.md`.
 
         Args:
-            changes: values of any fields, which override these rules too.
+            changes: values of any fields, which override these rules too. Without `projection_periods`, B is 4, or
+                b_u - b_l where that is less.
+
+        Raises:
+            GETAError: bounds that Algorithm 2 does not take: it needs b_u >= b_l + 1, 1 <= B <= b_u - b_l and b_r >= 1.
+
+        >>> GETAConfig.paper(bits=(4, 6)).projection_periods
+        2
         """
         rules: dict[str, Any] = {
             "saliency": "hesso",
@@ -790,8 +838,35 @@ class GETAConfig(CompressionConfig):
             "bit_rule": "paper",
             "clipping": "max",
             "learn_exponent": True,
+            "learn_activation_exponent": True,
         }
-        return cls(**{**rules, **changes})
+        config = cls(**{**rules, **changes})
+        if "projection_periods" not in changes and "bit_reduction" not in changes:
+            fewest = max(config.bits[1] - config.bits[0], 1)
+            config.projection_periods = min(config.projection_periods, fewest)
+        config._check_paper()
+        return config
+
+    def _check_paper(self) -> None:
+        """Raise GETAError for bounds that line 1 of Algorithm 2 excludes."""
+        lower, upper = self.bits
+        source = "in the paper's rules (Algorithm 2, line 1)"
+        if upper < lower + 1:
+            raise GETAError(
+                f"bits = {self.bits} must have b_u >= b_l + 1 {source}; widen bits, or use GETAConfig without paper()"
+            )
+        if not 1 <= self.projection_periods <= upper - lower:
+            raise GETAError(
+                f"projection_periods = {self.projection_periods} must be in 1..{upper - lower}, from 1 to b_u - b_l, "
+                f"{source}; a projection stage is left out with projection = 0"
+            )
+        # The reduction that follows from other fields is a quotient, so that 1 may come out as 0.9999999.
+        if self.reduction < 1 - 1e-9:
+            raise GETAError(
+                f"b_r = {self.reduction:g} must be at least 1 {source}: it is bit_reduction, or (initial_bits - b_u) / "
+                f"projection_periods = ({self.initial_bits} - {upper}) / {self.projection_periods}; use fewer periods "
+                f"or raise initial_bits"
+            )
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -823,7 +898,7 @@ def _read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
         # JSON is not left to YAML, which reads `1e-8` as text.
         values = json.loads(text) if Path(path).suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise GETAError(f"{path} can't be read as a config: {error}") from error
     if not isinstance(values, dict):
         raise GETAError(f"{path} holds {type(values).__name__}, not the fields of a config")

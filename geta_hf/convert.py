@@ -14,7 +14,6 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from geta_hf.config import CONFIG_NAME, CompressionConfig, GETAConfig, read_config
@@ -23,6 +22,7 @@ from geta_hf.export import ExportReport, export
 from geta_hf.export.folder_files import STRUCTURE_NAME, copy_beside, write_structure
 from geta_hf.export.formats import OWN, writer
 from geta_hf.export.formats.geta import write_geta
+from geta_hf.export.untouched import Untouched, untouched_of, write_untouched
 from geta_hf.methods import make_method
 from geta_hf.methods.parameter_groups import quantizer_parameters
 from geta_hf.qadg import build_space
@@ -36,7 +36,8 @@ from geta_hf.reporting.model_card import write_card
 from geta_hf.serialization.atomic_folder import check_target, write_folder
 from geta_hf.serialization.sizes import check_shards
 from geta_hf.serialization.validate import check_links
-from geta_hf.training.checkpoints import Progress, base_name, read_progress, stored_headers
+from geta_hf.training.checkpoints import Progress, base_name, is_finished, read_progress, stored_headers
+from geta_hf.training.complete import newest_to_export
 from geta_hf.training.lora import load_lora, merge_stored, plan_lora
 from geta_hf.utils.process_state import exclusive
 
@@ -53,7 +54,8 @@ def convert(
     """Write what a run or an export holds in some format.
 
     Args:
-        source: a checkpoint of GETATrainer, the folder of a run (its last checkpoint is taken), or an exported folder.
+        source: a checkpoint of GETATrainer, the folder of a run (its newest complete checkpoint is taken), or an
+            exported folder.
         target: where the new folder is to appear.
         format: one of `geta_hf.export.formats.FORMATS`.
         embedding_bits: as for `geta_hf.export`; for a checkpoint alone. By default what its config says.
@@ -141,20 +143,24 @@ def _rewrite(folder: Path, target: Path, format: str, max_shard_size: int | str 
             return
         # save_pretrained writes neither, so a folder that was loaded and saved by it gets both back.
         if not (fresh / STRUCTURE_NAME).is_file():
-            write_structure(fresh, model, _kept(folder, model, batch))
+            space = _dense_space(folder, batch)
+            write_structure(fresh, model, {} if space is None else _kept(space, model))
+            write_untouched(fresh, Untouched() if space is None else untouched_of(space))
         if not (fresh / CARD_NAME).is_file():
             write_card(fresh, repo_id=target.name)
 
     write_folder(target, fill, overwrite=overwrite)
 
 
-def _kept(folder: Path, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """Return family -> (groups kept, groups before), as far as the sizes of the model and of the dense one tell."""
+def _dense_space(folder: Path, batch: Mapping[str, Tensor]) -> PruningSpace | None:
+    """Build the pruning space of an exported model before it was cut; None if transformers cannot build the model."""
     config = read_config(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else GETAConfig()
     dense = empty_model_of(folder)
-    if dense is None:
-        return {}
-    space = build_space(dense, batch, prune=config.prune, keep=config.keep)
+    return None if dense is None else build_space(dense, batch, prune=config.prune, keep=config.keep)
+
+
+def _kept(space: PruningSpace, model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """Return family -> (groups kept, groups before), as far as the sizes of the model and of the dense one tell."""
     counts = {family.name: (_remaining_groups(family, space, model), family.size) for family in space.prunable}
     return {name: (kept, before) for name, (kept, before) in counts.items() if kept is not None}
 
@@ -173,9 +179,9 @@ def _remaining_groups(family: Family, space: PruningSpace, model: PreTrainedMode
 def _checkpoint_of(folder: Path) -> Path:
     if not folder.is_dir():
         raise GETAError(f"{folder} is no folder; name a run, a checkpoint or an exported folder")
-    last = get_last_checkpoint(str(folder))
     # A run's folder with a config.json holds its final model, which is later than its last checkpoint.
-    checkpoint = Path(last) if last is not None and not (folder / "config.json").is_file() else folder
+    last = None if (folder / "config.json").is_file() else newest_to_export(folder, is_finished)
+    checkpoint = folder if last is None else last
     if not (checkpoint / CONFIG_NAME).is_file():
         raise GETAError(f"{checkpoint} has no {CONFIG_NAME}: it is neither a checkpoint of GETATrainer nor an export")
     return checkpoint

@@ -51,7 +51,7 @@ def main(folder: Path) -> None:
     }
     exported = folder / "compressed" / "export"
     print("\n" + compare(folder / "dense" / "export", exported, tokens=TOKENS, metrics=metrics))
-    write_card(exported, task="question-answering", dataset="generated questions", metrics=metrics)
+    write_card(exported, task="question-answering", metrics=metrics)  # the recipe has named the data
     print(f"\npicture: {exported / PICTURE_NAME}")
     print(f"report:  {write_report(exported, folder / 'report.html', folder / 'dense' / 'export')}")
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from geta_hf import DryRun, GETAError, MemoryPlan, dry_run, write_card
 from geta_hf.errors import MemoryUnknown
 from geta_hf.evaluation.causal_lm import check_causal, check_vocabulary, positions
 from geta_hf.evaluation.texts import perplexity_of_rows
+from geta_hf.reporting.results import TaskResult
 from geta_hf.utils.loading import one_line_errors
 from recipes import loading, text_data
 from recipes.arguments import parse_sections, print_help, read_values
@@ -112,7 +113,7 @@ def _check(arguments: Arguments) -> None:
         parse_bytes(arguments.model.device_memory)
     if arguments.training.eval_strategy != "no" and not arguments.data.evaluates:
         raise GETAError("eval_strategy needs rows to evaluate on: give eval_file or eval_split")
-    loading.check_resume(arguments.training)
+    loading.check_folders(arguments.training)
 
 
 def parse_bytes(text: str) -> int:
@@ -250,6 +251,8 @@ class HeldOut:
     collate: Any
     batch_size: int
     bf16: bool
+    samples: int | None = None
+    total: int | None = None
 
     def score(self, model: PreTrainedModel) -> dict[str, Any]:
         """Return the perplexity of a model."""
@@ -261,9 +264,13 @@ def held_out(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> HeldOu
     data, training = arguments.data, arguments.training
     if not data.evaluates:
         return None
-    rows = text_data.load_rows(data, data.eval_file, str(data.eval_split), data.max_eval_rows)
+    rows = text_data.load_rows(data, data.eval_file, str(data.eval_split), None)
+    total = None if data.streaming else len(rows)
+    rows = text_data.first_rows(data, rows, data.max_eval_rows)
     ready = text_data.features(data, tokenizer, rows)
-    return HeldOut(ready, text_data.collator(data, tokenizer), training.per_device_eval_batch_size, training.bf16)
+    samples = data.max_eval_rows if data.streaming else len(rows)
+    collate = text_data.collator(data, tokenizer)
+    return HeldOut(ready, collate, training.per_device_eval_batch_size, training.bf16, samples, total)
 
 
 def run(arguments: Arguments) -> dict[str, Any]:
@@ -314,14 +321,28 @@ def run(arguments: Arguments) -> dict[str, Any]:
     }
     results = save_results(arguments, results)
     if arguments.geta is not None:
-        write_card(folder, dataset=data.dataset_name, metrics=_metrics(before, after))
+        write_card(folder, results={} if test is None else _results(data, test, before, after))
     return results
 
 
-def _metrics(before: dict[str, Any] | None, after: dict[str, Any] | None) -> dict[str, dict[str, float]]:
-    """Return the perplexities in the form that the model card takes."""
+def _results(
+    data: DataArguments, test: HeldOut, before: dict[str, Any] | None, after: dict[str, Any] | None
+) -> dict[str, list[TaskResult]]:
+    """Return the perplexities, with the data that they are of, in the form that the model card takes."""
+    local = data.eval_file is not None
+    place = TaskResult(
+        Path(str(data.eval_file)).name if local else str(data.dataset_name),
+        {},
+        split=None if local else data.eval_split,
+        samples=test.samples,
+        total=test.total,
+    )
     scores = {"dense": before, "compressed": after}
-    return {name: {"perplexity": score["perplexity"]} for name, score in scores.items() if score is not None}
+    return {
+        side: [replace(place, metrics={"perplexity": score["perplexity"]})]
+        for side, score in scores.items()
+        if score is not None
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

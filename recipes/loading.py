@@ -9,6 +9,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from geta_hf import GETAError
+from geta_hf.serialization.atomic_folder import check_target
 from geta_hf.utils.loading import one_line_errors
 
 
@@ -33,8 +34,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name)
 
 
-def check_resume(training: TrainingArguments) -> None:
-    """Raise GETAError if there is no checkpoint to resume from."""
+def check_folders(training: TrainingArguments) -> None:
+    """Check before anything is loaded what is read and written in the folder of the run.
+
+    Raises:
+        GETAError: there is no checkpoint to resume from, or the last run's export can't be replaced.
+    """
+    check_target((Path(str(training.output_dir)) / "export").resolve(), overwrite=True)
     asked, folder = training.resume_from_checkpoint, str(training.output_dir)
     if asked is True and (not Path(folder).is_dir() or get_last_checkpoint(folder) is None):
         raise GETAError(f"resume_from_checkpoint: {folder} has no checkpoint; omit the option to start afresh")

@@ -11,7 +11,7 @@ with the fields of `GETAConfig`. The model is written to `output_dir/export`, th
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from geta_hf import GETAError, write_card
 from geta_hf.evaluation import squad, squad_features
 from geta_hf.evaluation.squad_features import Question
+from geta_hf.reporting.results import TaskResult
 from geta_hf.utils.loading import one_line_errors
 from recipes.arguments import parse_sections, print_help, read_values
-from recipes.loading import check_resume, load_config, load_tokenizer
+from recipes.loading import check_folders, load_config, load_tokenizer
 from recipes.run import (
     Arguments,
     export,
@@ -82,7 +83,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     """
     values, geta = read_values(argv, _parser())
     model, data, training = parse_sections(_parser(), values)
-    check_resume(training)
+    check_folders(training)
     return Arguments(model, data, training, geta)
 
 
@@ -95,17 +96,20 @@ def _parser() -> HfArgumentParser:
 
 def load_split(data: DataArguments, file: str | None, split: str, limit: int | None) -> list[Question]:
     """Return the questions of a local file, otherwise of a split of the data set on the Hub; at most `limit`."""
+    return squad_features.sample(read_split(data, file, split), limit, data.sample_seed)
+
+
+def read_split(data: DataArguments, file: str | None, split: str) -> list[Question]:
+    """Return all questions of a local file, otherwise of a split of the data set on the Hub."""
     if file is not None:
-        questions = squad_features.load_questions(file)
-    elif data.dataset_name is not None:
+        return squad_features.load_questions(file)
+    if data.dataset_name is not None:
         try:
             from datasets import load_dataset  # only needed for data sets of the Hub
         except ImportError as error:
             raise GETAError("dataset_name needs `pip install datasets`; or give train_file and eval_file") from error
-        questions = [squad_features.question_from_row(row) for row in load_dataset(data.dataset_name, split=split)]
-    else:
-        raise GETAError("no data: give dataset_name (such as `squad`), or train_file and eval_file")
-    return squad_features.sample(questions, limit, data.sample_seed)
+        return [squad_features.question_from_row(row) for row in load_dataset(data.dataset_name, split=split)]
+    raise GETAError("no data: give dataset_name (such as `squad`), or train_file and eval_file")
 
 
 def tokenize(
@@ -138,7 +142,7 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     questions: list[Question],
 ) -> dict[str, float | int]:
-    """Return EM and F1 over all reference answers."""
+    """Return EM and F1 over all reference answers, and their standard errors."""
     predictions = squad.predict(
         model,
         tokenizer,
@@ -149,7 +153,28 @@ def score(
         bf16=arguments.training.bf16,
         progress=not arguments.training.disable_tqdm,
     )
-    return squad.score(predictions, questions)
+    errors = squad.standard_errors(predictions, questions)
+    return {**squad.score(predictions, questions), **{f"{name}_stderr": error for name, error in errors.items()}}
+
+
+def card_result(data: DataArguments, scores: Mapping[str, float | int], total: int) -> TaskResult:
+    """Return the scores with the data that they are of, for the model card.
+
+    Args:
+        data: the run's.
+        scores: of `score`.
+        total: number of questions of which a sample may have been drawn.
+    """
+    names = ("em", "f1")
+    local = data.eval_file is not None
+    return TaskResult(
+        Path(str(data.eval_file)).name if local else str(data.dataset_name),
+        {name: scores[name] for name in names},
+        {name: scores[f"{name}_stderr"] for name in names if f"{name}_stderr" in scores},
+        split=None if local else data.eval_split,
+        samples=int(scores["questions"]),
+        total=max(total, int(scores["questions"])),
+    )
 
 
 def run(arguments: Arguments) -> dict[str, Any]:
@@ -161,7 +186,8 @@ def run(arguments: Arguments) -> dict[str, Any]:
     data, training = arguments.data, arguments.training
     folder = arguments.output / "export"
     set_seed(training.seed)
-    eval_questions = load_split(data, data.eval_file, data.eval_split, data.max_eval_questions)
+    every_question = read_split(data, data.eval_file, data.eval_split)
+    eval_questions = squad_features.sample(every_question, data.max_eval_questions, data.sample_seed)
     train_questions = load_split(data, data.train_file, data.train_split, data.max_train_questions)
     model, tokenizer = load_model(arguments.model)
     features = tokenize(data, tokenizer, train_questions, progress=not training.disable_tqdm)
@@ -194,7 +220,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
     }
     results = save_results(arguments, results)
     if arguments.geta is not None:
-        write_card(folder, dataset=data.dataset_name, metrics={"compressed": {"em": scores["em"], "f1": scores["f1"]}})
+        write_card(folder, results={"compressed": [card_result(data, scores, len(every_question))]})
     return results
 
 

@@ -91,6 +91,11 @@ def load_rows(data: DataArguments, file: str | None, split: str, limit: int | No
         # An unknown split, no network, an empty or a broken file: the cause says which.
         reason = " ".join(str(error.__cause__ or error).split())[:500] or "it is empty"
         raise GETAError(f"{file or data.dataset_name} can't be read: {reason}") from error
+    return first_rows(data, rows, limit)
+
+
+def first_rows(data: DataArguments, rows: Any, limit: int | None) -> Any:
+    """Return the first `limit` rows; all where it is None."""
     if limit is None:
         return rows
     return rows.take(limit) if data.streaming else rows.select(range(min(limit, len(rows))))

@@ -32,6 +32,7 @@ for number, name, mode in ((0, os.devnull, "r"), (1, order["out"], "w"), (2, ord
         os.dup2(file.fileno(), number)
 sys.stdin = open(0, closefd=False)
 os.chdir(order["cwd"])
+os.environ.update(order["environment"])
 sys.argv = order["argv"]
 sys.path[0] = order["path"]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -60,11 +61,14 @@ class _Environment:
         self.parent.communicate()
         shutil.rmtree(self.home)
 
-    def run(self, argv: Sequence[str], cwd: Path, path: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, argv: Sequence[str], cwd: Path, path: str, environment: dict[str, str]
+    ) -> subprocess.CompletedProcess[str]:
         """Run a program in a fork. What it left in the cache of the hub is removed."""
         written = {name: self.home / f"{name}.txt" for name in ("out", "err")}
         files = {name: str(file) for name, file in written.items()}
-        self.parent.stdin.write(json.dumps({"argv": list(argv), "cwd": str(cwd), "path": path, **files}) + "\n")
+        order = {"argv": list(argv), "cwd": str(cwd), "path": path, "environment": environment, **files}
+        self.parent.stdin.write(json.dumps(order) + "\n")
         self.parent.stdin.flush()
         status = int(self.parent.stdout.readline())
         shutil.rmtree(self.hub, ignore_errors=True)
@@ -74,10 +78,10 @@ class _Environment:
 _environment = cache(_Environment)
 
 
-def run_script(script: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run a script of the project from another folder, as `python SCRIPT OPTIONS`, where geta_hf is not installed."""
+def run_script(script: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run `VARIABLES python SCRIPT OPTIONS` for a script of the project from another folder."""
     environment = _environment()
-    return environment.run([str(script), *options], environment.home, str(script.parent))
+    return environment.run([str(script), *options], environment.home, str(script.parent), variables)
 
 
 def run_code(code: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -85,7 +89,7 @@ def run_code(code: str, folder: Path, *options: str) -> subprocess.CompletedProc
     environment = _environment()
     program = environment.home / "program.py"
     program.write_text(code, encoding="utf-8")
-    return environment.run([str(program), *options], folder, "")
+    return environment.run([str(program), *options], folder, "", {})
 
 
 def run_elsewhere(code: str, folder: Path) -> str:

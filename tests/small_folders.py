@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from geta_hf import GETAConfig, build_space, export
+from geta_hf import GETAConfig, export
 from geta_hf.quantization import attach_input_quantizers, step_size
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
+from tests.spaces import build_space
 
 _UNKNOWN = {"model_type": "unheard_of", "architectures": ["UnheardOfModel"]}
 
@@ -46,8 +47,12 @@ def written(
     bits: dict[str, int],
     inputs: dict[str, int] | None = None,
     config: dict[str, Any] | None = None,
+    codes: int = 80,
 ) -> Path:
-    """A folder with the files of an export of any structure; by default of a model that transformers does not know."""
+    """A folder with the files of an export of any structure; by default of a model that transformers does not know.
+
+    Each packed layer has so many codes.
+    """
     folder.mkdir(parents=True)
     values = {
         **(config or _UNKNOWN),
@@ -57,7 +62,7 @@ def written(
     structure = {"version": 1, "kept": kept, "bits": bits, "activation_bits": inputs or {}}
     (folder / "geta_structure.json").write_text(json.dumps(structure))
     streams = {
-        f"{name.encode(errors='replace').decode()}.weight": torch.zeros(10 * width, dtype=torch.uint8)
+        f"{name.encode(errors='replace').decode()}.weight": torch.zeros(codes * width // 8, dtype=torch.uint8)
         for name, width in bits.items()
     }
     save_file({**streams, "plain": torch.zeros(5)}, folder / "model.safetensors")

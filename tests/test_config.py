@@ -74,9 +74,38 @@ def test_saved_and_read_back_equal(tmp_path, name: str, config: GETAConfig) -> N
 def test_paper_is_the_papers_rules_and_defaults_are_ours() -> None:
     paper, ours = GETAConfig.paper(target_sparsity=0.3), GETAConfig()
     assert (paper.saliency, paper.forgetting, paper.bit_rule, paper.clipping) == ("hesso", "paper", "paper", "max")
-    assert paper.learn_exponent and paper.target_sparsity == 0.3
+    assert paper.learn_exponent and paper.learn_activation_exponent and paper.target_sparsity == 0.3
+    assert not ours.learn_exponent and not ours.learn_activation_exponent
     assert (ours.target_sparsity, ours.wanted_mean_bits, paper.wanted_mean_bits) == (0.5, 6, None)
     assert (ours.saliency, ours.forgetting, ours.bit_rule, ours.clipping) == ("fisher", "uniform", "sensitivity", "mse")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": (8, 8)}, r"bits = \(8, 8\) must have b_u >= b_l \+ 1 in the paper's rules \(Algorithm 2, line 1\)"),
+        ({"projection_periods": 5}, r"projection_periods = 5 must be in 1..4, from 1 to b_u - b_l"),
+        ({"projection_periods": 3, "bits": (4, 6)}, r"projection_periods = 3 must be in 1..2"),
+        ({"projection_periods": 0}, r"projection_periods = 0 must be in 1..4"),
+        ({"initial_bits": 8}, r"b_r = 0 must be at least 1 .* = \(8 - 8\) / 4"),
+        ({"initial_bits": 10}, "b_r = 0.5 must be at least 1"),
+        ({"initial_bits": 8, "bit_reduction": 0.5}, "b_r = 0.5 must be at least 1"),
+        ({"bit_reduction": 4.0}, r"b_u - B·b_r = 16 - 4 · 4.0 = 0.0 is below b_l = 4"),
+    ],
+)
+def test_the_papers_rules_take_the_papers_bounds(changes: dict, message: str) -> None:
+    with pytest.raises(GETAError, match=message):
+        GETAConfig.paper(**changes)
+    if "below b_l" not in message:
+        assert GETAConfig(**changes)  # these are bounds of the paper's rules alone
+
+
+def test_the_papers_rules_at_their_bounds() -> None:
+    assert GETAConfig.paper(bits=(4, 5)).projection_periods == 1
+    assert GETAConfig.paper(bits=(2, 8), projection_periods=6, initial_bits=14).reduction == 1
+    assert GETAConfig.paper(bits=(4, 8), initial_bits=12).reduction == 1
+    assert GETAConfig.paper(bits=(4, 8), initial_bits=11, projection_periods=3).reduction == 1
+    assert GETAConfig.paper(bit_reduction=2.5, projection=0, joint=0).final_upper_bits == 6
 
 
 def test_what_is_left_out_is_decided_here() -> None:

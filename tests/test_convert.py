@@ -25,6 +25,8 @@ from geta_hf.training.checkpoints import PROGRESS_NAME
 from tests.elsewhere import run_code
 from tests.training.test_trainer import SMALL, trainer
 
+pytestmark = pytest.mark.usefixtures("shared_spaces")
+
 IDS = {"input_ids": torch.arange(3, 19).view(2, 8)}
 
 
@@ -128,7 +130,7 @@ def test_a_damaged_checkpoint_is_named_with_the_ones_before(run: Path, tmp_path:
     shutil.copytree(run / "run", tmp_path / "run")
     os.truncate(tmp_path / "run" / "checkpoint-24" / "model.safetensors", 3000)
     with pytest.raises(GETAError, match=r"checkpoint-24.model\.safetensors is damaged or cut short") as error:
-        convert(tmp_path / "run", tmp_path / "out")
+        convert(tmp_path / "run" / "checkpoint-24", tmp_path / "out")
     assert str(error.value).endswith(f"; or export {tmp_path}/run/checkpoint-20")
     shutil.rmtree(tmp_path / "run" / "checkpoint-20")
     with pytest.raises(GETAError, match="damaged") as error:

@@ -74,7 +74,7 @@ ARGUMENTS = {
     "push_to_hub": "folder repo_id private token revision commit_message dry_run",
     "verify_space": "model batch space seed removal",
     "verify_surgery": "model batch space seed",
-    "write_card": "folder base_model task dataset metrics repo_id",
+    "write_card": "folder base_model task dataset metrics repo_id results front",
     "write_report": "folder out dense metrics",
 }
 """Name -> its arguments, in their order. The fields of GETAConfig are in tests/compatibility."""

@@ -10,5 +10,6 @@ While a method trains and when it ends:
 
 - `selection.find_chunks` sorts groups by score within the limits, and `targets.take_due` takes as many as are due.
 - `quantizer_table.Quantizers` reads and writes all (d, q_m, t) as three flat vectors.
-- `sensitivity.measure_errors` measures what rounding costs, and `bit_allocation.allocate_bits` spends the budgets.
+- `sensitivity.measure_errors` measures what rounding weights costs, `input_sensitivity.input_errors` estimates it for
+  inputs, and `bit_allocation.allocate_bits` spends the budgets: BOPs on both by `product_allocation.allocate_products`.
 """

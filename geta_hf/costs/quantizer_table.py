@@ -56,13 +56,18 @@ class Quantizers:
         self._entries = torch.tensor(sizes, dtype=torch.int64)
         self.layer = torch.repeat_interleave(torch.arange(len(sizes)), self._entries)
 
+    @property
+    def input_prefixes(self) -> list[str]:
+        """The prefixes of the quantizers of layers' inputs."""
+        return self.prefixes[self.weight_layers :]
+
     def position(self, weight: str) -> int:
         """Return the position in `prefixes` of a weight's quantizer; -1 where it has none."""
         return self._positions.get(self.weights.get(weight, ""), -1)
 
     def input_positions(self) -> list[int]:
         """Return for each quantized weight the position of its layer's input among the inputs; -1 where it is float."""
-        positions = {prefix: position for position, prefix in enumerate(self.prefixes[self.weight_layers :])}
+        positions = {prefix: position for position, prefix in enumerate(self.input_prefixes)}
         layers = [weight.rpartition(".")[0] for weight in self.own_weights]
         return [positions.get(f"{layer}.input_quantizer", -1) for layer in layers]
 
@@ -136,6 +141,12 @@ class Quantizers:
         if targets:
             # In place, since the base optimizer's state belongs to these very tensors.
             torch._foreach_copy_(targets, values)
+
+    def input_squares(self, named: Named) -> Tensor:
+        """Return (d · ∂f/∂d)² = ⟨g, x^Q - x⟩² of every quantized input, shape (inputs,); 0 without a gradient."""
+        change = self.gather("d", named, 0.0) * self.gather("d", named, 0.0, gradient=True)
+        # An input has one step size, and inputs come last.
+        return change[len(change) - len(self.input_prefixes) :] ** 2
 
     def along(self, prefix: str, flat: Tensor, dims: int) -> Tensor:
         """Return one weight's entries of a flat vector, shaped to multiply the full weight of `dims` dimensions."""

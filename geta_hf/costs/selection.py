@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -57,7 +58,15 @@ class Limits:
         least = -(-max(count, 1) // step) * step
         if count > family.size:
             raise GETAError(f"min_kept = {self.min_kept} is more than the {family.size} groups of {family.name}")
-        return min(least, family.size)  # a family of fewer groups than one multiple keeps them all
+        # A family of fewer groups than one multiple keeps them all.
+        return min((n for n in self._counts(family) if n >= least), default=family.size)
+
+    def restricted(self, family: Family) -> bool:
+        """Return whether a family may keep certain counts only, which need not be multiples of a number."""
+        return self.uniform and bool(family.counts)
+
+    def _counts(self, family: Family) -> Sequence[int]:
+        return family.counts if self.restricted(family) else range(1, family.size + 1)
 
     def multiple(self, family: Family) -> int:
         """Return the number of which the kept count of a family is a multiple."""
@@ -67,6 +76,9 @@ class Limits:
         """Return the sizes of the chunks in which a family of `kept` groups can still lose some, in order."""
         step = self.multiple(family)
         least = self.least(family)
+        if self.restricted(family):
+            below = [n for n in self._counts(family) if least <= n < kept and n % step == 0]
+            return [more - fewer for more, fewer in pairwise([kept, *reversed(below)])]
         sizes = []
         while kept > least:
             # First down to a multiple, which may be a smaller chunk, then by full ones: 30 under 8 gives 6, 8, 8.
@@ -86,15 +98,34 @@ class Chunks:
         groups: int64, shape (groups that may be removed,): their numbers, chunk by chunk.
         sizes: int64, shape (chunks,): groups of each chunk.
         scores: float64, shape (chunks,), ascending: mean scores.
+        lists: int64, shape (chunks,): chunks of one number have to be removed in their order. Those of equal sizes have
+            numbers of their own, since only the counts of groups are limited.
     """
 
     groups: Tensor
     sizes: Tensor
     scores: Tensor
+    lists: Tensor
 
     def first(self, count: int) -> Tensor:
         """Return the numbers of the groups of the first `count` chunks."""
         return self.groups[: int(self.sizes[:count].sum())]
+
+    def fitting(self, start: int, room: int) -> Iterator[Tensor]:
+        """Yield the groups of chunks from the one numbered `start` on, in order, as far as `room` groups have place.
+
+        What has to follow a chunk that is passed over is passed over as well.
+        """
+        passed: set[int] = set()
+        numbers = self.groups[int(self.sizes[:start].sum()) :].split(self.sizes[start:].tolist())
+        for own, groups in zip(self.lists[start:].tolist(), numbers, strict=True):
+            if own in passed:
+                continue
+            if len(groups) <= room:
+                room -= len(groups)
+                yield groups
+            else:
+                passed.add(own)
 
 
 def find_chunks(families: Sequence[Family], scores: Tensor, removed: Tensor, limits: Limits) -> Chunks:
@@ -109,6 +140,7 @@ def find_chunks(families: Sequence[Family], scores: Tensor, removed: Tensor, lim
     groups: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
     owner: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
     first = 0
+    lists_of: list[int] = []
     for together in _alike(families, limits):
         lists = []
         for start, family in together:
@@ -123,8 +155,10 @@ def find_chunks(families: Sequence[Family], scores: Tensor, removed: Tensor, lim
             order = torch.sort(scores[own].double().masked_fill(removed[own], math.inf), stable=True).indices
             groups.append(order[: int(used.sum())] + start)
             owner.append(torch.repeat_interleave(torch.arange(first, first + count), used))
+        ordered = any(len(set(sizes[:count])) > 1 for sizes in lists)
+        lists_of += [first] * count if ordered else range(first, first + count)
         first += count
-    return _in_order(torch.cat(groups), torch.cat(owner), scores, first)
+    return _in_order(torch.cat(groups), torch.cat(owner), scores, torch.tensor(lists_of, dtype=torch.int64))
 
 
 def _alike(families: Sequence[Family], limits: Limits) -> list[list[tuple[int, Family]]]:
@@ -136,14 +170,15 @@ def _alike(families: Sequence[Family], limits: Limits) -> list[list[tuple[int, F
     return list(lists.values())
 
 
-def _in_order(groups: Tensor, owner: Tensor, scores: Tensor, count: int) -> Chunks:
-    """Sort chunks by their mean score; `owner` is the chunk of each of `groups`."""
+def _in_order(groups: Tensor, owner: Tensor, scores: Tensor, lists: Tensor) -> Chunks:
+    """Sort chunks by their mean score; `owner` is the chunk of each of `groups`, `lists` the list of each chunk."""
+    count = len(lists)
     sizes = torch.bincount(owner, minlength=count)
     total = torch.zeros(count, dtype=torch.float64).index_add_(0, owner, scores[groups].double())
     # The mean and not the sum: a chunk of 8 groups must not look 8 times as important.
     mean, order = torch.sort(total / sizes.clamp_min(1), stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(count))
-    return Chunks(groups[torch.sort(rank[owner], stable=True).indices], sizes[order], mean)
+    return Chunks(groups[torch.sort(rank[owner], stable=True).indices], sizes[order], mean, lists[order])
 
 
 def take_count(chunks: Chunks, count: int, exact: bool = True) -> Tensor:
@@ -164,10 +199,7 @@ def take_count(chunks: Chunks, count: int, exact: bool = True) -> Tensor:
     taken = [chunks.first(fitting)]
     missing = count - len(taken[0])
     if exact and missing:
-        for numbers in chunks.groups[len(taken[0]) :].split(chunks.sizes[fitting:].tolist()):
-            if len(numbers) <= missing:
-                taken.append(numbers)
-                missing -= len(numbers)
+        taken += chunks.fitting(fitting, missing)
     return torch.cat(taken)
 
 
@@ -209,12 +241,19 @@ def _nearer(chunks: Chunks, count: int, after: Callable[[Tensor], float], wanted
     taken = chunks.first(count)
     nearest = chunks.first(count + 1)
     least = after(nearest)
-    for numbers in chunks.groups[len(taken) :].split(chunks.sizes[count:].tolist())[1 : 1 + ATTEMPTS]:
-        more = torch.cat([taken, numbers])
+    numbers = chunks.groups[len(nearest) :].split(chunks.sizes[count + 1 :].tolist())
+    lists = chunks.lists[count:].tolist()
+    passed = {lists[0]}  # what has to follow a chunk that is passed over is passed over as well
+    for own, groups in list(zip(lists[1:], numbers, strict=True))[:ATTEMPTS]:
+        if own in passed:
+            continue
+        more = torch.cat([taken, groups])
         remaining = after(more)
         if remaining > wanted:
             taken = more
-        elif remaining > least:
+            continue
+        passed.add(own)
+        if remaining > least:
             nearest, least = more, remaining
         if wanted * (1 - TOLERANCE) <= least:
             break

@@ -109,7 +109,8 @@ def rounding_errors(
     # The largest magnitude itself falls on the upper edge of the last bin.
     position = (magnitude * (BINS / largest)).long().clamp_(max=BINS - 1)
     spread = weight.expand_as(magnitude).float()
-    counts = torch.bincount(position.flatten(), spread.flatten(), minlength=BINS).float()
+    # No weighted `bincount`: it has no deterministic form on a GPU, and raises where users ask for one.
+    counts = torch.zeros(BINS, device=magnitude.device).index_add_(0, position.flatten(), spread.flatten())
     counts = add_up(counts, shard)
     centres = (torch.arange(BINS, device=counts.device) + 0.5) * (largest / BINS)
     candidates = torch.ones(1, device=counts.device)

@@ -32,7 +32,7 @@ class Target:
         amount: how much of it remains; for GROUPS exact, otherwise at most.
         bits: mean width that `amount` was solved for.
         budgets: what widths may spend at most of MEAN_BITS, BOPS or BYTES; empty where the learned ones are kept.
-        input_bits: width of the layers' inputs that BOPs are planned with.
+        input_bits: mean width of the layers' inputs that is planned with; 32 where they are not quantized.
     """
 
     unit: str
@@ -81,7 +81,7 @@ def most_removed(families: Sequence[Family], limits: Limits, share: float = 1.0)
 def _nearest_removal(family: Family, limits: Limits, wanted: float) -> int:
     """Return the count nearest to `wanted` that a family can lose in complete chunks."""
     # The common case in one line of arithmetic: a search calls this up to 20 times over all families.
-    if limits.multiple(family) == 1:
+    if limits.multiple(family) == 1 and not limits.restricted(family):
         return min(math.floor(wanted + 0.5), family.size - limits.least(family))
     removed = 0
     for size in limits.chunks(family, family.size):
@@ -129,8 +129,7 @@ def solve_target(config: CompressionConfig, families: Sequence[Family], ledger: 
         GETAError: a target below what the widths and the groups that families keep allow; says what is reachable.
     """
     size_unit, size = _size(config)
-    input_bits = config.activation_bits[1] if config.activation_bits else FLOAT_BITS
-    blank = Target(GROUPS, ledger.groups, float(config.widths[-1]), input_bits=input_bits)
+    blank = Target(GROUPS, ledger.groups, float(config.widths[-1]), input_bits=_input_range(config)[1])
     # A size alone says nothing of how it splits into pruning and widths, so that is solved for as well.
     if size_unit is not None and config.target_sparsity is None and config.target_parameters is None:
         return _solve_size(replace(blank, unit=size_unit, amount=size), config, families, ledger)
@@ -139,6 +138,16 @@ def solve_target(config: CompressionConfig, families: Sequence[Family], ledger: 
         mean = config.wanted_mean_bits
         return target if mean is None else replace(target, bits=mean, budgets={MEAN_BITS: mean})
     return _solve_widths(replace(target, budgets={size_unit: size}), config, families, ledger)
+
+
+def _input_range(config: CompressionConfig) -> tuple[float, float]:
+    """Return the lowest and the highest width of inputs that can be planned; the same where BOPs do not decide it."""
+    if config.activation_bits is None:
+        return FLOAT_BITS, FLOAT_BITS
+    mean = config.wanted_mean_input_bits
+    if mean is None:
+        return float(config.activation_bits[0]), float(config.activation_bits[1])
+    return mean, mean
 
 
 def _size(config: CompressionConfig) -> tuple[str | None, float]:
@@ -185,13 +194,17 @@ def _solve_size(target: Target, config: CompressionConfig, families: Sequence[Fa
     least = most_removed(families, Limits.of(config))
     # Widths are chosen under the same budget when the joint stage ends; here only what pruning has to reckon with.
     bits = config.mean_bits
+    inputs = _input_range(config)
     budgets = {target.unit: target.amount}
-    _check_size(target, ledger, least, bits or lowest, "families at their least", "bits, mean_bits or min_kept")
+    narrow = replace(target, input_bits=inputs[0])
+    _check_size(narrow, ledger, least, bits or lowest, "families at their least", "bits, mean_bits or min_kept")
     _warn_if_loose(target, ledger, ledger.nothing, bits or highest)
-    if bits is not None:
-        return replace(target, bits=bits, budgets={**budgets, MEAN_BITS: bits})
     half = most_removed(families, Limits.of(config), 0.5)
-    return replace(target, bits=_widest(target, ledger, half, lowest, (lowest + highest) / 2), budgets=budgets)
+    middle = (inputs[0], sum(inputs) / 2)
+    if bits is not None:
+        planned = _widest(target, ledger, half, (bits, bits), middle)
+        return replace(planned, budgets={**budgets, MEAN_BITS: bits})
+    return replace(_widest(target, ledger, half, (lowest, (lowest + highest) / 2), middle), budgets=budgets)
 
 
 def _solve_widths(target: Target, config: CompressionConfig, families: Sequence[Family], ledger: Ledger) -> Target:
@@ -201,9 +214,12 @@ def _solve_widths(target: Target, config: CompressionConfig, families: Sequence[
     highest = float(config.widths[-1])
     ((unit, size),) = target.budgets.items()
     sized = replace(target, unit=unit, amount=size)
-    _check_size(sized, ledger, removed, lowest, "all that is to be pruned removed", "bits, or prune more")
+    inputs = _input_range(config)
+    narrow = replace(sized, input_bits=inputs[0])
+    _check_size(narrow, ledger, removed, lowest, "all that is to be pruned removed", "bits, or prune more")
     _warn_if_loose(sized, ledger, removed, highest)
-    return replace(target, bits=_widest(sized, ledger, removed, lowest, highest))
+    planned = _widest(sized, ledger, removed, (lowest, highest), inputs)
+    return replace(target, bits=planned.bits, input_bits=planned.input_bits)
 
 
 def _check_size(sized: Target, ledger: Ledger, removed: Tensor, bits: float, pruned: str, remedy: str) -> None:
@@ -225,18 +241,34 @@ def _warn_if_loose(sized: Target, ledger: Ledger, removed: Tensor, bits: float) 
         )
 
 
-def _widest(target: Target, ledger: Ledger, removed: Tensor, lowest: float, highest: float) -> float:
-    """Return the widest mean in [lowest, highest] at which a removal meets the amount; `lowest` where none does."""
-    if target.spent(target.unit, ledger, removed, highest) <= target.amount:
-        return highest
-    # The size is not linear in the width (scales, header), but it rises with it, so bisection finds it.
+def _widest(
+    target: Target, ledger: Ledger, removed: Tensor, bits: tuple[float, float], input_bits: tuple[float, float]
+) -> Target:
+    """Return the target with the widest means of weights and inputs at which a removal meets the amount.
+
+    Both rise together, from the first to the second of each pair; they are the first ones where no others meet it.
+    """
+
+    def at(share: float) -> Target:
+        of_weights = bits[0] + (bits[1] - bits[0]) * share
+        of_inputs = input_bits[0] + (input_bits[1] - input_bits[0]) * share
+        return replace(target, bits=of_weights, input_bits=of_inputs)
+
+    def fits(planned: Target) -> bool:
+        return planned.spent(target.unit, ledger, removed, planned.bits) <= target.amount
+
+    if fits(at(1.0)):
+        return at(1.0)
+    # The size is not linear in the widths (scales, header), but it rises with them, so bisection finds them.
+    low = 0.0
+    high = 1.0
     for _ in range(40):
-        middle = (lowest + highest) / 2
-        if target.spent(target.unit, ledger, removed, middle) <= target.amount:
-            lowest = middle
+        middle = (low + high) / 2
+        if fits(at(middle)):
+            low = middle
         else:
-            highest = middle
-    return lowest
+            high = middle
+    return at(low)
 
 
 def even_removal(target: Target, families: Sequence[Family], ledger: Ledger, limits: Limits) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from geta_hf.evaluation.tasks import SUITE
 from geta_hf.evaluation.texts import TextScore, perplexity, read_text, window
 from geta_hf.reporting.comparison import read_structure
 from geta_hf.reporting.model_card import write_card
+from geta_hf.reporting.results import TaskResult
 from geta_hf.utils.files import write_whole
 
 _RUN_OPTIONS = ("data_dir", "num_fewshot", "limit", "batch_size")
@@ -188,18 +189,24 @@ def _as_json(scored: _Scored) -> str:
 
 
 def _write_cards(arguments: argparse.Namespace, columns: Mapping[str, str], scored: Mapping[str, _Scored]) -> None:
-    dense = {"dense": _card_metrics(scored["dense"])} if arguments.dense else {}
+    local = arguments.data_dir is not None
+    dense = {"dense": _card_results(scored["dense"], local)} if arguments.dense else {}
     for name, folder in columns.items():
         if folder in arguments.folders:
-            print(f"wrote {write_card(folder, metrics={**dense, 'compressed': _card_metrics(scored[name])})}")
+            results = {**dense, "compressed": _card_results(scored[name], local)}
+            print(f"wrote {write_card(folder, results=results)}")
 
 
-def _card_metrics(scored: _Scored) -> dict[str, float]:
-    """Return scores under names for a card: accuracies in percent, and only the mean of a group such as BLiMP.
+def _card_results(scored: _Scored, local: bool) -> list[TaskResult]:
+    """Return one result for each task or text: accuracies in percent, and only the mean of a group such as BLiMP.
 
     A score over the first questions is not a score of the task, so its name gives their number.
+
+    Args:
+        scored: of one model.
+        local: whether the rows came from local files instead of the task's own data set.
     """
-    found = {}
+    found: dict[str, TaskResult] = {}
     if scored.evaluation:
         scores = scored.evaluation.scores
         limit = scored.evaluation.limit
@@ -212,7 +219,27 @@ def _card_metrics(scored: _Scored) -> dict[str, float]:
                 if limit:
                     each = " of each task" if score.members else ""
                     part = f", first {limit} questions{each}"
-                found[f"{task} {metric}{part}"] = score.value * (100 if metric in SHARES else 1)
-    for name, one in scored.texts.items():
-        found[f"{name} bits per byte"] = one.bits_per_byte
-    return found
+                scale = 100 if metric in SHARES else 1
+                known = found.get(task) or _measured(scored.evaluation, task, local)
+                label = f"{task} {metric}{part}"
+                errors = {} if score.stderr is None else {label: scale * score.stderr}
+                metrics = {**known.metrics, label: scale * score.value}
+                found[task] = replace(known, metrics=metrics, stderr={**known.stderr, **errors})
+    texts = [TaskResult(name, {f"{name} bits per byte": one.bits_per_byte}) for name, one in scored.texts.items()]
+    return [*found.values(), *texts]
+
+
+def _measured(evaluation: Evaluation, task: str, local: bool) -> TaskResult:
+    """Return on what a task, or a group of tasks, was measured, still without scores."""
+    members = {member for one in evaluation.scores[task].values() for member, _ in one.members} or {task}
+    configs, counts = evaluation.results.get("configs", {}), evaluation.results.get("n-samples", {})
+    own = [configs.get(member, {}) for member in members]
+    splits = {one.get("test_split") or one.get("validation_split") for one in own} - {None}
+    sizes = [counts[member] for member in members if member in counts]
+    return TaskResult(
+        f"{task}, local files" if local else task,
+        {},
+        split=", ".join(sorted(map(str, splits))) or None,
+        samples=sum(int(size["effective"]) for size in sizes) or None,
+        total=sum(int(size["original"]) for size in sizes) or None,
+    )

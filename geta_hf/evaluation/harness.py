@@ -22,14 +22,24 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto import modeling_auto
 from transformers.utils import find_adapter_config_file
 
 from geta_hf.errors import GETAError
 from geta_hf.evaluation.causal_lm import check_causal, check_vocabulary, embedding_rows
 from geta_hf.evaluation.scores import Evaluation, read_scores
 from geta_hf.evaluation.tasks import split_names, stock_folder, stock_tasks, write_tasks
+from geta_hf.reporting.comparison import export_inside
 from geta_hf.serialization.validate import read_json
 from geta_hf.utils.loading import one_line_errors
+
+_OTHER_HEADS = (
+    modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES,
+)
 
 # Scores that are not means (a perplexity) get their standard error by bootstrap; lm-eval's 100,000 draws take longer
 # than the model.
@@ -133,12 +143,15 @@ def check_folder(name: str) -> PreTrainedConfig:
     if not Path(name).is_dir():
         with one_line_errors(f"{name}: no such folder, and no name on the Hub"):
             validate_repo_id(name)
+    else:
+        _check_no_run(Path(name))
     with one_line_errors(f"{name}: no causal language model could be loaded"):
         # A LoRA folder has no config of its own; transformers loads its base model and then the adapter.
         adapter = find_adapter_config_file(name)
         config = AutoConfig.from_pretrained(read_json(Path(adapter))["base_model_name_or_path"] if adapter else name)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"{type(config).__name__} is not of a causal language model")
+    _check_head(name, config)
     tokenizer = _tokenizer(name)
     rows = getattr(config.get_text_config(), "vocab_size", None)  # resizing the embedding updates it
     try:
@@ -148,6 +161,26 @@ def check_folder(name: str) -> PreTrainedConfig:
     except GETAError as error:
         raise GETAError(f"{name}: {error}") from error
     return config
+
+
+def _check_no_run(folder: Path) -> None:
+    """Raise GETAError for the folder of a run, which has models inside but is none."""
+    if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return
+    if (inside := export_inside(folder)) is not None:
+        raise GETAError(f"{folder} is the folder of a run; give its export, {inside}")
+    if any(folder.glob("checkpoint-*")):
+        raise GETAError(f"{folder} is the folder of a run without an export; run `geta-hf export {folder} OUT` first")
+
+
+def _check_head(name: str, config: PreTrainedConfig) -> None:
+    """Raise GETAError for a model with the head of another task, whose language model's head would be made up."""
+    for architecture in config.architectures or ():
+        if any(architecture in mapping.values() for mapping in _OTHER_HEADS):
+            raise GETAError(
+                f"{name} is a {architecture}, but tasks and texts are scored by causal language models; score it on "
+                f"its own task, with Trainer.evaluate, or with eval/squad.py if it answers questions"
+            )
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:

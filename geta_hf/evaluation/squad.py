@@ -6,7 +6,9 @@ Devlin et al. 2019 (https://arxiv.org/abs/1810.04805).
 
 from __future__ import annotations
 
+import math
 import re
+import statistics
 import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -67,10 +69,9 @@ def score(predictions: Mapping[str, str], questions: Iterable[Question]) -> dict
     if not answerable:
         raise GETAError("no question has a reference answer, so there is nothing to score")
     em = total_f1 = 0.0
-    for question in answerable:
-        if question.id in predictions:
-            em += max(exact_match(predictions[question.id], answer) for answer in question.answers)
-            total_f1 += max(f1(predictions[question.id], answer) for answer in question.answers)
+    for exact, overlap in _scores(predictions, answerable):
+        em += exact
+        total_f1 += overlap
     return {
         "em": 100 * em / len(answerable),
         "f1": 100 * total_f1 / len(answerable),
@@ -78,6 +79,34 @@ def score(predictions: Mapping[str, str], questions: Iterable[Question]) -> dict
         "missing": sum(question.id not in predictions for question in answerable),
         "unanswerable": len(asked) - len(answerable),
     }
+
+
+def standard_errors(predictions: Mapping[str, str], questions: Iterable[Question]) -> dict[str, float]:
+    """Return the standard errors of `score`'s EM and F1 over the questions, in percent; none for fewer than two.
+
+    Args:
+        predictions: question id -> answer text.
+        questions: as for `score`.
+    """
+    scores = _scores(predictions, [question for question in questions if question.answers])
+    if len(scores) < 2:
+        return {}
+    columns = zip(*scores, strict=True)
+    errors = [100 * statistics.stdev(column) / math.sqrt(len(scores)) for column in columns]
+    return dict(zip(("em", "f1"), errors, strict=True))
+
+
+def _scores(predictions: Mapping[str, str], answerable: Iterable[Question]) -> list[tuple[float, float]]:
+    """Return (exact match, F1) of each question by its best reference answer; 0 without a prediction."""
+    found = []
+    for question in answerable:
+        answer = predictions.get(question.id)
+        if answer is None:
+            found.append((0.0, 0.0))
+            continue
+        exact = max(exact_match(answer, reference) for reference in question.answers)
+        found.append((exact, max(f1(answer, reference) for reference in question.answers)))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------- prediction

@@ -32,6 +32,7 @@ from geta_hf.export.plan import (
     with_path,
 )
 from geta_hf.export.steps import CutModel, cut, fill, prove, prove_paths, publish
+from geta_hf.export.untouched import write_untouched
 from geta_hf.methods.base import CompressionResult
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.serialization.atomic_folder import check_target
@@ -70,7 +71,6 @@ class ExportReport:
         activation_bits: module path -> bits of its input, for the layers that round it.
         kept: family -> (groups kept, groups before).
         difference: largest absolute difference of any output, trained against cut and against reloaded.
-        untouched: parameters that the recorded forward did not read, so that no proof covers them.
     """
 
     path: Path
@@ -81,7 +81,6 @@ class ExportReport:
     activation_bits: dict[str, int]
     kept: dict[str, tuple[int, int]]
     difference: float
-    untouched: tuple[str, ...] = ()
 
 
 @exclusive()
@@ -169,22 +168,17 @@ def export(
     # The folder has to give the outputs that the proof has found, so they are not computed again. Formats for other
     # programs compare in their own way (ONNX on the CPU in fp32) and hold no structure file.
     if format == OWN:
-        write = partial(
-            write,
-            kept=plan.kept_counts,
-            untouched=plan.untouched,
-            outputs=proof.outputs,
-            max_shard_size=max_shard_size,
-        )
+        write = partial(write, kept=plan.kept_counts, outputs=proof.outputs, max_shard_size=max_shard_size)
 
     def add_files(folder: Path) -> None:
         # The folder is still a draft here: if the card fails, no folder without a card appears.
         save_beside(folder, config, processing_class)
+        write_untouched(folder, plan.untouched)
         if finish is not None:
             finish(folder)
 
     difference = publish(target, compressed, plan, proof, write, add_files, overwrite)
-    return _report(target, compressed, plan, difference)
+    return _report(target, compressed, plan.kept_counts, difference)
 
 
 def _cut(model: PreTrainedModel, plan: ExportPlan) -> tuple[ExportPlan, CutModel]:
@@ -222,7 +216,7 @@ def compress(
     return fill(cut(copy_module(model), plan), plan, embedding)  # a copy, since `cut` shares what it does not change
 
 
-def _report(target: Path, model: PreTrainedModel, plan: ExportPlan, difference: float) -> ExportReport:
+def _report(target: Path, model: PreTrainedModel, kept: dict[str, tuple[int, int]], difference: float) -> ExportReport:
     files = sorted(target.glob("*.safetensors"))  # ONNX and others have none
     layers = packed_layers(model)
     return ExportReport(
@@ -232,7 +226,6 @@ def _report(target: Path, model: PreTrainedModel, plan: ExportPlan, difference: 
         packed_bits=sum(layer.weight.numel() * layer.bits for layer in layers.values()),
         bits=weight_bits(model),
         activation_bits=activation_bits(model),
-        kept=plan.kept_counts,
+        kept=kept,
         difference=difference,
-        untouched=plan.untouched,
     )

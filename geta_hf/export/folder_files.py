@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
 from geta_hf.config import CONFIG_NAME
+from geta_hf.export.untouched import UNTOUCHED_NAME
 from geta_hf.serialization.atomic_folder import FILES_NAME
 from geta_hf.serialization.encode import activation_bits, weight_bits
 
@@ -32,22 +33,10 @@ class SupportsSave(Protocol):
     def save_pretrained(self, save_directory: str, /) -> Any: ...
 
 
-def write_structure(
-    folder: Path, model: PreTrainedModel, kept: Mapping[str, tuple[int, int]], untouched: Sequence[str] = ()
-) -> None:
-    """Write `STRUCTURE_NAME` of a compressed model.
-
-    Args:
-        folder: that gets the file.
-        model: compressed, whose bits are written too.
-        kept: family -> (groups kept, groups before).
-        untouched: parameters that no recorded forward read; the file does not mention them where there are none.
-    """
-    structure: dict[str, Any] = {"version": STRUCTURE_VERSION, "kept": kept, "bits": weight_bits(model)}
-    structure["activation_bits"] = activation_bits(model)
-    if untouched:
-        structure["untouched"] = list(untouched)
-    _write_json(folder / STRUCTURE_NAME, structure)
+def write_structure(folder: Path, model: PreTrainedModel, kept: Mapping[str, tuple[int, int]]) -> None:
+    """Write `STRUCTURE_NAME` of a compressed model: family -> (groups kept, groups before), and the bits of layers."""
+    structure = {"version": STRUCTURE_VERSION, "kept": kept, "bits": weight_bits(model)}
+    _write_json(folder / STRUCTURE_NAME, structure | {"activation_bits": activation_bits(model)})
 
 
 def copy_beside(source: Path, target: Path, structure: bool) -> None:
@@ -58,7 +47,7 @@ def copy_beside(source: Path, target: Path, structure: bool) -> None:
         target: the new folder, with its model.
         structure: also copy what was kept, and what describes the folder in geta_hf's own format.
     """
-    own = set() if structure else {STRUCTURE_NAME, PICTURE_NAME, "README.md", "config.json"}
+    own = set() if structure else {STRUCTURE_NAME, PICTURE_NAME, UNTOUCHED_NAME, "README.md", "config.json"}
     for path in sorted(source.iterdir()):
         # The carried code (.py) reads the packed weights of this folder, so it is not copied to a new one.
         weights = path.suffix in (".safetensors", ".py") or path.name.endswith(".index.json")

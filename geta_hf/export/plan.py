@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
+from geta_hf.export.untouched import Untouched, untouched_of
 from geta_hf.methods.base import CompressionResult
 from geta_hf.qadg import PruningSpace, build_space, kept_indices, verify_space, zero_groups
 from geta_hf.qadg.tracing.record_forward import check_same_path
@@ -24,11 +25,17 @@ from geta_hf.serialization.hf_quantizer import GETAQuantizationConfig, has_quant
 from geta_hf.serialization.packed_layers import packed_layers
 from geta_hf.serialization.tied_weights import check_ties
 from geta_hf.surgery.other_paths import PathError
+from geta_hf.surgery.rebuild import check_rebuilds
 from geta_hf.surgery.record import Recordings, record_batch, record_path, record_sizes
 from geta_hf.surgery.size_trace import SizeTrace
 from geta_hf.surgery.solve_attributes import solve
 from geta_hf.surgery.symbolic_int import Attribute
 from geta_hf.surgery.verify import norm_coupled, solve_with_paths
+
+_CHANGED = (
+    "Where something changed the model after its last step (an average of weights such as EMA, noise, an earlier "
+    "state), trainer.restore_compression() sets removed groups to zero and widths to their final values again"
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class ExportPlan:
         kept_counts: family -> (groups kept, groups before).
         norms: whether a norm runs over something that is removed, so that zeros do not do what a cut does.
         recordings: of the trained model without its quantizers; None where nothing is removed.
-        untouched: parameters that the recorded forward of the space did not read.
+        untouched: what compression leaves as it is, and why.
         paths: name of a path on which a first cut failed -> what was recorded on it.
     """
 
@@ -54,7 +61,7 @@ class ExportPlan:
     kept_counts: dict[str, tuple[int, int]]
     norms: bool
     recordings: Recordings | None
-    untouched: tuple[str, ...] = ()
+    untouched: Untouched
     paths: Mapping[str, tuple[SizeTrace, ...]] = field(default_factory=dict)
 
 
@@ -88,6 +95,8 @@ def plan_export(
     if embedding_bits is not None:
         input_embedding(model, embedding_bits)
     batch = dict(model.dummy_inputs if batch is None else batch)
+    with without_quantizers(model):
+        check_rebuilds(model, batch, quantized_layers(model))
     first: SizeTrace | None = None
     if space is None:
         # Quantizers change nothing about the groups, and without them the graph serves the proof on packed weights too.
@@ -144,7 +153,7 @@ def plan_cut(
         kept_counts={name: (int((~mask).sum()), mask.numel()) for name, mask in removed.items()},
         norms=norm_coupled(space, removed),
         recordings=recordings,
-        untouched=space.untouched,
+        untouched=untouched_of(space),
     )
 
 
@@ -256,7 +265,7 @@ def check_result(result: CompressionResult, model: nn.Module, space: PruningSpac
         if wrong:
             raise GETAError(
                 f"the result removes group {wrong[0]} of {name}, whose weights are not zero ({len(wrong)} such "
-                f"groups); set them to zero first, as a method does before it has finished"
+                f"groups); set them to zero first, as a method does before it has finished. {_CHANGED}"
             )
     found = read_widths(model)
     for what, theirs, ours in zip(("weight", "input"), (result.weight_bits, result.input_bits), found, strict=True):
@@ -302,7 +311,8 @@ def integer_bits(name: str, bits: Tensor) -> int:
             raise GETAError(f"{name} has {value:.4g} bits; what is exported has {MIN_BITS} to {MAX_BITS}")
         if abs(value - round(value)) > 1e-3:
             raise GETAError(
-                f"{name} has {value:.4f} bits, which is not an integer; the cool-down must round bits before an export"
+                f"{name} has {value:.4f} bits, which is not an integer; the cool-down must round bits before an "
+                f"export. {_CHANGED}"
             )
     widths = sorted(set(map(round, values)))
     if len(widths) > 1:

@@ -39,6 +39,7 @@ from geta_hf.surgery.other_paths import compare_path, other_paths
 from geta_hf.surgery.slice import slice_model
 from geta_hf.surgery.verify import prove_replay
 from geta_hf.utils.copies import copy_module
+from geta_hf.utils.model_io import to_device
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,7 @@ def prove(model: PreTrainedModel, compressed: PreTrainedModel, plan: ExportPlan)
     try:
         return _compare(model, compressed, plan)
     except GETAError as error:
-        inputs = {name: tensor.to(model.device) for name, tensor in plan.batch.items()}
-        raw = find_raw_reads(model, quantized_layers(model), inputs)
+        raw = find_raw_reads(model, quantized_layers(model), to_device(plan.batch, model.device))
         if not raw:
             raise
         raise GETAError(

@@ -28,6 +28,7 @@ from geta_hf.inference.weight_only import HAS_TRITON
 from geta_hf.qadg.tracing.raw_reads import find_raw_reads
 from geta_hf.serialization.packed_layers import PackedLayer, packed_layers
 from geta_hf.surgery.compare_outputs import comparison_mode
+from geta_hf.utils.model_io import to_device
 from geta_hf.utils.tables import format_table
 
 COMPUTE = ("auto", "int8", "float")
@@ -114,7 +115,7 @@ def prepare_for_inference(
     before = memory_by_part(model)
     wanted = _wanted_paths(model, layers, compute)
     if wanted and batch is not None:
-        raw = find_raw_reads(model, layers, {name: tensor.to(model.device) for name, tensor in batch.items()}, (False,))
+        raw = find_raw_reads(model, layers, to_device(batch, model.device), (False,))
         wanted = {name: path for name, path in wanted.items() if name not in raw}
     # All inputs are taken before the first path is set: afterwards layers would see rounded ones.
     inputs = {} if batch is None else _layer_inputs(model, wanted, batch)
@@ -188,7 +189,7 @@ def _layer_inputs(model: PreTrainedModel, names: Mapping[str, str], batch: Mappi
     ]
     try:
         with comparison_mode(model):
-            model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+            model(**to_device(batch, model.device))
     finally:
         for hook in hooks:
             hook.remove()

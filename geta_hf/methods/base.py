@@ -210,6 +210,17 @@ class Method(ABC):
         fewer than planned.
         """
 
+    def restore(self, model: nn.Module) -> None:
+        """Set removed groups to zero and widths to their final values again, where something changed them afterwards.
+
+        Args:
+            model: the plain one, not a wrapper.
+
+        Raises:
+            GETAError: by default, since only a method knows what it decided.
+        """
+        raise GETAError(f"{type(self).__name__} can't restore its result; export before the weights are changed")
+
     @abstractmethod
     def result(self) -> CompressionResult:
         """Return what was decided; every process calls it. Raise GETAError before `finished`."""

@@ -7,12 +7,12 @@ stage ends, and a method that rounds after training when training ends.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from geta_hf.costs.bit_allocation import BitAllocation, BitChoices, LearnedBits, allocate_bits
+from geta_hf.costs.input_sensitivity import InputErrors
 from geta_hf.costs.ledger import Ledger
 from geta_hf.costs.quantizer_table import Named, Quantizers
 from geta_hf.costs.sensitivity import measure_errors
@@ -30,6 +30,7 @@ def round_bits(
     target: Target,
     removed: Tensor,
     choices: BitChoices,
+    inputs: InputErrors | None = None,
 ) -> BitAllocation:
     """Choose integer widths and set (d, q_m) to them, in place; waits for the device.
 
@@ -42,13 +43,21 @@ def round_bits(
         target: with the budgets of the widths.
         removed: bool, shape (groups,): groups that are zero for good.
         choices: allowed widths, and the rules.
+        inputs: what rounding inputs costs; None where their widths are decided already.
     """
     values = quantizers.read(named)
     rounding = None  # a pass over all weights, which is saved where nothing depends on it
     if choices.needs_errors(target):
         rounding = measure_errors(quantizers, values, weight_of, choices.weights, choices.search_clipping)
     chosen = allocate_bits(
-        _learned_bits(quantizers, named), rounding, curvature.cpu().double(), ledger, target, removed, choices
+        _learned_bits(quantizers, named),
+        rounding,
+        curvature.cpu().double(),
+        ledger,
+        target,
+        removed,
+        choices,
+        inputs,
     )
     chosen = _of_first_process(chosen)
     write_bits(quantizers, named, chosen)
@@ -65,8 +74,11 @@ def _learned_bits(quantizers: Quantizers, named: Named) -> LearnedBits:
 
 def _of_first_process(chosen: BitAllocation) -> BitAllocation:
     """Return the first process's choice on all of them, so that a last digit of an error can't make them differ."""
-    bits = from_first_process(torch.tensor(chosen.weight_bits, dtype=torch.int64))
-    return replace(chosen, weight_bits=bits.tolist(), clip_factors=from_first_process(chosen.clip_factors))
+    # Weights and inputs in one vector each, so that processes exchange two messages.
+    count = len(chosen.weight_bits)
+    bits = from_first_process(torch.tensor([*chosen.weight_bits, *chosen.input_bits], dtype=torch.int64)).tolist()
+    clips = from_first_process(torch.cat([chosen.clip_factors, chosen.input_clip_factors]))
+    return BitAllocation(bits[:count], clips[:count], bits[count:], clips[count:])
 
 
 def write_bits(quantizers: Quantizers, named: Named, chosen: BitAllocation) -> None:
@@ -75,8 +87,7 @@ def write_bits(quantizers: Quantizers, named: Named, chosen: BitAllocation) -> N
     _, q_m, t = quantizers.read(named)
     device = q_m.device
     bits = torch.tensor([*chosen.weight_bits, *chosen.input_bits], dtype=torch.float32, device=device)
-    # Inputs keep their clipping values; only those of weights were searched again for the chosen width.
-    factors = torch.cat([chosen.clip_factors.to(device), torch.ones(len(chosen.input_bits), device=device)])
+    factors = torch.cat([chosen.clip_factors, chosen.input_clip_factors]).to(device)
     q_m = q_m * factors[quantizers.layer]
     quantizers.write_clipping(q_m, named)
     quantizers.write_step_sizes(step_size(bits[quantizers.layer], q_m, t), named)

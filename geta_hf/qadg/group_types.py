@@ -45,6 +45,8 @@ class Family:
         couplings: which of `COUPLINGS` it has.
         parameters: elements of parameters that are removed with one group.
         macs: multiply-accumulates of the batch it was built with that are removed with one group, on average.
+        counts: numbers of groups that may remain where all families of a kind keep equally many (`uniform`),
+            ascending; empty where any will do.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Family:
     couplings: tuple[str, ...] = ()
     parameters: int = 0
     macs: int = 0
+    counts: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:

@@ -76,6 +76,8 @@ def write_space(
 def _family_table(family: Family) -> dict[str, Any]:
     """Return a family as JSON takes it, without its indices, which are in the other file."""
     table = {name: value for name, value in vars(family).items() if name != "members"}
+    if not family.counts:
+        del table["counts"]  # earlier releases read spaces without it
     return table | {"members": [{"tensor": member.tensor, "dim": member.dim} for member in family.members]}
 
 
@@ -138,7 +140,7 @@ def _fields(tables: dict[str, Any], indices: dict[str, torch.Tensor]) -> dict[st
         )
         plain = {name: value for name, value in table.items() if name != "members"}
         # JSON has lists only, and a family is compared by its fields.
-        plain |= {name: tuple(plain[name]) for name in ("excludes", "couplings")}
+        plain |= {name: tuple(plain.get(name, ())) for name in ("counts", "excludes", "couplings")}
         families.append(Family(members=members, **plain))
     return {
         "families": tuple(families),
@@ -161,6 +163,8 @@ def _check_families(families: Sequence[Family], shapes: Shapes) -> None:
         _expect(set(family.excludes) <= names, f"{family.name} excludes families that are not there")
         _expect(isinstance(family.prunable, bool), f"prunable of {family.name} is {family.prunable!r}")
         _expect(len(family.members) > 0, f"{family.name} has no members")
+        counts = list(family.counts)
+        _expect(counts == sorted({n for n in counts if 0 < n <= family.size}), f"{family.name} has counts {counts}")
         for member in family.members:
             _check_member(family, member, shapes)
 

@@ -76,7 +76,11 @@ def matching(layers: Mapping[str, Layer], patterns: Sequence[str]) -> dict[str, 
     if isinstance(patterns, str):
         raise GETAError(f"patterns must be a list of regular expressions, not the string {patterns!r}")
     for pattern in patterns:
-        if not any(re.search(pattern, name) for name in layers):
+        try:
+            found = any(re.search(pattern, name) for name in layers)
+        except re.error as error:
+            raise GETAError(f"pattern {pattern!r} is no regular expression ({error}); correct it") from error
+        if not found:
             raise GETAError(
                 f"pattern {pattern!r} matches no linear layer; layers are named like {next(iter(layers), None)!r}"
             )
@@ -112,8 +116,8 @@ def attach_quantizers(
         The quantized layers by name.
 
     Raises:
-        GETAError: nothing to quantize, an unsupported or already quantized layer, or a weight tied to a layer that is
-            not quantized (which would change unnoticed).
+        GETAError: nothing to quantize, an unsupported or already quantized layer, a weight that is no parameter or has
+            no usable range, or one tied to a layer that is not quantized (which would change unnoticed).
 
     Example:
         >>> import torch
@@ -128,11 +132,12 @@ def attach_quantizers(
         8.0
     """
     chosen = select_layers(model, include, exclude)
+    for name, layer in chosen.items():
+        check_convertible(layer, name)
     _refuse_foreign_ties(model, chosen)
     # Tied weights are one tensor in a folder, with one step size.
     by_weight: dict[int, Quantizer] = {}
     for name, layer in chosen.items():
-        check_convertible(layer, name)
         weight: torch.Tensor = layer.weight  # type: ignore[assignment]
         if id(weight) not in by_weight:
             dim = output_dim(layer) if per_channel else None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from geta_hf.errors import GETAError
 from geta_hf.quantization.attach import matching, quantized_layers
-from geta_hf.quantization.clipping import best_share, check_clipping, count_magnitudes
+from geta_hf.quantization.clipping import Histogram, best_share, check_clipping, count_magnitudes
 from geta_hf.quantization.layers import QuantizedLayer
 from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.utils.module_state import eval_mode
@@ -56,6 +56,10 @@ class _Range:
         used = math.ceil(self.largest / self.top * bins)
         share = float(best_share(self.counts[:, :used], bits))
         return min(self.largest, share * self.top * used / bins)
+
+    def histogram(self, clipping_value: float) -> Histogram | None:
+        """Return what was counted, relative to a clipping value; None where nothing was."""
+        return None if self.counts is None else Histogram(self.counts[0].cpu(), self.top / clipping_value)
 
 
 def attach_input_quantizers(
@@ -114,6 +118,7 @@ def attach_input_quantizers(
     # Only now that nothing can fail: a model must not end with half of its layers changed.
     for name, layer in layers.items():
         layer.input_quantizer = Quantizer(values[name], initial_bits, learn_t, layer.weight.device)
+        layer.input_quantizer.histogram = ranges[name].histogram(values[name])
         layer.input_quantizer.train(layer.training)
     return layers
 

@@ -6,6 +6,8 @@ one; who calls it decides what the bins count and which candidates are tried.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,19 @@ BINS = 4096
 _SHARES = torch.linspace(0.1, 1.0, 91)
 # Elements, or bins, handled at once: their positions and counts are int64, which takes twice to eight times the tensor.
 _CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How often the magnitudes of a tensor fall into bins of equal width; on CPU.
+
+    Attributes:
+        counts: fp32, shape (bins,).
+        top: the end of the last bin, relative to the clipping value that was chosen.
+    """
+
+    counts: Tensor
+    top: float
 
 
 def check_clipping(method: str) -> None:
@@ -42,7 +57,7 @@ def clipping_value(weight: Tensor, bits: int, method: str = "mse", name: str = "
         name: what to call the tensor in an error.
 
     Raises:
-        GETAError: an unknown method, or a tensor that is all zero or not finite.
+        GETAError: an unknown method, or a tensor that is all zero, subnormal or not finite.
     """
     return float(_clipping(weight.reshape(1, -1), bits, method, name))
 
@@ -52,7 +67,7 @@ def channel_clipping_values(
 ) -> Tensor:
     """Return `clipping_value` of every channel: fp32, shape (channels,).
 
-    A channel that is all zero has no range of its own and gets the value of the entire tensor.
+    A channel that is all zero, or next to it, has no range of its own and gets the value of the entire tensor.
 
     Args:
         weight: the tensor to quantize, at least two dims.
@@ -66,6 +81,11 @@ def channel_clipping_values(
     return _clipping(rows, bits, method, name)
 
 
+def smallest_range(dtype: torch.dtype) -> float:
+    """Return the least max|W| of a tensor that can be quantized: neither W nor a step size at 16 bits is subnormal."""
+    return max(torch.finfo(dtype).tiny, torch.finfo(torch.float32).tiny * 2**16)
+
+
 @torch.no_grad()
 def _clipping(rows: Tensor, bits: int, method: str, name: str) -> Tensor:
     """Return q_m of every row, shape (rows,)."""
@@ -73,8 +93,18 @@ def _clipping(rows: Tensor, bits: int, method: str, name: str) -> Tensor:
     largest = magnitude.amax(dim=1) if magnitude.numel() else magnitude.new_zeros(1)
     largest_of_all = float(largest.max())
     if not 0.0 < largest_of_all < float("inf"):
-        raise GETAError(f"{name}: max|W| is {largest_of_all}; a quantizer needs a finite tensor that is not all zero")
+        raise GETAError(
+            f"{name}: max|W| is {largest_of_all}; a quantizer needs a finite tensor that is not all zero. Load or "
+            f"initialize it, or exclude the layer by a pattern"
+        )
+    least = smallest_range(rows.dtype)
+    if largest_of_all < least:
+        raise GETAError(
+            f"{name}: max|W| is {largest_of_all:.3g}, and below {least:.3g} too few digits remain for a step size; "
+            f"scale it up, initialize it again, or exclude the layer by a pattern"
+        )
     check_clipping(method)
+    largest = torch.where(largest < least, 0.0, largest)  # such a row has no range of its own
     values = largest
     if method == "mse":
         rows_at_once = max(1, _CHUNK // BINS)
@@ -82,7 +112,7 @@ def _clipping(rows: Tensor, bits: int, method: str, name: str) -> Tensor:
         for part, top in zip(magnitude.split(rows_at_once), largest.split(rows_at_once), strict=True):
             shares.append(best_share(count_magnitudes(part, top), bits))
         values = largest * torch.cat(shares)
-    # A channel of zeros has no range of its own: it gets that of the tensor, since d > 0 must hold.
+    # A channel of zeros gets the range of the tensor, since d > 0 must hold.
     empty = largest == 0
     return torch.where(empty, clipping_value(rows, bits, method, name), values) if bool(empty.any()) else values
 

@@ -19,6 +19,7 @@ from geta_hf.quantization.fixed import InputQuantizedLayer
 from geta_hf.quantization.layer_types import base_type
 from geta_hf.quantization.linear import quantized_linear
 from geta_hf.quantization.lora import LowRank
+from geta_hf.quantization.parametrized import removal_of
 from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.utils.accelerate_hooks import rebind_forward
 
@@ -97,7 +98,7 @@ def check_convertible(layer: nn.Module, name: str) -> None:
         name: path of the layer, for the error.
 
     Raises:
-        GETAError: the layer is quantized already, or its class is not supported.
+        GETAError: the layer is quantized already, its class is not supported, or its weight is no parameter.
     """
     if isinstance(layer, QuantizedLayer):
         raise GETAError(f"{name} is already quantized; detach its quantizer first")
@@ -107,6 +108,29 @@ def check_convertible(layer: nn.Module, name: str) -> None:
             f"{name}: {type(layer).__name__} has a forward of its own; supported are {supported} and subclasses that "
             f"keep its forward. Exclude it by a pattern"
         )
+    check_parameter(layer, name)
+
+
+def check_parameter(layer: nn.Module, name: str) -> None:
+    """Check that the weight of a layer is a parameter of it, and not computed from others.
+
+    Args:
+        layer: one whose weight is to be quantized.
+        name: path of the layer, for the error.
+
+    Raises:
+        GETAError: it is computed, such as by weight norm; names the layer, and the call that makes it a parameter.
+    """
+    if layer._parameters.get("weight") is not None:
+        return
+    found = removal_of(layer, name)
+    if found is None:
+        raise GETAError(f"{name}.weight is no parameter; make it one, or exclude the layer by a pattern")
+    what, call = found
+    raise GETAError(
+        f"{name}.weight is computed by {what} and is no parameter that can be quantized; call {call} first, or exclude "
+        f"the layer by a pattern"
+    )
 
 
 def quantize_layer(layer: nn.Module, quantizer: Quantizer) -> None:

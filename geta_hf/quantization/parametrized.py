@@ -25,9 +25,9 @@ def removal_of(module: nn.Module, path: str, leaf: str = "weight") -> tuple[str,
         path: of the module, as the call names it.
         leaf: name of the tensor.
     """
-    path = f"model.{path}".removesuffix(".")
+    path = f"model.get_submodule({path!r})"
     if parametrize.is_parametrized(module, leaf):
-        steps = module.parametrizations[leaf]  # type: ignore[union-attr,index]
+        steps = module.parametrizations[leaf]  # type: ignore[index]
         names = ", ".join(type(step).__name__ for step in steps)
         return names, _REMOVE.format(path=path, leaf=leaf)
     for hook in module._forward_pre_hooks.values():

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from geta_hf.quantization import functional
+from geta_hf.quantization.clipping import Histogram
 from geta_hf.quantization.fixed import FixedQuantizer, SinglePrecision
 
 
@@ -17,6 +18,7 @@ class Quantizer(SinglePrecision):
     Attributes:
         channel_dim: the dim of the tensor that `d` and `q_m` run along; None for one pair for the entire tensor.
         frozen: whether (d, q_m, t) get no update, so that no gradient is computed for them; False at first.
+        histogram: of the magnitudes that calibration met, relative to q_m at that time; None where it was not run.
 
     Args:
         q_m: clipping values to start from, positive: a number, or a tensor of the shape above.
@@ -38,6 +40,7 @@ class Quantizer(SinglePrecision):
         self.learn_t = learn_t
         self.channel_dim = channel_dim
         self.frozen = False
+        self.histogram: Histogram | None = None
         # Shape (1,) and never 0-d: FSDP2 refuses to shard a 0-d parameter.
         start = torch.as_tensor(q_m, dtype=torch.float32, device=device).detach().reshape(-1)
         self.q_m = nn.Parameter(start.clone())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from geta_hf.config import CONFIG_NAME, CompressionConfig, GETAConfig, read_config
 from geta_hf.costs.model_costs import Costs, bytes_on_disk, measure_costs
@@ -21,8 +20,11 @@ from geta_hf.errors import GETAError
 from geta_hf.export.export import STRUCTURE_NAME
 from geta_hf.quantization import select_layers
 from geta_hf.serialization.hf_quantizer import QUANT_METHOD
+from geta_hf.serialization.loader import check_widths
 from geta_hf.serialization.validate import check_readable, read_json
 from geta_hf.utils.tables import format_table
+
+_MANY_GROUPS = 2**40
 
 Metrics = Mapping[str, Mapping[str, float]]
 
@@ -36,14 +38,12 @@ class Structure:
         bits: module path -> bits of its packed weight, in model order.
         activation_bits: module path -> bits of its input, for the layers that round it; in model order.
         dropped: paths in the dense model of entire layers that were removed before anything else.
-        untouched: parameters that no recorded forward read, so that no proof covers them.
     """
 
     kept: dict[str, tuple[int, int]]
     bits: dict[str, int]
     activation_bits: dict[str, int] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
-    untouched: tuple[str, ...] = ()
 
     def of_kind(self, kind: str) -> list[tuple[int, int]]:
         """Return (kept, before) of every family of a kind, such as `heads`, in model order."""
@@ -59,19 +59,47 @@ def read_structure(folder: str | os.PathLike[str]) -> Structure:
             f"{folder} has no {STRUCTURE_NAME}, because save_pretrained does not write it; run "
             f"`geta-hf export {folder} OUT`, which does"
         )
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        kept = {name: (int(count), int(before)) for name, (count, before) in stored["kept"].items()}
-        bits = {name: int(width) for name, width in stored["bits"].items()}
-        # Folders of the first versions lack this key.
-        inputs = {name: int(width) for name, width in stored.get("activation_bits", {}).items()}
-        untouched = tuple(map(str, stored.get("untouched", ())))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise GETAError(f"{path} can't be read ({error}); is {folder} an exported folder?") from error
+    if not path.is_file():
+        inside = export_inside(Path(folder))
+        remedy = f"is {folder} an exported folder?" if inside is None else f"give the export of this run, {inside}"
+        raise GETAError(f"{path} can't be read (there is no such file); {remedy}")
+    stored = read_json(path)
+    kept = _read_counts(path, stored)
+    bits = _read_widths(path, "bits", stored.get("bits"))
+    # Folders of the first versions lack this key.
+    inputs = _read_widths(path, "activation_bits", stored.get("activation_bits", {}))
     # A number says how many were asked for, a list which ones were dropped; only the run's own config has the list.
     dropped = _run_config(folder).drop_layers
-    layers = tuple(dropped) if isinstance(dropped, list) else ()
-    return Structure(kept, bits, inputs, layers, untouched)
+    return Structure(kept, bits, inputs, tuple(dropped) if isinstance(dropped, list) else ())
+
+
+def export_inside(folder: Path) -> Path | None:
+    """Return the export in the folder of a run, where the recipes write it; None if there is none."""
+    export = folder / "export"
+    return export if (export / STRUCTURE_NAME).is_file() and not (folder / "config.json").is_file() else None
+
+
+def _read_counts(path: Path, stored: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    counts = stored.get("kept")
+    if not isinstance(counts, dict):
+        raise GETAError(f"{path} can't be read (kept is {str(counts)[:80]!r}, not an object); is it of an export?")
+    for name, pair in counts.items():
+        good = isinstance(pair, list) and len(pair) == 2 and all(map(_is_count, pair)) and pair[0] <= pair[1]
+        if not good:
+            raise GETAError(
+                f"{path} can't be read (kept[{name!r}] is {str(pair)[:80]}, not the groups kept and those before); "
+                f"export the folder again"
+            )
+    return {name: (kept, before) for name, (kept, before) in counts.items()}
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MANY_GROUPS
+
+
+def _read_widths(path: Path, key: str, widths: Any) -> dict[str, int]:
+    check_widths(key, widths, f"{path}:")
+    return dict(widths)
 
 
 def is_export(folder: Path) -> bool:
@@ -92,14 +120,36 @@ def _run_config(folder: str | os.PathLike[str]) -> CompressionConfig:
 def load_model(folder: str | os.PathLike[str]) -> PreTrainedModel:
     """Load a dense or exported folder as the class that saved it, in eval mode."""
     check_readable(folder)
-    config = transformers.AutoConfig.from_pretrained(folder)
-    if not config.architectures:
+    model_class = _model_class(Path(folder))
+    try:
+        # Without the answer False, transformers would ask whether code of the folder may run.
+        return model_class.from_pretrained(folder, trust_remote_code=False).eval()
+    except GETAError:
+        raise
+    # A damaged config may fail anywhere in the code of the model's class.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise GETAError(
+            f"{folder} can't be loaded ({type(error).__name__}: {reason}); copy or export it again"
+        ) from error
+
+
+def _model_class(folder: Path) -> Any:
+    """Return the class in transformers of the model in a local folder or on the Hub."""
+    config, _ = PreTrainedConfig.get_config_dict(folder)
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise GETAError(f"{folder}/config.json names no architecture; save the model with save_pretrained")
     # The class that saved it: an auto class of another task would drop the head, or make a new one.
-    model_class: Any = getattr(transformers, config.architectures[0], None)
-    if model_class is None:
-        raise GETAError(f"{folder}: transformers has no class {config.architectures[0]}")
-    return model_class.from_pretrained(folder).eval()
+    found = getattr(transformers, names[0], None)
+    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        return found
+    if "auto_map" in config:
+        raise GETAError(
+            f"{folder} is of a model with code of its own ({names[0]}), which geta-hf never runs; in Python, make its "
+            f"trainer again, resume the run with train(resume_from_checkpoint=True), and call export_model"
+        )
+    raise GETAError(f"{folder}: transformers has no class {names[0]}")
 
 
 @torch.no_grad()

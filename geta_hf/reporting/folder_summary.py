@@ -7,26 +7,30 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-import yaml
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from geta_hf.config import CONFIG_NAME
 from geta_hf.costs.model_costs import Costs, layer_costs, mean_bits, measure_costs
 from geta_hf.errors import GETAError
+from geta_hf.export.folder_files import STRUCTURE_NAME
+from geta_hf.export.untouched import Untouched, read_untouched
 from geta_hf.qadg.tracing.dummy_inputs import empty_model
 from geta_hf.quantization.functional import FLOAT_BITS
 from geta_hf.reporting.comparison import Metrics, Structure, read_structure
+from geta_hf.reporting.results import Results, read_results
 from geta_hf.serialization.hf_quantizer import GETAQuantizationConfig, apply_fixes
 from geta_hf.serialization.packed_layers import INPUT_SCALE, WEIGHT_SCALE
 from geta_hf.serialization.sizes import tensor_sizes
-from geta_hf.serialization.validate import read_json
+from geta_hf.serialization.validate import check_headers, check_readable, read_json
+from geta_hf.utils.plain_yaml import load_plain_yaml
 from geta_hf.utils.version import __version__
 
 METRICS_NAME = "geta_metrics.json"
@@ -35,6 +39,9 @@ METRICS_NAME = "geta_metrics.json"
 CARD_NAME = "README.md"
 LOCAL_BASE = "geta_base_model"
 """Key of a card for a base model that is not on the Hub."""
+
+_LONGEST_FRONT = 2**20
+"""Characters of a card that are searched for the end of its front matter."""
 
 PACKED, EMBEDDINGS, SCALES, REST = "packed weights", "embeddings", "step sizes", "everything else"
 
@@ -78,6 +85,10 @@ class FolderSummary:
         config: all fields of the GETAConfig; empty if it was not saved.
         front: the YAML front matter of its model card, such as `base_model`.
         versions: of the software that wrote it and that reads it.
+        results: scores of "dense" and "compressed" by data set, if measured.
+        untouched: what was not pruned, and why.
+        float_layers: modules with a matrix that is not quantized, embeddings excluded; empty if transformers cannot
+            build the model.
     """
 
     folder: Path
@@ -93,6 +104,9 @@ class FolderSummary:
     config: dict[str, Any]
     front: dict[str, Any]
     versions: dict[str, str]
+    results: Results = field(default_factory=dict)
+    untouched: Untouched = field(default_factory=Untouched)
+    float_layers: tuple[str, ...] = ()
 
     @property
     def base_model(self) -> str | None:
@@ -102,11 +116,18 @@ class FolderSummary:
 
     @property
     def dataset(self) -> str | None:
-        """Return the data set of the metrics that the card names."""
+        """Return the data set that the card names for metrics that are no part of `results`."""
+        own = {one.data for one in self.results.get("compressed", ())}
+        return next((name for name in self.datasets if name not in own), None)
+
+    @property
+    def datasets(self) -> list[str]:
+        """Return the data sets that the card names, in order."""
         try:
-            return str(self.front["model-index"][0]["results"][0]["dataset"]["name"])
+            blocks = self.front["model-index"][0]["results"]
+            return list(dict.fromkeys(str(block["dataset"]["name"]) for block in blocks))
         except (KeyError, IndexError, TypeError):
-            return None
+            return []
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -125,6 +146,7 @@ def read_summary(folder: str | os.PathLike[str]) -> FolderSummary:
     """
     path = Path(folder)
     structure = read_structure(path)
+    check_readable(path)
     config = read_json(path / "config.json")
     model = empty_model_of(path)
     auto_class, task = _auto_class(config)
@@ -142,6 +164,9 @@ def read_summary(folder: str | os.PathLike[str]) -> FolderSummary:
         config=read_json(path / CONFIG_NAME) if (path / CONFIG_NAME).is_file() else {},
         front=read_front(path),
         versions=_versions(config),
+        results=read_results(path),
+        untouched=read_untouched(path),
+        float_layers=() if model is None else _float_layers(model, structure),
     )
 
 
@@ -167,22 +192,44 @@ def check_metrics(metrics: Mapping[str, Any], where: str) -> dict[str, dict[str,
             raise GETAError(f"{where}: {side!r} is not a key of metrics; give {{'dense': {{…}}, 'compressed': {{…}}}}")
         for name, value in values.items():
             # bool is an int in Python, and JSON gives NaN and Infinity as floats.
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise GETAError(f"{where}: {side}[{name!r}] is {value!r}, not a finite number; remove it")
+            if not _is_finite(value):
+                raise GETAError(f"{where}: {side}[{str(name)!r}] is {_shorten(value)}, not a finite number; remove it")
         found[side] = {str(name): float(value) for name, value in values.items()}
+    times = found.get("latency_ms")
+    if times is not None and not (set(times) == {"dense", "compressed"} and min(times.values()) > 0):
+        raise GETAError(
+            f"{where}: latency_ms is {times}; give positive numbers for both 'dense' and 'compressed', or remove it"
+        )
     return found
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
+def _shorten(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integers of more than 4300 digits
+        return "an integer of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def read_front(folder: Path) -> dict[str, Any]:
     """Read the YAML front matter of the folder's card; return an empty dict if there is none."""
     path = folder / CARD_NAME
+    if not path.is_file():
+        return {}
     # A card is often edited by hand, and a wrong byte in it is no reason to fail.
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        text = file.read(_LONGEST_FRONT)
     found = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
-    try:
-        front = yaml.safe_load(found[1]) if found else {}
-    except yaml.YAMLError as error:
-        raise GETAError(f"{path}: the YAML at its head can't be read ({error}); correct or delete the file") from error
+    front = load_plain_yaml(found[1], f"{path}: the YAML at its head") if found else {}
     return front if isinstance(front, dict) else {}
 
 
@@ -202,32 +249,47 @@ def _parts(folder: Path, structure: Structure, model: PreTrainedModel | None) ->
     return {part: size for part, size in parts.items() if size}
 
 
+def _float_layers(model: PreTrainedModel, structure: Structure) -> tuple[str, ...]:
+    """Return the modules that remain and hold a matrix that is not stored at a few bits."""
+    gone = tuple(f"{path}." for path in structure.dropped)
+    found = []
+    for path, module in model.named_modules():
+        matrices = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim > 1]
+        if matrices and path not in structure.bits and not isinstance(module, nn.Embedding):
+            found += [] if f"{path}.".startswith(gone) else [path]
+    return tuple(found)
+
+
 def _embeddings(model: PreTrainedModel) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
 
 
 def empty_model_of(folder: Path) -> PreTrainedModel | None:
-    """Build the dense model of a folder without weights; None if transformers cannot without code from the folder."""
-    try:
-        # A report must not run code of a folder that may come from a stranger.
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        config = copy.deepcopy(config)
-        # With it transformers would look for packed weights; the sizes of before are those of the plain architecture.
-        del config.quantization_config
-        return empty_model(config).to("meta")  # type: ignore[arg-type]
-    except (GETAError, OSError, ValueError, AttributeError):
+    """Build the dense model of a folder without weights; None if transformers cannot without code from the folder.
+
+    Raises:
+        GETAError: the class of the model refuses what config.json says, or the folder's tensors are those of another
+            model.
+    """
+    config = read_json(folder / "config.json")
+    if config.get("model_type") not in CONFIG_MAPPING or not _has_class(config):
         return None
+    model: PreTrainedModel = empty_model(str(folder)).to("meta")  # type: ignore[arg-type]
+    vars(model.config).pop("quantization_config", None)
+    check_headers(model, folder)
+    return model
+
+
+def _has_class(config: Mapping[str, Any]) -> bool:
+    """Return whether transformers has the class that saved the folder and all that it needs."""
+    found = getattr(transformers, _architecture(config), None)
+    return found is not None and not getattr(found, "is_dummy", False)
 
 
 def _costs(dense: PreTrainedModel, folder: Path, structure: Structure) -> dict[str, Costs]:
     # The fixes of the folder applied to an empty model give its sizes without a weight.
     compressed = copy.deepcopy(dense)
-    stored = read_json(folder / "config.json").get("quantization_config")
-    if not isinstance(stored, dict):
-        raise GETAError(
-            f"{folder}/config.json: quantization_config is {stored!r}, not an object; export the folder again"
-        )
-    config = GETAQuantizationConfig(**stored)
+    config = GETAQuantizationConfig(**read_json(folder / "config.json")["quantization_config"])
     apply_fixes(compressed, config.fixes)
     embeddings = _embeddings(dense)
     config.bits = {name: bits for name, bits in config.bits.items() if name not in embeddings}
@@ -236,6 +298,12 @@ def _costs(dense: PreTrainedModel, folder: Path, structure: Structure) -> dict[s
     # The usual window of SQuAD, or what the model can read at most.
     tokens = min(_TOKENS, getattr(dense.config, "max_position_embeddings", None) or _TOKENS)
     names = [name for name in structure.bits if name not in embeddings]
+    modules = dict(dense.named_modules())
+    if unknown := [name for name in names if name not in modules]:
+        raise GETAError(
+            f"{folder / STRUCTURE_NAME}: bits names the module {unknown[0]!r}, which {type(dense).__name__} does not "
+            f"have; export the folder again"
+        )
     return {"dense": _counted(dense, tokens, names), "compressed": _counted(compressed, tokens, names)}
 
 
@@ -249,7 +317,8 @@ def _counted(model: PreTrainedModel, tokens: int, names: list[str]) -> Costs:
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
-    return str((config.get("architectures") or ["PreTrainedModel"])[0])
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else "PreTrainedModel"
 
 
 def _auto_class(config: Mapping[str, Any]) -> tuple[str, str | None]:
@@ -261,7 +330,8 @@ def _auto_class(config: Mapping[str, Any]) -> tuple[str, str | None]:
         if architecture in _class_names(getattr(transformers, name)):
             return name, task
     # A class that transformers does not know: the folder's own code says what loads it.
-    mapped = [name for name in config.get("auto_map", {}) if name.startswith("AutoModel")]
+    own = config.get("auto_map")
+    mapped = [name for name in own if name.startswith("AutoModel")] if isinstance(own, dict) else []
     return (mapped[0], _TASKS.get(mapped[0])) if mapped else ("AutoModel", None)
 
 

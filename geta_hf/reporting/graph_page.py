@@ -93,7 +93,7 @@ def write_page(flow: Flow, space: PruningSpace, path: str | os.PathLike[str], ti
     if not target.parent.is_dir() or target.is_dir():
         raise GETAError(f"cannot write a page to {target}: name a file in a folder that exists")
     parts = {
-        "title": html.escape(title),
+        "title": html.escape(title.encode(errors="replace").decode()),
         # Inside a script element, where HTML's own escapes do not count.
         "data": _embedded(page_data(flow, space, title)),
         "script": "\n".join(_packaged(name) for name in _SCRIPTS),

@@ -112,7 +112,7 @@ def _facts(summary: FolderSummary) -> str:
         "base model": summary.base_model,
         "task": summary.front.get("pipeline_tag") or summary.task,
         "class": summary.architecture,
-        "data of the metrics": summary.dataset,
+        "data of the metrics": ", ".join(summary.datasets),
     }
     return "".join(f"<div><dt>{key}</dt><dd>{printable(value)}</dd></div>" for key, value in entries.items() if value)
 

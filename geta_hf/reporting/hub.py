@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
 from geta_hf.errors import GETAError
 from geta_hf.reporting.comparison import read_structure
+from geta_hf.reporting.folder_summary import CARD_NAME
+from geta_hf.reporting.model_card import card_under
 from geta_hf.serialization.atomic_folder import PROGRESS_NAME, WORLD_NAME
+from geta_hf.serialization.checksums import verify_files
 from geta_hf.serialization.sizes import tensor_sizes
-from geta_hf.serialization.validate import INDEX, check_links, read_json, weight_files
+from geta_hf.serialization.validate import INDEX, check_links, check_readable, read_json, weight_files
 
 _NOT_OURS = {"trainer_state.json", WORLD_NAME, PROGRESS_NAME}
 _UNFINISHED = (".tmp", ".lock", ".part", ".incomplete", ".bak", ".pyc", "~")
@@ -46,6 +49,7 @@ def files_to_push(folder: str | os.PathLike[str]) -> list[tuple[str, int]]:
     read_structure(path)
     read_json(path / "config.json")
     # Structure and config first: a folder that is no export must not be listed, let alone sent.
+    check_readable(path)
     names = sorted(_names(path, path))
     _check_weights(path, set(filter(_READ_AS_WEIGHTS.fullmatch, names)) - {INDEX})
     return [(name, (path / name).stat().st_size) for name in names]
@@ -65,6 +69,7 @@ def push_to_hub(
 
     All files appear in one commit, so that a reader gets either the old model or the new one. Weights that the
     repository has under other names are deleted in the same commit; otherwise they might be read in place of the new.
+    The uploaded model card names the repository where the one in the folder names the folder; nothing else differs.
 
     Args:
         folder: an exported folder.
@@ -99,16 +104,36 @@ def push_to_hub(
         True
         >>> home.cleanup()
     """
-    path = Path(folder)
-    # Everything that can fail here fails before the network is used.
-    names = [name for name, _ in files_to_push(path)]
+    if dry_run:
+        _check_push(folder, repo_id)
+        return f"{HfApi().endpoint}/{repo_id}"
+    options = {"private": private, "token": token, "revision": revision, "commit_message": commit_message}
+    return upload(folder, repo_id, **options).commit_url  # type: ignore[arg-type]
+
+
+def _check_push(folder: str | os.PathLike[str], repo_id: str) -> list[str]:
+    """Return the names of the files to push; raise GETAError for what can be seen without a network."""
+    names = [name for name, _ in files_to_push(folder)]
     try:
         huggingface_hub.utils.validate_repo_id(repo_id)
     except HFValidationError as error:
         raise GETAError(f"{repo_id!r} is not a name of a repository ({error}); give user/name") from error
+    return names
+
+
+def upload(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+) -> CommitInfo:
+    """Upload an exported folder as `push_to_hub` does, with the same arguments and errors; return the commit."""
+    path = Path(folder)
+    names = _check_push(path, repo_id)
     api = HfApi(token=token)
-    if dry_run:
-        return f"{api.endpoint}/{repo_id}"
     if token is None and huggingface_hub.get_token() is None:
         raise GETAError("no token for the Hub; run `hf auth login`, set HF_TOKEN, or pass token=")
     try:
@@ -125,17 +150,23 @@ def push_to_hub(
 
 def _push(
     api: HfApi, folder: Path, names: list[str], repo_id: str, private: bool | None, revision: str | None, message: str
-) -> str:
+) -> CommitInfo:
     # The answer holds the full name: given `name` alone, the user's own is put before it.
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     remote = api.list_repo_files(repo_id, revision=revision)
     stale = [name for name in remote if _READ_AS_WEIGHTS.fullmatch(name) and name not in names]
-    operations: list[Any] = [CommitOperationAdd(name, folder / name) for name in names]
+    operations: list[Any] = [CommitOperationAdd(name, _content(folder, name, repo_id)) for name in names]
     operations += [CommitOperationDelete(name) for name in stale]
     # Not upload_folder: it splits a large folder into several commits.
-    return api.create_commit(repo_id, operations, commit_message=message, revision=revision).commit_url
+    return api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+
+
+def _content(folder: Path, name: str, repo_id: str) -> Path | bytes:
+    if name != CARD_NAME:
+        return folder / name
+    return card_under(folder, repo_id)
 
 
 def _reason(error: BaseException) -> str:
@@ -169,3 +200,5 @@ def _check_weights(folder: Path, found: set[str]) -> None:
         raise GETAError(f"{folder} has weights that are not the model's: {', '.join(stray)}; delete them, then push")
     for name in sorted(named):
         tensor_sizes(folder / name)  # raises for a damaged file
+    stored = read_json(folder / "config.json").get("quantization_config") or {}
+    verify_files([str(folder / name) for name in sorted(named)], stored.get("checksums", {}))

@@ -34,7 +34,7 @@ PROGRESS_NAME = "geta_progress.json"
 _KNOWN = re.compile(
     r"config\.json|(generation|preprocessor|processor|video_preprocessor|audio_tokenizer)_config\.json|README\.md"
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|modeling_geta\.py"
-    r"|geta_(structure|config|metrics|files)\.json|geta_structure\.svg|geta_\w+\.py"
+    r"|geta_(?!world|progress)\w+\.json|geta_structure\.svg|geta_\w+\.py"
     # what programs of other formats consist of
     r"|model\.(onnx|onnx\.data|pt2|pte|xml|bin)|export\.json"
     # what transformers' tokenizers and processors write

@@ -55,7 +55,8 @@ def read_headers(files: Iterable[str], folder: str | os.PathLike[str]) -> dict[s
         The header of every tensor by the tensor's name.
 
     Raises:
-        GETAError: a file is missing, damaged, cut short or no safetensors file, or lies outside the folder.
+        GETAError: a file is missing, not readable, damaged, cut short or no safetensors file, or lies outside the
+            folder; or two files hold the same tensor.
     """
     found: dict[str, Header] = {}
     home: Path | None = None
@@ -70,15 +71,31 @@ def read_headers(files: Iterable[str], folder: str | os.PathLike[str]) -> dict[s
             raise GETAError(
                 f"{file} is no safetensors file; a folder of geta_hf holds no other weights, so export it again"
             )
+        _check_open(file)
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  safe_open is not a mapping
+                    if name in found:
+                        raise GETAError(f"{file} and {found[name].file} both hold {name}; export the folder again")
                     # A slice knows type and shape, and reads no data until it is indexed.
                     part = tensors.get_slice(name)
                     found[name] = Header(file, part.get_dtype(), tuple(part.get_shape()))
         except (SafetensorError, OSError) as error:
             raise GETAError(f"{file} is damaged or cut short ({error}); copy or export the folder again") from error
     return found
+
+
+def _check_open(file: str) -> None:
+    """Check that a file is an ordinary one that may be read, since safetensors calls others missing, or waits."""
+    try:
+        if Path(file).exists() and not Path(file).is_file():
+            raise GETAError(f"{file} is no ordinary file; export the folder again")
+        with Path(file).open("rb"):
+            pass
+    except PermissionError as error:
+        raise GETAError(f"{file} may not be read ({error.strerror}); ask its owner for the right to read it") from error
+    except OSError as error:
+        raise GETAError(f"{file} is damaged or cut short ({error}); copy or export the folder again") from error
 
 
 def _is_inside(file: Path, folder: Path) -> bool:

@@ -144,8 +144,8 @@ def layer_codes(name: str, layer: PackedLayer, weight: Tensor | None = None) -> 
     unchanged = any(torch.equal(weight, expected.to(cast).to(weight.dtype)) for cast in _CASTS)
     if not unchanged or _largest(codes) > largest_code(layer.bits):
         raise GETAError(
-            f"{name}.weight was changed after it was decoded, and its codes no longer describe it; train the model "
-            f"before the export, not after"
+            f"{name}.weight was changed after it was decoded, by a merged adapter or by training, and its codes no "
+            f"longer describe it; call model.dequantize() and save it as plain weights, or train before the export"
         )
     return codes
 

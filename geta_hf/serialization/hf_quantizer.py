@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightConverter, revert_weight_conversion
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging
 
 from geta_hf.errors import GETAError
+from geta_hf.serialization.checksums import checksums
 from geta_hf.serialization.encode import activation_bits, packed_tensors, unpack_layer, weight_bits, weight_holders
 from geta_hf.serialization.loader import (
     QUANT_METHOD,
@@ -82,6 +85,8 @@ class GETAHfQuantizer(GETALoader):
             if (weight := state.pop(f"{name}.weight", None)) is not None:
                 offloaded = load_offloaded_parameter(model, f"{name}.weight") if weight.is_meta else None
                 state.update(packed_tensors(name, layer, offloaded))
+        vars(model)["_weight_conversions"] = _conversions_of_others(model)
+        self.quantization_config.checksums = checksums(_as_stored(model, state))
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -110,6 +115,14 @@ class GETAHfQuantizer(GETALoader):
             attach_quantizer(model, fixes)
 
 
+def _as_stored(model: PreTrainedModel, state: dict[str, Any]) -> dict[str, Any]:
+    """Return the tensors of a state dict under the names, and in the pieces, in which `save_pretrained` stores them."""
+    loaded = {
+        name: load_offloaded_parameter(model, name) if tensor.is_meta else tensor for name, tensor in state.items()
+    }
+    return dict(revert_weight_conversion(model, loaded))
+
+
 AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = GETAQuantizationConfig
 AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = GETAHfQuantizer
 
@@ -134,6 +147,27 @@ def attach_quantizer(model: PreTrainedModel, fixes: Fixes) -> None:
     model.config.quantization_config = model.hf_quantizer.quantization_config  # type: ignore[union-attr]
     if fixes["shapes"]:
         fit_static_caches(model)
+
+
+def _conversions_of_others(model: PreTrainedModel) -> list[Any]:
+    """Return how `save_pretrained` is to convert a model's tensors, without what would merge or split packed ones.
+
+    Some models have Q, K and V as three layers and as one tensor in their files. Three bit streams are not a bit stream
+    of three layers, so packed ones are stored one by one, which loading accepts as well.
+    """
+    conversions = vars(model).get("_weight_conversions")
+    if conversions is None:  # as `save_pretrained` chooses them for a model that was not loaded
+        found = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [step for step in found if not isinstance(step, PrefixChange)]
+    packed = [f"{name}.weight" for name in packed_layers(model)]
+
+    def merges(step: Any) -> bool:
+        backwards = step.reverse_transform()
+        if not isinstance(backwards, WeightConverter):
+            return False
+        return any(backwards.rename_source_key(name)[1] is not None for name in packed)
+
+    return [step for step in conversions if not merges(step)]
 
 
 def _fixes_below(model: PreTrainedModel, fixes: Fixes, part: PreTrainedModel) -> Fixes:

@@ -11,7 +11,9 @@ random and go on. Every folder carries a copy of this module, which only reads; 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from geta_hf.errors import GETAError
 from geta_hf.quantization.fixed import FixedQuantizer
 from geta_hf.serialization.bitpack import MAX_BITS, MIN_BITS
+from geta_hf.serialization.checksums import Verification
 from geta_hf.serialization.decode import Decode, Header, check_packed, check_plain, check_scale, read_headers
 from geta_hf.serialization.packed_layers import INPUT_SCALE, LEAVES, PackedLayer, become_packed, packed_layers
 from geta_hf.serialization.static_cache import fit_static_caches
@@ -38,6 +41,7 @@ from geta_hf.surgery.fixes import (
     shrink_buffer,
     shrink_tensor,
 )
+from geta_hf.utils.config_limits import MANY_LAYERS, check_counts
 
 logger = logging.get_logger(__name__)
 
@@ -45,8 +49,10 @@ QUANT_METHOD = "geta"
 FORMAT_VERSION = 1
 
 _WHERE = "quantization_config in config.json:"
-_MANY_LAYERS = 1000
-"""Up to this many layers are built within seconds; a larger model names its layers in quantization_config."""
+_LATER_KEYS = ("activation_bits", "partial", "checksums")
+
+_BUFFER_BYTES = 2**27
+"""Up to so many bytes of buffers that no folder holds are always allowed; beyond, four times the folder's tensors."""
 
 
 class GETAQuantizationConfig(QuantizationConfigMixin):
@@ -61,6 +67,8 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
             None: no layer does, and config.json has no such key.
         partial: whether the model was saved from within another one. It may then lack modules that its class has on its
             own, such as a pooler. Default False, and config.json has no such key.
+        checksums: tensor name -> CRC-32 of its bytes in the file, as 8 hexadecimal digits. Default None: none is known,
+            and config.json has no such key.
 
     Raises:
         GETAError: an unknown version or key, or a value that no export writes.
@@ -74,6 +82,7 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
         activation_bits: dict[str, int] | None = None,
         partial: bool = False,
+        checksums: dict[str, str] | None = None,
         **unknown: Any,
     ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
@@ -81,6 +90,7 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
         self.bits = {} if bits is None else bits
         self.activation_bits = {} if activation_bits is None else activation_bits
         self.partial = partial
+        self.checksums = {} if checksums is None else checksums
         if format_version != FORMAT_VERSION:
             raise GETAError(
                 f"{_WHERE} format_version is {format_version!r}, but this release of geta_hf reads {FORMAT_VERSION}; "
@@ -90,8 +100,9 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
             raise GETAError(f"{_WHERE} unknown keys {sorted(unknown)}; install the release that wrote the folder")
         if not isinstance(partial, bool):
             raise GETAError(f"{_WHERE} partial is {partial!r}, not true or false")
-        _check_widths("bits", self.bits)
-        _check_widths("activation_bits", self.activation_bits)
+        _check_checksums(self.checksums)
+        check_widths("bits", self.bits)
+        check_widths("activation_bits", self.activation_bits)
         if lacking := sorted(set(self.activation_bits) - set(self.bits)):
             raise GETAError(f"{_WHERE} activation_bits names {lacking[0]!r}, which is not in bits; add it there too")
         self.fixes = no_fixes() if fixes is None else read_fixes(fixes, f"{_WHERE} fixes")
@@ -102,15 +113,28 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
         Keys that came later are missing where they say nothing, so that a folder without rounded inputs is written as
         it was before there were any.
         """
-        return {k: v for k, v in super().to_dict().items() if v or k not in ("activation_bits", "partial")}
+        return {k: v for k, v in super().to_dict().items() if v or k not in _LATER_KEYS}
 
 
-def _check_widths(key: str, widths: Any) -> None:
+def _check_checksums(checksums: Any) -> None:
+    if not isinstance(checksums, dict):
+        raise GETAError(f"{_WHERE} checksums must be an object of tensor names, not {str(checksums)[:80]!r}")
+    for name, value in checksums.items():
+        if not isinstance(value, str) or len(value) != 8:
+            raise GETAError(f"{_WHERE} checksums[{name!r}] is {str(value)[:80]!r}, not 8 hexadecimal digits")
+
+
+def check_widths(key: str, widths: Any, where: str = _WHERE) -> None:
+    """Check that a value maps names of modules to bit widths.
+
+    Raises:
+        GETAError: `where` says in which file it is.
+    """
     if not isinstance(widths, dict):
-        raise GETAError(f"{_WHERE} {key} must be an object of module names, not {widths!r}")
+        raise GETAError(f"{where} {key} must be an object of module names, not {str(widths)[:80]!r}")
     for name, bits in widths.items():
         if not isinstance(bits, int) or isinstance(bits, bool) or not MIN_BITS <= bits <= MAX_BITS:
-            raise GETAError(f"{_WHERE} {key}[{name!r}] is {bits!r}, not an integer from {MIN_BITS} to {MAX_BITS}")
+            raise GETAError(f"{where} {key}[{name!r}] is {bits!r}, not an integer from {MIN_BITS} to {MAX_BITS}")
 
 
 class GETALoader(HfQuantizer):
@@ -125,7 +149,16 @@ class GETALoader(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Return True, which means adapters on top: transformers refuses to train a quantized model without them."""
+        """Return True: adapters on top are trained, and what is not packed."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Return True, without which Trainer refuses the model, even if it is only to be evaluated."""
+        logger.warning_once(
+            "this model is compressed: Trainer evaluates it as it is, but trains no packed weight. To train further, "
+            "put an adapter of peft on top, or call model.dequantize() first"
+        )
         return True
 
     @property
@@ -140,7 +173,8 @@ class GETALoader(HfQuantizer):
         """
         bits = self.quantization_config.bits
         fixes = self.quantization_config.fixes
-        _check_layers(config.to_dict(), len(bits) + len(fixes["shapes"]) + len(fixes["attrs"]))
+        named = len(bits) + len(fixes["shapes"]) + len(fixes["attrs"])
+        _check_layers(config.to_dict(), named, _count_tensors(config.name_or_path or ""))
         return config
 
     update_tp_plan = update_attn_implementation  # the hook that sees the config in older releases
@@ -168,9 +202,24 @@ class GETALoader(HfQuantizer):
         return [decoder.converter() for decoder in self._decoders]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        files = list(kwargs.get("checkpoint_files") or ())
+        self.prepare(model, files)
+        self._verification = Verification(files, self.quantization_config.checksums)
+        return model
+
+    def prepare(self, model: PreTrainedModel, files: Sequence[str]) -> None:
+        """Shrink a freshly built model, prepare its packed layers, and compare it with the headers of the files.
+
+        Args:
+            model: without weights; changed in place.
+            files: of weights.
+
+        Raises:
+            GETAError: the files do not hold such a model.
+        """
         config = self.quantization_config
         # Before anything else: every later step may then rely on a header that is true to its file.
-        headers = read_headers(kwargs.get("checkpoint_files") or (), model.config.name_or_path or "")
+        headers = read_headers(files, model.config.name_or_path or "")
         apply_fixes(model, config.fixes)
         self._decoders: list[Decode] = []
         tied = tied_weights(model)
@@ -183,10 +232,10 @@ class GETALoader(HfQuantizer):
                 check_packed(place, layer, headers)
         _check_inputs(model, headers)
         self._check_plain(model, headers)
+        _check_buffers(model, headers)
         self._names = set(headers)
         # As they have to be after loading; see `_check_shapes`.
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        return model
 
     def _check_plain(self, model: PreTrainedModel, headers: Mapping[str, Header]) -> None:
         """Check that the folder is of such a model at all, and its plain tensors, before any is read.
@@ -223,6 +272,7 @@ class GETALoader(HfQuantizer):
         for problem in (decoder.problem for decoder in self._decoders):
             if problem is not None:
                 raise GETAError(problem)
+        self._verification.finish()
         _check_complete(model, self._names, self._fresh, _is_own_folder(model) and not self.quantization_config.partial)
         _check_shapes(model, self._shapes)
         for name, dims in self.quantization_config.fixes["keep"].items():
@@ -293,16 +343,31 @@ def _share_offloaded(model: PreTrainedModel) -> None:
                     index[target] = index[source]
 
 
-def _check_layers(config: Mapping[str, Any], named: int) -> None:
-    """Check that a config has no more layers than are built within seconds, or than the folder names."""
-    for key, value in config.items():
-        if isinstance(value, dict) and key != "quantization_config":
-            _check_layers(value, named)
-        elif str(key).endswith(("layer", "layers")) and isinstance(value, int) and value > max(_MANY_LAYERS, named):
-            raise GETAError(
-                f"config.json: {key} is {value}, but quantization_config names {named} modules and tensors; copy or "
-                f"export the folder again"
-            )
+def _check_layers(config: Mapping[str, Any], named: int, tensors: int | None = None) -> None:
+    """Check that a config has no more layers than are built within seconds, or than the folder names or holds."""
+    why = f"but quantization_config names {named} modules and tensors"
+    check_counts(config, max(named, MANY_LAYERS if tensors is None else tensors), why=why)
+
+
+def _count_tensors(folder: str) -> int | None:
+    """Return how many tensors a local folder holds; None for a name on the Hub."""
+    if not (Path(folder) / "config.json").is_file():
+        return None
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return sum(len(read_headers([str(file)], folder)) for file in files) or None
+
+
+def _check_buffers(model: PreTrainedModel, headers: Mapping[str, Header]) -> None:
+    """Check the size of what no folder holds and the model makes by itself, such as a table of positions."""
+    saved = model.state_dict().keys()
+    sizes = {name: buffer.nbytes for name, buffer in model.named_buffers() if name not in saved}
+    allowed = max(_BUFFER_BYTES, 4 * sum(math.prod(header.shape) for header in headers.values()))
+    if sum(sizes.values()) > allowed:
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise GETAError(
+            f"config.json makes {largest} {sizes[largest]} bytes, more than a model of this folder's size has; copy or "
+            f"export the folder again"
+        )
 
 
 def _check_inputs(model: PreTrainedModel, names: Iterable[str]) -> None:

@@ -29,10 +29,12 @@ logger = logging.get_logger(__name__)
 
 CARRIED = (
     "geta_hf.errors",
+    "geta_hf.utils.config_limits",
     "geta_hf.quantization.maths",
     "geta_hf.quantization.fixed",
     "geta_hf.serialization.bitpack",
     "geta_hf.serialization.packed_layers",
+    "geta_hf.serialization.checksums",
     "geta_hf.serialization.decode",
     "geta_hf.surgery.config_view",
     "geta_hf.surgery.fixes",

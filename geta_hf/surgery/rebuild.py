@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,16 +26,18 @@ from geta_hf.qadg.tracing.dummy_inputs import build_empty
 from geta_hf.quantization.parametrized import removal_of
 from geta_hf.surgery.compare_outputs import TOLERANCE, comparison_mode
 from geta_hf.surgery.shorter_config import nested_configs
-from geta_hf.utils.module_state import HALVES, running
+from geta_hf.utils.model_io import Batch, cast_floats, map_tensors, to_device
+from geta_hf.utils.module_state import HALVES
 
-Batch = Mapping[str, Tensor]
+_Runs = list[tuple[str, list[Tensor]]]  # path of a module, what it returned
 
 _IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
 """What a config holds and a folder does not: it changes how a model computes, not what."""
 
 _FILLER = 1e4  # from here on an output is a filler of masked positions, which is no scale to compare by
-_AMPLIFIED_TOLERANCE = 1e-4  # rounding in single precision, through all layers, relative to the largest output
+_AMPLIFIED_TOLERANCE = 1e-5  # rounding in single precision, through all layers, relative to the largest output
 _BUILDS = 24  # copies that are built in search of a remedy
+_CODE_REMEDY = "Remove it, or make it part of the forward of the model's class"
 _NAMED = 3  # departures that an error names
 
 
@@ -77,17 +79,20 @@ def check_rebuilds(model: PreTrainedModel, batch: Batch, quantized: Iterable[str
     if len({tensor.device for tensor in tensors}) > 1 or any(tensor.is_meta for tensor in tensors):
         return
     _share_tensors(model, twin)
-    inputs = {name: _cast(tensor.to(model.device), model.dtype) for name, tensor in batch.items()}
+    inputs = cast_floats(to_device(batch, model.device), model.dtype)
     try:
         expected = _outputs(model, inputs)
-    except Exception:  # recording the model on the batch says so in its own words
+    except Exception as error:
+        _blame_departures(model, twin, inputs, error)
         return
+    autocast = _autocast_within(model, inputs)
     try:
-        found = _built_outputs(twin, inputs)
+        with _as_in_a_folder(model.device, autocast):
+            found = _outputs(twin, inputs)
     except Exception as error:
         raise GETAError(
             f"{type(model).__name__} runs the batch, but a copy that is built from its config does not: "
-            f"{' '.join(str(error).split())[:300]}. {_departures_text(find_departures(model, twin))}"
+            f"{_line(error)}. {_departures_text(find_departures(model, twin))}"
         ) from error
     share = _difference(expected, found)
     if share == 0.0 and _say_something(expected):
@@ -95,17 +100,43 @@ def check_rebuilds(model: PreTrainedModel, batch: Batch, quantized: Iterable[str
     # 16 bits hide a small difference in rounding, and an untrained model hides one in the smallness of its outputs.
     if share <= TOLERANCE[model.dtype]:
         with _random_weights(model, twin):
-            wide = _widened(inputs)
-            share = _difference(_outputs(model, wide), _built_outputs(twin, wide))
+            expected = _outputs(model, _widened(inputs))
+            with _as_in_a_folder(model.device, autocast):
+                share = _difference(expected, _outputs(twin, _widened(inputs)))
         if share <= _AMPLIFIED_TOLERANCE:
             return
-    raise GETAError(_refusal(model, twin, inputs))
+    raise GETAError(_refusal(model, twin, inputs, autocast))
+
+
+def _blame_departures(model: PreTrainedModel, twin: PreTrainedModel, inputs: Batch, error: Exception) -> None:
+    """Raise GETAError where a model cannot run the batch and its copy can.
+
+    Where neither can, recording the model on the batch says so in its own words.
+    """
+    replaced = [each.text for each in find_departures(model, twin) if each.by_code]
+    if not inputs and replaced:
+        # The arguments of the forward decide which inputs a model is given, and a replaced one may name none.
+        raise GETAError(
+            f"{type(model).__name__} is given no inputs: {'; '.join(replaced[:_NAMED])}. {_CODE_REMEDY}"
+        ) from error
+    try:
+        with _as_in_a_folder(model.device, None):
+            _outputs(twin, inputs)
+    except Exception:
+        return
+    raise GETAError(
+        f"{type(model).__name__} cannot run the batch, but a copy that is built from its config can: {_line(error)}. "
+        f"{_departures_text(find_departures(model, twin))}"
+    ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _built(model: PreTrainedModel) -> PreTrainedModel:
     """Build the model's class from its config as a folder holds it; parameters are on meta."""
-    config = _as_stored(model.config)
-    return build_empty(type(model), config, dtype=model.dtype)
+    return build_empty(type(model), _as_stored(model.config), dtype=model.dtype)
 
 
 def _as_stored(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -169,7 +200,7 @@ def _parametrization(model: nn.Module, name: str) -> str | None:
 
 def _share_tensors(model: nn.Module, twin: nn.Module) -> None:
     """Give the copy the model's tensors: all that a folder holds, and buffers that were made again alike."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     for path, module in twin.named_modules():
         own = modules.get(path)
         if own is None:
@@ -202,15 +233,10 @@ def _outputs(model: PreTrainedModel, inputs: Batch) -> list[Tensor]:
     """Return all floating-point tensors that a call of the model returns, hooks and replaced methods included."""
     with ExitStack() as stack:
         stack.enter_context(comparison_mode(model))
-        stack.enter_context(_as_the_user_left_it(model))
+        stack.enter_context(_without_compiled_calls(model))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         torch.manual_seed(0)  # some draw what they mask in evaluation, too
         return [tensor for tensor in _tensors(model(**inputs)) if tensor.is_floating_point()]
-
-
-def _built_outputs(twin: PreTrainedModel, inputs: Batch) -> list[Tensor]:
-    with _without_global_hooks():
-        return _outputs(twin, inputs)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -225,32 +251,53 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _as_the_user_left_it(model: nn.Module) -> Iterator[None]:
-    """Take off what accelerate and torch.compile lay around a forward: they change rounding, not the computation."""
+def _without_compiled_calls(model: nn.Module) -> Iterator[None]:
+    """Let modules run their own code where torch.compile laid another call over it: only rounding may differ."""
     compiled = [part for part in model.modules() if vars(part).get("_compiled_call_impl") is not None]
     before = [part._compiled_call_impl for part in compiled]
-    with ExitStack() as stack:
-        for part in compiled:
-            part._compiled_call_impl = None
-        original = vars(model).get("_original_forward")
-        if original is not None:
-            stack.enter_context(running(model, original))
-        try:
-            yield
-        finally:
-            for part, call in zip(compiled, before, strict=True):
-                part._compiled_call_impl = call
+    for part in compiled:
+        part._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for part, call in zip(compiled, before, strict=True):
+            part._compiled_call_impl = call
+
+
+def _autocast_within(model: PreTrainedModel, inputs: Batch) -> torch.dtype | None:
+    """Return the type that the model's forward, as it is called, casts to by itself; None if it does not.
+
+    accelerate puts autocast around the forward of an instance. That is how the model is run and not what it computes,
+    so the copy is run in the same way.
+    """
+    found: list[torch.dtype] = []
+    device = model.device.type
+
+    def look(module: nn.Module, args: Any) -> None:
+        if torch.is_autocast_enabled(device):
+            found.append(torch.get_autocast_dtype(device))
+
+    if "forward" not in vars(model) or torch.is_autocast_enabled(device):
+        return None
+    handles = [module.register_forward_pre_hook(look) for module in model.modules() if module is not model]
+    try:
+        _outputs(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
 
 
 @contextmanager
-def _without_global_hooks() -> Iterator[None]:
-    """Let modules run without the hooks that were registered for all modules of the process: no folder has them."""
+def _as_in_a_folder(device: torch.device, autocast: torch.dtype | None) -> Iterator[None]:
+    """Run modules without the hooks that are registered for all modules of the process, and under `autocast`."""
     hooks = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
     before = [dict(each) for each in hooks]
     for each in hooks:
         each.clear()
     try:
-        yield
+        with nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast):
+            yield
     finally:
         for each, content in zip(hooks, before, strict=True):
             each.update(content)
@@ -292,8 +339,8 @@ def _random_weights(model: nn.Module, twin: nn.Module) -> Iterator[None]:
     Weights are large enough that activation functions and attention are far from linear, whatever they were before.
     """
     generator = torch.Generator().manual_seed(0)
-    tensors = {id(tensor): tensor for part in (model, twin) for tensor in part.parameters()}
-    buffers = {id(tensor): tensor for part in (model, twin) for tensor in part.buffers()}
+    tensors: dict[int, Tensor] = {id(tensor): tensor for part in (model, twin) for tensor in part.parameters()}
+    buffers: dict[int, Tensor] = {id(tensor): tensor for part in (model, twin) for tensor in part.buffers()}
     narrow = [tensor for tensor in buffers.values() if tensor.dtype in HALVES]
     changed = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
     before = [(tensor, tensor.data) for tensor in (*changed, *narrow)]
@@ -310,29 +357,30 @@ def _random_weights(model: nn.Module, twin: nn.Module) -> Iterator[None]:
 
 
 def _random_values(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Return fp32 random values as of a trained tensor: vectors around 1, matrices that keep the size of activations."""
+    """Return fp32 values: vectors around 1, and matrices that double the size of activations."""
     if len(shape) < 2:
         return 0.5 + torch.rand(shape, generator=generator)
-    return torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5
+    return 2 * torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+def _widened(inputs: Batch) -> dict[str, Any]:
+    def widen(tensor: Tensor) -> Tensor:
+        return tensor.float() if tensor.dtype in HALVES else tensor
 
-
-def _widened(inputs: Batch) -> dict[str, Tensor]:
-    return {name: tensor.float() if tensor.dtype in HALVES else tensor for name, tensor in inputs.items()}
+    return {name: map_tensors(widen, item) for name, item in inputs.items()}
 
 
 # --- what differs -------------------------------------------------------------------------------------------------
 
 
-def _refusal(model: PreTrainedModel, twin: PreTrainedModel, inputs: Batch) -> str:
-    place = _first_difference(model, twin, inputs)
+def _refusal(model: PreTrainedModel, twin: PreTrainedModel, inputs: Batch, autocast: torch.dtype | None) -> str:
+    own = _outputs_by_module(model, inputs)
+    with _as_in_a_folder(model.device, autocast):
+        place = _first_difference(own, _outputs_by_module(twin, inputs))
     found = _closest(find_departures(model, twin), place)
     what = "; ".join(each.text for each in found[:_NAMED]) or f"{place or 'its forward'} computes something else"
     by_code = bool(found) and all(each.by_code for each in found)
-    remedy = "Remove it, or make it part of the forward of the model's class" if by_code else _remedy(model, twin)
+    remedy = _CODE_REMEDY if by_code else _remedy(model, twin)
     return (
         f"{type(model).__name__} computes something else than a copy that is built from its config with the same "
         f"weights, and an export holds no more than those: {what}. {remedy}"
@@ -354,7 +402,7 @@ def find_departures(model: nn.Module, twin: nn.Module) -> list[_Departure]:
             found += _module_departures(path, module, other)
         elif path.rpartition(".")[0] in built:
             found.append(_Departure(path, f"{path} ({type(module).__name__}) is not in the copy"))
-    paths = dict(model.named_modules())
+    paths = dict(model.named_modules(remove_duplicate=False))
     for path in built:
         if path not in paths and path.rpartition(".")[0] in paths:
             found.append(_Departure(path, f"{path} is missing"))
@@ -377,11 +425,13 @@ def _module_departures(path: str, module: nn.Module, other: nn.Module) -> Iterat
     if type(module) is not type(other):
         yield _Departure(path, f"{where} is a {type(module).__name__}, and a {type(other).__name__} in the copy")
     for name, value in vars(module).items():
-        theirs = vars(other).get(name)
-        if callable(value) and callable(getattr(type(module), name, None)) and theirs is None:
+        built = vars(other).get(name)
+        if callable(value) and callable(getattr(type(module), name, None)) and built is None:
             yield _Departure(path, f"{where} has its method {name} replaced by {_name_of(value)}", True)
-        elif not name.startswith("_") and _comparable(value) and name in vars(other) and _unlike(value, theirs):
-            yield _Departure(path, f"{where} has {name} = {_short(value)}, and {_short(theirs)} in the copy")
+        elif name == "training" or name.startswith("_") or name not in vars(other):
+            continue
+        elif _comparable(value) and _unlike(value, built):
+            yield _Departure(path, f"{where} has {name} = {_short(value)}, and {_short(built)} in the copy")
     for leaf, buffer in module._buffers.items():
         made = other._buffers.get(leaf)
         if buffer is not None and made is not None and buffer is not made and not _alike(buffer, made):
@@ -424,9 +474,8 @@ def _short(value: Any) -> str:
     return _name_of(value) if callable(value) else repr(value)[:60]
 
 
-def _first_difference(model: PreTrainedModel, twin: PreTrainedModel, inputs: Batch) -> str:
+def _first_difference(own: _Runs, built: _Runs) -> str:
     """Return the path of the first module, in the order in which they finish, whose output differs."""
-    own, built = _outputs_by_module(model, inputs), _outputs_by_module(twin, inputs)
     seen: dict[str, list[list[Tensor]]] = {}
     for path, tensors in built:
         seen.setdefault(path, []).append(tensors)
@@ -440,8 +489,8 @@ def _first_difference(model: PreTrainedModel, twin: PreTrainedModel, inputs: Bat
     return ""
 
 
-def _outputs_by_module(model: PreTrainedModel, inputs: Batch) -> list[tuple[str, list[Tensor]]]:
-    found: list[tuple[str, list[Tensor]]] = []
+def _outputs_by_module(model: PreTrainedModel, inputs: Batch) -> _Runs:
+    found: _Runs = []
 
     def keep(path: str, module: nn.Module, args: Any, output: Any) -> None:
         found.append((path, [tensor.detach().cpu().clone() for tensor in _tensors(output)]))
@@ -503,7 +552,7 @@ def _structure(model: nn.Module) -> _Structure:
         if isinstance(module, nn.ModuleList | nn.Sequential):
             found["length", path] = len(module)
         for name, value in vars(module).items():
-            if not name.startswith("_") and isinstance(value, bool | int | float | str):
+            if name != "training" and not name.startswith("_") and isinstance(value, bool | int | float | str):
                 found["attribute", f"{path}.{name}"] = value
     return found
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
@@ -278,19 +278,17 @@ def _unmoved(item: Any) -> Iterator[Demand]:
 
 
 def _moved(call: Call, item: Any, mask: NDArray[np.bool_]) -> Iterator[Demand]:
-    if isinstance(item, slice):
-        _check_step(call, item, mask)
+    if isinstance(item, slice) and item.step not in (None, 1):
+        yield from _strided(call, item, mask)
+    elif isinstance(item, slice):
         for number in _bounds(item):
-            # With the mask [1, 1, 0, 1], the bound 3 becomes 2: as many elements remain before it. A bound beyond the
-            # end, such as sys.maxsize, holds as it is, unless an attribute has to go on being as far beyond.
             place = int(number)
-            if place >= 0 and (place < len(mask) or isinstance(number, TaggedInt)):
-                yield number, int(mask[:place].sum()) + max(0, place - len(mask))
-            elif 0 > place > -len(mask):
-                wanted = -int(mask[place:].sum())
-                if wanted == 0:  # which would count from the start
-                    raise RefusalError(f"the bound {place} at {call.where} counts from the end, where nothing remains")
-                yield number, wanted
+            wanted = _remaining_before(number, mask)
+            if wanted is None:
+                continue
+            if place < 0 and wanted == 0:  # which would count from the start
+                raise RefusalError(f"the bound {place} at {call.where} counts from the end, where nothing remains")
+            yield number, wanted
     elif isinstance(item, int):
         place = int(item)
         if not mask[place]:
@@ -298,18 +296,58 @@ def _moved(call: Call, item: Any, mask: NDArray[np.bool_]) -> Iterator[Demand]:
         yield item, int(mask[:place].sum()) if place >= 0 else -int(mask[place:].sum())
 
 
-def _check_step(call: Call, item: slice, mask: NDArray[np.bool_]) -> None:
-    """Refuse a stride where what it skips is not removed evenly: it would reach other elements than before."""
-    if item.step in (None, 1):
-        return
-    chosen = np.zeros(len(mask), np.bool_)
-    chosen[item] = True
-    # Compare the elements that the old slice chose, among those that remain, with what the moved slice would choose.
-    start = int(mask[: int(item.start or 0)].sum())
-    moved = np.zeros(int(mask.sum()), np.bool_)
-    moved[start :: int(item.step)] = True
-    if not np.array_equal(chosen[mask], moved):
-        raise RefusalError(f"the stride of {item.step} at {call.where} would skip other elements than before")
+def _remaining_before(number: int, mask: NDArray[np.bool_]) -> int | None:
+    """Return where a bound is after the cut; None for one that may remain as it is, beyond either end.
+
+    With the mask [1, 1, 0, 1], the bound 3 becomes 2: as many elements remain before it. A bound beyond the end, such
+    as sys.maxsize, holds as it is, unless an attribute has to go on being as far beyond.
+    """
+    place = int(number)
+    if place >= 0 and (place < len(mask) or isinstance(number, TaggedInt)):
+        return int(mask[:place].sum()) + max(0, place - len(mask))
+    return -int(mask[place:].sum()) if 0 > place > -len(mask) else None
+
+
+def _strided(call: Call, item: slice, mask: NDArray[np.bool_]) -> Iterator[Demand]:
+    """Demand numbers with which a slice takes, of what remains, just the elements that it took before.
+
+    Start, stop and step depend on each other: interleaved pairs, [1::2], keep their start when the first pair is
+    removed, although one element less remains before it.
+    """
+    taken = np.zeros(len(mask), np.bool_)
+    taken[item] = True
+    places = np.flatnonzero(taken[mask]).tolist()
+    remaining = range(int(mask.sum()))
+    numbers = (item.start, item.stop, item.step)
+    for choice in product(*(_candidates(number, mask, places, role) for role, number in enumerate(numbers))):
+        if choice[2] != 0 and list(remaining[slice(*choice)]) == places:
+            # Numbers that an attribute is behind must come to this; the others are the same as before.
+            yield from ((old, new) for old, new in zip(numbers, choice, strict=True) if isinstance(old, TaggedInt))
+            return
+    raise RefusalError(f"the stride of {int(item.step)} at {call.where} would skip other elements than before")
+
+
+def _candidates(number: Any, mask: NDArray[np.bool_], places: Sequence[int], role: int) -> list[Any]:
+    """Return what the start (role 0), stop (1) or step (2) of a slice can be after a cut, likely ones first.
+
+    A number that the code itself contains cannot change.
+    """
+    if not isinstance(number, TaggedInt):
+        return [None if number is None else int(number)]
+    found = [int(number)]
+    if role == 2:
+        step = [places[1] - places[0]] if len(places) > 1 else []
+        return list(dict.fromkeys([*step, *found]))
+    # Of -2 * n no attribute makes a number that counts from the start, so what counts from the end goes on doing so.
+    origin = int(mask.sum()) if int(number) < 0 else 0
+    moved = _remaining_before(number, mask)
+    found = [*([] if moved is None else [moved]), *found]
+    if role == 0:
+        # Without any element to take, a start beyond the end is right.
+        found.insert(0 if places else len(found), (places[0] if places else int(mask.sum())) - origin)
+    elif places:
+        found.append(places[-1] + 1 - origin)
+    return list(dict.fromkeys(found))
 
 
 def _convolution(call: Call, sliced: SlicedTrace) -> Iterator[Demand]:

@@ -14,7 +14,7 @@ from geta_hf.errors import GETAError
 from geta_hf.qadg.group_types import Family
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.surgery.record import Recordings
-from geta_hf.surgery.verify import Removal, SurgeryTrial
+from geta_hf.surgery.verify import SurgeryTrial
 
 logger = logging.get_logger(__name__)
 
@@ -26,7 +26,7 @@ def try_cuts(
     recordings: Recordings | None = None,
     labels: Mapping[str, Tensor] | None = None,
 ) -> PruningSpace:
-    """Cut a few groups of every prunable family away on a copy and compare with the same groups zeroed.
+    """Cut a few groups of every prunable family away on a copy, both ends included, and compare with them zeroed.
 
     Args:
         model: with or without quantizers; unchanged afterwards.
@@ -44,7 +44,7 @@ def try_cuts(
     # Every trial costs a cut copy and several forwards. Most models pass the first one, with all families at once; only
     # a refusal is worth the search for the families that cause it.
     trial = SurgeryTrial(model, batch, space, recordings, labels)
-    reason = trial.refusal(_some_of_each(space.prunable))
+    reason = _refusal(trial, space.prunable)
     if reason is None:
         return space
     refused = _refused(trial, space.prunable)
@@ -55,12 +55,23 @@ def try_cuts(
     narrowed = dataclasses.replace(space, families=families)
     if narrowed.prunable:
         # Together again: families that can each be cut alone may not be cut with one another.
-        reason = trial.refusal(_some_of_each(narrowed.prunable))
+        reason = _refusal(trial, narrowed.prunable)
     if reason is not None:
         raise GETAError(f"nothing in {type(model).__name__} can be cut away: {reason}")
     for text in dict.fromkeys(refused.values()):
         logger.warning("%d families are not pruned: %s", list(refused.values()).count(text), text)
     return narrowed
+
+
+def _refusal(trial: SurgeryTrial, families: Iterable[Family]) -> str | None:
+    """Return why these families cannot be cut away together, at either end or in the middle; None where they can."""
+    families = [family for family in families if family.size > 1]
+    reason = trial.refusal({family.name: _ends_and_middle(family, place) for place, family in enumerate(families)})
+    if reason is not None:
+        return reason
+    # One end alone, which the other might make up for where sizes of two halves are compared. Only the equations are
+    # solved for this one, a small part of what a cut costs.
+    return trial.unsolvable({family.name: _one_end(family, place) for place, family in enumerate(families)})
 
 
 def _refused(trial: SurgeryTrial, families: Iterable[Family]) -> dict[str, str]:
@@ -71,28 +82,38 @@ def _refused(trial: SurgeryTrial, families: Iterable[Family]) -> dict[str, str]:
     refused = {}
     for kind in dict.fromkeys(family.kind for family in families):
         alike = [family for family in families if family.kind == kind]
-        reason = trial.refusal(_some_of_each(alike))
+        reason = _refusal(trial, alike)
         if reason is None:
             continue
         for family in alike:
-            own = trial.refusal(_some_of_each([family]))
+            own = _refusal(trial, [family])
             if own is not None:
                 refused[family.name] = f"the model does not follow when {kind} are cut away: {own}"
     return refused
 
 
-def _some_of_each(families: Iterable[Family]) -> Removal:
-    """Return a removal of one to three groups of each family, by turns.
+def _ends_and_middle(family: Family, place: int) -> Tensor:
+    """Return a removal of the first group, the last one, and one to three between them, as far as one remains.
 
-    The counts differ, since what holds for equal counts alone does not hold in training. The groups come from the
-    middle: removing the last one would hide shifted indices. A family never loses its last group: attention without a
-    single KV head, for one, leaves a layer's cache without a length.
+    The counts differ from family to family, since what holds for equal counts alone does not hold in training. A family
+    never loses its last group: attention without a single KV head, for one, leaves a layer's cache without a length.
+
+    Args:
+        family: of at least two groups.
+        place: of the family among those that are tried together.
     """
-    removal = {}
-    for position, family in enumerate(family for family in families if family.size > 1):
-        # Group `middle` and up to two before it: for 5 groups {2}, {1, 2} or {0, 1, 2}. As middle < size - 1, the last
-        # group always remains.
-        middle = (family.size - 1) // 2
-        places = torch.arange(family.size)
-        removal[family.name] = (places <= middle) & (places > middle - 1 - position % 3)
-    return removal
+    # For 9 groups {0, 4, 8}, {0, 3, 4, 8} or {0, 2, 3, 4, 8}: more in one half than in the other. Of two groups one or
+    # the other, and of three both ends.
+    groups = torch.arange(family.size)
+    if family.size == 2:
+        return groups == place % 2
+    middle = (family.size - 1) // 2
+    between = (groups <= middle) & (groups > middle - 1 - place % 3)
+    ends = (groups == 0) | (groups == family.size - 1)
+    return ends if bool((between | ends).all()) else between | ends
+
+
+def _one_end(family: Family, place: int) -> Tensor:
+    """Return a removal of the first or the last group alone: the one that `_ends_and_middle` keeps, of two."""
+    end = 0 if place % 2 else family.size - 1
+    return torch.arange(family.size) == end

@@ -29,7 +29,7 @@ from geta_hf.surgery.size_trace import SizeTrace, SlicedTrace
 from geta_hf.surgery.slice import slice_model
 from geta_hf.surgery.solve_attributes import Values, solve
 from geta_hf.utils.copies import copy_module
-from geta_hf.utils.model_io import Batch, map_tensors
+from geta_hf.utils.model_io import Batch, cast_floats
 from geta_hf.utils.module_state import HALVES, in_single_precision
 
 Removal = dict[str, Tensor]
@@ -107,14 +107,14 @@ class SurgeryTrial:
         self.model = model
         self.space = space
         self.families = {family.name: family for family in space.families}
-        self.batches = [_cast(batch, model.dtype)]
+        self.batches = [cast_floats(batch, model.dtype)]
         self.generates = model.can_generate()
         self.recordings = record_sizes(model, self.batches[0]) if recordings is None else recordings
         other = other_shape(model, self.batches[0])
         # Some models take one shape only, such as images of a fixed size: those are compared on the batch alone.
         if _attempt(lambda: attention_outputs(model, other)) is not None:
             self.batches.append(other)
-        self.paths = other_paths(model, self.batches[0], None if labels is None else _cast(labels, model.dtype))
+        self.paths = other_paths(model, self.batches[0], None if labels is None else cast_floats(labels, model.dtype))
         self._recorded: dict[str, tuple[SizeTrace, ...]] = {}
 
     def refusal(self, removal: Removal) -> str | None:
@@ -137,6 +137,14 @@ class SurgeryTrial:
             self._recorded[path.name] = record_path(self.model, path)
         return self._recorded[path.name]
 
+    def unsolvable(self, removal: Removal) -> str | None:
+        """Return why no attributes of the model make up for a cut of the groups, or None; nothing is cut."""
+        try:
+            solve(self.recordings.traces, kept_indices(self.space, removal))
+        except GETAError as error:
+            return str(error)
+        return None
+
     def _check(self, removal: Removal, shown: Mapping[str, tuple[SizeTrace, ...]]) -> None:
         try:
             self._compare(removal, shown)
@@ -152,7 +160,7 @@ class SurgeryTrial:
         kept = kept_indices(self.space, removal)
         # Everything from here on is what an export does, so that a trial refuses what an export would refuse.
         attributes = solve_with_paths(self.recordings.traces, shown, kept)
-        batches = [_cast(batch, self.model.dtype) for batch in self.batches]
+        batches = [cast_floats(batch, self.model.dtype) for batch in self.batches]
         # Parameters are shared, since only those that are cut are replaced: a trial takes their memory and no more.
         compressed = copy_module(self.model, {id(parameter): parameter for parameter in self.model.parameters()})
         slice_model(compressed, kept, attributes)
@@ -333,13 +341,6 @@ def _attempt(run: Callable[[], Any]) -> Any:
         return None
 
 
-def _cast(batch: Batch, dtype: torch.dtype) -> dict[str, Any]:
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-    return {name: map_tensors(cast, item) for name, item in batch.items()}
-
-
 @torch.no_grad()
 def _randomized(model: PreTrainedModel, batch: Batch, space: PruningSpace, seed: int) -> PreTrainedModel:
     """Return a copy with random weights, in double precision where the model runs in it.
@@ -348,7 +349,7 @@ def _randomized(model: PreTrainedModel, batch: Batch, space: PruningSpace, seed:
     wrong indices changes nothing.
     """
     wide = _with_random_weights(model, space, seed).double()
-    outputs = _attempt(lambda: attention_outputs(wide, _cast(batch, wide.dtype))) or {}
+    outputs = _attempt(lambda: attention_outputs(wide, cast_floats(batch, wide.dtype))) or {}
     # A filler that single precision rounds to its lowest number may be beyond it here, and make NaN.
     sound = [not tensor.isnan().any() for tensors in outputs.values() for tensor in tensors.values()]
     return wide if sound and all(sound) else _with_random_weights(model, space, seed)

@@ -16,6 +16,7 @@ from geta_hf.config import CONFIG_NAME, CompressionConfig, read_config
 from geta_hf.errors import GETAError
 from geta_hf.serialization.atomic_folder import PROGRESS_NAME, WORLD_NAME
 from geta_hf.serialization.decode import Header, read_headers
+from geta_hf.training.complete import checkpoints_of, fault_of, step_of
 from geta_hf.training.lora import check_lora, save_lora
 from geta_hf.utils.files import write_whole
 
@@ -95,21 +96,15 @@ def stored_headers(folder: Path) -> dict[str, Header]:
         return read_headers([str(file) for file in sorted(folder.glob("*.safetensors"))], folder)
     except GETAError as error:
         # Older ones only, from which training comes to this step again.
-        others = [path for path in folder.parent.glob("checkpoint-*") if _step(path) < _step(folder)]
-        others.sort(key=_step, reverse=True)
-        done = next((path for path in others if _is_finished(path)), None)
+        others = [path for path in checkpoints_of(folder.parent) if step_of(path) < step_of(folder)]
+        done = next((path for path in others if is_finished(path)), None)
         if done is not None:
             raise GETAError(f"{error}; or export {done}") from error
         raise GETAError(f"{error}; or train on from {others[0]}" if others else str(error)) from error
 
 
-def _step(checkpoint: Path) -> int:
-    """Return the number in a checkpoint's name; -1 where it has none."""
-    number = checkpoint.name.rpartition("-")[2]
-    return int(number) if number.isdecimal() else -1
-
-
-def _is_finished(checkpoint: Path) -> bool:
+def is_finished(checkpoint: Path) -> bool:
+    """Return whether a checkpoint says that its run had finished: groups were zero and widths final."""
     try:
         return read_progress(checkpoint).finished
     except GETAError:
@@ -134,6 +129,8 @@ def check_checkpoint(
         sharded: whether each of them holds a part of the model (FSDP2).
         lora: the run's LoraConfig, where it has one.
     """
+    if not folder.is_dir():
+        raise GETAError(f"{folder} is no folder to resume from; name a checkpoint, or leave it out to start afresh")
     if not (folder / CONFIG_NAME).is_file():
         raise GETAError(f"{folder} has no {CONFIG_NAME}: it is not a checkpoint of GETATrainer")
     _check_world(folder, processes, sharded)
@@ -144,6 +141,13 @@ def check_checkpoint(
             raise GETAError(f"{folder} has no {name}, without which stages can't go on; turn save_only_model off")
     _check_config(folder, config)
     check_lora(folder, lora)
+    # After what has a message of its own.
+    fault = fault_of(folder, training=True)
+    if fault is not None:
+        raise GETAError(
+            f"{folder} is not complete: {fault}. Resume from another checkpoint; resume_from_checkpoint=True takes the "
+            f"newest complete one"
+        )
     if not sharded:
         _check_shapes(folder, model)
 
@@ -170,6 +174,9 @@ def _check_config(folder: Path, config: CompressionConfig) -> None:
     theirs, ours = read_config(folder / CONFIG_NAME).to_dict(), config.to_dict()
     # Another method has other settings by nature; its name says it all.
     names = ["method"] if theirs["method"] != ours["method"] else list(dict.fromkeys((*ours, *theirs)))
+    if theirs.get("activation_bits") is None and ours.get("activation_bits") is None:
+        # It says nothing where inputs are not quantized, and the paper's rules set it only since this version.
+        names = [name for name in names if name != "learn_activation_exponent"]
     # Of both configs: an older checkpoint lacks settings that are new, and the other way round.
     changed = {name: (theirs.get(name), ours.get(name)) for name in names if theirs.get(name) != ours.get(name)}
     if changed:

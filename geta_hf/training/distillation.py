@@ -39,7 +39,12 @@ def dense_copy(model: nn.Module) -> nn.Module:
 
     The copy takes the memory of the weights once more, on the model's device until `Distiller` moves it.
     """
-    return copy_module(model)
+    copied = copy_module(model)
+    # A forward that another trainer has set on the model itself may call the original's, whose copy would still run the
+    # student. Accelerate's hooks, which are copied with what they run, need theirs.
+    if not hasattr(copied, "_hf_hook"):
+        vars(copied).pop("forward", None)
+    return copied
 
 
 class Distiller:

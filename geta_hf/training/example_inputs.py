@@ -6,9 +6,10 @@ import inspect
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from geta_hf.utils.model_io import float_tensors, to_device
+from geta_hf.utils.model_io import float_tensors, loss_of, to_device
 from geta_hf.utils.module_state import eval_mode
 
 
@@ -57,6 +58,32 @@ def labels_of(model: nn.Module, batch: Mapping[str, Any], left_out: Collection[s
     """Return the entries of a batch that are left out and that the forward takes: what training alone passes."""
     known = inspect.signature(model.forward).parameters
     return {name: item for name, item in batch.items() if name in left_out and name in known}
+
+
+def divides_by_count(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Return whether a model's loss is a sum divided by `num_items_in_batch`, as Trainer takes for granted.
+
+    Trainer believes it of every forward with `**kwargs`. But classifiers return the mean over their rows, whatever the
+    count, and Trainer then multiplies it by the number of processes and does not divide it by that of micro-batches.
+
+    Args:
+        model: as it is before anything is attached to it.
+        batch: with labels.
+
+    Returns:
+        True also where it can't be found out.
+    """
+    device = next(model.parameters()).device
+    losses = []
+    for count in (1, 2):
+        try:
+            with eval_mode(model):
+                items = torch.tensor(count, device=device)
+                losses.append(loss_of(model(**to_device(batch, device), num_items_in_batch=items)))
+        except Exception:  # each model has its own way to refuse a batch
+            return True
+    first, second = losses
+    return first is None or second is None or not torch.equal(first, second)
 
 
 def _runs(model: nn.Module, inputs: Mapping[str, Any]) -> bool:

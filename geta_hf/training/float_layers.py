@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 from transformers.utils import logging
 
 from geta_hf.config import CompressionConfig
 from geta_hf.errors import GETAError
 from geta_hf.qadg.tracing.raw_reads import find_raw_reads
 from geta_hf.quantization import quantized_layers
+from geta_hf.utils.model_io import to_device
 
 logger = logging.get_logger(__name__)
 
@@ -31,8 +32,7 @@ def exclude_raw_reads(
         layers: those that are to be quantized, by name.
         batch: one batch of inputs; all processes call this, each with its own.
     """
-    device = next(model.parameters()).device
-    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    inputs = to_device(batch, next(model.parameters()).device)
     found: list[str] = find_raw_reads(model, layers, inputs)
     if torch.distributed.is_initialized():
         # Which expert runs depends on the batch, but every process must quantize the same layers.

@@ -18,6 +18,7 @@ from geta_hf.costs.selection import Limits
 from geta_hf.costs.targets import BYTES, GROUPS, Target, even_removal, solve_target
 from geta_hf.qadg import PruningSpace
 from geta_hf.qadg.group_labels import family_starts
+from geta_hf.qadg.missing_heads import missing_heads
 from geta_hf.quantization import quantized_layers
 from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.reporting.graph_page import gather
@@ -59,6 +60,7 @@ class Plan:
         groups: prunable groups.
         kept_parameters: share of the prunable parameters that would remain.
         mean_bits: planned mean width of the weights; None where it is learned without a budget.
+        input_bits: planned mean width of the layers' inputs; None where they are not quantized.
         relative_bops: of the quantized layers, against 32 · 32 bits.
         bytes: of the exported model.safetensors.
         unquantized: modules in the model's lists of layers with a matrix that no quantizer covers, numbers as `*`,
@@ -67,6 +69,8 @@ class Plan:
         left_float: layers without a quantizer, since the model reads their weights itself; numbers as `*`.
         untouched: parameters that the recorded forward did not read: nothing of them is pruned, and no proof covers
             them.
+        not_vanilla: why the result cannot be written in the format `vanilla`; empty if it can, None if not known.
+        without_heads: a sentence for each kind of module that counts heads of which none is found, with the reason.
 
     Example:
         >>> import torch
@@ -89,21 +93,26 @@ class Plan:
     mean_bits: float | None
     relative_bops: float
     bytes: int
+    input_bits: float | None = None
     unquantized: tuple[str, ...] = ()
     unquantized_share: float = 0.0
     left_float: tuple[str, ...] = ()
     untouched: tuple[str, ...] = ()
+    not_vanilla: str | None = None
+    without_heads: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         header = ("families", "number", "groups of each", "to remove if even", "kept")
         table = [(r.kind, f"{r.families}", f"{r.groups}", f"{r.removed}", f"{r.groups - r.removed}") for r in self.rows]
         bits = "learned" if self.mean_bits is None else f"{self.mean_bits:.2f}"
+        inputs = "" if self.input_bits is None else f", of inputs {self.input_bits:.2f}"
         about = "" if self.exact else "about "
         lines = [
             format_table(header, table),
             f"groups to remove: {about}{self.removed_groups:,} of {self.groups:,}; prunable parameters kept: "
             f"{self.kept_parameters:.1%}",
-            f"mean bits: {bits}; relative BOPs: {self.relative_bops:.2%}; exported model: {self.bytes / 1e6:,.2f} MB",
+            f"mean bits: {bits}{inputs}; relative BOPs: {self.relative_bops:.2%}; "
+            f"exported model: {self.bytes / 1e6:,.2f} MB",
         ]
         if self.unquantized:
             more = len(self.unquantized) - _NAMED
@@ -117,7 +126,10 @@ class Plan:
             lines.append(
                 f"not read by the batch's forward, so not pruned and not proved: {', '.join(gather(self.untouched))}"
             )
-        return "\n".join(lines)
+        if self.not_vanilla is not None:
+            vanilla = f"not vanilla: {self.not_vanilla}" if self.not_vanilla else "also vanilla, without geta_hf"
+            lines.append(f"formats of the result: geta; {vanilla}")
+        return "\n".join((*lines, *self.without_heads))
 
 
 def make_plan(
@@ -139,7 +151,11 @@ def make_plan(
     """
     families = space.trainable
     target = solve_target(config, families, ledger)
-    removal = even_removal(target, families, ledger, Limits.of(config))
+    limits = Limits.of(config)
+    removal = even_removal(target, families, ledger, limits)
+    if target.unit == GROUPS and any(limits.restricted(family) for family in families):
+        # Few counts are allowed, so K itself may be far from any of them.
+        target = replace(target, amount=ledger.groups - int(removal.sum()))
     removed = ledger.groups - int(target.amount) if target.unit == GROUPS else int(removal.sum())
     before = ledger.prunable_parameters(ledger.nothing)
     unquantized, share = ((), 0.0) if model is None else _unquantized(model)
@@ -153,10 +169,12 @@ def make_plan(
         mean_bits=target.bits if target.budgets else None,
         relative_bops=ledger.relative_bops(removal, target.bits, target.input_bits),
         bytes=int(target.spent(BYTES, ledger, removal, target.bits)),
+        input_bits=None if config.activation_bits is None else target.input_bits,
         unquantized=unquantized,
         unquantized_share=share,
         left_float=left_float,
         untouched=space.untouched,
+        without_heads=() if model is None else missing_heads(model, space),
     )
 
 

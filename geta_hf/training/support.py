@@ -60,11 +60,6 @@ def check_options(
         raise GETAError("a ready-made scheduler does not know the quantizers; pass optimizers=(optimizer, None)")
     if args.auto_find_batch_size:
         raise GETAError("auto_find_batch_size restarts training half-way; find the batch size without GETATrainer")
-    if args.load_best_model_at_end:
-        raise GETAError(
-            "load_best_model_at_end would bring back a checkpoint from before groups and bits were removed; "
-            "turn it off, the last checkpoint is the compressed one"
-        )
     _check_optimizer_name(OptimizerNames(args.optim).value)
     check_launch(launch)
     if lora:

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
 from geta_hf.config import CONFIG_NAME, CompressionConfig, GETAConfig
 from geta_hf.costs.ledger import Ledger
 from geta_hf.errors import GETAError
 from geta_hf.export import ExportReport, export
+from geta_hf.export.uniform_counts import choose_counts
 from geta_hf.methods import Method, Run, make_method
 from geta_hf.methods.frozen_weights import FrozenWeights
 from geta_hf.methods.parameter_groups import quantizer_parameters
@@ -30,13 +31,19 @@ from geta_hf.serialization.tied_weights import check_ties
 from geta_hf.surgery.build_space import prepare_space
 from geta_hf.surgery.drop_layers import DroppedLayers, drop_layers, mean_loss
 from geta_hf.training.checkpoints import Progress, base_name, check_checkpoint, write_notes
+from geta_hf.training.complete import mark_complete, mark_unfinished, newest_to_resume
 from geta_hf.training.distillation import Distiller, dense_copy
-from geta_hf.training.example_inputs import find_left_out, inputs_of, labels_of
+from geta_hf.training.dtypes import DTypes, dtypes_of, unrounded, warn_of_other_dtypes
+from geta_hf.training.early_checks import check_exports, check_is_model, check_length, check_model
+from geta_hf.training.example_inputs import divides_by_count, find_left_out, inputs_of, labels_of
 from geta_hf.training.float_layers import check_first_gradients, exclude_raw_reads, left_float
+from geta_hf.training.looked_at import keep_looked_at, looking_at
 from geta_hf.training.lora import LoraPlan, attach_lora, find_frozen_weights, merged, plan_lora
 from geta_hf.training.loss_terms import LossTerms, Scale
 from geta_hf.training.plan import Plan, layer_uses, make_ledger, make_plan
 from geta_hf.training.preparation import SeededByEpoch, empty_copy, first_batches, planned_steps, without_untrained
+from geta_hf.training.processes import by_first_process, decided_by_first_process
+from geta_hf.training.publishing import PublishingTrainer
 from geta_hf.training.support import Launch, check_options, check_plain
 from geta_hf.utils.model_io import to_device
 
@@ -46,7 +53,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
-class GETATrainer(Trainer):
+class GETATrainer(PublishingTrainer):
     """Compress a model while it is fine-tuned.
 
     The type of the config chooses the method: `GETAConfig` is QASSO. As soon as the trainer is made, quantizers are
@@ -112,10 +119,12 @@ class GETATrainer(Trainer):
         self.lora = self._check_model(model, peft_config)
         super().__init__(model=model, args=args, **kwargs)
         launch = Launch.of(self.accelerator, self.model)
+        check_length(self.args)
         check_options(self.args, launch, self.optimizer, self.lr_scheduler, lora=self.lora is not None)
         # Kept, since later on not every process may draw from the loader, which all of them share.
         self._batch = self._choose_batch(model)
         self.method.check_stages(*planned_steps(self.args, self.get_train_dataloader))
+        check_exports(model, self._batch, self._layers_to_quantize(model))
         teacher = self._choose_teacher(model, teacher)
         self.dropped = self._drop_layers(model)
         self.run_config = self._resolve_config()
@@ -130,6 +139,7 @@ class GETATrainer(Trainer):
             self.plan: Plan = make_plan(
                 self.geta_config, self.space, self._ledger, model, left_float(self.geta_config, self.run_config)
             )
+            self.plan = dataclasses.replace(self.plan, not_vanilla=self._not_vanilla)
             if self.lora is not None:
                 # Last, since the matrices are merged before an export: no size and no bit width counts them.
                 attach_lora(model, self.lora)
@@ -145,6 +155,7 @@ class GETATrainer(Trainer):
         self._skeleton = empty_copy(model) if self.is_fsdp_enabled else None
         self._bad_loss = torch.zeros((), dtype=torch.bool, device=self.args.device)
         self._wrapped = self._gradients_checked = False
+        self._dtypes: DTypes = {}
         self._print_plan()
 
     @property
@@ -169,8 +180,10 @@ class GETATrainer(Trainer):
 
     def _check_model(self, model: nn.Module, peft_config: LoraConfig | None) -> LoraPlan | None:
         """Check what can be known before Trainer is set up; return what LoRA will train."""
+        check_is_model(model)
         check_plain(model)
         chosen = self._layers_to_quantize(model)  # nothing to quantize fails first
+        check_model(model, chosen)
         lora = None if peft_config is None else plan_lora(model, peft_config, chosen)
         self.method.check(frozen_weights=lora is not None)
         return lora
@@ -206,7 +219,7 @@ class GETATrainer(Trainer):
         if not wanted:
             return DroppedLayers()
         named = not isinstance(wanted, int)
-        batches = [] if named else first_batches(self.get_train_dataloader, self.geta_config.calibration_batches)
+        batches = [] if named else self._first_batches(self.geta_config.calibration_batches)
 
         def loss() -> float:
             with self.accelerator.autocast():
@@ -232,7 +245,7 @@ class GETATrainer(Trainer):
         """Build the pruning space; families that the model's code cannot follow are no longer prunable."""
         # Under LoRA every weight is frozen, and groups are removed through the merged weight.
         narrow = None if self.lora is not None else partial(without_untrained, model=model)
-        space, _ = prepare_space(
+        space, recordings = prepare_space(
             model,
             self._batch,
             prune=self.geta_config.prune,
@@ -240,6 +253,7 @@ class GETATrainer(Trainer):
             narrow=narrow,
             labels=self._labels,
         )
+        space, self._not_vanilla = choose_counts(self.geta_config, space, model, recordings)
         return space
 
     def _replan_lora(self, model: nn.Module) -> LoraPlan | None:
@@ -255,31 +269,49 @@ class GETATrainer(Trainer):
 
     def _sample_batches(self, count: int) -> list[dict[str, Any]]:
         """Return the first batches without labels, on the model's device; random states are left as they were."""
-        batches = first_batches(self.get_train_dataloader, count)
-        return [to_device(inputs_of(self._plain_model, batch, self._left_out), self.args.device) for batch in batches]
+        inputs = [inputs_of(self._plain_model, batch, self._left_out) for batch in self._first_batches(count)]
+        return [to_device(batch, self.args.device) for batch in inputs]
 
     def _choose_batch(self, model: nn.Module) -> dict[str, Any]:
         """Return a batch of two rows for recordings and proofs, collated as in training, without its labels."""
-        self._check_data()
-        full = self._train_batch_size
-        # Rows are not cut out of a batch, since tensors need not be indexed by row along their first dimension.
-        self._train_batch_size = min(2, full)
-        try:
-            batch = first_batches(self.get_train_dataloader, 1)[0]
-        except Exception:
-            if full <= 2:
-                raise
-            self._train_batch_size = full  # a collator or a sampler of the user's that needs more rows
-            batch = first_batches(self.get_train_dataloader, 1)[0]
-        finally:
-            self._train_batch_size = full
-        self._left_out = find_left_out(model, batch, self.label_names)
-        self._labels = to_device(labels_of(model, batch, self._left_out), self.args.device)
-        return to_device(inputs_of(model, batch, self._left_out), self.args.device)
-
-    def _check_data(self) -> None:
         if self.train_dataset is None:
             raise GETAError("GETATrainer needs `train_dataset`: the pruning space is built from a batch of it")
+        if self.args.dataloader_num_workers == 0:  # workers read copies of a stream
+            self.train_dataset = keep_looked_at(self.train_dataset)
+        full = self._first_batches(1)[0]  # which training needs in any case
+        try:
+            # Rows are not cut out of a batch, since tensors need not be indexed by row along their first dimension.
+            batch = self._first_batches(1, rows=2)[0]
+        except Exception:  # a collator or a sampler of the user's needs more rows
+            batch = full
+        self._left_out = find_left_out(model, batch, self.label_names)
+        self._labels = to_device(labels_of(model, batch, self._left_out), self.args.device)
+        self._check_count(model, batch)
+        return to_device(inputs_of(model, batch, self._left_out), self.args.device)
+
+    def _check_count(self, model: nn.Module, batch: dict[str, Any]) -> None:
+        """Let Trainer average losses over processes and micro-batches, where the model ignores the count of labels."""
+        several = self.args.world_size > 1 or self.args.gradient_accumulation_steps > 1
+        if not (several and self.model_accepts_loss_kwargs and self.compute_loss_func is None and "labels" in batch):
+            return
+        if not divides_by_count(model, batch):
+            logger.warning("the loss of %s is a mean over rows: micro-batches are averaged", type(model).__name__)
+            self.model_accepts_loss_kwargs = False
+
+    def _first_batches(self, count: int, rows: int | None = None) -> list[dict[str, Any]]:
+        """Return the first batches as training will see them; random states and streams are left as they were.
+
+        Args:
+            count: how many.
+            rows: of a batch, at most; those of training by default.
+        """
+        full = self._train_batch_size
+        self._train_batch_size = full if rows is None else min(rows, full)
+        try:
+            with looking_at(self.train_dataset):
+                return first_batches(self.get_train_dataloader, count)
+        finally:
+            self._train_batch_size = full
 
     def _print_plan(self) -> None:
         if not self.is_world_process_zero():
@@ -349,10 +381,45 @@ class GETATrainer(Trainer):
                 f"this trainer has done {self.method.step_count} steps already; resume from a checkpoint, "
                 f"or make a new trainer on a plain model"
             )
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         self._bad_loss = torch.zeros((), dtype=torch.bool, device=self.args.device)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.method.finish()
+        self._dtypes = dtypes_of(self._plain_model)
+        self._say_what_is_missing()
+        if self.args.push_to_hub:
+            self._push_if_finished("End of training")
         return output
+
+    def _say_what_is_missing(self) -> None:
+        """Warn after training where there is no result yet, or no best model among the finished ones."""
+        if not self.method.finished:
+            logger.warning(
+                "training ended at step %d of %d, before the compression was finished, so the model can't be exported "
+                "yet: resume from a checkpoint. A callback that stops early has to wait until trainer.method.finished "
+                "is true",
+                self.state.global_step,
+                self.state.max_steps,
+            )
+        elif self.args.load_best_model_at_end and self.state.best_model_checkpoint is None:
+            logger.warning(
+                "load_best_model_at_end found no checkpoint that was evaluated and saved after the compression was "
+                "finished, so the model is that of the last step; evaluate and save more often"
+            )
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Compare finished models alone; before, neither the best model nor early stopping counts an evaluation."""
+        if self._wrapped and self.method.finished:
+            return super()._determine_best_metric(metrics, trial)
+        # Early stopping counts nothing as long as there is no best metric.
+        self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
+        return False
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Run Trainer's loop; a model that it converts to 16 bits is afterwards as it was trained."""
+        with unrounded(self._plain_model, self.args):
+            return super().evaluation_loop(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run Trainer's step; remember, without waiting for the device, whether a loss was not finite."""
@@ -387,9 +454,16 @@ class GETATrainer(Trainer):
             self.method.check_finite()
         if bool(self._bad_loss):
             raise GETAError(
-                f"the loss was NaN or infinite by step {self.state.global_step}; the last checkpoint is intact. "
-                f"Lower the learning rate or check the data"
+                f"the loss was NaN or infinite by step {self.state.global_step}. Lower the learning rate or check the "
+                f"data, and {self._way_back()}"
             )
+
+    def _way_back(self) -> str:
+        """Return where a run that failed can go on from, as the end of a sentence."""
+        try:
+            return f"resume from {newest_to_resume(Path(str(self.args.output_dir)))}, which is intact"
+        except GETAError:
+            return "start again, as no checkpoint was saved"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as Trainer does, with the metrics of the method next to the loss."""
@@ -440,16 +514,39 @@ class GETATrainer(Trainer):
             base_name(self._plain_model),
         )
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        check_checkpoint(
-            Path(resume_from_checkpoint),
-            self.run_config,
-            self._plain_model,
-            self.args.world_size,
-            self.is_fsdp_enabled,
-            self._lora_config,
-        )
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save as Trainer does; the checkpoint is marked as complete last, and only then are older ones deleted."""
+        run = self._get_output_dir(trial=trial)
+        folder = Path(run) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            mark_unfinished(folder)
+        limit = self.args.save_total_limit
+        self.args.save_total_limit = None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # each process writes its random states, or its shards
+        if self.args.should_save:
+            mark_complete(folder)
+            rotate_checkpoints(run, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _checkpoint_to_resume(self, asked: str | bool) -> str:
+        """Return the checkpoint that is named, or the newest complete one, as the first process finds it."""
+
+        def find() -> str:
+            folder = newest_to_resume(Path(str(self.args.output_dir))) if asked is True else Path(str(asked))
+            check_checkpoint(
+                folder,
+                self.run_config,
+                self._plain_model,
+                self.args.world_size,
+                self.is_fsdp_enabled,
+                self._lora_config,
+            )
+            return str(folder)
+
+        return decided_by_first_process(self.accelerator, find)
 
     def export_model(self, directory: str | os.PathLike[str], overwrite: bool = False) -> ExportReport | None:
         """Write the small folder: zero groups sliced away, weights packed at their bits; tokenizer and card included.
@@ -459,30 +556,49 @@ class GETATrainer(Trainer):
             overwrite: replace an existing model folder. Default: False.
 
         Returns:
-            What was written; None on processes other than the first. All processes have to call it.
+            What was written; None on processes other than the first. All processes have to call it, and return once
+            the folder is there.
 
         Raises:
             GETAError: the method has not finished, or the reloaded folder disagrees with the model.
         """
-        # Both exchange shards under FSDP2, so every process takes part before all but the first return.
+        # Both exchange shards under FSDP2, so every process takes part.
         result = self.method.result()
         model = self._gather_model()
-        if not self.is_world_process_zero():
-            return None
-        card = partial(write_card, base_model=base_name(model), repo_id=Path(directory).resolve().name)
-        with merged(model):
-            return export(
-                model,
-                directory,
-                space=self.space,
-                batch=to_device(self._batch, model.device),
-                config=self.run_config,
-                processing_class=self.processing_class,
-                result=result,
-                embedding_bits=self.geta_config.embedding_bits,
-                finish=card,
-                overwrite=overwrite,
-            )
+
+        def write() -> ExportReport:
+            warn_of_other_dtypes(model, self._dtypes)
+            card = partial(write_card, base_model=base_name(model), repo_id=Path(directory).resolve().name)
+            with merged(model):
+                return export(
+                    model,
+                    directory,
+                    space=self.space,
+                    batch=to_device(self._batch, model.device),
+                    config=self.run_config,
+                    processing_class=self.processing_class,
+                    result=result,
+                    embedding_bits=self.geta_config.embedding_bits,
+                    finish=card,
+                    overwrite=overwrite,
+                )
+
+        return by_first_process(self.accelerator, write)
+
+    def restore_compression(self) -> None:
+        """Set removed groups to zero and bit widths to their final values again, after something changed the model.
+
+        Averages of weights over the run (EMA, SWA), noise, or the weights of an earlier state are not compressed: what
+        was removed is not zero in them. All processes have to call this.
+
+        Raises:
+            GETAError: the method has not finished.
+
+        Example:
+            Average the weights in a callback, copy the averages to the model in `on_train_end`, then call
+            `trainer.restore_compression()` and `trainer.export_model("small")`.
+        """
+        self.method.restore(self._plain_model)
 
     def _gather_model(self) -> PreTrainedModel:
         """Return the full trained model; under FSDP2 it is gathered on the CPU, which takes all processes."""

@@ -28,7 +28,7 @@ def copy_module(module: Copied, shared: Mapping[int, Any] | None = None) -> Copi
         shared: id of an object -> what takes its place in the copy, such as a parameter that both are to share.
     """
     memo = dict(shared or {})
-    known = {id(part): part for part in module.modules()}
+    known: dict[int, Any] = {id(part): part for part in module.modules()}
     known |= {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     seen: set[int] = set()
     for part in module.modules():

@@ -23,6 +23,15 @@ def to_device(batch: Batch, device: torch.device | str) -> dict[str, Any]:
     return {name: send_to_device(item, device) for name, item in batch.items()}
 
 
+def cast_floats(batch: Batch, dtype: torch.dtype) -> dict[str, Any]:
+    """Convert all floating-point tensors of a batch, nested ones too."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return {name: map_tensors(cast, item) for name, item in batch.items()}
+
+
 def map_tensors(change: Callable[[Tensor], Any], item: Any) -> Any:
     """Apply a function to a tensor, or to all tensors of nested lists, tuples and dicts; return the results alike."""
     return recursively_apply(change, item)

@@ -67,3 +67,23 @@ def in_single_precision(module: nn.Module) -> Iterator[None]:
     finally:
         for tensor, data in zip(halves, before, strict=True):
             tensor.data = data
+
+
+@contextmanager
+def kept_tensors(model: nn.Module) -> Iterator[None]:
+    """Give a model its very parameters and buffers back at the end, whatever it is converted to in between.
+
+    Takes the memory of a second copy where tensors are converted.
+
+    Args:
+        model: any module; changes to its converted tensors are lost.
+    """
+    parameters = [(parameter, parameter.data) for parameter in model.parameters()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for parameter, data in parameters:
+            parameter.data = data
+        for module, before in buffers:
+            module._buffers.update(before)

@@ -180,7 +180,9 @@ RUNS: dict[str, Run] = {
     "gpt2_paper": Run(
         model=gpt2,
         rows=lambda: texts(vocabulary=60),
-        config=lambda: GETAConfig.paper(**STAGES, eta=0.9, bits=(4, 8), prune=["residual"], keep=["channels"]),
+        config=lambda: GETAConfig.paper(
+            **STAGES, eta=0.9, bits=(4, 8), prune=["residual"], keep=["channels"], learn_activation_exponent=False
+        ),
         auto="AutoModelForCausalLM",
         checkpoints=(JOINT,),
         arguments={"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 1e-2},

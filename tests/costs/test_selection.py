@@ -116,3 +116,18 @@ def test_where_all_chunks_go_far_beyond_the_smallest_that_is_enough_goes() -> No
 
     chunks = find_chunks(SMALL, scores, NONE, Limits())
     assert take_until(chunks, NONE, left, left(NONE) - 15).tolist() == [3]
+
+
+def test_counts_that_a_config_accepts_are_the_only_ones_kept() -> None:
+    members = (Member("w", 0, torch.arange(8)[:, None]),)
+    families = [Family(f"{layer}:heads", "heads", members, True, counts=(1, 2, 4, 8)) for layer in range(2)]
+    limits = Limits(min_kept=2, uniform=True)
+    assert limits.chunks(families[0], 8) == [4, 2] and limits.least(families[0]) == 2
+    assert Limits(min_kept=3, uniform=True).least(families[0]) == 4
+    assert Limits().chunks(families[0], 8) == [1] * 7  # layers that may differ are no matter of a config
+    chunks = find_chunks(families, torch.rand(16), torch.zeros(16, dtype=torch.bool), limits)
+    assert chunks.sizes.tolist() == [8, 4]
+    # The smaller chunk cannot go first: 6 of 8 is no count that is accepted.
+    assert len(take_count(chunks, 7)) == 0 and len(take_count(chunks, 8)) == 8 and len(take_count(chunks, 12)) == 12
+    left = take_until(chunks, torch.zeros(16, dtype=torch.bool), lambda mask: float((~mask).sum()), 12)
+    assert len(left) == 8

@@ -7,7 +7,9 @@ import itertools
 import pytest
 import torch
 
+from geta_hf.costs import sensitivity
 from geta_hf.costs.sensitivity import allocate, by_learned_width, by_sensitivity, nearest, rounding_errors
+from geta_hf.quantization.clipping import BINS
 from geta_hf.quantization.functional import quantize, step_size
 
 WIDTHS = (2, 3, 4, 6, 8)
@@ -92,3 +94,25 @@ def test_learned_widths_move_together() -> None:
 
 def test_the_nearest_allowed_width() -> None:
     assert nearest(torch.tensor([3.0, 5.9, 6.0, 6.1, 9.0]), [4, 8]) == [4, 4, 8, 8, 8]
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (7,), (3, 5, 4)])
+def test_histograms_are_those_of_a_weighted_bincount_without_its_use(monkeypatch, shape: tuple[int, ...]) -> None:
+    """A weighted `bincount` raises on a GPU under `torch.use_deterministic_algorithms(True)`; `index_add_` does not."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).abs()
+    weight = torch.rand(shape, generator=torch.Generator().manual_seed(1)) + 0.1
+    seen = []
+    search = sensitivity.search_clipping
+    monkeypatch.setattr(
+        sensitivity, "search_clipping", lambda counts, *rest: seen.append(counts) or search(counts, *rest)
+    )
+    bincount = torch.bincount
+
+    def without_weights(values, weights=None, minlength=0):
+        assert weights is None
+        return bincount(values, minlength=minlength)
+
+    monkeypatch.setattr(torch, "bincount", without_weights)
+    rounding_errors(x, weight, (4,), search=False)
+    position = (x * (BINS / x.max())).long().clamp(max=BINS - 1)
+    assert torch.equal(seen[0], bincount(position.flatten(), weight.flatten(), minlength=BINS))

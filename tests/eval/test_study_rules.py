@@ -14,6 +14,8 @@ from eval.study_tasks import Lengths, Task, TextOptions, dense_model, text_task
 from geta_hf import GETAConfig, GETAError
 from geta_hf.qadg import build_space
 
+pytestmark = pytest.mark.usefixtures("shared_spaces")
+
 LENGTHS = Lengths(12, 4, 1e-3)
 LIMITS = Limits(bits=(4, 8), mean_bits=6, changes={"pruning_periods": 2, "projection_periods": 1})
 

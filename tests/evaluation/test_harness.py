@@ -15,10 +15,11 @@ import torch
 import yaml
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config
 
-from geta_hf import Evaluation, GETAError, build_space, evaluate, export, perplexity
+from geta_hf import Evaluation, GETAError, evaluate, export, perplexity
 from geta_hf.cli import main
 from geta_hf.evaluation import COMMONSENSE, command, harness, tasks
 from tests.export.tiny_encoders import train_by_hand
+from tests.spaces import build_space
 from tests.tiny_tasks import ROWS, byte_tokenizer, tiny_llama, write_rows
 
 pytest.importorskip("lm_eval")
@@ -182,6 +183,13 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tiny_llama().config.save_pretrained(places["other"])
     tiny_llama(positions=64).config.save_pretrained(places["short"])
     LlamaConfig(vocab_size=200).save_pretrained(places["narrow"])
+    for task in ("SequenceClassification", "TokenClassification", "QuestionAnswering"):
+        places[task] = folder / task
+        LlamaConfig(architectures=[f"LlamaFor{task}"]).save_pretrained(places[task])
+    for name in ("run/export", "started/checkpoint-4"):
+        (folder / name).mkdir(parents=True)
+    (folder / "run/export/geta_structure.json").write_text("{}")
+    places |= {"run": folder / "run", "started": folder / "started"}
     T5Config(vocab_size=300).save_pretrained(places["seq2seq"])
     for name in ("short", "narrow", "seq2seq"):
         byte_tokenizer().save_pretrained(places[name])
@@ -212,6 +220,11 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (["{other}/nowhere", "--text", "{text}"], "{other}/nowhere: no such folder"),
         (["{other}", "--text", "{text}"], "{other}: no tokenizer"),
         (["{narrow}", "--text", "{text}"], "{narrow}: the tokenizer's token 256, bos_token 256 has no row"),
+        (["{SequenceClassification}", "--text", "{text}"], "is a LlamaForSequenceClassification, but tasks and texts"),
+        (["{TokenClassification}", "--text", "{text}"], "is a LlamaForTokenClassification, but tasks and texts"),
+        (["{QuestionAnswering}", "--text", "{text}"], "is a LlamaForQuestionAnswering, but tasks and texts"),
+        (["{run}", "--text", "{text}"], "{run} is the folder of a run; give its export, {run}/export"),
+        (["{started}", "--text", "{text}"], "without an export; run `geta-hf export {started} OUT` first"),
         (["{seq2seq}", "--text", "{text}"], "{seq2seq}: no causal language model could be loaded (T5Config"),
     ],
 )
@@ -266,7 +279,8 @@ def test_a_limit_is_told_in_the_table_and_in_the_card(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = shutil.copytree(home / "small", tmp_path / "small")
-    (small / "geta_metrics.json").unlink(missing_ok=True)  # of another test
+    for left in ("geta_metrics.json", "geta_results.json", "README.md"):  # of another test
+        (small / left).unlink(missing_ok=True)
     options = ["--tasks", "piqa,blimp", "--data_dir", str(home / "data"), "--device", "cpu"]
     assert main(["eval", str(small), *options, "--limit", "2", "--card"]) == 0
     assert "The scores are over the first 2 questions of each task." in capsys.readouterr().out
@@ -274,7 +288,12 @@ def test_a_limit_is_told_in_the_table_and_in_the_card(
     part = "first 2 questions"
     assert names == {f"piqa acc, {part}", f"piqa acc_norm, {part}", f"blimp acc, {part} of each task"}
     (entry,) = yaml.safe_load((small / "README.md").read_text().split("---")[1])["model-index"]
-    assert {metric["name"] for metric in entry["results"][0]["metrics"]} == names
+    blocks = {block["dataset"]["name"]: block for block in entry["results"]}
+    assert set(blocks) == {"piqa, local files", "blimp, local files"}
+    assert {metric["name"] for block in blocks.values() for metric in block["metrics"]} == names
+    piqa = blocks["piqa, local files"]
+    assert piqa["dataset"]["split"] == "validation" and piqa["dataset"]["args"] == {"samples": 2, "total": 4}
+    assert all(metric["args"]["stderr"] >= 0 for metric in piqa["metrics"])
 
 
 def test_texts_of_one_name_are_kept_apart(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -112,3 +113,11 @@ def test_predict_ignores_words_of_the_question_and_empty_paragraphs(tokenizer: B
     model = Planted(*tokenizer.convert_tokens_to_ids(["oslo", "oslo"])).eval()
     questions = [ask("anna likes oslo.", "oslo", question="oslo or porto?"), ask("", "x", id="empty")]
     assert squad.predict(model, tokenizer, questions, 100, 20, progress=False) == {"q": "oslo", "empty": ""}
+
+
+def test_standard_errors_are_those_of_a_mean() -> None:
+    questions = [Question(name, "?", "c", ("yes",), (0,)) for name in "abcd"]
+    found = squad.standard_errors({"a": "yes", "b": "yes", "c": "no"}, questions)
+    expected = 100 * math.sqrt(sum((x - 0.5) ** 2 for x in (1, 1, 0, 0)) / 3) / 2
+    assert found == {"em": pytest.approx(expected), "f1": pytest.approx(expected)}
+    assert squad.standard_errors({}, questions[:1]) == {}

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from geta_hf.export import export
-from geta_hf.qadg import PruningSpace, build_space
+from geta_hf.qadg import PruningSpace
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
+from tests.spaces import build_space
 
 
 @pytest.fixture(autouse=True)

@@ -17,13 +17,14 @@ from transformers import AutoModel, BertForQuestionAnswering, BertForTokenClassi
 from geta_hf.errors import GETAError
 from geta_hf.export import export
 from geta_hf.export.export import compress, integer_bits
-from geta_hf.qadg import PruningSpace, build_space, zero_groups
+from geta_hf.qadg import PruningSpace, zero_groups
 from geta_hf.quantization import FixedQuantizer, attach_input_quantizers, quantized_layers, step_size
 from geta_hf.serialization.packed_layers import packed_layers
 from geta_hf.surgery.compare_outputs import attention_outputs
 from tests.architectures import build
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
 from tests.serialization.test_hf_quantizer import edit_config, edit_tensors
+from tests.spaces import build_space
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 

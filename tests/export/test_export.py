@@ -22,12 +22,13 @@ from geta_hf.export.export import compress, integer_bits
 from geta_hf.export.formats import FORMATS, geta
 from geta_hf.export.plan import plan_export, read_result
 from geta_hf.export.steps import cut, fill
-from geta_hf.qadg import PruningSpace, build_space, zero_groups
+from geta_hf.qadg import PruningSpace, zero_groups
 from geta_hf.qadg.tracing.recorder import Recorder
 from geta_hf.quantization import attach_quantizers, quantized_layers, step_size
 from geta_hf.serialization.packed_layers import packed_layers
 from geta_hf.surgery.slice import slice_model
 from tests.export.tiny_encoders import CLASSES, some_batch, tiny_bloom, tiny_model, train_by_hand
+from tests.spaces import build_space
 from tests.surgery.test_verify import with_kinds
 
 Trained = tuple[PreTrainedModel, PruningSpace]
@@ -220,9 +221,14 @@ def test_existing_target_is_replaced_only_when_asked(trained: Trained, tmp_path:
     stamp = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
     with pytest.raises(GETAError, match="exists already"):
         run(trained, tmp_path / "out")
-    (tmp_path / "out" / "old").touch()
+    (tmp_path / "out" / "onnx").mkdir()
+    (tmp_path / "out" / "onnx" / "model.onnx").touch()
+    with pytest.raises(GETAError, match=r"holds onnx/model.onnx, which no export writes"):
+        run(trained, tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "onnx" / "model.onnx").rename(tmp_path / "out" / "model.onnx")
+    (tmp_path / "out" / "onnx").rmdir()
     run(trained, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "old").exists()
+    assert not (tmp_path / "out" / "model.onnx").exists()
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns != stamp
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from geta_hf.export.formats.vanilla import write_vanilla
-from geta_hf.qadg import build_space
 from tests.architectures import build
 from tests.architectures.base import CHANNELS, HEADS, KV_HEADS
 from tests.export.formats.uniform import cut, logits, tiny
+from tests.spaces import build_space
 
 HEAD_DIM = 8
 DENSE = {"llama": KV_HEADS, "mistral": KV_HEADS, "qwen2": KV_HEADS, "qwen3": KV_HEADS, "gemma": KV_HEADS, "phi": HEADS}

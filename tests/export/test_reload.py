@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from geta_hf.export import export
-from geta_hf.qadg import build_space, zero_groups
+from geta_hf.qadg import zero_groups
 from geta_hf.surgery.compare_outputs import attention_outputs
 from geta_hf.surgery.trial_cut import try_cuts
 from geta_hf.surgery.verify import mask_groups
@@ -18,6 +18,7 @@ from geta_hf.training.plan import make_ledger
 from tests.architectures import build
 from tests.export.tiny_encoders import train_by_hand
 from tests.qadg.test_architectures import QUICK
+from tests.spaces import build_space
 from tests.surgery.test_verify import with_kinds
 
 

@@ -22,10 +22,11 @@ from transformers import (
     pipeline,
 )
 
-from geta_hf import GETAError, build_space, export
+from geta_hf import GETAError, export
 from geta_hf.quantization import attach_quantizers
 from geta_hf.serialization.packed_layers import PackedEmbedding, PackedRows, packed_layers
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
+from tests.spaces import build_space
 
 IDS = torch.arange(24).view(2, 12) % 60
 

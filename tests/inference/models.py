@@ -13,9 +13,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, T5Config
 from transformers import T5ForConditionalGeneration as T5
 
 from geta_hf.export.export import compress
-from geta_hf.qadg import build_space, zero_groups
+from geta_hf.qadg import zero_groups
 from geta_hf.quantization import attach_input_quantizers, step_size
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
+from tests.spaces import build_space
 
 Batch = Mapping[str, Tensor]
 

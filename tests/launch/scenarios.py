@@ -12,9 +12,15 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForQuestionAnswering,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-from geta_hf import GETAConfig, GETATrainer
+from geta_hf import GETAConfig, GETAError, GETATrainer
 from tests.conftest import tiny_bert_config
 
 STEPS, GLOBAL_BATCH = 24, 8
@@ -63,6 +69,20 @@ def make(folder: Path, rules: str, processes: int, fsdp: bool = False, **changes
     return GETATrainer(model, TrainingArguments(**values), geta_config=RULES[rules], train_dataset=rows())
 
 
+def classified_run(folder: Path, rules: str, processes: int, fsdp: bool = False) -> dict[str, object]:
+    """Train a classifier, whose loss is a mean over its rows, with a step size that shows every factor: SGD's."""
+    values = {"max_steps": STEPS, "per_device_train_batch_size": GLOBAL_BATCH // processes, "seed": 3, "optim": "sgd"}
+    args = TrainingArguments(
+        str(folder), save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, learning_rate=0.1, **values
+    )
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(tiny_bert_config())
+    data = [{"input_ids": row["input_ids"], "labels": row["start_positions"] % 2} for row in rows()]
+    trainer = GETATrainer(model, args, geta_config=RULES[rules], train_dataset=data)
+    trainer.train()
+    return outcome(trainer)
+
+
 def outcome(trainer: GETATrainer) -> dict[str, object]:
     """Weights whole, groups removed, and bits."""
     state = trainer.accelerator.get_state_dict(trainer.model)
@@ -75,6 +95,14 @@ def whole_run(folder: Path, rules: str, processes: int, fsdp: bool = False, **ch
     trainer = make(folder, rules, processes, fsdp, **changes)
     trainer.train()
     report = trainer.export_model(folder / "small")
+    # In every process: the folder is there, and a failure of the first one is one of all.
+    assert (folder / "small" / "config.json").is_file()
+    refused = ""
+    try:
+        trainer.export_model(folder / "small")
+    except GETAError as error:
+        refused = str(error)
+    assert "exists already" in refused and ("the first process failed" in refused) == (report is None)
     found = outcome(trainer)
     if report is not None:
         small = AutoModelForQuestionAnswering.from_pretrained(report.path)
@@ -117,7 +145,7 @@ def main(folder: Path, launch: str, names: list[str]) -> None:
         offer_fsdp_on_cpu()
     for name in names:
         kind, rules = name.split("-")
-        run = {"whole": whole_run, "stopped": stopped_run, "resumed": resumed_run}[kind]
+        run = {"classified": classified_run, "whole": whole_run, "stopped": stopped_run, "resumed": resumed_run}[kind]
         found = run(folder / launch / name, rules, processes, fsdp)
         if state.process_index == 0:
             torch.save(found, folder / f"{launch}-{name}.pt")

@@ -14,7 +14,7 @@ from transformers import AutoModelForQuestionAnswering
 from geta_hf import GETAConfig
 from geta_hf.errors import GETAError
 from geta_hf.training.checkpoints import check_checkpoint, write_notes
-from tests.launch.scenarios import RULES, main, make, outcome, whole_run
+from tests.launch.scenarios import RULES, classified_run, main, make, outcome, whole_run
 
 NAMES = ["resumed-default", "whole-paper"]
 # The loss does not depend on these: their gradients are rounding errors, of which Adam makes whole steps.
@@ -78,6 +78,16 @@ def test_a_checkpoint_of_two_processes_is_resumed_by_one(launched, alone, tmp_pa
     found = outcome(again)
     assert torch.equal(found["gone"], alone["default"]["gone"])
     assert differences(found, alone["default"]) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_classifier_takes_steps_of_the_same_size_in_two_processes(tmp_path) -> None:
+    """Trainer alone multiplies a mean over rows by the number of processes."""
+    launch(tmp_path, "ddp", "classified-default")
+    found, wanted = torch.load(tmp_path / "ddp-classified-default.pt"), classified_run(tmp_path, "default", 1)
+    assert torch.equal(found["gone"], wanted["gone"]) and found["bits"] == pytest.approx(wanted["bits"], abs=1e-3)
+    for name, weight in wanted["weights"].items():
+        torch.testing.assert_close(found["weights"][name], weight, rtol=0, atol=1e-4)
 
 
 def test_a_changed_number_of_shards_is_refused(tmp_path) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.zoo import Result, examine, families_found
+from benchmarks.zoo import Result, examine, families_found, page, read_records
+from benchmarks.zoo_training import train_and_export
 from tests.architectures import ARCHITECTURES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
+RECORDS = read_records(DOCUMENT.with_suffix(".jsonl"))
 
 QUICK = frozenset(
     {
@@ -79,12 +81,6 @@ def refusals(name: str) -> dict[str, str]:
     return {"all switched on": f"GETAError: {REFUSED[name]}"} if name in REFUSED else {}
 
 
-def documented() -> dict[str, list[str]]:
-    """The cells of every architecture's row, by its name."""
-    rows = [line.strip("| \n").split(" | ") for line in DOCUMENT.read_text().splitlines() if line.startswith("| ")]
-    return {row[0]: row for row in rows if row[0] in ARCHITECTURES}
-
-
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
 )
@@ -93,14 +89,27 @@ def test_architecture_passes_all_gates_but_for_known_refusals_with_the_families_
         warnings.simplefilter("ignore")  # what the models' own code warns of is not ours to judge
         result: Result = examine(name)
     assert result.failures == refusals(name)
-    if DOCUMENT.exists():  # made by `make zoo`
-        assert documented()[name][2] == families_found(result.space)
+    assert RECORDS[name]["families"] == families_found(result.space)
 
 
-@pytest.mark.skipif(not DOCUMENT.exists(), reason="made by `make zoo`")
+@pytest.mark.parametrize("name", ["gpt2", "resnet", "mamba"])
+def test_architecture_trains_and_exports(name: str) -> None:
+    """All of them do in `make zoo`; these are an attention, a convolution and a state-space model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = train_and_export(name)
+    assert "failure" not in found and found["difference"] < 1e-5 and found["removed"] > 0
+    known = RECORDS[name]["training"]
+    for key in ("groups", "quantized", "left_float"):
+        assert found[key] == known[key]
+
+
 def test_the_document_is_whole() -> None:
-    assert documented().keys() == ARCHITECTURES.keys()
+    assert RECORDS.keys() == ARCHITECTURES.keys()
     assert len(QUICK) == 42 and set(QUICK) < set(ARCHITECTURES)
     assert re.search(rf"^{len(ARCHITECTURES)} architectures", DOCUMENT.read_text(), re.MULTILINE)
-    listed = re.findall(r"^- \*\*(.+)\*\*, (.+?): (.+)$", DOCUMENT.read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted((name, *failure) for name in REFUSED for failure in refusals(name).items())
+    assert {name: record["failures"] for name, record in RECORDS.items() if record["failures"]} == {
+        name: refusals(name) for name in REFUSED
+    }
+    body = DOCUMENT.read_text().partition("architectures, of which")[2]
+    assert page(list(RECORDS.values())).partition("architectures, of which")[2] == body  # versions are not compared

@@ -12,6 +12,7 @@ from torch import nn
 from geta_hf.errors import GETAError
 from geta_hf.qadg import Family, Member, PruningSpace, build_space, verify_space
 from geta_hf.qadg.propagation.propagate import RULES
+from tests import spaces
 
 from .models import MODELS, Block, make
 
@@ -61,7 +62,7 @@ CASES = [("heads", drop(p), 2) for p in range(7)] + [("channels", drop(p), 2) fo
 
 @pytest.mark.parametrize(("kind", "change", "gate"), CASES)
 def test_a_dropped_member_fails_completeness(kind, change, gate, bert, batch):
-    space, name = mutated(build_space(bert, batch), kind, change)
+    space, name = mutated(spaces.build_space(bert, batch), kind, change)
     with pytest.raises(GETAError, match=rf"^{name} fails gate {gate}"):
         verify_space(bert, batch, space)
 
@@ -75,14 +76,14 @@ SEEN = [("heads", p) for p in (0, 1, 2, 4, 5, 6)] + [("channels", p) for p in ra
 def test_a_shifted_index_fails(kind, position, change, bert, batch):
     if kind == "channels" and change is slide:
         change = shift
-    space, name = mutated(build_space(bert, batch), kind, edit(position, change))
+    space, name = mutated(spaces.build_space(bert, batch), kind, edit(position, change))
     with pytest.raises(GETAError, match=rf"^{name} fails gate 3"):
         verify_space(bert, batch, space)
 
 
 @pytest.mark.parametrize(("kind", "position"), [("heads", 0), ("heads", 6)])
 def test_the_wrong_side_of_a_square_weight_fails_completeness(kind, position, bert, batch):
-    space, name = mutated(build_space(bert, batch), kind, edit(position, other_side))
+    space, name = mutated(spaces.build_space(bert, batch), kind, edit(position, other_side))
     with pytest.raises(GETAError, match=rf"^{name} fails gate 2"):
         verify_space(bert, batch, space)
 
@@ -93,8 +94,7 @@ def test_an_unrelated_slice_fails_completeness(kind, bert, batch):
         rows = torch.arange(members[0].index.shape[0])[:, None] % 32
         return [*members, Member("bert.embeddings.word_embeddings.weight", 0, rows)]
 
-    space = build_space(bert, batch)
-    space, name = mutated(space, kind, add)
+    space, name = mutated(spaces.build_space(bert, batch), kind, add)
     with pytest.raises(GETAError, match=rf"^{name} fails gate 2"):
         verify_space(bert, batch, space)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
+from torch.nn.utils import prune
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
@@ -26,6 +27,7 @@ from geta_hf.quantization import (
     without_quantizers,
 )
 from geta_hf.quantization.layer_types import base_type
+from geta_hf.quantization.parametrized import removal_of
 
 
 def in_list(*layers: nn.Module) -> nn.Module:
@@ -55,6 +57,8 @@ def test_patterns_choose_and_refuse_to_match_nothing(bert) -> None:
         select_layers(bert, exclude=["qurey"])
     with pytest.raises(GETAError, match="no layer to quantize"):
         select_layers(bert, exclude=["."])
+    with pytest.raises(GETAError, match=r"pattern '\(' is no regular expression .*; correct it"):
+        select_layers(bert, include=["("])
 
 
 def test_parameters_keep_identity_name_dtype_mode_and_requires_grad(bert) -> None:
@@ -269,3 +273,28 @@ def test_a_model_computes_without_its_quantizers_for_a_while(per_channel: bool) 
     assert torch.equal(run(), quantized) and not torch.equal(quantized, plain)
     assert str(model) == text and list(model.state_dict()) == state
     assert [layer.input_quantizer for layer in quantized_layers(model).values()] == [None, None]
+
+
+@pytest.mark.parametrize("computed", ["weight_norm", "old weight_norm", "masks"])
+def test_a_weight_that_is_no_parameter_is_refused_before_anything_changes(bert, computed: str) -> None:
+    dense = bert.bert.encoder.layer[1].output.dense
+    if computed == "weight_norm":
+        nn.utils.parametrizations.weight_norm(dense)
+    elif computed == "old weight_norm":
+        with pytest.warns(FutureWarning, match="deprecated"):
+            nn.utils.weight_norm(dense)
+    else:
+        prune.random_unstructured(dense, "weight", 0.5)
+    with pytest.raises(GETAError, match=r"layer.1.output.dense.weight is computed by .*; call .*, or exclude"):
+        attach_quantizers(bert)
+    assert not quantized_layers(bert)
+    assert "bert.encoder.layer.1.output.dense" not in attach_quantizers(bert, exclude=[r"1\.output\.dense"])
+
+
+def test_the_call_that_an_error_names_is_the_remedy(bert) -> None:
+    dense = bert.bert.encoder.layer[1].output.dense
+    nn.utils.parametrizations.spectral_norm(dense)
+    found = removal_of(dense, "bert.encoder.layer.1.output.dense")
+    assert found is not None
+    eval(found[1], {"torch": torch, "model": bert})
+    assert removal_of(dense, "dense") is None and len(attach_quantizers(bert)) == 12

@@ -77,3 +77,14 @@ def test_the_search_finds_the_candidate_of_least_error(bits: int) -> None:
         error, clip = search_clipping(counts[row], centers, candidates, bits)
         assert clip == clips[row] and error.shape == clip.shape == ()
         assert float(error) == pytest.approx(float(errors[row]))
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float32, 1e-35), (torch.bfloat16, 1e-39), (torch.float16, 1e-6)])
+def test_a_tensor_of_subnormal_values_is_refused(dtype: torch.dtype, largest: float) -> None:
+    weight = torch.full((2, 3), largest, dtype=dtype)
+    assert weight.any()
+    for find in (clipping_value, channel_clipping_values):
+        with pytest.raises(GETAError, match=r"some: max\|W\| is .*too few digits.*scale it up"):
+            find(weight, 4, name="some")
+    weight[0] = 1.0
+    assert channel_clipping_values(weight, 4).tolist() == [1.0, 1.0]  # that channel has no range of its own

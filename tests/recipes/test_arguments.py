@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
-import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
@@ -16,6 +14,7 @@ from geta_hf.config import CompressionConfig, above, setting, settings_of
 from recipes import language_modeling as recipe
 from recipes import question_answering as bert_squad
 from recipes.arguments import describe_config
+from tests.elsewhere import run_script
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -61,14 +60,21 @@ def test_nothing_to_resume_from(parse: object, asked: str, message: str, tmp_pat
         parse([*MODEL, "--resume_from_checkpoint", asked, "--output_dir", str(tmp_path)])  # type: ignore[operator]
 
 
-def test_help_describes_every_argument_and_every_setting(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("COLUMNS", "1000")
-    monkeypatch.setattr(sys, "argv", [str(ROOT / "recipes" / "bert_squad.py"), "--help"])
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    runpy.run_path(sys.argv[0], run_name="__main__")
-    shown = " ".join(capsys.readouterr().out.split())
+@pytest.mark.parametrize("parse", [recipe.parse_arguments, bert_squad.parse_arguments])
+def test_a_folder_that_the_export_would_not_replace_is_found_before_training(parse: object, tmp_path: Path) -> None:
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "thesis.txt").write_text("mine")
+    with pytest.raises(GETAError, match=r"export is not a model folder.*choose another folder"):
+        parse([*MODEL, "--output_dir", str(tmp_path)])  # type: ignore[operator]
+    (tmp_path / "export" / "config.json").write_text("{}")
+    (tmp_path / "export" / "thesis.txt").unlink()
+    parse([*MODEL, "--output_dir", str(tmp_path)])  # type: ignore[operator]  # an earlier run's, which is replaced
+
+
+def test_help_describes_every_argument_and_every_setting() -> None:
+    done = run_script(ROOT / "recipes" / "bert_squad.py", "--help", COLUMNS="1000")
+    assert done.returncode == 0, done.stderr
+    shown = " ".join(done.stdout.split())
     for field in (*fields(bert_squad.ModelArguments), *fields(bert_squad.DataArguments)):
         assert f"--{field.name} " in shown and field.metadata["help"] in shown, field.name
     assert "--learning_rate" in shown and "geta.method NAME one of qasso, post-training (default: qasso)" in shown

@@ -105,7 +105,7 @@ def test_compressed_run_from_end_to_end(argv: list[str], tmp_path: Path) -> None
     assert sum(kept for kept, _ in structure.kept.values()) == (2 * (4 + 48)) // 2
     assert all(4 <= bits <= 8 for bits in structure.bits.values())
     card = (tmp_path / "out" / "export" / "README.md").read_text()
-    assert "perplexity" in card
+    assert "perplexity" in card and " name: test.txt\n" in card
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "export")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "export")
     inputs = tokenizer("w3 w4 w5", return_tensors="pt", return_token_type_ids=False)

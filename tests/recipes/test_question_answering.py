@@ -132,3 +132,13 @@ def test_compressed_run_removes_half_of_the_groups(tmp_path: Path) -> None:
 def test_a_value_that_is_no_yaml_is_named() -> None:
     with pytest.raises(GETAError, match=r'--geta\.include \["layers\\\.", "head"\]: not YAML'):
         apply_overrides({}, ["--geta.include", '["layers\\.", "head"]'])
+
+
+def test_the_card_names_the_data_that_was_scored() -> None:
+    scores = {"em": 50.0, "f1": 60.0, "questions": 40, "em_stderr": 8.0, "f1_stderr": 7.0}
+    data = bert_squad.DataArguments(dataset_name="squad", eval_file="/home/me/dev.json.gz")
+    one = bert_squad.card_result(data, scores, 100)
+    assert (one.data, one.split, one.size) == ("dev.json.gz", None, "sample of 40 of 100")
+    assert one.metrics == {"em": 50.0, "f1": 60.0} and one.stderr == {"em": 8.0, "f1": 7.0}
+    one = bert_squad.card_result(bert_squad.DataArguments(dataset_name="squad"), scores, 40)
+    assert (one.data, one.split, one.size) == ("squad", "validation", "40")

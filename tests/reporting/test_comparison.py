@@ -62,6 +62,10 @@ def test_columns_are_aligned() -> None:
 def test_folders_that_are_no_export_are_refused(folders) -> None:
     with pytest.raises(GETAError, match=r"is .*dense an exported folder"):
         read_structure(folders[0])
+    (folders[1] / "run/export").mkdir(parents=True)
+    (folders[1] / "run/export" / STRUCTURE_NAME).write_text("{}")
+    with pytest.raises(GETAError, match=r"give the export of this run, .*run/export$"):
+        read_structure(folders[1] / "run")
     (folders[1] / STRUCTURE_NAME).write_text(json.dumps({"kept": {"a": 3}, "bits": {}}))
     with pytest.raises(GETAError, match="can't be read"):
         read_structure(folders[1])

@@ -169,7 +169,7 @@ def test_edges_run_forwards_where_operators_write_in_place() -> None:
     assert any(start == "mul_" for start, _ in made_by)
 
 
-HOSTILE = "</script><img src=x onerror=alert(1)><!--{{script}} & \u2028"
+HOSTILE = "</script><img src=x onerror=alert(1)><!--{{script}} & \u2028\ud800"
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:

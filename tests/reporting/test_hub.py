@@ -9,12 +9,13 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForQuestionAnswering
 
 from geta_hf.errors import GETAError
 from geta_hf.reporting.comparison import load_model
 from geta_hf.reporting.hub import files_to_push, push_to_hub
-from geta_hf.reporting.model_card import write_card
+from geta_hf.reporting.model_card import card_under, write_card
 from tests.fake_hub import FakeHub, fake_hub
 from tests.small_folders import exported
 
@@ -38,8 +39,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
         yield hub
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name, _ in files_to_push(folder)}
+def content(folder: Path, repo: str = "me/small") -> dict[str, bytes]:
+    """Return what arrives: the files as they are, and the card under the repository's name."""
+    found = {name: (folder / name).read_bytes() for name, _ in files_to_push(folder)}
+    return found | {"README.md": card_under(folder, repo)}
 
 
 def test_exactly_the_export_is_listed(folder: Path) -> None:
@@ -69,6 +72,25 @@ def test_every_byte_arrives_in_one_commit_and_loads(folder: Path, hub: FakeHub, 
     assert torch.equal(loaded(batch).start_logits, load_model(folder)(batch).start_logits)
     snapshot = Path(huggingface_hub.snapshot_download("me/small", cache_dir=tmp_path / "cache"))
     assert {path.name: path.read_bytes() for path in snapshot.iterdir()} == content(folder)
+
+
+def test_the_card_names_the_repository(folder: Path, hub: FakeHub) -> None:
+    before = (folder / "README.md").read_text()
+    assert '"small"' in before and "\n# small\n" in before
+    push_to_hub(folder, "my-team/other_name")
+    card = hub.files("my-team/other_name")["README.md"].decode()
+    assert "# my-team/other\\_name\n" in card and '"small"' not in card and "\n# small" not in card
+    assert card.count('"my-team/other_name"') == before.count('"small"') > 1
+    assert (folder / "README.md").read_text() == before
+    write_card(folder, metrics={"compressed": {"em": 79.0}})
+    push_to_hub(folder, "my-team/other_name")
+    card = hub.files("my-team/other_name")["README.md"].decode()
+    assert ModelCard(card).data.model_name == "other_name"
+    again = folder.with_name("written by 'somebody'")
+    folder.rename(again)
+    (again / "README.md").write_text("# small\n\nMy own words about small.")
+    push_to_hub(again, "my-team/other_name")
+    assert hub.files("my-team/other_name")["README.md"] == (again / "README.md").read_bytes()
 
 
 def test_the_token_s_user_is_the_default_owner(folder: Path, hub: FakeHub) -> None:
@@ -124,6 +146,9 @@ def test_an_interrupted_upload_changes_nothing(
     push_to_hub(folder, "me/small")
     before = dict(hub.files("me/small"))
     (folder / "model.safetensors").write_bytes(repacked(folder / "model.safetensors"))
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["checksums"]  # as of a folder that was written before there were any
+    (folder / "config.json").write_text(json.dumps(config))
     hub.broken = place
     with pytest.raises(GETAError, match=r"me/small was not pushed: .*disconnected.* its contents are unchanged"):
         push_to_hub(folder, "me/small")

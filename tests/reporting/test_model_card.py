@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -14,9 +16,11 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from geta_hf.config import CONFIG_NAME
 from geta_hf.errors import GETAError
+from geta_hf.export.untouched import Untouched, write_untouched
 from geta_hf.reporting.comparison import load_model, read_structure
 from geta_hf.reporting.folder_summary import METRICS_NAME, read_summary
-from geta_hf.reporting.model_card import PICTURE_NAME, model_card, table_of, ways_to_load, write_card
+from geta_hf.reporting.model_card import PICTURE_NAME, card_under, model_card, table_of, ways_to_load, write_card
+from geta_hf.reporting.results import RESULTS_NAME, TaskResult, read_results
 from geta_hf.reporting.structure_svg import layer_grid
 from tests.elsewhere import run_elsewhere
 from tests.small_folders import exported, written
@@ -160,3 +164,119 @@ def test_what_is_refused_leaves_the_folder_as_it_was(folder: Path) -> None:
     assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
     with pytest.raises(GETAError, match="an exported folder"):
         write_card(folder.parent / "dense")
+
+
+HOSTILE = "a|b`c*[x](y)\n# d<script>alert(1)</script>&\ud800"
+
+
+def test_nothing_of_a_name_reaches_the_card_unescaped(tmp_path: Path) -> None:
+    structure = {f"{HOSTILE}.0:{HOSTILE}": (1, 2)}
+    folder = written(tmp_path / "m", structure, {f"{HOSTILE}.{i}": 4 for i in range(2)})
+    write_untouched(folder, Untouched({HOSTILE: HOSTILE}, {HOSTILE: HOSTILE}, [HOSTILE]))
+    (folder / CONFIG_NAME).write_text(json.dumps({"method": "qasso", "drop_layers": [HOSTILE]}))
+    plain = HOSTILE.replace("\ud800", "")
+    assert "script>" in write_card(folder, repo_id=HOSTILE).read_text()
+    results = {"compressed": [TaskResult(plain, {plain: 1.0}, {plain: 0.5}, split=plain, samples=3)]}
+    options = {"base_model": f"/x/{plain}", "task": "text-generation", "dataset": plain}
+    card = write_card(folder, results=results, metrics={"dense": {plain: 2.0}}, **options)
+    body = card.read_text().split("---", 2)[2]
+    outside = re.sub(r"```.*?```", "", body, flags=re.DOTALL)
+    assert "<script" not in outside and "\n# d" not in outside and "&lt;script&gt;" in outside.lower()
+    for line in outside.splitlines():
+        assert "a|b" not in line.lower() and "b`c" not in line.lower() and "[x](" not in line
+    assert front(card).eval_results[0].dataset_name == plain
+
+
+def test_every_data_set_has_a_block_with_split_size_and_error(folder: Path) -> None:
+    results = {
+        "dense": [TaskResult("piqa", {"piqa acc": 70.0}, split="validation", samples=100, total=1838)],
+        "compressed": [
+            TaskResult("piqa", {"piqa acc": 68.5}, {"piqa acc": 4.6}, "validation", 100, 1838),
+            TaskResult("dev-v1.1.json", {"em": 79.0, "f1": 87.0}, {"em": 0.4}, samples=10570),
+        ],
+    }
+    card = write_card(folder, results=results, dataset="other", metrics={"compressed": {"perplexity": 9.0}})
+    found = {(one.dataset_name, one.metric_name): one for one in front(card).eval_results}
+    assert set(found) == {
+        ("other", "perplexity"),
+        ("piqa", "piqa acc"),
+        ("dev-v1.1.json", "em"),
+        ("dev-v1.1.json", "f1"),
+    }
+    piqa = found["piqa", "piqa acc"]
+    assert (piqa.dataset_split, piqa.dataset_args) == ("validation", {"samples": 100, "total": 1838})
+    assert piqa.metric_args == {"stderr": 4.6} and piqa.metric_value == 68.5
+    text = card.read_text()
+    row = r"\| piqa +\| validation +\| sample of 100 of 1,838 +\| piqa acc +\| 70\.00 +\| 68\.50 ± 4\.60 +\|"
+    assert re.search(row, text) and re.search(r"\| 10,570 +\| em +\| +\| 79\.00 ± 0\.40 ", text)
+    write_card(folder)
+    assert card.read_text() == text  # all of it comes back from the files
+    write_card(folder, metrics={"compressed": {"em": 80.0}})
+    (_, squad) = read_results(folder)["compressed"]
+    assert squad.metrics == {"em": 80.0, "f1": 87.0} and squad.stderr == {}
+
+
+def test_damaged_results_are_refused(tmp_path: Path) -> None:
+    for content in (
+        '{"compressed": 3}',
+        '{"other": []}',
+        '{"dense": [{"data": 3}]}',
+        '{"dense": [{"data": "a", "x": 1}]}',
+    ):
+        (tmp_path / RESULTS_NAME).write_text(content)
+        with pytest.raises(GETAError, match=RESULTS_NAME):
+            read_results(tmp_path)
+    with pytest.raises(GETAError, match="not a finite number"):
+        TaskResult("a", {"acc": 10**400})
+    with pytest.raises(GETAError, match="number of samples"):
+        TaskResult("a", {"acc": 1.0}, samples=0)
+
+
+def test_the_license_is_that_of_the_base_model(tmp_path: Path) -> None:
+    folder = written(tmp_path / "m", {}, {"a": 4})
+    (tmp_path / "dense").mkdir()
+    card = write_card(folder)
+    assert (
+        front(card).license == "unknown"
+        and "License: unknown; it is inherited from the base model." in card.read_text()
+    )
+    (tmp_path / "dense/README.md").write_text("---\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\n---\n")
+    data = front(write_card(folder, base_model=str(tmp_path / "dense")))
+    assert (data.license, data.license_name, data.license_link) == ("other", "llama3", "LICENSE")
+    assert "License: llama3." in card.read_text()
+    write_card(folder)  # which does not know the base model's folder any more
+    assert front(card).license == "other"
+    assert front(write_card(folder, front={"license": "mit"})).license == "mit"
+    (tmp_path / "dense/README.md").write_text("---\nlicense: {a: 1}\n---\n")
+    assert (
+        front(write_card(folder, front={"license": "unknown"}, base_model=str(tmp_path / "dense"))).license == "unknown"
+    )
+    assert "https://arxiv.org/abs/2502.16638" in card.read_text()
+
+
+def test_the_shell_command_quotes_the_name(tmp_path: Path) -> None:
+    config = {"model_type": "x", "architectures": ["LlamaForCausalLM"]}
+    summary = read_summary(written(tmp_path / "a", {}, {"a": 4}, config=config))
+
+    def arguments(name: str) -> str:
+        words = shlex.split(ways_to_load(summary, name)[1].code)
+        return words[words.index("--model_args") + 1]
+
+    assert arguments("me/a") == "pretrained=me/a"
+    assert arguments("my model; rm -rf ~ $(x) `y`") == "pretrained=my model; rm -rf ~ $(x) `y`"
+    assert json.loads(arguments("a,b='c'")) == {"pretrained": "a,b='c'"}
+    load = ways_to_load(summary, "mod\N{GRINNING FACE}'\"")[0].code
+    assert ast.literal_eval(load.partition("from_pretrained(")[2].rstrip(")")) == "mod\N{GRINNING FACE}'\""
+
+
+def test_what_stays_as_it_was_is_named(folder: Path) -> None:
+    text = model_card(folder)
+    assert re.search(
+        r"- not pruned, runs through the entire|- not pruned, runs through the whole residual stream", text
+    )
+    assert re.search(r"- not quantized: .*qa\\_outputs", text)
+
+
+def test_a_card_in_another_encoding_is_passed_on(folder: Path) -> None:
+    (folder / "README.md").write_bytes(b"# small\n\xff")
+    assert card_under(folder, "me/other") == b"# small\n\xff"

@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForQuestionAnswering
 
-from geta_hf import build_space, export
+from geta_hf import export
 from geta_hf.quantization import attach_input_quantizers
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
+from tests.spaces import build_space
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 WORDS = "bert.embeddings.word_embeddings"

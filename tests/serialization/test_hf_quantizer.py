@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from geta_hf import build_space, export
+from geta_hf import attach_quantizers, export
 from geta_hf.errors import GETAError
 from geta_hf.serialization import hf_quantizer
 from geta_hf.serialization.hf_quantizer import GETAHfQuantizer, GETAQuantizationConfig
@@ -31,6 +31,7 @@ from tests.architectures import build
 from tests.elsewhere import run_code
 from tests.export.test_use import IDS, exported_llama
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
+from tests.spaces import build_space
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 NORM = "bert.encoder.layer.1.output.LayerNorm.weight"
@@ -394,3 +395,18 @@ def test_reader_without_the_plug_in_fails(exported: Path) -> None:
     assert "loaded" not in result.stdout
     assert "MISMATCH" in result.stderr
     assert "ignore_mismatched_sizes" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["nomic_bert", "gte"])
+def test_layers_that_files_hold_as_one_are_packed_one_by_one(name: str, tmp_path: Path) -> None:
+    """Q, K and V of these models are one tensor in plain folders, but three bit streams are not one."""
+    model, batch = build(name)
+    attach_quantizers(model, initial_bits=4)
+    export(model, tmp_path / "small", batch=batch)
+    small = type(model).from_pretrained(tmp_path / "small")
+    small.save_pretrained(tmp_path / "again")
+    again = type(model).from_pretrained(tmp_path / "again")
+    names = [layer for layer in packed_layers(small) if layer.endswith(("q_proj", "k_proj", "v_proj"))]
+    assert len(names) == 6 and packed_layers(again).keys() == packed_layers(small).keys()
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**batch)[0], small.eval()(**batch)[0])

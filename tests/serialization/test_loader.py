@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,10 +28,12 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from geta_hf import GETAError, build_space, export
+from geta_hf import GETAError, export
+from geta_hf.serialization import loader
 from geta_hf.serialization.loader import find_module
 from tests.export.test_use import IDS, exported_llama
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
+from tests.spaces import build_space
 
 NORM = "bert.encoder.layer.1.output.LayerNorm.weight"
 ROWS = [{"input_ids": IDS[0], "labels": IDS[0]}] * 4
@@ -61,6 +64,9 @@ def change(folder: Path, name: str, value: Callable[[torch.Tensor], torch.Tensor
     tensors = load_file(folder / "model.safetensors")
     tensors[name] = value(tensors[name])
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"].pop("checksums", None)  # as of a tool that replaces tensors on purpose
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def change_config(folder: Path, **values: Any) -> None:
@@ -73,16 +79,34 @@ def arguments(folder: Path) -> TrainingArguments:
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # of peft
-def test_trainer_trains_an_adapter_on_top_and_refuses_the_export_alone(tied: Path, tmp_path: Path) -> None:
+def test_trainer_trains_an_adapter_on_top_and_no_packed_weight(
+    tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     peft = pytest.importorskip("peft")
     model = AutoModelForCausalLM.from_pretrained(tied)
-    with pytest.raises(ValueError, match="purely quantized"):
-        Trainer(model, arguments(tmp_path), train_dataset=ROWS)
+    told: list[str] = []
+    monkeypatch.setattr(loader.logger, "warning_once", told.append)
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=ROWS, eval_dataset=ROWS)
+    assert len(told) == 1 and "trains no packed weight" in told[0] and "model.dequantize()" in told[0]
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+    trainer.train()
+    model.save_pretrained(tmp_path / "trained")  # which checks that the codes still describe the weights
+    after, first = load_file(tmp_path / "trained/model.safetensors"), load_file(tied / "model.safetensors")
+    packed = [name for name, tensor in first.items() if tensor.dtype == torch.uint8]
+    assert packed and all(torch.equal(after[name], first[name]) for name in packed)
+    model = AutoModelForCausalLM.from_pretrained(tied)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
     before = {name: parameter.clone() for name, parameter in adapted.named_parameters()}
     Trainer(adapted, arguments(tmp_path), train_dataset=ROWS).train()
     changed = {name for name, parameter in adapted.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed and all("lora_" in name for name in changed)
+    merged = adapted.merge_and_unload()
+    expected = merged(IDS).logits
+    with pytest.raises(GETAError, match=r"by a merged adapter .* call model\.dequantize\(\)"):
+        merged.save_pretrained(tmp_path / "merged")
+    merged.dequantize().save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (again(IDS).logits - expected).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("places", [{"": "disk"}, {"model": "disk", "lm_head": "disk"}])

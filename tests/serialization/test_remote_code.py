@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForQuestionAnswering
 
-from geta_hf import build_space, export
+from geta_hf import export
 from geta_hf.quantization import attach_input_quantizers
 from geta_hf.serialization.remote_code import CARRIED
 from geta_hf.surgery.trial_cut import try_cuts
 from tests.architectures import build
 from tests.elsewhere import run_elsewhere
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
+from tests.spaces import build_space
 
 ALLOWED = {"torch", "transformers", "safetensors"}
 
@@ -173,6 +174,9 @@ def test_what_is_carried_imports_nothing_that_an_environment_may_lack(name: str)
         "typing",
         "copy",
         "pathlib",
+        "struct",
+        "threading",
+        "zlib",
     }
     whole, at_once = imported(path), imported(path, at_once=True)
     for module in whole - {"accelerate.utils"} | at_once:  # which is there where something was offloaded

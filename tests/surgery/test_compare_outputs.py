@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from geta_hf.errors import GETAError
-from geta_hf.qadg import build_space
 from geta_hf.qadg.space import kept_indices
 from geta_hf.surgery.compare_outputs import attention_outputs, prove_alike, prove_equal
 from geta_hf.surgery.record import record_sizes
@@ -16,6 +15,7 @@ from geta_hf.surgery.solve_attributes import solve
 from geta_hf.surgery.verify import mask_groups
 from tests.architectures import build
 from tests.export.tiny_encoders import some_batch, tiny_mixture, tiny_model
+from tests.spaces import build_space
 
 
 def test_outputs_cover_both_attentions_and_leave_the_model_as_it_was() -> None:

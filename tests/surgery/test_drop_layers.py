@@ -20,6 +20,8 @@ from geta_hf.surgery.drop_layers import drop_layers, mean_loss
 from geta_hf.training.distillation import Distiller
 from tests.architectures import ARCHITECTURES, build
 
+pytestmark = pytest.mark.usefixtures("shared_spaces")
+
 LAYERS = 5
 TYPES = ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention"]
 EXTRA = {

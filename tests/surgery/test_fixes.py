@@ -10,10 +10,10 @@ from torch import nn
 from transformers import BertConfig
 
 from geta_hf.errors import GETAError
-from geta_hf.qadg import build_space
 from geta_hf.surgery.fixes import no_fixes, read_fixes, shrink_attribute, shrink_buffer, shrink_tensor
 from geta_hf.surgery.slice import slice_model
 from tests.export.tiny_encoders import some_batch, tiny_model
+from tests.spaces import build_space
 
 
 def test_list_makes_a_fresh_model_as_small_as_the_sliced_one() -> None:

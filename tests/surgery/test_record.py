@@ -9,12 +9,13 @@ import torch
 from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
-from geta_hf.qadg import build_space, kept_indices
+from geta_hf.qadg import kept_indices
 from geta_hf.surgery import record
 from geta_hf.surgery.compare_outputs import set_attention
 from geta_hf.surgery.record import other_shape, record_sizes, stepping
 from geta_hf.surgery.solve_attributes import solve
 from tests.architectures import build
+from tests.spaces import build_space
 
 
 def test_another_shape_has_another_row_and_fewer_tokens() -> None:

@@ -102,6 +102,53 @@ def test_a_stride_that_would_skip_others_is_refused(item: slice, mask: list[int]
         moved(item, remains)
 
 
+@pytest.mark.parametrize("mask", list(itertools.product([False, True], repeat=LENGTH))[1:])
+def test_a_stride_of_plain_numbers_is_refused_just_where_it_takes_others(mask: tuple[bool, ...]) -> None:
+    remains = np.array(mask)
+    elements = np.arange(LENGTH)
+    for item in (slice(start, stop, step) for start in (None, 0, 1, -5) for stop in (None, 4, -1) for step in (2, 3)):
+        expected = [element for element in elements[item] if remains[element]]
+        if elements[remains][item].tolist() == expected:
+            assert list(_moved(call("__getitem__"), item, remains)) == []
+        else:
+            with pytest.raises(RefusalError, match="would skip other elements"):
+                list(_moved(call("__getitem__"), item, remains))
+
+
+@pytest.mark.parametrize("mask", list(itertools.product([False, True], repeat=LENGTH))[1:])
+def test_attributes_behind_a_stride_follow_wherever_any_numbers_would_do(mask: tuple[bool, ...]) -> None:
+    """Against all starts, stops and steps there are; those of `x[head::heads]` all come from attributes."""
+    remains = np.array(mask)
+    elements, log = np.arange(LENGTH), Log()
+    for start, stop, step in itertools.product((0, 1, 2), (LENGTH, 4), (2, 3)):
+        numbers = [TaggedInt(n, Attribute("layer", w), log) for n, w in zip((start, stop, step), "abc", strict=True)]
+        expected = [element for element in elements[start:stop:step] if remains[element]]
+        try:
+            found = [wanted for _, wanted in _moved(call("__getitem__"), slice(*numbers), remains)]
+        except RefusalError:
+            some = itertools.product(range(LENGTH), range(LENGTH + 1), range(1, LENGTH))
+            assert not any(elements[remains][slice(*choice)].tolist() == expected for choice in some)
+            continue
+        assert elements[remains][slice(*found)].tolist() == expected
+
+
+def test_an_interleaved_pair_at_either_end_is_followed() -> None:
+    for mask in ([0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 0, 0]):
+        for start in (None, 0, 1):
+            assert list(_moved(call("__getitem__"), slice(start, None, 2), np.array(mask, bool))) == []
+
+
+def test_the_number_of_heads_as_a_stride_follows_the_heads() -> None:
+    """Of x[1::heads], two heads of three: element 1 of every three, of which the first is removed."""
+    log = Log()
+    heads = TaggedInt(3, Attribute("layer", "heads"), log)
+    mask = np.array([0, 1, 1, 0, 1, 1], bool)
+    wanted = list(_moved(call("__getitem__"), slice(TaggedInt(1, Attribute("layer", "head"), log), None, heads), mask))
+    assert [new for _, new in wanted] == [0, 2]
+    mask = np.array([1, 1, 0, 1, 1, 0], bool)
+    assert [new for _, new in _moved(call("__getitem__"), slice(1, None, heads), mask)] == [2]
+
+
 def test_an_index_moves_with_what_remains_before_it() -> None:
     remains = np.array([True, False, True, True, False, True])
     assert [moved(place, remains) for place in (0, 2, 3, 5, -1, -3)] == [0, 1, 2, 3, -1, -2]

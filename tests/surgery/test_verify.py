@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from geta_hf.errors import GETAError
-from geta_hf.qadg import PruningSpace, build_space
+from geta_hf.qadg import PruningSpace
 from geta_hf.surgery import verify as gate
 from geta_hf.surgery.size_equations import RULES
 from geta_hf.surgery.slice import slice_model
 from geta_hf.surgery.verify import verify_surgery
 from tests.architectures import build
 from tests.export.tiny_encoders import tiny_bloom
+from tests.spaces import build_space
 
 # Each follows a cut in a way of its own: torch.nn's attributes alone (llama), split sizes (gpt2), a count of heads
 # (opt, gptj, deberta-v2), a configuration (phi3), shared biases (t5), depthwise convolutions (mamba), norms of groups

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     DataCollatorWithFlattening,
     LlamaConfig,
     LlamaForCausalLM,
@@ -17,11 +19,12 @@ from transformers import (
     PreTrainedModel,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    TrainerCallback,
     TrainingArguments,
 )
 
 from geta_hf import GETAConfig, GETATrainer
-from geta_hf.training.example_inputs import find_left_out
+from geta_hf.training.example_inputs import divides_by_count, find_left_out
 
 SMALL = GETAConfig(warmup=1, projection=2, joint=4, projection_periods=1, pruning_periods=2)
 
@@ -98,6 +101,7 @@ def test_packed_rows(tmp_path: Path) -> None:
     assert made._batch["position_ids"].shape == packed and isinstance(made._batch["max_length_q"], int)
 
 
+@pytest.mark.slow
 def test_a_collator_that_needs_the_full_batch_gets_it(tmp_path: Path) -> None:
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         assert len(rows) == 4
@@ -208,7 +212,12 @@ WAYS: dict[type[Own], tuple[set[str], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", WAYS, ids=lambda kind: kind.__name__)
+SLOW = (Own, OwnTuple, OwnKeywords, OwnNested)  # each is near to another one
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW), id=kind.__name__) for kind in WAYS]
+)
 def test_own_classes_train_export_and_reload(kind: type[Own], tmp_path: Path) -> None:
     names, changes = WAYS[kind]
     torch.manual_seed(0)
@@ -230,3 +239,45 @@ def test_labels_and_what_no_forward_takes_are_left_out() -> None:
     assert find_left_out(OwnRest(OwnConfig()), batch, []) == {"labels", "weights"}
     batch.pop("weights")
     assert find_left_out(OwnRest(OwnConfig()), batch, []) == {"labels"}
+
+
+# --- losses that are means ------------------------------------------------------------------------------------------
+
+
+def bert(kind: type[PreTrainedModel]) -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return kind(BertConfig(vocab_size=50, **sizes, **dropouts))
+
+
+def test_only_losses_that_are_divided_by_the_count_of_labels_are_scaled_by_it() -> None:
+    ids = torch.arange(3, 11).view(2, 4)
+    classes = {"input_ids": ids, "labels": torch.tensor([0, 1])}
+    assert not divides_by_count(bert(BertForSequenceClassification), classes)
+    assert divides_by_count(llama(), {"input_ids": ids, "labels": ids})
+    assert divides_by_count(Own(OwnConfig()), classes)  # takes no count, as Trainer sees by itself
+
+
+def test_a_classifier_takes_the_same_step_in_micro_batches(tmp_path: Path) -> None:
+    found = []
+    for rows, steps in ((8, 1), (2, 4)):
+        made = make(
+            bert(BertForSequenceClassification),
+            tmp_path,
+            text(),
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=steps,
+            optim="sgd",
+            max_steps=8,
+            max_grad_norm=0.0,
+        )
+        made.add_callback(StopAfterOne())
+        made.train()
+        found.append(made.model.classifier.weight.detach().clone())
+    torch.testing.assert_close(*found, rtol=0, atol=1e-7)
+
+
+class StopAfterOne(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = True

@@ -34,6 +34,8 @@ from geta_hf.training.lora import LORA_NAME, load_lora, merged, plan_lora
 from tests.conftest import tiny_bert_config
 from tests.training.test_trainer import SMALL, rows
 
+pytestmark = pytest.mark.usefixtures("shared_spaces")
+
 STEPS = 24
 SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 RENAMED = (

@@ -154,3 +154,15 @@ def test_a_step_that_never_asks_the_teacher_fails_at_once(student, tmp_path: Pat
     else:
         made.train()
         assert made.distiller.terms.keys() == {"logits"}
+
+
+def test_a_forward_set_on_the_student_is_not_the_teachers(student) -> None:
+    original = student.forward
+    student.forward = lambda *args, **kwargs: original(*args, **kwargs)  # as trainers do that fuse the loss
+    try:
+        teacher = dense_copy(student)
+    finally:
+        del student.forward
+    with torch.no_grad():
+        teacher.classifier.bias.add_(1.0)
+        assert not torch.equal(teacher(**batch()).logits, student(**batch()).logits)

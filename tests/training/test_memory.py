@@ -135,8 +135,8 @@ def test_stages_longer_than_the_run_fail_before_it(phi, batch, tmp_path) -> None
     short, open_ended = arguments(tmp_path, max_steps=30), arguments(tmp_path, num_train_epochs=2)
     with pytest.raises(GETAError, match="40 steps, but training has 30"):
         dry_run(phi, batch, short, GETAConfig(warmup=5, projection=10, joint=25))
-    with pytest.raises(GETAError, match="train longer, lengthen"):
-        dry_run(phi, batch, open_ended, GETAConfig(), steps=4)
+    with pytest.raises(GETAError, match="take at least one each: train for 3 steps or more"):
+        dry_run(phi, batch, open_ended, GETAConfig(), steps=2)
     with pytest.raises(GETAError, match="but training has 20"):
         dry_run(phi, batch, open_ended, GETAConfig(joint="3 epochs"), steps=20)
     dry_run(phi, batch, open_ended, GETAConfig(joint="3 epochs"))

@@ -18,6 +18,8 @@ from geta_hf.qadg import zero_groups
 from tests.methods.test_toy_method import MagnitudeConfig, MagnitudeMethod
 from tests.training.test_trainer import SMALL, STEPS, rows, trainer
 
+pytestmark = pytest.mark.usefixtures("shared_spaces")
+
 
 @pytest.fixture(autouse=True, scope="module")
 def entered() -> Iterator[None]:

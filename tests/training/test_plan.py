@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BertForQuestionAnswering, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from geta_hf import GETAConfig, build_space
+from geta_hf import GETAConfig
 from geta_hf.errors import GETAError
 from geta_hf.methods.qasso.method import _channel_dims as channel_dims
 from geta_hf.qadg.group_labels import family_starts
@@ -14,6 +14,7 @@ from geta_hf.quantization import attach_quantizers
 from geta_hf.training.plan import layer_uses, make_ledger, make_plan
 from tests.architectures import build
 from tests.conftest import tiny_bert_config
+from tests.spaces import build_space
 
 HIDDEN = 32
 

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering, TrainingArguments
+from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering, TrainerCallback, TrainingArguments
 
 from geta_hf import GETAConfig, GETATrainer
 from geta_hf.errors import GETAError
 from geta_hf.qadg import zero_groups
 from geta_hf.quantization import detach_quantizers, quantized_layers
 from tests.conftest import tiny_bert_config
+
+pytestmark = pytest.mark.usefixtures("shared_spaces")
 
 STEPS = 24
 SMALL = {"warmup": 2, "projection": 4, "joint": 12, "projection_periods": 2, "pruning_periods": 3}
@@ -104,30 +106,60 @@ def test_evaluation_works_with_quantizers_attached(trained) -> None:
     assert math.isfinite(loss)
 
 
+class SaveAt(TrainerCallback):
+    """Saves after some steps."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = state.global_step in self.steps
+
+
+def saved_run(folder: Path, config: GETAConfig | None, *steps: int, **changes: object) -> GETATrainer:
+    """A run to the end whose folder has checkpoints of some steps."""
+    made = trainer(folder, config, save_total_limit=None, **changes)
+    made.add_callback(SaveAt(*steps))
+    made.train()
+    return made
+
+
+RULES = {"default": GETAConfig(**SMALL), "paper": GETAConfig.paper(**SMALL, eta=0.9)}
+
+
+@pytest.fixture(scope="module", params=RULES)
+def whole(request, tmp_path_factory) -> tuple[GETAConfig, GETATrainer]:
+    config = RULES[request.param]
+    return config, saved_run(tmp_path_factory.mktemp(request.param), config, 1, 4, 11, 20)
+
+
 @pytest.mark.parametrize("stop", [1, 4, 11, 20])
-@pytest.mark.parametrize("rules", ["default", "paper"])
-def test_resume_from_a_checkpoint_is_bit_exact(tmp_path, rules: str, stop: int) -> None:
-    config = GETAConfig(**SMALL) if rules == "default" else GETAConfig.paper(**SMALL, eta=0.9)
-    whole = trainer(tmp_path / "run", config, save_steps=stop, save_total_limit=None)
-    whole.train()
-    again = trainer(tmp_path / "again", config)
-    again.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{stop}"))
-    assert again.qasso.removed_groups == whole.qasso.removed_groups == 52
+def test_resume_from_a_checkpoint_is_bit_exact(tmp_path, whole, stop: int) -> None:
+    config, first = whole
+    again = trainer(tmp_path, config)
+    again.train(resume_from_checkpoint=str(Path(first.args.output_dir) / f"checkpoint-{stop}"))
+    assert again.qasso.removed_groups == first.qasso.removed_groups == 52
     state = again.model.state_dict()
-    for name, value in whole.model.state_dict().items():
+    for name, value in first.model.state_dict().items():
         assert torch.equal(state[name], value), name
 
 
+BY_LENGTH = {"train_sampling_strategy": "group_by_length", "max_grad_norm": 0.7}
+
+
+@pytest.fixture(scope="module")
+def whole_by_length(tmp_path_factory) -> GETATrainer:
+    return saved_run(tmp_path_factory.mktemp("by_length"), None, 5, 11, 16, **BY_LENGTH)
+
+
 @pytest.mark.parametrize("stop", [5, 11, 16])
-def test_resume_is_bit_exact_with_batches_grouped_by_length(tmp_path, stop: int) -> None:
+def test_resume_is_bit_exact_with_batches_grouped_by_length(tmp_path, whole_by_length, stop: int) -> None:
     """Trainer alone draws another order when it resumes inside an epoch (here of 8 steps)."""
-    how = {"train_sampling_strategy": "group_by_length", "max_grad_norm": 0.7}
-    whole = trainer(tmp_path / "run", save_steps=stop, **how)
-    whole.train()
-    again = trainer(tmp_path / "again", **how)
-    again.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{stop}"))
+    again = trainer(tmp_path, **BY_LENGTH)
+    checkpoint = Path(whole_by_length.args.output_dir) / f"checkpoint-{stop}"
+    again.train(resume_from_checkpoint=str(checkpoint))
     state = again.model.state_dict()
-    assert all(torch.equal(state[name], value) for name, value in whole.model.state_dict().items())
+    assert all(torch.equal(state[name], value) for name, value in whole_by_length.model.state_dict().items())
 
 
 def test_resume_in_the_same_trainer_after_a_bad_loss(tmp_path) -> None:
@@ -237,9 +269,13 @@ def test_unreachable_sparsity(tmp_path) -> None:
 
 
 def test_stages_longer_than_training(tmp_path) -> None:
-    made = trainer(tmp_path, GETAConfig(**{**SMALL, "joint": 30}))
+    """Known when the trainer is made: by steps, by epochs, and where there are too few steps for any stage."""
     with pytest.raises(GETAError, match="training has 24"):
-        made.train()
+        trainer(tmp_path, GETAConfig(**{**SMALL, "joint": 30}))
+    with pytest.raises(GETAError, match="training has 2 steps, but warmup, projection, joint take at least one each"):
+        trainer(tmp_path, GETAConfig(), max_steps=-1, num_train_epochs=0.25)
+    with pytest.raises(GETAError, match="'joint': 24}, 30 steps, but training has 16"):
+        trainer(tmp_path, GETAConfig(**{**SMALL, "joint": "3 epochs"}), max_steps=-1, num_train_epochs=2)
 
 
 def test_a_model_without_quantizable_layers(tmp_path) -> None:
@@ -293,8 +329,6 @@ def test_resume_from_another_config_or_model_or_folder(tmp_path, trained) -> Non
 def test_what_would_undo_the_compression_is_refused(tmp_path) -> None:
     with pytest.raises(GETAError, match="auto_find_batch_size"):
         trainer(tmp_path, auto_find_batch_size=True)
-    with pytest.raises(GETAError, match="load_best_model_at_end"):
-        trainer(tmp_path, load_best_model_at_end=True, save_strategy="best", metric_for_best_model="loss")
     for name in ("lomo", "adalomo", "galore_adamw_layerwise", "apollo_adamw_layerwise"):
         with pytest.raises(GETAError, match=f"optim = '{name}' updates weights while gradients are computed"):
             trainer(tmp_path, optim=name)

@@ -25,6 +25,8 @@ from tests.conftest import tiny_bert_config
 from tests.small_folders import exported
 from tests.training.test_trainer import SMALL, arguments, rows, trainer
 
+pytestmark = pytest.mark.usefixtures("shared_spaces")
+
 EIGHT_BIT = {"adamw_bnb_8bit": "bitsandbytes", "rmsprop_bnb_8bit": "bitsandbytes", "adamw_torch_8bit": "torchao"}
 OPTIMIZERS = ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "rmsprop", "adagrad"]
 
@@ -76,9 +78,17 @@ def test_every_way_of_stepping(tmp_path, changes: dict) -> None:
     assert settled(made)
 
 
-def test_gradient_checkpointing_changes_nothing(tmp_path) -> None:
-    plain, saving = (trainer(tmp_path, dropout=0.0, activation_checkpointing=flag) for flag in (False, True))
-    plain.train()
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> GETATrainer:
+    """A finished run without dropout."""
+    made = trainer(tmp_path_factory.mktemp("plain"), dropout=0.0)
+    made.train()
+    return made
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path, plain) -> None:
+    assert not plain.args.activation_checkpointing
+    saving = trainer(tmp_path, dropout=0.0, activation_checkpointing=True)
     saving.train()
     for (name, a), b in zip(plain.model.named_parameters(), saving.model.parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -190,14 +200,13 @@ def test_activations_have_bits_of_their_own(tmp_path, nonlinear: bool) -> None:
 # --- distillation -----------------------------------------------------------------------------------------------------
 
 
-def test_the_dense_start_teaches_by_default(tmp_path) -> None:
+def test_the_dense_start_teaches_by_default(tmp_path, plain) -> None:
     """The teacher is the model as it was, gets no gradient and is in no checkpoint; its weight changes training."""
     config = GETAConfig(**SMALL, distill_logits=1.0, distill_hidden=0.5)
-    made, plain = trainer(tmp_path, config, dropout=0.0), trainer(tmp_path, dropout=0.0)
+    made = trainer(tmp_path, config, dropout=0.0)
     start = {name: value.clone() for name, value in made.distiller.teacher.named_parameters()}
     assert not any("quantizer" in name for name in start)
     made.train()
-    plain.train()
     assert all(torch.equal(value, start[name]) for name, value in made.distiller.teacher.named_parameters())
     assert made.model.state_dict().keys() == plain.model.state_dict().keys()
     weights = (model.bert.encoder.layer[0].output.dense.weight for model in (made.model, plain.model))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -20,7 +20,6 @@ def write_geta(
     batch: Mapping[str, Tensor],
     *,
     kept: Mapping[str, tuple[int, int]] | None = None,
-    untouched: Sequence[str] = (),
     outputs: Outputs | None = None,
     max_shard_size: int | str | None = None,
 ) -> float:
@@ -31,7 +30,6 @@ def write_geta(
         folder: an existing empty folder.
         batch: what the proof runs on.
         kept: family -> (groups kept, groups before), saved as geta_structure.json; None writes no such file.
-        untouched: parameters that no recorded forward read, saved in the same file.
         outputs: of `model` on the batch, where they are at hand.
         max_shard_size: bytes, or a size such as `2GB`, beyond which weights are split into several files.
 
@@ -44,7 +42,7 @@ def write_geta(
     expected = attention_outputs(model, batch) if outputs is None else outputs
     save_compressed(model, folder, **shard_options(max_shard_size))
     if kept is not None:
-        write_structure(folder, model, kept, untouched)
+        write_structure(folder, model, kept)
     # In the same dtype and on the same device: other ones round differently, which is no fault of the folder.
     reloaded = type(model).from_pretrained(folder, dtype=model.dtype)
     reloaded.to(model.device)  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ def plain_models(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     Raises:
         GETAError: no configuration gives the tensors their shapes; the message says why.
     """
-    search = _Search(model)
+    search = ConfigSearch(model)
     for changes in search.solutions():
         yield _filled(search.build(changes), model)
 
@@ -73,7 +73,7 @@ def _filled(plain: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
     return plain.eval()
 
 
-class _Search:
+class ConfigSearch:
     """Builds a model's class from changed configurations until the sizes are those of the model.
 
     Args:
@@ -114,6 +114,23 @@ class _Search:
             yield self._without_idle(changes)
         if not found:
             raise GETAError(self._reason(wrong, touching))
+
+    def value(self, place: Place) -> Any:
+        """Return what the configuration has in a place; None where it is open."""
+        holder: Any = self._values
+        for part in place:
+            # A number that is open may have no key at all.
+            holder = holder.get(part) if isinstance(holder, dict) else holder[part]
+        return holder
+
+    def accepts(self, changes: Changes, build: bool) -> bool:
+        """Return whether the configuration class accepts the changes; where `build`, the model's class as well."""
+        try:
+            self._config(changes)
+        except Exception as error:  # each class has its own way to refuse a number
+            self._refused[frozenset(changes.items())] = " ".join(str(error).split())
+            return False
+        return not build or self._sizes(changes) is not None
 
     def _config(self, changes: Changes) -> PreTrainedConfig:
         values = copy.deepcopy(self._values)

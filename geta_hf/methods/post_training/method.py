@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from geta_hf.config import GETAConfig
+from geta_hf.costs.targets import Target
 from geta_hf.errors import GETAError
 from geta_hf.methods.base import CompressionResult, Run
 from geta_hf.methods.qasso.method import QASSOMethod
@@ -26,6 +27,7 @@ class PostTrainingMethod(QASSOMethod):
     """
 
     _last_step = 0
+    _target: Target
 
     @property
     def _training_config(self) -> GETAConfig:
@@ -46,7 +48,10 @@ class PostTrainingMethod(QASSOMethod):
         self, base: torch.optim.Optimizer, names: Mapping[Tensor, str], model: nn.Module, run: Run
     ) -> torch.optim.Optimizer:
         """Return a QASSO that rounds weights in the last step of the run, so that the last checkpoint is rounded."""
-        optimizer = super().wrap_optimizer(base, names, model, run)
+        # Inputs are rounded in training, so their widths are final when the joint stage ends. What BOPs allow cannot be
+        # shared out then, while weights are wide: inputs get the mean that is planned, and weights what remains.
+        optimizer = super().wrap_optimizer(base, names, model, replace(run, target=replace(run.target, budgets={})))
+        self._target = run.target
         self._last_step = run.total_steps
         optimizer.register_step_post_hook(self._round_after_last_step)
         return optimizer
@@ -62,7 +67,8 @@ class PostTrainingMethod(QASSOMethod):
         """Round weights now, if pruning is over; waits for the device."""
         if self.optimizer is None or not self.optimizer.finished or self.finished:
             return
-        self.optimizer.fix_bits(bit_choices(self.config))
+        self.optimizer.target = self._target
+        self.optimizer.fix_bits(bit_choices(self.config), choose_inputs=False)
         self.optimizer.param_groups[0][_ROUNDED_AT] = self.step_count
 
     @property

@@ -5,6 +5,7 @@ Bad values are noted at every step without waiting for the device, and read at p
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,8 +14,14 @@ from torch import Tensor
 from geta_hf.costs.quantizer_table import Named, Quantizers
 from geta_hf.errors import GETAError
 from geta_hf.methods.base import AVERAGES
+from geta_hf.qadg.group_labels import family_starts
 from geta_hf.qadg.group_types import Family
 from geta_hf.utils.shards import add_up, local, shard_of
+
+logger = logging.getLogger(__name__)
+
+_NAMED = 4
+"""How many families a warning names."""
 
 _BAD_VALUES = ("d, q_m or t", "the gradient")
 """What the two rows of `bad_step` are about."""
@@ -76,6 +83,35 @@ def check_covered(
     for prefix, owner in owners.items():
         if f"{prefix}.d" not in named or f"{prefix}.q_m" not in named:
             raise GETAError(f"the quantizer of {owner} is not in the base optimizer; add {prefix}.d and .q_m")
+
+
+def warn_of_equal_scores(families: Sequence[Family], scores: Tensor, removed: Tensor, taken: Tensor) -> None:
+    """Warn, by the families' names, where groups are removed though all that remain score alike.
+
+    Args:
+        families: those that may lose groups.
+        scores: shape (groups,), finite, on CPU.
+        removed: bool, shape (groups,): groups that were removed before.
+        taken: numbers of the groups that are chosen now.
+    """
+    chosen = torch.zeros_like(removed)
+    chosen[taken] = True
+    equal = []
+    for start, family in zip(family_starts(families), families, strict=True):
+        own = slice(start, start + family.size)
+        remaining = scores[own][~removed[own]]
+        picked = int(chosen[own].sum())
+        # With all of them chosen, or one alone, there was nothing to decide.
+        if 0 < picked < len(remaining) and bool((remaining == remaining[0]).all()):
+            equal.append(f"{family.name} (all {len(remaining)} score {float(remaining[0]):g})")
+    if equal:
+        more = f" and {len(equal) - _NAMED} more" if len(equal) > _NAMED else ""
+        logger.warning(
+            "the saliency does not tell groups apart in %s%s, so those of the lowest index are removed; check that the "
+            "loss depends on them",
+            ", ".join(equal[:_NAMED]),
+            more,
+        )
 
 
 # --- in training ------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from geta_hf.quantization import (
     quantized_layers,
     quantizer_prefixes,
 )
+from geta_hf.quantization.clipping import Histogram
 from geta_hf.quantization.quantizer import Quantizer
 
 
@@ -165,6 +166,7 @@ class QASSOMethod(Method):
             Schedule.from_config(self.config, run.total_steps, run.steps_per_epoch),
             self._training_config,
             input_quantizers=list(input_quantizer_prefixes(model).values()),
+            histograms=_histograms(model),
             ledger=run.ledger,
             channel_dims=_channel_dims(model),
             frozen=run.frozen,
@@ -240,6 +242,24 @@ class QASSOMethod(Method):
 
     # --- after training -----------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
+    def restore(self, model: nn.Module) -> None:
+        """Set removed groups to zero and quantizers to their final values again, in place.
+
+        Args:
+            model: the plain one, not a wrapper.
+
+        Raises:
+            GETAError: the joint stage is not over.
+        """
+        self.result()
+        assert self.optimizer is not None
+        self.optimizer.restore()
+        trained = {name for group in self.optimizer.param_groups for name in group["param_names"]}
+        for name, parameter in quantizer_parameters(model, trained=False).items():
+            if name.endswith(".t") and name not in trained:
+                parameter.fill_(1.0)  # an exponent that is not learned
+
     def result(self) -> CompressionResult:
         """Return removed groups by family and integer widths by module path.
 
@@ -250,17 +270,27 @@ class QASSOMethod(Method):
         if optimizer is None or not optimizer.finished:
             raise GETAError(
                 f"QASSO is at step {self.step_count}, before the end of the joint stage, where the last groups become "
-                f"zero and widths become integers; train on (steps that an fp16 scaler skipped do not count)"
+                f"zero and widths become integers; train on (steps that an fp16 scaler skipped do not count). A "
+                f"callback that stops early has to wait until trainer.method.finished is true"
             )
         # Widths are integers by now, but come back from log2(q_m^t / d + 1) + 1 in fp32, as 3.9999998.
         bits = {prefix: round(width) for prefix, width in optimizer.bits().items()}
         weights = optimizer.quantizers.weights
-        inputs = optimizer.quantizers.prefixes[optimizer.quantizers.weight_layers :]
+        inputs = optimizer.quantizers.input_prefixes
         return CompressionResult(
             removed=optimizer.removed,
             weight_bits={name.removesuffix(".weight"): bits[prefix] for name, prefix in weights.items()},
             input_bits={prefix.removesuffix(".input_quantizer"): bits[prefix] for prefix in inputs},
         )
+
+
+def _histograms(model: nn.Module) -> dict[str, Histogram]:
+    """Return prefix -> magnitudes of every quantized input on which calibration was run."""
+    found = {}
+    for name, layer in quantized_layers(model).items():
+        if layer.input_quantizer is not None and layer.input_quantizer.histogram is not None:
+            found[f"{name}.input_quantizer"] = layer.input_quantizer.histogram
+    return found
 
 
 def _channel_dims(model: nn.Module) -> dict[str, int]:

@@ -20,13 +20,21 @@ from torch import Tensor
 
 from geta_hf.config import GETAConfig
 from geta_hf.costs.bit_allocation import BitChoices
+from geta_hf.costs.input_sensitivity import input_errors
 from geta_hf.costs.ledger import Ledger
 from geta_hf.costs.quantizer_table import Quantizers
 from geta_hf.costs.selection import Limits, find_chunks
 from geta_hf.costs.targets import GROUPS, Target, solve_target, take_due
 from geta_hf.errors import GETAError
 from geta_hf.methods.frozen_weights import FrozenWeights
-from geta_hf.methods.qasso.checks import check_base, check_covered, note_bad, refuse_bad, squared_gradients
+from geta_hf.methods.qasso.checks import (
+    check_base,
+    check_covered,
+    note_bad,
+    refuse_bad,
+    squared_gradients,
+    warn_of_equal_scores,
+)
 from geta_hf.methods.qasso.equations import (
     fisher_scores,
     hesso_scores,
@@ -43,6 +51,7 @@ from geta_hf.methods.rounding import round_bits
 from geta_hf.qadg.group_labels import GroupLabels, family_of_group, family_starts
 from geta_hf.qadg.group_types import Family
 from geta_hf.qadg.space import PruningSpace
+from geta_hf.quantization.clipping import Histogram
 from geta_hf.utils.shards import from_first_process, local
 
 _STEP = "qasso_step"
@@ -74,6 +83,7 @@ class QASSO(torch.optim.Optimizer):
         frozen: what is cut or quantized, but not trained; see `qasso.frozen`.
         target: that of the plan; by default the config's targets are solved here.
         goal: the former name of `target`.
+        histograms: prefix -> magnitudes of a layer's input, by which widths of inputs are chosen.
 
     Attributes:
         target: what the run is to end with.
@@ -120,6 +130,7 @@ class QASSO(torch.optim.Optimizer):
         frozen: FrozenWeights | None = None,
         target: Target | None = None,
         goal: Target | None = None,
+        histograms: Mapping[str, Histogram] | None = None,
     ) -> None:
         super().__init__(base.param_groups, {})
         self.base = base
@@ -139,6 +150,7 @@ class QASSO(torch.optim.Optimizer):
         check_base(base, named)
         check_covered(named, self.families, quantizers, input_quantizers)
         self.quantizers = Quantizers(quantizers, input_quantizers, named, channel_dims)
+        self._histograms = [(histograms or {}).get(prefix) for prefix in self.quantizers.input_prefixes]
         self.ledger = ledger or Ledger.of_tensors(self.families, named, self.quantizers.own_weights)
         self.target: Target = target or goal or solve_target(config, self.families, self.ledger)
         self.qasso_state = QASSOState.start(
@@ -151,6 +163,8 @@ class QASSO(torch.optim.Optimizer):
         self._labels: list[GroupLabels] | None = None
         self._redundant: RedundantSlices | None = None
         self._removed: list[Slice] = []
+        self._final_quantizers: Named = {}
+        self._resumed = False
 
     def _sum_frozen_gradients(self, named: Named) -> GradientSums:
         check_rules(self.config)
@@ -282,6 +296,9 @@ class QASSO(torch.optim.Optimizer):
         self._average_gradients(phase, named)  # where no stage came before
         # After a resume nothing is listed yet, and the removed slices have to be zeroed below.
         self._index_slices(named)
+        if self._resumed:
+            self._note_final_quantizers(named)  # again, where the model was loaded after the optimizer
+            self._resumed = False
         for parameter in self._trained_quantizers(named):
             parameter.grad = None  # a base optimizer skips what has no gradient
         self.base.step()
@@ -368,6 +385,7 @@ class QASSO(torch.optim.Optimizer):
 
         m_g <- λ m_g + (1 - λ) ⟨g, x⟩_g²      of every group, as long as a partition follows
         v_l <- λ v_l + (1 - λ) ‖g_l‖²         of every quantized weight, in the last pruning period
+        s_i <- λ s_i + (1 - λ) ⟨g, x^Q - x⟩²  of every quantized input, in that period too
         """
         if not self.schedule.averages(phase):
             return
@@ -390,6 +408,8 @@ class QASSO(torch.optim.Optimizer):
         if in_last_period and self.config.bit_rule == "sensitivity" and self.quantizers.prefixes:
             squares = squared_gradients(self.quantizers, named) + of_layers
             state.curvature.mul_(decay).add_(squares, alpha=1 - decay)
+            if len(state.input_square):
+                state.input_square.mul_(decay).add_(self.quantizers.input_squares(named), alpha=1 - decay)
 
     def _scores(self, named: Named) -> Tensor:
         """Return the saliency of every group by the rule of the config, shape (groups,)."""
@@ -427,6 +447,7 @@ class QASSO(torch.optim.Optimizer):
         chunks = find_chunks(self.families, scores, removed, Limits.of(self.config))
         # Line 12: of K groups (p + 1) / P are due at the end of period p, so each period adds about K / P.
         taken = take_due(self.target, self.ledger, chunks, removed, done, periods)
+        warn_of_equal_scores(self.families, scores, removed, taken)
         self.qasso_state.status[taken] = REDUNDANT
         self._invalidate_slices()
 
@@ -458,8 +479,12 @@ class QASSO(torch.optim.Optimizer):
     # --- line 22: fixing the quantizers -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def fix_bits(self, choices: BitChoices) -> None:
+    def fix_bits(self, choices: BitChoices, choose_inputs: bool = True) -> None:
         """Give every layer an integer width that meets the target, by these choices; waits for the device.
+
+        Args:
+            choices: allowed widths, and the rules.
+            choose_inputs: whether widths of inputs are chosen as well; otherwise each is rounded to the nearest.
 
         Raises:
             GETAError: something became NaN or infinite before.
@@ -469,6 +494,11 @@ class QASSO(torch.optim.Optimizer):
         named = self._named()
         self._follow_device(named)
         self.check_finite()
+        inputs = None
+        if choose_inputs and len(self.qasso_state.input_square):
+            bits = self.quantizers.bits(named)[self.quantizers.weight_layers :]
+            search = self.config.clipping == "mse" and not self.config.learn_activation_exponent
+            inputs = input_errors(self.qasso_state.input_square, bits, choices.inputs, self._histograms, search)
         round_bits(
             self.quantizers,
             named,
@@ -478,7 +508,27 @@ class QASSO(torch.optim.Optimizer):
             self.target,
             self.removed_mask,
             choices,
+            inputs,
         )
+        self._note_final_quantizers(named)
+
+    def _note_final_quantizers(self, named: Named) -> None:
+        names = [name for leaf in ("d", "q_m", "t") for name in self.quantizers.names[leaf] if name in named]
+        self._final_quantizers = {name: local(named[name].detach()).clone() for name in names}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Set the removed groups to zero again, and d, q_m and t to (d*, q_m*, t*) of line 22.
+
+        For weights that were averaged, or otherwise changed, after the joint stage.
+        """
+        named = self._named()
+        self._follow_device(named)
+        # Frozen weights too: an average over the run holds what they were before they were removed.
+        labels = self.frozen.with_adapters(self._labels or ())
+        zero_slices(build_slices(labels, self.qasso_state.removed, self._family, named), named)
+        for name, value in self._final_quantizers.items():
+            local(named[name].detach()).copy_(value)
 
     # --- guards -------------------------------------------------------------------------------------------------------
 
@@ -639,5 +689,10 @@ class QASSO(torch.optim.Optimizer):
         self.base.load_state_dict(rest)
         self.qasso_state = QASSOState(**vectors)
         self._share_base()
+        # Weights are usually loaded before the optimizer's state, and no step may follow.
+        self._final_quantizers = {}
+        self._resumed = self.finished
+        if self._resumed:
+            self._note_final_quantizers(self._named())
         # The status is another one now, so the slices listed from the former are stale.
         self._invalidate_index()

@@ -188,8 +188,8 @@ def _fit(lengths: dict[str, int], total_steps: int) -> dict[str, int]:
     wanted = [name for name, length in lengths.items() if length]
     if len(wanted) > total_steps:
         raise GETAError(
-            f"training has {total_steps} steps, but {', '.join(wanted)} take at least one each: train for "
-            f"{len(wanted)} steps or more, or leave a stage out with GETAConfig.{wanted[0]} = 0"
+            f"training has {_count(total_steps, 'step')}, but {', '.join(wanted)} take at least one each: train for "
+            f"{_count(len(wanted), 'step')} or more, or leave a stage out with GETAConfig.{wanted[0]} = 0"
         )
     lengths = dict(lengths)
     # Stages that would have rounded to no step take it from the others, one at a time.
@@ -207,9 +207,13 @@ def note_short_run(schedule: Schedule, config: GETAConfig) -> None:
         ("joint", schedule.joint, schedule.pruning_periods, config.pruning_periods),
     ):
         if steps and periods < wanted:
-            fewer.append(f"the {stage} stage has {steps} steps, so {periods} periods instead of {wanted}")
+            fewer.append(f"{stage} has {_count(periods, 'period')} instead of {wanted} in {_count(steps, 'step')}")
     if fewer:
-        logger.warning("training has only %d steps: %s", schedule.total, "; ".join(fewer))
+        logger.warning("training has only %s: %s", _count(schedule.total, "step"), ", ".join(fewer))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _in_period(stage: str, step: int, length: int, periods: int) -> Phase:

@@ -21,6 +21,9 @@ IMPORTANT, REDUNDANT, REMOVED = 0, 1, 2
 
 _PREFIX = "qasso."
 
+_ADDED = frozenset({"input_square"})
+"""Vectors that checkpoints of earlier versions lack; they then start as they are in a new run."""
+
 
 @dataclass
 class QASSOState:
@@ -30,6 +33,7 @@ class QASSOState:
         status: uint8, shape (groups,), always on CPU: IMPORTANT, REDUNDANT or REMOVED.
         mean_square: fp32, shape (groups,): moving average of ⟨g, x⟩² of every group.
         curvature: fp32, shape (weight layers,): moving average of ‖g‖² of every quantized weight.
+        input_square: fp32, shape (inputs,): moving average of ⟨g, x^Q - x⟩² of every quantized input.
         bad_step: int64, shape (2, layers): the step at which a layer's quantizer (row 0) or its gradient (row 1) was
             first NaN or infinite; -1 where it never was.
     """
@@ -37,6 +41,7 @@ class QASSOState:
     status: Tensor
     mean_square: Tensor
     curvature: Tensor
+    input_square: Tensor
     bad_step: Tensor
 
     @classmethod
@@ -53,6 +58,7 @@ class QASSOState:
             status=torch.zeros(groups, dtype=torch.uint8),
             mean_square=torch.zeros(groups),
             curvature=torch.zeros(weight_layers),
+            input_square=torch.zeros(layers - weight_layers),
             bad_step=torch.full((2, layers), -1, dtype=torch.int64),
         )
 
@@ -70,6 +76,7 @@ class QASSOState:
         """Move what every step updates to where the parameters are; the status is read on the host only."""
         self.mean_square = self.mean_square.to(device)
         self.curvature = self.curvature.to(device)
+        self.input_square = self.input_square.to(device)
         self.bad_step = self.bad_step.to(device)
 
     def vectors(self) -> dict[str, Tensor]:
@@ -101,7 +108,7 @@ def restore_vectors(packed: dict[str, Any], like: Mapping[str, Tensor]) -> tuple
     vectors = {}
     for name, mine in like.items():
         # Taken out before the base loads, which casts what it holds for a parameter to the parameter's dtype.
-        value = first.pop(f"{_PREFIX}{name}", None)
+        value = first.pop(f"{_PREFIX}{name}", mine if name in _ADDED else None)
         if value is None or value.shape != mine.shape:
             found = "nothing" if value is None else f"{tuple(value.shape)}"
             raise GETAError(

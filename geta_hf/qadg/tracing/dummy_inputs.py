@@ -10,7 +10,7 @@ import copy
 import inspect
 import itertools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput
 
 from geta_hf.errors import GETAError
 from geta_hf.qadg.tracing.record_forward import record_forward
+from geta_hf.utils.config_limits import check_counts
 from geta_hf.utils.process_state import exclusive
 
 # For a configuration that names no class of its own: the first task that knows it. Models of several modalities come
@@ -48,7 +49,11 @@ _TASKS = (
 
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 _RANDOM = (Tensor.normal_, Tensor.uniform_)
+_RANGES = (torch.arange, torch.linspace, torch.logspace, torch.full, torch.eye)
 _HUGE = 2**26  # elements; no buffer is that large
+_LONG = 2**14  # elements; two vectors of so many together have no huge outer product
+_LONGEST = 2**22  # the longest dimension of a parameter; a vocabulary has a million entries at most
+_MANY_TENSORS = 2**18
 
 _PIXELS = (64, 256)  # side of an image where the configuration names none: every common stride divides it
 _SAMPLES = 4000  # a quarter of a second of sound at 16 kHz
@@ -70,10 +75,14 @@ def empty_model(source: str | PreTrainedConfig) -> PreTrainedModel:
         The model in evaluation mode, tied as usual: parameters on meta, buffers real, on CPU.
 
     Raises:
-        GETAError: the configuration cannot be found or reached, transformers has no class for it, or the class needs
-            a package that is not there.
+        GETAError: the configuration cannot be found or reached, transformers has no class for it, it asks for more
+            layers or larger tensors than any model has, or the class needs a package that is not there.
     """
-    config = copy.deepcopy(source) if isinstance(source, PreTrainedConfig) else _load_config(source)
+    if isinstance(source, PreTrainedConfig):
+        config = copy.deepcopy(source)
+        check_counts(config.to_dict(), None, type(config).__name__)
+    else:
+        config = _load_config(source)
     return build_empty(_model_class(config), config)
 
 
@@ -91,13 +100,22 @@ def build_empty(model_class: type[PreTrainedModel], config: PreTrainedConfig, **
     # Tensors are made on CPU, where buffers get their content, and a parameter goes to meta as soon as a module holds
     # it. Memory that is never written costs nothing, as long as the system grants it.
     try:
-        with exclusive(), _HugeOnMeta(), _without_weights():
+        with exclusive(), _Sized(), _without_weights():
             model = model_class._from_config(config, **options)
-    except (ImportError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except GETAError:
+        raise
+    # A configuration that is damaged may fail anywhere in the code of its class.
+    except Exception as error:
         raise GETAError(
             f"{model_class.__name__} cannot be built from its {type(config).__name__}: {' '.join(str(error).split())} "
             "Install what is missing, or correct the configuration"
         ) from error
+    for name, parameter in model.named_parameters():
+        if max(parameter.shape, default=0) > _LONGEST:
+            raise GETAError(
+                f"the configuration makes {name} a tensor of shape {tuple(parameter.shape)}, larger than that of any "
+                f"model; correct the configuration"
+            )
     model.tie_weights()
     return model.eval()
 
@@ -128,29 +146,66 @@ def _without_weights() -> Iterator[None]:
         handle.remove()
 
 
-class _HugeOnMeta(TorchFunctionMode):
-    """A mode that makes tensors on meta if they are too large for a buffer: all experts of a layer, for example.
+class _Sized(TorchFunctionMode):
+    """A mode that bounds what a model's constructor makes.
 
-    Tensors that no module holds yet are not filled with random numbers either, which would take long.
+    Tensors that are too large for a buffer, such as all experts of a layer, are made on meta; what cannot be, and a
+    number of tensors that no model has, is an error before it costs memory. Tensors that no module holds yet are not
+    filled with random numbers either, which would take long.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _RANDOM:
             return args[0]
         if func in _FACTORIES and kwargs.get("device") is None:
+            self._made += 1
+            if self._made > _MANY_TENSORS:
+                raise GETAError(f"the configuration makes more than {_MANY_TENSORS} tensors; correct it")
             # Sizes come in many forms, so they are read from the result, which costs nothing on meta.
             outline = func(*args, **kwargs | {"device": "meta"})
             if outline.numel() > _HUGE:
                 return outline
+        elif func in _RANGES or _is_long(args):
+            _check_outline(func, args, kwargs)
         return func(*args, **kwargs)
+
+
+def _is_long(args: Sequence[Any]) -> bool:
+    """Return whether tensors are long enough that an outer product of them might be huge."""
+    tensors = [part for part in args if isinstance(part, Tensor) and not part.is_meta]
+    return sum(tensor.numel() for tensor in tensors) > _LONG
+
+
+def _check_outline(func: Any, args: Any, kwargs: Any) -> None:
+    """Raise GETAError if a call would make a huge tensor; found by running it on meta first."""
+    try:
+        on_meta = kwargs | {"device": "meta"} if func in _RANGES else kwargs
+        outline = func(*(part.to("meta") if isinstance(part, Tensor) else part for part in args), **on_meta)
+    except Exception:  # what depends on values has no outline
+        return
+    if isinstance(outline, Tensor) and outline.numel() > _HUGE:
+        raise GETAError(
+            f"the configuration makes a buffer of {outline.numel()} elements, larger than that of any model; correct "
+            f"the configuration"
+        )
 
 
 def _load_config(source: str) -> PreTrainedConfig:
     try:
         # A configuration with code of its own could do anything as it is read.
+        values, _ = PreTrainedConfig.get_config_dict(source)
+        # Before the class sees it: many a class lists the types of its layers, be they a billion.
+        check_counts(values, None, str(source))
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except GETAError:
+        raise
+    # A configuration that is damaged may fail anywhere in the code of its class.
+    except Exception as error:
         raise GETAError(
             f"no configuration for {source!r}: {' '.join(str(error).split())} Pass a name on the Hub (which needs a "
             "network), a local folder or config.json whose model_type transformers knows, or a configuration object"

@@ -20,7 +20,7 @@ from geta_hf.export.export import compress
 from geta_hf.export.formats import compressed_tensors as writer
 from geta_hf.export.formats.compressed_tensors import write_compressed_tensors
 from geta_hf.export.formats.vanilla import write_vanilla
-from geta_hf.qadg import PruningSpace, build_space
+from geta_hf.qadg import PruningSpace
 from geta_hf.quantization import attach_quantizers, quantized_layers, step_size
 from geta_hf.serialization.embeddings import rounded_embedding
 from geta_hf.serialization.encode import dense_weight, layer_codes
@@ -30,6 +30,7 @@ from tests.elsewhere import run_elsewhere
 from tests.export.formats.uniform import compressed, cut, logits, prepared, tiny
 from tests.export.test_activations import rounding
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
+from tests.spaces import build_space
 
 pytest.importorskip("compressed_tensors")
 

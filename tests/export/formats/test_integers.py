@@ -10,12 +10,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, ViTConfig
 
 from geta_hf.export.export import compress
 from geta_hf.export.formats.integers import Style, plain_copy, store_integers
-from geta_hf.qadg import build_space, zero_groups
+from geta_hf.qadg import zero_groups
 from geta_hf.quantization import attach_input_quantizers, step_size
 from geta_hf.serialization.embeddings import rounded_embedding
 from geta_hf.serialization.encode import layer_codes
 from geta_hf.serialization.packed_layers import packed_layers
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
+from tests.spaces import build_space
 
 
 @torch.no_grad()

@@ -15,11 +15,11 @@ from geta_hf.export import export
 from geta_hf.export.formats import exported
 from geta_hf.export.formats.exported import EXACT, Sample, difference, load
 from geta_hf.export.formats.onnx import write_onnx
-from geta_hf.qadg import build_space
 from geta_hf.serialization.encode import layer_codes
 from geta_hf.serialization.packed_layers import packed_layers
 from tests.export.formats.test_integers import compressed, gpt2, vit
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
+from tests.spaces import build_space
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -17,9 +17,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from geta_hf.errors import GETAError
 from geta_hf.export import export
 from geta_hf.export.formats import plain as plain_module
-from geta_hf.export.formats.plain import _Search, plain_models
+from geta_hf.export.formats.plain import ConfigSearch, plain_models
 from geta_hf.export.formats.vanilla import write_plain, write_vanilla
-from geta_hf.qadg import build_space
 from geta_hf.serialization.hf_quantizer import attach_quantizer
 from geta_hf.surgery.slice import slice_model
 from geta_hf.surgery.verify import mask_groups
@@ -28,6 +27,7 @@ from tests.elsewhere import run_elsewhere
 from tests.export.formats.uniform import compressed, cut, halved, logits, prepared, tiny
 from tests.export.test_activations import rounding
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
+from tests.spaces import build_space
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "gemma2")
 SMALLER = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
@@ -343,7 +343,7 @@ def test_wrong_generation_is_caught(tmp_path: Path) -> None:
 def test_without_pinning_the_head_size_is_not_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mutation: qwen2 would work the size of a head out from the number of heads."""
     _, small, batch = prepared("qwen2")
-    monkeypatch.setattr(_Search, "_found_pins", lambda *_: {})
+    monkeypatch.setattr(ConfigSearch, "_found_pins", lambda *_: {})
     with pytest.raises(GETAError, match="no number in Qwen2Config makes"):
         write_vanilla(small, tmp_path, batch)
 
@@ -369,8 +369,8 @@ def test_few_models_are_built_however_many_layers(monkeypatch: pytest.MonkeyPatc
         small = Qwen2ForCausalLM(Qwen2Config(**{**settings, **smaller}))
     small.config = full.config
     built: list[int] = []
-    build_model = plain_module._Search.build
-    monkeypatch.setattr(_Search, "build", lambda self, changes: built.append(1) or build_model(self, changes))
-    found = next(_Search(small).solutions())
+    build_model = plain_module.ConfigSearch.build
+    monkeypatch.setattr(ConfigSearch, "build", lambda self, changes: built.append(1) or build_model(self, changes))
+    found = next(ConfigSearch(small).solutions())
     assert {place[0]: value for place, value in found.items()} == smaller
     assert len(built) <= 30

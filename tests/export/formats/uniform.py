@@ -9,11 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from geta_hf.export.export import compress
-from geta_hf.qadg import PruningSpace, build_space
+from geta_hf.qadg import PruningSpace
 from geta_hf.qadg.group_types import Family
 from geta_hf.quantization import attach_quantizers, quantized_layers, step_size
 from geta_hf.surgery.verify import mask_groups
 from tests.architectures import build
+from tests.spaces import build_space
 
 Batch = dict[str, Tensor]
 

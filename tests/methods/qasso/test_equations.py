@@ -80,7 +80,7 @@ def test_stages_longer_than_training_and_too_few_steps_are_refused() -> None:
         Schedule.from_config(GETAConfig(warmup=20, projection=20, joint=20), 50, 50)
     with pytest.raises(GETAError, match=r"training has 2 steps, but warmup, projection, joint .* train for 3 steps"):
         Schedule.from_config(GETAConfig(), 2, 2)
-    with pytest.raises(GETAError, match=r"training has 0 steps, but joint .* train for 1 steps"):
+    with pytest.raises(GETAError, match=r"training has 0 steps, but joint .* train for 1 step "):
         Schedule.from_config(GETAConfig(warmup=0, projection=0), 0, 0)
 
 

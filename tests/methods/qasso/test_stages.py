@@ -44,9 +44,8 @@ def check_result(model, method, wanted: int = 5) -> None:
             assert float(layer.weight_quantizer.bits()) == pytest.approx(result.weight_bits[name], abs=1e-4)
 
 
-@pytest.mark.parametrize("rules", RULES)
-@pytest.mark.parametrize("lengths", list(itertools.product((0, 3), (0, 4), (0, 6))))
-@pytest.mark.parametrize("cool_down", [0, 2])
+@pytest.mark.parametrize(("rules", "cool_down"), [("default", 0), ("default", 2), ("paper", 0), ("inputs", 1)])
+@pytest.mark.parametrize("lengths", list(itertools.product((0, 1), (0, 2), (0, 4))))
 def test_any_stage_can_be_left_out(lengths: tuple[int, int, int], cool_down: int, rules: str) -> None:
     steps = max(sum(lengths) + cool_down, 1)
     model, method, optimizer = prepare(config_of(lengths, rules), steps=steps)
@@ -84,13 +83,14 @@ def test_without_a_projection_stage_widths_stay_free_until_the_joint_stage_ends(
     assert bounds == [(4, 16)] * 7 + [(4, 8)] * 3
 
 
-@pytest.mark.parametrize("steps", [3, 4, 7, 12, 30])
+@pytest.mark.parametrize("steps", [3, 4, 12])
 @pytest.mark.parametrize("kind", [GETAConfig, PostTrainingConfig])
 def test_short_runs_end_as_long_ones_do(steps: int, kind, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         model, method, optimizer = prepare(kind(target_sparsity=0.5), steps=steps)
     said = [record.getMessage() for record in caplog.records if "training has only" in record.getMessage()]
-    assert len(said) == 1 and f"training has only {steps} steps: the projection stage has" in said[0]
+    assert len(said) == 1 and f"training has only {steps} steps: projection has" in said[0]
+    assert "joint has" in said[0] if steps < 13 else "joint" not in said[0]
     train(model, method, optimizer, steps)
     check_result(model, method)
 

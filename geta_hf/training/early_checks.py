@@ -1,0 +1,93 @@
+"""Refuse, when the trainer is made, what the export would refuse after hours of training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
+
+from geta_hf.errors import GETAError
+from geta_hf.quantization.layers import check_parameter
+from geta_hf.surgery.rebuild import check_rebuilds
+from geta_hf.utils.model_io import Batch
+
+
+def check_is_model(model: Any) -> None:
+    """Raise GETAError for what is no module at all, such as a name on the Hub."""
+    if isinstance(model, str):
+        raise GETAError(
+            f"model is the string {model!r}; pass a model, such as "
+            f"AutoModelForSequenceClassification.from_pretrained({model!r})"
+        )
+    if not isinstance(model, nn.Module):
+        raise GETAError(f"model is a {type(model).__name__}; pass a transformers model")
+
+
+def check_model(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Check what shows on a model alone, without a batch.
+
+    Args:
+        model: dense.
+        layers: those to quantize, by path.
+
+    Raises:
+        GETAError: a model without a config, a layer whose weight is no parameter, or values that cannot be trained.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise GETAError(
+            f"GETATrainer exports transformers models, which their config rebuilds, and {type(model).__name__} is "
+            f"none: derive it from PreTrainedModel, with a config class, or use build_space and QASSO in your own loop"
+        )
+    for name, layer in layers.items():
+        check_parameter(layer, name)
+    check_values(model)
+
+
+def check_exports(model: nn.Module, batch: Batch, layers: Iterable[str]) -> None:
+    """Check that a folder could hold the model; see `geta_hf.surgery.rebuild.check_rebuilds`.
+
+    Args:
+        model: that `check_model` has accepted.
+        batch: keyword arguments of its forward, without labels.
+        layers: paths of those to quantize.
+
+    Raises:
+        GETAError: its class and config build another model.
+    """
+    assert isinstance(model, PreTrainedModel)
+    check_rebuilds(model, batch, layers)
+
+
+@torch.no_grad()
+def check_values(model: nn.Module) -> None:
+    """Raise GETAError for a tensor that is not finite, or in double precision.
+
+    Infinity in a buffer is allowed, since masks hold it.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+            continue
+        is_parameter = isinstance(tensor, nn.Parameter)
+        if is_parameter and tensor.dtype == torch.float64:
+            raise GETAError(f"{name} is torch.float64, which quantizers and exports do not keep; call model.float()")
+        # One pass without a copy; NaN is both the least and the largest.
+        largest = max(map(abs, (float(value) for value in torch.aminmax(tensor.detach().flatten()))), key=_bad_last)
+        if largest != largest or (is_parameter and largest == float("inf")):
+            raise GETAError(f"{name} holds {largest} before training; load the weights again, or initialize the tensor")
+
+
+def _bad_last(value: float) -> float:
+    return float("inf") if value != value else value
+
+
+def check_length(args: TrainingArguments) -> None:
+    """Raise GETAError for a training without a step."""
+    if args.max_steps == 0:
+        raise GETAError(
+            "max_steps = 0 trains no step; set it to how many there are to be, or to -1 for num_train_epochs"
+        )
+    if args.max_steps < 0 and args.num_train_epochs <= 0:
+        raise GETAError(f"num_train_epochs = {args.num_train_epochs} trains no step; set it above 0, or max_steps")

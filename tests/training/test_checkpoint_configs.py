@@ -1,0 +1,25 @@
+"""Which settings may differ between a checkpoint and the run that resumes from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from geta_hf.config import CONFIG_NAME, GETAConfig
+from geta_hf.errors import GETAError
+from geta_hf.training.checkpoints import _check_config
+
+
+def test_a_run_of_the_papers_rules_from_before_is_resumed(tmp_path: Path) -> None:
+    """They did not learn t of inputs, which says nothing where inputs are not quantized."""
+    GETAConfig.paper(learn_activation_exponent=False).save(tmp_path / CONFIG_NAME)
+    _check_config(tmp_path, GETAConfig.paper())
+    with pytest.raises(GETAError, match=r"eta: 0\.999 there, 0\.9 here"):
+        _check_config(tmp_path, GETAConfig.paper(eta=0.9))
+
+
+def test_quantized_inputs_need_the_same_exponent(tmp_path: Path) -> None:
+    GETAConfig.paper(activation_bits=(4, 8), learn_activation_exponent=False).save(tmp_path / CONFIG_NAME)
+    with pytest.raises(GETAError, match="learn_activation_exponent: False there, True here"):
+        _check_config(tmp_path, GETAConfig.paper(activation_bits=(4, 8)))
