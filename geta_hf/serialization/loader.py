@@ -141,6 +141,9 @@ class GETALoader(HfQuantizer):
     """Shrink and prepare a freshly built model, then verify and decode what was loaded."""
 
     requires_calibration = True  # a dense model cannot be loaded into this format, only exported
+    revision = 2
+    """Rises when folders get what earlier code refuses: 2 since they have checksums."""
+
     quantization_config: GETAQuantizationConfig
 
     def is_serializable(self) -> bool:
@@ -507,7 +510,8 @@ def _check_shapes(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) ->
             )
 
 
-# geta_hf itself, which can save too, or the code of another folder may have registered first.
-if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+# geta_hf itself, which can save too, or the code of another folder may have registered first. Folders of before are read
+# by later code too, but not the other way around, so the latest is registered.
+if getattr(AUTO_QUANTIZER_MAPPING.get(QUANT_METHOD), "revision", -1) < GETALoader.revision:
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = GETAQuantizationConfig
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = GETALoader
