@@ -55,9 +55,9 @@ def fault_of(folder: Path, training: bool) -> str | None:
             a folder without a mark may consist.
     """
     mark = _read(folder / MARK_NAME)
-    if mark is not None:
-        return _fault_by_mark(folder, mark) or (_fault_of_training(folder) if training else None)
-    return fault_of_model(folder) or (_fault_of_training(folder) if training else None)
+    # A file can have its full size and yet hold zeros, where the machine stopped before the disk had its content.
+    fault = (None if mark is None else _fault_by_mark(folder, mark)) or fault_of_model(folder)
+    return fault or (_fault_of_training(folder) if training else None)
 
 
 def _fault_by_mark(folder: Path, mark: dict[str, Any]) -> str | None:
@@ -68,7 +68,7 @@ def _fault_by_mark(folder: Path, mark: dict[str, Any]) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size < size:
+        if not isinstance(size, int) or path.stat().st_size < size:
             return f"{name} is cut short"
     return None
 

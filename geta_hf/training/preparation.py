@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import align_special_tokens
 from transformers.utils import logging
 
 from geta_hf.errors import GETAError
@@ -22,6 +23,19 @@ from geta_hf.qadg import Family, PruningSpace
 from geta_hf.utils.copies import copy_module
 
 logger = logging.get_logger(__name__)
+
+
+def align_tokens(model: nn.Module, processing_class: Any) -> None:
+    """Give the config the tokenizer's special tokens, as Trainer does when training starts.
+
+    Recordings and checks come before that, and both depend on the padding token.
+
+    Args:
+        model: with a config, which is changed in place.
+        processing_class: the tokenizer or processor of the trainer; others are left out, as Trainer does.
+    """
+    if isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin):
+        align_special_tokens(model, processing_class)
 
 
 class SeededByEpoch(Sampler[int]):

@@ -41,7 +41,14 @@ from geta_hf.training.looked_at import keep_looked_at, looking_at
 from geta_hf.training.lora import LoraPlan, attach_lora, find_frozen_weights, merged, plan_lora
 from geta_hf.training.loss_terms import LossTerms, Scale
 from geta_hf.training.plan import Plan, layer_uses, make_ledger, make_plan
-from geta_hf.training.preparation import SeededByEpoch, empty_copy, first_batches, planned_steps, without_untrained
+from geta_hf.training.preparation import (
+    SeededByEpoch,
+    align_tokens,
+    empty_copy,
+    first_batches,
+    planned_steps,
+    without_untrained,
+)
 from geta_hf.training.processes import by_first_process, decided_by_first_process
 from geta_hf.training.publishing import PublishingTrainer
 from geta_hf.training.support import Launch, check_options, check_plain
@@ -118,6 +125,7 @@ class GETATrainer(PublishingTrainer):
         self.method: Method = make_method(self.geta_config)
         self.lora = self._check_model(model, peft_config)
         super().__init__(model=model, args=args, **kwargs)
+        align_tokens(model, self.processing_class)
         launch = Launch.of(self.accelerator, self.model)
         check_length(self.args)
         check_options(self.args, launch, self.optimizer, self.lr_scheduler, lora=self.lora is not None)

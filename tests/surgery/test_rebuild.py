@@ -208,6 +208,34 @@ def test_what_the_config_does_not_build_is_refused(bert: BertForQuestionAnswerin
         check_rebuilds(bert, batch)
 
 
+def added_gate(model: BertForQuestionAnswering) -> None:
+    norm = layer(model).output.LayerNorm
+    norm.register_parameter("gate", nn.Parameter(torch.zeros(())))
+    norm.forward = lambda x: nn.LayerNorm.forward(norm, x) + norm.gate * x
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("place", ["lm_head", "model.layers.0.mlp.up_proj"])
+def test_a_bias_added_in_place_is_refused_even_where_it_is_zero(place: str, value: float) -> None:
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+    linear = model.get_submodule(place)
+    linear.bias = nn.Parameter(torch.full((linear.out_features,), value))
+    with pytest.raises(GETAError, match=f"the parameter bias of {place} is not in the copy"):
+        check_rebuilds(model, {"input_ids": torch.arange(4, 12)[None]})
+
+
+def test_a_parameter_that_is_zero_at_first_is_refused(bert: BertForQuestionAnswering, batch: Any) -> None:
+    added_gate(bert)
+    with pytest.raises(GETAError, match=r"the parameter gate of .*layer.0.output.LayerNorm is not in the copy"):
+        check_rebuilds(bert, batch)
+
+
+def test_an_added_parameter_that_no_output_needs_is_welcome(bert: BertForQuestionAnswering, batch: Any) -> None:
+    bert.log_variance = nn.Parameter(torch.zeros(()))
+    check_rebuilds(bert, batch)
+
+
 def test_a_layer_added_in_place(bert: BertForQuestionAnswering, batch: Any) -> None:
     bert.bert.encoder.layer.append(type(layer(bert))(bert.config))
     with pytest.raises(GETAError, match=r"layer.2 \(BertLayer\) is not in the copy. .*num_hidden_layers=3"):

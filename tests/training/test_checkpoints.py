@@ -71,6 +71,21 @@ def test_one_file_less_and_the_checkpoint_before_is_taken(
     assert found is not None and found.name == BEFORE
 
 
+@pytest.mark.parametrize("name", ["config.json", "geta_config.json", "geta_progress.json", "model.safetensors"])
+def test_a_file_of_full_size_that_holds_zeros(run: Path, name: str) -> None:
+    """Disks leave such files where a machine stopped before their content was written."""
+    path = run / LAST / name
+    path.write_bytes(bytes(path.stat().st_size))
+    assert newest_to_resume(run).name == BEFORE
+    found = newest_to_export(run, is_finished)
+    assert found is not None and found.name == BEFORE
+
+
+def test_a_mark_whose_sizes_are_no_numbers(run: Path) -> None:
+    (run / LAST / MARK_NAME).write_text(json.dumps({"complete": True, "files": {"model.safetensors": None}}))
+    assert newest_to_resume(run).name == BEFORE
+
+
 @pytest.mark.parametrize("count", range(len(FILES)))
 def test_a_kill_at_any_file_leaves_the_checkpoint_before(run: Path, count: int) -> None:
     """Whatever was written by then, and in whatever order."""

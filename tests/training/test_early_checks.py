@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
-from transformers import BertConfig, BertForQuestionAnswering
+from transformers import BertConfig, BertForQuestionAnswering, LlamaConfig, LlamaForSequenceClassification
 
 from geta_hf import GETAConfig, GETATrainer
 from geta_hf.errors import GETAError
 from geta_hf.export.export import export
 from tests.conftest import tiny_bert_config
+from tests.tiny_tasks import byte_tokenizer
 from tests.training.test_trainer import SMALL, arguments, rows
 
 Change = Callable[[BertForQuestionAnswering], Any]
@@ -93,6 +94,17 @@ def test_infinity_in_a_buffer_is_a_mask(tmp_path: Path) -> None:
     model.register_buffer("mean", torch.full((2,), float("nan")))
     with pytest.raises(GETAError, match="mean holds nan"):
         make(tmp_path, model)
+
+
+def test_the_padding_token_of_the_tokenizer_holds_before_training(tmp_path: Path) -> None:
+    """Trainer gives it to the config only when training starts; without one, no batch of two rows can be run."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForSequenceClassification(LlamaConfig(vocab_size=257, **sizes))
+    data = [{"input_ids": torch.arange(4, 12), "labels": place % 2} for place in range(32)]
+    tokenizer = byte_tokenizer(bos_token="<s>", pad_token="<s>")
+    config = GETAConfig(**SMALL)
+    made = GETATrainer(model, arguments(tmp_path), geta_config=config, train_dataset=data, processing_class=tokenizer)
+    assert made.model.config.pad_token_id == tokenizer.pad_token_id
 
 
 class Plain(nn.Module):

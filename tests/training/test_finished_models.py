@@ -81,6 +81,18 @@ def test_widths_alone_that_changed_are_refused_with_the_remedy(averaged, tmp_pat
     averaged.export_model(tmp_path / "small")
 
 
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_quantizers_without_a_width_are_refused_with_the_remedy(averaged, tmp_path, value: float) -> None:
+    averaged.restore_compression()
+    layer = next(iter(quantized_layers(averaged.model).values()))
+    with torch.no_grad():
+        layer.weight_quantizer.q_m.fill_(value)
+    with pytest.raises(GETAError, match=r"weight_quantizer has a width of (nan|inf) bits.*restore_compression"):
+        averaged.export_model(tmp_path / "small")
+    averaged.restore_compression()
+    averaged.export_model(tmp_path / "small")
+
+
 def test_a_run_that_was_resumed_at_its_end_is_restored_too(averaged, tmp_path) -> None:
     """No step follows in which anything could be noted."""
     averaged.restore_compression()

@@ -176,6 +176,6 @@ def refuse_bad(bad_step: Tensor, prefixes: Sequence[str]) -> None:
         return
     step, kind, prefix = min(seen, key=lambda found: found[0])  # of one step, values come before gradients
     raise GETAError(
-        f"{kind} of {prefix} was NaN or infinite at step {step}; the last checkpoint is intact: "
-        f"go back to it with a lower learning rate, or check the data"
+        f"{kind} of {prefix} was NaN or infinite at step {step}. Lower the learning rate or check the data, and "
+        f"resume from a checkpoint of an earlier step, or start again where none was saved"
     )

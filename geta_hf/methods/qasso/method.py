@@ -252,10 +252,9 @@ class QASSOMethod(Method):
         Raises:
             GETAError: the joint stage is not over.
         """
-        self.result()
-        assert self.optimizer is not None
-        self.optimizer.restore()
-        trained = {name for group in self.optimizer.param_groups for name in group["param_names"]}
+        optimizer = self._finished_optimizer()
+        optimizer.restore()
+        trained = {name for group in optimizer.param_groups for name in group["param_names"]}
         for name, parameter in quantizer_parameters(model, trained=False).items():
             if name.endswith(".t") and name not in trained:
                 parameter.fill_(1.0)  # an exponent that is not learned
@@ -264,17 +263,18 @@ class QASSOMethod(Method):
         """Return removed groups by family and integer widths by module path.
 
         Raises:
-            GETAError: the joint stage is not over.
+            GETAError: the joint stage is not over, or something changed the quantizers to values without a width.
         """
-        optimizer = self.optimizer
-        if optimizer is None or not optimizer.finished:
-            raise GETAError(
-                f"QASSO is at step {self.step_count}, before the end of the joint stage, where the last groups become "
-                f"zero and widths become integers; train on (steps that an fp16 scaler skipped do not count). A "
-                f"callback that stops early has to wait until trainer.method.finished is true"
-            )
+        optimizer = self._finished_optimizer()
         # Widths are integers by now, but come back from log2(q_m^t / d + 1) + 1 in fp32, as 3.9999998.
-        bits = {prefix: round(width) for prefix, width in optimizer.bits().items()}
+        bits = {}
+        for prefix, width in optimizer.bits().items():
+            if not math.isfinite(width):
+                raise GETAError(
+                    f"{prefix} has a width of {width} bits: something changed its step size, clipping value or "
+                    f"exponent after training; call trainer.restore_compression() before the export"
+                )
+            bits[prefix] = round(width)
         weights = optimizer.quantizers.weights
         inputs = optimizer.quantizers.input_prefixes
         return CompressionResult(
@@ -282,6 +282,17 @@ class QASSOMethod(Method):
             weight_bits={name.removesuffix(".weight"): bits[prefix] for name, prefix in weights.items()},
             input_bits={prefix.removesuffix(".input_quantizer"): bits[prefix] for prefix in inputs},
         )
+
+    def _finished_optimizer(self) -> QASSO:
+        """Return the optimizer once the joint stage is over; raise GETAError before that."""
+        optimizer = self.optimizer
+        if optimizer is None or not optimizer.finished:
+            raise GETAError(
+                f"QASSO is at step {self.step_count}, before the end of the joint stage, where the last groups become "
+                f"zero and widths become integers; train on (steps that an fp16 scaler skipped do not count). A "
+                f"callback that stops early has to wait until trainer.method.finished is true"
+            )
+        return optimizer
 
 
 def _histograms(model: nn.Module) -> dict[str, Histogram]:
