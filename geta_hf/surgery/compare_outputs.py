@@ -26,7 +26,7 @@ _PIECE = 1 << 20  # elements compared at once
 Outputs = dict[str, dict[str, Tensor]]
 
 
-def attention_outputs(model: PreTrainedModel, batch: Batch) -> Outputs:
+def attention_outputs(model: PreTrainedModel, batch: Batch, every: bool = True) -> Outputs:
     """Return every floating-point output of the model in evaluation mode, under each attention implementation it has.
 
     Both are compared, since eager and sdpa attention read different sizes of the module. The model is unchanged
@@ -35,6 +35,7 @@ def attention_outputs(model: PreTrainedModel, batch: Batch) -> Outputs:
     Args:
         model: any Hugging Face model.
         batch: keyword arguments of its forward; moved to the model's device.
+        every: False to run the implementation that the model has now, and no other. Default True.
 
     Returns:
         attention implementation (`eager`, `sdpa`) -> output name -> tensor.
@@ -44,7 +45,8 @@ def attention_outputs(model: PreTrainedModel, batch: Batch) -> Outputs:
     """
     inputs = to_device(batch, model.device)
     with comparison_mode(model):
-        return {implementation: _outputs(model, inputs, implementation) for implementation in attentions(model)}
+        chosen = attentions(model) if every else (_OWN,)
+        return {implementation: _outputs(model, inputs, implementation) for implementation in chosen}
 
 
 _OWN = "own"

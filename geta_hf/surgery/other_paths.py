@@ -33,6 +33,9 @@ _SHORT = (1, 8)
 _LONG = 64
 """Tokens that a longer text has at least, where the model's positions reach as far."""
 
+_FEW = 16
+"""Tokens on which optional inputs are tried: what they decide does not depend on the length of the text."""
+
 _SMALL = 1e-3
 """Least scale of outputs that are compared closely; below it, rounding of what they are computed from shows."""
 
@@ -187,7 +190,7 @@ def _some_tokens(model: PreTrainedModel, batch: Batch) -> tuple[int, int]:
     """Return how many tokens the batch has, and how many are enough for its options."""
     main = batch.get(model.main_input_name)
     length = main.shape[1] if isinstance(main, Tensor) and main.dim() == 2 and not main.is_floating_point() else 0
-    return length, min(length, _LONG)
+    return length, min(length, _FEW)
 
 
 _Change: TypeAlias = tuple[Batch, Sequence[str], Mapping[str, Any]]
