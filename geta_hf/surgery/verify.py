@@ -43,8 +43,8 @@ def verify_surgery(model: PreTrainedModel, batch: Batch, space: PruningSpace, se
     Runs on a copy with random weights, biases and norm weights away from 0 and 1, in double precision where the model
     fixes no types of its own. From every prunable family another number of groups is removed (never all; families that
     exclude each other in turn), the tensors are sliced and the modules' attributes solved for. Then the model's own
-    forward must give what it gave with the removed slices at zero, within 1e-6 of the scale of the outputs: on the batch
-    with eager and with sdpa attention, on another shape, and in generation with and without a cache, if it can.
+    forward must give what it gave with the removed slices at zero, within 1e-6 of the scale of the outputs: on the
+    batch with eager and with sdpa attention, on another shape, and in generation with and without a cache, if it can.
     Families that a norm runs over are compared with the recorded graph on the sliced tensors instead.
 
     Args:
