@@ -510,8 +510,8 @@ def _check_shapes(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) ->
             )
 
 
-# geta_hf itself, which can save too, or the code of another folder may have registered first. Folders of before are read
-# by later code too, but not the other way around, so the latest is registered.
+# geta_hf itself, which can save too, or the code of another folder may have registered first. Later code reads folders
+# of before too, but not the other way around, so the latest is registered.
 if getattr(AUTO_QUANTIZER_MAPPING.get(QUANT_METHOD), "revision", -1) < GETALoader.revision:
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = GETAQuantizationConfig
     AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = GETALoader

@@ -59,7 +59,7 @@ def try_cuts(
     if reason is not None:
         raise GETAError(f"nothing in {type(model).__name__} can be cut away: {reason}")
     for text in dict.fromkeys(refused.values()):
-        logger.warning("%d families are not pruned: %s", list(refused.values()).count(text), text)
+        logger.warning("number of families that are not pruned: %d; %s", list(refused.values()).count(text), text)
     return narrowed
 
 

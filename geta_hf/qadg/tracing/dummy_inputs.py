@@ -107,8 +107,8 @@ def build_empty(model_class: type[PreTrainedModel], config: PreTrainedConfig, **
     # A configuration that is damaged may fail anywhere in the code of its class.
     except Exception as error:
         raise GETAError(
-            f"{model_class.__name__} cannot be built from its {type(config).__name__}: {' '.join(str(error).split())} "
-            "Install what is missing, or correct the configuration"
+            f"{model_class.__name__} cannot be built from its {type(config).__name__}: "
+            f"{' '.join(str(error).split()).rstrip('.')}. Install what is missing, or correct the configuration"
         ) from error
     for name, parameter in model.named_parameters():
         if max(parameter.shape, default=0) > _LONGEST:
