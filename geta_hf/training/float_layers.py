@@ -16,6 +16,7 @@ from geta_hf.config import CompressionConfig
 from geta_hf.errors import GETAError
 from geta_hf.qadg.tracing.raw_reads import find_raw_reads
 from geta_hf.quantization import quantized_layers
+from geta_hf.quantization.layer_types import base_type
 from geta_hf.utils.model_io import to_device
 
 logger = logging.get_logger(__name__)
@@ -24,7 +25,10 @@ logger = logging.get_logger(__name__)
 def exclude_raw_reads(
     config: CompressionConfig, model: nn.Module, layers: Mapping[str, nn.Module], batch: Mapping[str, Any]
 ) -> CompressionConfig:
-    """Return the config with the layers excluded whose weight the model reads past their forward; warn of them.
+    """Return the config without the layers that a quantizer could not act on; warn of them.
+
+    These are layers whose weight the model reads past their forward, and, among those chosen by default, layers whose
+    class computes something else than a plain layer.
 
     Args:
         config: of the run; returned as it is where there is no such layer.
@@ -34,6 +38,9 @@ def exclude_raw_reads(
     """
     inputs = to_device(batch, next(model.parameters()).device)
     found: list[str] = find_raw_reads(model, layers, inputs)
+    if config.include is None:
+        # Routers, for one, are linear layers that do more. Where the user named such a layer, attaching says why not.
+        found += [name for name, layer in layers.items() if base_type(layer) is None]
     if torch.distributed.is_initialized():
         # Which expert runs depends on the batch, but every process must quantize the same layers.
         found = gather_object(found)
@@ -42,7 +49,7 @@ def exclude_raw_reads(
     excluded = exclude_layers(config, found, layers)
     logger.warning(
         "left in floating point: %s; the model reads the weight itself, past the layer's forward, where a quantizer "
-        "would have no effect",
+        "would have no effect, or the layer has a forward of its own",
         ", ".join(left_float(config, excluded)),
     )
     return excluded

@@ -66,7 +66,7 @@ class Plan:
         unquantized: modules in the model's lists of layers with a matrix that no quantizer covers, numbers as `*`,
             the largest first.
         unquantized_share: their share of all matrix weights in those lists.
-        left_float: layers without a quantizer, since the model reads their weights itself; numbers as `*`.
+        left_float: layers on which a quantizer would have no effect; numbers as `*`.
         untouched: parameters that the recorded forward did not read: nothing of them is pruned, and no proof covers
             them.
         not_vanilla: why the result cannot be written in the format `vanilla`; empty if it can, None if not known.
@@ -120,7 +120,7 @@ class Plan:
             lines.append(f"not quantized: {self.unquantized_share:.1%} of the layers' matrix weights ({names})")
         if self.left_float:
             lines.append(
-                f"left in floating point, as the model reads their weights itself: {', '.join(self.left_float)}"
+                f"left in floating point, as a quantizer would have no effect on them: {', '.join(self.left_float)}"
             )
         if self.untouched:
             lines.append(

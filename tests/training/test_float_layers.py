@@ -17,7 +17,13 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from geta_hf import GETAConfig, GETAError, GETATrainer, attach_quantizers, export, prepare_for_inference
 from geta_hf.serialization.packed_layers import packed_layers
-from geta_hf.training.float_layers import check_first_gradients, exclude_layers, left_float, name_patterns
+from geta_hf.training.float_layers import (
+    check_first_gradients,
+    exclude_layers,
+    exclude_raw_reads,
+    left_float,
+    name_patterns,
+)
 
 RAW = ("layers.*.attention.out_proj", "layers.*.encoder.self_attn.out_proj", "layers.*.encoder.linear1")
 
@@ -116,6 +122,20 @@ def test_the_folder_evaluates_as_the_trained_model(run: SimpleNamespace) -> None
 def test_nothing_to_quantize_remains(tmp_path: Path) -> None:
     with pytest.raises(GETAError, match="no layer to quantize"):
         make_trainer(tmp_path, include=["router", "out_proj"])
+
+
+class Router(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).softmax(-1)
+
+
+def test_layers_with_a_forward_of_their_own_are_left_float_unless_they_are_named() -> None:
+    layers = {"h.0.router": Router(4, 4), "h.0.up": nn.Linear(4, 4), "h.1.router": Router(4, 4)}
+    model = nn.ModuleList(layers.values())
+    config = GETAConfig()
+    assert left_float(config, exclude_raw_reads(config, model, layers, {})) == ("h.*.router",)
+    config = GETAConfig(include=["router", "up"])
+    assert exclude_raw_reads(config, model, layers, {}) is config  # attaching refuses them with a reason
 
 
 def test_an_export_without_the_trainer_names_the_layer(tmp_path: Path) -> None:
