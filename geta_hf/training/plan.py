@@ -240,7 +240,12 @@ def make_ledger(
             layers.append(LayerEntry(f"{name}.weight", (uses or {}).get(name, 1.0), dim))
     # Groups are counted over parameters and buffers alike, since an export cuts both.
     rounded = _embedding_weight(model, embedding_bits, shapes)
-    ledger = Ledger.of(space.prunable, shapes, layers, item_bytes, space.buffers, rounded)
+    # What a constructor makes and no file holds, such as a vector of multipliers, is cut but costs nothing.
+    families = [
+        replace(family, members=tuple(member for member in family.members if member.tensor in shapes))
+        for family in space.prunable
+    ]
+    ledger = Ledger.of(families, shapes, layers, item_bytes, space.buffers, rounded)
     return replace(ledger, dropped=dropped, stored_as=_stored_names(model, ledger))
 
 

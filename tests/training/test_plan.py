@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import BertForQuestionAnswering, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -10,6 +12,7 @@ from geta_hf import GETAConfig
 from geta_hf.errors import GETAError
 from geta_hf.methods.qasso.method import _channel_dims as channel_dims
 from geta_hf.qadg.group_labels import family_starts
+from geta_hf.qadg.group_types import Member
 from geta_hf.quantization import attach_quantizers
 from geta_hf.training.plan import layer_uses, make_ledger, make_plan
 from tests.architectures import build
@@ -44,6 +47,17 @@ def test_a_float_model_is_counted_to_the_byte(bert, batch, tmp_path) -> None:
     ledger = make_ledger(bert, space)
     bert.save_pretrained(tmp_path)
     assert ledger.stored_bytes(ledger.nothing, 32.0) == (tmp_path / "model.safetensors").stat().st_size
+
+
+def test_a_buffer_that_no_file_holds_is_cut_for_nothing(made) -> None:
+    """Such as the multipliers of Falcon-H1's channels, which its constructor makes."""
+    bert, space, ledger = made
+    first, *rest = space.families
+    unstored = Member("multipliers", 0, first.members[0].index)
+    wider = replace(space, families=(replace(first, members=(*first.members, unstored)), *rest))
+    found = make_ledger(bert, wider)
+    assert found.shapes == ledger.shapes and len(found.labels) == len(ledger.labels)
+    assert found.stored_bytes(found.nothing, 8.0) == ledger.stored_bytes(ledger.nothing, 8.0)
 
 
 def test_tied_tensors_are_stored_once(tmp_path) -> None:
