@@ -22,7 +22,7 @@ _RESOLVED_BITS = 10
 
 @dataclass(frozen=True)
 class InputErrors:
-    """What rounding each quantized input to each of some widths costs; on CPU.
+    """Hold what rounding each quantized input to each of some widths costs; on CPU.
 
     Attributes:
         losses: float64, shape (inputs, widths): expected loss, in the unit of v Σ (x - x^Q)² of weights.

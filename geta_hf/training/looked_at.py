@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 
 @dataclass
 class _Looked:
-    """What was read of a stream so far.
+    """Hold what was read of a stream so far.
 
     Attributes:
         samples: what was read, in order.

@@ -25,7 +25,7 @@ Compute = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Scale:
-    """How the loss of one micro-batch adds up to that of a step.
+    """Describe how the loss of one micro-batch adds up to that of a step.
 
     Attributes:
         micro_batches: how many there are in this step.
@@ -65,7 +65,7 @@ class LossTerms:
 
     @property
     def any(self) -> bool:
-        """Whether there is anything to add."""
+        """Return whether there is anything to add."""
         return self.distiller is not None or self._method_adds
 
     def around(self, compute: Compute, plain: Callable[[], nn.Module], scale: Callable[[Any], Scale]) -> Compute:

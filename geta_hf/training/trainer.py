@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from functools import partial
 from pathlib import Path
@@ -362,11 +361,7 @@ class GETATrainer(PublishingTrainer):
     def _steps_per_epoch(self) -> float:
         if self.args.max_steps <= 0:
             return self.state.max_steps / self.args.num_train_epochs
-        try:
-            batches = len(self.get_train_dataloader())
-        except TypeError:  # an iterable data set has no length; only durations in epochs ask for one
-            return math.nan
-        return math.ceil(batches / self.args.gradient_accumulation_steps)
+        return planned_steps(self.args, self.get_train_dataloader)[1]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return Trainer's sampler; batches grouped by length come in an order that a resumed run draws again."""
