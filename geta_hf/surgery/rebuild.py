@@ -103,9 +103,10 @@ def check_rebuilds(model: PreTrainedModel, batch: Batch, quantized: Iterable[str
     # An added parameter may be zero at first, and training would change it.
     if share <= TOLERANCE[model.dtype]:
         with _random_weights(model, twin):
-            expected = _outputs(model, _widened(inputs))
+            wide = _widened(inputs)
+            expected = _outputs(model, wide)
             with _as_in_a_folder(model.device, autocast):
-                share = _difference(expected, _outputs(twin, _widened(inputs)))
+                share = _difference(expected, _outputs(twin, wide))
         if share <= _AMPLIFIED_TOLERANCE:
             return
     raise GETAError(_refusal(model, twin, inputs, autocast))
