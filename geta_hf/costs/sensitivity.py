@@ -105,7 +105,8 @@ def rounding_errors(
     """
     # On a histogram, so that 97 candidates at each width cost the same for every size of layer.
     largest = magnitude.max() if magnitude.numel() else magnitude.new_zeros(())
-    largest = largest_of(largest, shard).clamp_min(torch.finfo(torch.float32).tiny)
+    # A weight that was zero from the start may still be: a range of zero would make positions of NaN.
+    largest = largest_of(largest, shard).clamp_min(BINS * torch.finfo(torch.float32).tiny)
     # The largest magnitude itself falls on the upper edge of the last bin.
     position = (magnitude * (BINS / largest)).long().clamp_(max=BINS - 1)
     spread = weight.expand_as(magnitude).float()

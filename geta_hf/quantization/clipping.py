@@ -6,6 +6,7 @@ one; who calls it decides what the bins count and which candidates are tried.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -47,19 +48,26 @@ def check_clipping(method: str) -> None:
         raise GETAError(f"unknown clipping method {method!r}; choose 'mse' or 'max'")
 
 
-def clipping_value(weight: Tensor, bits: int, method: str = "mse", name: str = "weight") -> float:
+def clipping_value(
+    weight: Tensor, bits: int, method: str = "mse", name: str = "weight", channel_dim: int = 0
+) -> float:
     """Return the q_m from which a quantizer starts.
 
+    A tensor that is all zero has no range yet, which is usual of a layer that is to learn a correction. It gets the
+    range that torch initializes such a layer with: 1 / √n for n inputs of each output channel.
+
     Args:
-        weight: the tensor to quantize, any shape, not all zero.
+        weight: the tensor to quantize, any shape.
         bits: the bit width for which q_m is chosen (used by `mse` only).
         method: `max` is the paper's max|W|; `mse`, the default, the clipping value of least squared error at `bits`.
         name: what to call the tensor in an error.
+        channel_dim: the dim of `weight` that the output channels run along. Default 0.
 
     Raises:
-        GETAError: an unknown method, or a tensor that is all zero, subnormal or not finite.
+        GETAError: an unknown method, or a tensor that is empty, subnormal or not finite.
     """
-    return float(_clipping(weight.reshape(1, -1), bits, method, name))
+    inputs = weight.numel() // max(weight.shape[channel_dim], 1)
+    return float(_clipping(weight.reshape(1, -1), bits, method, name, inputs))
 
 
 def channel_clipping_values(
@@ -78,7 +86,7 @@ def channel_clipping_values(
         GETAError: as `clipping_value`, for the entire tensor.
     """
     rows = weight.transpose(0, channel_dim).flatten(1)
-    return _clipping(rows, bits, method, name)
+    return _clipping(rows, bits, method, name, rows.shape[1])
 
 
 def smallest_range(dtype: torch.dtype) -> float:
@@ -87,23 +95,27 @@ def smallest_range(dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def _clipping(rows: Tensor, bits: int, method: str, name: str) -> Tensor:
-    """Return q_m of every row, shape (rows,)."""
+def _clipping(rows: Tensor, bits: int, method: str, name: str, inputs: int) -> Tensor:
+    """Return q_m of every row, shape (rows,); `inputs` are those of an output channel."""
+    check_clipping(method)
+    if not rows.numel():
+        raise GETAError(f"{name} has no elements to quantize; exclude the layer by a pattern")
     magnitude = rows.detach().float().abs()
-    largest = magnitude.amax(dim=1) if magnitude.numel() else magnitude.new_zeros(1)
+    largest = magnitude.amax(dim=1)
     largest_of_all = float(largest.max())
-    if not 0.0 < largest_of_all < float("inf"):
+    if not math.isfinite(largest_of_all):
         raise GETAError(
-            f"{name}: max|W| is {largest_of_all}; a quantizer needs a finite tensor that is not all zero. Load or "
-            f"initialize it, or exclude the layer by a pattern"
+            f"{name}: max|W| is {largest_of_all}; a quantizer needs finite values. Load or initialize the tensor, or "
+            f"exclude the layer by a pattern"
         )
+    if largest_of_all == 0.0:
+        return torch.full_like(largest, 1 / math.sqrt(inputs))
     least = smallest_range(rows.dtype)
     if largest_of_all < least:
         raise GETAError(
             f"{name}: max|W| is {largest_of_all:.3g}, and below {least:.3g} too few digits remain for a step size; "
             f"scale it up, initialize it again, or exclude the layer by a pattern"
         )
-    check_clipping(method)
     largest = torch.where(largest < least, 0.0, largest)  # such a row has no range of its own
     values = largest
     if method == "mse":

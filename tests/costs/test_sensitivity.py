@@ -37,6 +37,12 @@ def test_a_searched_clipping_value_is_never_worse_and_narrow_widths_clip_more() 
     assert found[1].item() == pytest.approx(float(((quantize(x, d, q_m * clips[1]) - x) ** 2).sum()), rel=2e-3)
 
 
+@pytest.mark.parametrize("search", [False, True])
+def test_a_weight_of_zeros_costs_nothing_and_keeps_its_range(search: bool) -> None:
+    errors, clips = rounding_errors(torch.zeros(4, 50), torch.ones(1), WIDTHS, search)
+    assert errors.tolist() == [0] * 5 and clips.tolist() == [1] * 5
+
+
 def test_channels_are_weighted_by_their_own_scale() -> None:
     torch.manual_seed(2)
     x = torch.randn(4, 5000) * torch.tensor([[1.0], [10.0], [0.1], [3.0]])
