@@ -49,6 +49,11 @@ def select_layers(model: nn.Module, include: Sequence[str] | None = None, exclud
     """
     supported = tuple(LAYER_TYPES)
     layers: Layers = {name: module for name, module in model.named_modules() if isinstance(module, supported)}
+    if not layers:
+        raise GETAError(
+            f"{type(model).__name__} has no layer to quantize: it has no Linear, Conv1D or Conv2d, the only types that "
+            f"can be; such a model cannot be compressed"
+        )
     chosen = _in_blocks(model, layers) if include is None else matching(layers, include)
     excluded = matching(layers, exclude)
     chosen = {name: module for name, module in chosen.items() if name not in excluded}
@@ -143,14 +148,16 @@ def attach_quantizers(
     _refuse_foreign_ties(model, chosen)
     # Tied weights are one tensor in a folder, with one step size.
     by_weight: dict[int, Quantizer] = {}
+    zero: list[str] = []
     for name, layer in chosen.items():
         weight: torch.Tensor = layer.weight  # type: ignore[assignment]
         if id(weight) not in by_weight:
+            if not weight.is_meta and not bool(weight.any()):
+                zero.append(name)
             dim = output_dim(layer)
             q_m = _start(weight, target_bits, clipping, f"{name}.weight", dim, per_channel)
             channel_dim = dim if per_channel else None
             by_weight[id(weight)] = Quantizer(q_m, initial_bits, learn_t, weight.device, channel_dim)
-    zero = [name for name, layer in chosen.items() if not layer.weight.is_meta and not bool(layer.weight.any())]
     if zero:
         logger.warning(
             "all weights are zero in %s: their quantizers start from the range that torch initializes such layers "

@@ -48,9 +48,7 @@ def check_clipping(method: str) -> None:
         raise GETAError(f"unknown clipping method {method!r}; choose 'mse' or 'max'")
 
 
-def clipping_value(
-    weight: Tensor, bits: int, method: str = "mse", name: str = "weight", channel_dim: int = 0
-) -> float:
+def clipping_value(weight: Tensor, bits: int, method: str = "mse", name: str = "weight", channel_dim: int = 0) -> float:
     """Return the q_m from which a quantizer starts.
 
     A tensor that is all zero has no range yet, which is usual of a layer that is to learn a correction. It gets the

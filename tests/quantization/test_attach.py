@@ -61,6 +61,12 @@ def test_patterns_choose_and_refuse_to_match_nothing(bert) -> None:
         select_layers(bert, include=["("])
 
 
+@pytest.mark.parametrize("include", [None, ["."]])
+def test_a_model_without_any_such_layer_is_refused_by_name(include: list[str] | None) -> None:
+    with pytest.raises(GETAError, match=r"Module has no layer to quantize: .* no Linear, Conv1D or Conv2d"):
+        select_layers(in_list(nn.Conv1d(2, 2, 3), nn.ConvTranspose1d(2, 2, 3)), include)
+
+
 def test_parameters_keep_identity_name_dtype_mode_and_requires_grad(bert) -> None:
     bert.to(torch.bfloat16).eval()
     frozen = bert.bert.encoder.layer[0].intermediate.dense.weight.requires_grad_(False)
