@@ -197,7 +197,7 @@ def test_only_the_generators_of_the_devices_are_seeded_and_all_come_back(_gpus: 
     assert all(torch.equal(one, other) for one, other in zip(states, after, strict=True))
 
 
-def test_a_data_loader_on_several_gpus_warns_of_nothing_and_draws_for_itself_alone(
+def test_a_data_loader_on_several_gpus_warns_of_nothing_and_draws_for_itself(
     _gpus: list[torch.Generator],
 ) -> None:
     state = _gpus[1].get_state()
