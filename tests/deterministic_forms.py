@@ -11,17 +11,35 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 
 # Those that raise on a GPU under `torch.use_deterministic_algorithms(True)`, by its documentation.
-_WITHOUT = (
-    "histc kthvalue put_ grid_sampler_2d_backward grid_sampler_3d_backward nll_loss2d_forward _ctc_loss_backward "
-    "avg_pool3d_backward _adaptive_avg_pool2d_backward _adaptive_avg_pool3d_backward adaptive_max_pool2d_backward "
-    "fractional_max_pool2d_backward fractional_max_pool3d_backward max_unpool2d max_unpool3d "
-    "reflection_pad1d_backward reflection_pad2d_backward reflection_pad3d_backward upsample_linear1d_backward "
-    "upsample_bilinear2d_backward upsample_bicubic2d_backward upsample_trilinear3d_backward"
-).split()
+_WITHOUT = frozenset(
+    {
+        "histc",
+        "put_",
+        "nll_loss2d_forward",
+        "_ctc_loss_backward",
+        "avg_pool3d_backward",
+        "_adaptive_avg_pool2d_backward",
+        "_adaptive_avg_pool3d_backward",
+        "adaptive_max_pool2d_backward",
+        "fractional_max_pool2d_backward",
+        "fractional_max_pool3d_backward",
+        "max_unpool2d",
+        "max_unpool3d",
+        "grid_sampler_2d_backward",
+        "grid_sampler_3d_backward",
+        "reflection_pad1d_backward",
+        "reflection_pad2d_backward",
+        "reflection_pad3d_backward",
+        "upsample_linear1d_backward",
+        "upsample_bilinear2d_backward",
+        "upsample_bicubic2d_backward",
+        "upsample_trilinear3d_backward",
+    }
+)
 
 # Those that add up entries with the same index in any order, though there is another form that may be asked for.
-_IN_ANY_ORDER = (
-    "index_add index_add_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ index_put index_put_".split()
+_IN_ANY_ORDER = frozenset(
+    name + ending for name in ("index_add", "scatter_add", "scatter_reduce", "index_put") for ending in ("", "_")
 )
 
 

@@ -25,10 +25,11 @@ def _rows() -> list[dict[str, torch.Tensor]]:
     ]
 
 
+_PAPER = {"forgetting": "paper", "bit_rule": "paper", "saliency": "hesso"}
+
+
 @pytest.mark.parametrize(
-    "rules",
-    [{"per_channel": True}, {"forgetting": "paper", "bit_rule": "paper", "saliency": "hesso"}],
-    ids=["default", "paper"],
+    "rules", [{"per_channel": True}, pytest.param(_PAPER, marks=pytest.mark.slow)], ids=["default", "paper"]
 )
 @pytest.mark.usefixtures("shared_spaces")
 def test_a_run_with_activations_and_a_teacher_is_deterministic(tmp_path: Path, rules: dict) -> None:
