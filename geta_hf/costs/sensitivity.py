@@ -16,9 +16,12 @@ from torch import Tensor
 
 from geta_hf.costs.ledger import ROUNDING
 from geta_hf.costs.quantizer_table import Quantizers, Values
-from geta_hf.quantization.clipping import BINS, search_clipping
+from geta_hf.quantization.clipping import BINS, count_magnitudes, search_clipping
 from geta_hf.quantization.functional import clip_power
 from geta_hf.utils.shards import Shard, add_up, largest_of, local, shard_of
+
+_COUNTS = 1 << 20
+"""Counts of bins that are held at once."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def rounding_errors(
 
     Args:
         magnitude: |x| relative to the present clipping value, any shape.
-        weight: squared clipping value, broadcastable against `magnitude`.
+        weight: squared clipping value: one, or one for each index along one dim of `magnitude`, broadcastable to it.
         widths: integer widths, ascending.
         search: look for a better clipping value; otherwise the present one is kept.
         shard: how the layer is split over processes.
@@ -107,12 +110,7 @@ def rounding_errors(
     largest = magnitude.max() if magnitude.numel() else magnitude.new_zeros(())
     # A weight that was zero from the start may still be: a range of zero would make positions of NaN.
     largest = largest_of(largest, shard).clamp_min(BINS * torch.finfo(torch.float32).tiny)
-    # The largest magnitude itself falls on the upper edge of the last bin.
-    position = (magnitude * (BINS / largest)).long().clamp_(max=BINS - 1)
-    spread = weight.expand_as(magnitude).float()
-    # No weighted `bincount`: it has no deterministic form on a GPU, and raises where users ask for one.
-    counts = torch.zeros(BINS, device=magnitude.device).index_add_(0, position.flatten(), spread.flatten())
-    counts = add_up(counts, shard)
+    counts = add_up(_weighted_counts(magnitude, weight.float(), largest), shard)
     centres = (torch.arange(BINS, device=counts.device) + 0.5) * (largest / BINS)
     candidates = torch.ones(1, device=counts.device)
     if search:
@@ -124,6 +122,22 @@ def rounding_errors(
         errors.append(error)
         clips.append(clip)
     return torch.stack(errors), torch.stack(clips)
+
+
+def _weighted_counts(magnitude: Tensor, weight: Tensor, largest: Tensor) -> Tensor:
+    """Return what the magnitudes in each of `BINS` bins from 0 to `largest` weigh, fp32, shape (bins,)."""
+    # Elements of the same weight are counted first, in integers. A sum of the weights themselves, by `index_add_` or a
+    # weighted `bincount`, would be taken in any order on a GPU, or be refused where a deterministic one is asked for.
+    rows = magnitude.reshape(1, -1)
+    if weight.numel() > 1:
+        dim = max(range(weight.dim()), key=weight.size)
+        rows = magnitude.movedim(dim, 0).reshape(weight.numel(), -1)
+    weights = weight.flatten()
+    at_once = max(1, _COUNTS // BINS)
+    total = torch.zeros(BINS, device=magnitude.device)
+    for part, own in zip(rows.split(at_once), weights.split(at_once), strict=True):
+        total += (count_magnitudes(part, largest.expand(len(part))) * own[:, None]).sum(0)
+    return total
 
 
 def allocate(priority: Tensor, costs: Tensor, budgets: Sequence[float]) -> list[int]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from geta_hf.errors import GETAError
+from geta_hf.utils.process_state import full_precision
 
 METHODS = ("mse", "max")
 
@@ -176,8 +177,10 @@ def search_clipping(counts: Tensor, centers: Tensor, candidates: Tensor, bits: i
     Returns:
         The least error and the candidate that has it, each without the dim of the bins: shape () or (rows,).
     """
-    # One product in place of a loop: what a bin costs under a candidate is the same for all rows.
-    errors = counts @ squared_errors(centers, candidates[:, None], bits).t()
+    # One product in place of a loop: what a bin costs under a candidate is the same for all rows. TF32 would round the
+    # counts, and which of two candidates wins must not depend on it.
+    with full_precision():
+        errors = counts @ squared_errors(centers, candidates[:, None], bits).t()
     best = errors.argmin(dim=-1)
     return errors.gather(-1, best.unsqueeze(-1)).squeeze(-1), candidates[best]
 

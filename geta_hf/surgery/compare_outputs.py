@@ -13,7 +13,7 @@ from geta_hf.errors import GETAError
 from geta_hf.quantization import quantized_layers, without_quantizers
 from geta_hf.utils import module_state
 from geta_hf.utils.model_io import Batch, float_tensors, named_outputs, outputs_by_name, to_device
-from geta_hf.utils.process_state import exclusive
+from geta_hf.utils.process_state import exclusive, full_precision, random_state_kept
 
 # Largest difference allowed, as a share of the largest logit (of 1 where logits are small): rounding differs with the
 # sizes of the matrices, and nothing else may. Models in double precision may compute a few steps in single.
@@ -68,8 +68,8 @@ def set_attention(model: PreTrainedModel, implementation: str) -> None:
 def _outputs(model: PreTrainedModel, inputs: Batch, implementation: str) -> dict[str, Tensor]:
     set_attention(model, implementation)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # some draw what they mask in evaluation, too
+        # Some draw what they mask in evaluation, too.
+        with random_state_kept(module_state.devices_of(model), seed=0):
             # The class's forward: accelerate wraps an instance's own in autocast, which the copies do not have.
             result = type(model).forward(model, **inputs)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
@@ -84,7 +84,9 @@ def _outputs(model: PreTrainedModel, inputs: Batch, implementation: str) -> dict
 
 @contextmanager
 def comparison_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Enter evaluation mode without gradients, with outputs by name; all flags and settings come back afterwards.
+    """Enter evaluation mode without gradients, with outputs by name, in the full precision of the model's dtype.
+
+    All flags and settings come back afterwards.
 
     What a module cached of its weights in evaluation mode is dropped on both sides: they may have changed before, and
     may change again. Modules drop it as they enter training mode.
@@ -92,7 +94,7 @@ def comparison_mode(model: PreTrainedModel) -> Iterator[None]:
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     implementations = [(config, config._attn_implementation) for config in configs]
     # Exclusive, since the random state that comes back afterwards is that of the process.
-    with exclusive(), module_state.eval_mode(model), outputs_by_name(model):
+    with exclusive(), full_precision(), module_state.eval_mode(model), outputs_by_name(model):
         model.train().eval()
         try:
             yield

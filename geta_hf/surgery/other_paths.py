@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -25,7 +25,8 @@ from geta_hf.errors import GETAError
 from geta_hf.qadg.tracing.record_forward import unchanged
 from geta_hf.surgery.compare_outputs import comparison_mode, prove_equal, widened
 from geta_hf.utils.model_io import Batch, float_tensors, to_device
-from geta_hf.utils.module_state import HALVES
+from geta_hf.utils.module_state import HALVES, devices_of
+from geta_hf.utils.process_state import random_state_kept
 
 _SHORT = (1, 8)
 """Tokens of the shorter texts: a model's full attention, a window or a table may begin or end at any length."""
@@ -263,7 +264,7 @@ def path_outputs(model: PreTrainedModel, path: OtherPath, seed: int = 0) -> dict
         # BigBird, for one, replaces its attention modules for good when a text is short.
         stack.enter_context(unchanged(model))
         stack.enter_context(_same_buffers(model))
-        stack.enter_context(_seeded(seed))
+        stack.enter_context(_seeded(seed, devices_of(model)))
         if model.device.type != "cpu":
             stack.enter_context(_CheckedIndices())
         # The class's forward: accelerate wraps an instance's own in autocast, which the copies do not have.
@@ -368,12 +369,11 @@ def _same_buffers(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed all generators that models draw from, and restore their states; those of GPUs are the caller's."""
+def _seeded(seed: int, devices: Iterable[torch.device]) -> Iterator[None]:
+    """Seed all generators that models on these devices draw from, and restore their states."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
+    with random_state_kept(devices, seed):
         try:
-            torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed)
             yield

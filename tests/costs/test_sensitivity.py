@@ -103,10 +103,18 @@ def test_the_nearest_allowed_width() -> None:
 
 
 @pytest.mark.parametrize("shape", [(64, 32), (7,), (3, 5, 4)])
-def test_histograms_are_those_of_a_weighted_bincount_without_its_use(monkeypatch, shape: tuple[int, ...]) -> None:
-    """A weighted `bincount` raises on a GPU under `torch.use_deterministic_algorithms(True)`; `index_add_` does not."""
+@pytest.mark.parametrize("channel_dim", [None, 0, -1])
+def test_histograms_are_those_of_a_weighted_bincount_without_its_use(
+    monkeypatch, shape: tuple[int, ...], channel_dim: int | None
+) -> None:
+    """On a GPU a weighted `bincount` has no deterministic form, and `index_add_` adds in any order."""
+    monkeypatch.setattr(sensitivity, "_COUNTS", 2 * BINS)  # several rounds
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).abs()
-    weight = torch.rand(shape, generator=torch.Generator().manual_seed(1)) + 0.1
+    sizes = [1] * len(shape)
+    if channel_dim is not None:
+        sizes[channel_dim] = shape[channel_dim]
+    # Integers, whose sums are exact in any order.
+    weight = torch.randint(1, 9, sizes, generator=torch.Generator().manual_seed(1)).float()
     seen = []
     search = sensitivity.search_clipping
     monkeypatch.setattr(
@@ -118,7 +126,11 @@ def test_histograms_are_those_of_a_weighted_bincount_without_its_use(monkeypatch
         assert weights is None
         return bincount(values, minlength=minlength)
 
+    def nowhere(*_: object) -> None:
+        raise AssertionError
+
     monkeypatch.setattr(torch, "bincount", without_weights)
+    monkeypatch.setattr(torch.Tensor, "index_add_", nowhere)
     rounding_errors(x, weight, (4,), search=False)
     position = (x * (BINS / x.max())).long().clamp(max=BINS - 1)
-    assert torch.equal(seen[0], bincount(position.flatten(), weight.flatten(), minlength=BINS))
+    assert torch.equal(seen[0], bincount(position.flatten(), weight.expand(shape).flatten(), minlength=BINS))
