@@ -595,7 +595,9 @@ def _patches(card: Card) -> Iterator[AbstractContextManager[Any]]:
     yield mock.patch.object(Tensor, "is_cpu", property(lambda self: _device(self).type == "cpu"), create=True)
     yield mock.patch.object(Tensor, "backward", _backward)
     for name, value in _cuda_answers(card).items():
-        yield mock.patch.object(torch.cuda, name, value)
+        for module in (torch.cuda, torch.cuda.random, torch.cuda.memory):
+            if hasattr(module, name):
+                yield mock.patch.object(module, name, value)
     yield mock.patch.object(torch, "Generator", PretendGenerator)
     yield mock.patch.object(torch.UntypedStorage, "clone", _clone_storage(card, torch.UntypedStorage.clone))
     yield mock.patch.object(torch, "load", _load(card, torch.load))
