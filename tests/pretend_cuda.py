@@ -39,11 +39,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._C import TensorBase
-from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 CARD = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -182,6 +180,23 @@ def _plain(value: Any) -> bool:
     return isinstance(value, Tensor) and not isinstance(value, FakeTensor) and not value.is_meta
 
 
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples and dicts."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
+    elif isinstance(values, dict):
+        for value in values.values():
+            yield from _tensors(value)
+
+
+def _is_faking() -> bool:
+    """Return whether tensors without data are made at the moment, which have devices of their own."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
 @functools.cache
 def _takes_device(func: Any) -> bool:
     return any(argument.name == "device" for argument in func._schema.arguments)
@@ -197,9 +212,11 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not isinstance(func, torch._ops.OpOverload) or detect_fake_mode((args, kwargs)) is not None:
+        given_tensors = list(_tensors((args, kwargs)))
+        tensors = [value for value in given_tensors if _plain(value)]
+        other = len(tensors) < len(given_tensors) or _is_faking()
+        if other or not isinstance(func, torch._ops.OpOverload):
             return func(*args, **kwargs)
-        tensors = [value for value in tree_leaves((args, kwargs)) if _plain(value)]
         devices = [_device(tensor) for tensor in tensors]
         name = func._schema.name.split("::")[-1]
         given = kwargs.get("device")
@@ -211,8 +228,6 @@ class _Operators(TorchDispatchMode):
             kwargs, where = {**kwargs, "device": CPU}, CARD
         if CARD in devices:
             self._log(name, args, kwargs)
-        elif name == "copy_" and where == CARD:
-            self.card.wait("upload")
         if where != CARD:
             return func(*args, **kwargs)
         with self._random(func, kwargs):
@@ -220,7 +235,7 @@ class _Operators(TorchDispatchMode):
         before = {
             id(tensor.untyped_storage()) for tensor, device in zip(tensors, devices, strict=True) if device == CPU
         }
-        for value in tree_leaves(out):
+        for value in _tensors(out):
             # A CPU tensor that an operator wrote to, or returns a view of, remains where it is.
             if _plain(value) and id(value.untyped_storage()) not in before:
                 self.card.take(value)
@@ -260,7 +275,7 @@ class _Operators(TorchDispatchMode):
     def _log(self, name: str, args: Any, kwargs: Any) -> None:
         """Log what makes the host wait, of an operator that has an input on the card."""
         if name in _READING or (name == "repeat_interleave" and kwargs.get("output_size") is None):
-            if any(_device(value) == CARD for value in tree_leaves((args, kwargs)) if _plain(value)):
+            if any(_device(value) == CARD for value in _tensors((args, kwargs)) if _plain(value)):
                 self.card.wait(name)
         elif name == "copy_" and not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False)):
             if _device(args[0]) != _device(args[1]):
@@ -299,7 +314,7 @@ class _Operators(TorchDispatchMode):
 
 
 def _on_card(values: Any) -> bool:
-    return any(_device(value) == CARD for value in tree_leaves(values) if _plain(value))
+    return any(_device(value) == CARD for value in _tensors(values) if _plain(value))
 
 
 def _pairwise(args: Any) -> bool:
@@ -342,7 +357,7 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if detect_fake_mode() is not None:
+        if _is_faking():
             return func(*args, **kwargs)
         forced = None
         if kwargs.get("device") is not None:
@@ -642,7 +657,7 @@ def _load(card: Card, original: Any) -> Any:
         if not isinstance(map_location, str | torch.device) or _asked(map_location) != CARD:
             return original(file, map_location=map_location, **kwargs)
         loaded = original(file, map_location="cpu", **kwargs)
-        for value in tree_leaves(loaded):
+        for value in _tensors(loaded):
             if _plain(value):
                 card.take(value)
         return loaded
