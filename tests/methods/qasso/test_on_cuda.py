@@ -14,7 +14,6 @@ from geta_hf.quantization import attach_quantizers, quantizer_prefixes
 from tests.methods.qasso.toy import Toy, adamw, batch_at, toy_space
 from tests.pretend_cuda import CARD, Card, Read, pretend_cuda
 
-
 STEPS = 19
 
 
