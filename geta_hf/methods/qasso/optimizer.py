@@ -45,7 +45,7 @@ from geta_hf.methods.qasso.equations import (
 from geta_hf.methods.qasso.frozen import GradientSums, check_rules, forget_frozen
 from geta_hf.methods.qasso.joint_step import RedundantSlices
 from geta_hf.methods.qasso.schedule import COOLDOWN, JOINT, PROJECTION, WARMUP, Phase, Schedule, note_short_run
-from geta_hf.methods.qasso.silent_gradients import check_learned, note_learned
+from geta_hf.methods.qasso.silent_gradients import check_learned
 from geta_hf.methods.qasso.slices import Product, Slice, build_slices, group_sums, zero_moments, zero_slices
 from geta_hf.methods.qasso.state import REDUNDANT, REMOVED, QASSOState, restore_vectors, store_vectors
 from geta_hf.methods.rounding import round_bits
@@ -541,9 +541,14 @@ class QASSO(torch.optim.Optimizer):
         if self.quantizers.prefixes:
             # A frozen weight has no gradient here. That of its B is a product with the same activations and errors.
             stand_ins = {weight: own.b for weight, own in self.frozen.adapters.items()}
-            state.bad_step = note_bad(state.bad_step, self.step_count, self.quantizers, named, cooling, stand_ins)
+            if cooling:  # quantizers are frozen
+                gradient = self.quantizers.of_weights(squared_gradients(self.quantizers, named, stand_ins))
+            else:
+                # A gradient of d sums over the entire weight's, so that one bad value there shows, and d is one number.
+                gradient = self.quantizers.gather("d", named, 0.0, gradient=True)
+            state.bad_step = note_bad(state.bad_step, self.step_count, self.quantizers, named, gradient)
             if self.step_count <= self._learned_by and not cooling:
-                state.learned = note_learned(state.learned, self.quantizers, named)
+                state.learned |= gradient != 0  # NaN counts as learned; `refuse_bad` is there for it
         if phase.starts:
             self.check_finite()
         if self.quantizers.prefixes and self.step_count == self._learned_by:

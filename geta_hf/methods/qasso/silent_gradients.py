@@ -41,18 +41,6 @@ _NAMED = 4
 """How many tensors a message names."""
 
 
-def note_learned(learned: Tensor, quantizers: Quantizers, named: Named) -> Tensor:
-    """Return which step sizes have had a gradient other than zero, the present one included.
-
-    Args:
-        learned: what is known so far, bool, shape (entries,).
-        quantizers: all of the model.
-        named: parameters by name.
-    """
-    # NaN counts as learned; `refuse_bad` is there for it.
-    return learned | (quantizers.gather("d", named, 0.0, gradient=True) != 0)
-
-
 @torch.no_grad()
 def check_learned(
     learned: Tensor,
@@ -65,7 +53,7 @@ def check_learned(
     """Raise GETAError where quantized weights are silent by the rule of this module, and warn of others; waits.
 
     Args:
-        learned: of `note_learned`, bool, shape (entries,).
+        learned: step sizes that have had a gradient other than zero, the present step included, bool, shape (entries,).
         quantizers: all of the model.
         named: parameters by name, with their gradients of the present step.
         state: the base optimizer's, by parameter.
