@@ -1,4 +1,4 @@
-.PHONY: demo test test-slow zoo quality style clean
+.PHONY: demo test test-slow test-versions zoo quality style clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -14,6 +14,13 @@ test: $(READY)
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+
+# A choice of the tests at the lowest and newest versions that pyproject.toml allows, and at torch 2.11, which was faulty;
+# a download of gigabytes and about 10 minutes each. Environments are made in runs/ and removed.
+test-versions:
+	PYTHON=$(PYTHON) tests/versions/run.sh "torch==2.10.*" "transformers==5.17.*"
+	PYTHON=$(PYTHON) tests/versions/run.sh "torch==2.11.*" "transformers==5.17.*"
+	PYTHON=$(PYTHON) tests/versions/run.sh
 
 # Every architecture through every gate, trained and exported, into docs/architectures.md; about an hour on one core.
 zoo: $(READY)
