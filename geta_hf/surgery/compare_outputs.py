@@ -14,6 +14,7 @@ from geta_hf.quantization import quantized_layers, without_quantizers
 from geta_hf.utils import module_state
 from geta_hf.utils.model_io import Batch, float_tensors, named_outputs, outputs_by_name, to_device
 from geta_hf.utils.process_state import exclusive, full_precision, random_state_kept
+from geta_hf.utils.residence import visiting
 
 # Largest difference allowed, as a share of the largest logit (of 1 where logits are small): rounding differs with the
 # sizes of the matrices, and nothing else may. Models in double precision may compute a few steps in single.
@@ -26,7 +27,9 @@ _PIECE = 1 << 20  # elements compared at once
 Outputs = dict[str, dict[str, Tensor]]
 
 
-def attention_outputs(model: PreTrainedModel, batch: Batch, every: bool = True) -> Outputs:
+def attention_outputs(
+    model: PreTrainedModel, batch: Batch, every: bool = True, device: torch.device | None = None
+) -> Outputs:
     """Return every floating-point output of the model in evaluation mode, under each attention implementation it has.
 
     Both are compared, since eager and sdpa attention read different sizes of the module. The model is unchanged
@@ -36,6 +39,8 @@ def attention_outputs(model: PreTrainedModel, batch: Batch, every: bool = True) 
         model: any Hugging Face model.
         batch: keyword arguments of its forward; moved to the model's device.
         every: False to run the implementation that the model has now, and no other. Default True.
+        device: to run on, where the model lies in the CPU's memory; the outputs are then on the CPU. Default None:
+            the model's own.
 
     Returns:
         attention implementation (`eager`, `sdpa`) -> output name -> tensor.
@@ -43,10 +48,11 @@ def attention_outputs(model: PreTrainedModel, batch: Batch, every: bool = True) 
     Raises:
         GETAError: the model cannot run the batch, or returns no tensor.
     """
-    inputs = to_device(batch, model.device)
-    with comparison_mode(model):
+    with visiting(model, device), comparison_mode(model):
+        inputs = to_device(batch, model.device)
         chosen = attentions(model) if every else (_OWN,)
-        return {implementation: _outputs(model, inputs, implementation) for implementation in chosen}
+        outputs = {implementation: _outputs(model, inputs, implementation) for implementation in chosen}
+    return outputs if device is None else to_device(outputs, "cpu")
 
 
 _OWN = "own"
@@ -112,6 +118,7 @@ def prove_alike(
     batch: Batch,
     what: str,
     found: Outputs | None = None,
+    device: torch.device | None = None,
 ) -> float:
     """Compare two models by `prove_equal`, but do not let 16 bits alone decide.
 
@@ -124,6 +131,7 @@ def prove_alike(
         second, what: the model under test, and how to call it in an error.
         batch: keyword arguments of both.
         found: outputs of `second` on the batch, where they are at hand.
+        device: as in `attention_outputs`. Single precision takes twice the memory, so it runs where the models are.
 
     Returns:
         The largest absolute difference.
@@ -132,7 +140,8 @@ def prove_alike(
         GETAError: an output differs by more than the tolerance.
     """
     try:
-        return prove_equal(outputs, attention_outputs(second, batch) if found is None else found, first.dtype, what)
+        found = attention_outputs(second, batch, device=device) if found is None else found
+        return prove_equal(outputs, found, first.dtype, what)
     except GETAError:
         if first.dtype not in module_state.HALVES:
             raise
