@@ -73,9 +73,9 @@ def prepare_for_inference(
       is exact. Integer paths use this kernel too for inputs of up to 64 rows, as in generation.
 
     Integers are for processors that multiply them natively (AVX-512 or AVX VNNI, AMX; GPUs from Turing on); on older
-    GPUs layers are `weight only` instead, and on other processors every layer remains `float`. Without a batch every layer that can do without `float` does. With one, both ways are timed for
-    every layer on its own input in that batch; a layer whose weight the model reads itself, past the layer's forward,
-    remains `float`.
+    GPUs layers are `weight only` instead, and on other processors every layer remains `float`. Without a batch every
+    layer that can do without `float` does. With one, both ways are timed for every layer on its own input in that
+    batch; a layer whose weight the model reads itself, past the layer's forward, remains `float`.
 
     A model with an integer layer is in evaluation mode and has no trainable parameters afterwards; such layers hold one
     byte or half a byte for each weight and no float copy. Saving writes the same folder as before, and

@@ -117,8 +117,12 @@ def many_rows_tile(x: Tensor) -> tuple[int, int, int]:
     The first two are the least that fills the tensor cores of four warps. Products without tensor cores hold a column
     of the tile in registers, which 128 bytes overflow.
     """
-    tensor_cores = x.dtype != torch.float32 and (not x.is_cuda or has_triton_tensor_cores(x.device))
-    return 16, 32, 128 if tensor_cores else 32
+    return 16, 32, 128 if tensor_cores_take(x) else 32
+
+
+def tensor_cores_take(x: Tensor) -> bool:
+    """Return whether products of x are computed on tensor cores without loss."""
+    return x.dtype != torch.float32 and (not x.is_cuda or has_triton_tensor_cores(x.device))
 
 
 @torch.library.custom_op(
@@ -146,8 +150,7 @@ def launch(x: Tensor, weight: Tensor, step: Tensor, bias: Tensor | None, out: Te
     flags = (halved, step.numel() > 1, bias is not None)
     with torch.cuda.device_of(x):
         if rows == 1 and not (halved and stored % _VECTOR):
-            grid = (triton.cdiv(outputs, ONE_ROW_TILE[0]),)
-            _one_row[grid](*tensors, inputs, outputs, stored, *flags, *ONE_ROW_TILE)
+            _one_row[(triton.cdiv(outputs, ONE_ROW_TILE[0]),)](*tensors, inputs, outputs, stored, *flags, *ONE_ROW_TILE)
             return
         width = 2 * stored if halved else stored
         if inputs != width:
