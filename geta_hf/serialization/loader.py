@@ -67,8 +67,8 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
             None: no layer does, and config.json has no such key.
         partial: whether the model was saved from within another one. It may then lack modules that its class has on its
             own, such as a pooler. Default False, and config.json has no such key.
-        checksums: tensor name -> checksum of its bytes in the file, 16 hexadecimal digits, or 8 in folders written before
-            there were longer ones. Default None: none is known, and config.json has no such key.
+        checksums: tensor name -> checksum of its bytes in the file, 16 hexadecimal digits, or 8 in folders that
+            were written before there were longer ones. Default None: none is known, and config.json has no such key.
 
     Raises:
         GETAError: an unknown version or key, or a value that no export writes.
