@@ -296,10 +296,10 @@ def _write_smoke_model(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    letters = {chr(code): code for code in range(32, 127)}
+    letters = {"<end>": 1, **{chr(code): code for code in range(32, 127)}}
     tokenizer = Tokenizer(models.BPE(vocab={"<unk>": 0, **letters}, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>").save_pretrained(folder)
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=128, **sizes)).save_pretrained(folder)
@@ -324,7 +324,7 @@ def _smoke_rows(folder: Path) -> Path:
     for task in ("arc_easy", "arc_challenge"):
         rows[task] = {"question": "Which is the sky?", "choices": choices, "answerKey": "B"}
     for task, row in rows.items():
-        (folder / task).mkdir()
+        (folder / task).mkdir(parents=True)
         (folder / task / f"{seven_tasks.TASKS[task][0]}.jsonl").write_text(json.dumps(row), encoding="utf-8")
     return folder
 

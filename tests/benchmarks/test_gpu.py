@@ -12,7 +12,8 @@ import pytest
 from benchmarks.gpu import __main__ as driver
 from benchmarks.gpu import seven_tasks
 from benchmarks.gpu.figures import Figure, read, table, write
-from benchmarks.gpu.parts import PARTS, Setup, run_seven_tasks, test_figures
+from benchmarks.gpu.parts import PARTS, Setup, _smoke_rows, run_seven_tasks, test_figures
+from geta_hf.evaluation import evaluate
 
 test_figures.__test__ = False  # type: ignore[attr-defined]
 
@@ -98,6 +99,18 @@ def test_prompts_are_those_of_lm_eval() -> None:
     assert item.gold == 1
     row = {"activity_label": "Sport", "ctx_a": "A [b] man.", "ctx_b": "he", "endings": ["x [title] y"], "label": "0"}
     assert seven_tasks.TASKS["hellaswag"][1](row).pairs == (("Sport: A man. He", " x. y"),)
+
+
+@pytest.mark.slow
+def test_scores_are_those_of_lm_eval(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    rows = _smoke_rows(tmp_path / "rows")
+    run_seven_tasks(Setup(tmp_path, smoke=True, paths={}))
+    expected = evaluate(str(tmp_path / "smoke_bytes"), list(seven_tasks.TASKS), data_dir=rows, device="cpu").scores
+    for task in seven_tasks.TASKS:
+        found = json.loads((tmp_path / "seven_tasks" / f"smoke, {task}.json").read_text())
+        for metric, score in expected[task].items():
+            assert found[metric] == score.value, (task, metric)
 
 
 @pytest.mark.slow
