@@ -68,7 +68,7 @@ def verify_files(files: Iterable[str], expected: Mapping[str, str]) -> None:
             start, end = header[name]["data_offsets"]
             tensor = data[first + start : first + end]
             former = len(str(expected[name])) == _CRC_DIGITS
-            found = f"{zlib.crc32(tensor.numpy()):08x}" if former else _grid_checksum(tensor)
+            found = f"{zlib.crc32(tensor.numpy().data):08x}" if former else _grid_checksum(tensor)
             if found != expected[name]:
                 raise GETAError(
                     f"{path}: {name} has changed since it was written (its checksum is {found}, not "
@@ -91,9 +91,9 @@ def _grid_checksum(data: Tensor) -> str:
             block = block.clone()
         # Sums of int64 wrap around, so they are exact in any order.
         grid = block.view(torch.int64).view(-1, WIDTH)
-        columns = zlib.crc32(grid.sum(0).numpy(), columns)
-        rows = zlib.crc32(grid.sum(1).numpy(), rows)
-    columns = zlib.crc32(data[whole:].numpy(), columns)
+        columns = zlib.crc32(grid.sum(0).numpy().data, columns)
+        rows = zlib.crc32(grid.sum(1).numpy().data, rows)
+    columns = zlib.crc32(data[whole:].numpy().data, columns)
     return f"{columns:08x}{rows:08x}"
 
 
