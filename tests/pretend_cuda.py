@@ -214,8 +214,8 @@ class _Operators(TorchDispatchMode):
         kwargs = kwargs or {}
         given_tensors = list(_tensors((args, kwargs)))
         tensors = [value for value in given_tensors if _plain(value)]
-        other = len(tensors) < len(given_tensors) or _is_faking()
-        if other or not isinstance(func, torch._ops.OpOverload):
+        faking = _is_faking() or any(isinstance(value, FakeTensor) for value in given_tensors)
+        if faking or not isinstance(func, torch._ops.OpOverload):
             return func(*args, **kwargs)
         devices = [_device(tensor) for tensor in tensors]
         name = func._schema.name.split("::")[-1]

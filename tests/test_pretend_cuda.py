@@ -42,6 +42,8 @@ def test_nothing_remains_of_it() -> None:
         lambda x: torch.zeros(2).cuda(),
         lambda x: torch.zeros_like(x),
         lambda x: x.new_zeros(4),
+        lambda x: torch.empty_like(torch.empty(2, device="meta"), device="cuda"),
+        lambda x: nn.Linear(2, 2, device="meta").to_empty(device="cuda").weight,
         lambda x: x.new_tensor([1.0]),
         lambda x: torch.asarray(x.detach()),
         lambda x: x.double(),

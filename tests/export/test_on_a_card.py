@@ -88,8 +88,8 @@ def test_an_export_in_single_precision_takes_no_more(tmp_path: Path) -> None:
     assert found.peak <= 1.15 * found.weights
 
 
-def test_loading_and_preparing_take_little_more_than_what_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_loading_and_preparing_take_little_more_than_what_remains(
+    halves: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With pieces as small next to these weights as they are next to those of large models."""
     monkeypatch.setattr(packed_layers, "PIECE", 1 << 10)

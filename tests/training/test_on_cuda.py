@@ -111,7 +111,7 @@ CASES: dict[str, Case] = {
     "accumulation": ({}, dict, {"gradient_accumulation_steps": 2}, 1e-5),
     "fp16": ({}, dict, {"fp16": True}, 2e-3),
     "bf16": ({}, dict, {"bf16": True}, 2e-2),
-    "all": ({"activation_bits": (4, 8), "distill_logits": 0.5, "learn_exponent": True}, lora, {"fp16": True}, 2e-3),
+    "all": ({"activation_bits": (4, 8), "distill_logits": 0.5, "saliency": "taylor"}, lora, {"bf16": True}, 2e-2),
 }
 
 
