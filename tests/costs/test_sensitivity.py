@@ -18,6 +18,7 @@ from geta_hf.costs.sensitivity import (
 )
 from geta_hf.quantization.clipping import BINS, PER_OCTAVE, clipping_value
 from geta_hf.quantization.functional import quantize, step_size
+from geta_hf.utils.shards import Shard
 
 WIDTHS = (2, 3, 4, 6, 8)
 ONE = torch.ones(1)
@@ -123,6 +124,25 @@ def test_each_channel_gets_its_own_best_clipping_value(dim: int, scale: float) -
         q_m = torch.tensor(wanted)[:, None]
         exact = quantize(rows[:3], step_size(bits, q_m, ONE), q_m).double() - rows[:3].double()
         assert errors[place].item() == pytest.approx(exact.square().sum().item(), rel=5e-3)
+
+
+@pytest.mark.parametrize("search", [True, False])
+def test_channels_on_two_processes_add_up_to_those_of_one(monkeypatch, search: bool) -> None:
+    torch.manual_seed(6)
+    x = torch.randn(5, 800) * torch.tensor([1.0, 4.0, 0.2, 1.0, 2.0])[:, None]
+    clip = x.abs().amax(1, keepdim=True) * 0.8
+    whole = rounding_errors(x, clip, ONE, (2, 4), search)
+    top = (x.abs() / clip).max()
+    monkeypatch.setattr(sensitivity, "add_up", lambda values, shard: values)
+    monkeypatch.setattr(sensitivity, "largest_of", lambda value, shard: value if shard is None else top.clone())
+    parts = []
+    for start, stop in ((0, 3), (3, 5), (5, 5)):
+        shard = Shard(0, start, stop, None)  # type: ignore[arg-type]
+        if search or stop > start:
+            parts.append(rounding_errors(x[start:stop], clip, ONE, (2, 4), search, shard))
+    torch.testing.assert_close(sum(errors for errors, _ in parts), whole[0], rtol=1e-5, atol=0)
+    if search:
+        torch.testing.assert_close(sum(factors for _, factors in parts), whole[1])
 
 
 def test_clipping_values_at_chosen_widths() -> None:
