@@ -289,8 +289,8 @@ def _lowest_shift(rows: Tensor) -> int:
     """
     # Without the last bin, which holds the zeros; what else is in it is below a millionth of the largest.
     ends = _edges(0, BINS - 1).float().to(rows.device)
-    # Counted in integers, since a sum of floats along a dim has no deterministic form on a GPU. What is rounded down here
-    # only makes the bound lower.
+    # Counted in integers, since `cumsum` of floats has no deterministic form on a GPU. What is rounded down here only
+    # makes the bound lower.
     beyond = rows[:, :-1].long().cumsum(dim=1)
     saved = (beyond * ends[1:].square()).amax(dim=1)
     with full_precision():
