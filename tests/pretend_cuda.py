@@ -520,6 +520,17 @@ def _backward(
     torch.autograd.backward(self, gradient, retain_graph, create_graph, inputs=inputs)
 
 
+def _engine(calls: _Calls) -> Callable[..., Any]:
+    """Return what runs a backward pass with the function mode on, which is off inside `torch.autograd.backward`."""
+    original = torch.autograd._engine_run_backward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with calls:
+            return original(*args, **kwargs)
+
+    return run
+
+
 class _Stream(SimpleNamespace):
     """A stream on which nothing runs."""
 
@@ -699,6 +710,8 @@ def pretend_cuda(
         for patch in _patches(card):
             stack.enter_context(patch)
         _forget_answers()
-        stack.enter_context(_Calls(card, scope))
+        calls = _Calls(card, scope)
+        stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", _engine(calls)))
+        stack.enter_context(calls)
         stack.enter_context(_Operators(card, scope))
         yield card

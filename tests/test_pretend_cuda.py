@@ -206,6 +206,19 @@ def test_gradients_and_recomputed_forwards_are_on_the_card(card: Card) -> None:
     assert x.grad.tolist() == [2, 2]
 
 
+def test_hooks_of_a_backward_pass_are_seen(card: Card) -> None:
+    places: list[torch.device] = []
+    x = torch.ones(2, device="cuda", requires_grad=True)
+    x.register_post_accumulate_grad_hook(
+        lambda tensor: places.extend(made.device for made in (tensor.grad, torch.arange(2), tensor.grad.cpu()))
+    )
+    (2 * x).sum().backward()
+    assert places == [CARD, CPU, CPU]
+    x.grad = None
+    torch.autograd.backward([(2 * x).sum()])
+    assert places == 2 * [CARD, CPU, CPU]
+
+
 def test_a_gradient_returns_to_the_device_of_its_tensor(card: Card) -> None:
     x = torch.ones(2, requires_grad=True)
     (x.to("cuda") * 3).sum().backward()

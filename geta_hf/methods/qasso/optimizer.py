@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -603,8 +602,7 @@ class QASSO(torch.optim.Optimizer):
             return
         device = local(next(iter(named.values()))).device
         # Not in `__init__`, since a model may be moved between there and the first step.
-        self._labels = [replace(cut, label=cut.label.to(device)) for cut in self.ledger.labels if cut.tensor in named]
-        self._scored = [replace(cut, label=cut.label.to(device)) for cut in self._scored]
+        self._labels = [cut for cut in self.ledger.labels if cut.tensor in named]
         self.quantizers.to(device)
         self.qasso_state.to(device)
 
