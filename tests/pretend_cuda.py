@@ -8,7 +8,8 @@ views, parameters, autograd and copies work as they always do. Inside `pretend_c
   operators, CPU indices may enter indexing, and copies cross;
 - whatever makes the host wait for the card is logged with the line that asked for it (`Card.reads`);
 - the bytes that are alive on the card are counted (`Card.live`, `Card.peak`);
-- the card has a random number generator of its own.
+- the card has a random number generator of its own;
+- Triton counts as not installed.
 
     with pretend_cuda() as card:
         model.to("cuda")
@@ -42,6 +43,9 @@ from torch._C import TensorBase
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from geta_hf.inference import layers
+from geta_hf.utils import gpu
 
 CARD = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -642,6 +646,9 @@ def _patches(card: Card) -> Iterator[AbstractContextManager[Any]]:
     ):
         if hasattr(torch.accelerator, name):
             yield mock.patch.object(torch.accelerator, name, value)
+    # Where Triton is installed all the same, its kernels would look for a real GPU.
+    yield mock.patch.object(gpu, "has_triton", lambda: False)
+    yield mock.patch.object(layers, "HAS_TRITON", False)
     # Autocast is a matter of the real device.
     for name in ("is_autocast_enabled", "get_autocast_dtype", "set_autocast_enabled", "set_autocast_dtype"):
         yield mock.patch.object(torch, name, _on_cpu(getattr(torch, name)))

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainingArguments
 
+from geta_hf.inference import layers
+from geta_hf.utils import gpu
 from tests.pretend_cuda import CARD, CPU, Card, pretend_cuda
 
 
@@ -27,6 +29,14 @@ def test_nothing_remains_of_it() -> None:
         assert torch.cuda.is_available() and torch.zeros(1, device="cuda").is_cuda
     assert (set(vars(Tensor)), torch.cuda.is_available()) == before
     assert not isinstance(torch.Generator(), type) and type(torch.Generator()).__name__ == "Generator"
+
+
+def test_no_kernel_of_triton_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "has_triton", lambda: True)
+    monkeypatch.setattr(layers, "HAS_TRITON", True)
+    with pretend_cuda():
+        assert not gpu.runs_triton(CARD) and not layers.HAS_TRITON
+    assert gpu.has_triton() and layers.HAS_TRITON
 
 
 @pytest.mark.parametrize(
