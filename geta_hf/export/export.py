@@ -157,7 +157,7 @@ def export(
     # What is wrong with the call itself fails first: to record and prove a large model takes minutes.
     check_target(target, overwrite)
     check_shards(max_shard_size, format)
-    write = writer(format)
+    write = writer(format, model, processing_class)
     plan = plan_export(model, space, batch, result, expected_zero_groups, embedding_bits)
     # The trained model is the reference of the proof, so its embedding is rounded for as long as the proof lasts.
     # Else the proof would find the rounding itself, and could not tell it from a fault of the cut.

@@ -17,8 +17,9 @@ def main(task_file: str, result_file: str) -> None:
 
     Args:
         task_file: JSON with `model` (a path), `prompts` (lists of token ids), `new_tokens`, `listed` (how many of the
-            likeliest tokens to list), `context` (a length) and `texts`.
-        result_file: gets `prompts`, for each a list of (token, {token: log probability}), and `texts`, lists of ids.
+            likeliest tokens to list), `context` (a length), `threads` and `texts`.
+        result_file: gets `prompts`, for each the `tokens` that follow and the `listed` log probabilities of each step by
+            token, and `texts`, each with its `tokens`.
     """
     import xllamacpp
 
@@ -26,31 +27,37 @@ def main(task_file: str, result_file: str) -> None:
     params = xllamacpp.CommonParams()
     params.model.path = task["model"]
     params.n_ctx, params.n_parallel = task["context"], 1
+    # More threads than free cores wait for each other in loops.
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = task["threads"]
     params.warmup, params.fit_params, params.verbosity = False, False, -1
     params.n_gpu_layers = 0
-    # The default is F16, which would round what the model does not round.
+    # By default both round keys, values and their products to F16, which the model does not.
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     server = xllamacpp.Server(params)
     result = {
-        "prompts": [_continue(server, prompt, task) for prompt in task["prompts"]],
-        "texts": [_tokens(server.listening_address, text) for text in task["texts"]],
+        "prompts": [_continue(server.listening_address, prompt, task) for prompt in task["prompts"]],
+        "texts": [_post(server.listening_address, "tokenize", content=text, add_special=True) for text in task["texts"]],
     }
     Path(result_file).write_text(json.dumps(result))
 
 
-def _continue(server: Any, prompt: list[int], task: dict[str, Any]) -> list[tuple[int, dict[int, float]]]:
-    options = {"temperature": 0, "cache_prompt": False, "n_predict": task["new_tokens"], "n_probs": task["listed"]}
-    answer = server.handle_completions({"prompt": prompt, **options})
-    steps = answer["choices"][0]["logprobs"]["content"]
-    return [(step["id"], {one["id"]: one["logprob"] for one in step["top_logprobs"]}) for step in steps]
+def _continue(address: str, prompt: list[int], task: dict[str, Any]) -> dict[str, Any]:
+    chosen = _post(address, "completion", prompt=prompt, temperature=0, n_predict=task["new_tokens"], return_tokens=True)
+    listed = []
+    for place in range(len(chosen["tokens"])):
+        given = prompt + chosen["tokens"][:place]
+        step = _post(address, "completion", prompt=given, temperature=0, n_predict=1, n_probs=task["listed"])
+        # One token at a time, since none is listed for a token that ends within a character.
+        found = step.get("completion_probabilities") or [{"top_logprobs": []}]
+        listed.append({one["id"]: one["logprob"] for one in found[0]["top_logprobs"]})
+    return {"tokens": chosen["tokens"], "listed": listed}
 
 
-def _tokens(address: str, text: str) -> list[int]:
-    body = json.dumps({"content": text, "add_special": True}).encode()
-    request = urllib.request.Request(f"{address}/tokenize", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        found: list[int] = json.load(answer)["tokens"]
-    return found
+def _post(address: str, path: str, **body: Any) -> Any:
+    request = urllib.request.Request(f"{address}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=600) as answer:
+        return json.load(answer)
 
 
 if __name__ == "__main__":

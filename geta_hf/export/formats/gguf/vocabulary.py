@@ -6,7 +6,7 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Vocabulary:
     space_prefix: bool | None
     special: Mapping[str, int]
     added: Mapping[str, bool]
-    chat_template: Any = field(default=None)
+    chat_template: Any
 
     def write(self, writer: Any) -> None:
         """Add the metadata to a `gguf.GGUFWriter`."""
@@ -216,5 +216,4 @@ def _special(
     added = {**found.add_special_token, "bos": before}
     if after or "eos" in added:
         added["eos"] = after
-    handled = {name: number for name, number in found.special_token_ids.items() if name not in ("cls",)}
-    return handled, added, found.chat_template
+    return found.special_token_ids, added, found.chat_template
