@@ -29,7 +29,7 @@ class Architecture:
         interleaved: whether rotary pairs lie next to each other, so that rows of queries and keys change their order.
         norm_shift: what is added to the weights of norms.
         full_heads: whether all heads together must be as wide as the residual stream.
-        per_layer: name under which layers may differ; None where they may not.
+        per_layer: name under which layers may differ and heads be fewer; None where there is none.
         partial_rotary: whether a part of each head may be without rotation.
         windows: whether the file has a place for a sliding window.
     """
@@ -49,9 +49,9 @@ _LLAMA = Architecture("llama", interleaved=True, per_layer="deci")
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    "qwen2": Architecture("qwen2", per_layer="deci"),
+    "qwen2": Architecture("qwen2", full_heads=True, per_layer="deci"),
     "qwen3": Architecture("qwen3"),
-    "phi3": Architecture("phi3", partial_rotary=True, windows=True),
+    "phi3": Architecture("phi3", full_heads=True, partial_rotary=True, windows=True),
     "phi": Architecture("phi2", _GELU_TANH, full_heads=True, partial_rotary=True),
     "gemma3_text": Architecture("gemma3", _GELU_TANH, norm_shift=1.0, windows=True),
 }
@@ -127,13 +127,11 @@ def layout_of(model: PreTrainedModel) -> Layout:
         channels.append(shapes[f"blk.{block}.ffn_down.weight"][1])
     vocabulary, hidden = shapes["token_embd.weight"]
     layout = Layout(found, blocks, hidden, vocabulary, head_dim, rotary, heads, kv_heads, channels)
-    if not _uniform(layout):
-        layout = replace(layout, architecture=_per_layer(model, layout, shapes))
-    if layout.architecture.full_heads and heads[0] * head_dim != hidden:
-        raise GETAError(
-            f"llama.cpp's {found.name} has no place for removed heads: {heads[0]} of {head_dim} remain in a model of "
-            f"width {hidden}; keep all heads (keep=['heads'] in GETAConfig), or export in another format"
-        )
+    if found.per_layer is None:
+        _check_uniform(model, layout)
+    elif not _uniform(layout) or _lacks_heads(layout):
+        # A llama that takes a count for every layer, and any biases.
+        layout = replace(layout, architecture=replace(_LLAMA, name=found.per_layer))
     if rotary != head_dim and not layout.architecture.partial_rotary:
         raise GETAError(
             f"{kind} rotates {rotary} of the {head_dim} dims of a head, and llama.cpp's {layout.architecture.name} all "
@@ -156,23 +154,24 @@ def _uniform(layout: Layout) -> bool:
     return all(len(set(counts)) == 1 for counts in (layout.heads, layout.kv_heads, layout.channels))
 
 
-def _per_layer(model: PreTrainedModel, layout: Layout, shapes: Mapping[str, torch.Size]) -> Architecture:
-    """Return the architecture for layers that differ. Raise GETAError if the model has none."""
-    found, kind = layout.architecture, type(model).__name__
-    remedy = "train with uniform=True in GETAConfig, or export in another format"
-    if found.per_layer is None:
+def _lacks_heads(layout: Layout) -> bool:
+    return layout.architecture.full_heads and layout.heads[0] * layout.head_dim != layout.hidden
+
+
+def _check_uniform(model: PreTrainedModel, layout: Layout) -> None:
+    """Raise GETAError for layers that differ, or too few heads."""
+    name = layout.architecture.name
+    if not _uniform(layout):
         raise GETAError(
-            f"the layers of {kind} differ (heads {_few(layout.heads)}, channels {_few(layout.channels)}), and llama.cpp's "
-            f"{found.name} has one number for all; {remedy}"
+            f"the layers of {type(model).__name__} differ (heads {_few(layout.heads)}, channels {_few(layout.channels)}), "
+            f"and llama.cpp's {name} has one number for all; train with uniform=True in GETAConfig, or export in "
+            f"another format"
         )
-    for block, heads in enumerate(layout.heads):
-        # llama.cpp reads this bias at the width of the residual stream.
-        if f"blk.{block}.attn_q.bias" in shapes and heads * layout.head_dim != layout.hidden:
-            raise GETAError(
-                f"the layers of {kind} differ, and llama.cpp's {found.per_layer} has no place for the query bias of "
-                f"{heads} heads of {layout.head_dim} in layer {block}: it takes {layout.hidden} values; {remedy}"
-            )
-    return replace(_LLAMA, name=found.per_layer)
+    if _lacks_heads(layout):
+        raise GETAError(
+            f"llama.cpp's {name} has no place for removed heads: {layout.heads[0]} of {layout.head_dim} remain in a "
+            f"model of width {layout.hidden}; keep all heads (keep=['heads'] in GETAConfig), or export in another format"
+        )
 
 
 def _few(counts: list[int]) -> str:

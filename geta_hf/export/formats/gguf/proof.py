@@ -165,9 +165,10 @@ def _run(path: Path, task: Mapping[str, Any]) -> Any:
             command, capture_output=True, text=True, errors="replace", env={**os.environ, "PYTHONPATH": places}
         )
         if not found.is_file():
-            lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-            errors = [line for line in lines if "error" in line.lower() or "assert" in line.lower()]
-            reason = " ".join((errors or lines or ["no message"])[0].split())[:300]
+            lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+            # The first cause that it names, or else its last words.
+            causes = [line for line in lines if "error loading" in line or "ASSERT" in line]
+            reason = " ".join([*causes, *lines[-1:], "no message"][0].split())[:300]
             raise GETAError(f"llama.cpp cannot run {path.name}: {reason}; export in another format")
         return json.loads(found.read_text())
 

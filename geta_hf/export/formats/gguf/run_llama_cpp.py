@@ -29,7 +29,7 @@ def main(task_file: str, result_file: str) -> None:
     params.n_ctx, params.n_parallel = task["context"], 1
     # More threads than free cores wait for each other in loops.
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = task["threads"]
-    params.warmup, params.fit_params, params.verbosity = False, False, -1
+    params.warmup, params.fit_params, params.verbosity = False, False, 1
     params.n_gpu_layers = 0
     # By default both round keys, values and their products to F16, which the model does not.
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -133,7 +133,7 @@ def _write(model: PreTrainedModel, layout: Layout, vocabulary: Vocabulary, path:
             nbytes *= size
         writer.add_tensor_info(name, shape, _uint8(), nbytes, raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.add_type("model")
-    writer.add_name(Path(model.config.name_or_path or model.config.model_type).name)
+    writer.add_name(_name(model, vocabulary))
     writer.add_size_label(gguf.size_label(sum(sizes.values()), 0, 0, 0))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(_file_type(max(sizes, key=sizes.__getitem__)))
@@ -146,6 +146,16 @@ def _write(model: PreTrainedModel, layout: Layout, vocabulary: Vocabulary, path:
         writer.write_tensor_data(encode(values_of(), types[name]))
     writer.close()
     return types
+
+
+_PHI_3_TOKENS = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
+
+
+def _name(model: PreTrainedModel, vocabulary: Vocabulary) -> str:
+    name = Path(model.config.name_or_path or model.config.model_type).name
+    # By such a name llama.cpp changes how these tokens treat spaces, and fails where they are missing.
+    named = "phi3" in name.lower() or "phi-3" in name.lower()
+    return "model" if named and not _PHI_3_TOKENS.issubset(vocabulary.tokens) else name
 
 
 def _uint8() -> Any:
