@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from geta_hf.errors import GETAError
 from geta_hf.export.formats.gguf.blocks import Values
 from geta_hf.serialization.bitpack import BYTE_BITS
-from geta_hf.serialization.encode import dense_weight, layer_codes
+from geta_hf.serialization.encode import layer_codes
 from geta_hf.serialization.packed_layers import PackedLayer, packed_layers
 
 _SILU, _GELU_TANH = ("silu", "swish"), ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
@@ -98,7 +99,8 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
     if activation not in found.activations:
         raise GETAError(
-            f"{kind} computes {activation}, but llama.cpp's {found.name} {found.activations[0]}; export in another format"
+            f"{kind} computes {activation}, but llama.cpp's {found.name} {found.activations[0]}; export in another "
+            f"format"
         )
     return found
 
@@ -163,14 +165,15 @@ def _check_uniform(model: PreTrainedModel, layout: Layout) -> None:
     name = layout.architecture.name
     if not _uniform(layout):
         raise GETAError(
-            f"the layers of {type(model).__name__} differ (heads {_few(layout.heads)}, channels {_few(layout.channels)}), "
-            f"and llama.cpp's {name} has one number for all; train with uniform=True in GETAConfig, or export in "
-            f"another format"
+            f"the layers of {type(model).__name__} differ (heads {_few(layout.heads)}, channels "
+            f"{_few(layout.channels)}), and llama.cpp's {name} has one number for all; train with uniform=True in "
+            f"GETAConfig, or export in another format"
         )
     if _lacks_heads(layout):
         raise GETAError(
             f"llama.cpp's {name} has no place for removed heads: {layout.heads[0]} of {layout.head_dim} remain in a "
-            f"model of width {layout.hidden}; keep all heads (keep=['heads'] in GETAConfig), or export in another format"
+            f"model of width {layout.hidden}; keep all heads (keep=['heads'] in GETAConfig), or export in another "
+            f"format"
         )
 
 
@@ -198,8 +201,8 @@ def _check_attention(model: PreTrainedModel, layout: Layout) -> Iterator[str]:
         pattern = ["full_attention" if (block + 1) % 6 == 0 else "sliding_attention" for block in range(layout.blocks)]
         if list(config.layer_types) != pattern or config.query_pre_attn_scalar != layout.head_dim:
             raise GETAError(
-                "llama.cpp's gemma3 has a full layer after every five with a window, and queries scaled by the width of "
-                "a head; this model has others. Drop no layers, or export in another format"
+                "llama.cpp's gemma3 has a full layer after every five with a window, and queries scaled by the width "
+                "of a head; this model has others. Drop no layers, or export in another format"
             )
     window = getattr(config, "sliding_window", None)
     if window and window < config.max_position_embeddings and name != "gemma3":
@@ -236,10 +239,13 @@ def tensors(model: PreTrainedModel, layout: Layout) -> Iterator[tuple[str, Calla
     """Yield the name of every tensor in the file, with a function that computes its values."""
     layers = {id(layer.weight): (name, layer) for name, layer in packed_layers(model).items()}
     for name, tensor in _named(model, layout.architecture.name):
-        packed = layers.get(id(tensor))
-        yield name, lambda name=name, tensor=tensor, packed=packed: _ordered(name, _values(tensor, packed), layout)
+        yield name, partial(_stored, name, tensor, layers.get(id(tensor)), layout)
     for name, factors in _frequency_factors(model, layout).items():
-        yield name, lambda factors=factors: Values(factors)
+        yield name, partial(Values, factors)
+
+
+def _stored(name: str, tensor: Tensor, packed: tuple[str, PackedLayer] | None, layout: Layout) -> Values:
+    return _ordered(name, _values(tensor, packed), layout)
 
 
 def _values(tensor: Tensor, packed: tuple[str, PackedLayer] | None) -> Values:

@@ -1,4 +1,4 @@
-"""Block types: how GGUF stores a tensor. Codes with one step size fit into blocks as they are, without another rounding.
+"""Block types: how GGUF stores a tensor. Codes with one step size fit into blocks without another rounding.
 
 A block holds 32 or 256 neighboring values of a row as small integers with a step size in half precision (and, in types
 that end in K, a small integer factor for every 16 of them, which is 1 here). The layouts are those of ggml.
@@ -115,14 +115,14 @@ def _constant(blocks: Codes, value: int, count: int) -> Bytes:
 def _nibbles(unsigned: Bytes) -> Bytes:
     """Pack the first and the second half of each block into the low and the high half of bytes."""
     half = unsigned.shape[-1] // 2
-    return (unsigned[..., :half] & 15) | ((unsigned[..., half:] & 15) << 4)
+    return ((unsigned[..., :half] & 15) | ((unsigned[..., half:] & 15) << 4)).astype(np.uint8)
 
 
 def _quarters(unsigned: Bytes) -> Bytes:
     """Pack two bits of each value: byte j of a half block has those of values j, j + 32, j + 64 and j + 96."""
     parts = (unsigned & 3).reshape(*unsigned.shape[:2], 2, 4, 32)
     packed = parts[..., 0, :] | (parts[..., 1, :] << 2) | (parts[..., 2, :] << 4) | (parts[..., 3, :] << 6)
-    return packed.reshape(*unsigned.shape[:2], -1)
+    return packed.reshape(*unsigned.shape[:2], -1).astype(np.uint8)
 
 
 def _q4_0(blocks: Codes, steps: Bytes) -> Bytes:
@@ -156,7 +156,7 @@ def _q3_k(blocks: Codes, steps: Bytes) -> Bytes:
 def _q6_k(blocks: Codes, steps: Bytes) -> Bytes:
     unsigned = _unsigned(blocks, 32)
     low = _nibbles(unsigned.reshape(*blocks.shape[:2], 2, 128)).reshape(*blocks.shape[:2], -1)
-    return np.concatenate([low, _quarters(unsigned >> 4), _constant(blocks, 1, 16), steps], -1)
+    return np.concatenate([low, _quarters((unsigned >> 4).astype(np.uint8)), _constant(blocks, 1, 16), steps], -1)
 
 
 _PACK = {"Q4_0": _q4_0, "Q5_0": _q5_0, "Q8_0": _q8_0, "Q2_K": _q2_k, "Q3_K": _q3_k, "Q6_K": _q6_k}

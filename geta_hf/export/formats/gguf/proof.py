@@ -178,12 +178,14 @@ def _check_text(found: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
     if found != expected:
         at = next((place for place, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), -1)
         raise GETAError(
-            f"llama.cpp splits a text into other tokens than {type(tokenizer).__name__}: {found[at : at + 8]} instead of "
-            f"{expected[at : at + 8]} from token {at}; export in another format"
+            f"llama.cpp splits a text into other tokens than {type(tokenizer).__name__}: {found[at : at + 8]} instead "
+            f"of {expected[at : at + 8]} from token {at}; export in another format"
         )
 
 
-def _difference(reference: PreTrainedModel, prompts: list[list[int]], answer: Mapping[str, Any], allowed: float) -> float:
+def _difference(
+    reference: PreTrainedModel, prompts: list[list[int]], answer: Mapping[str, Any], allowed: float
+) -> float:
     """Return the largest difference of a probability, along what llama.cpp generated.
 
     Raises:
@@ -199,7 +201,7 @@ def _difference(reference: PreTrainedModel, prompts: list[list[int]], answer: Ma
             largest = max(largest, float(row.max() - row[token]), *gaps)
     if not largest <= allowed:
         raise GETAError(
-            f"llama.cpp's probabilities of next tokens differ from the model's by {largest:.2g}; allowed is {allowed:g}; "
-            f"export in the geta format"
+            f"llama.cpp's probabilities of next tokens differ from the model's by {largest:.2g}; allowed is {allowed:g}"
+            f"; export in the geta format"
         )
     return largest

@@ -18,8 +18,8 @@ def main(task_file: str, result_file: str) -> None:
     Args:
         task_file: JSON with `model` (a path), `prompts` (lists of token ids), `new_tokens`, `listed` (how many of the
             likeliest tokens to list), `context` (a length), `threads` and `texts`.
-        result_file: gets `prompts`, for each the `tokens` that follow and the `listed` log probabilities of each step by
-            token, and `texts`, each with its `tokens`.
+        result_file: gets `prompts`, for each the `tokens` that follow and the `listed` log probabilities of each step
+            by token, and `texts`, each with its `tokens`.
     """
     import xllamacpp
 
@@ -37,13 +37,17 @@ def main(task_file: str, result_file: str) -> None:
     server = xllamacpp.Server(params)
     result = {
         "prompts": [_continue(server.listening_address, prompt, task) for prompt in task["prompts"]],
-        "texts": [_post(server.listening_address, "tokenize", content=text, add_special=True) for text in task["texts"]],
+        "texts": [
+            _post(server.listening_address, "tokenize", content=text, add_special=True) for text in task["texts"]
+        ],
     }
     Path(result_file).write_text(json.dumps(result))
 
 
 def _continue(address: str, prompt: list[int], task: dict[str, Any]) -> dict[str, Any]:
-    chosen = _post(address, "completion", prompt=prompt, temperature=0, n_predict=task["new_tokens"], return_tokens=True)
+    chosen = _post(
+        address, "completion", prompt=prompt, temperature=0, n_predict=task["new_tokens"], return_tokens=True
+    )
     listed = []
     for place in range(len(chosen["tokens"])):
         given = prompt + chosen["tokens"][:place]
@@ -55,7 +59,9 @@ def _continue(address: str, prompt: list[int], task: dict[str, Any]) -> dict[str
 
 
 def _post(address: str, path: str, **body: Any) -> Any:
-    request = urllib.request.Request(f"{address}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{address}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=600) as answer:
         return json.load(answer)
 

@@ -99,7 +99,9 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase | None, size: int, config
     stored = json.loads(backend.to_str())
     words: dict[str, int] = tokenizer.get_vocab()
     if max(words.values()) >= size:
-        raise GETAError(f"{kind} has ids up to {max(words.values())}, the model has {size} rows; is it another model's?")
+        raise GETAError(
+            f"{kind} has ids up to {max(words.values())}, the model has {size} rows; is it another model's?"
+        )
     special, added, template = _special(tokenizer, config, size)
     byte_level = _byte_level(stored["pre_tokenizer"])
     tokens, kinds = _tokens(tokenizer, stored, words, size, byte_level)
@@ -107,7 +109,9 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase | None, size: int, config
     if model["type"] == "BPE" and byte_level:
         pre = _split_name(stored["pre_tokenizer"], kind)
         if bool(model.get("ignore_merges")) != (pre == "llama-bpe"):
-            raise GETAError(f"{kind} splits texts as {pre} does, which llama.cpp merges in another way; use transformers")
+            raise GETAError(
+                f"{kind} splits texts as {pre} does, which llama.cpp merges in another way; use transformers"
+            )
         merges = [" ".join(part.replace(" ", "Ġ") for part in _pair(merge)) for merge in model["merges"]]
         return Vocabulary("gpt2", pre, tokens, kinds, None, merges, None, special, added, template)
     if model["type"] == "BPE" and model.get("byte_fallback"):
@@ -115,8 +119,8 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase | None, size: int, config
         prefix = _space_prefix(stored)
         return Vocabulary("llama", "default", tokens, kinds, scores, [], prefix, special, added, template)
     raise GETAError(
-        f"{kind} is a {model['type']} tokenizer without a GGUF model: llama.cpp reads byte-level BPE and BPE with bytes "
-        f"as a fallback; export in another format"
+        f"{kind} is a {model['type']} tokenizer without a GGUF model: llama.cpp reads byte-level BPE and BPE with "
+        f"bytes as a fallback; export in another format"
     )
 
 
@@ -196,9 +200,7 @@ def _space_prefix(stored: Mapping[str, Any]) -> bool:
     return prepends or any(step["type"] == "Metaspace" and step.get("prepend_scheme") != "never" for step in splits)
 
 
-def _special(
-    tokenizer: PreTrainedTokenizerBase, config: Any, size: int
-) -> tuple[dict[str, int], dict[str, bool], Any]:
+def _special(tokenizer: PreTrainedTokenizerBase, config: Any, size: int) -> tuple[dict[str, int], dict[str, bool], Any]:
     import gguf
 
     with tempfile.TemporaryDirectory() as folder:

@@ -43,9 +43,9 @@ def write_gguf(
     differ for Llama, Mistral, and Qwen2 as far as its biases allow: llama.cpp calls that architecture `deci`.
 
     Every tensor of the written file is decoded and compared. Where the package xllamacpp is installed, llama.cpp runs
-    the file: its probabilities of next tokens have to be the model's, within 1e-3 in F32 and within what its activations
-    of 8 bits explain otherwise, and its tokens of a text those of the tokenizer. config.json and README.md say what was
-    found.
+    the file: its probabilities of next tokens have to be the model's, within 1e-3 in F32 and within what its
+    activations of 8 bits explain otherwise, and its tokens of a text those of the tokenizer.
+    config.json and README.md say what was found.
 
     Args:
         model: compressed, or plain; left unchanged.
@@ -199,8 +199,8 @@ def _card(found: Mapping[str, Any], decoded: Decoded) -> str:
     lines = [
         "# A model for llama.cpp",
         "",
-        f"`{FILE_NAME}` holds a compressed model, its tokenizer and its chat template, for stock llama.cpp and programs "
-        f"built on it. Architecture: `{found['architecture']}`. Types: {types}.",
+        f"`{FILE_NAME}` holds a compressed model, its tokenizer and its chat template, for stock llama.cpp and "
+        f"programs built on it. Architecture: `{found['architecture']}`. Types: {types}.",
         "",
         "```",
         f"llama-cli -m {FILE_NAME}",

@@ -28,8 +28,14 @@ def decoded(values: Values, kind: str) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("bits", "columns", "kind"),
     [
-        *[(bits, 64, kind) for bits, kind in zip(range(2, 9), "Q4_0 Q4_0 Q4_0 Q5_0 Q8_0 Q8_0 Q8_0".split(), strict=True)],
-        *[(bits, 512, kind) for bits, kind in zip(range(2, 9), "Q2_K Q3_K Q4_0 Q5_0 Q6_K Q8_0 Q8_0".split(), strict=True)],
+        *[
+            (bits, 64, kind)
+            for bits, kind in zip(range(2, 9), ["Q4_0", "Q4_0", "Q4_0", "Q5_0", "Q8_0", "Q8_0", "Q8_0"], strict=True)
+        ],
+        *[
+            (bits, 512, kind)
+            for bits, kind in zip(range(2, 9), ["Q2_K", "Q3_K", "Q4_0", "Q5_0", "Q6_K", "Q8_0", "Q8_0"], strict=True)
+        ],
     ],
 )
 def test_every_bit_width_has_a_type_that_holds_its_codes_exactly(bits: int, columns: int, kind: str) -> None:

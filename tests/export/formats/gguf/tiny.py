@@ -89,3 +89,24 @@ def characters() -> PreTrainedTokenizerFast:
     )
     made.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@torch.no_grad()
+def sliced(dense: PreTrainedModel, layers: tuple[int, ...] = (0, 1)) -> PreTrainedModel:
+    """The model with half of the heads and of the channels of some layers, in place, and without a proof of it."""
+
+    def slice_weight(layer: torch.nn.Linear, dim: int) -> None:
+        half = layer.weight.shape[dim] // 2
+        layer.weight = torch.nn.Parameter(layer.weight.narrow(dim, 0, half).contiguous())
+        if dim == 0 and layer.bias is not None:
+            layer.bias = torch.nn.Parameter(layer.bias[:half].contiguous())
+
+    for number in layers:
+        layer = dense.model.layers[number]
+        for name, module in layer.named_modules():
+            leaf = name.split(".")[-1]
+            if leaf in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1"):
+                slice_weight(module, 0)
+            if leaf in ("o_proj", "dense", "down_proj", "fc2"):
+                slice_weight(module, 1)
+    return dense
