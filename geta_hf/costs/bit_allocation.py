@@ -81,7 +81,7 @@ class BitAllocation:
 
     Attributes:
         weight_bits: integer width of each quantized weight.
-        clip_factors: float32, shape (layers,): what each weight's q_m is to be multiplied by.
+        clip_factors: float32, shape (layers,) or (entries,): what each q_m of weights is to be multiplied by.
         input_bits: integer width of each quantized input.
         input_clip_factors: float32, shape (inputs,): what each input's q_m is to be multiplied by.
     """
@@ -142,7 +142,7 @@ def allocate_bits(
     budgets = [_remaining_budget(target, unit, ledger, removed, float(widths[0]), per_layer) for unit in target.budgets]
     steps = sensitivity.allocate(priority, costs, budgets)
     # Step k of a layer is width k, so the same number finds the clipping value of that width.
-    clips = rounding.clips[torch.arange(len(steps)), torch.tensor(steps)]
+    clips = rounding.clips_at(steps)
     return BitAllocation([widths[step] for step in steps], clips, input_bits, input_clips)
 
 
@@ -209,7 +209,7 @@ def _allocate_both(
     weight_bits = fixed if rounding is None else [widths[step] for step in weight_steps]
     clips = torch.ones(layers)
     if rounding is not None:
-        clips = rounding.clips[torch.arange(layers), torch.tensor(weight_steps)]
+        clips = rounding.clips_at(weight_steps)
     input_clips = inputs.clips[torch.arange(count), torch.tensor(input_steps)]
     if not choices.by_sensitivity:
         input_clips = torch.ones(count)

@@ -14,10 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geta_hf.quantization.clipping import Histogram, search_clipping
-
-_RESOLVED_BITS = 10
-"""The largest width whose steps are wider than the bins of a histogram by enough to measure errors on it."""
+from geta_hf.quantization.clipping import Histogram, search_clipping, squared_error
 
 
 @dataclass(frozen=True)
@@ -73,35 +70,17 @@ def error_shares(histogram: Histogram, widths: Sequence[int], search: bool) -> t
     Returns:
         Float64 and float32, shape (widths,) each.
     """
-    counts = histogram.counts.float().clone()
-    # Exact zeros, of which a rectifier makes many, are rounded without an error.
-    counts[0] = 0
-    centers = (torch.arange(len(counts)) + 0.5) * (histogram.top / len(counts))
-    candidates = torch.ones(1)
+    present = 1.0 / histogram.top
     if search:
-        candidates = torch.cat([candidates, torch.linspace(0.05, 1.0, 96)])
-    errors = []
-    clips = []
-    for width in widths:
-        error, clip = _error(counts, centers, candidates, width)
-        errors.append(error)
-        clips.append(clip)
+        errors, clips = search_clipping(histogram.counts, widths)
+    else:
+        errors = torch.stack([squared_error(histogram.counts, present, width) for width in widths])
+        clips = torch.ones(len(widths))
     # The gradient of d sees rounding alone, and not what lies beyond the clipping value.
-    reference, _ = _error(counts, centers.clamp(max=1.0), torch.ones(1), widths[-1])
+    reference = float(squared_error(histogram.counts, present, widths[-1], clipped=False))
     unit = max(reference, torch.finfo(torch.float32).tiny) * _steps(widths[-1]) ** 2
     # At the largest width the clipping value is the one that was trained for it.
-    relative = torch.tensor(clips) / clips[-1]
-    return torch.tensor(errors, dtype=torch.float64) / unit, relative.clamp(max=1.0)
-
-
-def _error(counts: Tensor, centers: Tensor, candidates: Tensor, width: int) -> tuple[float, float]:
-    """Return the least squared error at one width, and the candidate that has it."""
-    if width > _RESOLVED_BITS:
-        # Finer than the bins: the error of values that are spread evenly over each step.
-        beyond = (centers - 1.0).clamp_min(0)
-        return float(counts.sum()) / (12 * _steps(width) ** 2) + float(counts @ beyond**2), 1.0
-    error, clip = search_clipping(counts, centers, candidates, width)
-    return float(error), float(clip)
+    return errors.double() / unit, (clips / clips[-1]).clamp(max=1.0)
 
 
 def _steps(width: int) -> float:

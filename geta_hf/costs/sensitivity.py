@@ -16,8 +16,17 @@ from torch import Tensor
 
 from geta_hf.costs.ledger import ROUNDING
 from geta_hf.costs.quantizer_table import Quantizers, Values
-from geta_hf.quantization.clipping import BINS, search_clipping
+from geta_hf.quantization.clipping import (
+    BINS,
+    count_magnitudes,
+    largest_magnitudes,
+    row_parts,
+    search_rows,
+    smallest_range,
+    squared_error,
+)
 from geta_hf.quantization.functional import clip_power
+from geta_hf.utils.process_state import full_precision
 from geta_hf.utils.shards import Shard, add_up, largest_of, local, shard_of
 
 
@@ -27,13 +36,23 @@ class RoundingErrors:
 
     Attributes:
         errors: float64, shape (layers, widths): Σ (x - x^Q)².
-        clips: float32, shape (layers, widths): the clipping value of this error, relative to the present one.
+        clips: float32, shape (entries, widths): the clipping values of these errors, relative to the present ones; a
+            layer has one, or one for each output channel.
         known: bool, shape (layers,): False for weights that are not trained; their errors are 0 and their clips 1.
+        layer: int64, shape (entries,): the layer of each entry. Default None: every layer has one entry.
     """
 
     errors: Tensor
     clips: Tensor
     known: Tensor
+    layer: Tensor | None = None
+
+    def clips_at(self, steps: Sequence[int]) -> Tensor:
+        """Return the clipping values at one width of each layer, by its place among the widths, shape (entries,)."""
+        chosen = torch.tensor(steps, dtype=torch.int64)
+        if self.layer is not None:
+            chosen = chosen[self.layer]
+        return self.clips[torch.arange(len(chosen)), chosen]
 
 
 def measure_errors(
@@ -51,78 +70,113 @@ def measure_errors(
         weight_of: returns the weight of a name, or None where it is not trained. It is called for one weight after the
             other, so that a merged weight exists only for as long as it is measured.
         widths: integer widths, ascending.
-        search: look for a better clipping value at each width; otherwise the present one is kept.
+        search: look for the best clipping values at each width; otherwise the present ones are kept.
     """
     _, q_m, t = quantizer_values
-    shape = (quantizers.weight_layers, len(widths))
-    errors = torch.zeros(shape, dtype=torch.float64)
-    clips = torch.ones(shape)
+    layer = quantizers.layer[quantizers.layer < quantizers.weight_layers].cpu()
+    errors = torch.zeros(quantizers.weight_layers, len(widths), dtype=torch.float64)
+    clips = torch.ones(len(layer), len(widths))
     known = torch.zeros(quantizers.weight_layers, dtype=torch.bool)
-    for layer, name in enumerate(quantizers.own_weights):
+    for position, name in enumerate(quantizers.own_weights):
         weight = weight_of(name)
         if weight is None:
             continue
-        of_layer, clips_of_layer = _errors_of_layer(quantizers, name, weight, q_m, t, widths, search)
-        errors[layer] = of_layer.cpu()
-        clips[layer] = clips_of_layer.cpu()
-        known[layer] = True
-    return RoundingErrors(errors, clips, known)
-
-
-def _errors_of_layer(
-    quantizers: Quantizers, name: str, weight: Tensor, q_m: Tensor, t: Tensor, widths: Sequence[int], search: bool
-) -> tuple[Tensor, Tensor]:
-    """Return `rounding_errors` of one weight under its own entries of the flat q_m and t."""
-    prefix = quantizers.weights[name]
-    shard = shard_of(weight)
-    values = local(weight).float()
-    clip = quantizers.along(prefix, q_m, weight.dim())
-    power = quantizers.along(prefix, t, weight.dim())
-    if shard is not None and clip.dim() > 1 and clip.shape[shard.dim] > 1:
-        # The table has every channel, this process's part of the weight only some of them.
-        clip = clip.narrow(shard.dim, shard.start, shard.stop - shard.start)
-    if not search:
-        # What is rounded is min(|x|, q_m)^t, on a grid that ends at q_m^t. A search looks for q_m itself, at t = 1.
-        values = clip_power(values, clip, power)
-        clip = clip**power
-    return rounding_errors(values.abs() / clip, clip**2, widths, search, shard)
+        prefix = quantizers.weights[name]
+        clip = quantizers.along(prefix, q_m, weight.dim())
+        power = quantizers.along(prefix, t, weight.dim())
+        found = rounding_errors(local(weight), clip, power, widths, search, shard_of(weight))
+        errors[position], clips[quantizers.spans[prefix]] = found
+        known[position] = True
+    return RoundingErrors(errors, clips, known, layer)
 
 
 def rounding_errors(
-    magnitude: Tensor, weight: Tensor, widths: Sequence[int], search: bool, shard: Shard | None = None
+    values: Tensor, clip: Tensor, power: Tensor, widths: Sequence[int], search: bool, shard: Shard | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the squared rounding error of a layer at every width, each at its best clipping value.
+    """Return the squared rounding error of a layer at every width, and the clipping values that give it.
 
     Args:
-        magnitude: |x| relative to the present clipping value, any shape.
-        weight: squared clipping value, broadcastable against `magnitude`.
+        values: the weight, or what this process holds of it.
+        clip: present clipping values of the full weight: one, or one for each index along one dim, shaped to multiply
+            the full weight.
+        power: the exponent t, in the shape of `clip` or one for all.
         widths: integer widths, ascending.
-        search: look for a better clipping value; otherwise the present one is kept.
+        search: look for the best clipping values, at t = 1; otherwise the present ones are kept.
         shard: how the layer is split over processes.
 
     Returns:
-        Errors and the clipping values relative to the present one, shape (widths,) each.
+        The sum of errors, float64, shape (widths,), and the clipping values relative to the present ones, float32,
+        shape (entries, widths); both on CPU.
     """
-    # On a histogram, so that 97 candidates at each width cost the same for every size of layer.
-    largest = magnitude.max() if magnitude.numel() else magnitude.new_zeros(())
-    largest = largest_of(largest, shard).clamp_min(torch.finfo(torch.float32).tiny)
-    # The largest magnitude itself falls on the upper edge of the last bin.
-    position = (magnitude * (BINS / largest)).long().clamp_(max=BINS - 1)
-    spread = weight.expand_as(magnitude).float()
-    # No weighted `bincount`: it has no deterministic form on a GPU, and raises where users ask for one.
-    counts = torch.zeros(BINS, device=magnitude.device).index_add_(0, position.flatten(), spread.flatten())
-    counts = add_up(counts, shard)
-    centres = (torch.arange(BINS, device=counts.device) + 0.5) * (largest / BINS)
-    candidates = torch.ones(1, device=counts.device)
+    values = values.detach()
     if search:
-        candidates = torch.cat([candidates, torch.linspace(0.05, 1.0, 96, device=counts.device) * largest])
-    errors = []
-    clips = []
-    for bits in widths:
-        error, clip = search_clipping(counts, centres, candidates, bits)
-        errors.append(error)
-        clips.append(clip)
-    return torch.stack(errors), torch.stack(clips)
+        return _errors_of_best(values, clip, widths, shard)
+    return _errors_of_present(values, clip, power, widths, shard), torch.ones(clip.numel(), len(widths))
+
+
+def _errors_of_best(values: Tensor, clip: Tensor, widths: Sequence[int], shard: Shard | None) -> tuple[Tensor, Tensor]:
+    """Return what `rounding_errors` does, of a search in every entry."""
+    rows, held, within = _rows_of_entries(values, clip, shard)
+    largest = largest_of(largest_magnitudes(rows), within)
+    # What is zero has no range, and keeps the clipping value that it has.
+    empty = largest < smallest_range(rows.dtype)
+    largest = torch.where(empty, 0.0, largest)
+    errors, shares = search_rows(rows, largest, widths, lambda counts: add_up(counts, within))
+    # In double precision, which holds the squares of 1e-20 and 1e20.
+    total = (errors.cpu().double() * largest.cpu().double()[:, None] ** 2).sum(0)
+    present = clip.flatten()[held]
+    factors = torch.zeros(clip.numel(), len(widths), device=rows.device)
+    factors[held] = torch.where(empty[:, None], 1.0, shares * (largest / present)[:, None])
+    if within is None:  # each process has channels of its own, and zeros for the others
+        total = add_up(total.to(rows.device), shard).cpu()
+        factors = add_up(factors, shard)
+    return total, factors.cpu()
+
+
+def _errors_of_present(
+    values: Tensor, clip: Tensor, power: Tensor, widths: Sequence[int], shard: Shard | None
+) -> Tensor:
+    """Return the errors that `rounding_errors` does, under the present clipping values."""
+    rows, held, _ = _rows_of_entries(values, clip, shard)
+    # What is rounded is min(|x|, q_m)^t, on a grid that ends at q_m^t. What lies beyond costs the same at every width.
+    present = clip.flatten()
+    power = power.flatten().expand(len(present))
+    if bool((power != 1).any()):
+        rows = clip_power(rows.float(), present.new_tensor(torch.inf), power[held][:, None])
+        present = present**power
+    of_rows = present[held]
+    # In the unit of each entry's own grid, so that one histogram serves all of them.
+    unit = float(present.max())
+    relative = largest_magnitudes(rows) / of_rows
+    top = largest_of(relative.max() if len(relative) else relative.new_zeros(()), shard)
+    counts = torch.zeros(BINS, device=rows.device)
+    for part in row_parts(len(rows)):
+        # TF32 would round the counts.
+        with full_precision():
+            counts += (of_rows[part] / unit) ** 2 @ count_magnitudes(rows[part], of_rows[part] * top)
+    counts = add_up(counts, shard)
+    end = float(top)
+    if end == 0:  # zeros alone
+        return torch.zeros(len(widths), dtype=torch.float64)
+    errors = [float(squared_error(counts, 1 / end, bits)) for bits in widths]
+    return torch.tensor(errors, dtype=torch.float64) * (end * unit) ** 2
+
+
+def _rows_of_entries(values: Tensor, clip: Tensor, shard: Shard | None) -> tuple[Tensor, slice, Shard | None]:
+    """Return a weight with a row for each clipping value, shape (rows, n).
+
+    Returns:
+        The rows that this process has a part of, which entries these are, and how the rows themselves are split; None
+        where each row is complete in one process.
+    """
+    if clip.numel() == 1:
+        return values.reshape(1, -1), slice(None), shard
+    dim = max(range(clip.dim()), key=lambda place: clip.shape[place])
+    rows = values.transpose(0, dim)
+    rows = rows.flatten(1) if rows.dim() > 1 else rows[:, None]
+    if shard is not None and shard.dim == dim:
+        return rows, slice(shard.start, shard.stop), None
+    return rows, slice(None), shard
 
 
 def allocate(priority: Tensor, costs: Tensor, budgets: Sequence[float]) -> list[int]:

@@ -76,9 +76,10 @@ def _of_first_process(chosen: BitAllocation) -> BitAllocation:
     """Return the first process's choice on all of them, so that a last digit of an error can't make them differ."""
     # Weights and inputs in one vector each, so that processes exchange two messages.
     count = len(chosen.weight_bits)
+    factors = len(chosen.clip_factors)
     bits = from_first_process(torch.tensor([*chosen.weight_bits, *chosen.input_bits], dtype=torch.int64)).tolist()
     clips = from_first_process(torch.cat([chosen.clip_factors, chosen.input_clip_factors]))
-    return BitAllocation(bits[:count], clips[:count], bits[count:], clips[count:])
+    return BitAllocation(bits[:count], clips[:factors], bits[count:], clips[factors:])
 
 
 def write_bits(quantizers: Quantizers, named: Named, chosen: BitAllocation) -> None:
@@ -88,6 +89,8 @@ def write_bits(quantizers: Quantizers, named: Named, chosen: BitAllocation) -> N
     device = q_m.device
     bits = torch.tensor([*chosen.weight_bits, *chosen.input_bits], dtype=torch.float32, device=device)
     factors = torch.cat([chosen.clip_factors, chosen.input_clip_factors]).to(device)
-    q_m = q_m * factors[quantizers.layer]
+    if len(factors) != len(q_m):  # one for each layer, where some have an entry for each channel
+        factors = factors[quantizers.layer]
+    q_m = q_m * factors
     quantizers.write_clipping(q_m, named)
     quantizers.write_step_sizes(step_size(bits[quantizers.layer], q_m, t), named)

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from geta_hf.errors import GETAError
 from geta_hf.quantization.attach import matching, quantized_layers
-from geta_hf.quantization.clipping import Histogram, best_share, check_clipping, count_magnitudes
+from geta_hf.quantization.clipping import (
+    BINS,
+    PER_OCTAVE,
+    Histogram,
+    check_clipping,
+    count_magnitudes,
+    largest_magnitudes,
+    search_clipping,
+)
 from geta_hf.quantization.layers import QuantizedLayer
 from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.utils.module_state import eval_mode
@@ -30,20 +38,21 @@ class _Range:
 
     def add(self, x: Tensor) -> None:
         """Count the elements of one more tensor, of any shape."""
-        magnitude = x.detach().float().abs().reshape(1, -1)
-        largest = float(magnitude.max()) if magnitude.numel() else 0.0
+        rows = x.detach().reshape(1, -1)
+        largest = float(largest_magnitudes(rows)) if rows.numel() else 0.0
         # max() would drop a NaN that comes second.
         self.largest = largest if math.isnan(largest) else max(self.largest, largest)
         if not 0.0 < self.largest < math.inf:
             return
         self.top = self.top or largest
-        # The old bins are exactly half of the new ones, so no count has to be guessed.
-        while self.top < largest:  # over twice the range, two bins become one
+        # Doubling the range moves every bin by exactly one octave, so no count has to be guessed.
+        while self.top < largest:
             self.top *= 2
             if self.counts is not None:
-                pairs = self.counts.view(1, -1, 2).sum(dim=2)
-                self.counts = torch.cat([pairs, torch.zeros_like(pairs)], dim=1)
-        counts = count_magnitudes(magnitude, torch.tensor([self.top], device=magnitude.device))
+                beyond = self.counts[:, BINS - PER_OCTAVE :].sum(dim=1)
+                self.counts = torch.cat([self.counts.new_zeros(1, PER_OCTAVE), self.counts[:, :-PER_OCTAVE]], dim=1)
+                self.counts[:, -1] += beyond
+        counts = count_magnitudes(rows, torch.tensor([self.top], device=rows.device))
         self.counts = counts if self.counts is None else self.counts + counts
 
     def clipping_value(self, bits: int, method: str) -> float:
@@ -51,11 +60,8 @@ class _Range:
         if method == "max":
             return self.largest
         assert self.counts is not None
-        bins = self.counts.shape[1]
-        # The range may reach to twice the largest magnitude: beyond it are empty bins, which would waste candidates.
-        used = math.ceil(self.largest / self.top * bins)
-        share = float(best_share(self.counts[:, :used], bits))
-        return min(self.largest, share * self.top * used / bins)
+        # The range may reach to twice the largest magnitude.
+        return min(self.largest, float(search_clipping(self.counts, [bits])[1]) * self.top)
 
     def histogram(self, clipping_value: float) -> Histogram | None:
         """Return what was counted, relative to a clipping value; None where nothing was."""

@@ -136,6 +136,5 @@ def test_errors_are_measured_of_trained_weights_alone() -> None:
     found = measure_errors(table, table.read(named), {"b.weight": weights["b.weight"]}.get, WIDTHS, search=True)
     assert found.known.tolist() == [False, True]
     assert found.errors[0].tolist() == [0] * 5 and found.clips[0].tolist() == [1] * 5
-    scale = torch.tensor([2.5])
-    errors, clips = rounding_errors(weights["b.weight"].abs() / scale, scale**2, WIDTHS, search=True)
-    assert torch.equal(found.errors[1], errors.double()) and torch.equal(found.clips[1], clips)
+    errors, clips = rounding_errors(weights["b.weight"], torch.tensor([2.5]), torch.ones(1), WIDTHS, search=True)
+    assert torch.equal(found.errors[1], errors) and torch.equal(found.clips[1], clips[0])

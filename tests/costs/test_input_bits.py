@@ -174,7 +174,7 @@ def test_weights_without_any_gradient_are_rounded_by_their_errors_and_that_is_sa
 
 def histogram_of(x: torch.Tensor, clip: float) -> Histogram:
     top = x.abs().max()
-    return Histogram(count_magnitudes(x.abs()[None], top[None])[0], float(top) / clip)
+    return Histogram(count_magnitudes(x[None], top[None])[0], float(top) / clip)
 
 
 @pytest.mark.parametrize("kind", ["normal", "rectified", "uniform"])

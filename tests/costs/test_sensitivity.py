@@ -8,18 +8,27 @@ import pytest
 import torch
 
 from geta_hf.costs import sensitivity
-from geta_hf.costs.sensitivity import allocate, by_learned_width, by_sensitivity, nearest, rounding_errors
-from geta_hf.quantization.clipping import BINS
+from geta_hf.costs.sensitivity import (
+    RoundingErrors,
+    allocate,
+    by_learned_width,
+    by_sensitivity,
+    nearest,
+    rounding_errors,
+)
+from geta_hf.quantization.clipping import BINS, PER_OCTAVE, clipping_value
 from geta_hf.quantization.functional import quantize, step_size
+from geta_hf.utils.shards import Shard
 
 WIDTHS = (2, 3, 4, 6, 8)
+ONE = torch.ones(1)
 
 
 def test_errors_are_those_of_the_quantizer() -> None:
     torch.manual_seed(0)
     x, q_m = torch.randn(20_000), torch.tensor([2.5])
-    errors, clips = rounding_errors(x.abs() / q_m, q_m**2, WIDTHS, search=False)
-    assert clips.tolist() == [1] * 5
+    errors, clips = rounding_errors(x, q_m, ONE, WIDTHS, search=False)
+    assert clips.tolist() == [[1] * 5]
     for bits, error in zip(WIDTHS, errors, strict=True):
         d = step_size(bits, q_m, torch.ones(1))
         assert error.item() == pytest.approx(float(((quantize(x, d, q_m) - x) ** 2).sum()), rel=2e-3)
@@ -29,19 +38,20 @@ def test_a_searched_clipping_value_is_never_worse_and_narrow_widths_clip_more() 
     torch.manual_seed(1)
     x = torch.randn(20_000)
     q_m = x.abs().max()
-    kept, _ = rounding_errors(x.abs() / q_m, q_m**2, WIDTHS, search=False)
-    found, clips = rounding_errors(x.abs() / q_m, q_m**2, WIDTHS, search=True)
+    kept, _ = rounding_errors(x, q_m, ONE, WIDTHS, search=False)
+    found, clips = rounding_errors(x, q_m, ONE, WIDTHS, search=True)
     assert (found <= kept).all() and found[0] < kept[0] / 2
-    assert clips.tolist() == sorted(clips.tolist())
-    d = step_size(3, q_m * clips[1], torch.ones(1))
-    assert found[1].item() == pytest.approx(float(((quantize(x, d, q_m * clips[1]) - x) ** 2).sum()), rel=2e-3)
+    assert clips[0].tolist() == sorted(clips[0].tolist())
+    clip = q_m * clips[0, 1]
+    d = step_size(3, clip, torch.ones(1))
+    assert found[1].item() == pytest.approx(float(((quantize(x, d, clip) - x) ** 2).sum()), rel=2e-3)
 
 
 def test_channels_are_weighted_by_their_own_scale() -> None:
     torch.manual_seed(2)
     x = torch.randn(4, 5000) * torch.tensor([[1.0], [10.0], [0.1], [3.0]])
     q_m = x.abs().amax(1, keepdim=True)
-    errors, _ = rounding_errors(x.abs() / q_m, q_m**2, (4,), search=False)
+    errors, _ = rounding_errors(x, q_m, ONE, (4,), search=False)
     wanted = ((quantize(x, step_size(4, q_m, torch.ones(1)), q_m) - x) ** 2).sum()
     assert errors.item() == pytest.approx(wanted.item(), rel=2e-3)
 
@@ -96,15 +106,87 @@ def test_the_nearest_allowed_width() -> None:
     assert nearest(torch.tensor([3.0, 5.9, 6.0, 6.1, 9.0]), [4, 8]) == [4, 4, 8, 8, 8]
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_each_channel_gets_its_own_best_clipping_value(dim: int, scale: float) -> None:
+    """Before, one factor served all channels; and squares of 1e20 were infinite."""
+    torch.manual_seed(4)
+    rows = torch.randn(4, 3000) * torch.tensor([[1.0], [10.0], [0.1], [3.0]]) * scale
+    rows[1, 0] *= 60
+    rows[3] = 0
+    present = torch.tensor([2.0, 2.0, 1.0, 5.0])[:, None] * scale
+    x, clip = (rows, present) if dim == 0 else (rows.t(), present.t())
+    errors, factors = rounding_errors(x, clip, ONE, (2, 4), search=True)
+    assert factors.shape == (4, 2) and factors[3].tolist() == [1, 1]
+    for place, bits in enumerate((2, 4)):
+        wanted = [clipping_value(row, bits) for row in rows[:3]]
+        assert (factors[:3, place] * present[:3, 0]).tolist() == pytest.approx(wanted, rel=1e-4)
+        q_m = torch.tensor(wanted)[:, None]
+        exact = quantize(rows[:3], step_size(bits, q_m, ONE), q_m).double() - rows[:3].double()
+        assert errors[place].item() == pytest.approx(exact.square().sum().item(), rel=5e-3)
+
+
+@pytest.mark.parametrize("search", [True, False])
+def test_channels_on_two_processes_add_up_to_those_of_one(monkeypatch, search: bool) -> None:
+    torch.manual_seed(6)
+    x = torch.randn(5, 800) * torch.tensor([1.0, 4.0, 0.2, 1.0, 2.0])[:, None]
+    clip = x.abs().amax(1, keepdim=True) * 0.8
+    whole = rounding_errors(x, clip, ONE, (2, 4), search)
+    top = (x.abs() / clip).max()
+    monkeypatch.setattr(sensitivity, "add_up", lambda values, shard: values)
+    monkeypatch.setattr(sensitivity, "largest_of", lambda value, shard: value if shard is None else top.clone())
+    parts = []
+    for start, stop in ((0, 3), (3, 5), (5, 5)):
+        shard = Shard(0, start, stop, None)  # type: ignore[arg-type]
+        if search or stop > start:
+            parts.append(rounding_errors(x[start:stop], clip, ONE, (2, 4), search, shard))
+    torch.testing.assert_close(sum(errors for errors, _ in parts), whole[0], rtol=1e-5, atol=0)
+    if search:
+        torch.testing.assert_close(sum(factors for _, factors in parts), whole[1])
+
+
+def test_clipping_values_at_chosen_widths() -> None:
+    clips = torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])
+    known = torch.ones(2, dtype=torch.bool)
+    errors = RoundingErrors(torch.zeros(2, 2), clips, known, torch.tensor([0, 1, 1]))
+    assert errors.clips_at([1, 0]).tolist() == pytest.approx([0.2, 0.3, 0.5])
+    alone = RoundingErrors(torch.zeros(3, 2), clips, torch.ones(3, dtype=torch.bool))
+    assert alone.clips_at([1, 0, 1]).tolist() == pytest.approx([0.2, 0.3, 0.6])
+
+
+def test_errors_of_learned_exponents_are_those_of_what_is_rounded() -> None:
+    torch.manual_seed(5)
+    x, q_m, t = torch.randn(4000), torch.tensor([2.0]), torch.tensor([1.3])
+    errors, _ = rounding_errors(x, q_m, t, (3, 5), search=False)
+    values = x.abs() ** 1.3
+    for error, bits in zip(errors, (3, 5), strict=True):
+        d = 2.0**1.3 / (2 ** (bits - 1) - 1)
+        assert error.item() == pytest.approx(
+            ((values.clamp(max=2.0**1.3) / d).round() * d - values).square().sum().item(), rel=5e-3
+        )
+
+
+def test_a_layer_of_zeros_keeps_its_clipping_value() -> None:
+    for search in (True, False):
+        errors, clips = rounding_errors(torch.zeros(5, 5), torch.tensor([0.7]), ONE, (2, 4), search)
+        assert errors.tolist() == [0, 0] and clips.tolist() == [[1, 1]]
+
+
 @pytest.mark.parametrize("shape", [(64, 32), (7,), (3, 5, 4)])
-def test_histograms_are_those_of_a_weighted_bincount_without_its_use(monkeypatch, shape: tuple[int, ...]) -> None:
-    """A weighted `bincount` raises on a GPU under `torch.use_deterministic_algorithms(True)`; `index_add_` does not."""
+@pytest.mark.parametrize("channel_dim", [None, 0, -1])
+def test_histograms_are_those_of_a_weighted_bincount_without_its_use(
+    monkeypatch, shape: tuple[int, ...], channel_dim: int | None
+) -> None:
+    """On a GPU a weighted `bincount` has no deterministic form, and `index_add_` adds in any order."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).abs()
-    weight = torch.rand(shape, generator=torch.Generator().manual_seed(1)) + 0.1
+    sizes = [1] * len(shape)
+    if channel_dim is not None:
+        sizes[channel_dim] = shape[channel_dim]
+    clip = torch.rand(sizes, generator=torch.Generator().manual_seed(1)) + 0.1
     seen = []
-    search = sensitivity.search_clipping
+    measure = sensitivity.squared_error
     monkeypatch.setattr(
-        sensitivity, "search_clipping", lambda counts, *rest: seen.append(counts) or search(counts, *rest)
+        sensitivity, "squared_error", lambda counts, *rest: seen.append(counts) or measure(counts, *rest)
     )
     bincount = torch.bincount
 
@@ -112,7 +194,17 @@ def test_histograms_are_those_of_a_weighted_bincount_without_its_use(monkeypatch
         assert weights is None
         return bincount(values, minlength=minlength)
 
+    def nowhere(*_: object) -> None:
+        raise AssertionError
+
     monkeypatch.setattr(torch, "bincount", without_weights)
-    rounding_errors(x, weight, (4,), search=False)
-    position = (x * (BINS / x.max())).long().clamp(max=BINS - 1)
-    assert torch.equal(seen[0], bincount(position.flatten(), weight.flatten(), minlength=BINS))
+    monkeypatch.setattr(torch.Tensor, "index_add_", nowhere)
+    rounding_errors(x, clip, ONE, (4,), search=False)
+    relative = x / clip
+    share = ((clip / clip.max()) ** 2).expand(shape)
+    position = (PER_OCTAVE * (relative.max().log2() - relative.log2())).long().clamp(max=BINS - 1)
+    wanted = bincount(position.flatten(), share.flatten(), minlength=BINS)
+    assert seen[0].sum().item() == pytest.approx(wanted.sum().item())
+    # An element at the border of two bins may fall into either.
+    apart = (seen[0].cumsum(0) - wanted.cumsum(0)).abs() > 1e-4 * wanted.sum()
+    assert apart.sum() <= 3

@@ -91,7 +91,7 @@ class GradientSums:
         if labels:
             product = (x * gradient).float()
             for cut in labels:
-                self._inner.index_add_(0, cut.label, sum_others(product, cut.dim))
+                cut.sums().add_to(self._inner, sum_others(product, cut.dim))
 
     def take(self) -> tuple[Tensor, Tensor]:
         """Return ⟨g, x⟩ of every group, shape (groups,), and ‖g‖² of every weight, shape (layers,).
@@ -135,7 +135,11 @@ def forget_frozen(slices: Sequence[Slice], named: Named, steps_remaining: int, f
 
 def check_rules(config: GETAConfig) -> None:
     """Raise GETAError for a rule that needs full gradients, or steps, of frozen weights."""
-    wanted = {"saliency": ("fisher", "taylor"), "forgetting": ("uniform",), "bit_rule": ("sensitivity", "ppsg")}
+    wanted = {
+        "saliency": ("fisher", "taylor", "mask_fisher"),
+        "forgetting": ("uniform",),
+        "bit_rule": ("sensitivity", "ppsg"),
+    }
     for name, choices in wanted.items():
         value = getattr(config, name)
         if value not in choices:

@@ -9,6 +9,8 @@ import torch
 
 from geta_hf.config import GETAConfig
 from geta_hf.methods.qasso.optimizer import bit_choices
+from geta_hf.quantization import channel_clipping_values, quantized_layers
+from tests.methods.loop import prepare
 from tests.methods.qasso.toy import batch_at, make, small_config, status_of, toy_space, train_step
 
 RATE, QUANTIZER_RATE, ETA, XI = 0.002, 3e-3, 0.9, 0.8
@@ -251,3 +253,19 @@ def test_the_rules_of_a_config_choose_the_bits(changes: dict, by_sensitivity: bo
     """Clipping values are searched for at t = 1 only, and never where q_m = max|W| is asked for."""
     found = bit_choices(small_config(**changes))
     assert (found.by_sensitivity, found.search_clipping) == (by_sensitivity, search)
+
+
+def test_each_channel_gets_the_clipping_value_of_its_final_width() -> None:
+    config = GETAConfig(
+        per_channel=True, bits=(3, 8), mean_bits=4, target_sparsity=0.0, warmup=2, projection=4, joint=4
+    )
+    model, _, optimizer = prepare(config, steps=24)
+    model.layers[0].weight.data[2, 3] = 9.0
+    optimizer.qasso_state.curvature = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    optimizer.fix_bits(bit_choices(config))
+    widths = optimizer.bits()
+    assert len(set(widths.values())) > 1 or round(min(widths.values())) == 4
+    for name, layer in quantized_layers(model).items():
+        bits = round(widths[f"{name}.weight_quantizer"])
+        found = layer.weight_quantizer.q_m.detach()
+        torch.testing.assert_close(found, channel_clipping_values(layer.weight, bits), rtol=1e-4, atol=0)
