@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, Trainer, set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval.results_file import append_result, read_results
-from eval.study_table import CONTROL, DENSE, OURS, PAPER, ROUNDED, TAUGHT, Line, tables
+from eval.study_table import CONTROL, DENSE, MASKED, OURS, PAPER, ROUNDED, TAUGHT, Line, tables
 from eval.study_tasks import (
     Lengths,
     QuestionOptions,
@@ -80,7 +80,7 @@ class Limits:
 
 
 def all_cells() -> list[Cell]:
-    """List all cells: paper, defaults, both dense models, other rules by distance, and two that change no rule."""
+    """List all cells: paper, defaults, both dense models, other rules by distance, two that change no rule, a score."""
     crossed = [dict(zip(RULES, values, strict=True)) for values in product(*RULES.values())]
     defaults, *rest = sorted(crossed, key=_changed)  # stable
     paper = GETAConfig.paper()
@@ -89,6 +89,7 @@ def all_cells() -> list[Cell]:
     }
     others = [Cell(" / ".join(rules.values()), rules) for rules in rest]
     beside = [Cell(ROUNDED, defaults, rounded=True), Cell(TAUGHT, {**defaults, "distill_logits": 1.0})]
+    beside.append(Cell(MASKED, {**defaults, "saliency": "mask_fisher"}))
     return [Cell(PAPER, preset), Cell(OURS, defaults), Cell(CONTROL), Cell(DENSE), *others, *beside]
 
 

@@ -10,6 +10,7 @@ from geta_hf.utils.tables import format_table
 
 DENSE, CONTROL, PAPER, OURS = "dense", "dense, trained on", "paper preset", "defaults"
 ROUNDED, TAUGHT = "defaults, rounded only after training", "defaults, with a teacher"
+MASKED = "defaults, scored where output is read"
 
 Line = dict[str, Any]
 
@@ -26,7 +27,7 @@ def tables(lines: Sequence[Line]) -> str:
 
 def _study(lines: Sequence[Line]) -> str:
     metrics: list[str] = lines[0]["metrics"]
-    order = [DENSE, CONTROL, PAPER, OURS, ROUNDED, TAUGHT]
+    order = [DENSE, CONTROL, PAPER, OURS, ROUNDED, TAUGHT, MASKED]
     found = dict.fromkeys(line["cell"] for line in lines)
     names = sorted(found, key=lambda name: order.index(name) if name in order else len(order))
     by_cell = {name: [line for line in lines if line["cell"] == name] for name in names}

@@ -8,7 +8,7 @@ serves all families at once: a score for each group takes one operator, and no t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -79,6 +79,15 @@ def find_group_labels(families: Sequence[Family], shapes: Mapping[str, Sequence[
             # weight.
             label[member.index.flatten()] = numbers.flatten()
     return tuple(GroupLabels(tensor, dim, label) for (tensor, dim), label in labels.items())
+
+
+def consumers(families: Sequence[Family]) -> tuple[Family, ...]:
+    """Return the families with the slices alone that read a group's output; with all of them where none does."""
+    found = []
+    for family in families:
+        reading = tuple(member for member in family.members if member.consumer)
+        found.append(replace(family, members=reading or family.members))
+    return tuple(found)
 
 
 def marked(label: Tensor, mask: Tensor) -> Tensor:

@@ -23,12 +23,15 @@ class Member:
         dim: the dimension that is cut.
         index: int64, shape (groups, elements), on CPU: row g holds the indices along `dim` that are removed with
             group g.
+        consumer: whether a weight reads the groups' output along this dim, as `down.weight` does along its columns.
+            Default False.
     """
 
     tensor: str
     dim: int
     # A head of 64 dims has 64 of them, a channel one.
     index: torch.Tensor
+    consumer: bool = False
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,12 @@ def _family_table(family: Family) -> dict[str, Any]:
     table = {name: value for name, value in vars(family).items() if name != "members"}
     if not family.counts:
         del table["counts"]  # earlier releases read spaces without it
-    return table | {"members": [{"tensor": member.tensor, "dim": member.dim} for member in family.members]}
+    members = []
+    for member in family.members:
+        entry = {"tensor": member.tensor, "dim": member.dim}
+        # Only where it is true, so that a space of an earlier release is written as it was read.
+        members.append({**entry, "consumer": True} if member.consumer else entry)
+    return table | {"members": members}
 
 
 def read_space(folder: str | Path) -> dict[str, Any]:
@@ -135,7 +140,12 @@ def _fields(tables: dict[str, Any], indices: dict[str, torch.Tensor]) -> dict[st
     families = []
     for position, table in enumerate(tables["families"]):
         members = tuple(
-            Member(str(member["tensor"]), int(member["dim"]), indices[f"{position}.{place}"])
+            Member(
+                str(member["tensor"]),
+                int(member["dim"]),
+                indices[f"{position}.{place}"],
+                bool(member.get("consumer", False)),
+            )
             for place, member in enumerate(table["members"])
         )
         plain = {name: value for name, value in table.items() if name != "members"}

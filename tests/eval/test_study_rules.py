@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from eval import study_rules
 from eval.results_file import append_result, read_results
 from eval.study_rules import Cell, Limits
-from eval.study_table import CONTROL, DENSE, OURS, PAPER, ROUNDED, TAUGHT
+from eval.study_table import CONTROL, DENSE, MASKED, OURS, PAPER, ROUNDED, TAUGHT
 from eval.study_tasks import Lengths, Task, TextOptions, dense_model, text_task
 from geta_hf import GETAConfig, GETAError
 from geta_hf.qadg import build_space
@@ -32,10 +32,14 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 def test_cells_cross_all_rules_and_the_telling_ones_come_first() -> None:
     cells = study_rules.all_cells()
     assert [cell.name for cell in cells[:4]] == [PAPER, OURS, CONTROL, DENSE]
-    crossed = {(c.rules["saliency"], c.rules["forgetting"], c.rules["bit_rule"]) for c in [cells[1], *cells[4:-2]]}
-    assert len(crossed) == len(cells) - 5 == 18
-    assert len({cell.name for cell in cells}) == len(cells) and [c.name for c in cells[-2:]] == [ROUNDED, TAUGHT]
-    distances = [study_rules._changed(cell.rules) for cell in cells[4:-2]]
+    crossed = {(c.rules["saliency"], c.rules["forgetting"], c.rules["bit_rule"]) for c in [cells[1], *cells[4:-3]]}
+    assert len(crossed) == len(cells) - 6 == 18
+    assert len({cell.name for cell in cells}) == len(cells) and [c.name for c in cells[-3:]] == [
+        ROUNDED,
+        TAUGHT,
+        MASKED,
+    ]
+    distances = [study_rules._changed(cell.rules) for cell in cells[4:-3]]
     assert distances == sorted(distances) == [1] * 5 + [2] * 8 + [3] * 4
     default, paper = GETAConfig(), GETAConfig.paper()
     assert cells[1].rules == {name: getattr(default, name) for name in study_rules.RULES}

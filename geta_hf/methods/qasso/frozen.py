@@ -135,7 +135,11 @@ def forget_frozen(slices: Sequence[Slice], named: Named, steps_remaining: int, f
 
 def check_rules(config: GETAConfig) -> None:
     """Raise GETAError for a rule that needs full gradients, or steps, of frozen weights."""
-    wanted = {"saliency": ("fisher", "taylor"), "forgetting": ("uniform",), "bit_rule": ("sensitivity", "ppsg")}
+    wanted = {
+        "saliency": ("fisher", "taylor", "mask_fisher"),
+        "forgetting": ("uniform",),
+        "bit_rule": ("sensitivity", "ppsg"),
+    }
     for name, choices in wanted.items():
         value = getattr(config, name)
         if value not in choices:

@@ -11,6 +11,7 @@ The base optimizer owns `param_groups` and `state`. What QASSO adds are numbers 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -49,11 +50,19 @@ from geta_hf.methods.qasso.silent_gradients import check_learned
 from geta_hf.methods.qasso.slices import Product, Slice, build_slices, group_sums, zero_moments, zero_slices
 from geta_hf.methods.qasso.state import REDUNDANT, REMOVED, QASSOState, restore_vectors, store_vectors
 from geta_hf.methods.rounding import round_bits
-from geta_hf.qadg.group_labels import GroupLabels, family_of_group, family_starts
+from geta_hf.qadg.group_labels import (
+    GroupLabels,
+    consumers,
+    family_of_group,
+    family_starts,
+    find_group_labels,
+)
 from geta_hf.qadg.group_types import Family
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.quantization.clipping import Histogram
 from geta_hf.utils.shards import from_first_process, local
+
+logger = logging.getLogger(__name__)
 
 _STEP = "qasso_step"
 _SCHEDULE = "qasso_schedule"
@@ -160,6 +169,7 @@ class QASSO(torch.optim.Optimizer):
         self._learned_by = schedule.first_start_after(2)
         self.gamma: Tensor | None = None
         self.frozen = frozen or FrozenWeights()
+        self._scored = self._scored_slices(named)
         self._gradient_sums = self._sum_frozen_gradients(named) if self.frozen.names else None
         self._family = family_of_group(self.families)
         self._labels: list[GroupLabels] | None = None
@@ -168,11 +178,26 @@ class QASSO(torch.optim.Optimizer):
         self._final_quantizers: Named = {}
         self._resumed = False
 
+    def _scored_slices(self, named: Named) -> Sequence[GroupLabels]:
+        """Return the slices over which ⟨g, x⟩ of a group is taken."""
+        if self.config.saliency != "mask_fisher":
+            return self.ledger.labels
+        # With y = W (m ∘ a), ∂f/∂m of a mask m = 1 on a group's output a is ⟨g, W⟩ over the columns that read it.
+        without = [family.name for family in self.families if not any(member.consumer for member in family.members)]
+        if without:
+            logger.warning(
+                "saliency = 'mask_fisher': no weight is known to read the output of %s, so all slices of a group count",
+                ", ".join(without),
+            )
+        return find_group_labels(
+            consumers(self.families), {name: tuple(tensor.shape) for name, tensor in named.items()}
+        )
+
     def _sum_frozen_gradients(self, named: Named) -> GradientSums:
         check_rules(self.config)
         device = local(next(iter(named.values()))).device
         # These weights have no gradient after the backward pass, so the sums that scores need are taken during it.
-        return GradientSums(self.frozen, self.ledger.labels, self.ledger.groups, self.quantizers.own_weights, device)
+        return GradientSums(self.frozen, self._scored, self.ledger.groups, self.quantizers.own_weights, device)
 
     def _share_base(self) -> None:
         # load_state_dict of the base replaces both containers; they are always shared, never copied.
@@ -403,7 +428,7 @@ class QASSO(torch.optim.Optimizer):
             # Taken in every step, used or not, since taking also sets the sums to 0.
             of_groups, of_layers = self._gradient_sums.take()
         if partition_follows and self.config.saliency != "hesso":  # HESSO's score reads the present gradient only
-            trained = [cut for cut in self._labels or () if named[cut.tensor].grad is not None]
+            trained = [cut for cut in self._scored if cut.tensor in named and named[cut.tensor].grad is not None]
             # ⟨g, x⟩ of all slices together is the first-order change in loss, so opposite signs cancel before squaring.
             inner = group_sums(trained, named, self.ledger.groups, torch.mul) + of_groups
             state.mean_square.mul_(decay).add_(inner**2, alpha=1 - decay)
@@ -416,7 +441,7 @@ class QASSO(torch.optim.Optimizer):
     def _scores(self, named: Named) -> Tensor:
         """Return the saliency of every group by the rule of the config, shape (groups,)."""
         cost = self._sums(named, lambda x, g: torch.ones_like(x))
-        if self.config.saliency == "fisher":
+        if self.config.saliency in ("fisher", "mask_fisher"):
             return fisher_scores(self.qasso_state.mean_square, cost)
         if self.config.saliency == "taylor":
             return taylor_scores(self.qasso_state.mean_square, cost)
@@ -579,6 +604,7 @@ class QASSO(torch.optim.Optimizer):
         device = local(next(iter(named.values()))).device
         # Not in `__init__`, since a model may be moved between there and the first step.
         self._labels = [replace(cut, label=cut.label.to(device)) for cut in self.ledger.labels if cut.tensor in named]
+        self._scored = [replace(cut, label=cut.label.to(device)) for cut in self._scored]
         self.quantizers.to(device)
         self.qasso_state.to(device)
 

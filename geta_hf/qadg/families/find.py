@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from geta_hf.qadg.families.classify import (
     family_of_atoms,
@@ -36,12 +37,13 @@ def find_families(flow: Flow) -> tuple[Family, ...]:
     names = find_names(drafts, kinds)
     couplings = find_couplings(flow, drafts)
     macs = macs_per_group(flow, drafts, family)
+    read = flow.ids.made_with("column")
     families = []
     for position, draft in enumerate(drafts):
         found = Family(
             name=names[position],
             kind=kinds[position],
-            members=_members(draft),
+            members=_members(draft, read),
             # The graph says what can be removed; whether it should be is the policy's to say
             # (`policy.choose_prunable`).
             prunable=False,
@@ -54,11 +56,15 @@ def find_families(flow: Flow) -> tuple[Family, ...]:
     return tuple(families)
 
 
-def _members(draft: Draft) -> tuple[Member, ...]:
+def _members(draft: Draft, read: NDArray[np.bool_]) -> tuple[Member, ...]:
     """Return the members with their groups in the order of the first member's indices.
 
     Atoms are numbered as they were made, and unification keeps the smaller number, so their order says little. A user
     expects group 0 to be the first head.
+
+    Args:
+        draft: the family.
+        read: of every id, whether it was marked as an input feature of a weight itself, before ids were unified.
     """
     first_index = draft.members[0][1][:, 0]
     order = np.argsort(first_index, kind="stable")
@@ -66,5 +72,6 @@ def _members(draft: Draft) -> tuple[Member, ...]:
     for tensor_dim, index in draft.members:
         # int64, which torch's indexing insists on; the ids are int32 to save memory.
         rows = torch.from_numpy(index[order]).long()
-        members.append(Member(tensor_dim.value.names[0], tensor_dim.dim, rows))
+        consumer = bool(read[tensor_dim.ids[index]].any())
+        members.append(Member(tensor_dim.value.names[0], tensor_dim.dim, rows, consumer))
     return tuple(members)

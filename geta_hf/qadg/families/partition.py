@@ -30,6 +30,7 @@ class TensorDim:
         position: of the tensor in `Graph.values`.
         value: the tensor.
         dim: which of its dims.
+        ids: of each element, as they were made when the tensor was first read, shape (elements,).
         table: the atoms of each element, shape (elements, k), padded with 0.
         entry_atom: the atom of each entry, shape (entries,); none is pinned.
         entry_index: the element of each entry, shape (entries,).
@@ -43,6 +44,7 @@ class TensorDim:
     position: int
     value: Value
     dim: int
+    ids: Ids
     table: Ids
     entry_atom: Ids
     entry_index: Ids
@@ -78,7 +80,7 @@ def find_tensor_dims(flow: Flow) -> list[TensorDim]:
         for dim, ids in enumerate(flow.dims(position)):
             if ids is None:
                 continue
-            tensor_dim = _tensor_dim(position, value, dim, flow.ids.atoms(ids))
+            tensor_dim = _tensor_dim(position, value, dim, ids, flow.ids.atoms(ids))
             if tensor_dim is not None:
                 tensor_dims.append(tensor_dim)
     # A buffer alone is no reason to prune: removing its elements would save nothing and train nothing.
@@ -89,7 +91,7 @@ def find_tensor_dims(flow: Flow) -> list[TensorDim]:
     return [tensor_dim for tensor_dim in tensor_dims if in_parameter[tensor_dim.atoms].any()]
 
 
-def _tensor_dim(position: int, value: Value, dim: int, table: Ids) -> TensorDim | None:
+def _tensor_dim(position: int, value: Value, dim: int, ids: Ids, table: Ids) -> TensorDim | None:
     """Return a dim with its entries; None when all of it is pinned."""
     rows, columns = np.nonzero(table != PINNED)
     if not len(rows):
@@ -103,7 +105,7 @@ def _tensor_dim(position: int, value: Value, dim: int, table: Ids) -> TensorDim 
         # Start from a column that does not exist, so that any real one is smaller.
         first_column += table.shape[1]
         np.minimum.at(first_column, np.searchsorted(atoms, entry_atom), column)
-    return TensorDim(position, value, dim, table, entry_atom, index, atoms, count, first_column)
+    return TensorDim(position, value, dim, ids, table, entry_atom, index, atoms, count, first_column)
 
 
 def _count(entry_atom: Ids) -> tuple[Ids, Ids]:

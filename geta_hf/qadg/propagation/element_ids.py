@@ -137,6 +137,13 @@ class ElementIds:
         flags[PINNED] = False
         return flags
 
+    def made_with(self, flag: str) -> NDArray[np.bool_]:
+        """Return for every id whether it has the flag itself, not through what it was unified with; shape (count,)."""
+        flags = np.zeros(self.count, np.bool_)
+        for ids in self._marks.get(flag, []):
+            flags[ids] = True
+        return flags
+
     def unify(self, left: Ids, right: Ids) -> None:
         """Let left[i] and right[i] be removed together, for every i; both of shape (n,).
 
