@@ -725,6 +725,17 @@ class GETAConfig(CompressionConfig):
         section="Rules",
         choices=("fisher", "taylor", "mask_fisher", "hesso"),
     )
+    split: str = setting(
+        "even",
+        "How a size alone is split between pruning and widths. `even` decides before training, as if all groups were "
+        "alike: widths become narrower than the middle of `bits` only once half of the groups are removed. `early` "
+        "decides when the joint stage starts, by the expected losses of removing each group and of rounding each "
+        "weight, which compete for the size; from then on the run is trained at these widths. `late` decides by them "
+        "what is removed when each pruning period starts, and widths when the joint stage ends. With both, groups are "
+        "scored as under `mask_fisher`.",
+        section="Rules",
+        choices=("even", "early", "late"),
+    )
     forgetting: str = setting(
         "uniform",
         "Rate at which redundant groups shrink: `uniform` is γ = 1 / (remaining steps of the period), `paper` is "
@@ -773,6 +784,25 @@ class GETAConfig(CompressionConfig):
             raise GETAError("Eq. 14 sets one d a layer; with per_channel choose bit_rule='sensitivity' or 'ppsg'")
         if self.bit_reduction is not None and self.projection_periods:
             self._check_reduction()
+
+    def check_targets(self) -> None:
+        """Raise GETAError for contradicting targets, or for a rule by which a size can't be split."""
+        super().check_targets()
+        if self.split == "even":
+            return
+        alone = self.target_bops is not None or self.target_bytes is not None
+        given = [name for name in (*_PRUNING, "mean_bits") if getattr(self, name) is not None]
+        if not alone or given:
+            raise GETAError(
+                f"split = {self.split!r} splits a size between pruning and widths; give target_bytes or target_bops "
+                f"alone, {f'without {given[0]}' if alone else 'not a target for pruning'}, or split='even'"
+            )
+        for name, choices in (("saliency", ("fisher", "mask_fisher")), ("bit_rule", ("sensitivity",))):
+            if getattr(self, name) not in choices:
+                raise GETAError(
+                    f"split = {self.split!r} compares expected losses, which {name} = {getattr(self, name)!r} is not "
+                    f"about; choose {name}={choices[-1]!r}, or split='even'"
+                )
 
     def _check_reduction(self) -> None:
         lower, upper = self.bits
