@@ -720,10 +720,10 @@ class GETAConfig(CompressionConfig):
     saliency: str = setting(
         "fisher",
         "Score by which groups are removed: `fisher` is the moving average of <g, x>² per parameter removed, `taylor` "
-        "its root per parameter, `mask_fisher` that of <g, x>² over the slices alone that read a group's output, per "
-        "parameter removed, `hesso` the score of the paper.",
+        "its root per parameter, `hesso` the score of the paper, `mask_fisher` the moving average of <g, x>² over the "
+        "slices alone that read a group's output, per parameter removed.",
         section="Rules",
-        choices=("fisher", "taylor", "mask_fisher", "hesso"),
+        choices=("fisher", "taylor", "hesso", "mask_fisher"),
     )
     split: str = setting(
         "even",

@@ -494,8 +494,8 @@ def _solve(problem: _Problem, budget: float) -> JointAllocation:
         over = problem.exact(best or smallest) - problem.value(best or smallest)[1]
         allowed = room - over
         if best is None or problem.exact(best) > room:
-            best = _within(problem, allowed, none) if best is None else _descend(problem, best, allowed)
-            best = _improve(problem, best, allowed)
+            begin = _within(problem, allowed, none) if best is None else _descend(problem, best, allowed)
+            best = _improve(problem, begin, allowed)
         else:
             again = _improve(problem, best, allowed)
             if problem.exact(again) > room or problem.value(again)[0] >= problem.value(best)[0] * (1 - 1e-12):
@@ -535,8 +535,8 @@ def _within(problem: _Problem, allowed: float, none: Tensor) -> _State:
         state = problem.smallest()
     # In a small model the last group is a large part of the budget, so that other starts end elsewhere.
     starts = [state, over, problem.smallest(), *(problem.cheapest(high * factor, none) for factor in _NEARBY)]
-    found = [_improve(problem, _descend(problem, one, allowed), allowed) for one in starts]
-    return min(found, key=lambda one: problem.value(one)[0])
+    improved = [_improve(problem, _descend(problem, one, allowed), allowed) for one in starts]
+    return min(improved, key=lambda one: problem.value(one)[0])
 
 
 def _start_price(problem: _Problem) -> float:
