@@ -583,6 +583,11 @@ class CompressionConfig:
         return (self.widths[0] + self.widths[-1]) / 2
 
     @property
+    def splits_in_training(self) -> bool:
+        """Whether training decides how a size is split between pruning and widths; False unless a method says so."""
+        return False
+
+    @property
     def input_widths(self) -> list[int]:
         """The integer widths that a layer's input may end with, ascending; none where inputs are not quantized."""
         if self.activation_bits is None:
@@ -825,6 +830,11 @@ class GETAConfig(CompressionConfig):
         if self.bit_rule != "sensitivity":
             return self.mean_bits
         return super().wanted_mean_bits
+
+    @property
+    def splits_in_training(self) -> bool:
+        """Whether training decides how a size is split between pruning and widths."""
+        return self.split != "even"
 
     @property
     def wanted_mean_input_bits(self) -> float | None:
