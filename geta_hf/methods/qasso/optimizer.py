@@ -597,7 +597,7 @@ class QASSO(torch.optim.Optimizer):
         decided = self.qasso_state.decided_bits
         if bool((decided > 0).any()):
             # The run was trained at these widths, so that each is the nearest to the present one.
-            target = replace(target, budgets={})
+            target = dataclasses.replace(target, budgets={})
             if bool((decided > 0).all()):
                 inputs = None
         round_bits(
