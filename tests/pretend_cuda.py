@@ -17,7 +17,8 @@ views, parameters, autograd and copies work as they always do. Inside `pretend_c
     assert not card.reads_in("geta_hf")
 
 Not imitated: kernels (Triton, cuDNN, TF32), temporaries inside one operator, streams, several devices, torch.compile,
-and threads, whose operators are neither checked nor counted.
+and threads, whose operators are neither checked nor counted. Nor a backward pass on fake tensors of the card, as in
+`plan_memory`: torch without CUDA ends the process there.
 """
 
 from __future__ import annotations

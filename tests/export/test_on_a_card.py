@@ -97,10 +97,11 @@ def test_loading_and_preparing_take_little_more_than_what_remains(
         card.reset_peak()
         small = LlamaForCausalLM.from_pretrained(halves.folder, device_map="cuda", dtype=torch.bfloat16)
         assert all(tensor.is_cuda for tensor in small.state_dict().values())
-        assert card.peak <= 1.15 * card.live
+        # Without pieces it is 1.085 times what is loaded, and 1.118 to prepare it.
+        assert card.peak <= 1.05 * card.live
         loaded = card.live
         prepare_for_inference(small, compute="int8")
-        assert card.peak <= 1.15 * loaded
+        assert card.peak <= 1.1 * loaded
 
 
 def test_parked_and_visiting_models_keep_their_tensors() -> None:

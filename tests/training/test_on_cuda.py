@@ -11,8 +11,10 @@ import torch
 from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering, TrainerCallback, TrainingArguments
 
 from geta_hf import GETAConfig, GETATrainer, prepare_for_inference
+from geta_hf.methods import PostTrainingConfig
 from tests.conftest import tiny_bert_config
 from tests.pretend_cuda import CARD, Card, Read, pretend_cuda
+from tests.tiny_tasks import tiny_llama
 from tests.training.test_trainer import rows
 
 pytestmark = pytest.mark.usefixtures("shared_spaces")
@@ -121,6 +123,45 @@ CASES: dict[str, Case] = {
 def test_other_runs_to_the_prepared_model(card: Card, tmp_path: Path, case: Case) -> None:
     config, others, changes, tolerance = case
     check_to_the_end(make(tmp_path / "run", config, others(), **changes), card, tmp_path / "small", tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [{}, {"activation_bits": (4, 8), "distill_logits": 0.5}], ids=["plain", "LoRA"])
+def test_a_resumed_run_equals_one_without_a_break(card: Card, tmp_path: Path, config: dict[str, Any]) -> None:
+    others = lora if config else dict
+    whole = make(tmp_path, config, others(), save_strategy="steps", save_steps=5)
+    whole.train()
+    resumed = make(tmp_path, config, others())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert ours.device == CARD and ours.tolist() == theirs.tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inputs", [{}, {"activation_bits": (4, 8), "saliency": "hesso"}], ids=["weights", "inputs"])
+def test_rounding_after_training_to_the_export(card: Card, tmp_path: Path, inputs: dict[str, Any]) -> None:
+    config = PostTrainingConfig(target_sparsity=0.5, bits=(3, 8), mean_bits=5, **STAGES, **inputs)
+    torch.manual_seed(0)
+    model = BertForQuestionAnswering(tiny_bert_config(num_hidden_layers=1, hidden_size=16))
+    arguments = TrainingArguments(
+        str(tmp_path / "run"), max_steps=STEPS, save_strategy="no", report_to="none", disable_tqdm=True
+    )
+    trainer = GETATrainer(model, arguments, geta_config=config, train_dataset=rows())
+    trainer.train()
+    assert {tensor.device for tensor in trainer.model.parameters()} == {CARD}
+    trainer.export_model(tmp_path / "small")
+
+
+@pytest.mark.slow
+def test_a_run_with_dropped_layers_to_the_export(card: Card, tmp_path: Path) -> None:
+    data = [{"input_ids": torch.arange(8) + start, "labels": torch.arange(8) + start} for start in range(32)]
+    arguments = TrainingArguments(
+        str(tmp_path / "run"), max_steps=STEPS, save_strategy="no", report_to="none", disable_tqdm=True
+    )
+    config = GETAConfig(drop_layers=1, **STAGES)
+    trainer = GETATrainer(tiny_llama(), arguments, geta_config=config, train_dataset=data)
+    assert not run(trainer, card).inside
+    trainer.export_model(tmp_path / "small")
 
 
 # Compiled under the trainer's own file name, as if a step of it had such a line.
