@@ -69,7 +69,7 @@ def write_gguf(
     found = {
         "format": "gguf",
         "file": FILE_NAME,
-        "load": f"llama-cli -m {FILE_NAME}",
+        "load": f"xllamacpp.Server(params), with params.model.path = '{FILE_NAME}'",
         "architecture": layout.architecture.name,
         "types": dict(Counter(types.values())),
         "not_exact": {name: {"type": types[name], "error": error} for name, error in decoded.errors.items() if error},
@@ -202,8 +202,13 @@ def _card(found: Mapping[str, Any], decoded: Decoded) -> str:
         f"`{FILE_NAME}` holds a compressed model, its tokenizer and its chat template, for stock llama.cpp and "
         f"programs built on it. Architecture: `{found['architecture']}`. Types: {types}.",
         "",
-        "```",
-        f"llama-cli -m {FILE_NAME}",
+        "```python",
+        "import xllamacpp",
+        "",
+        "params = xllamacpp.CommonParams()",
+        f'params.model.path = "{FILE_NAME}"',
+        "server = xllamacpp.Server(params)",
+        'answer = server.handle_completions({"prompt": "Once upon a time", "max_tokens": 32, "temperature": 0})',
         "```",
         "",
     ]
