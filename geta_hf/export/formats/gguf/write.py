@@ -224,7 +224,8 @@ def _card(found: Mapping[str, Any], decoded: Decoded) -> str:
     if run["ran"]:
         lines += [
             f"Run by llama.cpp ({run['runner']}): the largest difference of a probability of a next token from "
-            f"transformers is {run['difference']:.2g}, and {run['float_difference']:.2g} with all tensors in F32.",
+            f"transformers is {run['difference']:.2g} ({run['mean_difference']:.2g} in the mean over steps), and "
+            f"{run['float_difference']:.2g} with all tensors in F32.",
         ]
     else:
         lines += [f"Not run: {run['runner']}. Every tensor of the file was decoded and compared."]
