@@ -363,7 +363,11 @@ def test_an_export_becomes_a_file(tmp_path: Path) -> None:
     model, tokenizer = tiny.model("Llama", num_hidden_layers=1), tiny.byte_level()
     attach_quantizers(model, initial_bits=4)
     export(model, tmp_path / "geta", batch=tiny.batch(), processing_class=tokenizer)
+    export(model, tmp_path / "trained", batch=tiny.batch(), processing_class=tokenizer, format="gguf")
     convert(tmp_path / "geta", tmp_path / "file", format="gguf")
+    first, second = read(tmp_path / "trained"), read(tmp_path / "file")
+    assert first[2] == second[2] and "Q4_0" in first[2].values()
+    assert all(torch.equal(tensor, second[1][name]) for name, tensor in first[1].items())
     assert (tmp_path / "file" / "model.gguf").is_file() and (tmp_path / "file" / "tokenizer.json").is_file()
     (tmp_path / "geta" / "tokenizer_config.json").unlink()
     with pytest.raises(GETAError, match="there is none"):
