@@ -20,7 +20,7 @@ from geta_hf.config import CONFIG_NAME, CompressionConfig, GETAConfig, read_conf
 from geta_hf.errors import GETAError
 from geta_hf.export import ExportReport, export
 from geta_hf.export.folder_files import STRUCTURE_NAME, copy_beside, write_structure
-from geta_hf.export.formats import OWN, writer
+from geta_hf.export.formats import OWN, WITH_TOKENIZER, writer
 from geta_hf.export.formats.geta import write_geta
 from geta_hf.export.untouched import Untouched, untouched_of, write_untouched
 from geta_hf.methods import make_method
@@ -134,7 +134,7 @@ def _rewrite(folder: Path, target: Path, format: str, max_shard_size: int | str 
         _check_apart(folder, target)
     model = load_model(folder)
     batch = make_dummy_inputs(model)
-    tokenizer = None if format == OWN else _processing_class(folder)
+    tokenizer = _processing_class(folder) if format in WITH_TOKENIZER else None
     write = writer(format, model, tokenizer) if format != OWN else partial(write_geta, max_shard_size=max_shard_size)
 
     def fill(fresh: Path) -> None:

@@ -39,7 +39,7 @@ FORMATS: dict[str, Writer] = {
 """The writer of each format."""
 
 
-_WITH_TOKENIZER = {"gguf": check_gguf}
+WITH_TOKENIZER = {"gguf": check_gguf}
 """Formats whose file holds the tokenizer, each with what finds early why a model cannot be written."""
 
 
@@ -57,7 +57,7 @@ def writer(name: str, model: PreTrainedModel | None = None, processing_class: An
     """
     if name not in FORMATS:
         raise GETAError(f"there is no format {name!r}; choose {', '.join(FORMATS)}")
-    if name not in _WITH_TOKENIZER or model is None:
+    if name not in WITH_TOKENIZER or model is None:
         return FORMATS[name]
-    _WITH_TOKENIZER[name](model, processing_class)
+    WITH_TOKENIZER[name](model, processing_class)
     return partial(FORMATS[name], processing_class=processing_class)

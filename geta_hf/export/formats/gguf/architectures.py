@@ -226,8 +226,10 @@ def _named(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, Ten
     names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
     seen = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:
-            continue  # tied: llama.cpp takes the embedding where there is no head
+        # A trained model has quantizers still. Of tied tensors the first counts: llama.cpp takes the embedding where
+        # there is no head.
+        if id(tensor) in seen or "_quantizer." in name:
+            continue
         seen.add(id(tensor))
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:

@@ -30,8 +30,12 @@ RUNNER = "xllamacpp"
 EXACT = 1e-3
 """The largest difference of a probability allowed where every tensor is F32."""
 
-ROUNDED = 0.1
-"""The same where llama.cpp rounds activations to 8 bits, in products with blocks of codes."""
+ROUNDED = 0.05
+"""The largest allowed, in the mean over steps, where llama.cpp rounds activations to 8 bits.
+
+Single steps may differ by more, where the likeliest tokens are close to each other. The weights themselves are proved
+by the other comparison, so this one has to find only blocks that are read in another way.
+"""
 
 TEXT = "Once upon a time, there was a little girl. She said: \"I've 3 apples, and 12 pears!\"\n\nThat's  fine.\n"
 """A text whose tokens have to be those of the tokenizer."""
@@ -58,6 +62,7 @@ class Run:
         ran: whether it ran.
         runner: package and version, or why it did not run.
         difference: largest difference of a probability of a next token, of the file as it is.
+        mean_difference: the same, but the mean over steps of the largest one in each.
         float_difference: the same of a file with the same weights in F32.
         tokens: how many tokens were generated, greedily.
     """
@@ -65,6 +70,7 @@ class Run:
     ran: bool
     runner: str
     difference: float | None = None
+    mean_difference: float | None = None
     float_difference: float | None = None
     tokens: int = 0
 
@@ -136,14 +142,17 @@ def prove_run(
     }
     answer = _run(path, task)
     _check_text(answer["texts"][0]["tokens"], tokenizer)
-    difference = _difference(reference, prompts, answer, EXACT if write_floats is None else ROUNDED)
-    exact = difference
+    gaps = _gaps(reference, prompts, answer)
+    largest, mean = max(gaps), sum(gaps) / len(gaps)
+    exact = largest
     if write_floats is not None:
+        _check_gap(mean, ROUNDED)
         with tempfile.TemporaryDirectory() as folder:
             write_floats(Path(folder) / path.name)
-            exact = _difference(reference, prompts, _run(Path(folder) / path.name, task), EXACT)
+            exact = max(_gaps(reference, prompts, _run(Path(folder) / path.name, task)))
+    _check_gap(exact, EXACT)
     runner = f"{RUNNER} {importlib.metadata.version(RUNNER)}"
-    return Run(True, runner, difference, exact, sum(len(one["tokens"]) for one in answer["prompts"]))
+    return Run(True, runner, largest, mean, exact, sum(len(one["tokens"]) for one in answer["prompts"]))
 
 
 def _prompts(batch: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -183,25 +192,22 @@ def _check_text(found: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _difference(
-    reference: PreTrainedModel, prompts: list[list[int]], answer: Mapping[str, Any], allowed: float
-) -> float:
-    """Return the largest difference of a probability, along what llama.cpp generated.
-
-    Raises:
-        GETAError: it is larger than allowed, or a token was chosen that the model would not choose.
-    """
-    largest = 0.0
-    for prompt, found in zip(prompts, answer["prompts"], strict=True):
-        chosen = found["tokens"]
+def _gaps(reference: PreTrainedModel, prompts: list[list[int]], answer: Mapping[str, Any]) -> list[float]:
+    """Return the largest difference of a probability in each step of what llama.cpp generated."""
+    found = []
+    for prompt, one in zip(prompts, answer["prompts"], strict=True):
+        chosen = one["tokens"]
         logits = reference(input_ids=torch.tensor([prompt + chosen])).logits[0, len(prompt) - 1 : -1]
-        for row, token, listed in zip(logits.double().softmax(-1), chosen, found["listed"], strict=True):
+        for row, token, listed in zip(logits.double().softmax(-1), chosen, one["listed"], strict=True):
             gaps = [abs(float(row[int(number)]) - math.exp(value)) for number, value in listed.items()]
             # Greedy texts are the same but for ties: a token may be chosen that is as likely as the likeliest.
-            largest = max(largest, float(row.max() - row[token]), *gaps)
-    if not largest <= allowed:
+            found.append(max([float(row.max() - row[token]), *gaps]))
+    return found or [0.0]
+
+
+def _check_gap(gap: float, allowed: float) -> None:
+    if not gap <= allowed:
         raise GETAError(
-            f"llama.cpp's probabilities of next tokens differ from the model's by {largest:.2g}; allowed is {allowed:g}"
-            f"; export in the geta format"
+            f"llama.cpp's probabilities of next tokens differ from the model's by {gap:.2g}; allowed is {allowed:g}; "
+            f"export in the geta format"
         )
-    return largest

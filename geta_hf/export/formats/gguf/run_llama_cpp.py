@@ -45,17 +45,18 @@ def main(task_file: str, result_file: str) -> None:
 
 
 def _continue(address: str, prompt: list[int], task: dict[str, Any]) -> dict[str, Any]:
-    chosen = _post(
-        address, "completion", prompt=prompt, temperature=0, n_predict=task["new_tokens"], return_tokens=True
-    )
-    listed = []
-    for place in range(len(chosen["tokens"])):
-        given = prompt + chosen["tokens"][:place]
-        step = _post(address, "completion", prompt=given, temperature=0, n_predict=1, n_probs=task["listed"])
-        # One token at a time, since none is listed for a token that ends within a character.
+    tokens: list[int] = []
+    listed: list[dict[int, float]] = []
+    # One token at a time, since none is listed for a token that ends within a character. What was read is cached.
+    while len(tokens) < task["new_tokens"]:
+        asked = {"temperature": 0, "n_predict": 1, "n_probs": task["listed"], "return_tokens": True}
+        step = _post(address, "completion", prompt=prompt + tokens, **asked)
+        if step.get("stop_type") == "eos" or not step["tokens"]:
+            break
+        tokens.append(step["tokens"][0])
         found = step.get("completion_probabilities") or [{"top_logprobs": []}]
         listed.append({one["id"]: one["logprob"] for one in found[0]["top_logprobs"]})
-    return {"tokens": chosen["tokens"], "listed": listed}
+    return {"tokens": tokens, "listed": listed}
 
 
 def _post(address: str, path: str, **body: Any) -> Any:

@@ -69,7 +69,7 @@ def write_gguf(
     found = {
         "format": "gguf",
         "file": FILE_NAME,
-        "load": f"llama-cli -m {FILE_NAME}",
+        "load": f"xllamacpp.Server(params), with params.model.path = '{FILE_NAME}'",
         "architecture": layout.architecture.name,
         "types": dict(Counter(types.values())),
         "not_exact": {name: {"type": types[name], "error": error} for name, error in decoded.errors.items() if error},
@@ -202,8 +202,13 @@ def _card(found: Mapping[str, Any], decoded: Decoded) -> str:
         f"`{FILE_NAME}` holds a compressed model, its tokenizer and its chat template, for stock llama.cpp and "
         f"programs built on it. Architecture: `{found['architecture']}`. Types: {types}.",
         "",
-        "```",
-        f"llama-cli -m {FILE_NAME}",
+        "```python",
+        "import xllamacpp",
+        "",
+        "params = xllamacpp.CommonParams()",
+        f'params.model.path = "{FILE_NAME}"',
+        "server = xllamacpp.Server(params)",
+        'answer = server.handle_completions({"prompt": "Once upon a time", "max_tokens": 32, "temperature": 0})',
         "```",
         "",
     ]
@@ -219,7 +224,8 @@ def _card(found: Mapping[str, Any], decoded: Decoded) -> str:
     if run["ran"]:
         lines += [
             f"Run by llama.cpp ({run['runner']}): the largest difference of a probability of a next token from "
-            f"transformers is {run['difference']:.2g}, and {run['float_difference']:.2g} with all tensors in F32.",
+            f"transformers is {run['difference']:.2g} ({run['mean_difference']:.2g} in the mean over steps), and "
+            f"{run['float_difference']:.2g} with all tensors in F32.",
         ]
     else:
         lines += [f"Not run: {run['runner']}. Every tensor of the file was decoded and compared."]

@@ -339,16 +339,19 @@ def test_other_probabilities_and_tokens_are_found() -> None:
         row = model(input_ids=torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1)
     best = int(row.argmax())
 
-    def found(token: int, shift: float) -> float:
+    def gaps(token: int, shift: float) -> list[float]:
         answer = {"prompts": [{"tokens": [token], "listed": [{str(best): float(row[best]) + shift}]}]}
         with torch.no_grad():
-            return proof._difference(model, [prompt], answer, 1e-3)
+            return proof._gaps(model, [prompt], answer)
 
-    assert found(best, 0.0) <= 1e-6
-    with pytest.raises(GETAError, match="probabilities of next tokens differ"):
-        found(best, 0.5)
-    with pytest.raises(GETAError, match="probabilities of next tokens differ"):
-        found(int(row.argmin()), 0.0)
+    best_chance, least_chance = float(row[best].exp()), float(row.min().exp())
+    assert gaps(best, 0.0) == pytest.approx([0.0], abs=1e-6)
+    assert gaps(best, 0.5) == pytest.approx([best_chance * (math.exp(0.5) - 1)], rel=1e-4)
+    assert gaps(int(row.argmin()), 0.0) == pytest.approx([best_chance - least_chance], rel=1e-4)
+    proof._check_gap(1e-3, proof.EXACT)
+    for gap in (1.1e-3, math.nan):
+        with pytest.raises(GETAError, match="probabilities of next tokens differ"):
+            proof._check_gap(gap, proof.EXACT)
     tokenizer = tiny.byte_level()
     expected = tokenizer(proof.TEXT)["input_ids"]
     proof._check_text(expected, tokenizer)
@@ -360,7 +363,11 @@ def test_an_export_becomes_a_file(tmp_path: Path) -> None:
     model, tokenizer = tiny.model("Llama", num_hidden_layers=1), tiny.byte_level()
     attach_quantizers(model, initial_bits=4)
     export(model, tmp_path / "geta", batch=tiny.batch(), processing_class=tokenizer)
+    export(model, tmp_path / "trained", batch=tiny.batch(), processing_class=tokenizer, format="gguf")
     convert(tmp_path / "geta", tmp_path / "file", format="gguf")
+    first, second = read(tmp_path / "trained"), read(tmp_path / "file")
+    assert first[2] == second[2] and "Q4_0" in first[2].values()
+    assert all(torch.equal(tensor, second[1][name]) for name, tensor in first[1].items())
     assert (tmp_path / "file" / "model.gguf").is_file() and (tmp_path / "file" / "tokenizer.json").is_file()
     (tmp_path / "geta" / "tokenizer_config.json").unlink()
     with pytest.raises(GETAError, match="there is none"):
@@ -390,4 +397,4 @@ def test_llama_cpp_gives_the_model_s_probabilities(
     model = tiny.model(kind, **changes)
     run = write(model if alike is None else tiny.cut(model, alike), tmp_path)["run"]
     assert run["ran"] and run["tokens"] == 128
-    assert run["float_difference"] <= 1e-3 and run["difference"] <= 0.05
+    assert run["float_difference"] <= 1e-3 and run["mean_difference"] <= run["difference"] <= 0.05
