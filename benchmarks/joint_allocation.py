@@ -74,7 +74,8 @@ def main() -> None:
             removed = f"{int(found.removed.sum()):,}"
             rows.append((name, f"{size / 1e6:,.0f} MB", f"{seconds:.1f}", f"{unused:.1e}", removed))
     print(format_table(("limits", "size", "seconds", "unused share", "groups removed"), rows))
-    print(f"{ledger.groups:,} groups, {len(layers)} layers; peak memory of the process {peak_bytes("cpu") / 2**20:,.0f} MiB")
+    peak = peak_bytes("cpu") / 2**20
+    print(f"{ledger.groups:,} groups, {len(layers)} layers; peak memory of the process {peak:,.0f} MiB")
 
 
 if __name__ == "__main__":
