@@ -724,9 +724,9 @@ class GETAConfig(CompressionConfig):
     )
     saliency: str = setting(
         "fisher",
-        "Score by which groups are removed: `fisher` is the moving average of <g, x>² per parameter removed, `taylor` "
-        "its root per parameter, `hesso` the score of the paper, `mask_fisher` the moving average of <g, x>² over the "
-        "slices alone that read a group's output, per parameter removed.",
+        "Score by which groups are removed: `fisher` is the moving average of <g, x>², `taylor` its root, `hesso` the "
+        "score of the paper, `mask_fisher` the moving average of <g, x>² over the slices alone that read a group's "
+        "output. All but `hesso` are taken per parameter removed, unless the target counts groups (`target_sparsity`).",
         section="Rules",
         choices=("fisher", "taylor", "hesso", "mask_fisher"),
     )

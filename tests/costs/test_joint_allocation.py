@@ -67,7 +67,14 @@ class Problem:
         return sorted(found, key=lambda solution: solution[2])
 
 
-@pytest.mark.parametrize(("seed", "limits"), [(0, Limits()), (1, Limits(multiple_of=2)), (2, Limits(min_kept=2))])
+@pytest.mark.parametrize(
+    ("seed", "limits"),
+    [
+        (0, Limits()),
+        pytest.param(1, Limits(multiple_of=2), marks=pytest.mark.slow),
+        pytest.param(2, Limits(min_kept=2), marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("unit", [BYTES, BOPS])
 def test_no_set_of_groups_and_widths_is_much_better(unit: str, seed: int, limits: Limits) -> None:
     problem = Problem(seed, per_channel=seed == 2)

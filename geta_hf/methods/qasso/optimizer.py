@@ -453,6 +453,10 @@ class QASSO(torch.optim.Optimizer):
     def _scores(self, named: Named) -> Tensor:
         """Return the saliency of every group by the rule of the config, shape (groups,)."""
         cost = self._sums(named, lambda x, g: torch.ones_like(x))
+        if self.target.unit == GROUPS and self.config.saliency != "hesso":
+            # The K groups of least loss are those of the K lowest losses. Per parameter, large groups would be removed
+            # first, and K of them take far more than K small ones.
+            cost = torch.ones_like(cost)
         if self.config.saliency in ("fisher", "mask_fisher"):
             return fisher_scores(self.qasso_state.mean_square, cost)
         if self.config.saliency == "taylor":

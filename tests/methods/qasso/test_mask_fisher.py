@@ -127,10 +127,12 @@ def toy_with_consumers() -> PruningSpace:
     return PruningSpace(families=tuple(found))
 
 
-def test_training_averages_the_squares_of_what_is_read_and_divides_by_all_that_goes() -> None:
-    config = GETAConfig(
-        saliency="mask_fisher", saliency_decay=0.5, target_sparsity=0.3, warmup=0, projection=4, joint=15
-    )
+@pytest.mark.parametrize("target", ["target_parameters", "target_sparsity"])
+@pytest.mark.parametrize("saliency", ["fisher", "mask_fisher"])
+def test_training_averages_the_squares_of_what_is_read_and_divides_by_what_is_counted(
+    saliency: str, target: str
+) -> None:
+    config = GETAConfig(saliency=saliency, saliency_decay=0.5, warmup=0, projection=4, joint=15, **{target: 0.3})
     model, _, optimizer = prepare(config, steps=24, space=toy_with_consumers())
     expected = torch.zeros(10)
     for step in range(3):
@@ -138,11 +140,18 @@ def test_training_averages_the_squares_of_what_is_read_and_divides_by_all_that_g
         optimizer.zero_grad()
         (model(x) - y).square().mean().backward()
         down, out = (model.layers[place].weight for place in (1, 3))
-        heads = (down * down.grad).sum(0).view(4, 3).sum(1).flip(0)
-        expected = 0.5 * expected + 0.5 * torch.cat([heads, (out * out.grad).sum(0)]).detach() ** 2
+        heads, channels = (down * down.grad).sum(0), (out * out.grad).sum(0)
+        if saliency == "fisher":
+            for place, rows in ((0, heads), (2, channels)):
+                weight, bias = model.layers[place].weight, model.layers[place].bias
+                rows += (weight * weight.grad).sum(1) + bias * bias.grad
+        heads = heads.view(4, 3).sum(1).flip(0)
+        expected = 0.5 * expected + 0.5 * torch.cat([heads, channels]).detach() ** 2
         optimizer.step()
     torch.testing.assert_close(optimizer.qasso_state.mean_square, expected)
     cost = torch.tensor([3 * 8 + 3 + 3 * 8] * 4 + [8 + 1 + 8] * 6)
+    if target == "target_sparsity":
+        cost = torch.ones(10)
     found = optimizer._scores(optimizer._named())
     torch.testing.assert_close(found, fisher_scores(expected, cost))
 

@@ -77,7 +77,10 @@ def test_inputs_that_bytes_do_not_count_are_decided_in_the_end() -> None:
     assert (optimizer.qasso_state.decided_bits > 0).tolist() == [True] * 4 + [False] * 4
 
 
-@pytest.mark.parametrize(("split", "stop"), [("early", 12), ("early", 30), ("late", 30)])
+@pytest.mark.parametrize(
+    ("split", "stop"),
+    [("early", 30), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("early", 12), ("late", 30)))],
+)
 def test_a_run_resumes_bit_for_bit(split: str, stop: int) -> None:
     model, method, optimizer = prepare(config_of(split))
     train(model, method, optimizer, stop)
