@@ -16,5 +16,10 @@ export OMP_NUM_THREADS=1
 test=("$python" -m pytest -q -p no:cacheprovider -W default)
 "${test[@]}" tests/quantization tests/methods/qasso/test_silent_gradients.py tests/methods/qasso/test_stages.py \
     tests/training/test_trainer.py tests/export/test_reload.py tests/inference
+# What imitates a GPU reaches deep into torch. Triton comes with torch here, so that its kernels were tested above.
+"${test[@]}" tests/test_pretend_cuda.py tests/surgery/test_full_precision.py tests/training/test_on_cuda.py \
+    tests/export/test_on_a_card.py tests/methods/qasso/test_on_cuda.py
 # Compiled models, which `make test-slow` runs too.
 "${test[@]}" -m slow -k compiled tests/quantization/test_compiled_gradients.py tests/training/test_trainer_options.py
+# It must run without the packages of the extra `eval`, which are not installed here.
+"$python" -m benchmarks.gpu --smoke --out "$environment/gpu"
