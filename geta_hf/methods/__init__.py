@@ -6,16 +6,20 @@ export read. It knows nothing of Trainer. The type of the config chooses it, by 
 
 from geta_hf.config import GETAConfig
 from geta_hf.methods.base import METHODS, CompressionResult, Method, Run, StepMemory, make_method
+from geta_hf.methods.one_shot import OneShotConfig, OneShotMethod
 from geta_hf.methods.post_training import PostTrainingConfig, PostTrainingMethod
 from geta_hf.methods.qasso.method import QASSOMethod
 
 METHODS[GETAConfig] = QASSOMethod
 METHODS[PostTrainingConfig] = PostTrainingMethod
+METHODS[OneShotConfig] = OneShotMethod
 
 __all__ = [
     "METHODS",
     "CompressionResult",
     "Method",
+    "OneShotConfig",
+    "OneShotMethod",
     "PostTrainingConfig",
     "PostTrainingMethod",
     "QASSOMethod",

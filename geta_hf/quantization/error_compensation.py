@@ -1,7 +1,7 @@
 """Round or cut the inputs of a linear layer so that the remaining weights make up for what is lost.
 
-Both functions minimize the squared change of a layer's outputs over calibration data, tr((W - Q) Σ (W - Q)ᵀ), with Σ the
-covariance of its inputs, Σ = E[x xᵀ] (not centered, and in any scale). They know nothing of modules and of data.
+Both functions minimize the squared change of a layer's outputs over calibration data, tr((W - Q) Σ (W - Q)ᵀ), with Σ
+the covariance of its inputs, Σ = E[x xᵀ] (not centered, and in any scale). They know nothing of modules and of data.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def round_compensated(
     damping: float = DAMPING,
     block: int = 128,
 ) -> Tensor:
-    """Return a weight on its grid, rounded with compensation of errors: GPTQ (https://arxiv.org/abs/2210.17323, Eq. 2-3).
+    """Return a weight on its grid, rounded with compensation of errors.
 
-    Inputs are rounded one after the other. The error of each is spread over those that are not rounded yet, by the rows
+    This is GPTQ (https://arxiv.org/abs/2210.17323, Eq. 2-3). Inputs are rounded one after the other. The error of each is spread over those that are not rounded yet, by the rows
     of the Cholesky factor of Σ^-1. A channel for which rounding to nearest happens to be better is rounded to nearest.
 
     Args:
