@@ -1,7 +1,8 @@
-"""Compress a small language model without training at several budgets, and write the losses on other blocks of its text.
+"""Compress a language model without training at several budgets, and measure the loss on other blocks of its text.
 
-A budget is B: bits that are stored for each weight of the original blocks, step sizes counted as they are stored (fp32).
-Everything else, such as the embedding, is not counted. Results are lines of JSON; those that are there are not run again.
+A budget is B: bits that are stored for each weight of the original blocks, step sizes counted as they are stored, in
+fp32. Everything else, such as the embedding, is not counted. Results are lines of JSON; those that are there are not
+run again.
 
     python eval/one_shot.py --model MODEL --text FILE --out runs/one_shot.jsonl
 """

@@ -43,8 +43,9 @@ def round_compensated(
 ) -> Tensor:
     """Return a weight on its grid, rounded with compensation of errors.
 
-    This is GPTQ (https://arxiv.org/abs/2210.17323, Eq. 2-3). Inputs are rounded one after the other. The error of each is spread over those that are not rounded yet, by the rows
-    of the Cholesky factor of Σ^-1. A channel for which rounding to nearest happens to be better is rounded to nearest.
+    This is GPTQ (https://arxiv.org/abs/2210.17323, Eq. 2-3). Inputs are rounded one after the other. The error of each
+    is spread over those that are not rounded yet, by the rows of the Cholesky factor of Σ^-1. A channel for which
+    rounding to nearest happens to be better is rounded to nearest.
 
     Args:
         weight: shape (out, in), or (in, out) with `channel_dim=1`, as in transformers' Conv1D.

@@ -1,8 +1,8 @@
 """Measure by gradients what removing a group and rounding a weight are expected to cost, in nats per sequence.
 
-Both are ½ E⟨g, change⟩² over sequences, with g the gradient of a sequence's total loss. For a group the change is that of
-the slices which read its output, so it is the second derivative for a mask on that output; for a weight, its elements
-are taken for independent, ½ Σ E[g²] (x^Q - x)².
+Both are ½ E⟨g, change⟩² over sequences, with g the gradient of a sequence's total loss. For a group the change is that
+of the slices which read its output, so it is the second derivative for a mask on that output; for a weight, its
+elements are taken for independent, ½ Σ E[g²] (x^Q - x)².
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def measure_gradients(
             loss = total_loss(model, sequence, generator)
             if not bool(torch.isfinite(loss)):
                 raise GETAError(
-                    f"the loss of {type(model).__name__} on the calibration data is {float(loss)}; check the data, or "
+                    f"the loss of {type(model).__name__} on the calibration data is {loss.item()}; check the data, or "
                     f"load the model in float32 or bfloat16"
                 )
             loss.backward()
@@ -104,7 +104,8 @@ def _check(model: nn.Module, total: Tensor, squares: Mapping[str, Tensor]) -> No
         raise GETAError("gradients overflow on the calibration data; load the model in float32")
     if not any(bool(square.any()) for square in squares.values()):
         raise GETAError(
-            f"no layer of {type(model).__name__} has a gradient on the calibration data; give data that reaches them"
+            f"no layer of {type(model).__name__} has a gradient on the calibration data: activations overflow, or the "
+            f"loss does not depend on the layers; load the model in float32 or bfloat16, or give other data"
         )
 
 

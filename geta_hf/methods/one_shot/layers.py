@@ -51,7 +51,7 @@ def fit_grid(rows: Tensor, bits: int, per_channel: bool, importance: Tensor | No
         rows: shape (out, in), fp32, not all zero.
         bits: the width.
         per_channel: whether each row has a grid of its own; a row of zeros then has that of the largest row.
-        importance: how much the error of each column counts, shape (in,), or of each element, (out, in). Default: alike.
+        importance: how much the error of each column counts, shape (in,). Default: all alike.
     """
     magnitude = rows.abs()
     largest = magnitude.amax(1) if per_channel else magnitude.max().reshape(1)

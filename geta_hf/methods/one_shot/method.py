@@ -1,4 +1,4 @@
-"""Compression without training as a `Method`: what `geta_hf.compress` runs on a model, from scores to rounded weights."""
+"""Compression without training as a `Method`: what `geta_hf.compress` runs on a model."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ class _Work:
         widths = self.config.widths
         if self.config.saliency == "magnitude":
             removal = group_sums(self.ledger.labels, self.named, self.ledger.groups, lambda x, _: x * x)
-            alike = {f"{name}.weight": torch.ones_like(layer.weight) for name, layer in self.layers.items()}
+            alike = {f"{name}.weight": torch.ones(layer.weight.shape) for name, layer in self.layers.items()}  # type: ignore[arg-type]
             rounding = rounding_losses(self.layers, alike, widths, self.config.per_channel)
             return Losses(removal.double().cpu() / 2, rounding, widths)
         shapes = {name: tuple(tensor.shape) for name, tensor in self.named.items()}

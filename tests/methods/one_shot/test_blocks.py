@@ -55,7 +55,7 @@ def test_stages_are_the_layers_that_read_one_tensor():
     assert leaves == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 
 
-@pytest.mark.parametrize("make", [llama, t5, albert])
+@pytest.mark.parametrize("make", [llama, pytest.param(t5, marks=pytest.mark.slow), albert])
 def test_covariances_of_changed_blocks_are_those_of_full_runs(make):
     model = make()
     layers = select_layers(model)
@@ -70,7 +70,7 @@ def test_covariances_of_changed_blocks_are_those_of_full_runs(make):
                 runner.run(block, mask)
             own: dict[str, list[torch.Tensor]] = {name: [] for name in stage}
             hooks = [
-                layers[name].register_forward_pre_hook(lambda _, args, name=name: own[name].append(args[0]))
+                layers[name].register_forward_pre_hook(lambda _, args, own=own[name]: own.append(args[0]))
                 for name in stage
             ]
             with torch.no_grad():
