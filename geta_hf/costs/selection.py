@@ -142,23 +142,62 @@ def find_chunks(families: Sequence[Family], scores: Tensor, removed: Tensor, lim
     first = 0
     lists_of: list[int] = []
     for together in _alike(families, limits):
-        lists = []
-        for start, family in together:
-            remaining = int((~removed[start : start + family.size]).sum())
-            lists.append(limits.chunks(family, remaining))
-        # Families that lose equally many stop where the first of them has reached its least.
-        count = min(len(sizes) for sizes in lists)
+        lists = _chunk_sizes(together, removed, limits)
+        count = len(lists[0])
         for (start, family), sizes in zip(together, lists, strict=True):
-            used = torch.tensor(sizes[:count], dtype=torch.int64)
-            own = slice(start, start + family.size)
-            # Removed groups sort last. Stable, so that equal scores give the same groups on every run.
-            order = torch.sort(scores[own].double().masked_fill(removed[own], math.inf), stable=True).indices
-            groups.append(order[: int(used.sum())] + start)
+            used = torch.tensor(sizes, dtype=torch.int64)
+            groups.append(_by_score(scores, removed, start, family)[: int(used.sum())])
             owner.append(torch.repeat_interleave(torch.arange(first, first + count), used))
-        ordered = any(len(set(sizes[:count])) > 1 for sizes in lists)
+        ordered = any(len(set(sizes)) > 1 for sizes in lists)
         lists_of += [first] * count if ordered else range(first, first + count)
         first += count
     return _in_order(torch.cat(groups), torch.cat(owner), scores, torch.tensor(lists_of, dtype=torch.int64))
+
+
+def _chunk_sizes(together: Sequence[tuple[int, Family]], removed: Tensor, limits: Limits) -> list[list[int]]:
+    """Return the sizes of the chunks that families can still lose, equally many of each, in order."""
+    lists = []
+    for start, family in together:
+        remaining = int((~removed[start : start + family.size]).sum())
+        lists.append(limits.chunks(family, remaining))
+    # Families that lose equally many stop where the first of them has reached its least.
+    count = min(len(sizes) for sizes in lists)
+    return [sizes[:count] for sizes in lists]
+
+
+def _by_score(scores: Tensor, removed: Tensor, start: int, family: Family) -> Tensor:
+    """Return the numbers of a family's groups by ascending score, removed ones last."""
+    own = slice(start, start + family.size)
+    # Stable, so that equal scores give the same groups on every run.
+    order = torch.sort(scores[own].double().masked_fill(removed[own], math.inf), stable=True).indices
+    return order + start
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The order in which families lose groups that lose equally many; usually of one family alone.
+
+    Attributes:
+        families: their positions among all families.
+        groups: of each of them, int64, the numbers of its groups in the order of their removal, the least score first.
+        sizes: int64, shape (steps,): how many groups each family loses with each step.
+    """
+
+    families: list[int]
+    groups: list[Tensor]
+    sizes: Tensor
+
+
+def find_ladders(families: Sequence[Family], scores: Tensor, removed: Tensor, limits: Limits) -> list[Ladder]:
+    """Return every step that families can still take towards their least; arguments as in `find_chunks`."""
+    number = {family.name: position for position, family in enumerate(families)}
+    ladders = []
+    for together in _alike(families, limits):
+        sizes = torch.tensor(_chunk_sizes(together, removed, limits)[0], dtype=torch.int64)
+        count = int(sizes.sum())
+        groups = [_by_score(scores, removed, start, family)[:count] for start, family in together]
+        ladders.append(Ladder([number[family.name] for _, family in together], groups, sizes))
+    return ladders
 
 
 def _alike(families: Sequence[Family], limits: Limits) -> list[list[tuple[int, Family]]]:
