@@ -183,26 +183,26 @@ def compress(
     place = Path(out).resolve()
     check_target(place, overwrite)
     config = _with_targets(config, target_bops, target_parameters, mean_bits, target_bytes)
-    model, tokenizer = _load(model, tokenizer)
-    check_is_model(model)
-    check_model(model, select_layers(model, config.include, config.exclude))
-    align_tokens(model, tokenizer)
-    batches = make_batches(calibration_data, model, tokenizer, sequences=sequences, length=sequence_length)
-    batch = _example(model, batches)
-    config = exclude_raw_reads(config, model, select_layers(model, config.include, config.exclude), batch)  # type: ignore[assignment]
-    layers = select_layers(model, config.include, config.exclude)
-    check_exports(model, batch, layers)
-    space, _ = prepare_space(model, batch, prune=config.prune, keep=config.keep)
-    ledger = _measure_sizes(model, config, space, batch, layers)
+    loaded, tokenizer = _load(model, tokenizer)
+    check_is_model(loaded)
+    check_model(loaded, select_layers(loaded, config.include, config.exclude))
+    align_tokens(loaded, tokenizer)
+    batches = make_batches(calibration_data, loaded, tokenizer, sequences=sequences, length=sequence_length)
+    batch = _example(loaded, batches)
+    config = exclude_raw_reads(config, loaded, select_layers(loaded, config.include, config.exclude), batch)  # type: ignore[assignment]
+    layers = select_layers(loaded, config.include, config.exclude)
+    check_exports(loaded, batch, layers)
+    space, _ = prepare_space(loaded, batch, prune=config.prune, keep=config.keep)
+    ledger = _measure_sizes(loaded, config, space, batch, layers)
     dense_bytes = dataclasses.replace(ledger, layers=(), row_bits={}).stored_bytes(ledger.nothing, 0)
     if target_bytes is not None:
         config = dataclasses.replace(config, target_bytes=bytes_of(target_bytes, dense_bytes))
     method = OneShotMethod(config)
-    causal = predicts_next(model)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    outcome = method.compress(model, _split(batches), space, ledger, partial(_bar, shown=progress))
+    causal = predicts_next(loaded)
+    parameters = sum(parameter.numel() for parameter in loaded.parameters())
+    outcome = method.compress(loaded, _split(batches), space, ledger, partial(_bar, shown=progress))
     written = export(
-        model,
+        loaded,
         place,
         space=space,
         batch=batch,
@@ -210,7 +210,7 @@ def compress(
         processing_class=tokenizer,
         result=method.result(),
         embedding_bits=config.embedding_bits,
-        finish=partial(write_card, base_model=base_name(model), repo_id=place.name),
+        finish=partial(write_card, base_model=base_name(loaded), repo_id=place.name),
         overwrite=overwrite,
     )
     return _report(place, written, outcome, ledger, dense_bytes, parameters, causal, time.perf_counter() - start)

@@ -144,7 +144,7 @@ def _token_lists(first: Any, items: Iterator[Any], tokenizer: Any, model: PreTra
     for item in items:
         text = item if column is None else item[column]
         for start in range(0, len(text), _PIECE):
-            ids: list[int] = tokenizer(text[start : start + _PIECE], verbose=False)["input_ids"]  # type: ignore[assignment]
+            ids: list[int] = tokenizer(text[start : start + _PIECE], verbose=False)["input_ids"]
             yield ids
 
 

@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 
 from geta_hf.costs.bit_allocation import BitChoices, LearnedBits, allocate_bits
+from geta_hf.costs.joint_allocation import ExpectedLosses, allocate_jointly
 from geta_hf.costs.ledger import ROUNDING, Ledger
 from geta_hf.costs.selection import Limits, find_chunks, take_count, take_until
 from geta_hf.costs.sensitivity import RoundingErrors
-from geta_hf.costs.targets import BOPS, BYTES, GROUPS, MEAN_BITS, PARAMETERS, Target, solve_target
+from geta_hf.costs.targets import BOPS, BYTES, GROUPS, MEAN_BITS, Target, most_removed, solve_target
 from geta_hf.errors import GETAError
 from geta_hf.methods.one_shot.config import OneShotConfig
 from geta_hf.qadg.group_types import Family
 
-SHARES = (0.0, 0.1, 0.2, 0.3)
-"""Shares of the prunable parameters whose removal is tried."""
+RATES = (0.5, 1.0, 2.0, 4.0)
+"""What the expected loss of a removal is multiplied by before it competes with that of rounding.
+
+Compensation lowers both, by how much cannot be told before, so several rates are tried."""
 
 NO_PRUNING_FROM = 4.0
 """Bits for each weight from which on nothing is pruned: rounding alone then costs less, where nothing is trained."""
-
-_MORE = 0.05
-"""Steps in which more is removed, where the least widths and the shares above do not meet the budget."""
 
 
 @dataclass(frozen=True)
@@ -108,47 +108,46 @@ def find_candidates(
     if config.target_sparsity is not None or config.target_parameters is not None:
         target = solve_target(config, families, ledger)
         return [_at(_removed(target, config, families, ledger, losses), unit, amount, config, ledger, losses)]
+    lowest = float(config.widths[0])
+    everything = most_removed(families, Limits.of(config))
+    _check_reachable(unit, amount, _spent(everything, unit, lowest, ledger), lowest)
     found: list[Candidate] = []
-    shares: Sequence[float] = SHARES
-    if bits_per_weight(ledger, unit, amount) >= NO_PRUNING_FROM:
-        shares = (0.0,)
-    share = 0.0
-    while not found and share < 1.0:
-        for share in shares:
-            removed = _share_removed(share, config, families, ledger, losses)
-            if _least(removed, unit, config, ledger) <= amount * (1 + ROUNDING):
-                found.append(_at(removed, unit, amount, config, ledger, losses))
-        # A budget that the usual shares cannot meet takes as much as it needs, and no more.
-        shares = (share + _MORE,)
-    if not found:
-        removed = _share_removed(1.0, config, families, ledger, losses)
-        least = _least(removed, unit, config, ledger)
-        if unit == BYTES:
-            raise GETAError(
-                f"target_bytes = {amount:,.0f} can't be reached: with families at their least and {config.widths[0]} "
-                f"bits it is {least:,.0f}; raise it, or lower bits or min_kept"
-            )
-        raise GETAError(
-            f"target_bops = {amount:g} can't be reached: with families at their least and {config.widths[0]} bits it "
-            f"is {least:.4g}; raise it, or lower bits or min_kept"
-        )
+    if _spent(ledger.nothing, unit, lowest, ledger) + _reserve(unit, ledger) <= amount * (1 + ROUNDING):
+        found.append(_at(ledger.nothing, unit, amount, config, ledger, losses))
+    if found and bits_per_weight(ledger, unit, amount) >= NO_PRUNING_FROM:
+        return found
+    for rate in RATES:
+        expected = ExpectedLosses(losses.removal * rate, losses.rounding, losses.widths)
+        joint = allocate_jointly(families, Limits.of(config), ledger, expected, unit, amount)
+        if not any(torch.equal(joint.removed, other.removed) for other in found):
+            found.append(Candidate(_share_of(joint.removed, ledger), joint.removed, joint.weight_bits))
     return found
 
 
-def _least(removed: Tensor, unit: str, config: OneShotConfig, ledger: Ledger) -> float:
-    lowest = float(config.widths[0])
-    spent = Target(unit, 0.0, lowest).spent(unit, ledger, removed, lowest)
-    # What bit allocation keeps in reserve.
-    return spent + (2 * len(ledger.layers) + 64 if unit == BYTES else 0)
+def _check_reachable(unit: str, amount: float, reachable: float, lowest: float) -> None:
+    """Raise GETAError for a budget below what can be reached."""
+    if reachable <= amount * (1 + ROUNDING):
+        return
+    wanted, least = (f"{amount:,.0f}", f"{reachable:,.0f}") if unit == BYTES else (f"{amount:.4g}", f"{reachable:.4g}")
+    raise GETAError(
+        f"target_{unit} = {wanted} can't be reached: with families at their least and {lowest:g} bits it is {least}; "
+        f"raise it, or lower bits or min_kept"
+    )
 
 
-def _share_removed(
-    share: float, config: OneShotConfig, families: Sequence[Family], ledger: Ledger, losses: Losses
-) -> Tensor:
-    if share == 0.0:
-        return ledger.nothing
-    amount = (1 - share) * ledger.prunable_parameters(ledger.nothing)
-    return _removed(Target(PARAMETERS, amount, 0.0), config, families, ledger, losses)
+def _spent(removed: Tensor, unit: str, bits: float, ledger: Ledger) -> float:
+    return Target(unit, 0.0, bits).spent(unit, ledger, removed, bits)
+
+
+def _reserve(unit: str, ledger: Ledger) -> int:
+    """Return what bit allocation keeps in reserve."""
+    return 2 * len(ledger.layers) + 64 if unit == BYTES else 0
+
+
+def _share_of(removed: Tensor, ledger: Ledger) -> float:
+    """Return the share of the prunable parameters that a removal takes."""
+    dense = ledger.prunable_parameters(ledger.nothing)
+    return 1 - ledger.prunable_parameters(removed) / max(dense, 1)
 
 
 def _removed(
@@ -186,6 +185,4 @@ def _at(removed: Tensor, unit: str, amount: float, config: OneShotConfig, ledger
         removed,
         BitChoices(weights=config.widths, inputs=[]),
     )
-    dense = ledger.prunable_parameters(ledger.nothing)
-    pruned = 1 - ledger.prunable_parameters(removed) / max(dense, 1)
-    return Candidate(pruned, removed, allocation.weight_bits)
+    return Candidate(_share_of(removed, ledger), removed, allocation.weight_bits)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from geta_hf.config import CompressionConfig, above, document_attributes, setting
+from geta_hf.errors import GETAError
 
 
 @document_attributes
@@ -61,6 +62,9 @@ class OneShotConfig(CompressionConfig):
     def check_targets(self) -> None:
         """Raise GETAError for what compression without training does not do, too."""
         super().check_targets()
+        sizes = [name for name in ("target_bytes", "target_bops") if getattr(self, name) is not None]
+        if sizes and self.mean_bits is not None:
+            raise GETAError(f"{sizes[0]} and mean_bits both bound the widths; give only one of them")
         self._check(
             self.activation_bits is None, "activation_bits", "None, since inputs are not rounded without training"
         )

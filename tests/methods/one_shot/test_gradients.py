@@ -107,7 +107,7 @@ def test_losses_of_rounding_weigh_each_element():
     for row, (name, layer) in enumerate(layers.items()):
         for column, bits in enumerate([2, 4]):
             grid = fit_grid(layer.weight.detach(), bits, True)
-            error = quantize(layer.weight, grid.d[:, None], grid.q_m[:, None]) - layer.weight
+            error = quantize(layer.weight.detach(), grid.d[:, None], grid.q_m[:, None]) - layer.weight.detach()
             expected = (squares[f"{name}.weight"] * error**2).sum() / 2
             assert float(found[row, column]) == pytest.approx(float(expected), rel=1e-5)
     assert bool((found[:, 0] > found[:, 1]).all())
