@@ -1,4 +1,4 @@
-.PHONY: demo test test-slow zoo quality style clean
+.PHONY: demo test test-slow test-versions test-kernels zoo quality style clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,6 +15,23 @@ test: $(READY)
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
+# A choice of the tests at the lowest and newest versions that pyproject.toml allows, and at torch 2.11, which was faulty;
+# a download of gigabytes and about 10 minutes each. Environments are made in runs/ and removed.
+test-versions:
+	PYTHON=$(PYTHON) tests/versions/run.sh "torch==2.10.*" "transformers==5.17.*"
+	PYTHON=$(PYTHON) tests/versions/run.sh "torch==2.11.*" "transformers==5.17.*"
+	PYTHON=$(PYTHON) tests/versions/run.sh
+
+# Compiles every Triton kernel for GPUs that are not here and interprets it. Triton comes in an environment of its own, which
+# sees the packages of the other: where it is installed, the tests of kernels would run in `make test` as well.
+test-kernels: $(READY)
+	$(BIN)/python -m venv .venv-kernels
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		>"$$(.venv-kernels/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/packages.pth"
+	.venv-kernels/bin/python -m pip install --quiet --no-deps "triton==3.7.*"
+	OMP_NUM_THREADS=1 PYTHONPATH=. .venv-kernels/bin/python -m pytest \
+		tests/inference/test_weight_only.py tests/quantization/test_kernels_triton.py
+
 # Every architecture through every gate, trained and exported, into docs/architectures.md; about an hour on one core.
 zoo: $(READY)
 	$(BIN)/python -m benchmarks.zoo
@@ -30,7 +47,7 @@ style: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-kernels build runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt

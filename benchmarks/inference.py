@@ -44,6 +44,8 @@ from geta_hf.quantization import quantized_layers, step_size
 from geta_hf.utils.tables import format_table
 
 SIZES: dict[str, dict[str, Any]] = {
+    "bert-smoke": {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 64},
+    "phi-smoke": {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 64},
     "minilm": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536},
     "bert-base": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
     "phi-1.3b": {"num_hidden_layers": 24, "hidden_size": 2048, "num_attention_heads": 32, "intermediate_size": 8192},

@@ -33,6 +33,7 @@ from geta_hf.methods.qasso.schedule import STAGES
 from geta_hf.utils.tables import format_table
 
 SIZES = {
+    "smoke": {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2},
     "1.3b": {"num_hidden_layers": 24, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32},
     "2.8b": {"num_hidden_layers": 32, "hidden_size": 2560, "intermediate_size": 10240, "num_attention_heads": 32},
 }

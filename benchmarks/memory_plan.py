@@ -146,7 +146,9 @@ def restart_peak(device: str) -> None:
 def in_child(options: argparse.Namespace, name: str) -> dict[str, int]:
     """`measure` in a process of its own."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": str(1 << 16)}
-    command = [sys.executable, __file__, *sys.argv[1:], "--child", name]
+    sizes = ("device", "hidden", "layers", "vocabulary", "rows", "length")
+    arguments = [word for size in sizes for word in (f"--{size}", str(getattr(options, size)))]
+    command = [sys.executable, __file__, *arguments, "--child", name]
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
 

@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -40,7 +41,10 @@ METHODS = ("plain", "geta")
 
 @dataclass(frozen=True)
 class Size:
-    """A model and a batch; `weights` is the parameters' dtype, `autocast` whether the model runs in bfloat16."""
+    """A model and a batch; `weights` is the parameters' dtype, `autocast` whether the model runs in bfloat16.
+
+    `channels` is the hidden size of a model that only tries this script.
+    """
 
     what: str
     family: str
@@ -49,9 +53,12 @@ class Size:
     length: int
     weights: torch.dtype = torch.float32
     autocast: bool = False
+    channels: int | None = None
 
 
 SIZES = {
+    "bert-smoke": Size("BERT of 1 layer, 32 channels", "bert", 1, 2, 16, channels=32),
+    "phi-smoke": Size("Phi of 1 layer, 64 channels, bf16", "phi", 1, 2, 16, weights=torch.bfloat16, channels=64),
     "bert4-8x128": Size("BERT-base with 4 layers, fp32", "bert", 4, 8, 128),
     "bert4-32x128": Size("BERT-base with 4 layers, fp32", "bert", 4, 32, 128),
     "bert-32x384": Size("BERT-base, bf16 autocast", "bert", 12, 32, 384, autocast=True),
@@ -75,8 +82,17 @@ def options() -> argparse.Namespace:
 def make_model(size: Size) -> nn.Module:
     torch.manual_seed(0)
     if size.family == "bert":
-        return BertForQuestionAnswering(BertConfig(num_hidden_layers=size.layers)).to(size.weights).train()
-    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32}
+        width = size.channels or 768
+        bert = BertConfig(
+            num_hidden_layers=size.layers,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_attention_heads=12 if size.channels is None else 2,
+        )
+        return BertForQuestionAnswering(bert).to(size.weights).train()
+    width = size.channels or 2048
+    heads = 32 if size.channels is None else 2
+    shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": heads}
     return PhiForCausalLM(PhiConfig(num_hidden_layers=size.layers, **shape)).to(size.weights).train()
 
 
@@ -103,7 +119,12 @@ def geta_optimizer(model: nn.Module, batch: Batch, steps: int, paper: bool) -> Q
 
 
 def timed_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, size: Size, cpu_time: bool = False
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    size: Size,
+    cpu_time: bool = False,
+    wait: bool = True,
 ) -> float:
     clock = time.process_time if cpu_time else time.perf_counter
     device = batch["input_ids"].device.type
@@ -113,7 +134,7 @@ def timed_step(
         loss = model(**batch).loss
     loss.backward()
     optimizer.step()
-    if device == "cuda":
+    if wait and device == "cuda":
         torch.cuda.synchronize()
     return clock() - start
 
@@ -132,6 +153,42 @@ def time_both(size: Size, chosen: argparse.Namespace) -> dict[str, list[tuple[fl
         pair = [timed_step(*each, batch, size, chosen.cpu_time) for each in ((plain, theirs), (geta, ours))]
         seconds[stage].append((pair[0], pair[1]))
     return {stage: times[1:] for stage, times in seconds.items()}
+
+
+def host_reads(size: Size, chosen: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """Count how often a step of a GPU waits for it: the median over the steps of every stage, (plain, GETA).
+
+    Steps that begin or end a period may; they are fewer than half of a stage's.
+    """
+    plain, batch = make_model(size), make_batch(size, chosen.device)
+    geta = copy.deepcopy(plain).to(chosen.device)
+    plain.to(chosen.device)
+    pairs = (
+        (plain, plain_optimizer(plain.parameters())),
+        (geta, geta_optimizer(geta, batch, chosen.steps, chosen.paper)),
+    )
+    counts = defaultdict(list)
+    for _ in range(4 * chosen.steps):
+        stage = pairs[1][1].phase.stage
+        freeze_quantizers(geta, stage == COOLDOWN)
+        counts[stage].append([_reads_of_step(*pair, batch, size) for pair in pairs])
+    medians = {
+        stage: [float(statistics.median(column)) for column in zip(*found, strict=True)]
+        for stage, found in counts.items()
+    }
+    return {stage: (found[0], found[1]) for stage, found in medians.items()}
+
+
+def _reads_of_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, size: Size) -> int:
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            timed_step(model, optimizer, batch, size, wait=False)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in caught)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

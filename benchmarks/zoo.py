@@ -193,8 +193,8 @@ def summary(records: Sequence[Record]) -> str:
             f"{len(records)} architectures, of which",
             f"- {passed} of {len(pruned)} with something to prune pass every gate",
             f"- {len(exported)} of {len(trained)} that were trained export, and load again with equal outputs",
-            f"- {sum(bool(training['left_float']) for training in exported)} of them read weights of some layers "
-            f"themselves, past the layer's forward; those layers remain in floating point",
+            f"- {sum(bool(training['left_float']) for training in exported)} of them have layers that remain in "
+            f"floating point, as the model reads the weight itself or the layer has a forward of its own",
             f"- {refused} have families that the model's own code cannot follow, which are not pruned",
             f"- {len(records) - len(pruned)} end with nothing to prune",
         )
@@ -207,7 +207,9 @@ def page(records: Sequence[Record]) -> str:
     failures = [(record["architecture"], step, why) for record in records for step, why in record["failures"].items()]
     trainings = ((record["architecture"], record.get("training", {})) for record in records)
     failures += [
-        (name, training["at"], _one_line(training["failure"])) for name, training in trainings if "failure" in training
+        (name, training["at"], _one_line(training["failure"], 300))
+        for name, training in trainings
+        if "failure" in training
     ]
     return (
         "# Architectures\n\n"

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from geta_hf import GETAConfig, GETAError, GETATrainer
 from geta_hf.qadg.tracing.record_forward import main_tensors
 from geta_hf.quantization import select_layers
-from tests.architectures import build
+from tests.architectures import ARCHITECTURES, build
 
 STEPS = 8
 _STAGES: dict[str, Any] = {"warmup": 1, "projection": 2, "joint": 3, "projection_periods": 2, "pruning_periods": 2}
@@ -69,6 +69,9 @@ def _make_trainer(name: str, folder: str) -> GETATrainer:
 
 def _trainer(name: str, folder: str, prune: list[str]) -> GETATrainer:
     model, batch = build(name)
+    labels = ARCHITECTURES[name].labels
+    if labels is not None:
+        batch = {**batch, **labels()}
     try:
         select_layers(model)
         include = None

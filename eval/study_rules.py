@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ import torch
 from transformers import PreTrainedModel, Trainer, set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from eval.results_file import append_result, read_results
 from eval.study_table import CONTROL, DENSE, MASKED, OURS, PAPER, ROUNDED, TAUGHT, Line, tables
 from eval.study_tasks import (
     Lengths,
@@ -208,7 +208,7 @@ def run_study(
             continue
         line = {"study": task.name, "cell": cell.name, "seed": seed, "rules": cell.rules, "settings": settings}
         new.append({**line, "metrics": task.metrics, "larger_is_better": task.larger_is_better, **measured})
-        _append(work, new[-1])
+        append_result(work, new[-1])
         print(json.dumps({"cell": cell.name, "seed": seed, **measured}), flush=True)
     return new
 
@@ -224,25 +224,6 @@ def _order(seeds: Sequence[int], names: Sequence[str] | None) -> Iterator[tuple[
             continue
         if names is None or cell.name in names:
             yield cell, seed
-
-
-def read_results(work: Path) -> list[Line]:
-    """Return all finished cells, without a line that an interruption truncated."""
-    path = work / "results.jsonl"
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
-
-
-def _append(work: Path, line: Line) -> None:
-    with (work / "results.jsonl").open("a", encoding="utf-8") as file:
-        file.write("\n" + json.dumps(line))  # the newline first: it also ends a line that was cut off
-        file.flush()
-        os.fsync(file.fileno())
 
 
 # ---------------------------------------------------------------------------------------------------------- command

@@ -34,7 +34,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from geta_hf import GETAError
 from geta_hf.evaluation import squad
-from geta_hf.evaluation.squad_features import load_questions, sample, training_features
+from geta_hf.evaluation.squad_features import Question, load_questions, sample, training_features
 from geta_hf.evaluation.texts import perplexity_of_rows
 
 HEAD_DIM = 32
@@ -156,7 +156,8 @@ class QuestionOptions:
     Attributes:
         model: a folder or a Hub name, fine-tuned or not.
         train_file, eval_file: SQuAD v1.1, .json or .json.gz.
-        train_questions, eval_questions: sizes of random samples; None takes all.
+        other_file: questions about text of another kind, scored as well and never learned from; None for none.
+        train_questions, eval_questions, other_questions: sizes of random samples; None takes all.
         max_length, eval_max_length: tokens of a window.
         doc_stride, eval_doc_stride: tokens that neighboring windows share.
         bf16: run under bfloat16 autocast.
@@ -165,8 +166,10 @@ class QuestionOptions:
     model: str
     train_file: str
     eval_file: str
+    other_file: str | None = None
     train_questions: int | None = 12000
     eval_questions: int | None = 1000
+    other_questions: int | None = 1000
     max_length: int = 192
     eval_max_length: int = 320
     doc_stride: int = 64
@@ -181,18 +184,35 @@ def question_task(options: QuestionOptions, dense: Lengths, name: str) -> Task:
     known = sample(load_questions(options.train_file), options.train_questions)
     features, _ = training_features(tokenizer, known, options.max_length, options.doc_stride)
 
-    def score(model: PreTrainedModel) -> dict[str, float]:
+    # Of other text: what is scored in domain alone flatters a model that was compressed on it.
+    other = [] if options.other_file is None else sample(load_questions(options.other_file), options.other_questions)
+
+    def answer(model: PreTrainedModel, questions: Sequence[Question]) -> dict[str, float]:
         predictions = squad.predict(
             model,
             tokenizer,
-            asked,
+            questions,
             max_length=options.eval_max_length,
             doc_stride=options.eval_doc_stride,
             bf16=options.bf16,
             progress=False,
         )
-        return {key: squad.score(predictions, asked)[key] for key in ("f1", "em")}
+        return squad.score(predictions, questions)
 
+    def score(model: PreTrainedModel) -> dict[str, float]:
+        asked_scores = answer(model, asked)
+        scores = {key: asked_scores[key] for key in ("f1", "em")}
+        if other:
+            scores["other_f1"] = answer(model, other)["f1"]
+        return scores
+
+    scored = {
+        "questions": len(asked),
+        "max_length": options.eval_max_length,
+        "doc_stride": options.eval_doc_stride,
+    }
+    if other:
+        scored["other_questions"] = len(other)
     return Task(
         name=name,
         metrics=("f1", "em"),
@@ -209,11 +229,7 @@ def question_task(options: QuestionOptions, dense: Lengths, name: str) -> Task:
             "doc_stride": options.doc_stride,
             "bf16": options.bf16,
         },
-        scored={
-            "questions": len(asked),
-            "max_length": options.eval_max_length,
-            "doc_stride": options.eval_doc_stride,
-        },
+        scored=scored,
         tokenizer=tokenizer,
         arguments={"bf16": options.bf16, "train_sampling_strategy": "group_by_length"},
     )

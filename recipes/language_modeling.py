@@ -161,7 +161,10 @@ def plan(arguments: Arguments) -> DryRun:
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
     config.dtype = getattr(torch, arguments.model.dtype)
     batch = text_data.largest_batch(arguments.data, arguments.training.per_device_train_batch_size)
-    return dry_run(config, batch, arguments.training, arguments.geta, lora_config(arguments))
+    # A memory that is named is that of another machine's GPU, whose optimizer takes temporaries of its own.
+    elsewhere = arguments.model.device_memory is not None and not arguments.training.use_cpu
+    device = "cuda" if elsewhere else None
+    return dry_run(config, batch, arguments.training, arguments.geta, lora_config(arguments), device=device)
 
 
 def free_memory(arguments: Arguments) -> int | None:

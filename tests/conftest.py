@@ -15,7 +15,10 @@ from transformers import BertConfig, BertForQuestionAnswering
 
 from geta_hf.qadg import verify
 from geta_hf.training import trainer
-from tests import spaces
+from tests import spaces, triton_interpreter
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    triton_interpreter.accept_numpy()
 
 # The models are tiny: more threads gain nothing, and lose much where other processes use the cores.
 torch.set_num_threads(1)

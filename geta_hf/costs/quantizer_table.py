@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from geta_hf.quantization.functional import bit_width
+from geta_hf.utils.label_sums import LabelSums
 from geta_hf.utils.shards import Shard, add_up, local, shard_of
 
 Named = Mapping[str, Tensor]
@@ -55,6 +56,7 @@ class Quantizers:
         self.spans = {p: slice(*ends[i : i + 2]) for i, p in enumerate(self.prefixes)}
         self._entries = torch.tensor(sizes, dtype=torch.int64)
         self.layer = torch.repeat_interleave(torch.arange(len(sizes)), self._entries)
+        self._sums = LabelSums(self.layer)
 
     @property
     def input_prefixes(self) -> list[str]:
@@ -73,7 +75,9 @@ class Quantizers:
 
     def to(self, device: torch.device) -> None:
         """Keep the index of layers, and their numbers of entries, where the parameters are."""
-        self.layer = self.layer.to(device)
+        if self.layer.device != device:
+            self.layer = self.layer.to(device)
+            self._sums = LabelSums(self.layer)
         self._entries = self._entries.to(device)
 
     def read(self, named: Named) -> Values:
@@ -164,7 +168,8 @@ class Quantizers:
 
     def by_layer(self, entries: Tensor) -> Tensor:
         """Return the mean over each layer's entries, shape (layers,)."""
-        total = torch.zeros(len(self.prefixes), device=entries.device).index_add_(0, self.layer, entries)
+        total = torch.zeros(len(self.prefixes), device=entries.device)
+        self._sums.add_to(total, entries)
         return total / self._entries
 
     def bits(self, named: Named) -> Tensor:

@@ -26,6 +26,7 @@ from geta_hf.quantization.clipping import (
     squared_error,
 )
 from geta_hf.quantization.functional import clip_power
+from geta_hf.utils.process_state import full_precision
 from geta_hf.utils.shards import Shard, add_up, largest_of, local, shard_of
 
 
@@ -150,7 +151,9 @@ def _errors_of_present(
     top = largest_of(relative.max() if len(relative) else relative.new_zeros(()), shard)
     counts = torch.zeros(BINS, device=rows.device)
     for part in row_parts(len(rows)):
-        counts += (of_rows[part] / unit) ** 2 @ count_magnitudes(rows[part], of_rows[part] * top)
+        # TF32 would round the counts.
+        with full_precision():
+            counts += (of_rows[part] / unit) ** 2 @ count_magnitudes(rows[part], of_rows[part] * top)
     counts = add_up(counts, shard)
     end = float(top)
     if end == 0:  # zeros alone

@@ -43,6 +43,7 @@ from geta_hf.serialization.sizes import check_shards, tensor_bytes
 from geta_hf.surgery.other_paths import PathError
 from geta_hf.utils.copies import copy_module
 from geta_hf.utils.process_state import exclusive
+from geta_hf.utils.residence import parked
 
 __all__ = [
     "PICTURE_NAME",
@@ -159,16 +160,6 @@ def export(
     check_shards(max_shard_size, format)
     write = writer(format)
     plan = plan_export(model, space, batch, result, expected_zero_groups, embedding_bits)
-    # The trained model is the reference of the proof, so its embedding is rounded for as long as the proof lasts.
-    # Else the proof would find the rounding itself, and could not tell it from a fault of the cut.
-    with rounded_embedding(model, embedding_bits) as embedding:
-        plan, smaller = _cut(model, plan)
-        compressed = fill(smaller, plan, embedding)
-        proof = prove(model, compressed, plan)
-    # The folder has to give the outputs that the proof has found, so they are not computed again. Formats for other
-    # programs compare in their own way (ONNX on the CPU in fp32) and hold no structure file.
-    if format == OWN:
-        write = partial(write, kept=plan.kept_counts, outputs=proof.outputs, max_shard_size=max_shard_size)
 
     def add_files(folder: Path) -> None:
         # The folder is still a draft here: if the card fails, no folder without a card appears.
@@ -177,7 +168,21 @@ def export(
         if finish is not None:
             finish(folder)
 
-    difference = publish(target, compressed, plan, proof, write, add_files, overwrite)
+    # On a GPU the trained, the cut and the reloaded model would take its memory together. From here on all of them are
+    # on the CPU, where the tensors are cut and packed, and each is on the GPU only while it runs.
+    with parked(model):
+        # The trained model is the reference of the proof, so its embedding is rounded for as long as the proof lasts.
+        # Else the proof would find the rounding itself, and could not tell it from a fault of the cut.
+        with rounded_embedding(model, embedding_bits) as embedding:
+            plan, smaller = _cut(model, plan)
+            compressed = fill(smaller, plan, embedding)
+            proof = prove(model, compressed, plan)
+        # The folder has to give the outputs that the proof has found, so they are not computed again. Formats for other
+        # programs compare in their own way (ONNX on the CPU in fp32) and hold no structure file.
+        if format == OWN:
+            options = {"kept": plan.kept_counts, "outputs": proof.outputs, "device": plan.device}
+            write = partial(write, **options, max_shard_size=max_shard_size)
+        difference = publish(target, compressed, plan, proof, write, add_files, overwrite)
     return _report(target, compressed, plan.kept_counts, difference)
 
 

@@ -31,6 +31,7 @@ from geta_hf.surgery.size_trace import SizeTrace
 from geta_hf.surgery.solve_attributes import solve
 from geta_hf.surgery.symbolic_int import Attribute
 from geta_hf.surgery.verify import norm_coupled, solve_with_paths
+from geta_hf.utils.residence import visiting
 
 _CHANGED = (
     "Where something changed the model after its last step (an average of weights such as EMA, noise, an earlier "
@@ -51,6 +52,7 @@ class ExportPlan:
         norms: whether a norm runs over something that is removed, so that zeros do not do what a cut does.
         recordings: of the trained model without its quantizers; None where nothing is removed.
         untouched: what compression leaves as it is, and why.
+        device: where the proofs run, the trained model's own.
         paths: name of a path on which a first cut failed -> what was recorded on it.
     """
 
@@ -62,6 +64,7 @@ class ExportPlan:
     norms: bool
     recordings: Recordings | None
     untouched: Untouched
+    device: torch.device
     paths: Mapping[str, tuple[SizeTrace, ...]] = field(default_factory=dict)
 
 
@@ -154,6 +157,7 @@ def plan_cut(
         norms=norm_coupled(space, removed),
         recordings=recordings,
         untouched=untouched_of(space),
+        device=model.device,
     )
 
 
@@ -172,7 +176,7 @@ def with_path(model: PreTrainedModel, plan: ExportPlan, error: PathError) -> Exp
     name = error.path.name
     if plan.recordings is None or name in plan.paths:
         raise error
-    with without_quantizers(model):
+    with without_quantizers(model), visiting(model, plan.device):
         recorded = record_path(model, error.path)
     paths = {**plan.paths, name: recorded}
     return replace(plan, paths=paths, attributes=solve_with_paths(plan.recordings.traces, paths, plan.kept))

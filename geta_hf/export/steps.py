@@ -6,12 +6,12 @@ for the attributes with it, and the proof replays it where a norm runs over what
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
@@ -21,7 +21,7 @@ from geta_hf.methods.base import CompressionResult
 from geta_hf.qadg.tracing.raw_reads import find_raw_reads
 from geta_hf.quantization import (
     FixedQuantizer,
-    QuantizedLayer,
+    Quantizer,
     cut_quantizers,
     detach_quantizers,
     fixed_quantizer,
@@ -106,7 +106,7 @@ def prove_paths(model: PreTrainedModel, cut_model: CutModel, plan: ExportPlan) -
         return
     with without_quantizers(model), without_quantizers(cut_model.model):
         for path in other_paths(model, plan.batch):
-            compare_path(model, cut_model.model, path, plan.paths, equal=not plan.norms)
+            compare_path(model, cut_model.model, path, plan.paths, equal=not plan.norms, device=plan.device)
 
 
 @torch.no_grad()
@@ -122,32 +122,48 @@ def fill(cut_model: CutModel, plan: ExportPlan, embedding: RoundedEmbedding | No
         GETAError: codes beyond their bit width.
     """
     model = cut_model.model
-    # All codes are taken first: detaching removes the step sizes, and a tied weight may be read for several layers.
-    packed = {name: _packed(name, layer, plan.result) for name, layer in quantized_layers(model).items()}
+    quantized = {
+        name: (layer.weight_quantizer, layer.input_quantizer) for name, layer in quantized_layers(model).items()
+    }
+    # Detaching takes the quantizers off the layers; they are kept here, with their step sizes.
     detach_quantizers(model)
-    if embedding is not None:
-        # The cut has only taken columns of the embedding: its step sizes are those of the rows, which remain.
-        codes = embedding.codes(model.get_submodule(embedding.name))
-        packed[embedding.name] = (codes, embedding.bits, embedding.step_size, None)
-    holders = weight_holders(model, packed)
-    for name, parts in packed.items():
-        layer = model.get_submodule(name)
-        pack_layer(name, layer, *parts, tied=len(holders[name]) > 1)
-        # Other modules that share the weight would otherwise keep the dense tensor, and the file would hold both.
-        for holder, leaf in holders[name]:
-            setattr(holder, leaf, layer.weight)
+    names = dict.fromkeys((*quantized, *([] if embedding is None else [embedding.name])))
+    holders = weight_holders(model, names)
+    # One weight at a time, since codes take four bytes each. One that is tied is read for all its layers first.
+    for shared in _by_weight(model, names):
+        parts: dict[str, tuple[Tensor, int, Tensor, FixedQuantizer | None]] = {}
+        for name in shared:
+            layer = model.get_submodule(name)
+            if embedding is not None and name == embedding.name:
+                # The cut has only taken columns of the embedding: its step sizes are those of the rows, which remain.
+                parts[name] = (embedding.codes(layer), embedding.bits, embedding.step_size, None)
+            else:
+                parts[name] = _packed(name, layer, *quantized[name], plan.result)
+        for name, part in parts.items():
+            layer = model.get_submodule(name)
+            pack_layer(name, layer, *part, tied=len(holders[name]) > 1)
+            # Other modules that share the weight would otherwise keep the dense tensor, and the file would hold both.
+            for holder, leaf in holders[name]:
+                setattr(holder, leaf, layer.weight)
     # Last, since the config that it writes lists the layers that are packed by now.
     attach_quantizer(model, cut_model.fixes)
     return model
 
 
+def _by_weight(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
+    """Return the layers in lists, of which each has one weight."""
+    lists: dict[int, list[str]] = {}
+    for name in names:
+        lists.setdefault(id(model.get_submodule(name).weight), []).append(name)
+    return list(lists.values())
+
+
 def _packed(
-    name: str, layer: QuantizedLayer, result: CompressionResult
+    name: str, layer: nn.Module, weight: Quantizer, inputs: Quantizer | None, result: CompressionResult
 ) -> tuple[Tensor, int, Tensor, FixedQuantizer | None]:
     """Return codes, bits and step size of a layer's weight, and what rounds its input."""
-    weight, inputs = layer.weight_quantizer, layer.input_quantizer
     fixed = None if inputs is None else fixed_quantizer(inputs, result.input_bits[name])
-    return weight.codes(layer.weight), result.weight_bits[name], weight.d, fixed
+    return weight.codes(layer.get_parameter("weight")), result.weight_bits[name], weight.d, fixed
 
 
 def prove(model: PreTrainedModel, compressed: PreTrainedModel, plan: ExportPlan) -> Proof:
@@ -174,17 +190,17 @@ def prove(model: PreTrainedModel, compressed: PreTrainedModel, plan: ExportPlan)
 
 def _compare(model: PreTrainedModel, compressed: PreTrainedModel, plan: ExportPlan) -> Proof:
     with float_inputs(compressed):
-        outputs = attention_outputs(compressed, plan.batch)
+        outputs = attention_outputs(compressed, plan.batch, device=plan.device)
         if plan.norms:
             # Norms are marked only where something is removed, and then the plan has recordings.
             assert plan.recordings is not None
             difference = prove_replay(plan.recordings.traces[0], plan.kept, compressed, plan.batch, outputs)
         else:
             with float_inputs(model):
-                trained = attention_outputs(model, plan.batch)
+                trained = attention_outputs(model, plan.batch, device=plan.device)
                 difference = prove_alike(model, trained, compressed, plan.batch, "cut", outputs)
     if activation_bits(compressed):  # the folder rounds inputs again, as this model does
-        outputs = attention_outputs(compressed, plan.batch)
+        outputs = attention_outputs(compressed, plan.batch, device=plan.device)
     return Proof(difference, outputs)
 
 

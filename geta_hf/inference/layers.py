@@ -1,7 +1,7 @@
 """Define packed layers that compute on their codes and hold no float weight.
 
 `weight` is an int8 tensor: one code per byte, or two 4-bit codes per byte. On a GPU it is padded with zeros, since the
-kernels there need sizes in multiples of 8. Saving starts from the codes, so the folder is the same bit for bit.
+kernels there need sizes in certain multiples. Saving starts from the codes, so the folder is the same bit for bit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from geta_hf.errors import GETAError
-from geta_hf.inference.products import MOST_INPUTS, integer_product, on_gpu, round_rows, scaled
+from geta_hf.inference.products import MOST_INPUTS, MULTIPLE, integer_product, on_gpu, round_rows, scaled
 from geta_hf.inference.weight_only import HALF_BITS, HAS_TRITON, pack_halves, unpack_halves, weight_only_linear
 from geta_hf.quantization.maths import integer_codes
 from geta_hf.serialization.bitpack import BYTE_BITS
@@ -32,7 +32,8 @@ FEW_ROWS = 64
 more rows it is the one that multiplies fastest. Hence two products: codes are decoded inside the product for the few
 rows of generation, and int8 is multiplied by int8 for prompts and batches."""
 
-_MULTIPLE = 8  # the sizes of a weight on a GPU have to be multiples of it
+ROW_BYTES = 16
+"""On a GPU a row of a weight takes a multiple of it: the widest load, for which every row has to begin at one."""
 
 
 class IntegerLayer(PackedLayer):
@@ -124,11 +125,11 @@ class IntegerLayer(PackedLayer):
         self.for_gpu = on_gpu(rows)
         self.halved = self.bits <= HALF_BITS and self.for_gpu
         if self.for_gpu:
-            # A row of half as many bytes has to be a multiple as well.
-            multiple = 2 * _MULTIPLE if self.halved else _MULTIPLE
-            rows = F.pad(rows, (0, -rows.shape[1] % multiple, 0, -rows.shape[0] % _MULTIPLE))
-        rows = pack_halves(rows) if self.halved else rows.to(torch.int8, memory_format=torch.contiguous_format)
-        return self._transposed(rows)
+            codes_of_row = 2 * ROW_BYTES if self.halved else ROW_BYTES
+            rows = F.pad(rows, (0, -rows.shape[1] % codes_of_row, 0, -rows.shape[0] % MULTIPLE))
+        rows = pack_halves(rows) if self.halved else rows.to(torch.int8)
+        # A transposed weight has columns in memory up to here, and padding by nothing keeps them.
+        return self._transposed(rows.contiguous())
 
     def finish_loading(self) -> None:
         like = torch.empty(0, dtype=self.__dict__.pop("_dtype"), device=self.weight.device)

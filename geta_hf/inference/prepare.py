@@ -24,10 +24,10 @@ from geta_hf.inference.layers import (
     set_path,
 )
 from geta_hf.inference.products import on_gpu
-from geta_hf.inference.weight_only import HAS_TRITON
 from geta_hf.qadg.tracing.raw_reads import find_raw_reads
 from geta_hf.serialization.packed_layers import PackedLayer, packed_layers
 from geta_hf.surgery.compare_outputs import comparison_mode
+from geta_hf.utils.gpu import multiplies_bytes, runs_triton
 from geta_hf.utils.model_io import to_device
 from geta_hf.utils.tables import format_table
 
@@ -72,10 +72,10 @@ def prepare_for_inference(
     - `weight only`, on a GPU: codes of one byte, or of half a byte up to 4 bits, are decoded within the product, which
       is exact. Integer paths use this kernel too for inputs of up to 64 rows, as in generation.
 
-    Integers are for processors that multiply them natively (AVX-512 or AVX VNNI, AMX; any GPU); on others every layer
-    remains `float`. Without a batch every layer that can do without `float` does. With one, both ways are timed for
-    every layer on its own input in that batch; a layer whose weight the model reads itself, past the layer's forward,
-    remains `float`.
+    Integers are for processors that multiply them natively (AVX-512 or AVX VNNI, AMX; GPUs from Turing on); on older
+    GPUs layers are `weight only` instead, and on other processors every layer remains `float`. Without a batch every
+    layer that can do without `float` does. With one, both ways are timed for every layer on its own input in that
+    batch; a layer whose weight the model reads itself, past the layer's forward, remains `float`.
 
     A model with an integer layer is in evaluation mode and has no trainable parameters afterwards; such layers hold one
     byte or half a byte for each weight and no float copy. Saving writes the same folder as before, and
@@ -157,14 +157,14 @@ def _wanted_paths(model: nn.Module, layers: Mapping[str, PackedLayer], compute: 
 
 
 def _wanted_path(layer: PackedLayer, compute: str) -> str:
+    device = layer.weight.device
     gpu = on_gpu(layer.weight)
-    if not (gpu or (layer.weight.is_cpu and _cpu_has_integers())):
-        return FLOAT
-    if is_exact(layer):
-        return STATIC
-    if compute == "int8":
-        return DYNAMIC
-    return WEIGHT_ONLY if gpu and HAS_TRITON else FLOAT
+    if multiplies_bytes(device) if gpu else layer.weight.is_cpu and _cpu_has_integers():
+        if is_exact(layer):
+            return STATIC
+        if compute == "int8":
+            return DYNAMIC
+    return WEIGHT_ONLY if gpu and runs_triton(device) else FLOAT
 
 
 @cache

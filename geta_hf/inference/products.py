@@ -20,6 +20,9 @@ MOST_INPUTS = (2**31 - 1) // (255 * 127)
 
 _FEWEST_ROWS = 32  # rows of an integer product on a GPU, whose kernel needs more than 16
 
+MULTIPLE = 8
+"""What both sizes of a weight have to be multiples of in an integer product on a GPU."""
+
 
 def on_gpu(tensor: Tensor) -> bool:
     """Return whether a tensor is on a GPU, with its kernels and its restrictions on sizes."""
@@ -52,16 +55,20 @@ def integer_product(codes: Tensor, weight: Tensor, outputs: int) -> Tensor:
 
     Args:
         codes: int8 (rows, in).
-        weight: int8 (out, in), or padded with zeros; on a GPU both sizes must be multiples of 8.
+        weight: int8 (out, in), or padded with zeros. On a GPU sizes that are no multiples of 8 cost a copy.
         outputs: number of its rows without such padding.
     """
     rows = codes.shape[0]
+    if on_gpu(codes):
+        # Nothing to do where the weight was laid out for a GPU; a model that was prepared elsewhere and moved is not.
+        weight = F.pad(weight, (0, -weight.shape[1] % MULTIPLE, 0, -weight.shape[0] % MULTIPLE))
     missing_inputs = weight.shape[1] - codes.shape[1]
     # The kernel refuses fewer rows. The added ones are cut off again below.
     missing_rows = _FEWEST_ROWS - rows if on_gpu(codes) and rows < _FEWEST_ROWS else 0
     if missing_inputs or missing_rows:
         codes = F.pad(codes, (0, missing_inputs, 0, missing_rows))
-    sums = torch._int_mm(codes, weight.t())
+    # The kernel of a GPU takes rows times columns, both contiguous, and no other order.
+    sums = torch._int_mm(codes.contiguous(), weight.contiguous().t())
     return sums if sums.shape == (rows, outputs) else sums[:rows, :outputs]
 
 

@@ -6,16 +6,19 @@ time to read the weight. Every product is that of the decoded weight.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from geta_hf.utils.gpu import has_triton
+
 HALF_BITS = 4
 """Codes up to this bit width fit half a byte."""
 
-HAS_TRITON = find_spec("triton") is not None
+HAS_TRITON = has_triton()
+
+FUSED_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Types of input that the Triton kernels take; fp64 is none that a GPU is fast in."""
 
 
 def pack_halves(codes: Tensor) -> Tensor:
@@ -50,9 +53,10 @@ def weight_only_linear(
         bias: (outputs,) or None.
         outputs: number of rows of the weight without such padding.
         halved: whether a byte holds two codes, as `pack_halves` packs them.
-        fused: decode within the product, by a Triton kernel. Otherwise it is done before, in another pass.
+        fused: decode within the product, by a Triton kernel, if x is one of `FUSED_TYPES`. Otherwise it is done
+            before, in another pass.
     """
-    if fused:
+    if fused and x.dtype in FUSED_TYPES:
         return torch.ops.geta_hf.weight_only_linear(x, weight, step, bias, outputs, halved)
     # Without the padding: on this way nothing needs it, and the input has none.
     codes = (unpack_halves(weight) if halved else weight)[:outputs, : x.shape[1]]

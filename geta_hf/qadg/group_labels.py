@@ -2,18 +2,19 @@
 
 Groups are numbered over all families, in their order. With two families of 2 and 3 groups, groups 0 and 1 belong to the
 first and 2 to 4 to the second, and 5 labels an index that belongs to no group. One vector for each (tensor, dim) then
-serves all families at once: a score for each group is one `index_add`, and no training step loops over groups.
+serves all families at once: a score for each group takes one operator, and no training step loops over groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from geta_hf.qadg.group_types import Family
+from geta_hf.utils.label_sums import LabelSums
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,14 @@ class GroupLabels:
     tensor: str
     dim: int
     label: Tensor
+    _sums: dict[tuple[int, int], LabelSums] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def sums(self, start: int = 0, stop: int | None = None) -> LabelSums:
+        """Return what adds up by group, for the indices from `start` to `stop`; by default for all."""
+        end = len(self.label) if stop is None else stop
+        if (start, end) not in self._sums:
+            self._sums[start, end] = LabelSums(self.label[start:end])
+        return self._sums[start, end]
 
 
 def family_starts(families: Sequence[Family]) -> list[int]:

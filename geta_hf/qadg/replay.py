@@ -30,7 +30,7 @@ from geta_hf.qadg.propagation.rules_conv import batch_statistics
 from geta_hf.qadg.propagation.rules_index import single_pick
 from geta_hf.qadg.propagation.rules_shape import FACTORIES
 from geta_hf.qadg.tracing.graph import Node, Ref, map_nested
-from geta_hf.utils.process_state import exclusive
+from geta_hf.utils.process_state import exclusive, random_state_kept
 
 Weights = Mapping[int, Callable[[], torch.Tensor]]
 """Makes a parameter or buffer when the replay comes to it; it is dropped after its last use."""
@@ -176,8 +176,7 @@ class Replay:
         """
         value = node.outputs[0]
         full = {name: torch.empty(self.flow.graph.values[value].shape) for name in inputs if name == "self"}
-        with exclusive(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(value)
+        with exclusive(), random_state_kept(seed=value):
             return self.sliced(value, node.call(inputs | full))
 
     def _resolve(self, item: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from geta_hf.quantization.layers import (
 from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.utils.accelerate_hooks import rebind_forward
 
+logger = logging.getLogger(__name__)
+
 _OWN = ("weight_quantizer", "input_quantizer", "lora")
 """Attributes of a quantized layer that a plain one lacks."""
 
@@ -34,7 +37,7 @@ def select_layers(model: nn.Module, include: Sequence[str] | None = None, exclud
     """Return the layers to quantize, by name.
 
     By default these are every Linear, Conv1D and Conv2d inside the repeated blocks (`nn.ModuleList`) of the base model:
-    attention and MLP, but no embedding, pooler or task head.
+    attention and MLP, but no embedding, pooler or task head, nor a layer whose weight is tied to one of these.
 
     Args:
         model: any module; a Hugging Face model's base model is searched for repeated blocks.
@@ -46,6 +49,11 @@ def select_layers(model: nn.Module, include: Sequence[str] | None = None, exclud
     """
     supported = tuple(LAYER_TYPES)
     layers: Layers = {name: module for name, module in model.named_modules() if isinstance(module, supported)}
+    if not layers:
+        raise GETAError(
+            f"{type(model).__name__} has no layer to quantize: it has no Linear, Conv1D or Conv2d, the only types that "
+            f"can be; such a model cannot be compressed"
+        )
     chosen = _in_blocks(model, layers) if include is None else matching(layers, include)
     excluded = matching(layers, exclude)
     chosen = {name: module for name, module in chosen.items() if name not in excluded}
@@ -64,7 +72,10 @@ def _in_blocks(model: nn.Module, layers: Layers) -> Layers:
     for module in base.modules():
         if isinstance(module, nn.ModuleList):
             in_block.update(id(child) for child in module.modules())
-    return {name: layer for name, layer in layers.items() if id(layer) in in_block}
+    chosen = {name: layer for name, layer in layers.items() if id(layer) in in_block}
+    # A decoder that refines its predictions layer by layer has copies of the task head in its blocks.
+    tied = _tied_to_others(model, chosen)
+    return {name: layer for name, layer in chosen.items() if id(layer._parameters.get("weight")) not in tied}
 
 
 def matching(layers: Mapping[str, Layer], patterns: Sequence[str]) -> dict[str, Layer]:
@@ -116,8 +127,8 @@ def attach_quantizers(
         The quantized layers by name.
 
     Raises:
-        GETAError: nothing to quantize, an unsupported or already quantized layer, a weight that is no parameter or has
-            no usable range, or one tied to a layer that is not quantized (which would change unnoticed).
+        GETAError: nothing to quantize, an unsupported or already quantized layer, a weight that is no parameter or not
+            finite, or one tied to a layer that is not quantized (which would change unnoticed).
 
     Example:
         >>> import torch
@@ -137,12 +148,22 @@ def attach_quantizers(
     _refuse_foreign_ties(model, chosen)
     # Tied weights are one tensor in a folder, with one step size.
     by_weight: dict[int, Quantizer] = {}
+    zero: list[str] = []
     for name, layer in chosen.items():
         weight: torch.Tensor = layer.weight  # type: ignore[assignment]
         if id(weight) not in by_weight:
-            dim = output_dim(layer) if per_channel else None
-            q_m = _start(weight, target_bits, clipping, f"{name}.weight", dim)
-            by_weight[id(weight)] = Quantizer(q_m, initial_bits, learn_t, weight.device, dim)
+            if not weight.is_meta and not bool(weight.any()):
+                zero.append(name)
+            dim = output_dim(layer)
+            q_m = _start(weight, target_bits, clipping, f"{name}.weight", dim, per_channel)
+            channel_dim = dim if per_channel else None
+            by_weight[id(weight)] = Quantizer(q_m, initial_bits, learn_t, weight.device, channel_dim)
+    if zero:
+        logger.warning(
+            "all weights are zero in %s: their quantizers start from the range that torch initializes such layers "
+            "with; load or initialize them if they should not be zero",
+            ", ".join(zero),
+        )
     # Only now that nothing can fail: a model must not end with half of its layers converted.
     for layer in chosen.values():
         quantizer = by_weight[id(layer.weight)]
@@ -151,27 +172,39 @@ def attach_quantizers(
     return chosen
 
 
-def _start(weight: Tensor, bits: int, clipping: str, name: str, dim: int | None) -> float | Tensor:
+def _start(weight: Tensor, bits: int, clipping: str, name: str, dim: int, per_channel: bool) -> float | Tensor:
     if weight.is_meta:  # there are no values to measure; the layer is converted for its shapes only
         check_clipping(clipping)
-        return torch.ones(1 if dim is None else weight.shape[dim], device="meta")
-    if dim is None:
-        return clipping_value(weight, bits, clipping, name)
+        return torch.ones(weight.shape[dim] if per_channel else 1, device="meta")
+    if not per_channel:
+        return clipping_value(weight, bits, clipping, name, dim)
     return channel_clipping_values(weight, bits, clipping, name, dim)
 
 
 def _refuse_foreign_ties(model: nn.Module, chosen: Layers) -> None:
-    weights = {id(layer.weight): name for name, layer in chosen.items()}
+    others = _tied_to_others(model, chosen)
+    for name, layer in chosen.items():
+        # An embedding tied to a quantized head would be read unquantized in training and quantized from the folder.
+        if id(layer.weight) in others:
+            raise GETAError(
+                f"{name}.weight is tied to {others[id(layer.weight)]}, which is not quantized; exclude the layer or "
+                f"include both"
+            )
+
+
+def _tied_to_others(model: nn.Module, chosen: Layers) -> dict[int, str]:
+    """Return id of a chosen layer's weight -> name of a module that has the same weight and is not chosen."""
+    # A weight that is computed from others, which is refused elsewhere, is no parameter and not tied.
+    weights = {id(layer._parameters["weight"]) for layer in chosen.values() if "weight" in layer._parameters}
     ours = {id(layer) for layer in chosen.values()}
-    for other, module in model.named_modules():
+    others: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if id(module) in ours:
+            continue
         for parameter in module._parameters.values():
-            # An embedding tied to a quantized head would be read unquantized in training and quantized from the
-            # folder.
-            if id(parameter) in weights and id(module) not in ours:
-                raise GETAError(
-                    f"{weights[id(parameter)]}.weight is tied to {other or 'the model'}, which is not quantized; "
-                    f"exclude the layer or include both"
-                )
+            if parameter is not None and id(parameter) in weights:
+                others.setdefault(id(parameter), name or "the model")
+    return others
 
 
 def detach_quantizers(model: nn.Module) -> nn.Module:

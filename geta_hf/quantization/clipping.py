@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from geta_hf.errors import GETAError
+from geta_hf.utils.process_state import full_precision
 
 METHODS = ("mse", "max")
 
@@ -58,19 +59,24 @@ def check_clipping(method: str) -> None:
 # --- where a quantizer starts -----------------------------------------------------------------------------------------
 
 
-def clipping_value(weight: Tensor, bits: int, method: str = "mse", name: str = "weight") -> float:
+def clipping_value(weight: Tensor, bits: int, method: str = "mse", name: str = "weight", channel_dim: int = 0) -> float:
     """Return the q_m from which a quantizer starts.
 
+    A tensor that is all zero has no range yet, which is usual of a layer that is to learn a correction. It gets the
+    range that torch initializes such a layer with: 1 / √n for n inputs of each output channel.
+
     Args:
-        weight: the tensor to quantize, any shape, not all zero.
+        weight: the tensor to quantize, any shape.
         bits: the bit width for which q_m is chosen (used by `mse` only).
         method: `max` is the paper's max|W|; `mse`, the default, the clipping value of least squared error at `bits`.
         name: what to call the tensor in an error.
+        channel_dim: the dim of `weight` that the output channels run along. Default 0.
 
     Raises:
-        GETAError: an unknown method, or a tensor that is all zero, subnormal or not finite.
+        GETAError: an unknown method, or a tensor that is empty, subnormal or not finite.
     """
-    return float(_clipping(weight.reshape(1, -1), bits, method, name))
+    inputs = weight.numel() // max(weight.shape[channel_dim], 1)
+    return float(_clipping(weight.reshape(1, -1), bits, method, name, inputs))
 
 
 def channel_clipping_values(
@@ -89,7 +95,7 @@ def channel_clipping_values(
         GETAError: as `clipping_value`, for the entire tensor.
     """
     rows = weight.transpose(0, channel_dim).flatten(1)
-    return _clipping(rows, bits, method, name)
+    return _clipping(rows, bits, method, name, rows.shape[1])
 
 
 def smallest_range(dtype: torch.dtype) -> float:
@@ -98,23 +104,27 @@ def smallest_range(dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def _clipping(rows: Tensor, bits: int, method: str, name: str) -> Tensor:
-    """Return q_m of every row, shape (rows,)."""
+def _clipping(rows: Tensor, bits: int, method: str, name: str, inputs: int) -> Tensor:
+    """Return q_m of every row, shape (rows,); `inputs` are those of an output channel."""
+    check_clipping(method)
+    if not rows.numel():
+        raise GETAError(f"{name} has no elements to quantize; exclude the layer by a pattern")
     rows = rows.detach()
     largest = largest_magnitudes(rows)
-    largest_of_all = float(largest.max()) if len(rows) else 0.0
-    if not 0.0 < largest_of_all < float("inf"):
+    largest_of_all = float(largest.max())
+    if not math.isfinite(largest_of_all):
         raise GETAError(
-            f"{name}: max|W| is {largest_of_all}; a quantizer needs a finite tensor that is not all zero. Load or "
-            f"initialize it, or exclude the layer by a pattern"
+            f"{name}: max|W| is {largest_of_all}; a quantizer needs finite values. Load or initialize the tensor, or "
+            f"exclude the layer by a pattern"
         )
+    if largest_of_all == 0.0:
+        return torch.full_like(largest, 1 / math.sqrt(inputs))
     least = smallest_range(rows.dtype)
     if largest_of_all < least:
         raise GETAError(
             f"{name}: max|W| is {largest_of_all:.3g}, and below {least:.3g} too few digits remain for a step size; "
             f"scale it up, initialize it again, or exclude the layer by a pattern"
         )
-    check_clipping(method)
     largest = torch.where(largest < least, 0.0, largest)  # such a row has no range of its own
     values = largest
     if method == "mse":
@@ -247,7 +257,8 @@ def squared_error(counts: Tensor, clip: float, bits: int, clipped: bool = True) 
         clipped: count what lies beyond the clipping value; False counts rounding alone.
     """
     errors = _mean_errors(_edges(0, BINS) / clip, bits, clipped) * clip**2
-    return counts @ errors.float().to(counts.device)
+    with full_precision():
+        return counts @ errors.float().to(counts.device)
 
 
 def _best_shift(rows: Tensor, costs: Tensor, shifts: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -263,7 +274,9 @@ def _best_shift(rows: Tensor, costs: Tensor, shifts: Sequence[int]) -> tuple[Ten
     begin = len(costs) - BINS - shifts[-1]
     windows = costs[begin : begin + BINS + shifts[-1] - shifts[0]].unfold(0, BINS, step).flip(0)
     candidates = torch.arange(shifts[0], shifts[-1] + 1, step, device=rows.device)
-    errors = rows @ windows.t() * torch.exp2(-2.0 * candidates / PER_OCTAVE)
+    # TF32 would round the counts, and which of two candidates wins must not depend on it.
+    with full_precision():
+        errors = rows @ windows.t() * torch.exp2(-2.0 * candidates / PER_OCTAVE)
     best = errors.argmin(dim=1)
     return errors.gather(1, best[:, None])[:, 0], candidates[best]
 
@@ -276,8 +289,12 @@ def _lowest_shift(rows: Tensor) -> int:
     """
     # Without the last bin, which holds the zeros; what else is in it is below a millionth of the largest.
     ends = _edges(0, BINS - 1).float().to(rows.device)
-    saved = (rows[:, :-1].cumsum(dim=1) * ends[1:].square()).amax(dim=1)
-    bound = saved / (2 * (rows[:, :-1] @ ends[:-1]))
+    # Counted in integers, since `cumsum` of floats has no deterministic form on a GPU. What is rounded down here only
+    # makes the bound lower.
+    beyond = rows[:, :-1].long().cumsum(dim=1)
+    saved = (beyond * ends[1:].square()).amax(dim=1)
+    with full_precision():
+        bound = saved / (2 * (rows[:, :-1] @ ends[:-1]))
     # A row of zeros gives 0 / 0, and may have any clipping value.
     octaves = -math.log2(float(bound.nan_to_num(1.0).min().clamp(2.0**-16, 1.0)))
     return math.ceil(octaves * PER_OCTAVE / _COARSE) * _COARSE

@@ -42,7 +42,9 @@ class _StraightThrough(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None) -> Tensor:
         # Only where x was clipped is needed: d is not learned any more.
         ctx.save_for_backward(x, q_m)
-        return quantize(x, d, q_m, t)
+        # `data`, as in `functional._FakeQuantize`: a cast to x's own type returns the very tensor it was given, whose
+        # gradient torch 2.11 loses under torch.compile.
+        return quantize(x, d, q_m, t).data
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -101,7 +101,9 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.save_for_backward(x, d, q_m, t)
         # Chosen once: backward must use the kernel of its forward, even after a `using` around the forward has ended.
         ctx.frozen, ctx.kernel = frozen, choose(x, EAGER)
-        # `data`, since a kernel may return a view, which autograd would let nobody modify in place.
+        # `data` is a new tensor on the same memory. A kernel may return a view, which autograd would let nobody modify
+        # in place, or what a cast without effect returned, the very tensor that it was given: torch 2.11 then loses
+        # all gradients of this function under torch.compile.
         return ctx.kernel.quantize(x, d, q_m, t).data
 
     @staticmethod

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from geta_hf.utils.process_state import random_state_kept
+
 PLAIN_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D, nn.Conv2d)
 """The layer types whose weights can be quantized."""
 
@@ -37,7 +39,7 @@ def _computes_a_linear(layer_type: Any) -> bool:
     for bias in (True, False):
         # Without the subclass's constructor, whose arguments are unknown.
         probe = layer_type.__new__(layer_type)
-        with torch.random.fork_rng(devices=[]):
+        with random_state_kept():
             nn.Linear.__init__(probe, 6, 5, bias=bias, device="cpu", dtype=torch.float32)
         # Of several sizes, since a class may clip or scale its input only beyond some range.
         for size in (1e-3, 1.0, 1e3):

@@ -139,15 +139,23 @@ def layer_codes(name: str, layer: PackedLayer, weight: Tensor | None = None) -> 
     else:
         # The stream is the truth here. The weight is still compared below, since it may have been trained.
         codes = unpack(layer.stream, layer.bits, weight.numel()).view(weight.shape).to(weight.device, torch.int32)
-    expected = layer.decoded(codes)
     # The model may have been cast to half precision and back since it was loaded: that is no change of its codes.
-    unchanged = any(torch.equal(weight, expected.to(cast).to(weight.dtype)) for cast in _CASTS)
-    if not unchanged or _largest(codes) > largest_code(layer.bits):
+    if not any(_stands_for(layer, codes, weight, cast) for cast in _CASTS) or _largest(codes) > largest_code(
+        layer.bits
+    ):
         raise GETAError(
             f"{name}.weight was changed after it was decoded, by a merged adapter or by training, and its codes no "
             f"longer describe it; call model.dequantize() and save it as plain weights, or train before the export"
         )
     return codes
+
+
+def _stands_for(layer: PackedLayer, codes: Tensor, weight: Tensor, cast: torch.dtype) -> bool:
+    """Return whether a weight is that of the codes after a cast, comparing piece by piece."""
+    return all(
+        torch.equal(weight[rows], layer.decoded_rows(codes, rows).to(cast).to(weight.dtype))
+        for rows in layer.pieces(codes)
+    )
 
 
 def packed_tensors(name: str, layer: PackedLayer, weight: Tensor | None = None) -> dict[str, Tensor]:

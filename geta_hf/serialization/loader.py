@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from geta_hf.errors import GETAError
 from geta_hf.quantization.fixed import FixedQuantizer
 from geta_hf.serialization.bitpack import MAX_BITS, MIN_BITS
-from geta_hf.serialization.checksums import Verification
+from geta_hf.serialization.checksums import DIGITS, Verification
 from geta_hf.serialization.decode import Decode, Header, check_packed, check_plain, check_scale, read_headers
 from geta_hf.serialization.packed_layers import INPUT_SCALE, LEAVES, PackedLayer, become_packed, packed_layers
 from geta_hf.serialization.static_cache import fit_static_caches
@@ -67,8 +67,8 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
             None: no layer does, and config.json has no such key.
         partial: whether the model was saved from within another one. It may then lack modules that its class has on its
             own, such as a pooler. Default False, and config.json has no such key.
-        checksums: tensor name -> CRC-32 of its bytes in the file, as 8 hexadecimal digits. Default None: none is known,
-            and config.json has no such key.
+        checksums: tensor name -> checksum of its bytes in the file, 16 hexadecimal digits, or 8 in folders that
+            were written before there were longer ones. Default None: none is known, and config.json has no such key.
 
     Raises:
         GETAError: an unknown version or key, or a value that no export writes.
@@ -120,8 +120,8 @@ def _check_checksums(checksums: Any) -> None:
     if not isinstance(checksums, dict):
         raise GETAError(f"{_WHERE} checksums must be an object of tensor names, not {str(checksums)[:80]!r}")
     for name, value in checksums.items():
-        if not isinstance(value, str) or len(value) != 8:
-            raise GETAError(f"{_WHERE} checksums[{name!r}] is {str(value)[:80]!r}, not 8 hexadecimal digits")
+        if not isinstance(value, str) or len(value) not in DIGITS:
+            raise GETAError(f"{_WHERE} checksums[{name!r}] is {str(value)[:80]!r}, not 8 or 16 hexadecimal digits")
 
 
 def check_widths(key: str, widths: Any, where: str = _WHERE) -> None:
@@ -141,8 +141,8 @@ class GETALoader(HfQuantizer):
     """Shrink and prepare a freshly built model, then verify and decode what was loaded."""
 
     requires_calibration = True  # a dense model cannot be loaded into this format, only exported
-    revision = 2
-    """Rises when folders get what earlier code refuses: 2 since they have checksums."""
+    revision = 3
+    """Rises when folders get what earlier code refuses: 2 since they have checksums, 3 since these have 16 digits."""
 
     quantization_config: GETAQuantizationConfig
 

@@ -13,6 +13,7 @@ a time: it keeps one byte per code and decodes the rows that are looked up. A la
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -27,6 +28,9 @@ from geta_hf.serialization.bitpack import BYTE_BITS
 WEIGHT_SCALE, INPUT_SCALE = "weight_scale", "input_scale"
 LEAVES = ("weight", WEIGHT_SCALE, INPUT_SCALE)
 """The tensors that a file holds of a packed layer, apart from its bias."""
+
+PIECE = 1 << 22
+"""Elements that are decoded or compared at once: temporaries in fp32 are small next to the model, on a GPU as well."""
 
 
 class PackedLayer(InputQuantizedLayer):
@@ -75,7 +79,30 @@ class PackedLayer(InputQuantizedLayer):
 
     def decoded(self, codes: Tensor) -> Tensor:
         """Return the weight d · n, fp32, of codes in the weight's shape, on their device."""
-        return codes.to(torch.float32) * self.scale(codes.device)
+        return self._in_pieces(codes, torch.float32)
+
+    def _in_pieces(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return d · n in a dtype, whose temporaries, in fp32, are those of a piece."""
+        weight = torch.empty_like(codes, dtype=dtype)
+        for rows in self.pieces(codes):
+            # Multiplied in fp32, so that each value is rounded to the dtype once.
+            weight[rows] = self.decoded_rows(codes, rows)
+        return weight
+
+    def decoded_rows(self, codes: Tensor, rows: slice) -> Tensor:
+        """Return some rows of the weight d · n, fp32, of all codes."""
+        return codes[rows].to(torch.float32) * self._scale_of(rows, codes.device)
+
+    def _scale_of(self, rows: slice, device: torch.device) -> Tensor:
+        scale = self.scale(device)
+        return scale if scale.shape[0] == 1 else scale[rows]
+
+    @staticmethod
+    def pieces(weight: Tensor) -> Iterator[slice]:
+        """Yield slices of a weight's first dim, of `PIECE` elements or a row each."""
+        rows = max(1, PIECE * weight.shape[0] // max(1, weight.numel()))
+        for start in range(0, weight.shape[0], rows):
+            yield slice(start, start + rows)
 
     def stored(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the weight as this layer holds it in memory.
@@ -84,14 +111,20 @@ class PackedLayer(InputQuantizedLayer):
             codes: integers n, in the weight's shape.
             dtype: the type that the layer computes in.
         """
-        return self.decoded(codes).to(dtype)
+        return self._in_pieces(codes, dtype)
 
     def finish_loading(self) -> None:
         """Finish what has to wait until the weight is assigned; called once after `stored`. Nothing by default."""
 
     def read_back(self, weight: Tensor) -> Tensor:
         """Return the codes, int32, of a weight as `stored` gives it, as precisely as its type allows."""
-        return torch.round(weight.to(torch.float32) / self.scale(weight.device)).to(torch.int32)
+        codes = torch.empty_like(weight, dtype=torch.int32)
+        for rows in self.pieces(weight):
+            codes[rows] = self._rows_back(weight, rows)
+        return codes
+
+    def _rows_back(self, weight: Tensor, rows: slice) -> Tensor:
+        return torch.round(weight[rows].to(torch.float32) / self._scale_of(rows, weight.device)).to(torch.int32)
 
     def holds(self, codes: Tensor, weight: Tensor) -> bool:
         """Return whether the codes can be read back from the weight in memory, whatever type it is cast to later.
@@ -100,7 +133,9 @@ class PackedLayer(InputQuantizedLayer):
         """
         if not weight.is_floating_point():
             return True
-        return self.bits <= BYTE_BITS and torch.equal(self.read_back(weight), codes.to(torch.int32))
+        return self.bits <= BYTE_BITS and all(
+            torch.equal(self._rows_back(weight, rows), codes[rows].to(torch.int32)) for rows in self.pieces(codes)
+        )
 
 
 class PackedLinear(PackedLayer, nn.Linear):

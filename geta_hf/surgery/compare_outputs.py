@@ -13,7 +13,8 @@ from geta_hf.errors import GETAError
 from geta_hf.quantization import quantized_layers, without_quantizers
 from geta_hf.utils import module_state
 from geta_hf.utils.model_io import Batch, float_tensors, named_outputs, outputs_by_name, to_device
-from geta_hf.utils.process_state import exclusive
+from geta_hf.utils.process_state import exclusive, full_precision, random_state_kept
+from geta_hf.utils.residence import visiting
 
 # Largest difference allowed, as a share of the largest logit (of 1 where logits are small): rounding differs with the
 # sizes of the matrices, and nothing else may. Models in double precision may compute a few steps in single.
@@ -26,7 +27,9 @@ _PIECE = 1 << 20  # elements compared at once
 Outputs = dict[str, dict[str, Tensor]]
 
 
-def attention_outputs(model: PreTrainedModel, batch: Batch, every: bool = True) -> Outputs:
+def attention_outputs(
+    model: PreTrainedModel, batch: Batch, every: bool = True, device: torch.device | None = None
+) -> Outputs:
     """Return every floating-point output of the model in evaluation mode, under each attention implementation it has.
 
     Both are compared, since eager and sdpa attention read different sizes of the module. The model is unchanged
@@ -36,6 +39,8 @@ def attention_outputs(model: PreTrainedModel, batch: Batch, every: bool = True) 
         model: any Hugging Face model.
         batch: keyword arguments of its forward; moved to the model's device.
         every: False to run the implementation that the model has now, and no other. Default True.
+        device: to run on, where the model lies in the CPU's memory; the outputs are then on the CPU. Default None:
+            the model's own.
 
     Returns:
         attention implementation (`eager`, `sdpa`) -> output name -> tensor.
@@ -43,10 +48,11 @@ def attention_outputs(model: PreTrainedModel, batch: Batch, every: bool = True) 
     Raises:
         GETAError: the model cannot run the batch, or returns no tensor.
     """
-    inputs = to_device(batch, model.device)
-    with comparison_mode(model):
+    with visiting(model, device), comparison_mode(model):
+        inputs = to_device(batch, model.device)
         chosen = attentions(model) if every else (_OWN,)
-        return {implementation: _outputs(model, inputs, implementation) for implementation in chosen}
+        outputs = {implementation: _outputs(model, inputs, implementation) for implementation in chosen}
+    return outputs if device is None else to_device(outputs, "cpu")
 
 
 _OWN = "own"
@@ -68,8 +74,8 @@ def set_attention(model: PreTrainedModel, implementation: str) -> None:
 def _outputs(model: PreTrainedModel, inputs: Batch, implementation: str) -> dict[str, Tensor]:
     set_attention(model, implementation)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # some draw what they mask in evaluation, too
+        # Some draw what they mask in evaluation, too.
+        with random_state_kept(module_state.devices_of(model), seed=0):
             # The class's forward: accelerate wraps an instance's own in autocast, which the copies do not have.
             result = type(model).forward(model, **inputs)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
@@ -84,7 +90,9 @@ def _outputs(model: PreTrainedModel, inputs: Batch, implementation: str) -> dict
 
 @contextmanager
 def comparison_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Enter evaluation mode without gradients, with outputs by name; all flags and settings come back afterwards.
+    """Enter evaluation mode without gradients, with outputs by name, in the full precision of the model's dtype.
+
+    All flags and settings come back afterwards.
 
     What a module cached of its weights in evaluation mode is dropped on both sides: they may have changed before, and
     may change again. Modules drop it as they enter training mode.
@@ -92,7 +100,7 @@ def comparison_mode(model: PreTrainedModel) -> Iterator[None]:
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     implementations = [(config, config._attn_implementation) for config in configs]
     # Exclusive, since the random state that comes back afterwards is that of the process.
-    with exclusive(), module_state.eval_mode(model), outputs_by_name(model):
+    with exclusive(), full_precision(), module_state.eval_mode(model), outputs_by_name(model):
         model.train().eval()
         try:
             yield
@@ -110,6 +118,7 @@ def prove_alike(
     batch: Batch,
     what: str,
     found: Outputs | None = None,
+    device: torch.device | None = None,
 ) -> float:
     """Compare two models by `prove_equal`, but do not let 16 bits alone decide.
 
@@ -122,6 +131,7 @@ def prove_alike(
         second, what: the model under test, and how to call it in an error.
         batch: keyword arguments of both.
         found: outputs of `second` on the batch, where they are at hand.
+        device: as in `attention_outputs`. Single precision takes twice the memory, so it runs where the models are.
 
     Returns:
         The largest absolute difference.
@@ -130,7 +140,8 @@ def prove_alike(
         GETAError: an output differs by more than the tolerance.
     """
     try:
-        return prove_equal(outputs, attention_outputs(second, batch) if found is None else found, first.dtype, what)
+        found = attention_outputs(second, batch, device=device) if found is None else found
+        return prove_equal(outputs, found, first.dtype, what)
     except GETAError:
         if first.dtype not in module_state.HALVES:
             raise

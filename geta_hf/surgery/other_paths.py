@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -25,7 +25,9 @@ from geta_hf.errors import GETAError
 from geta_hf.qadg.tracing.record_forward import unchanged
 from geta_hf.surgery.compare_outputs import comparison_mode, prove_equal, widened
 from geta_hf.utils.model_io import Batch, float_tensors, to_device
-from geta_hf.utils.module_state import HALVES
+from geta_hf.utils.module_state import HALVES, devices_of
+from geta_hf.utils.process_state import random_state_kept
+from geta_hf.utils.residence import visiting
 
 _SHORT = (1, 8)
 """Tokens of the shorter texts: a model's full attention, a window or a table may begin or end at any length."""
@@ -245,33 +247,43 @@ def _made_up(name: str, main: Tensor) -> Tensor:
 # --- running and comparing ----------------------------------------------------------------------------------------
 
 
-def path_outputs(model: PreTrainedModel, path: OtherPath, seed: int = 0) -> dict[str, Tensor]:
+def path_outputs(
+    model: PreTrainedModel, path: OtherPath, seed: int = 0, device: torch.device | None = None
+) -> dict[str, Tensor]:
     """Return the floating-point outputs of a model on a path. The model is unchanged afterwards, buffers included.
 
     Args:
         model: any Hugging Face model.
         path: the way to run it.
         seed: of whatever random numbers the forward draws.
+        device: as in `attention_outputs`.
 
     Raises:
         Exception: whatever the forward raises.
     """
-    inputs = to_device(path.batch, model.device)
     with ExitStack() as stack:
+        stack.enter_context(visiting(model, device))
+        inputs = to_device(path.batch, model.device)
         stack.enter_context(quietly())
         stack.enter_context(comparison_mode(model))
         # BigBird, for one, replaces its attention modules for good when a text is short.
         stack.enter_context(unchanged(model))
         stack.enter_context(_same_buffers(model))
-        stack.enter_context(_seeded(seed))
+        stack.enter_context(_seeded(seed, devices_of(model)))
         if model.device.type != "cpu":
             stack.enter_context(_CheckedIndices())
         # The class's forward: accelerate wraps an instance's own in autocast, which the copies do not have.
-        return float_tensors(path.call(model, lambda **given: type(model).forward(model, **given), inputs))
+        found = float_tensors(path.call(model, lambda **given: type(model).forward(model, **given), inputs))
+        return found if device is None else to_device(found, "cpu")
 
 
 def compare_path(
-    trained: PreTrainedModel, cut: PreTrainedModel, path: OtherPath, recorded: Collection[str] = (), equal: bool = True
+    trained: PreTrainedModel,
+    cut: PreTrainedModel,
+    path: OtherPath,
+    recorded: Collection[str] = (),
+    equal: bool = True,
+    device: torch.device | None = None,
 ) -> None:
     """Compare a cut model with the trained one on a path, where the trained one runs it.
 
@@ -283,17 +295,18 @@ def compare_path(
             ones: the weights of a new model are so small that a wrong cut hardly shows, and a recording tells.
         equal: whether the outputs have to be equal. Where a norm runs over what was removed, zeros do not do what a
             cut does, and the cut model only has to run.
+        device: as in `attention_outputs`; the models take turns there.
 
     Raises:
         PathError: the cut model does not run, or an output differs by more than the tolerance.
     """
-    reference = _attempt(trained, path)
+    reference = _attempt(trained, path, device=device)
     if reference is None:
         for other in path.instead:
-            compare_path(trained, cut, other, recorded, equal)
+            compare_path(trained, cut, other, recorded, equal, device)
         return
     try:
-        found = path_outputs(cut, path)
+        found = path_outputs(cut, path, device=device)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise PathError(path, f"the cut model does not run, which the full one does: {reason}") from error
@@ -303,14 +316,16 @@ def compare_path(
     try:
         prove_equal({"own": reference}, {"own": found}, trained.dtype, "cut", scale)
     except GETAError as error:
-        if not _is_rounding(trained, cut, path, scale) and not _is_random(trained, path, reference, scale):
+        if not _is_rounding(trained, cut, path, scale) and not _is_random(trained, path, reference, scale, device):
             raise PathError(path, str(error)) from error
 
 
-def _attempt(model: PreTrainedModel, path: OtherPath, seed: int = 0) -> dict[str, Tensor] | None:
+def _attempt(
+    model: PreTrainedModel, path: OtherPath, seed: int = 0, device: torch.device | None = None
+) -> dict[str, Tensor] | None:
     """Return the outputs, or None where the model does not run the path or has no sound output on it."""
     try:
-        found = path_outputs(model, path, seed)
+        found = path_outputs(model, path, seed, device)
     except Exception:  # each model has its own way to refuse
         return None
     return None if any(bool(tensor.isnan().any()) for tensor in found.values()) else found
@@ -333,9 +348,15 @@ def _is_rounding(trained: PreTrainedModel, cut: PreTrainedModel, path: OtherPath
     return True
 
 
-def _is_random(model: PreTrainedModel, path: OtherPath, reference: Mapping[str, Tensor], scale: float) -> bool:
+def _is_random(
+    model: PreTrainedModel,
+    path: OtherPath,
+    reference: Mapping[str, Tensor],
+    scale: float,
+    device: torch.device | None = None,
+) -> bool:
     """Return whether the outputs of one model depend on chance: then they say nothing about another model's."""
-    again = _attempt(model, path, seed=1)
+    again = _attempt(model, path, seed=1, device=device)
     if again is None:
         return True
     try:
@@ -368,12 +389,11 @@ def _same_buffers(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed all generators that models draw from, and restore their states; those of GPUs are the caller's."""
+def _seeded(seed: int, devices: Iterable[torch.device]) -> Iterator[None]:
+    """Seed all generators that models on these devices draw from, and restore their states."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
+    with random_state_kept(devices, seed):
         try:
-            torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed)
             yield

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,7 +27,8 @@ from geta_hf.quantization.parametrized import removal_of
 from geta_hf.surgery.compare_outputs import TOLERANCE, comparison_mode
 from geta_hf.surgery.shorter_config import nested_configs
 from geta_hf.utils.model_io import Batch, cast_floats, map_tensors, to_device
-from geta_hf.utils.module_state import HALVES
+from geta_hf.utils.module_state import HALVES, devices_of
+from geta_hf.utils.process_state import random_state_kept
 
 _Runs = list[tuple[str, list[Tensor]]]  # path of a module, what it returned
 
@@ -88,8 +89,8 @@ def check_rebuilds(model: PreTrainedModel, batch: Batch, quantized: Iterable[str
         return
     autocast = _autocast_within(model, inputs)
     try:
-        with _as_in_a_folder(model.device, autocast):
-            found = _outputs(twin, inputs)
+        with _without_global_hooks():
+            found = _outputs(twin, inputs, autocast)
     except Exception as error:
         raise GETAError(
             f"{type(model).__name__} runs the batch, but a copy that is built from its config does not: "
@@ -105,8 +106,8 @@ def check_rebuilds(model: PreTrainedModel, batch: Batch, quantized: Iterable[str
         with _random_weights(model, twin):
             wide = _widened(inputs)
             expected = _outputs(model, wide)
-            with _as_in_a_folder(model.device, autocast):
-                share = _difference(expected, _outputs(twin, wide))
+            with _without_global_hooks():
+                share = _difference(expected, _outputs(twin, wide, autocast))
         if share <= _AMPLIFIED_TOLERANCE:
             return
     raise GETAError(_refusal(model, twin, inputs, autocast))
@@ -124,7 +125,7 @@ def _blame_departures(model: PreTrainedModel, twin: PreTrainedModel, inputs: Bat
             f"{type(model).__name__} is given no inputs: {'; '.join(replaced[:_NAMED])}. {_CODE_REMEDY}"
         ) from error
     try:
-        with _as_in_a_folder(model.device, None):
+        with _without_global_hooks():
             _outputs(twin, inputs)
     except Exception:
         return
@@ -234,13 +235,18 @@ def _alike(theirs: Tensor, made: Tensor) -> bool:
 # --- outputs ------------------------------------------------------------------------------------------------------
 
 
-def _outputs(model: PreTrainedModel, inputs: Batch) -> list[Tensor]:
-    """Return all floating-point tensors that a call of the model returns, hooks and replaced methods included."""
+def _outputs(model: PreTrainedModel, inputs: Batch, autocast: torch.dtype | None = None) -> list[Tensor]:
+    """Return all floating-point tensors that a call of the model returns, hooks and replaced methods included.
+
+    It is run under `autocast`, or under none; what its forward enters by itself is added.
+    """
     with ExitStack() as stack:
         stack.enter_context(comparison_mode(model))
         stack.enter_context(_without_compiled_calls(model))
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        torch.manual_seed(0)  # some draw what they mask in evaluation, too
+        # Some draw what they mask in evaluation, too.
+        stack.enter_context(random_state_kept(devices_of(model), seed=0))
+        if autocast is not None:
+            stack.enter_context(torch.autocast(model.device.type, dtype=autocast))
         return [tensor for tensor in _tensors(model(**inputs)) if tensor.is_floating_point()]
 
 
@@ -282,7 +288,7 @@ def _autocast_within(model: PreTrainedModel, inputs: Batch) -> torch.dtype | Non
         if torch.is_autocast_enabled(device):
             found.append(torch.get_autocast_dtype(device))
 
-    if "forward" not in vars(model) or torch.is_autocast_enabled(device):
+    if "forward" not in vars(model):
         return None
     handles = [module.register_forward_pre_hook(look) for module in model.modules() if module is not model]
     try:
@@ -294,15 +300,14 @@ def _autocast_within(model: PreTrainedModel, inputs: Batch) -> torch.dtype | Non
 
 
 @contextmanager
-def _as_in_a_folder(device: torch.device, autocast: torch.dtype | None) -> Iterator[None]:
-    """Run modules without the hooks that are registered for all modules of the process, and under `autocast`."""
+def _without_global_hooks() -> Iterator[None]:
+    """Run modules without the hooks that are registered for all modules of the process, as in a folder."""
     hooks = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
     before = [dict(each) for each in hooks]
     for each in hooks:
         each.clear()
     try:
-        with nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast):
-            yield
+        yield
     finally:
         for each, content in zip(hooks, before, strict=True):
             each.update(content)
@@ -380,8 +385,8 @@ def _widened(inputs: Batch) -> dict[str, Any]:
 
 def _refusal(model: PreTrainedModel, twin: PreTrainedModel, inputs: Batch, autocast: torch.dtype | None) -> str:
     own = _outputs_by_module(model, inputs)
-    with _as_in_a_folder(model.device, autocast):
-        place = _first_difference(own, _outputs_by_module(twin, inputs))
+    with _without_global_hooks():
+        place = _first_difference(own, _outputs_by_module(twin, inputs, autocast))
     found = _closest(find_departures(model, twin), place)
     what = "; ".join(each.text for each in found[:_NAMED]) or f"{place or 'its forward'} computes something else"
     by_code = bool(found) and all(each.by_code for each in found)
@@ -497,7 +502,7 @@ def _first_difference(own: _Runs, built: _Runs) -> str:
     return ""
 
 
-def _outputs_by_module(model: PreTrainedModel, inputs: Batch) -> _Runs:
+def _outputs_by_module(model: PreTrainedModel, inputs: Batch, autocast: torch.dtype | None = None) -> _Runs:
     found: _Runs = []
 
     def keep(path: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -506,7 +511,7 @@ def _outputs_by_module(model: PreTrainedModel, inputs: Batch) -> _Runs:
     # Registered last, so that the user's own hooks have run.
     handles = [module.register_forward_hook(partial(keep, path)) for path, module in model.named_modules()]
     try:
-        _outputs(model, inputs)
+        _outputs(model, inputs, autocast)
     finally:
         for handle in handles:
             handle.remove()

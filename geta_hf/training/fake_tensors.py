@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.optim.optimizer import _foreach_supported_types as optimizer_types
+from torch.utils._foreach_utils import _foreach_supported_types as function_types
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -56,12 +58,13 @@ OUTLINE = Kernel("outline", _quantize, _gradients, _straight_through)
 
 @contextmanager
 def outlines(mode: FakeTensorMode) -> Iterator[None]:
-    """Enter a fake tensor mode in which experts run in any dtype and failures are raised without their context.
+    """Enter a fake tensor mode in which experts run in any dtype and optimizers take the path of the tensors' device.
 
-    Torch knows the grouped product's shapes for bfloat16 alone, and logs the stack of whatever fails.
+    Torch knows the grouped product's shapes for bfloat16 alone, and logs the stack of whatever fails, which is
+    suppressed.
     """
     logger = logging.getLogger("torch._subclasses.fake_tensor")
-    with exclusive(), warnings.catch_warnings(), mode, _Grouped():
+    with exclusive(), warnings.catch_warnings(), _foreach_supported(), mode, _Grouped():
         # Asked for by transformers' look at alignment, of which tensors without data have none.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         logger.disabled, before = True, logger.disabled
@@ -69,6 +72,22 @@ def outlines(mode: FakeTensorMode) -> Iterator[None]:
             yield
         finally:
             logger.disabled = before
+
+
+@contextmanager
+def _foreach_supported() -> Iterator[None]:
+    """Let torch choose an optimizer's implementation for tensors without data as for real ones on the same device.
+
+    On CUDA the default is foreach, but for types of tensors that torch lists; DTensor adds itself to the lists as well.
+    """
+    lists = (optimizer_types, function_types)
+    for types in lists:
+        types.append(FakeTensor)
+    try:
+        yield
+    finally:
+        for types in lists:
+            types.remove(FakeTensor)
 
 
 class _Grouped(TorchDispatchMode):

@@ -35,6 +35,9 @@ def exclude_raw_reads(
         model: before quantizers are attached.
         layers: those that are to be quantized, by name.
         batch: one batch of inputs; all processes call this, each with its own.
+
+    Raises:
+        GETAError: no layer remains.
     """
     inputs = to_device(batch, next(model.parameters()).device)
     found: list[str] = find_raw_reads(model, layers, inputs)
@@ -46,6 +49,13 @@ def exclude_raw_reads(
         found = gather_object(found)
     if not found:
         return config
+    if set(found) >= set(layers):
+        example = layers[found[0]]
+        raise GETAError(
+            f"{type(model).__name__} has no layer to quantize: in each of {len(layers)}, such as {found[0]} "
+            f"({type(example).__name__}), the weight is read past the layer's forward, or the forward is one of its "
+            f"own; name other layers by `include`"
+        )
     excluded = exclude_layers(config, found, layers)
     logger.warning(
         "left in floating point: %s; the model reads the weight itself, past the layer's forward, where a quantizer "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -57,6 +57,7 @@ def plan_memory(
     config: CompressionConfig | None = None,
     space: PruningSpace | None = None,
     plan: Plan | None = None,
+    device: str | torch.device | None = None,
 ) -> MemoryPlan:
     """Estimate the memory that one process needs to train a model, without its weights and in seconds.
 
@@ -69,6 +70,9 @@ def plan_memory(
         args: Trainer's own: `optim`, `bf16`, `gradient_checkpointing`, `gradient_accumulation_steps` and the device.
         config: of a GETA run, for distillation, stages and rules; None for a plain one.
         space, plan: the pruning space and what the run is to end with; without them nothing is counted for pruning.
+        device: that the run will train on, such as "cuda", where this machine lacks it. The optimizer's step is then
+            that of the device, where several tensors may be updated at once with temporaries of all of them; forward
+            and backward are still those of the device of `args`, which is the default.
 
     Raises:
         MemoryUnknown: the forward asks for data, or fails, where there is none.
@@ -84,7 +88,8 @@ def plan_memory(
         >>> memory.step.optimizer  # AdamW keeps two values of four bytes a parameter, and its step counts
         90...
     """
-    return _plan_memory(model, batch, args, config, space, plan, None if config is None else make_method(config))
+    method = None if config is None else make_method(config)
+    return _plan_memory(model, batch, args, config, space, plan, method, device)
 
 
 def _plan_memory(
@@ -95,6 +100,7 @@ def _plan_memory(
     space: PruningSpace | None,
     plan: Plan | None,
     method: Method | None,
+    device: str | torch.device | None = None,
 ) -> MemoryPlan:
     """Do what `plan_memory` does, for a method that may have been attached to the model."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -109,7 +115,9 @@ def _plan_memory(
     with outlined(OUTLINE), outlines(mode):
         terms = LossTerms(_distiller(student, teacher, config), method, partial(_autocast, args))
         backward = _forward_and_backward(student, terms, inputs, args, _frozen(student, space))
-        state, temporary, notes = _optimizer(student, args)
+        state, temporary, notes = _optimizer(
+            student, args, mode, torch.device(args.device if device is None else device)
+        )
     own = _method_memory(model, method, space, plan)
     held = {"optimizer": state, "pruning": own.kept}
     gradients = sum(p.nbytes for p in student.parameters() if p.requires_grad)
@@ -239,27 +247,71 @@ def _loss(student: PreTrainedModel, terms: LossTerms, inputs: dict[str, Any], ar
 # --- the optimizer ------------------------------------------------------------------------------------------------
 
 
-def _optimizer(student: PreTrainedModel, args: TrainingArguments) -> tuple[int, int, tuple[str, ...]]:
+def _optimizer(
+    student: PreTrainedModel, args: TrainingArguments, mode: FakeTensorMode, device: torch.device
+) -> tuple[int, int, tuple[str, ...]]:
     """Return the bytes of the base optimizer's state, the temporary bytes of its step, and notes on unknowns."""
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.grad = torch.empty_like(parameter)
-    live = Live()
     try:
+        groups = _optimizer_groups(student, args, mode, device)
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args, student)
-        with live:
-            for parameter in parameters:
-                live.hold(parameter, "weights")
-                live.hold(parameter.grad, "gradients")  # type: ignore[arg-type]
-            before = live.level
-            # State is made in the first step, and what is alive afterwards is state; the rest of the peak is
-            # temporary.
-            optimizer = kind(parameters, **options)
-            optimizer.step()
-            state = live.level - before
+        return *optimizer_memory(kind, options, groups, args.max_grad_norm), ()
     except Exception as error:  # not installed, or a kernel of its own that wants data
-        return _optimizer_by_name(parameters, args, error)
-    return state, live.peak - before - state, ()
+        return _optimizer_by_name([p for p in student.parameters() if p.requires_grad], args, error)
+
+
+def _optimizer_groups(
+    student: PreTrainedModel, args: TrainingArguments, mode: FakeTensorMode, device: torch.device
+) -> list[dict[str, Any]]:
+    """Return outlines of the trained parameters on a device, in the groups that a trainer gives to its optimizer."""
+    own = quantizer_parameters(student)
+    # The method reads nothing of a trainer, and its patterns of names are Trainer's to keep.
+    decayed = set(Trainer.get_decay_parameter_names(None, student))  # type: ignore[arg-type]
+    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (args.weight_decay, 0.0, 0.0)]
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            outline = nn.Parameter(outline_of(parameter, mode, device))
+            outline.grad = torch.empty_like(outline)
+            # Quantizers come last: QASSO gives them a group of their own.
+            place = 2 if name in own else int(name not in decayed)
+            groups[place]["params"].append(outline)
+    return [group for group in groups if group["params"]]
+
+
+def optimizer_memory(
+    kind: Callable[..., torch.optim.Optimizer],
+    options: Mapping[str, Any],
+    groups: Sequence[dict[str, Any]],
+    max_grad_norm: float | None = None,
+) -> tuple[int, int]:
+    """Count what an optimizer keeps, and what clipping and its step take for a moment.
+
+    The step is run and not modelled, so a foreach implementation shows the temporaries that it makes of all tensors of
+    a group at once.
+
+    Args:
+        kind: the optimizer's class.
+        options: its keyword arguments.
+        groups: parameter groups, whose parameters have gradients; real tensors, or tensors without data.
+        max_grad_norm: as Trainer's; None or 0 clips nothing.
+
+    Returns:
+        The bytes of its state, and the most temporary bytes.
+    """
+    live = Live()
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    with live:
+        for parameter in parameters:
+            live.hold(parameter, "weights")
+            live.hold(parameter.grad, "gradients")
+        before = live.level
+        optimizer = kind(groups, **options)
+        if max_grad_norm:
+            nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        # The first step makes the state, group by group, so only the second has all of it next to its temporaries.
+        optimizer.step()
+        optimizer.step()
+        state = live.level - before
+    return state, live.peak - before - state
 
 
 def _optimizer_by_name(
@@ -339,6 +391,7 @@ def dry_run(
     config: CompressionConfig | None = None,
     peft_config: LoraConfig | None = None,
     steps: int | None = None,
+    device: str | torch.device | None = None,
 ) -> DryRun:
     """Find the pruning space, solve the targets and estimate the memory of a run, without reading a weight.
 
@@ -350,6 +403,7 @@ def dry_run(
         config: None for a plain run.
         peft_config: as GETATrainer takes it, with `config`.
         steps: of the optimizer in the entire run, where it is known; `args.max_steps` needs no repetition.
+        device: as in `plan_memory`.
 
     Raises:
         GETAError: nothing to quantize or to prune, a target out of reach, layers to drop that can't be, stages that do
@@ -373,7 +427,7 @@ def dry_run(
     empty: PreTrainedModel = empty_copy(model) if isinstance(model, PreTrainedModel) else empty_model(model)
     parameters = sum(parameter.numel() for parameter in empty.parameters())
     if config is None:
-        return DryRun(parameters, None, None, plan_memory(empty, batch, args))
+        return DryRun(parameters, None, None, plan_memory(empty, batch, args, device=device))
     _check_stages(make_method(config), args, steps)
     # Recording computes masks and positions from real values, and of `batch` only the shapes count.
     example = make_dummy_inputs(empty)
@@ -392,7 +446,7 @@ def dry_run(
     if peft_config is not None:
         attach_lora(empty, plan_lora(empty, peft_config, quantized_layers(empty)))
     try:
-        return DryRun(parameters, space, plan, _plan_memory(empty, batch, args, config, space, plan, method))
+        return DryRun(parameters, space, plan, _plan_memory(empty, batch, args, config, space, plan, method, device))
     except MemoryUnknown as error:
         error.plan = plan
         raise

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from geta_hf.errors import GETAError
 from geta_hf.qadg import Family, PruningSpace
 from geta_hf.utils.copies import copy_module
+from geta_hf.utils.process_state import random_state_kept
 
 logger = logging.get_logger(__name__)
 
@@ -71,7 +72,8 @@ def first_batches(loader: Callable[[], Iterable[Any]], count: int) -> list[Any]:
     # for.
     states = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        with random_state_kept(() if accelerator is None else (accelerator,)):
             batches = list(itertools.islice(loader(), count))
     except (StopIteration, ValueError) as error:
         raise GETAError(f"no batch can be made of train_dataset ({error or 'it is empty'})") from error

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel, is_compiled_module
 from torch import nn
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -61,9 +62,21 @@ def check_options(
     if args.auto_find_batch_size:
         raise GETAError("auto_find_batch_size restarts training half-way; find the batch size without GETATrainer")
     _check_optimizer_name(OptimizerNames(args.optim).value)
+    _check_devices(args)
     check_launch(launch)
     if lora:
         _check_lora(args, launch, optimizer)
+
+
+def _check_devices(args: TrainingArguments) -> None:
+    # Refused and not reduced to one GPU with a warning: that would divide the batch size by the number of GPUs and
+    # multiply the hours, and a refusal costs seconds.
+    if args.n_gpu > 1:
+        raise GETAError(
+            f"this process sees {args.n_gpu} GPUs, over which Trainer would copy the model at every step by "
+            f"nn.DataParallel, where a method sees no copy's gradients; start the script with `accelerate launch` or "
+            f"`torchrun --nproc_per_node {args.n_gpu}` to train on all of them, or with CUDA_VISIBLE_DEVICES=0 for one"
+        )
 
 
 def _check_optimizer_name(name: str) -> None:
@@ -108,10 +121,28 @@ def check_launch(launch: Launch) -> None:
 
 
 def check_plain(model: nn.Module) -> None:
-    """Raise GETAError for a model that could not be exported: wrapped by peft, or compressed before."""
+    """Raise GETAError for a model that could not be exported: wrapped by peft or for a launch, or compressed before."""
+    check_not_wrapped(model)
     if is_peft_available():
         from peft import PeftModel
 
         if isinstance(model, PeftModel):
             raise GETAError("the model is wrapped by peft already; give the plain model and peft_config")
     check_never_exported(model)
+
+
+def check_not_wrapped(model: nn.Module) -> None:
+    """Raise GETAError for a model that was wrapped for several devices or compiled: the trainer does that itself."""
+    inner = extract_model_from_parallel(model, keep_torch_compile=False)
+    if inner is model:
+        return
+    wrapper = type(model).__name__
+    if is_compiled_module(model):
+        raise GETAError(
+            f"the model is compiled already ({wrapper}); pass the {type(inner).__name__} inside, and set torch_compile "
+            f"in TrainingArguments"
+        )
+    raise GETAError(
+        f"the model is wrapped in {wrapper}; pass the {type(inner).__name__} inside (model.module) and start the "
+        f"script with `accelerate launch` or `torchrun`, so that the trainer wraps it"
+    )

@@ -9,8 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from geta_hf.utils.process_state import random_state_kept
+
 HALVES = (torch.float16, torch.bfloat16)
 """16-bit types. Their rounding errors are large enough to change which token, or which expert, is chosen."""
+
+
+def devices_of(model: nn.Module) -> set[torch.device]:
+    """Return the devices that hold a parameter or a buffer of a model."""
+    return {tensor.device for tensor in (*model.parameters(), *model.buffers())}
 
 
 @contextmanager
@@ -21,11 +28,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         model: any module. Each of its modules gets its own training flag back, which `model.train()` would not do.
     """
     modes = [(module, module.training) for module in model.modules()]
-    # Only the GPUs that the model is on: by default fork_rng saves the state of all, and warns if there are many.
-    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices, key=str)):
+        with torch.no_grad(), random_state_kept(devices_of(model)):
             yield
     finally:
         for module, training in modes:

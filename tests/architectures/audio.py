@@ -197,6 +197,13 @@ AUDIO = {
             "pitch_predictor_channels": 16,
             "pitch_predictor_layers": 2,
         },
+        # Two frames for each of 8 tokens.
+        labels=lambda: {
+            "spectrogram_labels": noise(2, 16, 8),
+            "duration_labels": torch.full((2, 8), 2),
+            "pitch_labels": noise(2, 8, 1),
+            "energy_labels": noise(2, 8, 1),
+        },
     ),
     "univnet": Architecture(
         "UnivNetModel",

@@ -23,12 +23,14 @@ class Architecture:
         settings: keyword arguments of its configuration class.
         inputs: makes the batch where `example_batch` cannot.
         length: tokens per row, where an architecture needs more than 8.
+        labels: makes what training passes in addition, where the forward asks for it.
     """
 
     model: str
     settings: Settings
     inputs: Callable[[], dict[str, Tensor]] | None = None
     length: int = 8
+    labels: Callable[[], dict[str, Tensor]] | None = None
 
 
 SIZES: Settings = {

@@ -173,10 +173,16 @@ def test_a_layer_of_zeros_keeps_its_clipping_value() -> None:
 
 
 @pytest.mark.parametrize("shape", [(64, 32), (7,), (3, 5, 4)])
-def test_histograms_are_those_of_a_weighted_bincount_without_its_use(monkeypatch, shape: tuple[int, ...]) -> None:
-    """A weighted `bincount` raises on a GPU under `torch.use_deterministic_algorithms(True)`; `index_add_` does not."""
+@pytest.mark.parametrize("channel_dim", [None, 0, -1])
+def test_histograms_are_those_of_a_weighted_bincount_without_its_use(
+    monkeypatch, shape: tuple[int, ...], channel_dim: int | None
+) -> None:
+    """On a GPU a weighted `bincount` has no deterministic form, and `index_add_` adds in any order."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).abs()
-    clip = torch.rand(shape[0], *[1] * (len(shape) - 1), generator=torch.Generator().manual_seed(1)) + 0.1
+    sizes = [1] * len(shape)
+    if channel_dim is not None:
+        sizes[channel_dim] = shape[channel_dim]
+    clip = torch.rand(sizes, generator=torch.Generator().manual_seed(1)) + 0.1
     seen = []
     measure = sensitivity.squared_error
     monkeypatch.setattr(
@@ -188,7 +194,11 @@ def test_histograms_are_those_of_a_weighted_bincount_without_its_use(monkeypatch
         assert weights is None
         return bincount(values, minlength=minlength)
 
+    def nowhere(*_: object) -> None:
+        raise AssertionError
+
     monkeypatch.setattr(torch, "bincount", without_weights)
+    monkeypatch.setattr(torch.Tensor, "index_add_", nowhere)
     rounding_errors(x, clip, ONE, (4,), search=False)
     relative = x / clip
     share = ((clip / clip.max()) ** 2).expand(shape)

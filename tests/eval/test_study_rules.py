@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval import study_rules
+from eval.results_file import append_result, read_results
 from eval.study_rules import Cell, Limits
 from eval.study_table import CONTROL, DENSE, MASKED, OURS, PAPER, ROUNDED, TAUGHT
 from eval.study_tasks import Lengths, Task, TextOptions, dense_model, text_task
@@ -62,7 +63,7 @@ def test_a_rerun_skips_what_is_finished_and_says_when_settings_differ(task: Task
     assert len({line["nats"] for line in first}) == 3
     again = study_rules.run_study(task, tmp_path, LENGTHS, LIMITS, [0, 1, 2], [CONTROL, DENSE])
     assert [(line["cell"], line["seed"]) for line in again] == [(CONTROL, 2)]
-    assert study_rules.read_results(tmp_path) == json.loads(json.dumps([*first, *again]))
+    assert read_results(tmp_path) == json.loads(json.dumps([*first, *again]))
     with pytest.raises(GETAError, match="other settings"):
         study_rules.run_study(task, tmp_path, Lengths(13, 4, 1e-3), LIMITS, [0])
 
@@ -88,11 +89,11 @@ def test_an_unknown_cell_is_refused(task: Task, tmp_path: Path) -> None:
 
 
 def test_a_line_cut_off_half_way_is_not_a_result(tmp_path: Path) -> None:
-    study_rules._append(tmp_path, {"cell": "a"})
+    append_result(tmp_path, {"cell": "a"})
     with (tmp_path / "results.jsonl").open("a") as file:
         file.write('\n{"cell": "b", "se')
-    study_rules._append(tmp_path, {"cell": "c"})
-    assert [line["cell"] for line in study_rules.read_results(tmp_path)] == ["a", "c"]
+    append_result(tmp_path, {"cell": "c"})
+    assert [line["cell"] for line in read_results(tmp_path)] == ["a", "c"]
 
 
 def test_kept_shares_counts_zero_groups_alone() -> None:
@@ -126,4 +127,4 @@ def test_the_command_runs_a_study_and_prints_its_table(tmp_path: Path, capsys: p
     table = capsys.readouterr().out
     assert table in printed
     assert table.splitlines()[0] == "### text"
-    assert [line["settings"]["dense"]["hidden"] for line in study_rules.read_results(tmp_path / "work")] == [32, 32]
+    assert [line["settings"]["dense"]["hidden"] for line in read_results(tmp_path / "work")] == [32, 32]

@@ -44,13 +44,13 @@ def test_loaded_as_loading_and_preparing_one_after_the_other(kind: str, compute:
 
 def test_no_weight_of_a_byte_is_ever_float(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bert().save_pretrained(tmp_path / "out")
-    decoded, plain = set(), PackedLayer.decoded
+    decoded, plain = set(), PackedLayer.decoded_rows
 
-    def noted(self: PackedLayer, codes: Tensor) -> Tensor:
+    def noted(self: PackedLayer, codes: Tensor, rows: slice) -> Tensor:
         decoded.add(self.bits)
-        return plain(self, codes)
+        return plain(self, codes, rows)
 
-    monkeypatch.setattr(PackedLayer, "decoded", noted)
+    monkeypatch.setattr(PackedLayer, "decoded_rows", noted)
     model, report = load_for_inference(AutoModelForQuestionAnswering, tmp_path / "out", "int8")
     assert decoded == {layer.bits for layer in packed_layers(model).values() if layer.bits > 8} != set()
     assert set(report.paths.values()) == {FLOAT, DYNAMIC}

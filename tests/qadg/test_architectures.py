@@ -92,9 +92,9 @@ def test_architecture_passes_all_gates_but_for_known_refusals_with_the_families_
     assert RECORDS[name]["families"] == families_found(result.space)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "resnet", "mamba"])
+@pytest.mark.parametrize("name", ["gpt2", "resnet", "mamba", "neomme"])
 def test_architecture_trains_and_exports(name: str) -> None:
-    """All of them do in `make zoo`; these are an attention, a convolution and a state-space model."""
+    """All of them do in `make zoo`; these are attention, convolution, a state space, and layers that start at zero."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = train_and_export(name)

@@ -61,6 +61,12 @@ def test_patterns_choose_and_refuse_to_match_nothing(bert) -> None:
         select_layers(bert, include=["("])
 
 
+@pytest.mark.parametrize("include", [None, ["."]])
+def test_a_model_without_any_such_layer_is_refused_by_name(include: list[str] | None) -> None:
+    with pytest.raises(GETAError, match=r"Module has no layer to quantize: .* no Linear, Conv1D or Conv2d"):
+        select_layers(in_list(nn.Conv1d(2, 2, 3), nn.ConvTranspose1d(2, 2, 3)), include)
+
+
 def test_parameters_keep_identity_name_dtype_mode_and_requires_grad(bert) -> None:
     bert.to(torch.bfloat16).eval()
     frozen = bert.bert.encoder.layer[0].intermediate.dense.weight.requires_grad_(False)
@@ -105,7 +111,20 @@ def test_a_weight_tied_to_an_unquantized_layer_is_refused() -> None:
     linear, table = nn.Linear(4, 8), nn.Embedding(8, 4)
     linear.weight = table.weight
     with pytest.raises(GETAError, match="tied to"):
-        attach_quantizers(in_list(linear, table))
+        attach_quantizers(in_list(linear, table), include=["layers"])
+
+
+@pytest.mark.parametrize("other", [nn.Linear(4, 8), nn.Embedding(8, 4)])
+def test_a_layer_tied_to_one_outside_the_blocks_is_not_selected_by_default(other: nn.Module) -> None:
+    inside, tied = nn.Linear(4, 4), nn.Linear(4, 8)
+    model = in_list(inside, tied)
+    model.head = other
+    tied.weight = other.weight
+    assert list(attach_quantizers(model)) == ["layers.0"]
+    # A layer that the user names is not left out without a word.
+    detach_quantizers(model)
+    with pytest.raises(GETAError, match=r"layers.1.weight is tied to head, which is not quantized"):
+        attach_quantizers(model, include=["layers"])
 
 
 def test_subclasses_keep_their_class_and_their_own_forward_is_refused() -> None:
@@ -154,16 +173,38 @@ def test_each_layer_equals_the_plain_one_on_its_quantized_weight(layer, shape, k
     assert torch.equal(layer(x), plain(x))
 
 
-def test_a_weight_without_values_is_refused() -> None:
+def test_a_weight_that_is_not_finite_is_refused() -> None:
     layer = nn.Linear(4, 4)
-    nn.init.zeros_(layer.weight)
-    with pytest.raises(GETAError, match=r"layers\.0\.weight: max\|W\| is 0"):
+    nn.init.constant_(layer.weight, float("nan"))
+    with pytest.raises(GETAError, match=r"layers\.0\.weight: max\|W\| is nan"):
         attach_quantizers(in_list(layer))
+
+
+@pytest.mark.parametrize("clipping", ["mse", "max"])
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize(
+    ("layer", "shape", "inputs"),
+    [(nn.Linear(16, 4), (3, 16), 16), (Conv1D(4, 16), (3, 16), 16), (nn.Conv2d(4, 4, 2), (3, 4, 5, 5), 16)],
+)
+def test_a_layer_of_zeros_is_quantized_and_learns(layer, shape, inputs, per_channel, clipping, caplog) -> None:
+    layer = copy.deepcopy(layer)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    attach_quantizers(in_list(layer), clipping=clipping, per_channel=per_channel)
+    assert "all weights are zero in layers.0:" in caplog.text
+    # The range that torch would have initialized the layer with.
+    assert torch.equal(layer.weight_quantizer.q_m, torch.full_like(layer.weight_quantizer.q_m, inputs**-0.5))
+    x = torch.randn(shape)
+    assert not layer(x).any()
+    layer(x).square().sum().backward()
+    assert not layer.weight.grad.any()  # as of the plain layer: the output is zero
+    (layer(x) - 1).square().sum().backward()
+    assert (layer.weight.grad != 0).all() and torch.isfinite(layer.weight_quantizer.d.grad).all()
 
 
 def test_a_failure_leaves_no_layer_quantized() -> None:
     good, bad = nn.Linear(4, 4), nn.Linear(4, 4)
-    nn.init.zeros_(bad.weight)
+    nn.init.constant_(bad.weight, float("inf"))
     model = in_list(good, bad)
     with pytest.raises(GETAError, match="max"):
         attach_quantizers(model)

@@ -45,13 +45,24 @@ def test_a_channel_of_zeros_gets_the_range_of_its_layer() -> None:
         assert found[2] == clipping_value(weight, 4, method) and (found > 0).all()
 
 
-@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_tensor_without_a_range_is_refused(value: float) -> None:
-    for weight in (torch.full((3, 3), value), torch.empty(0, 3)):
-        with pytest.raises(GETAError, match=r"some: max\|W\| is"):
-            channel_clipping_values(weight, 4, name="some")
+    with pytest.raises(GETAError, match=r"some: max\|W\| is"):
+        channel_clipping_values(torch.full((3, 3), value), 4, name="some")
+    for empty in (torch.empty(0, 3), torch.empty(3, 0)):
+        for find in (clipping_value, channel_clipping_values):
+            with pytest.raises(GETAError, match="some has no elements to quantize"):
+                find(empty, 4, name="some")
     with pytest.raises(GETAError, match="'mse' or 'max'"):
         clipping_value(torch.ones(3), 4, "best")
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("linear", (8, 25)), ("conv1d", (25, 8)), ("conv2d", (8, 1, 5, 5))])
+def test_a_tensor_of_zeros_gets_the_range_of_an_initialization(kind: str, shape: tuple[int, ...]) -> None:
+    weight, dim = torch.zeros(shape, dtype=torch.bfloat16), DIM[kind]
+    for method in ("mse", "max"):
+        assert clipping_value(weight, 4, method, channel_dim=dim) == pytest.approx(1 / 5)
+        assert channel_clipping_values(weight, 4, method, channel_dim=dim).tolist() == pytest.approx([1 / 5] * 8)
 
 
 def test_counting_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

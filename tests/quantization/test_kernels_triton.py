@@ -90,26 +90,53 @@ def test_a_gpu_gets_triton_and_repeats_itself_bit_for_bit() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted functions are not compiled")
-def test_every_variant_compiles_for_a_gpu_that_is_not_here() -> None:
-    """To machine code of an NVIDIA GPU, without one."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+@pytest.mark.parametrize("nonlinear", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [(1, 1), (64, 1), (1, 96)])
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_every_variant_fits_the_registers_and_loads_16_bytes(
+    architecture: int, scale: tuple[int, int], dtype: torch.dtype, nonlinear: bool
+) -> None:
+    """On NVIDIA GPUs that are not here: for one quantizer, for one a row and for one a column."""
+    found = compile_all((64, 96), scale, dtype, nonlinear, architecture)
+    assert len(found) == 3
+    for launch in found:
+        assert launch.stack == 0 and launch.registers <= 128 and launch.wide_loads
+        assert not (dtype != torch.float32 and launch.narrow_loads(16))
 
-    from geta_hf.quantization.kernels.triton_quantizer import _backward, _forward
 
-    fp32, bf16 = "*fp32", "*bf16"
-    values = {"d": fp32, "q_m": fp32, "t": fp32, "rows": "i32", "cols": "i32"}
-    target = GPUTarget("cuda", 90, 32)
-    for by_row, nonlinear in ((True, False), (True, True), (False, True)):
-        constants = {"NONLINEAR": nonlinear, "BY_ROW": by_row, "R": 1 if by_row else 32, "C": 2048 if by_row else 64}
-        forward, backward = {"x": bf16, "out": bf16}, {"grad": bf16, "x": bf16, "grad_x": bf16, "partial": fp32}
-        for function, tensors, flags in (
-            (_forward, forward, {}),
-            (_backward, backward, {"SUMS": True}),
-            (_backward, backward, {"SUMS": False}),
-        ):
-            constant = {**constants, **flags}
-            kinds = {**values, **tensors, **dict.fromkeys(constant, "constexpr")}
-            signature = {name: kinds[name] for name in function.arg_names}
-            source = ASTSource(function, signature, constant)
-            assert triton.compile(source, target=target, options={"enable_fp_fusion": False}).asm["cubin"]
+@pytest.mark.skipif(INTERPRETED, reason="interpreted functions are not compiled")
+@pytest.mark.parametrize("scale", [(1, 1), (63, 1), (1, 97)])
+def test_odd_sizes_spill_nothing(scale: tuple[int, int]) -> None:
+    """Their rows begin anywhere, so elements are read one by one, by neighboring threads."""
+    assert all(launch.stack == 0 for launch in compile_all((63, 97), scale, torch.bfloat16, True, 90))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted functions are not compiled")
+@pytest.mark.parametrize("cols", [2**31 - 16, 2**31 + 16])
+def test_positions_in_a_tensor_of_2_to_the_31_elements_do_not_overflow(cols: int) -> None:
+    """The last tile of the smaller one ends beyond 2^31."""
+    from geta_hf.quantization.kernels.triton_quantizer import _forward
+    from tests.compiled_kernels import compiled_for
+
+    x, scale = torch.zeros(16), torch.ones(1)
+    with compiled_for(90) as found:
+        _forward[(1,)](x, scale, scale, scale, x, 1, cols, False, True, 1, 2048, enable_fp_fusion=False)
+    # A comparison of positions with the size in 32 bits would let those that overflowed pass as negative ones.
+    assert "setp.lt.s64" in found[0].ptx
+
+
+def compile_all(
+    shape: tuple[int, int], scale: tuple[int, int], dtype: torch.dtype, nonlinear: bool, architecture: int
+) -> list:
+    from tests.compiled_kernels import compiled_for
+
+    x, d = torch.zeros(shape, dtype=dtype), torch.ones(scale)
+    t = torch.ones(1) if nonlinear else None
+    with using("triton"):
+        kernel = choose(x, EAGER)
+    with compiled_for(architecture) as found:
+        kernel.quantize(x, d, d, t)
+        kernel.gradients(x, x, d, d, t)
+        kernel.straight_through(x, x, d)
+    return found

@@ -153,7 +153,7 @@ def test_a_start_that_can_not_be_trained(argv: list[str], tmp_path: Path) -> Non
 
 
 def test_a_model_whose_memory_can_not_be_foreseen_is_trained(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise MemoryUnknown("it asks for data")
 
     monkeypatch.setattr(recipe, "dry_run", fail)

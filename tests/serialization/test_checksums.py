@@ -47,11 +47,37 @@ def stored_checksums(folder: Path) -> Any:
     return json.loads((folder / "config.json").read_text())["quantization_config"]["checksums"]
 
 
-def test_the_config_holds_the_crc_of_every_tensor(exported: Path) -> None:
+def crc(data: bytes) -> str:
+    """Returns what folders held at first."""
+    return f"{zlib.crc32(data):08x}"
+
+
+def grid(data: bytes) -> str:
+    """Returns the checksum as docs/folder_format.md words it, in integers of Python."""
+    sums = {"columns": b"", "rows": b""}
+    rows = [struct.unpack("<1021Q", data[at : at + 8168]) for at in range(0, len(data) - 8167, 8168)]
+    for start in range(0, len(rows), 64):
+        block = rows[start : start + 64]
+        sums["columns"] += b"".join((sum(column) % 2**64).to_bytes(8, "little") for column in zip(*block, strict=True))
+        sums["rows"] += b"".join((sum(row) % 2**64).to_bytes(8, "little") for row in block)
+    return crc(sums["columns"] + data[8168 * len(rows) :]) + crc(sums["rows"])
+
+
+def test_the_config_holds_the_checksum_of_every_tensor(exported: Path) -> None:
     stored, values = stored_checksums(exported), load_file(exported / "model.safetensors")
-    expected = {name: zlib.crc32(tensor.contiguous().numpy().tobytes()) for name, tensor in values.items()}
-    assert {name: int(text, 16) for name, text in stored.items()} == expected
+    assert stored == {name: grid(tensor.contiguous().numpy().tobytes()) for name, tensor in values.items()}
     verify_files([str(exported / "model.safetensors")], stored)
+
+
+def test_folders_with_the_crc_of_all_bytes_are_verified_too(exported: Path) -> None:
+    values = load_file(exported / "model.safetensors")
+    change_config(exported, {name: crc(tensor.contiguous().numpy().tobytes()) for name, tensor in values.items()})
+    AutoModelForQuestionAnswering.from_pretrained(exported)
+    flip(exported, NORM)
+    with pytest.raises(GETAError, match=f"{NORM} has changed"):
+        AutoModelForQuestionAnswering.from_pretrained(exported)
+    with pytest.raises(GETAError, match=f"{NORM} has changed"):
+        files_to_push(exported)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -133,22 +159,87 @@ def test_checksums_that_are_damaged_are_one_sentence(exported: Path, value: Any)
     assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
 
 
+ROW, BLOCK = 8 * 1021, 64 * 8 * 1021
+
+
+def bytes_of(size: int) -> torch.Tensor:
+    torch.manual_seed(size)
+    return torch.randint(256, (size,), dtype=torch.uint8)
+
+
 @pytest.mark.parametrize(
-    "tensor", [torch.tensor(3.0), torch.zeros(0), torch.arange(12).view(3, 4).T, torch.ones(3, dtype=torch.bfloat16)]
+    "tensor",
+    [
+        torch.tensor(3.0),
+        torch.zeros(0),
+        torch.arange(12).view(3, 4).T,
+        torch.ones(3, dtype=torch.bfloat16),
+        *(bytes_of(size) for size in (ROW - 1, ROW, ROW + 3, BLOCK, BLOCK + 2 * ROW + 5)),
+        torch.randn(3, 4000)[:, 1:],
+    ],
 )
 def test_a_checksum_is_that_of_the_bytes_in_the_file(tmp_path: Path, tensor: torch.Tensor) -> None:
-    save_file({"x": tensor.contiguous()}, tmp_path / "x.safetensors")
+    # Behind a byte, so that no integer of the second tensor lies at a multiple of 8 bytes.
+    save_file({"a": torch.ones(1, dtype=torch.uint8), "b": tensor.contiguous()}, tmp_path / "x.safetensors")
     data = (tmp_path / "x.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
-    assert int(checksum(tensor), 16) == zlib.crc32(data[8 + length :])
+    start, end = json.loads(data[8 : 8 + length])["b"]["data_offsets"]
+    assert checksum(tensor) == grid(data[8 + length + start : 8 + length + end])
+    verify_files([str(tmp_path / "x.safetensors")], checksums({"b": tensor}))
 
 
-def test_a_tensor_of_several_blocks_is_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("geta_hf.serialization.checksums._BLOCK", 7)
-    values = {"x": torch.arange(50.0), "y": torch.ones(3)}
+def test_integers_that_lie_at_odd_addresses_have_the_same_checksum() -> None:
+    data = bytes_of(2 * ROW)
+    for shift in (1, 4, 8):
+        moved = torch.cat([torch.zeros(shift, dtype=torch.uint8), data])
+        assert checksum(moved[shift:]) == checksum(data)
+
+
+@pytest.mark.parametrize("fill", ["random", "zeros", "ones"])
+def test_no_flipped_bit_is_missed(fill: str) -> None:
+    """Wherever carries go: in a sum of zeros a bit is set alone, among ones it runs to the last."""
+    data = {"random": bytes_of(3 * ROW + 9), "zeros": torch.zeros(3 * ROW + 9, dtype=torch.uint8)}
+    data["ones"] = ~data["zeros"]
+    tensor, generator = data[fill], torch.Generator().manual_seed(0)
+    expected = checksum(tensor)
+    for place in [*range(64), *torch.randint(8 * tensor.numel(), (200,), generator=generator).tolist()]:
+        tensor[place // 8] ^= 1 << place % 8
+        assert checksum(tensor) != expected
+        tensor[place // 8] ^= 1 << place % 8
+
+
+def damaged(data: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns other damage: pairs that a sum alone would miss, and what a disk or a network does."""
+    found = {name: data.clone() for name in ("highest bits", "one column", "one row", "page", "words", "rows", "pages")}
+    for name, places in {"highest bits": (7, 8 * 500 + 7), "one column": (7, ROW + 7), "one row": (0, 8)}.items():
+        for place in places:
+            found[name][place] ^= 128
+    found["page"][4096:8192] = 0
+    for name, size, distance in (("words", 8, ROW), ("rows", ROW, 2 * ROW), ("pages", 4096, 8192)):
+        found[name][:size], found[name][distance : distance + size] = data[distance : distance + size], data[:size]
+    return {**found, "shifted": data.roll(1), "shifted by a word": data.roll(8), "shifted by a row": data.roll(ROW)}
+
+
+def test_other_damage_is_seen() -> None:
+    data = bytes_of(5 * ROW + 100)
+    for name, changed in damaged(data).items():
+        assert not torch.equal(changed, data) and checksum(changed) != checksum(data), name
+
+
+def test_files_are_verified_where_another_device_is_the_default(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(3)}, tmp_path / "x.safetensors")
+    stored = checksums({"x": torch.ones(3)})
+    with torch.device("meta"):
+        verify_files([str(tmp_path / "x.safetensors")], stored)
+
+
+def test_a_tensor_of_several_blocks_is_read_to_its_end(tmp_path: Path) -> None:
+    values = {"x": bytes_of(2 * BLOCK + ROW + 7), "y": torch.ones(3)}
     stored = checksums(values)
     save_file(values, tmp_path / "x.safetensors")
     verify_files([str(tmp_path / "x.safetensors")], stored)
-    flip(tmp_path, "x", byte=199)
-    with pytest.raises(GETAError, match="x has changed"):
-        verify_files([str(tmp_path / "x.safetensors")], stored)
+    for byte in (BLOCK - 1, BLOCK, 2 * BLOCK, 2 * BLOCK + ROW + 6):
+        flip(tmp_path, "x", byte=byte)
+        with pytest.raises(GETAError, match="x has changed"):
+            verify_files([str(tmp_path / "x.safetensors")], stored)
+        flip(tmp_path, "x", byte=byte)

@@ -68,7 +68,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "NaN": (filled("qa_outputs.weight", float("nan")), "qa_outputs.weight holds nan before training"),
     "infinity": (filled(f"{DENSE}.bias", float("-inf")), f"{DENSE}.bias holds inf before training"),
-    "zeros": (lambda model: dense(model).weight.data.zero_(), rf"{DENSE}.weight: max\|W\| is 0.0.*exclude the layer"),
+    "an infinite weight": (filled(f"{DENSE}.weight", float("inf")), rf"{DENSE}.weight holds inf before training"),
     "subnormal": (
         lambda model: dense(model).weight.data.mul_(1e-39),
         rf"{DENSE}.weight: max\|W\| is .*scale it up.*exclude the layer",

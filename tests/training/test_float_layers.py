@@ -134,6 +134,9 @@ def test_layers_with_a_forward_of_their_own_are_left_float_unless_they_are_named
     model = nn.ModuleList(layers.values())
     config = GETAConfig()
     assert left_float(config, exclude_raw_reads(config, model, layers, {})) == ("h.*.router",)
+    routers = {name: layer for name, layer in layers.items() if isinstance(layer, Router)}
+    with pytest.raises(GETAError, match=r"no layer to quantize: in each of 2, such as h.0.router \(Router\)"):
+        exclude_raw_reads(config, model, routers, {})
     config = GETAConfig(include=["router", "up"])
     assert exclude_raw_reads(config, model, layers, {}) is config  # attaching refuses them with a reason
 

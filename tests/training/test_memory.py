@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.optim.optimizer import _foreach_supported_types
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -25,7 +27,7 @@ from geta_hf.methods import make_method
 from geta_hf.methods.parameter_groups import quantizer_parameters
 from geta_hf.quantization.kernels import outlined
 from geta_hf.training import memory
-from geta_hf.training.fake_tensors import OUTLINE, Live
+from geta_hf.training.fake_tensors import OUTLINE, Live, outlines
 from geta_hf.training.memory_report import MemoryPlan
 
 VOCABULARY, HIDDEN, LAYERS, ROWS, LENGTH = 96, 32, 2, 3, 16
@@ -151,6 +153,62 @@ def test_optimizer_state_and_gradients_are_exact(phi, batch, tmp_path, optim: st
     assert plan.step.optimizer == per_element * elements + steps
     assert plan.backward.optimizer == plan.step.optimizer
     assert plan.step.gradients == 4 * elements and not plan.notes
+
+
+FOREACH = [
+    (torch.optim.AdamW, {}, 0.01),
+    (torch.optim.AdamW, {"fused": True}, 0.01),
+    (torch.optim.AdamW, {"amsgrad": True}, 0.0),
+    (torch.optim.Adam, {}, 0.01),
+    (torch.optim.SGD, {}, 0.0),
+    (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}, 0.01),
+    (torch.optim.Adagrad, {}, 0.0),
+    (torch.optim.RMSprop, {"centered": True}, 0.0),
+    (torch.optim.NAdam, {}, 0.0),
+    (torch.optim.RAdam, {}, 0.01),
+    (torch.optim.Adamax, {}, 0.0),
+    (torch.optim.Adadelta, {}, 0.0),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "decay"), FOREACH)
+def test_a_step_on_cuda_is_foreseen_as_foreach_runs_it(
+    kind: Callable, options: dict[str, object], decay: float
+) -> None:
+    """Without a GPU, against real tensors on a CPU with the implementation that is the default on CUDA."""
+    shapes = [[(32, 32)] * 6 + [(64, 32)], [(32,)] * 3]
+
+    def groups(device: str, dtype: torch.dtype) -> list[dict[str, object]]:
+        return [{"params": [trained(s, device, dtype) for s in of], "weight_decay": decay} for of in shapes]
+
+    def trained(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> Tensor:
+        parameter = torch.nn.Parameter(torch.ones(shape, device=device, dtype=dtype))
+        parameter.grad = torch.ones_like(parameter)
+        return parameter
+
+    for dtype in (torch.float32, torch.bfloat16):
+        mode = FakeTensorMode()
+        with outlines(mode):
+            foreseen = memory.optimizer_memory(kind, options, groups("cuda", dtype), max_grad_norm=1.0)
+        asked = options if "fused" in options else {**options, "foreach": True}
+        assert foreseen == memory.optimizer_memory(kind, asked, groups("cpu", dtype), max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize(
+    ("optim", "decay", "copies"),
+    [("adamw_torch", 0.0, 1), ("adamw_torch_fused", 0.0, 0), ("sgd", 0.0, 0), ("sgd", 0.1, 1), ("adagrad", 0.0, 2)],
+)
+def test_a_plan_for_cuda_counts_the_temporaries_of_a_group(
+    phi, batch, tmp_path, optim: str, decay: float, copies: int
+) -> None:
+    args = arguments(tmp_path, optim=optim, weight_decay=decay)
+    plan = plan_memory(phi, batch, args, device="cuda")
+    matrices = sum(p.numel() for name, p in phi.named_parameters() if "bias" not in name and "layernorm" not in name)
+    assert plan.step.activations == pytest.approx(4 * copies * matrices, rel=0.02, abs=1000)
+    assert not plan.notes
+    # On a CPU torch updates one tensor after another.
+    assert plan_memory(phi, batch, args).step.activations <= 4 * 3 * VOCABULARY * HIDDEN
+    assert FakeTensor not in _foreach_supported_types
 
 
 def test_adafactor_keeps_rows_and_columns(phi, batch, tmp_path) -> None:

@@ -258,6 +258,29 @@ def test_launches_that_hide_groups_are_refused(state: dict, message: str) -> Non
         check_launch(Launch.of(accelerator, SimpleNamespace(tp_size=state.get("tp_size"))))
 
 
+def test_several_gpus_in_one_process_are_refused_with_the_ways_to_start(tmp_path) -> None:
+    """Trainer would copy the model over them by nn.DataParallel at every step."""
+    several = arguments(tmp_path)
+    several._n_gpu = 2
+    with pytest.raises(GETAError, match=r"sees 2 GPUs.*`torchrun --nproc_per_node 2`.*CUDA_VISIBLE_DEVICES=0"):
+        GETATrainer(BertForQuestionAnswering(tiny_bert_config()), several, train_dataset=rows())
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch.compile's own
+def test_a_model_that_is_wrapped_already_is_refused(tmp_path) -> None:
+    plain = BertForQuestionAnswering(tiny_bert_config())
+    # Without its constructor, which needs a group of processes.
+    spread = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(spread)
+    spread.module = plain
+    for wrapped in (nn.DataParallel(plain), spread):
+        message = f"wrapped in {type(wrapped).__name__}; pass the BertForQuestionAnswering inside.*accelerate launch"
+        with pytest.raises(GETAError, match=message):
+            GETATrainer(wrapped, arguments(tmp_path), train_dataset=rows())
+    with pytest.raises(GETAError, match=r"compiled already.*set torch_compile"):
+        GETATrainer(torch.compile(plain), arguments(tmp_path), train_dataset=rows())
+
+
 def test_launches_that_keep_groups_together_are_accepted() -> None:
     for state in ({}, {"fsdp_plugin": SimpleNamespace(fsdp_version=2)}):
         check_launch(Launch.of(SimpleNamespace(state=SimpleNamespace(**state)), None))

@@ -21,6 +21,7 @@ from geta_hf.serialization.encode import activation_bits
 from geta_hf.surgery.compare_outputs import comparison_mode
 from geta_hf.surgery.record import other_shape
 from geta_hf.utils.model_io import float_tensors, to_device
+from geta_hf.utils.process_state import full_precision
 
 if TYPE_CHECKING:
     from transformers.exporters import DynamoConfig, ExportedModel
@@ -157,7 +158,7 @@ def difference(loaded: ExportedModel, sample: Sample, allowed: float, what: str)
     batch: dict[str, Any] = sample.batch
     shapes = {name: tuple(getattr(item, "shape", ())) for name, item in batch.items()}
     try:
-        with quietly():
+        with quietly(), full_precision():
             found = float_tensors(loaded(**batch))
     except Exception as error:
         raise GETAError(f"the {what} cannot run a batch of {shapes}: {error}; export in the geta format") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,6 +22,7 @@ def write_geta(
     *,
     kept: Mapping[str, tuple[int, int]] | None = None,
     outputs: Outputs | None = None,
+    device: torch.device | None = None,
     max_shard_size: int | str | None = None,
 ) -> float:
     """Write a compressed model, reload it as anyone would, and prove that it computes the same.
@@ -31,6 +33,7 @@ def write_geta(
         batch: what the proof runs on.
         kept: family -> (groups kept, groups before), saved as geta_structure.json; None writes no such file.
         outputs: of `model` on the batch, where they are at hand.
+        device: where the reloaded model runs; by default where `model` is.
         max_shard_size: bytes, or a size such as `2GB`, beyond which weights are split into several files.
 
     Returns:
@@ -39,11 +42,11 @@ def write_geta(
     Raises:
         GETAError: the model cannot run the batch, or outputs differ once reloaded.
     """
-    expected = attention_outputs(model, batch) if outputs is None else outputs
+    expected = attention_outputs(model, batch, device=device) if outputs is None else outputs
     save_compressed(model, folder, **shard_options(max_shard_size))
     if kept is not None:
         write_structure(folder, model, kept)
     # In the same dtype and on the same device: other ones round differently, which is no fault of the folder.
     reloaded = type(model).from_pretrained(folder, dtype=model.dtype)
     reloaded.to(model.device)  # type: ignore[arg-type]
-    return prove_alike(model, expected, reloaded, batch, "reloaded")
+    return prove_alike(model, expected, reloaded, batch, "reloaded", device=device)

@@ -122,8 +122,7 @@ def note_bad(
     step: int,
     quantizers: Quantizers,
     named: Named,
-    quantizers_frozen: bool = False,
-    stand_ins: Mapping[str, str] | None = None,
+    gradient: Tensor,
 ) -> Tensor:
     """Return the first step at which a layer's quantizer, or its gradient, was not finite; -1 where none was.
 
@@ -132,15 +131,9 @@ def note_bad(
         step: the present one.
         quantizers: all of the model.
         named: parameters by name.
-        quantizers_frozen: whether quantizers have no gradient.
-        stand_ins: weight without a gradient -> a parameter whose gradient shows what is wrong with it.
+        gradient: shape (entries,): those of d, or what shows as well whether a weight's gradient is finite.
     """
     d, q_m, t = (torch.isfinite(value) for value in quantizers.read(named))
-    if quantizers_frozen:
-        gradient = quantizers.of_weights(squared_gradients(quantizers, named, stand_ins))
-    else:
-        # A gradient of d sums over the entire weight's, so that one bad value there shows, and d is a single number.
-        gradient = quantizers.gather("d", named, 0.0, gradient=True)
     finite = (d & q_m & t, torch.isfinite(gradient))
     # Over channels the mean of bad entries, so that one bad channel marks its layer.
     bad = torch.stack([quantizers.by_layer((~ok).float()) > 0 for ok in finite])

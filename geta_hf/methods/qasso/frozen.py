@@ -91,7 +91,7 @@ class GradientSums:
         if labels:
             product = (x * gradient).float()
             for cut in labels:
-                self._inner.index_add_(0, cut.label, sum_others(product, cut.dim))
+                cut.sums().add_to(self._inner, sum_others(product, cut.dim))
 
     def take(self) -> tuple[Tensor, Tensor]:
         """Return ⟨g, x⟩ of every group, shape (groups,), and ‖g‖² of every weight, shape (layers,).

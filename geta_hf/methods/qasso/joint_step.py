@@ -171,16 +171,15 @@ def family_sums(steps: Sequence[SliceStep], families: int) -> Tensor:
     """
     total = torch.zeros(4, families, device=steps[0].after.device)
     for step in steps:
-        family = step.piece.family
         dim = step.piece.dim
         # |clip|, not clip: a signed mean is about 0 for weights of both signs, and γ would silently stay 0.
-        total[0].index_add_(0, family, sum_others(step.clip.abs(), dim))
+        magnitude = sum_others(step.clip.abs(), dim)
         # The number of elements at each index; one number for all, so that nothing has to be counted on the device.
-        elements = step.clip.numel() // max(len(family), 1)
-        total[1].index_add_(0, family, torch.full(family.shape, float(elements), device=family.device))
+        elements = step.clip.numel() // max(len(magnitude), 1)
+        sums = [magnitude, torch.full_like(magnitude, elements)]
         if step.grad is not None and step.step is not None:
-            total[2].index_add_(0, family, sum_others(step.grad * step.clip, dim))
-            total[3].index_add_(0, family, sum_others(step.grad * step.step, dim))
+            sums += [sum_others(step.grad * value, dim) for value in (step.clip, step.step)]
+        step.piece.by_family.add_to(total[: len(sums)], torch.stack(sums))
     return add_up(total, steps[0].piece.shard)
 
 
@@ -254,7 +253,8 @@ def pair_sums(steps: Sequence[SliceStep], pairs: LayerFamilyPairs, families: int
             # γ is of a family, over all layers; d is of one layer, so its inner products are of that layer's slices
             # alone.
             sums = torch.stack([sum_others(step.grad * value, dim) for value in (step.res, step.step)])
-            total.index_add_(1, pair_positions(step, pairs, families), sums)
+            for family, of_family in step.piece.by_family.of(sums):
+                total.index_add_(1, torch.searchsorted(pairs.key, step.layer * families + family), of_family)
     return add_up(total, steps[0].piece.shard)
 
 

@@ -46,6 +46,7 @@ from geta_hf.methods.qasso.equations import (
 from geta_hf.methods.qasso.frozen import GradientSums, check_rules, forget_frozen
 from geta_hf.methods.qasso.joint_step import RedundantSlices
 from geta_hf.methods.qasso.schedule import COOLDOWN, JOINT, PROJECTION, WARMUP, Phase, Schedule, note_short_run
+from geta_hf.methods.qasso.silent_gradients import check_learned
 from geta_hf.methods.qasso.slices import Product, Slice, build_slices, group_sums, zero_moments, zero_slices
 from geta_hf.methods.qasso.state import REDUNDANT, REMOVED, QASSOState, restore_vectors, store_vectors
 from geta_hf.methods.rounding import round_bits
@@ -163,8 +164,9 @@ class QASSO(torch.optim.Optimizer):
         self.ledger = ledger or Ledger.of_tensors(self.families, named, self.quantizers.own_weights)
         self.target: Target = target or goal or solve_target(config, self.families, self.ledger)
         self.qasso_state = QASSOState.start(
-            self.ledger.groups, self.quantizers.weight_layers, len(self.quantizers.prefixes)
+            self.ledger.groups, self.quantizers.weight_layers, len(self.quantizers.prefixes), len(self.quantizers.layer)
         )
+        self._learned_by = schedule.first_start_after(2)
         self.gamma: Tensor | None = None
         self.frozen = frozen or FrozenWeights()
         self._scored = self._scored_slices(named)
@@ -558,15 +560,24 @@ class QASSO(torch.optim.Optimizer):
     # --- guards -------------------------------------------------------------------------------------------------------
 
     def _note_bad(self, phase: Phase, named: Named) -> None:
-        """Note values that are not finite; at the first step of a stage or period raise for what was noted."""
+        """Note values that are not finite, and gradients of zero; raise for them where a stage or period starts."""
         state = self.qasso_state
         cooling = phase.stage == COOLDOWN
         if self.quantizers.prefixes:
             # A frozen weight has no gradient here. That of its B is a product with the same activations and errors.
             stand_ins = {weight: own.b for weight, own in self.frozen.adapters.items()}
-            state.bad_step = note_bad(state.bad_step, self.step_count, self.quantizers, named, cooling, stand_ins)
+            if cooling:  # quantizers are frozen
+                gradient = self.quantizers.of_weights(squared_gradients(self.quantizers, named, stand_ins))
+            else:
+                # A gradient of d sums over the entire weight's, so that one bad value there shows, and d is one number.
+                gradient = self.quantizers.gather("d", named, 0.0, gradient=True)
+            state.bad_step = note_bad(state.bad_step, self.step_count, self.quantizers, named, gradient)
+            if self.step_count <= self._learned_by and not cooling:
+                state.learned |= gradient != 0  # NaN counts as learned; `refuse_bad` is there for it
         if phase.starts:
             self.check_finite()
+        if self.quantizers.prefixes and self.step_count == self._learned_by:
+            check_learned(state.learned, self.quantizers, named, self.state, self.step_count, stand_ins)
 
     def check_finite(self) -> None:
         """Raise GETAError when a gradient or a quantizer was NaN or infinite; waits for the device."""

@@ -161,6 +161,10 @@ class Schedule:
             return phase.period == self.projection_periods - 1
         return self.projection == 0 and self.averages(phase)
 
+    def first_start_after(self, steps: int) -> int:
+        """Return the first step at which a stage or period starts, with `steps` or more before it; -1 if none does."""
+        return next((step for step in range(steps, self.total) if self.at(step).starts), -1)
+
     def at(self, step: int) -> Phase:
         """Return the phase of 0-based optimizer step `step`; steps beyond `total` are cool-down."""
         joint_start = self.warmup + self.projection

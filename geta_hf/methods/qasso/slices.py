@@ -1,7 +1,7 @@
 """The slices of groups inside tensors: sums over them, and the redundant ones gathered and written once a step.
 
 A group's vector [x]_g is every slice that is removed with it, in all tensors. Nothing here loops over groups: there is
-one gather and one index_add for each (tensor, dim). Indices are listed at a period's start; between period boundaries
+one gather and one sum for each (tensor, dim). Indices are listed at a period's start; between period boundaries
 nothing waits for the device. All of them are positions in what this process holds.
 """
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from geta_hf.qadg.group_labels import GroupLabels, marked
+from geta_hf.utils.label_sums import LabelSums
 from geta_hf.utils.shards import Shard, add_up, local, shard_of
 
 Named = Mapping[str, Tensor]
@@ -43,9 +44,10 @@ def group_sums(labels: Sequence[GroupLabels], named: Named, groups: int, product
         per_slice = sum_others(product(x, g).float(), cut.dim)
         shard = shard_of(parameter, cut.tensor)
         if shard is None:
-            whole.index_add_(0, cut.label, per_slice)
+            cut.sums().add_to(whole, per_slice)
         else:
-            split.index_add_(0, shard.part(cut.label, cut.dim), per_slice)
+            held_here = (shard.start, shard.stop) if cut.dim == shard.dim else (0, None)
+            cut.sums(*held_here).add_to(split, per_slice)
             held = shard
     return (whole + add_up(split, held))[:groups]
 
@@ -69,6 +71,7 @@ class Slice:
         index: int64, shape (indices,): positions along `dim` of what this process holds.
         family: int64, shape (indices,): the family that each position belongs to.
         families: all families that cut here, on every process alike.
+        by_family: adds up values along `index` by family.
         shard: how the tensor is split over processes.
         x, grad: the values and gradients before the base step.
         keep: 0 at `index` and 1 elsewhere along `dim`; made when it is first needed.
@@ -79,6 +82,7 @@ class Slice:
     index: Tensor
     family: Tensor
     families: list[int]
+    by_family: LabelSums
     shard: Shard | None = None
     x: Tensor | None = None
     grad: Tensor | None = None
@@ -164,7 +168,8 @@ def build_slices(labels: Sequence[GroupLabels], mask: Tensor, family: Tensor, na
         index = torch.nonzero(hit).flatten()
         device = local(parameter).device
         owner = family[label[index]].to(device)
-        found.append(Slice(cut.tensor, cut.dim, index.to(device), owner, families, shard))
+        sums = LabelSums(owner)
+        found.append(Slice(cut.tensor, cut.dim, index.to(device), owner, families, sums, shard))
     return found
 
 

@@ -21,7 +21,7 @@ IMPORTANT, REDUNDANT, REMOVED = 0, 1, 2
 
 _PREFIX = "qasso."
 
-_ADDED = frozenset({"input_square"})
+_ADDED = frozenset({"input_square", "learned"})
 """Vectors that checkpoints of earlier versions lack; they then start as they are in a new run."""
 
 
@@ -36,6 +36,7 @@ class QASSOState:
         input_square: fp32, shape (inputs,): moving average of ⟨g, x^Q - x⟩² of every quantized input.
         bad_step: int64, shape (2, layers): the step at which a layer's quantizer (row 0) or its gradient (row 1) was
             first NaN or infinite; -1 where it never was.
+        learned: bool, shape (entries,): step sizes that had a gradient other than zero before `check_learned`.
     """
 
     status: Tensor
@@ -43,15 +44,17 @@ class QASSOState:
     curvature: Tensor
     input_square: Tensor
     bad_step: Tensor
+    learned: Tensor
 
     @classmethod
-    def start(cls, groups: int, weight_layers: int, layers: int) -> QASSOState:
+    def start(cls, groups: int, weight_layers: int, layers: int, entries: int) -> QASSOState:
         """Return the state before the first step.
 
         Args:
             groups: number of groups.
             weight_layers: number of quantized weights.
             layers: number of quantizers, those of inputs included.
+            entries: number of step sizes of all quantizers.
         """
         return cls(
             # Zero is IMPORTANT: in the beginning nothing is forgotten.
@@ -60,6 +63,7 @@ class QASSOState:
             curvature=torch.zeros(weight_layers),
             input_square=torch.zeros(layers - weight_layers),
             bad_step=torch.full((2, layers), -1, dtype=torch.int64),
+            learned=torch.zeros(entries, dtype=torch.bool),
         )
 
     @property
@@ -78,6 +82,7 @@ class QASSOState:
         self.curvature = self.curvature.to(device)
         self.input_square = self.input_square.to(device)
         self.bad_step = self.bad_step.to(device)
+        self.learned = self.learned.to(device)
 
     def vectors(self) -> dict[str, Tensor]:
         """Return the vectors by the names that they have in a checkpoint."""

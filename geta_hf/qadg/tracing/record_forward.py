@@ -23,7 +23,8 @@ from geta_hf.errors import GETAError
 from geta_hf.qadg.tracing.graph import Graph, Value
 from geta_hf.qadg.tracing.recorder import KeptContent, Recorder
 from geta_hf.utils.model_io import map_tensors
-from geta_hf.utils.process_state import exclusive, plain_kernels
+from geta_hf.utils.module_state import devices_of
+from geta_hf.utils.process_state import exclusive, plain_kernels, random_state_kept
 
 _SETTINGS = {"use_cache": False, "_experts_implementation_internal": "batched_mm"}
 """Fields of every config while recording: a cache is no output, and experts' fused kernel has no meta version."""
@@ -106,7 +107,7 @@ def _record(model: nn.Module, batch: Mapping[str, Any], real: bool) -> Graph:
         stack.enter_context(exclusive())
         stack.enter_context(torch.no_grad())
         # A forward that draws random numbers must not change those that the user's training draws next.
-        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(random_state_kept(devices_of(model)))
         stack.enter_context(unchanged(model))
         stack.enter_context(_recordable(model))
         stack.enter_context(plain_kernels())

@@ -14,7 +14,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from geta_hf.errors import GETAError
 from geta_hf.quantization.kernels.blocked import BLOCK, blocked
 from geta_hf.quantization.kernels.compiled import compiled
 from geta_hf.quantization.kernels.kernel import Kernel
+from geta_hf.utils.gpu import runs_triton
 
 NAMES = ("eager", "blocked", "compiled", "triton")
 _VARIABLE = "GETA_KERNEL"
@@ -104,16 +104,11 @@ def _known(name: str) -> str:
 
 def _fastest(x: Tensor) -> str:
     if x.is_cuda:
-        return "triton" if _has_triton() else "eager"
+        return "triton" if runs_triton(x.device) else "eager"
     # One block gains nothing from being a block.
     if x.device.type != "cpu" or x.numel() <= BLOCK:
         return "eager"
     return "compiled" if x.numel() >= COMPILE_FROM else "blocked"
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 @cache

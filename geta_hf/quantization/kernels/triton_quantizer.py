@@ -26,8 +26,9 @@ TILE = 2048  # elements that one program works on: 16 per thread
 @triton.jit
 def _place(rows: tl.tensor, cols: tl.tensor, R: tl.constexpr, C: tl.constexpr) -> tuple:
     """Return this program's tile: its row and column among the tiles, and the rows and columns of the matrix in it."""
-    across = tl.cdiv(cols, C)
-    down, right = tl.program_id(0) // across, tl.program_id(0) % across
+    # 64-bit, since positions beyond the edge exceed 2^31 before a tensor's size does; and cdiv would add to the size.
+    across, program = (cols - 1) // C + 1, tl.program_id(0).to(tl.int64)
+    down, right = program // across, program % across
     return down, right, down * R + tl.arange(0, R), right * C + tl.arange(0, C)
 
 

@@ -1,0 +1,91 @@
+"""Run a table of the paper's evaluation, or render what has been measured.
+
+    python -m eval.tables table5 --model M --train_file T --eval_file E --other_file O --work W
+    python -m eval.tables render --work W
+
+`M` is a folder or a Hub name, such as `bert-base-uncased`. The dense model is fine-tuned from it once and kept in `W`;
+every cell starts from there and takes the same number of steps. A finished cell is one line of `W/results.jsonl`; an
+interrupted command goes on where it stopped, and several commands with other `--rows` share a folder one after another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from eval.results_file import read_results
+from eval.study_tasks import Lengths, QuestionOptions, question_task
+from eval.tables.cells import cells_of, run_table
+from eval.tables.render import render
+from eval.tables.rows import TABLES
+from geta_hf import GETAError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m eval.tables", description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("render", help="print the tables as Markdown").add_argument("--work", type=Path, required=True)
+    for table in TABLES.values():
+        _add_table(commands.add_parser(table.name, help=table.title))
+    return parser
+
+
+def _add_table(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--work", type=Path, required=True, help="dense model and results.jsonl; a rerun continues there")
+    add("--name", default="squad", help="of the study, in the results")
+    add("--model", required=True, help="folder or Hub name to fine-tune first")
+    add("--train_file", required=True, help="SQuAD v1.1, .json or .json.gz")
+    add("--eval_file", required=True)
+    add("--other_file", help="questions about text of another kind, only scored")
+    add("--train_questions", type=int, help="size of a random sample; all by default")
+    add("--eval_questions", type=int, help="size of a random sample; all by default")
+    add("--other_questions", type=int, help="size of a random sample; all by default")
+    add("--max_length", type=int, default=384, help="tokens of a training window")
+    add("--doc_stride", type=int, default=128)
+    add("--bf16", action="store_true", help="run under bfloat16 autocast")
+    add("--steps", type=int, default=5500, help="of every cell; about an epoch of SQuAD at 16 windows a step")
+    add("--batch_size", type=int, default=16)
+    add("--learning_rate", type=float, default=5e-5)
+    add("--dense_steps", type=int, default=11000, help="of the first fine-tuning")
+    add("--dense_learning_rate", type=float, default=5e-5)
+    add("--seeds", type=int, nargs="+", default=[0])
+    add("--sparsity", type=float, nargs="+", help="some of the table's; all by default")
+    add("--rows", nargs="+", help="some of the table's; all by default")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command that the module's docstring describes."""
+    args = _parser().parse_args(argv)
+    if args.command == "render":
+        print(render(read_results(args.work)))
+        return
+    table = TABLES[args.command]
+    # Before the data is read and anything trained: a misspelled row costs nothing.
+    cells = cells_of(table, args.seeds, args.sparsity, args.rows)
+    options = QuestionOptions(
+        model=args.model,
+        train_file=args.train_file,
+        eval_file=args.eval_file,
+        other_file=args.other_file,
+        train_questions=args.train_questions,
+        eval_questions=args.eval_questions,
+        other_questions=args.other_questions,
+        max_length=args.max_length,
+        eval_max_length=384,
+        doc_stride=args.doc_stride,
+        bf16=args.bf16,
+    )
+    dense = Lengths(args.dense_steps, args.batch_size, args.dense_learning_rate)
+    task = question_task(options, dense, args.name)
+    run_table(table, task, args.work, Lengths(args.steps, args.batch_size, args.learning_rate), cells)
+    print(render([line for line in read_results(args.work) if line["table"] == table.name]))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except GETAError as error:
+        sys.exit(f"error: {error}")

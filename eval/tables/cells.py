@@ -1,0 +1,177 @@
+"""Train and score the cells of a table that its results lack."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, Trainer, set_seed
+
+from eval.results_file import Line, append_result, read_results
+from eval.study_rules import kept_shares
+from eval.study_tasks import Lengths, Task, dense_model, training_arguments
+from eval.tables.rows import Row, Table, config_of
+from geta_hf import GETAError, GETATrainer
+from geta_hf.config import CompressionConfig
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure of a table: a row at a sparsity and a seed; dense rows have no sparsity."""
+
+    row: Row
+    sparsity: float | None
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, float | None, int]:
+        """What names the cell in a table's results."""
+        return (self.row.name, self.sparsity, self.seed)
+
+
+def cells_of(
+    table: Table, seeds: Sequence[int], sparsities: Sequence[float] | None = None, names: Sequence[str] | None = None
+) -> list[Cell]:
+    """Return the cells of a table in the order in which they are run: all rows of one sparsity and seed together.
+
+    Args:
+        table: what to measure.
+        seeds: one run of every cell for each; the outer loop.
+        sparsities: some of the table's; None for all.
+        names: rows to run; None for all.
+
+    Raises:
+        GETAError: an unknown row.
+    """
+    known = [row.name for row in table.rows]
+    unknown = sorted(set(names or ()) - set(known))
+    if unknown:
+        raise GETAError(f"table {table.name} has no rows {unknown}; it has {known}")
+    return list(_cells(table, seeds, sparsities or table.sparsities, names))
+
+
+def _cells(
+    table: Table, seeds: Sequence[int], sparsities: Sequence[float], names: Sequence[str] | None
+) -> Iterator[Cell]:
+    for seed in seeds:
+        rows = [row for row in table.rows if names is None or row.name in names]
+        for row in rows:
+            # No seed changes the model that everything starts from.
+            if row.kind == "control" or (row.kind == "dense" and seed == seeds[0]):
+                yield Cell(row, None, seed)
+        for sparsity in sparsities:
+            for row in rows:
+                if row.compressed:
+                    yield Cell(row, sparsity, seed)
+
+
+def run_table(table: Table, task: Task, work: Path, lengths: Lengths, cells: Sequence[Cell]) -> list[Line]:
+    """Run the cells that `work/results.jsonl` lacks, and append each as it ends.
+
+    Args:
+        table: what is measured.
+        task: the model, its data and its score.
+        work: holds the dense model and the results.
+        lengths: of a row whose `steps` is 1.
+        cells: those to run.
+
+    Returns:
+        The new lines. A cell that raises GETAError is reported, skipped, and tried again by the next run.
+
+    Raises:
+        GETAError: results of this table under other settings.
+    """
+    dense = {**task.settings, **vars(task.dense)}
+    settings = json.loads(json.dumps({**vars(lengths), "dense": dense, "scored": task.scored}))
+    done = [line for line in read_results(work) if line["table"] == table.name and line["study"] == task.name]
+    if any(line["settings"] != settings for line in done):
+        raise GETAError(f"{work} holds results of {table.name} under other settings; give another --work or --name")
+    finished: dict[tuple[str, float | None, int], Line] = {
+        (line["row"], line["sparsity"], line["seed"]): line for line in done
+    }
+    folder = dense_model(task, work)
+    new = []
+    for cell in cells:
+        if cell.key in finished:
+            continue
+        try:
+            measured = _run_cell(table, task, cell, folder, lengths, finished)
+        except GETAError as error:
+            print(f"{table.name}, {cell.key}: {error}", file=sys.stderr, flush=True)
+            continue
+        line = {"table": table.name, "study": task.name, "row": cell.row.name, "sparsity": cell.sparsity}
+        line = {**line, "seed": cell.seed, "settings": settings, **measured}
+        append_result(work, line)
+        finished[cell.key] = line
+        new.append(line)
+        print(json.dumps({**measured, "row": cell.row.name, "sparsity": cell.sparsity}), flush=True)
+    return new
+
+
+def _run_cell(
+    table: Table, task: Task, cell: Cell, folder: Path, lengths: Lengths, finished: Mapping[Any, Line]
+) -> Line:
+    seconds = time.perf_counter()
+    set_seed(cell.seed)
+    if cell.row.kind == "dense":
+        return {**task.score(task.load(folder)), "bytes": stored_bytes(folder), "relative_bops": 1.0, "tokens": 0}
+    config = None
+    if cell.row.compressed:
+        config = config_of(table, cell.row, float(cell.sparsity or 0), _figures(cell, finished))
+    steps = max(round(lengths.steps * cell.row.steps), 1)
+    own = Lengths(steps, lengths.batch_size, lengths.learning_rate)
+    measured = _train(task, config, task.load(folder), folder.parent, own, cell.seed)
+    return {**measured, "steps": steps, "seconds": round(time.perf_counter() - seconds, 1)}
+
+
+def _figures(cell: Cell, finished: Mapping[Any, Line]) -> Line | None:
+    """Return the result of the row that a cell takes a figure from."""
+    if cell.row.equals is None:
+        return None
+    _, other = cell.row.equals
+    found = finished.get((other, cell.sparsity, cell.seed))
+    if found is None:
+        raise GETAError(f"{cell.row.name!r} takes a figure from {other!r}, which is not measured yet; run that row too")
+    return found
+
+
+def _train(
+    task: Task, config: CompressionConfig | None, model: PreTrainedModel, work: Path, lengths: Lengths, seed: int
+) -> Line:
+    """Train one cell, and score what a user would load: the exported folder."""
+    arguments = training_arguments(task, work / "cell", lengths, seed, include_num_input_tokens_seen="non_padding")
+    common: dict[str, Any] = {
+        "model": model,
+        "args": arguments,
+        "train_dataset": task.features,
+        "data_collator": task.collator,
+    }
+    written = work / "cell_exported"
+    shutil.rmtree(written, ignore_errors=True)
+    found: Line = {"relative_bops": 1.0}
+    if config is None:
+        trainer = Trainer(**common)
+        trainer.train()
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).save_pretrained(written)
+    else:
+        trainer = GETATrainer(geta_config=config, **common)
+        trainer.train()
+        state = trainer.compression_state()
+        found = {"relative_bops": state["relative_bops"], "mean_bits": state["mean_bits"]}
+        found |= kept_shares(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), trainer.space)
+        trainer.export_model(written)
+    found |= {"bytes": stored_bytes(written), "tokens": int(trainer.state.num_input_tokens_seen)}
+    found |= task.score(task.load(written))
+    shutil.rmtree(written)
+    return found
+
+
+def stored_bytes(folder: Path) -> int:
+    """Return the bytes of a folder's safetensors files."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
