@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from geta_hf.costs.ledger import Ledger
+from geta_hf.errors import GETAError
 from geta_hf.methods import OneShotConfig, make_method
 from geta_hf.methods.one_shot import Calibration
 from geta_hf.quantization import detach_quantizers
@@ -123,16 +124,18 @@ def run(
     # The last quarter is held back, of the same blocks for every method.
     split = 3 * len(chosen) // 4
     data = Calibration(batches_of(chosen[:split]), batches_of(chosen[:split]), batches_of(chosen[split:]))
-    outcome = make_method(config).compress(model, data, space, ledger)  # type: ignore[attr-defined]
+    key = {"method": name, "bits": bits, "draw": draw, "dense": float(dense.mean())}
+    try:
+        outcome = make_method(config).compress(model, data, space, ledger)  # type: ignore[attr-defined]
+    except GETAError as error:
+        # Rounding alone may not reach a budget, as step sizes take their part of it.
+        return {**key, "above": None, "reason": str(error)}
     seconds = time.perf_counter() - start
     change = loss_of_each(model, scored) - dense
     detach_quantizers(model)
     trial = outcome.trials[outcome.chosen]
     return {
-        "method": name,
-        "bits": bits,
-        "draw": draw,
-        "dense": float(dense.mean()),
+        **key,
         "above": float(change.mean()),
         "error": float(change.std() / len(change) ** 0.5),
         "share": trial.share,
@@ -148,6 +151,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for bits, name in keys:
         own = [row for row in rows if (row["bits"], row["method"]) == (bits, name)]
+        if any(row["above"] is None for row in own):
+            lines.append((f"{bits:g}", name, "out of reach", "", "", "", ""))
+            continue
         above = torch.tensor([row["above"] for row in own])
         spread = f" ({above.min():.3f} to {above.max():.3f})" if len(own) > 1 else ""
         removed = sum(row["share"] for row in own) / len(own)

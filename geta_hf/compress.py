@@ -134,7 +134,7 @@ def compress(
     overwrite: bool = False,
     progress: bool = True,
 ) -> CompressReport:
-    """Compress a model without training and write it as a small folder.
+    """Make a model smaller without training, and write it as a folder.
 
     What removing a group and rounding a weight cost is estimated from gradients on half of the calibration data. Splits
     of the budget between the two are compared on data that is held back. Then layer after layer loses inputs and is

@@ -17,15 +17,18 @@ from geta_hf.costs.joint_allocation import ExpectedLosses, allocate_jointly
 from geta_hf.costs.ledger import ROUNDING, Ledger
 from geta_hf.costs.selection import Limits, find_chunks, take_count, take_until
 from geta_hf.costs.sensitivity import RoundingErrors
-from geta_hf.costs.targets import BOPS, BYTES, GROUPS, MEAN_BITS, Target, most_removed, solve_target
+from geta_hf.costs.targets import BOPS, BYTES, GROUPS, MEAN_BITS, PARAMETERS, Target, most_removed, solve_target
 from geta_hf.errors import GETAError
 from geta_hf.methods.one_shot.config import OneShotConfig
 from geta_hf.qadg.group_types import Family
 
-RATES = (0.5, 1.0, 2.0, 4.0)
+RATES = (2.0, 4.0)
 """What the expected loss of a removal is multiplied by before it competes with that of rounding.
 
 Compensation lowers both, by how much cannot be told before, so several rates are tried."""
+
+SHARES = (0.1, 0.2, 0.3)
+"""Shares of the prunable parameters whose removal is tried, too: what groups lose together is not what each loses."""
 
 NO_PRUNING_FROM = 4.0
 """Bits for each weight from which on nothing is pruned: rounding alone then costs less, where nothing is trained."""
@@ -121,6 +124,11 @@ def find_candidates(
         joint = allocate_jointly(families, Limits.of(config), ledger, expected, unit, amount)
         if not any(torch.equal(joint.removed, other.removed) for other in found):
             found.append(Candidate(_share_of(joint.removed, ledger), joint.removed, joint.weight_bits))
+    dense = ledger.prunable_parameters(ledger.nothing)
+    for share in SHARES:
+        removed = _removed(Target(PARAMETERS, (1 - share) * dense, lowest), config, families, ledger, losses)
+        if _spent(removed, unit, lowest, ledger) + _reserve(unit, ledger) <= amount * (1 + ROUNDING):
+            found.append(_at(removed, unit, amount, config, ledger, losses))
     return found
 
 

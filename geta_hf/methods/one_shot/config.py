@@ -17,6 +17,7 @@ class OneShotConfig(CompressionConfig):
     Weights have a step size for each output channel by default: below 8 bits one for a layer costs far more than it
     saves, where no training makes up for it.
 
+    >>> from geta_hf import OneShotConfig
     >>> config = OneShotConfig(target_bytes=1_000_000)
     >>> config.method, config.bits, config.per_channel
     ('one-shot', (2, 8), True)
