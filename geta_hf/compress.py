@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import find_labels
 
 from geta_hf.costs.ledger import Ledger
 from geta_hf.costs.model_costs import forward_uses
 from geta_hf.errors import GETAError
-from geta_hf.evaluation.calibration_data import make_batches, predicts_next, split_rows
+from geta_hf.evaluation.calibration_data import make_batches, predicts_next
 from geta_hf.export import ExportReport, export
 from geta_hf.methods import OneShotConfig, OneShotMethod
 from geta_hf.methods.one_shot import Calibration, Outcome
+from geta_hf.methods.one_shot.gradients import sequences as rows_of
 from geta_hf.qadg import PruningSpace
 from geta_hf.quantization import select_layers
 from geta_hf.reporting.comparison import load_model
@@ -279,10 +281,9 @@ def _load(model: Any, tokenizer: Any) -> tuple[Any, Any]:
 def _example(model: PreTrainedModel, batches: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what the model is recorded and proved on: the first two sequences, without labels."""
     first = batches[0]
-    rows = split_rows([first])
-    if len(rows) > 1:
+    if sum(1 for _ in rows_of([first])) > 1:
         first = {name: item[:2] for name, item in first.items()}
-    return inputs_of(model, first, find_left_out(model, first, ("labels",)))
+    return inputs_of(model, first, find_left_out(model, first, find_labels(type(model))))
 
 
 def _measure_sizes(
@@ -306,7 +307,7 @@ def _split(batches: list[dict[str, Any]]) -> Calibration:
     """Split batches into those for scores and covariances and those that are held back, evenly over the data."""
     if len(batches) < 2 * _HELD_BACK:
         # A few large batches are split by rows.
-        batches = split_rows(batches)
+        batches = list(rows_of(batches))
     every = min(_HELD_BACK, len(batches))
     held = batches[every - 1 :: every]
     others = [batch for place, batch in enumerate(batches) if place % every != every - 1]

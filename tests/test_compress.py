@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertModel,
     GPT2Config,
@@ -132,6 +133,12 @@ def bert() -> tuple[BertForSequenceClassification, list[dict[str, Tensor]]]:
     return BertForSequenceClassification(BertConfig(vocab_size=30, **bert_sizes())), batches
 
 
+def bert_for_answers() -> tuple[BertForQuestionAnswering, list[dict[str, Tensor]]]:
+    torch.manual_seed(0)
+    ends = {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 4])}
+    return BertForQuestionAnswering(BertConfig(vocab_size=30, **bert_sizes())), [{"input_ids": i, **ends} for i in IDS]
+
+
 def bare_bert() -> tuple[BertModel, list[dict[str, Tensor]]]:
     torch.manual_seed(0)
     return BertModel(BertConfig(vocab_size=30, **bert_sizes())), [{"input_ids": ids} for ids in IDS]
@@ -151,13 +158,16 @@ def gpt2() -> tuple[GPT2LMHeadModel, list[dict[str, Tensor]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [bert, bare_bert, t5, gpt2])
+@pytest.mark.parametrize("make", [bert, bert_for_answers, bare_bert, t5, gpt2])
 def test_models_of_every_kind(make, tmp_path: Path):
     model, batches = make()
     report = compress(model, batches, out=tmp_path / "x", target_parameters=0.25, mean_bits=5, progress=False)
     assert report.removed_groups > 0
+    assert report.outcome.has_labels != isinstance(model, BertModel)
     small = load_model(report.path)
-    batch = {name: item for name, item in batches[0].items() if name != "labels"}
+    batch = {
+        name: item for name, item in batches[0].items() if name not in ("labels", "start_positions", "end_positions")
+    }
     if isinstance(model, T5ForConditionalGeneration):
         batch["decoder_input_ids"] = batches[0]["labels"]
     with torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -222,23 +222,10 @@ def _tokenized(items: Iterator[Any], model: PreTrainedModel, sequences: int) -> 
         count += _rows(batch)
         if count >= sequences:
             break
-    if count < LEAST or (len(batches) == 1 and count < 2 * LEAST and count < LEAST):
+    if count < LEAST:
         raise GETAError(f"calibration_data holds {count} sequences, and at least {LEAST} are needed")
     return batches
 
 
 def _rows(batch: Batch) -> int:
     return next((len(item) for item in batch.values() if isinstance(item, Tensor) and item.dim()), 0)
-
-
-def split_rows(batches: Sequence[Batch]) -> list[dict[str, Any]]:
-    """Return batches of one row each where all tensors share their rows; others as they are."""
-    found: list[dict[str, Any]] = []
-    for batch in batches:
-        tensors = [item for item in batch.values() if isinstance(item, Tensor)]
-        rows = {len(item) if item.dim() else 0 for item in tensors}
-        if len(rows) != 1 or len(tensors) < len(batch):
-            found.append(dict(batch))
-            continue
-        found += [{name: item[row : row + 1] for name, item in batch.items()} for row in range(rows.pop())]
-    return found

@@ -48,11 +48,6 @@ class Candidate:
     removed: Tensor
     weight_bits: list[int]
 
-    @property
-    def mean_bits(self) -> float:
-        """Return the plain mean of the widths."""
-        return sum(self.weight_bits) / max(len(self.weight_bits), 1)
-
 
 @dataclass(frozen=True)
 class Losses:

@@ -421,11 +421,10 @@ def measure(
     total = 0.0
     count = 0
     outputs: list[dict[str, Tensor]] = []
-    labelled = all("labels" in batch for batch in batches)
     with eval_mode(model), uncached(model):
         for place, batch in enumerate(batches):
             given = model(**batch)
-            loss = loss_of(given) if labelled else None
+            loss = loss_of(given)
             if loss is not None:
                 number = predictions(batch)
                 total += float(loss) * number
