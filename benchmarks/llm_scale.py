@@ -33,7 +33,13 @@ from geta_hf.methods.qasso.schedule import STAGES
 from geta_hf.utils.tables import format_table
 
 SIZES = {
-    "smoke": {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2},
+    "smoke": {
+        "num_hidden_layers": 1,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "vocab_size": 1000,
+    },
     "1.3b": {"num_hidden_layers": 24, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32},
     "2.8b": {"num_hidden_layers": 32, "hidden_size": 2560, "intermediate_size": 10240, "num_attention_heads": 32},
 }
@@ -113,7 +119,7 @@ class StageClock(TrainerCallback):
 
 
 def make_model(chosen: argparse.Namespace) -> PhiForCausalLM:
-    shape = {**SIZES[chosen.size], "vocab_size": VOCABULARY, "use_cache": False}
+    shape = {"vocab_size": VOCABULARY, **SIZES[chosen.size], "use_cache": False}
     if chosen.layers:
         shape["num_hidden_layers"] = chosen.layers
     config = PhiConfig(**shape, pad_token_id=0)
@@ -131,7 +137,7 @@ def make_trainer(model: PhiForCausalLM, chosen: argparse.Namespace, folder: str)
     config = GETAConfig(
         target_sparsity=chosen.sparsity, uniform=chosen.uniform, drop_layers=chosen.drop_layers, **stages
     )
-    ids = torch.randint(4, VOCABULARY, (chosen.batch * 8, chosen.length))
+    ids = torch.randint(4, model.config.vocab_size, (chosen.batch * 8, chosen.length))
     arguments = TrainingArguments(
         folder,
         max_steps=4 * chosen.steps,
@@ -153,7 +159,7 @@ def run(chosen: argparse.Namespace, meter: Meter, folder: str) -> None:
     with meter.part("random weights"):
         model = make_model(chosen)
     print(f"{sum(parameter.numel() for parameter in model.parameters()) / 1e9:.2f} billion parameters")
-    ids = torch.randint(4, VOCABULARY, (1, 16), device=chosen.device)
+    ids = torch.randint(4, model.config.vocab_size, (1, 16), device=chosen.device)
     with meter.part("dependency graph alone"):
         build_space(model, {"input_ids": ids})
     with meter.part("trainer made: graph, trial cuts, quantizers, plan"):

@@ -43,7 +43,7 @@ METHODS = ("plain", "geta")
 class Size:
     """A model and a batch; `weights` is the parameters' dtype, `autocast` whether the model runs in bfloat16.
 
-    `channels` is the hidden size of a model that only tries this script.
+    `channels` is the hidden size of a model that only tries this script, and that knows few tokens.
     """
 
     what: str
@@ -54,6 +54,11 @@ class Size:
     weights: torch.dtype = torch.float32
     autocast: bool = False
     channels: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Return the size of the vocabulary in use, which both families' exceed."""
+        return 30000 if self.channels is None else 100
 
 
 SIZES = {
@@ -88,16 +93,23 @@ def make_model(size: Size) -> nn.Module:
             hidden_size=width,
             intermediate_size=4 * width,
             num_attention_heads=12 if size.channels is None else 2,
+            **_vocabulary(size),
         )
         return BertForQuestionAnswering(bert).to(size.weights).train()
     width = size.channels or 2048
     heads = 32 if size.channels is None else 2
     shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": heads}
-    return PhiForCausalLM(PhiConfig(num_hidden_layers=size.layers, **shape)).to(size.weights).train()
+    phi = PhiConfig(num_hidden_layers=size.layers, **shape, **_vocabulary(size))
+    return PhiForCausalLM(phi).to(size.weights).train()
+
+
+def _vocabulary(size: Size) -> dict[str, int]:
+    """Return the setting of a model that only tries this script; others have their family's vocabulary."""
+    return {} if size.channels is None else {"vocab_size": size.tokens, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def make_batch(size: Size, device: str) -> Batch:
-    ids = torch.randint(0, 30000, (size.batch, size.length), device=device)
+    ids = torch.randint(0, size.tokens, (size.batch, size.length), device=device)
     if size.family == "phi":
         return {"input_ids": ids, "labels": ids}
     return {"input_ids": ids, "start_positions": ids[:, 0] % size.length, "end_positions": ids[:, 1] % size.length}

@@ -583,6 +583,11 @@ class CompressionConfig:
         return (self.widths[0] + self.widths[-1]) / 2
 
     @property
+    def splits_in_training(self) -> bool:
+        """Whether training decides how a size is split between pruning and widths; False unless a method says so."""
+        return False
+
+    @property
     def input_widths(self) -> list[int]:
         """The integer widths that a layer's input may end with, ascending; none where inputs are not quantized."""
         if self.activation_bits is None:
@@ -725,6 +730,17 @@ class GETAConfig(CompressionConfig):
         section="Rules",
         choices=("fisher", "taylor", "hesso", "mask_fisher"),
     )
+    split: str = setting(
+        "even",
+        "How a size alone is split between pruning and widths. `even` decides before training, as if all groups were "
+        "alike: widths become narrower than the middle of `bits` only once half of the groups are removed. `early` "
+        "decides when the joint stage starts, by the expected losses of removing each group and of rounding each "
+        "weight, which compete for the size; from then on the run is trained at these widths. `late` decides by them "
+        "what is removed when each pruning period starts, and widths when the joint stage ends. With both, groups are "
+        "scored as under `mask_fisher`.",
+        section="Rules",
+        choices=("even", "early", "late"),
+    )
     forgetting: str = setting(
         "uniform",
         "Rate at which redundant groups shrink: `uniform` is γ = 1 / (remaining steps of the period), `paper` is "
@@ -774,6 +790,25 @@ class GETAConfig(CompressionConfig):
         if self.bit_reduction is not None and self.projection_periods:
             self._check_reduction()
 
+    def check_targets(self) -> None:
+        """Raise GETAError for contradicting targets, or for a rule by which a size can't be split."""
+        super().check_targets()
+        if self.split == "even":
+            return
+        alone = self.target_bops is not None or self.target_bytes is not None
+        given = [name for name in (*_PRUNING, "mean_bits") if getattr(self, name) is not None]
+        if not alone or given:
+            raise GETAError(
+                f"split = {self.split!r} splits a size between pruning and widths; give target_bytes or target_bops "
+                f"alone, {f'without {given[0]}' if alone else 'not a target for pruning'}, or split='even'"
+            )
+        for name, choices in (("saliency", ("fisher", "mask_fisher")), ("bit_rule", ("sensitivity",))):
+            if getattr(self, name) not in choices:
+                raise GETAError(
+                    f"split = {self.split!r} compares expected losses, which {name} = {getattr(self, name)!r} is not "
+                    f"about; choose {name}={choices[-1]!r}, or split='even'"
+                )
+
     def _check_reduction(self) -> None:
         lower, upper = self.bits
         end = self.final_upper_bits
@@ -795,6 +830,11 @@ class GETAConfig(CompressionConfig):
         if self.bit_rule != "sensitivity":
             return self.mean_bits
         return super().wanted_mean_bits
+
+    @property
+    def splits_in_training(self) -> bool:
+        """Whether training decides how a size is split between pruning and widths."""
+        return self.split != "even"
 
     @property
     def wanted_mean_input_bits(self) -> float | None:

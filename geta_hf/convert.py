@@ -134,7 +134,8 @@ def _rewrite(folder: Path, target: Path, format: str, max_shard_size: int | str 
         _check_apart(folder, target)
     model = load_model(folder)
     batch = make_dummy_inputs(model)
-    write = writer(format) if format != OWN else partial(write_geta, max_shard_size=max_shard_size)
+    tokenizer = None if format == OWN else _processing_class(folder)
+    write = writer(format, model, tokenizer) if format != OWN else partial(write_geta, max_shard_size=max_shard_size)
 
     def fill(fresh: Path) -> None:
         write(model, fresh, batch)

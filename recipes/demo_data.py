@@ -131,12 +131,12 @@ def vocabulary() -> dict[str, int]:
     return {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
 
 
-def small_bert(vocab_size: int) -> BertConfig:
-    """Configure 4 layers of 8 heads and 256 MLP channels: 1056 groups, and small enough to learn in seconds."""
+def small_bert(vocab_size: int, layers: int = 4) -> BertConfig:
+    """Configure layers of 8 heads and 256 MLP channels: 4 have 1056 groups, and learn in seconds."""
     return BertConfig(
         vocab_size=vocab_size,
         hidden_size=128,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=8,
         intermediate_size=256,
         max_position_embeddings=256,
@@ -146,7 +146,7 @@ def small_bert(vocab_size: int) -> BertConfig:
     )
 
 
-def write(folder: Path, train_questions: int = 3000, eval_questions: int = 300, seed: int = 0) -> None:
+def write(folder: Path, train_questions: int = 3000, eval_questions: int = 300, seed: int = 0, layers: int = 4) -> None:
     """Write `train.json`, `dev.json` and `model/` (untrained, with its tokenizer) into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     known = [name for number, name in enumerate(PEOPLE) if number % EVAL_SHARE]
@@ -157,7 +157,7 @@ def write(folder: Path, train_questions: int = 3000, eval_questions: int = 300, 
     tokenizer = BertTokenizer(vocab=vocabulary(), model_max_length=256)
     tokenizer.save_pretrained(folder / "model")
     set_seed(seed)
-    BertForQuestionAnswering(small_bert(len(tokenizer))).save_pretrained(folder / "model")
+    BertForQuestionAnswering(small_bert(len(tokenizer), layers)).save_pretrained(folder / "model")
 
 
 if __name__ == "__main__":

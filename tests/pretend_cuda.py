@@ -8,7 +8,8 @@ views, parameters, autograd and copies work as they always do. Inside `pretend_c
   operators, CPU indices may enter indexing, and copies cross;
 - whatever makes the host wait for the card is logged with the line that asked for it (`Card.reads`);
 - the bytes that are alive on the card are counted (`Card.live`, `Card.peak`);
-- the card has a random number generator of its own.
+- the card has a random number generator of its own;
+- Triton counts as not installed.
 
     with pretend_cuda() as card:
         model.to("cuda")
@@ -42,6 +43,9 @@ from torch._C import TensorBase
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from geta_hf.inference import layers
+from geta_hf.utils import gpu
 
 CARD = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -520,6 +524,17 @@ def _backward(
     torch.autograd.backward(self, gradient, retain_graph, create_graph, inputs=inputs)
 
 
+def _engine(calls: _Calls) -> Callable[..., Any]:
+    """Return what runs a backward pass with the function mode on, which is off inside `torch.autograd.backward`."""
+    original = torch.autograd._engine_run_backward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with calls:
+            return original(*args, **kwargs)
+
+    return run
+
+
 class _Stream(SimpleNamespace):
     """A stream on which nothing runs."""
 
@@ -631,6 +646,9 @@ def _patches(card: Card) -> Iterator[AbstractContextManager[Any]]:
     ):
         if hasattr(torch.accelerator, name):
             yield mock.patch.object(torch.accelerator, name, value)
+    # Where Triton is installed all the same, its kernels would look for a real GPU.
+    yield mock.patch.object(gpu, "has_triton", lambda: False)
+    yield mock.patch.object(layers, "HAS_TRITON", False)
     # Autocast is a matter of the real device.
     for name in ("is_autocast_enabled", "get_autocast_dtype", "set_autocast_enabled", "set_autocast_dtype"):
         yield mock.patch.object(torch, name, _on_cpu(getattr(torch, name)))
@@ -699,6 +717,8 @@ def pretend_cuda(
         for patch in _patches(card):
             stack.enter_context(patch)
         _forget_answers()
-        stack.enter_context(_Calls(card, scope))
+        calls = _Calls(card, scope)
+        stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", _engine(calls)))
+        stack.enter_context(calls)
         stack.enter_context(_Operators(card, scope))
         yield card

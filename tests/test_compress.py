@@ -175,6 +175,7 @@ def test_models_of_every_kind(make, tmp_path: Path):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_failures_leave_the_model_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = tiny_llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainingArguments
 
+from geta_hf.inference import layers
+from geta_hf.utils import gpu
 from tests.pretend_cuda import CARD, CPU, Card, pretend_cuda
 
 
@@ -27,6 +29,14 @@ def test_nothing_remains_of_it() -> None:
         assert torch.cuda.is_available() and torch.zeros(1, device="cuda").is_cuda
     assert (set(vars(Tensor)), torch.cuda.is_available()) == before
     assert not isinstance(torch.Generator(), type) and type(torch.Generator()).__name__ == "Generator"
+
+
+def test_no_kernel_of_triton_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "has_triton", lambda: True)
+    monkeypatch.setattr(layers, "HAS_TRITON", True)
+    with pretend_cuda():
+        assert not gpu.runs_triton(CARD) and not layers.HAS_TRITON
+    assert gpu.has_triton() and layers.HAS_TRITON
 
 
 @pytest.mark.parametrize(
@@ -204,6 +214,19 @@ def test_gradients_and_recomputed_forwards_are_on_the_card(card: Card) -> None:
     checkpoint(forward, x, use_reentrant=False).sum().backward()
     assert places == [CARD] * 5 and x.grad.device == CARD
     assert x.grad.tolist() == [2, 2]
+
+
+def test_hooks_of_a_backward_pass_are_seen(card: Card) -> None:
+    places: list[torch.device] = []
+    x = torch.ones(2, device="cuda", requires_grad=True)
+    x.register_post_accumulate_grad_hook(
+        lambda tensor: places.extend(made.device for made in (tensor.grad, torch.arange(2), tensor.grad.cpu()))
+    )
+    (2 * x).sum().backward()
+    assert places == [CARD, CPU, CPU]
+    x.grad = None
+    torch.autograd.backward([(2 * x).sum()])
+    assert places == 2 * [CARD, CPU, CPU]
 
 
 def test_a_gradient_returns_to_the_device_of_its_tensor(card: Card) -> None:

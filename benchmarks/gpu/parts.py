@@ -250,10 +250,10 @@ def _all_questions(setup: Setup, home: Path, model: str) -> dict[str, Any]:
 
 def _smoke_questions(home: Path) -> dict[str, Any]:
     if not (home / "dev.json").exists():
-        demo_data.write(home, train_questions=60, eval_questions=10)
+        demo_data.write(home, train_questions=60, eval_questions=10, layers=1)
     short = {"max_length": 128, "eval_max_length": 128, "doc_stride": 32, "bf16": False}
     files = {"train_file": home / "train.json", "eval_file": home / "dev.json", "model_name_or_path": home / "model"}
-    return {**files, **short, "max_steps": 16, "per_device_train_batch_size": 4, "save_steps": 8}
+    return {**files, **short, "max_steps": 12, "per_device_train_batch_size": 2, "save_steps": 6}
 
 
 # --- language models --------------------------------------------------------------------------------------------------

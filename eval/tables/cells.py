@@ -126,7 +126,7 @@ def _run_cell(
         config = config_of(table, cell.row, float(cell.sparsity or 0), _figures(cell, finished))
     steps = max(round(lengths.steps * cell.row.steps), 1)
     own = Lengths(steps, lengths.batch_size, lengths.learning_rate)
-    measured = _train(task, config, task.load(folder), folder.parent, own, cell.seed)
+    measured = train_cell(task, config, task.load(folder), folder.parent, own, cell.seed)
     return {**measured, "steps": steps, "seconds": round(time.perf_counter() - seconds, 1)}
 
 
@@ -141,10 +141,19 @@ def _figures(cell: Cell, finished: Mapping[Any, Line]) -> Line | None:
     return found
 
 
-def _train(
+def train_cell(
     task: Task, config: CompressionConfig | None, model: PreTrainedModel, work: Path, lengths: Lengths, seed: int
 ) -> Line:
-    """Train one cell, and score what a user would load: the exported folder."""
+    """Train one cell, and score what a user would load: the exported folder.
+
+    Args:
+        task: what to train.
+        config: of the compression; None trains without.
+        model: to start from.
+        work: a folder for the export, which is removed again.
+        lengths: of the training.
+        seed: of the order of the data and of dropout.
+    """
     arguments = training_arguments(task, work / "cell", lengths, seed, include_num_input_tokens_seen="non_padding")
     common: dict[str, Any] = {
         "model": model,

@@ -12,4 +12,5 @@ While a method trains and when it ends:
 - `quantizer_table.Quantizers` reads and writes all (d, q_m, t) as three flat vectors.
 - `sensitivity.measure_errors` measures what rounding weights costs, `input_sensitivity.input_errors` estimates it for
   inputs, and `bit_allocation.allocate_bits` spends the budgets: BOPs on both by `product_allocation.allocate_products`.
+- `joint_allocation.allocate_jointly` decides in one currency which groups are removed and how many bits remain.
 """

@@ -32,6 +32,9 @@ from geta_hf.qadg.group_types import Family
 from geta_hf.quantization.functional import FLOAT_BITS
 
 _BISECTIONS = 80
+_NEARBY = (0.5, 0.8, 1.25, 2.0)
+"""Prices from which a local search starts as well, as shares of the best one."""
+
 _TURNS = 20
 """How often families that share tensors are decided in turns, at most."""
 
@@ -491,8 +494,8 @@ def _solve(problem: _Problem, budget: float) -> JointAllocation:
         over = problem.exact(best or smallest) - problem.value(best or smallest)[1]
         allowed = room - over
         if best is None or problem.exact(best) > room:
-            best = _within(problem, allowed, none) if best is None else _descend(problem, best, allowed)
-            best = _improve(problem, best, allowed)
+            begin = _within(problem, allowed, none) if best is None else _descend(problem, best, allowed)
+            best = _improve(problem, begin, allowed)
         else:
             again = _improve(problem, best, allowed)
             if problem.exact(again) > room or problem.value(again)[0] >= problem.value(best)[0] * (1 - 1e-12):
@@ -526,13 +529,14 @@ def _within(problem: _Problem, allowed: float, none: Tensor) -> _State:
             high, state = middle, found
         else:
             low, over = middle, found
-        if high <= low * (1 + 1e-12) or (low == 0.0 and high < 1e-300):
+        if high <= low * (1 + 1e-9) or (low == 0.0 and high < 1e-300):
             break
     if problem.value(state)[1] > allowed:
         state = problem.smallest()
-    other = _descend(problem, over, allowed)
-    candidates = [_improve(problem, one, allowed) for one in (state, other, problem.smallest())]
-    return min(candidates, key=lambda one: problem.value(one)[0])
+    # In a small model the last group is a large part of the budget, so that other starts end elsewhere.
+    starts = [state, over, problem.smallest(), *(problem.cheapest(high * factor, none) for factor in _NEARBY)]
+    improved = [_improve(problem, _descend(problem, one, allowed), allowed) for one in starts]
+    return min(improved, key=lambda one: problem.value(one)[0])
 
 
 def _start_price(problem: _Problem) -> float:

@@ -76,8 +76,8 @@ class Quantizers:
     def to(self, device: torch.device) -> None:
         """Keep the index of layers, and their numbers of entries, where the parameters are."""
         if self.layer.device != device:
+            self._sums = LabelSums(self.layer, device)
             self.layer = self.layer.to(device)
-            self._sums = LabelSums(self.layer)
         self._entries = self._entries.to(device)
 
     def read(self, named: Named) -> Values:

@@ -69,6 +69,21 @@ class Target:
         return float((weights * bits).sum() / weights.sum())
 
 
+@dataclass(frozen=True)
+class SplitBounds:
+    """The ends between which a size can be split, if all families lose the same share.
+
+    Attributes:
+        fewest, narrowest: the fewest groups to remove, and the mean width of weights that goes with it.
+        most, widest: the most groups to remove, and the mean width of weights that goes with it.
+    """
+
+    fewest: int
+    narrowest: float
+    most: int
+    widest: float
+
+
 def most_removed(families: Sequence[Family], limits: Limits, share: float = 1.0) -> Tensor:
     """Return bool (groups,): about `share` of every family removed, or what limits allow; the last groups of each."""
     removed = torch.zeros(sum(family.size for family in families), dtype=torch.bool)
@@ -283,6 +298,27 @@ def even_removal(target: Target, families: Sequence[Family], ledger: Ledger, lim
         else:
             low = middle
     return most_removed(families, limits, high)
+
+
+def split_bounds(target: Target, config: CompressionConfig, families: Sequence[Family], ledger: Ledger) -> SplitBounds:
+    """Return between what a size alone can be split: from the lowest widths to the highest.
+
+    Args:
+        target: of `solve_target`, of a size alone.
+        config: with the limits.
+        families: those that may lose groups.
+        ledger: sizes of the model.
+    """
+    limits = Limits.of(config)
+    inputs = _input_range(config)
+    widths = (float(config.widths[0]), float(config.widths[-1]))
+    ends = []
+    for bits, input_bits in zip(widths, inputs, strict=True):
+        removed = even_removal(replace(target, bits=bits, input_bits=input_bits), families, ledger, limits)
+        # Where nothing has to be removed, or no more can be, widths spend the rest.
+        ends.append((int(removed.sum()), _widest(target, ledger, removed, widths, inputs).bits))
+    (fewest, narrowest), (most, widest) = ends
+    return SplitBounds(fewest, narrowest, most, widest)
 
 
 def _named(sized: Target) -> str:

@@ -158,7 +158,7 @@ def export(
     # What is wrong with the call itself fails first: to record and prove a large model takes minutes.
     check_target(target, overwrite)
     check_shards(max_shard_size, format)
-    write = writer(format)
+    write = writer(format, model, processing_class)
     plan = plan_export(model, space, batch, result, expected_zero_groups, embedding_bits)
 
     def add_files(folder: Path) -> None:

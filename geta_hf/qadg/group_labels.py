@@ -31,14 +31,16 @@ class GroupLabels:
     tensor: str
     dim: int
     label: Tensor
-    _sums: dict[tuple[int, int], LabelSums] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _sums: dict[tuple[torch.device, int, int], LabelSums] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
-    def sums(self, start: int = 0, stop: int | None = None) -> LabelSums:
-        """Return what adds up by group, for the indices from `start` to `stop`; by default for all."""
+    def sums(self, device: torch.device, start: int = 0, stop: int | None = None) -> LabelSums:
+        """Return what adds up values on a device by group, for indices from `start` to `stop`; by default for all."""
         end = len(self.label) if stop is None else stop
-        if (start, end) not in self._sums:
-            self._sums[start, end] = LabelSums(self.label[start:end])
-        return self._sums[start, end]
+        if (device, start, end) not in self._sums:
+            self._sums[device, start, end] = LabelSums(self.label[start:end], device)
+        return self._sums[device, start, end]
 
 
 def family_starts(families: Sequence[Family]) -> list[int]:

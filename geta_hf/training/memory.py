@@ -336,7 +336,7 @@ def _method_memory(
     """Return what the method itself takes in a step; nothing where it is not known what will be pruned."""
     if method is None or space is None or plan is None:
         return StepMemory()
-    return method.memory(model, space, plan.removed_groups)
+    return method.memory(model, space, plan.most_removed_groups)
 
 
 def _trial_cut_memory(model: PreTrainedModel, batch: Mapping[str, Tensor], space: PruningSpace | None) -> int:

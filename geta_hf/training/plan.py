@@ -15,7 +15,7 @@ from geta_hf.config import CompressionConfig
 from geta_hf.costs.ledger import LayerEntry, Ledger
 from geta_hf.costs.model_costs import forward_uses
 from geta_hf.costs.selection import Limits
-from geta_hf.costs.targets import BYTES, GROUPS, Target, even_removal, solve_target
+from geta_hf.costs.targets import BYTES, GROUPS, SplitBounds, Target, even_removal, solve_target, split_bounds
 from geta_hf.qadg import PruningSpace
 from geta_hf.qadg.group_labels import family_starts
 from geta_hf.qadg.missing_heads import missing_heads
@@ -71,6 +71,8 @@ class Plan:
             them.
         not_vanilla: why the result cannot be written in the format `vanilla`; empty if it can, None if not known.
         without_heads: a sentence for each kind of module that counts heads of which none is found, with the reason.
+        bounds: between what training decides, where it splits a size between pruning and widths; the other figures are
+            then those of an even split. None where they are planned.
 
     Example:
         >>> import torch
@@ -100,6 +102,12 @@ class Plan:
     untouched: tuple[str, ...] = ()
     not_vanilla: str | None = None
     without_heads: tuple[str, ...] = ()
+    bounds: SplitBounds | None = None
+
+    @property
+    def most_removed_groups(self) -> int:
+        """The most groups that training may remove, about."""
+        return self.removed_groups if self.bounds is None else max(self.removed_groups, self.bounds.most)
 
     def __str__(self) -> str:
         header = ("families", "number", "groups of each", "to remove if even", "kept")
@@ -114,6 +122,13 @@ class Plan:
             f"mean bits: {bits}{inputs}; relative BOPs: {self.relative_bops:.2%}; "
             f"exported model: {self.bytes / 1e6:,.2f} MB",
         ]
+        if self.bounds is not None:
+            ends = self.bounds
+            lines.append(
+                f"decided in training, by expected loss: from about {ends.fewest:,} groups removed at "
+                f"{ends.narrowest:.2f} mean bits to about {ends.most:,} at {ends.widest:.2f}; the above is an even "
+                f"split"
+            )
         if self.unquantized:
             more = len(self.unquantized) - _NAMED
             names = ", ".join(self.unquantized[:_NAMED]) + (f" and {more} more" if more > 0 else "")
@@ -175,6 +190,7 @@ def make_plan(
         left_float=left_float,
         untouched=space.untouched,
         without_heads=() if model is None else missing_heads(model, space),
+        bounds=split_bounds(target, config, families, ledger) if config.splits_in_training else None,
     )
 
 

@@ -11,18 +11,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from geta_hf.utils.upload import upload
+
 
 class LabelSums:
     """The places of every label in a vector.
 
-    Reads the labels once, for which it waits for their device; adding up does not wait.
-
     Args:
-        label: int64, shape (entries,).
+        label: int64, shape (entries,). On the CPU, so that nothing waits for a GPU.
+        device: where the values to add up are. Default: where `label` is.
     """
 
-    def __init__(self, label: Tensor) -> None:
-        # On the host, where the sizes of what is made are known without a copy each.
+    def __init__(self, label: Tensor, device: torch.device | None = None) -> None:
+        # On the CPU, where the sizes of what is made are known without a copy each.
         on_host = label.cpu()
         order = torch.argsort(on_host, stable=True)
         labels, counts = torch.unique_consecutive(on_host[order], return_counts=True)
@@ -33,8 +34,9 @@ class LabelSums:
             same = counts == count
             places = order[starts[same][:, None] + torch.arange(count)]
             in_order = torch.equal(places.flatten(), torch.arange(len(on_host)))
-            table = None if in_order else places.to(label.device)
-            self._tables.append((labels[same].to(label.device), table, count))
+            needed = [labels[same]] if in_order else [labels[same], places]
+            own, *table = upload(needed, device or label.device)
+            self._tables.append((own, table[0] if table else None, count))
 
     def of(self, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield labels, each once in all, shape (labels,), and their sums, shape (..., labels).

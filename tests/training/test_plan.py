@@ -107,6 +107,19 @@ def test_a_plan_for_bytes_is_that_size(made) -> None:
     assert 0.95 * 24_000 < plan.bytes <= 24_000
 
 
+def test_a_size_that_training_splits_is_planned_by_its_bounds(made) -> None:
+    _, space, ledger = made
+    plan = make_plan(GETAConfig(target_bytes=24_000, bits=(2, 8), split="early"), space, ledger)
+    even = make_plan(GETAConfig(target_bytes=24_000, bits=(2, 8)), space, ledger)
+    ends = plan.bounds
+    assert ends is not None and even.bounds is None and plan.removed_groups == even.removed_groups
+    assert ends.fewest <= plan.removed_groups <= ends.most == plan.most_removed_groups and ends.fewest < ends.most
+    assert 2 <= ends.narrowest < ends.widest == 8
+    assert f"from about {ends.fewest} groups removed at" in str(plan) and "by expected loss" not in str(even)
+    loose = make_plan(GETAConfig(target_bytes=10**9, split="late"), space, ledger).bounds
+    assert loose is not None and (loose.fewest, loose.most, loose.widest) == (0, 0, 8)
+
+
 def test_weights_in_layers_that_no_quantizer_covers_are_said(batch) -> None:
     """Experts whose weights are stacked, and the router that is no linear layer; embeddings and norms do not count."""
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from geta_hf.config import GETAConfig
+from geta_hf.errors import GETAError
 
 
 @dataclass
@@ -22,3 +23,9 @@ class PostTrainingConfig(GETAConfig):
     """
 
     method: ClassVar[str] = "post-training"
+
+    def check_targets(self) -> None:
+        """Raise GETAError for contradicting targets, or for widths that training decides."""
+        super().check_targets()
+        if self.split != "even":
+            raise GETAError(f"split = {self.split!r} decides widths in training, but they follow it here; use 'even'")

@@ -8,6 +8,7 @@ It wraps any torch optimizer. Nothing here knows Trainer, Accelerate or how a fo
 - Each of these calls `_base_step` (Algorithm 3). `_joint_step` also calls `_partition` (lines 11 and 12) and
   `joint_step.RedundantSlices.forget` (lines 16 to 19, on all redundant `slices.Slice`s at once).
 - `equations` has the mathematics of all of them, as pure functions of tensors.
+- `split.decide_split` divides a size between pruning and widths, where the config asks for it.
 - When the joint stage ends, `QASSO.fix_bits` makes bit widths integers. `state.QASSOState` is all that is remembered.
 """
 

@@ -9,7 +9,6 @@ process it is exact.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -46,7 +45,7 @@ class GradientSums:
         self._layers = {weight: position for position, weight in enumerate(own_weights)}
         self._labels: dict[str, list[GroupLabels]] = {}
         for cut in labels:
-            self._labels.setdefault(cut.tensor, []).append(replace(cut, label=cut.label.to(device)))
+            self._labels.setdefault(cut.tensor, []).append(cut)
         # The last entry takes the indices that belong to no group.
         self._inner = torch.zeros(groups + 1, device=device)
         self._squares = torch.zeros(len(own_weights), device=device)
@@ -91,7 +90,7 @@ class GradientSums:
         if labels:
             product = (x * gradient).float()
             for cut in labels:
-                cut.sums().add_to(self._inner, sum_others(product, cut.dim))
+                cut.sums(self._inner.device).add_to(self._inner, sum_others(product, cut.dim))
 
     def take(self) -> tuple[Tensor, Tensor]:
         """Return ⟨g, x⟩ of every group, shape (groups,), and ‖g‖² of every weight, shape (layers,).

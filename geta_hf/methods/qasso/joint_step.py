@@ -17,6 +17,7 @@ from geta_hf.methods.qasso.equations import forgetting_rate, joint_step_size, ro
 from geta_hf.methods.qasso.slices import Named, Slice, remember, sum_others
 from geta_hf.quantization.functional import clip_power, step_size
 from geta_hf.utils.shards import add_up, local
+from geta_hf.utils.upload import upload
 
 
 def needs_gradients(config: GETAConfig) -> bool:
@@ -234,9 +235,8 @@ def find_pairs(slices: Sequence[Slice], families: int, quantizers: Quantizers) -
     key = torch.tensor(sorted(found), dtype=torch.int64)
     of_layer = torch.div(key, max(families, 1), rounding_mode="floor")
     last = torch.nonzero(torch.diff(of_layer, append=of_layer.new_full((1,), -1))).flatten()
-    device = quantizers.layer.device
     of_family = key - of_layer * families
-    return LayerFamilyPairs(key.to(device), of_layer.to(device), of_family.to(device), last.to(device))
+    return LayerFamilyPairs(*upload([key, of_layer, of_family, last], quantizers.layer.device))
 
 
 def pair_positions(step: SliceStep, pairs: LayerFamilyPairs, families: int) -> Tensor:

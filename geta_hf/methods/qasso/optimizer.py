@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,10 +21,11 @@ from torch import Tensor
 
 from geta_hf.config import GETAConfig
 from geta_hf.costs.bit_allocation import BitChoices
-from geta_hf.costs.input_sensitivity import input_errors
+from geta_hf.costs.input_sensitivity import InputErrors, input_errors
 from geta_hf.costs.ledger import Ledger
 from geta_hf.costs.quantizer_table import Quantizers
 from geta_hf.costs.selection import Limits, find_chunks
+from geta_hf.costs.sensitivity import measure_errors
 from geta_hf.costs.targets import GROUPS, Target, solve_target, take_due
 from geta_hf.errors import GETAError
 from geta_hf.methods.frozen_weights import FrozenWeights
@@ -48,6 +49,7 @@ from geta_hf.methods.qasso.joint_step import RedundantSlices
 from geta_hf.methods.qasso.schedule import COOLDOWN, JOINT, PROJECTION, WARMUP, Phase, Schedule, note_short_run
 from geta_hf.methods.qasso.silent_gradients import check_learned
 from geta_hf.methods.qasso.slices import Product, Slice, build_slices, group_sums, zero_moments, zero_slices
+from geta_hf.methods.qasso.split import Averages, decide_split
 from geta_hf.methods.qasso.state import REDUNDANT, REMOVED, QASSOState, restore_vectors, store_vectors
 from geta_hf.methods.rounding import round_bits
 from geta_hf.qadg.group_labels import (
@@ -180,13 +182,15 @@ class QASSO(torch.optim.Optimizer):
 
     def _scored_slices(self, named: Named) -> Sequence[GroupLabels]:
         """Return the slices over which ⟨g, x⟩ of a group is taken."""
-        if self.config.saliency != "mask_fisher":
+        # What is compared with rounding must be an expected loss; over all slices it counts one derivative several
+        # times.
+        if self.config.saliency != "mask_fisher" and self.config.split == "even":
             return self.ledger.labels
         # With y = W (m ∘ a), ∂f/∂m of a mask m = 1 on a group's output a is ⟨g, W⟩ over the columns that read it.
         without = [family.name for family in self.families if not any(member.consumer for member in family.members)]
         if without:
             logger.warning(
-                "saliency = 'mask_fisher': no weight is known to read the output of %s, so all slices of a group count",
+                "no weight is known to read the output of %s, so all slices of its groups count",
                 ", ".join(without),
             )
         return find_group_labels(
@@ -361,6 +365,9 @@ class QASSO(torch.optim.Optimizer):
             torch._foreach_copy_(values, stepped.split(sizes))
         # In every stage, warm-up too, where the bounds are [b_l, initial bits]. d alone is projected: the paper reports
         # that projecting q_m or t makes training unstable (Sec. 5.1).
+        self._project_step_sizes(named)
+
+    def _project_step_sizes(self, named: Named) -> None:
         d, q_m, t = self.quantizers.read(named)
         lower, upper = self._entry_bounds()
         self.quantizers.write_step_sizes(project_step_size(d, q_m, t, lower, upper), named)
@@ -403,7 +410,9 @@ class QASSO(torch.optim.Optimizer):
         is_input = self.quantizers.layer >= self.quantizers.weight_layers
         lower = torch.where(is_input, lower_of_inputs, lower_of_weights)
         upper = torch.where(is_input, upper_of_inputs, upper_of_weights)
-        return lower, upper
+        # Widths that are decided already are trained at; 0 stands for those that are not.
+        decided = self.qasso_state.decided_bits[self.quantizers.layer]
+        return torch.where(decided > 0, decided, lower), torch.where(decided > 0, decided, upper)
 
     # --- lines 11 and 12: saliency and partition ----------------------------------------------------------------------
 
@@ -413,6 +422,8 @@ class QASSO(torch.optim.Optimizer):
         m_g <- λ m_g + (1 - λ) ⟨g, x⟩_g²      of every group, as long as a partition follows
         v_l <- λ v_l + (1 - λ) ‖g_l‖²         of every quantized weight, in the last pruning period
         s_i <- λ s_i + (1 - λ) ⟨g, x^Q - x⟩²  of every quantized input, in that period too
+
+        Where pruning and widths share a size, all three are averaged over the same steps.
         """
         if not self.schedule.averages(phase):
             return
@@ -432,7 +443,8 @@ class QASSO(torch.optim.Optimizer):
             # ⟨g, x⟩ of all slices together is the first-order change in loss, so opposite signs cancel before squaring.
             inner = group_sums(trained, named, self.ledger.groups, torch.mul) + of_groups
             state.mean_square.mul_(decay).add_(inner**2, alpha=1 - decay)
-        if in_last_period and self.config.bit_rule == "sensitivity" and self.quantizers.prefixes:
+        of_widths = in_last_period or self.config.split != "even"
+        if of_widths and self.config.bit_rule == "sensitivity" and self.quantizers.prefixes:
             squares = squared_gradients(self.quantizers, named) + of_layers
             state.curvature.mul_(decay).add_(squares, alpha=1 - decay)
             if len(state.input_square):
@@ -471,12 +483,71 @@ class QASSO(torch.optim.Optimizer):
             )
         # Removed groups are out; all others compete again, whatever an earlier period scored them.
         removed = self.removed_mask
-        chunks = find_chunks(self.families, scores, removed, Limits.of(self.config))
-        # Line 12: of K groups (p + 1) / P are due at the end of period p, so each period adds about K / P.
-        taken = take_due(self.target, self.ledger, chunks, removed, done, periods)
+        if self.config.split == "even":
+            chunks = find_chunks(self.families, scores, removed, Limits.of(self.config))
+            # Line 12: of K groups (p + 1) / P are due at the end of period p, so each period adds about K / P.
+            taken = take_due(self.target, self.ledger, chunks, removed, done, periods)
+        else:
+            taken = self._take_decided(named, scores, removed, done, periods)
         warn_of_equal_scores(self.families, scores, removed, taken)
         self.qasso_state.status[taken] = REDUNDANT
         self._invalidate_slices()
+
+    def _take_decided(self, named: Named, scores: Tensor, removed: Tensor, done: int, periods: int) -> Tensor:
+        """Return the groups that are due of those that the split of the size removes; decide it where it is due.
+
+        Args:
+            named: parameters by name.
+            scores: of groups, on CPU.
+            removed: groups that are removed already.
+            done: periods that will be over once these groups are removed.
+            periods: of the run.
+        """
+        first = done == 1
+        if first or self.config.split == "late":
+            self._decide_split(named, removed)
+        wanted = self.qasso_state.decided
+        due = math.ceil(int(wanted.sum()) * done / periods) - int(removed.sum())
+        left = torch.nonzero(wanted & ~removed).flatten()
+        return left[torch.sort(scores[left], stable=True).indices[: max(due, 0)]]
+
+    def _decide_split(self, named: Named, removed: Tensor) -> None:
+        """Decide what is removed by the end, and with `early` at which widths the run is trained from now on."""
+        choices = bit_choices(self.config)
+        state = self.qasso_state
+        rounding = measure_errors(
+            self.quantizers,
+            self.quantizers.read(named),
+            lambda name: self.frozen.merged(name, named) if name in named else None,
+            choices.weights,
+            choices.search_clipping,
+        )
+        split = decide_split(
+            self.families,
+            Limits.of(self.config),
+            self.ledger,
+            self.target,
+            Averages(state.mean_square, state.curvature),
+            rounding,
+            choices,
+            self._input_errors(named, choices),
+            self.quantizers.input_positions(),
+            removed,
+        )
+        state.decided = split.removed
+        count = int(split.removed.sum())
+        logger.info("%d of %d groups are to be removed", count, self.ledger.groups)
+        if self.config.split != "early":
+            return
+        # Inputs of which only the mean is limited are decided when the joint stage ends, as ever.
+        inputs = split.bits.input_bits or [0] * len(self.quantizers.input_prefixes)
+        device = self.quantizers.layer.device
+        state.decided_bits = torch.tensor([*split.bits.weight_bits, *inputs], dtype=torch.float32, device=device)
+        _, q_m, _ = self.quantizers.read(named)
+        factors = torch.cat([split.bits.clip_factors, split.bits.input_clip_factors])
+        factors = from_first_process(factors).to(device)
+        self.quantizers.write_clipping(q_m * factors[self.quantizers.layer], named)
+        self._project_step_sizes(named)
 
     # --- lines 16 to 19: forgetting -----------------------------------------------------------------------------------
 
@@ -521,23 +592,34 @@ class QASSO(torch.optim.Optimizer):
         named = self._named()
         self._follow_device(named)
         self.check_finite()
-        inputs = None
-        if choose_inputs and len(self.qasso_state.input_square):
-            bits = self.quantizers.bits(named)[self.quantizers.weight_layers :]
-            search = self.config.clipping == "mse" and not self.config.learn_activation_exponent
-            inputs = input_errors(self.qasso_state.input_square, bits, choices.inputs, self._histograms, search)
+        inputs = self._input_errors(named, choices) if choose_inputs else None
+        target = self.target
+        decided = self.qasso_state.decided_bits
+        if bool((decided > 0).any()):
+            # The run was trained at these widths, so that each is the nearest to the present one.
+            target = dataclasses.replace(target, budgets={})
+            if bool((decided > 0).all()):
+                inputs = None
         round_bits(
             self.quantizers,
             named,
             lambda name: self.frozen.merged(name, named) if name in named else None,
             self.curvature,
             self.ledger,
-            self.target,
+            target,
             self.removed_mask,
             choices,
             inputs,
         )
         self._note_final_quantizers(named)
+
+    def _input_errors(self, named: Named, choices: BitChoices) -> InputErrors | None:
+        """Return what rounding inputs is expected to cost at each width; None where none is quantized."""
+        if not len(self.qasso_state.input_square):
+            return None
+        bits = self.quantizers.bits(named)[self.quantizers.weight_layers :]
+        search = self.config.clipping == "mse" and not self.config.learn_activation_exponent
+        return input_errors(self.qasso_state.input_square, bits, choices.inputs, self._histograms, search)
 
     def _note_final_quantizers(self, named: Named) -> None:
         names = [name for leaf in ("d", "q_m", "t") for name in self.quantizers.names[leaf] if name in named]
@@ -603,8 +685,7 @@ class QASSO(torch.optim.Optimizer):
             return
         device = local(next(iter(named.values()))).device
         # Not in `__init__`, since a model may be moved between there and the first step.
-        self._labels = [replace(cut, label=cut.label.to(device)) for cut in self.ledger.labels if cut.tensor in named]
-        self._scored = [replace(cut, label=cut.label.to(device)) for cut in self._scored]
+        self._labels = [cut for cut in self.ledger.labels if cut.tensor in named]
         self.quantizers.to(device)
         self.qasso_state.to(device)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from geta_hf.qadg.group_labels import GroupLabels, marked
 from geta_hf.utils.label_sums import LabelSums
 from geta_hf.utils.shards import Shard, add_up, local, shard_of
+from geta_hf.utils.upload import upload
 
 Named = Mapping[str, Tensor]
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -28,7 +29,7 @@ def group_sums(labels: Sequence[GroupLabels], named: Named, groups: int, product
     """Return Σ of product(x, g) over each group's slices, fp32, shape (groups,).
 
     Args:
-        labels: the group of each index of each cut dimension, on the parameters' device.
+        labels: the group of each index of each cut dimension.
         named: parameters by name. A parameter without a gradient counts as g = 0.
         groups: number of groups.
         product: elementwise, of a parameter and its gradient.
@@ -44,10 +45,10 @@ def group_sums(labels: Sequence[GroupLabels], named: Named, groups: int, product
         per_slice = sum_others(product(x, g).float(), cut.dim)
         shard = shard_of(parameter, cut.tensor)
         if shard is None:
-            cut.sums().add_to(whole, per_slice)
+            cut.sums(device).add_to(whole, per_slice)
         else:
             held_here = (shard.start, shard.stop) if cut.dim == shard.dim else (0, None)
-            cut.sums(*held_here).add_to(split, per_slice)
+            cut.sums(device, *held_here).add_to(split, per_slice)
             held = shard
     return (whole + add_up(split, held))[:groups]
 
@@ -146,7 +147,7 @@ def build_slices(labels: Sequence[GroupLabels], mask: Tensor, family: Tensor, na
     """Return the slices of the masked groups, one for each (tensor, dim) that has any.
 
     Args:
-        labels: on any device.
+        labels: the group of each index of each cut dimension.
         mask: bool, shape (groups,), on CPU.
         family: int64, shape (groups,), on CPU: each group's family.
         named: parameters by name.
@@ -155,8 +156,8 @@ def build_slices(labels: Sequence[GroupLabels], mask: Tensor, family: Tensor, na
     for cut in labels:
         parameter = named[cut.tensor]
         shard = shard_of(parameter, cut.tensor)
-        # This waits for the device, which is why slices are listed at period boundaries and not in every step.
-        label = cut.label.cpu()
+        # All of this is counted on the CPU, which is why slices are listed at period boundaries and not in every step.
+        label = cut.label
         hit = marked(label, mask)
         if not bool(hit.any()):
             continue
@@ -166,10 +167,11 @@ def build_slices(labels: Sequence[GroupLabels], mask: Tensor, family: Tensor, na
             hit = shard.part(hit, cut.dim)
             label = shard.part(label, cut.dim)
         index = torch.nonzero(hit).flatten()
+        owner = family[label[index]]
         device = local(parameter).device
-        owner = family[label[index]].to(device)
-        sums = LabelSums(owner)
-        found.append(Slice(cut.tensor, cut.dim, index.to(device), owner, families, sums, shard))
+        sums = LabelSums(owner, device)
+        index, owner = upload([index, owner], device)
+        found.append(Slice(cut.tensor, cut.dim, index, owner, families, sums, shard))
     return found
 
 

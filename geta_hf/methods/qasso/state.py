@@ -21,7 +21,7 @@ IMPORTANT, REDUNDANT, REMOVED = 0, 1, 2
 
 _PREFIX = "qasso."
 
-_ADDED = frozenset({"input_square", "learned"})
+_ADDED = frozenset({"input_square", "learned", "decided", "decided_bits"})
 """Vectors that checkpoints of earlier versions lack; they then start as they are in a new run."""
 
 
@@ -37,6 +37,9 @@ class QASSOState:
         bad_step: int64, shape (2, layers): the step at which a layer's quantizer (row 0) or its gradient (row 1) was
             first NaN or infinite; -1 where it never was.
         learned: bool, shape (entries,): step sizes that had a gradient other than zero before `check_learned`.
+        decided: bool, shape (groups,), always on CPU: groups that the split of a size removes by the end; none before
+            it is decided.
+        decided_bits: fp32, shape (layers,): widths that it gave; 0 where they are not decided.
     """
 
     status: Tensor
@@ -45,6 +48,8 @@ class QASSOState:
     input_square: Tensor
     bad_step: Tensor
     learned: Tensor
+    decided: Tensor
+    decided_bits: Tensor
 
     @classmethod
     def start(cls, groups: int, weight_layers: int, layers: int, entries: int) -> QASSOState:
@@ -64,6 +69,8 @@ class QASSOState:
             input_square=torch.zeros(layers - weight_layers),
             bad_step=torch.full((2, layers), -1, dtype=torch.int64),
             learned=torch.zeros(entries, dtype=torch.bool),
+            decided=torch.zeros(groups, dtype=torch.bool),
+            decided_bits=torch.zeros(layers),
         )
 
     @property
@@ -83,6 +90,7 @@ class QASSOState:
         self.input_square = self.input_square.to(device)
         self.bad_step = self.bad_step.to(device)
         self.learned = self.learned.to(device)
+        self.decided_bits = self.decided_bits.to(device)
 
     def vectors(self) -> dict[str, Tensor]:
         """Return the vectors by the names that they have in a checkpoint."""

@@ -11,6 +11,7 @@ from geta_hf.costs.targets import BYTES
 from geta_hf.errors import GETAError
 from geta_hf.methods import OneShotConfig, OneShotMethod
 from geta_hf.methods.one_shot import Calibration
+from geta_hf.methods.one_shot.blocks import BlockRunner
 from geta_hf.methods.one_shot.choice import Losses, bits_per_weight, find_candidates
 from geta_hf.qadg import build_space
 from geta_hf.qadg.group_types import Family, Member
@@ -76,7 +77,7 @@ def test_a_target_of_pruning_is_met_exactly():
     assert found.share == pytest.approx(0.5)
 
 
-def test_layers_that_no_data_reaches_are_named_and_their_groups_kept():
+def test_layers_that_no_data_reaches_are_named_and_a_failure_restores_the_model(monkeypatch: pytest.MonkeyPatch):
     model = tiny_llama()
     model.model.layers[0].spare = nn.Linear(32, 8)
     ids = torch.randint(0, 257, (6, 2, 8), generator=torch.Generator().manual_seed(0))
@@ -88,7 +89,16 @@ def test_layers_that_no_data_reaches_are_named_and_their_groups_kept():
     ledger = make_ledger(empty, space)
     with pytest.raises(GETAError, match="nothing is compressed yet"):
         method.result()
-    outcome = method.compress(model, Calibration(batches[:3], batches[:4], batches[4:]), space, ledger)
+    data = Calibration(batches[:3], batches[:4], batches[4:])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with monkeypatch.context() as patched:
+        # In the middle of the work: one block is compressed.
+        patched.setattr(BlockRunner, "finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            method.compress(model, data, space, ledger)
+    assert model.state_dict().keys() == before.keys() and not method.finished
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    outcome = method.compress(model, data, space, ledger)
     assert outcome.unreached == ("model.layers.0.spare",)
     layer = quantized_layers(model)["model.layers.0.spare"]
     torch.testing.assert_close(layer.quantized_weight(), layer.weight)

@@ -1,0 +1,247 @@
+"""Compare ways to split a size between pruning and bit widths, and targets for pruning, on a small language model.
+
+    python -m eval.currency run --model DIR --texts stories.txt --work W
+    python -m eval.currency render --work W
+
+Every cell starts from the same pretrained model and takes the same number of steps; the score is that of the exported
+folder on held-out text, in nats per token. Two questions are asked:
+
+- `targets`: half of the groups or half of the parameters, at the default widths, beside the paper's preset; and both
+  again at the bytes at which the preset ended.
+- `sizes`: a size alone, given as stored bits for each original weight of the quantized layers, split by each rule;
+  beside uniform widths without pruning.
+
+A finished cell is one line of `W/results.jsonl`; an interrupted command goes on where it stopped. Seeds are the outer
+loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+
+from eval.results_file import Line, append_result, read_results
+from eval.study_tasks import Lengths, Task, TextOptions, text_task
+from eval.tables.cells import stored_bytes, train_cell
+from geta_hf import GETAConfig, GETAError
+from geta_hf.quantization import attach_quantizers, quantized_layers
+from geta_hf.utils.tables import format_table
+
+SIZED_BITS = (2, 8)
+"""The widths among which the rows at a size choose."""
+
+PAPER = "the paper's preset"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to reach a target.
+
+    Attributes:
+        name: as the table shows it.
+        changes: fields of the config.
+        preset: start from `GETAConfig.paper()`.
+        at_paper: take `target_bytes` from the result of the preset with the same seed.
+        sized: take `target_bytes` from a number of bits for each original weight.
+    """
+
+    name: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    preset: bool = False
+    at_paper: bool = False
+    sized: bool = False
+
+
+TARGETS = (
+    Row("dense, trained on"),
+    Row(PAPER, {"target_sparsity": 0.5}, preset=True),
+    Row("half of the groups", {"target_sparsity": 0.5}),
+    Row("half of the parameters", {"target_parameters": 0.5}),
+    Row("half of the groups, at the preset's bytes", {"target_sparsity": 0.5}, at_paper=True),
+    Row("half of the parameters, at the preset's bytes", {"target_parameters": 0.5}, at_paper=True),
+)
+
+SIZES = (
+    Row("no pruning", {"target_sparsity": 0.0}, sized=True),
+    Row("even", {"split": "even"}, sized=True),
+    Row("even, mask_fisher", {"split": "even", "saliency": "mask_fisher"}, sized=True),
+    Row("early", {"split": "early"}, sized=True),
+    Row("late", {"split": "late"}, sized=True),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure: a row, at a number of bits for each original weight where it is sized, and a seed."""
+
+    row: Row
+    bits: float | None
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, float | None, int]:
+        """What names the cell in the results."""
+        return (self.row.name, self.bits, self.seed)
+
+
+def cells_of(seeds: Sequence[int], sizes: Sequence[float], names: Sequence[str] | None = None) -> list[Cell]:
+    """Return all cells in the order in which they are run.
+
+    Raises:
+        GETAError: an unknown row.
+    """
+    known = [row.name for row in (*TARGETS, *SIZES)]
+    unknown = sorted(set(names or ()) - set(known))
+    if unknown:
+        raise GETAError(f"there are no rows {unknown}; there are {known}")
+    cells = []
+    for seed in seeds:
+        cells += [Cell(row, None, seed) for row in TARGETS if names is None or row.name in names]
+        for bits in sizes:
+            cells += [Cell(row, bits, seed) for row in SIZES if names is None or row.name in names]
+    return cells
+
+
+def bytes_at(model: PreTrainedModel, folder: Path, bits: float) -> int:
+    """Return the bytes of a file in which each weight of the quantized layers takes this many bits.
+
+    Args:
+        model: dense; quantizers are attached to it.
+        folder: with the model's own file.
+        bits: for each original weight.
+    """
+    attach_quantizers(model)
+    weights = [layer.weight for layer in quantized_layers(model).values()]
+    dense = sum(weight.numel() * weight.element_size() for weight in weights)
+    return int(stored_bytes(folder) - dense + sum(weight.numel() for weight in weights) * bits / 8)
+
+
+def config_of(cell: Cell, size: int | None) -> GETAConfig | None:
+    """Return the config of a cell; None for a model that is trained without compression."""
+    if not cell.row.changes:
+        return None
+    values = dict(cell.row.changes)
+    if size is not None:
+        values["target_bytes"] = size
+    if cell.row.sized:
+        values["bits"] = SIZED_BITS
+    return GETAConfig.paper(**values) if cell.row.preset else GETAConfig(**values)
+
+
+def run(task: Task, folder: Path, work: Path, lengths: Lengths, cells: Sequence[Cell]) -> None:
+    """Run the cells that `work/results.jsonl` lacks, and append each as it ends.
+
+    Args:
+        task: the data and the score.
+        folder: the pretrained model.
+        work: holds the results.
+        lengths: of every cell.
+        cells: those to run.
+
+    Raises:
+        GETAError: results under other settings.
+    """
+    settings = json.loads(json.dumps({**vars(lengths), **task.settings, "scored": task.scored}))
+    done = read_results(work)
+    if any(line["settings"] != settings for line in done):
+        raise GETAError(f"{work} holds results under other settings; give another --work")
+    finished = {(line["row"], line["bits"], line["seed"]): line for line in done}
+    for cell in cells:
+        if cell.key in finished:
+            continue
+        size = None
+        if cell.row.at_paper:
+            size = finished[PAPER, None, cell.seed]["bytes"]
+        if cell.row.sized and cell.bits is not None:
+            size = bytes_at(task.load(folder), folder, cell.bits)
+        set_seed(cell.seed)
+        begin = time.perf_counter()
+        try:
+            measured = train_cell(task, config_of(cell, size), task.load(folder), work, lengths, cell.seed)
+        except GETAError as error:
+            print(f"{cell.key}: {error}", file=sys.stderr, flush=True)
+            continue
+        line = {"row": cell.row.name, "bits": cell.bits, "seed": cell.seed, "target_bytes": size}
+        line |= {"settings": settings, "seconds": round(time.perf_counter() - begin, 1), **measured}
+        append_result(work, line)
+        finished[cell.key] = line
+        print(json.dumps({name: value for name, value in line.items() if name != "settings"}), flush=True)
+
+
+def render(lines: Sequence[Line]) -> str:
+    """Return the results as two tables of text, means over seeds with their standard deviation."""
+    parts = []
+    for title, rows in (("targets", TARGETS), ("sizes", SIZES)):
+        found = [line for line in lines if line["row"] in {row.name for row in rows}]
+        sizes = sorted({line["bits"] or 0.0 for line in found}, reverse=True)
+        table = []
+        for bits in sizes:
+            for row in rows:
+                own = [line for line in found if line["row"] == row.name and (line["bits"] or 0.0) == bits]
+                if own:
+                    table.append((f"{bits:g}" if bits else "", row.name, *_figures(own)))
+        if table:
+            header = ("bits a weight", "row", "seeds", "nats", "bytes", "mean bits", "parameters", "heads", "channels")
+            parts.append(f"{title}\n{format_table(header, table)}")
+    return "\n\n".join(parts)
+
+
+def _figures(lines: Sequence[Line]) -> tuple[str, ...]:
+    nats = [line["nats"] for line in lines]
+    spread = f" ± {stdev(nats):.3f}" if len(nats) > 1 else ""
+    texts = [str(len(lines)), f"{mean(nats):.3f}{spread}", f"{mean(line['bytes'] for line in lines):,.0f}"]
+    for name, form in (
+        ("mean_bits", ".2f"),
+        ("kept_parameters", ".1%"),
+        ("kept_heads", ".0%"),
+        ("kept_channels", ".0%"),
+    ):
+        values = [line[name] for line in lines if name in line]
+        texts.append(f"{mean(values):{form}}" if values else "")
+    return tuple(texts)
+
+
+def _task(args: argparse.Namespace) -> Task:
+    options = TextOptions(args.texts, tokenizer=str(args.model), block=args.block, eval_blocks=args.eval_blocks)
+    task = text_task(options, Lengths(0, 0, 0.0), "currency")
+    return replace(task, start=lambda: AutoModelForCausalLM.from_pretrained(args.model))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command that the module's docstring describes."""
+    parser = argparse.ArgumentParser(prog="python -m eval.currency", description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("render").add_argument("--work", type=Path, required=True)
+    add = commands.add_parser("run").add_argument
+    add("--model", type=Path, required=True, help="folder of a pretrained causal language model")
+    add("--texts", nargs="+", required=True, help="plain text; the end is held out for the score")
+    add("--work", type=Path, required=True)
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--sizes", type=float, nargs="+", default=[4.0, 3.2, 2.4], help="stored bits for each original weight")
+    add("--rows", nargs="+", help="some of the rows; all by default")
+    add("--steps", type=int, default=300)
+    add("--batch_size", type=int, default=16)
+    add("--learning_rate", type=float, default=1e-3)
+    add("--block", type=int, default=128)
+    add("--eval_blocks", type=int, default=200)
+    args = parser.parse_args(argv)
+    if args.command == "run":
+        lengths = Lengths(args.steps, args.batch_size, args.learning_rate)
+        run(_task(args), args.model, args.work, lengths, cells_of(args.seeds, args.sizes, args.rows))
+    print(render(read_results(args.work)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except GETAError as error:
+        sys.exit(f"error: {error}")

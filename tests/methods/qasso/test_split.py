@@ -1,0 +1,151 @@
+"""A size that is split between pruning and widths in training, by what both are expected to cost."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from geta_hf.config import GETAConfig
+from geta_hf.costs.sensitivity import RoundingErrors
+from geta_hf.errors import GETAError
+from geta_hf.methods import PostTrainingConfig
+from geta_hf.methods.qasso.optimizer import QASSO
+from geta_hf.methods.qasso.schedule import JOINT
+from geta_hf.methods.qasso.split import rounding_losses
+from tests.methods.loop import prepare, train
+from tests.methods.qasso.toy import Toy
+
+STAGES = {"warmup": 5, "projection": 8, "joint": 31, "pruning_periods": 3, "bits": (2, 8)}
+SIZES = {"target_bops": 0.07, "target_bytes": 1240}
+
+
+def config_of(split: str, size: str = "target_bops", **changes) -> GETAConfig:
+    return GETAConfig(**{**STAGES, size: SIZES[size], "split": split, **changes})
+
+
+def spent(optimizer: QASSO) -> float:
+    bits = torch.tensor([round(width) for width in optimizer.bits().values()], dtype=torch.float64)
+    weights = bits[: optimizer.quantizers.weight_layers]
+    if optimizer.target.unit == "bytes":
+        return optimizer.ledger.stored_bytes(optimizer.removed_mask, weights, len(bits) > len(weights))
+    sides = bits[optimizer.quantizers.weight_layers :] if len(bits) > len(weights) else 32.0
+    return optimizer.ledger.relative_bops(optimizer.removed_mask, weights, sides)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("split", ["early", "late"])
+def test_a_run_meets_the_size_and_zeroes_what_was_decided(split: str, size: str) -> None:
+    model, method, optimizer = prepare(config_of(split, size))
+    assert isinstance(optimizer, QASSO)
+    history = []
+
+    def watch(step: int) -> None:
+        history.append((optimizer.phase.stage, dict(optimizer.bits()), optimizer.qasso_state.decided.clone()))
+
+    train(model, method, optimizer, watch=watch)
+    removed = optimizer.removed_mask
+    assert torch.equal(removed, optimizer.qasso_state.decided) and bool(removed.any())
+    assert spent(optimizer) <= SIZES[size]
+    in_joint = [entry for entry in history if entry[0] == JOINT][1:]
+    if split == "early":
+        # Decided once, and trained at the final widths from then on.
+        for _, bits, decided in in_joint:
+            assert list(bits.values()) == pytest.approx(list(optimizer.bits().values()), abs=1e-3)
+            assert torch.equal(decided, removed)
+    else:
+        assert max(in_joint[0][1].values()) > 7
+
+
+def test_inputs_share_a_budget_of_bops() -> None:
+    config = config_of("early", activation_bits=(3, 8), target_bops=0.01)
+    model, method, optimizer = prepare(config)
+    assert isinstance(optimizer, QASSO)
+    train(model, method, optimizer)
+    assert spent(optimizer) <= 0.01 and bool((optimizer.qasso_state.decided_bits > 0).all())
+
+
+def test_inputs_that_bytes_do_not_count_are_decided_in_the_end() -> None:
+    config = config_of("early", "target_bytes", activation_bits=(3, 8), target_bytes=1700)
+    model, method, optimizer = prepare(config)
+    assert isinstance(optimizer, QASSO)
+    train(model, method, optimizer)
+    bits = [round(width) for width in optimizer.bits().values()]
+    assert spent(optimizer) <= 1700 and sum(bits[4:]) <= 5.5 * 4
+    assert (optimizer.qasso_state.decided_bits > 0).tolist() == [True] * 4 + [False] * 4
+
+
+@pytest.mark.parametrize(("split", "stop"), [("early", 12), ("early", 30), ("late", 30)])
+def test_a_run_resumes_bit_for_bit(split: str, stop: int) -> None:
+    model, method, optimizer = prepare(config_of(split))
+    train(model, method, optimizer, stop)
+    saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    train(model, method, optimizer)
+    again, other, resumed = prepare(config_of(split))
+    again.load_state_dict(weights)
+    resumed.load_state_dict(saved)
+    train(again, other, resumed)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_a_run_without_a_joint_stage_decides_before_cool_down() -> None:
+    model, method, optimizer = prepare(config_of("early", joint=0))
+    assert isinstance(optimizer, QASSO)
+    train(model, method, optimizer)
+    assert spent(optimizer) <= SIZES["target_bops"] and bool(optimizer.removed_mask.any())
+
+
+def test_a_group_on_which_nothing_depends_goes_first() -> None:
+    """Where pruning a group is free, it is removed though widths alone would meet the size."""
+    model = Toy()
+    with torch.no_grad():
+        for layer, rows in ((0, slice(0, 3)), (2, slice(0, 1))):
+            model.layers[layer].weight[rows] = 0
+            model.layers[layer].bias[rows] = 0
+    model.layers[0].weight.register_hook(lambda grad: _without(grad, 3))
+    model.layers[0].bias.register_hook(lambda grad: _without(grad, 3))
+    model, method, optimizer = prepare(config_of("early", target_bops=0.2), model)
+    assert isinstance(optimizer, QASSO)
+    train(model, method, optimizer)
+    # Rows 0 to 2 are the last head, as the toy numbers them.
+    assert bool(optimizer.removed["layers:heads"][3])
+
+
+def _without(grad: torch.Tensor, rows: int) -> torch.Tensor:
+    grad = grad.clone()
+    grad[:rows] = 0
+    return grad
+
+
+def test_weights_of_unknown_gradient_cost_as_much_as_others() -> None:
+    errors = torch.tensor([[4.0, 1.0], [0.0, 0.0], [8.0, 2.0]], dtype=torch.float64)
+    known = torch.tensor([True, False, True])
+    weights = torch.tensor([10.0, 20, 30], dtype=torch.float64)
+    curvature = torch.tensor([10.0, 0, 60], dtype=torch.float64)
+    rounding = RoundingErrors(errors, torch.ones(3, 2), known)
+    found = rounding_losses(rounding, curvature, weights)
+    assert found.tolist() == [[2, 0.5], [5, 1.25], [8, 2]]
+    assert rounding_losses(replace(rounding, known=torch.ones(3, dtype=torch.bool)), curvature, weights)[1].sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "give target_bytes or target_bops alone"),
+        ({"target_sparsity": 0.5, "target_bops": 0.1}, "without target_sparsity"),
+        ({"mean_bits": 5, "target_bytes": 10**6}, "without mean_bits"),
+        ({"saliency": "hesso", "target_bytes": 10**6}, "saliency = 'hesso'"),
+        ({"bit_rule": "ppsg", "target_bytes": 10**6}, "bit_rule = 'ppsg'"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(changes: dict, message: str) -> None:
+    with pytest.raises(GETAError, match=message):
+        GETAConfig(split="early", **changes)
+
+
+def test_widths_that_follow_training_are_not_split_in_it() -> None:
+    with pytest.raises(GETAError, match="they follow it here"):
+        PostTrainingConfig(split="early", target_bytes=10**6)
