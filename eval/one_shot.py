@@ -4,13 +4,12 @@ A budget is B: bits that are stored for each weight of the original blocks, step
 fp32. Everything else, such as the embedding, is not counted. Results are lines of JSON; those that are there are not
 run again.
 
-    python eval/one_shot.py --model MODEL --text FILE --out runs/one_shot.jsonl
+    python -m eval.one_shot --model MODEL --text FILE --work runs/one_shot
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -21,8 +20,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from eval.results_file import append_result, read_results
 from geta_hf.costs.ledger import Ledger
 from geta_hf.errors import GETAError
+from geta_hf.evaluation.texts import read_text
 from geta_hf.methods import OneShotConfig, make_method
 from geta_hf.methods.one_shot import Calibration
 from geta_hf.quantization import detach_quantizers
@@ -81,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", required=True, type=Path)
-    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--work", required=True, type=Path, help="folder that keeps the results")
     parser.add_argument("--separator", default="<|endoftext|>")
     parser.add_argument("--blocks", type=int, default=64, help="of calibration data, and as many others to score")
     parser.add_argument("--length", type=int, default=256)
@@ -90,18 +91,16 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=1, help="draws of calibration data")
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    blocks = blocks_of(arguments.text.read_text(encoding="utf-8"), tokenizer, arguments.length, arguments.separator)
+    blocks = blocks_of(read_text(arguments.text), tokenizer, arguments.length, arguments.separator)
     scored = blocks[: arguments.blocks]
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.is_file() else []
+    done = read_results(arguments.work)
     known = {(row["method"], row["bits"], row["draw"]) for row in done}
     for key in runs(arguments):
         if key in known:
             continue
         row = run(*key, arguments, blocks, scored)
         done.append(row)
-        with arguments.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_result(arguments.work, row)
     print(table(done))
 
 
