@@ -3,6 +3,7 @@
 Importing the package lets `AutoModelForX.from_pretrained` read folders that it exported.
 """
 
+from geta_hf.compress import compress
 from geta_hf.config import GETAConfig
 from geta_hf.convert import convert
 from geta_hf.costs.model_costs import Costs, measure_costs
@@ -10,6 +11,7 @@ from geta_hf.errors import GETAError
 from geta_hf.evaluation import Evaluation, evaluate, perplexity
 from geta_hf.export import export
 from geta_hf.inference import prepare_for_inference
+from geta_hf.methods.one_shot.config import OneShotConfig
 from geta_hf.methods.qasso.optimizer import QASSO
 from geta_hf.methods.qasso.schedule import Schedule
 from geta_hf.qadg import PruningSpace, apply_policy, verify_space
@@ -36,6 +38,7 @@ __all__ = [
     "GETAError",
     "GETATrainer",
     "MemoryPlan",
+    "OneShotConfig",
     "Plan",
     "PruningSpace",
     "Schedule",
@@ -43,6 +46,7 @@ __all__ = [
     "attach_input_quantizers",
     "attach_quantizers",
     "build_space",
+    "compress",
     "convert",
     "detach_quantizers",
     "dry_run",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from geta_hf.compress import compress
 from geta_hf.convert import convert
 from geta_hf.errors import GETAError
 from geta_hf.evaluation.command import add_command as add_eval
@@ -81,6 +82,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--max-shard-size", metavar="SIZE", help="largest file of weights, such as 2GB (geta format)")
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it is the folder of a model")
     command.set_defaults(run=run_export)
+    command = commands.add_parser("compress", help="compress a model without training, in minutes")
+    command.add_argument("model", metavar="MODEL", help="the folder of a model, or a Hub name")
+    command.add_argument("out", metavar="OUT", help="the folder to write")
+    command.add_argument("--data", required=True, metavar="DATA", help="a text file, or the name of a data set")
+    command.add_argument("--target-bytes", metavar="N", help='bytes, or a share of the model such as "60%%"')
+    command.add_argument("--target-bops", type=float, metavar="SHARE", help="BOPs relative to 32 bits on both sides")
+    command.add_argument(
+        "--target-parameters", type=float, metavar="SHARE", help="share of prunable parameters to remove"
+    )
+    command.add_argument("--mean-bits", type=float, metavar="B", help="mean width of the remaining weights")
+    command.add_argument("--sequences", type=int, default=128, metavar="N", help="of calibration data; default: 128")
+    command.add_argument("--sequence-length", type=int, metavar="N", help="tokens of each; default: 256")
+    command.add_argument("--overwrite", action="store_true", help="replace OUT if it is the folder of a model")
+    command.set_defaults(run=run_compress)
     add_eval(commands)
     command = commands.add_parser("report", help="describe an exported folder in one HTML page")
     command.add_argument("folder", metavar="DIR", help="the exported folder")
@@ -153,6 +168,31 @@ def run_export(arguments: argparse.Namespace) -> None:
     convert(arguments.source, arguments.target, **{name: getattr(arguments, name) for name in names})
     size = sum(path.stat().st_size for path in Path(arguments.target).rglob("*") if path.is_file())
     print(f"wrote {arguments.target}: {arguments.format} format, {size / 1e6:,.2f} MB")
+
+
+def run_compress(arguments: argparse.Namespace) -> None:
+    """Compress a model without training, and print what it lost.
+
+    Args:
+        arguments: `model`, `out`, `data`, the targets (None where not given), `sequences`, `sequence_length` and
+            `overwrite`, as the parser gives them.
+
+    Raises:
+        GETAError: as `geta_hf.compress` does.
+
+    Example:
+        `geta-hf compress HuggingFaceTB/SmolLM2-135M small --data corpus.txt --target-bytes 60%`
+    """
+    names = ("target_bops", "target_parameters", "mean_bits", "sequences", "sequence_length", "overwrite")
+    size = arguments.target_bytes
+    report = compress(
+        arguments.model,
+        arguments.data,
+        out=arguments.out,
+        target_bytes=int(size) if size is not None and size.isdecimal() else size,
+        **{name: getattr(arguments, name) for name in names},
+    )
+    print(report)
 
 
 def run_report(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,355 @@
+"""Compress a model without training: one call, a few minutes, a small folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import find_labels
+
+from geta_hf.costs.ledger import Ledger
+from geta_hf.costs.model_costs import forward_uses
+from geta_hf.errors import GETAError
+from geta_hf.evaluation.calibration_data import make_batches, predicts_next
+from geta_hf.export import ExportReport, export
+from geta_hf.methods import OneShotConfig, OneShotMethod
+from geta_hf.methods.one_shot import Calibration, Outcome
+from geta_hf.methods.one_shot.gradients import sequences as rows_of
+from geta_hf.qadg import PruningSpace
+from geta_hf.quantization import select_layers
+from geta_hf.reporting.comparison import load_model
+from geta_hf.reporting.model_card import write_card
+from geta_hf.serialization.atomic_folder import check_target
+from geta_hf.surgery.build_space import prepare_space
+from geta_hf.training.checkpoints import base_name
+from geta_hf.training.early_checks import check_exports, check_is_model, check_model
+from geta_hf.training.example_inputs import find_left_out, inputs_of
+from geta_hf.training.float_layers import exclude_raw_reads
+from geta_hf.training.plan import make_ledger
+from geta_hf.training.preparation import align_tokens, empty_copy
+from geta_hf.utils.process_state import exclusive
+from geta_hf.utils.tables import format_table
+
+logger = logging.getLogger(__name__)
+
+_HELD_BACK = 8
+"""One of this many sequences is held back, to compare splits of the budget and to measure what the result loses."""
+
+_SCORED = 2
+"""One of this many of the other sequences is used for gradients, which cost three times a forward pass."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressReport:
+    """What `compress` did; printing it gives the table of before and after.
+
+    Attributes:
+        path: the folder.
+        export: what was written.
+        outcome: groups, widths, and what was measured while they were chosen.
+        dense_bytes: size of model.safetensors if the dense model were saved.
+        dense_parameters, parameters: elements of all parameters before and after.
+        mean_bits: mean width over the remaining quantized weights.
+        perplexity: (dense, compressed) on held-back data; None where the model is no causal language model.
+        seconds: how long it took.
+        next_command: what to run next.
+    """
+
+    path: Path
+    export: ExportReport
+    outcome: Outcome
+    dense_bytes: int
+    dense_parameters: int
+    parameters: int
+    mean_bits: float
+    perplexity: tuple[float, float] | None
+    seconds: float
+    next_command: str
+
+    @property
+    def removed_groups(self) -> int:
+        """The number of removed groups."""
+        return self.outcome.result.removed_groups
+
+    def __str__(self) -> str:
+        rows = [self._quality_row(), *self._group_rows()]
+        rows.append(("parameters", f"{self.dense_parameters:,}", _share(self.parameters, self.dense_parameters)))
+        rows.append(("mean bits", "", f"{self.mean_bits:.2f}"))
+        rows.append(("bytes of weights", f"{self.dense_bytes:,}", _share(self.export.file_bytes, self.dense_bytes)))
+        lines = [format_table(("", "dense", "compressed"), rows)]
+        if not self.removed_groups:
+            lines.append("no group was removed: the budget is met by rounding alone")
+        if len(self.outcome.trials) > 1:
+            tried = ", ".join(f"{one.share:.0%} removed: {one.loss:.4f}" for one in self.outcome.trials)
+            lines.append(f"splits of the budget tried, by their loss on held-back data: {tried}")
+        if self.outcome.unreached:
+            names = ", ".join(self.outcome.unreached)
+            lines.append(f"no calibration data reached these layers, which are rounded to nearest: {names}")
+        lines.append(f"wrote {self.path} in {self.seconds:.0f} s; next: {self.next_command}")
+        return "\n".join(lines)
+
+    def _quality_row(self) -> tuple[str, str, str]:
+        if self.perplexity is not None:
+            return ("perplexity, held back", f"{self.perplexity[0]:.2f}", f"{self.perplexity[1]:.2f}")
+        if self.outcome.has_labels:
+            return ("loss, held back", f"{self.outcome.dense_loss:.4f}", f"{self.outcome.loss:.4f}")
+        return ("distance of outputs, held back", "0", f"{self.outcome.loss:.4g}")
+
+    def _group_rows(self) -> list[tuple[str, str, str]]:
+        kinds: dict[str, list[int]] = {}
+        for name, (kept, before) in self.export.kept.items():
+            counts = kinds.setdefault(name.rpartition(":")[2], [0, 0])
+            counts[0] += kept
+            counts[1] += before
+        return [(kind, f"{before:,}", _share(kept, before)) for kind, (kept, before) in kinds.items()]
+
+
+def _share(part: int, total: int) -> str:
+    return f"{part:,} ({part / max(total, 1):.1%})"
+
+
+@exclusive()
+def compress(
+    model: PreTrainedModel | str | os.PathLike[str],
+    calibration_data: Any,
+    tokenizer: Any = None,
+    *,
+    out: str | os.PathLike[str],
+    target_bytes: int | str | None = None,
+    target_bops: float | None = None,
+    target_parameters: float | None = None,
+    mean_bits: float | None = None,
+    config: OneShotConfig | None = None,
+    sequences: int = 128,
+    sequence_length: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> CompressReport:
+    """Make a model smaller without training, and write it as a folder.
+
+    What removing a group and rounding a weight cost is estimated from gradients on half of the calibration data. Splits
+    of the budget between the two are compared on data that is held back. Then layer after layer loses inputs and is
+    rounded, its remaining weights making up for both, on the outputs of the layers that are compressed already. Where
+    the budget leaves 4 bits or more for each weight, no group is removed, since rounding alone costs less then.
+
+    Args:
+        model: a transformers model, or where it is loaded from. It is changed in place, but for a failure before the
+            folder is written.
+        calibration_data: a list of texts, a `datasets.Dataset` with a column `text`, the path of a text file or the
+            name of a data set, or a list of tokenized batches.
+        tokenizer: of the model; saved with it. By default that of the folder, where `model` is one.
+        out: the folder to write; appears complete or not at all.
+        target_bytes: size of model.safetensors, in bytes, or as a share of the dense model's such as "60%".
+        target_bops: BOPs of the quantized layers, relative to the dense model at 32 · 32 bits.
+        target_parameters: share of the parameters in prunable groups to remove.
+        mean_bits: mean width of the remaining weights.
+        config: limits and rules, such as `bits`, `exclude` or `keep`; targets above replace its own.
+        sequences: how many at most. Default 128.
+        sequence_length: tokens of each; by default 256, or what the model's positions allow.
+        overwrite: replace an existing model folder.
+        progress: show progress bars. Default True.
+
+    Returns:
+        The report; print it for the table of before and after.
+
+    Raises:
+        GETAError: no target, or one out of reach (names the one that can be reached); too little text; a tokenizer of
+            another vocabulary; activations that overflow; a model that cannot be exported. Nothing is written then.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from geta_hf import compress
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes))
+        >>> batches = [{"input_ids": torch.randint(0, 16, (2, 8))} for _ in range(4)]
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> report = compress(model, batches, out=folder.name + "/small", target_bytes="80%", progress=False)
+        >>> report.removed_groups
+        0
+        >>> folder.cleanup()
+    """
+    start = time.perf_counter()
+    place = Path(out).resolve()
+    check_target(place, overwrite)
+    config = _with_targets(config, target_bops, target_parameters, mean_bits, target_bytes)
+    loaded, tokenizer = _load(model, tokenizer)
+    check_is_model(loaded)
+    check_model(loaded, select_layers(loaded, config.include, config.exclude))
+    align_tokens(loaded, tokenizer)
+    batches = make_batches(calibration_data, loaded, tokenizer, sequences=sequences, length=sequence_length)
+    batch = _example(loaded, batches)
+    config = exclude_raw_reads(config, loaded, select_layers(loaded, config.include, config.exclude), batch)  # type: ignore[assignment]
+    layers = select_layers(loaded, config.include, config.exclude)
+    check_exports(loaded, batch, layers)
+    space, _ = prepare_space(loaded, batch, prune=config.prune, keep=config.keep)
+    ledger = _measure_sizes(loaded, config, space, batch, layers)
+    dense_bytes = dataclasses.replace(ledger, layers=(), row_bits={}).stored_bytes(ledger.nothing, 0)
+    if target_bytes is not None:
+        config = dataclasses.replace(config, target_bytes=bytes_of(target_bytes, dense_bytes))
+    method = OneShotMethod(config)
+    causal = predicts_next(loaded)
+    parameters = sum(parameter.numel() for parameter in loaded.parameters())
+    outcome = method.compress(loaded, _split(batches), space, ledger, partial(_bar, shown=progress))
+    written = export(
+        loaded,
+        place,
+        space=space,
+        batch=batch,
+        config=config,
+        processing_class=tokenizer,
+        result=method.result(),
+        embedding_bits=config.embedding_bits,
+        finish=partial(write_card, base_model=base_name(loaded), repo_id=place.name),
+        overwrite=overwrite,
+    )
+    return _report(place, written, outcome, ledger, dense_bytes, parameters, causal, time.perf_counter() - start)
+
+
+def bytes_of(target: int | str, dense: int) -> int:
+    """Return a target in bytes.
+
+    Args:
+        target: bytes, or a share of the dense model's size such as "60%".
+        dense: bytes of the dense model.
+
+    Raises:
+        GETAError: neither a positive number of bytes nor a share below 100 %.
+
+    >>> bytes_of("60%", 1000)
+    600
+    """
+    if isinstance(target, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", target)
+        if found is None or not 0 < float(found[1]) < 100:
+            raise GETAError(f'target_bytes = {target!r} must be a number of bytes, or a share such as "60%"')
+        return math.floor(float(found[1]) / 100 * dense)
+    return target
+
+
+def _with_targets(
+    config: OneShotConfig | None,
+    target_bops: float | None,
+    target_parameters: float | None,
+    mean_bits: float | None,
+    target_bytes: int | str | None,
+) -> OneShotConfig:
+    """Return the config with the targets of the call; a size in bytes is not known yet."""
+    given = {"target_bops": target_bops, "target_parameters": target_parameters, "mean_bits": mean_bits}
+    targets: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if target_bytes is not None:
+        # Checked here, before anything else takes time; what it is a share of is known later.
+        targets["target_bytes"] = bytes_of(target_bytes, 1 << 40)
+    if config is None and not targets:
+        raise GETAError('compress needs a target, such as target_bytes="60%" or mean_bits=4')
+    if not targets:
+        assert config is not None
+        return config
+    if not {"target_bops", "target_bytes", "target_parameters"} & targets.keys():
+        targets["target_sparsity"] = 0.0  # a mean width alone removes nothing
+    if config is None:
+        return OneShotConfig(**targets)
+    blank = dict.fromkeys(("target_bops", "target_bytes", "target_parameters", "target_sparsity", "mean_bits"))
+    return dataclasses.replace(config, **{**blank, **targets})
+
+
+def _load(model: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """Return a model and its tokenizer, loaded where a name or a folder is given."""
+    if not isinstance(model, str | os.PathLike):
+        return model, tokenizer
+    loaded = load_model(Path(model))
+    if tokenizer is None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        except (OSError, ValueError):
+            tokenizer = None  # texts will say that they need one
+    return loaded, tokenizer
+
+
+def _example(model: PreTrainedModel, batches: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what the model is recorded and proved on: the first two sequences, without labels."""
+    first = batches[0]
+    if sum(1 for _ in rows_of([first])) > 1:
+        first = {name: item[:2] for name, item in first.items()}
+    return inputs_of(model, first, find_left_out(model, first, find_labels(type(model))))
+
+
+def _measure_sizes(
+    model: PreTrainedModel,
+    config: OneShotConfig,
+    space: PruningSpace,
+    batch: Mapping[str, Any],
+    layers: Iterable[str],
+) -> Ledger:
+    """Measure what a folder would store, on a copy without data, so that the model gets its quantizers at the end."""
+    counts = forward_uses(model, layers, batch)
+    most = max(counts.values(), default=0) or 1
+    empty = empty_copy(model)
+    OneShotMethod(config).attach(empty, None)
+    return make_ledger(
+        empty, space, {name: (count or most) / most for name, count in counts.items()}, config.embedding_bits
+    )
+
+
+def _split(batches: list[dict[str, Any]]) -> Calibration:
+    """Split batches into those for scores and covariances and those that are held back, evenly over the data."""
+    if len(batches) < 2 * _HELD_BACK:
+        # A few large batches are split by rows.
+        batches = list(rows_of(batches))
+    every = min(_HELD_BACK, len(batches))
+    held = batches[every - 1 :: every]
+    others = [batch for place, batch in enumerate(batches) if place % every != every - 1]
+    return Calibration(scores=others[::_SCORED], covariances=others, held_back=held)
+
+
+def _bar(items: Iterable[Any], what: str, total: int, shown: bool) -> Iterable[Any]:
+    return tqdm(items, desc=what, total=total, disable=not shown)
+
+
+def _report(
+    place: Path,
+    written: ExportReport,
+    outcome: Outcome,
+    ledger: Ledger,
+    dense_bytes: int,
+    parameters: int,
+    causal: bool,
+    seconds: float,
+) -> CompressReport:
+    perplexity = None
+    if causal and outcome.has_labels:
+        perplexity = (_exp(outcome.dense_loss), _exp(outcome.loss))
+    removed = torch.cat([*outcome.result.removed.values(), torch.zeros(0, dtype=torch.bool)])
+    cut = 0
+    for name, shape in ledger.remaining_shapes(removed).items():
+        if name not in ledger.buffers:
+            cut += math.prod(ledger.shapes[name]) - math.prod(shape)
+    command = f"geta-hf eval {place} --text FILE" if causal else f"geta-hf report {place}"
+    return CompressReport(
+        path=place,
+        export=written,
+        outcome=outcome,
+        dense_bytes=dense_bytes,
+        dense_parameters=parameters,
+        parameters=parameters - cut,
+        mean_bits=outcome.trials[outcome.chosen].mean_bits,
+        perplexity=perplexity,
+        seconds=seconds,
+        next_command=command,
+    )
+
+
+def _exp(loss: float) -> float:
+    return math.exp(min(loss, 700.0))

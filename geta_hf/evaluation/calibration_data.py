@@ -1,0 +1,231 @@
+"""Make batches for calibration of texts, of a data set, of a text file, or of batches that are tokenized already."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from geta_hf.errors import GETAError
+from geta_hf.evaluation.causal_lm import check_causal, check_vocabulary, embedding_rows, positions
+from geta_hf.evaluation.texts import read_text
+from geta_hf.utils.model_io import to_device
+
+logger = logging.getLogger(__name__)
+
+LENGTH = 256
+"""Tokens of a sequence by default."""
+
+LEAST = 4
+"""Sequences that are needed at least: some are held back."""
+
+_ROWS = 4
+"""Sequences of a batch that is made of text."""
+
+_PIECE = 20_000
+"""Characters that are tokenized at once, since tokenizers take long over one text of megabytes."""
+
+_TEXT_COLUMNS = ("text", "content", "document", "sentence")
+
+Batch = Mapping[str, Any]
+
+
+def make_batches(
+    data: Any,
+    model: PreTrainedModel,
+    tokenizer: Any = None,
+    *,
+    sequences: int = 128,
+    length: int | None = None,
+) -> list[dict[str, Any]]:
+    """Return calibration batches on the model's device.
+
+    Texts are tokenized, packed one after the other and cut into sequences of equal length. Causal language models get
+    the tokens as labels; encoder-decoders that generate get the first half of each sequence as input and the second as
+    labels; other models get no labels.
+
+    Args:
+        data: a list of texts; a `datasets.Dataset` with a column of texts or of tokens; the path of a text file (.gz
+            too), or the name of a data set on the Hub; or a list of tokenized batches, mappings of tensors.
+        model: whose vocabulary has to fit.
+        tokenizer: of the model; not needed for tokenized batches.
+        sequences: how many at most. Default 128.
+        length: tokens of each; by default 256, or what the model's positions allow.
+
+    Raises:
+        GETAError: too little text, no column of text, a tokenizer of another vocabulary, or none.
+
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes))
+    >>> batches = make_batches([{"input_ids": torch.arange(8).view(4, 2)}], model)
+    >>> sorted(batches[0])
+    ['input_ids', 'labels']
+    """
+    if isinstance(data, Mapping):
+        raise GETAError("calibration_data is one mapping; pass a list of batches, or of texts")
+    if sequences < LEAST:
+        raise GETAError(f"sequences = {sequences}, but at least {LEAST} are needed, since some are held back")
+    first, items = _peek(_rows_of(data))
+    if isinstance(first, Mapping) and any(isinstance(item, Tensor) and item.dim() > 1 for item in first.values()):
+        batches = _tokenized(items, model, sequences)
+    else:
+        blocks = _blocks(_token_lists(first, items, tokenizer, model), model, sequences, length)
+        batches = [_of_block(part, model) for part in blocks.split(_ROWS)]
+    device = next(model.parameters()).device
+    return [to_device(batch, device) for batch in batches]
+
+
+def _rows_of(data: Any) -> Iterable[Any]:
+    """Return what data consists of: texts, rows or batches."""
+    if isinstance(data, str | Path):
+        path = Path(data)
+        if path.is_file() and path.suffix not in (".json", ".jsonl", ".csv", ".parquet"):
+            return [read_text(path)]
+        return _load(str(data), path)
+    if not isinstance(data, Iterable):
+        raise GETAError(
+            f"calibration_data is a {type(data).__name__}; pass a list of texts, a data set, the path of a text file, "
+            f"or a list of batches"
+        )
+    return data
+
+
+def _load(name: str, path: Path) -> Iterable[Any]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise GETAError(f"{name} is no text file, and data sets need `pip install datasets`") from error
+    try:
+        if path.is_file():
+            kind = "json" if path.suffix == ".jsonl" else path.suffix[1:]
+            return load_dataset(kind, data_files=name, split="train")
+        return load_dataset(name, split="train")
+    # Each kind of data set has its own ways to fail.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise GETAError(f"{name} is neither a text file nor a data set that can be loaded ({reason})") from error
+
+
+def _peek(items: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
+    iterator = iter(items)
+    first = next(iterator, None)
+    if first is None:
+        raise GETAError("calibration_data is empty; pass texts or batches")
+    return first, itertools.chain([first], iterator)
+
+
+def _token_lists(first: Any, items: Iterator[Any], tokenizer: Any, model: PreTrainedModel) -> Iterator[list[int]]:
+    """Yield the tokens of each text."""
+    if isinstance(first, Mapping) and "input_ids" in first:
+        for row in items:
+            yield torch.as_tensor(row["input_ids"]).flatten().tolist()
+        return
+    column = None
+    if isinstance(first, Mapping):
+        column = next((name for name in _TEXT_COLUMNS if isinstance(first.get(name), str)), None)
+        if column is None:
+            raise GETAError(
+                f"calibration_data has the columns {sorted(first)}; name the one with texts {_TEXT_COLUMNS[0]!r}, or "
+                f"give tokens as 'input_ids'"
+            )
+    elif not isinstance(first, str):
+        raise GETAError(f"calibration_data holds a {type(first).__name__}; pass texts, rows with a text, or batches")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise GETAError("texts need the model's tokenizer; pass tokenizer=AutoTokenizer.from_pretrained(...)")
+    check_vocabulary(embedding_rows(model), tokenizer)
+    for item in items:
+        text = item if column is None else item[column]
+        for start in range(0, len(text), _PIECE):
+            ids: list[int] = tokenizer(text[start : start + _PIECE], verbose=False)["input_ids"]
+            yield ids
+
+
+def _blocks(tokens: Iterator[list[int]], model: PreTrainedModel, sequences: int, length: int | None) -> Tensor:
+    """Pack tokens into sequences, int64, shape (sequences, length)."""
+    most = positions(model.config)
+    if length is None:
+        length = min(LENGTH, most or LENGTH)
+    if length < 2 or (most is not None and length > most):
+        raise GETAError(f"sequence_length = {length} must be between 2 and the {most or 'any number of'} positions")
+    packed: list[int] = []
+    for ids in tokens:
+        packed += ids
+        if len(packed) >= sequences * length:
+            break
+    count = min(len(packed) // length, sequences)
+    if count < LEAST:
+        raise GETAError(
+            f"calibration_data has {len(packed):,} tokens, which give {count} sequences of {length}, and at least "
+            f"{LEAST} are needed: give more text, or a smaller sequence_length"
+        )
+    if count < sequences:
+        logger.warning("calibration_data gives %d sequences of %d tokens, not %d", count, length, sequences)
+    blocks = torch.tensor(packed[: count * length]).view(count, length)
+    _check_tokens(blocks, model)
+    return blocks
+
+
+def _check_tokens(ids: Tensor, model: PreTrainedModel) -> None:
+    rows = embedding_rows(model)
+    if int(ids.max()) >= rows or int(ids.min()) < 0:
+        beyond = int(ids.max()) if int(ids.max()) >= rows else int(ids.min())
+        raise GETAError(
+            f"calibration_data holds the token {beyond}, but the model's embedding has {rows:,} rows; tokenize it with "
+            f"the model's own tokenizer"
+        )
+
+
+def _of_block(block: Tensor, model: PreTrainedModel) -> dict[str, Tensor]:
+    if not model.can_generate():
+        return {"input_ids": block}
+    if model.config.is_encoder_decoder:
+        half = block.shape[1] // 2
+        return {"input_ids": block[:, :half], "labels": block[:, half:]}
+    return {"input_ids": block, "labels": block} if predicts_next(model) else {"input_ids": block}
+
+
+def predicts_next(model: nn.Module) -> bool:
+    """Return whether a model is a causal language model: it generates, and sees no later tokens."""
+    if not isinstance(model, PreTrainedModel) or not model.can_generate() or model.config.is_encoder_decoder:
+        return False
+    try:
+        check_causal(model)
+    except GETAError:
+        return False
+    return True
+
+
+def _tokenized(items: Iterator[Any], model: PreTrainedModel, sequences: int) -> list[dict[str, Any]]:
+    """Return as many tokenized batches as hold enough sequences, with labels where tokens are labels."""
+    batches: list[dict[str, Any]] = []
+    count = 0
+    causal = predicts_next(model)
+    for item in items:
+        if not isinstance(item, Mapping):
+            raise GETAError(f"calibration_data holds a {type(item).__name__} among batches; pass mappings alone")
+        batch = dict(item)
+        ids = batch.get("input_ids")
+        if isinstance(ids, Tensor):
+            _check_tokens(ids, model)
+            if causal and "labels" not in batch:
+                mask = batch.get("attention_mask", torch.ones_like(ids))
+                batch["labels"] = ids.masked_fill(mask == 0, -100)
+        batches.append(batch)
+        count += _rows(batch)
+        if count >= sequences:
+            break
+    if count < LEAST:
+        raise GETAError(f"calibration_data holds {count} sequences, and at least {LEAST} are needed")
+    return batches
+
+
+def _rows(batch: Batch) -> int:
+    return next((len(item) for item in batch.values() if isinstance(item, Tensor) and item.dim()), 0)

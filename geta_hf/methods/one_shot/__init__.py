@@ -1,0 +1,6 @@
+"""Compression without training: groups, widths and rounding are decided on a few batches of calibration data."""
+
+from geta_hf.methods.one_shot.config import OneShotConfig
+from geta_hf.methods.one_shot.method import Calibration, OneShotMethod, Outcome
+
+__all__ = ["Calibration", "OneShotConfig", "OneShotMethod", "Outcome"]

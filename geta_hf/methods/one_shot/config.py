@@ -1,0 +1,75 @@
+"""The config of compression without training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from geta_hf.config import CompressionConfig, above, document_attributes, setting
+from geta_hf.errors import GETAError
+
+
+@document_attributes
+@dataclass
+class OneShotConfig(CompressionConfig):
+    """The settings of compression without training, as `geta_hf.compress` does it.
+
+    Weights have a step size for each output channel by default: below 8 bits one for a layer costs far more than it
+    saves, where no training makes up for it.
+
+    >>> from geta_hf import OneShotConfig
+    >>> config = OneShotConfig(target_bytes=1_000_000)
+    >>> config.method, config.bits, config.per_channel
+    ('one-shot', (2, 8), True)
+
+    Raises:
+        GETAError: a value of the wrong type or out of range, settings that contradict each other, or rounded inputs.
+    """
+
+    method: ClassVar[str] = "one-shot"
+
+    bits: tuple[int, int] = (2, 8)
+    per_channel: bool = True
+    saliency: str = setting(
+        "mask_fisher",
+        "What removing and rounding are expected to cost: `mask_fisher` is the mean of <g, change>² by gradients, over "
+        "the slices alone that read a group's output; `magnitude` is the squared change, without gradients.",
+        section="Rules",
+        choices=("mask_fisher", "magnitude"),
+    )
+    compensation: bool = setting(
+        True,
+        "Let the remaining weights make up for removed inputs and for rounding; otherwise weights are set to zero and "
+        "rounded to nearest.",
+        section="Rules",
+    )
+    damping: float = setting(
+        0.01,
+        "Share of the mean square of a layer's inputs that is added to the diagonal of their covariance.",
+        above(0),
+        section="Rules",
+    )
+    by_activation: bool = setting(
+        True,
+        "Round the inputs of a layer with the largest mean square first; otherwise in their order.",
+        section="Rules",
+    )
+    by_block: bool = setting(
+        True,
+        "Calibrate each block on the outputs of the compressed ones before it; otherwise all on the dense model.",
+        section="Rules",
+    )
+
+    def check_targets(self) -> None:
+        """Raise GETAError for what compression without training does not do, too."""
+        super().check_targets()
+        sizes = [name for name in ("target_bytes", "target_bops") if getattr(self, name) is not None]
+        if sizes and self.mean_bits is not None:
+            raise GETAError(f"{sizes[0]} and mean_bits both bound the widths; give only one of them")
+        self._check(
+            self.activation_bits is None, "activation_bits", "None, since inputs are not rounded without training"
+        )
+        self._check(not self.drop_layers, "drop_layers", "0, since no layers are dropped without training")
+        self._check(
+            not self.distill_logits and not self.distill_hidden, "distill_logits", "0, since nothing is trained"
+        )

@@ -1,0 +1,453 @@
+"""Compression without training as a `Method`: what `geta_hf.compress` runs on a model."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
+
+from geta_hf.costs.ledger import Ledger
+from geta_hf.errors import GETAError
+from geta_hf.methods.base import Batches, CompressionResult, Method, Run
+from geta_hf.methods.one_shot.blocks import Batch, BlockRunner, counted_tokens, find_blocks, uncached
+from geta_hf.methods.one_shot.choice import Candidate, Losses, bits_per_weight, budget_of, find_candidates
+from geta_hf.methods.one_shot.config import OneShotConfig
+from geta_hf.methods.one_shot.covariances import as_rows, collecting, has_covariance
+from geta_hf.methods.one_shot.gradients import logits_of, measure_gradients, predictions, sequences
+from geta_hf.methods.one_shot.layers import Grid, Kept, compress_layer, rounding_losses
+from geta_hf.methods.qasso.slices import build_slices, group_sums, zero_slices
+from geta_hf.qadg.group_labels import consumers, family_of_group, family_starts, find_group_labels, marked
+from geta_hf.qadg.space import PruningSpace
+from geta_hf.quantization import attach_quantizers, quantized_layers, select_layers
+from geta_hf.quantization.fixed import output_dim
+from geta_hf.utils.model_io import float_tensors, loss_of
+from geta_hf.utils.module_state import eval_mode
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
+"""Wrap an iterable in a progress bar: takes it, what is being done, and how many items there are."""
+
+
+def no_progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+    """Return the items themselves."""
+    return items
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The data that decides everything, on the model's device, in batches of keyword arguments.
+
+    Attributes:
+        scores: for gradients, one sequence after the other.
+        covariances: for compensation.
+        held_back: in no other part; the splits of the budget are compared on it.
+    """
+
+    scores: Sequence[Batch]
+    covariances: Sequence[Batch]
+    held_back: Sequence[Batch]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One split of the budget and what it measured.
+
+    Attributes:
+        share: of the prunable parameters that is removed.
+        groups: how many groups are removed.
+        mean_bits: mean width over the remaining weights.
+        loss: on the held-back data; None where nothing was to be compared.
+    """
+
+    share: float
+    groups: int
+    mean_bits: float
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a compression did.
+
+    Attributes:
+        result: removed groups and widths.
+        trials: the splits that were tried, with what they measured.
+        chosen: position of the one that was taken.
+        dense_loss: on the held-back data, before; in nats for each prediction, or 0 where outputs are compared.
+        loss: after.
+        has_labels: whether these are losses of labels; otherwise they are distances of outputs from the dense model's.
+        bits_per_weight: what the budget leaves for each weight if no group is removed, step sizes counted.
+        unreached: layers that no calibration data reached; they are rounded to nearest.
+    """
+
+    result: CompressionResult
+    trials: tuple[Trial, ...]
+    chosen: int
+    dense_loss: float
+    loss: float
+    has_labels: bool
+    bits_per_weight: float
+    unreached: tuple[str, ...]
+
+
+class OneShotMethod(Method):
+    """Remove groups, choose widths and round, each with compensation, without training.
+
+    Args:
+        config: an OneShotConfig.
+    """
+
+    config: OneShotConfig
+    stages = ("compression",)
+    _result: CompressionResult | None = None
+
+    def check(self, frozen_weights: bool) -> None:
+        """Raise GETAError: this method has no training."""
+        raise GETAError("OneShotConfig is for geta_hf.compress, which trains nothing; train with GETAConfig")
+
+    def attach(self, model: nn.Module, batches: Batches | None) -> None:
+        """Put quantizers on the layers, in place; their grids are those of `compress`, or read from a checkpoint."""
+        attach_quantizers(
+            model,
+            include=self.config.include,
+            exclude=self.config.exclude,
+            initial_bits=self.config.bits[1],
+            clipping="max",
+            per_channel=self.config.per_channel,
+        )
+
+    def wrap_optimizer(
+        self, base: torch.optim.Optimizer, names: Mapping[Tensor, str], model: nn.Module, run: Run
+    ) -> torch.optim.Optimizer:
+        """Raise GETAError: this method has no training."""
+        self.check(frozen_weights=False)
+        raise AssertionError
+
+    @property
+    def step_count(self) -> int:
+        """No optimizer steps are done."""
+        return 0
+
+    @property
+    def finished(self) -> bool:
+        """True once `compress` has run."""
+        return self._result is not None
+
+    def result(self) -> CompressionResult:
+        """Return removed groups by family and widths by module path. Raise GETAError before `compress`."""
+        if self._result is None:
+            raise GETAError("nothing is compressed yet; call compress first")
+        return self._result
+
+    def compress(
+        self,
+        model: nn.Module,
+        data: Calibration,
+        space: PruningSpace,
+        ledger: Ledger,
+        progress: Progress = no_progress,
+    ) -> Outcome:
+        """Compress a model in place and attach its quantizers; on any failure it is as it was.
+
+        Args:
+            model: dense, without quantizers.
+            data: calibration data.
+            space: its pruning space.
+            ledger: sizes of the model, with its quantizers.
+            progress: wraps what takes long in a progress bar.
+
+        Raises:
+            GETAError: a target out of reach, activations or gradients that overflow.
+        """
+        work = _Work(model, self.config, data, space, ledger, progress)
+        try:
+            outcome, grids = work.run()
+            self.attach(model, None)
+            _write_grids(model, grids)
+        except BaseException:
+            work.restore()
+            raise
+        self._result = outcome.result
+        return outcome
+
+
+@torch.no_grad()
+def _write_grids(model: nn.Module, grids: Mapping[int, Grid]) -> None:
+    """Set (d, q_m) of every quantizer to the grid on which its weight already is."""
+    for layer in quantized_layers(model).values():
+        grid = grids[id(layer.weight)]
+        layer.weight_quantizer.q_m.copy_(grid.q_m)
+        layer.weight_quantizer.d.copy_(grid.d)
+
+
+class _Work:
+    """One run of `OneShotMethod.compress`: the model, the data, and what can be restored."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OneShotConfig,
+        data: Calibration,
+        space: PruningSpace,
+        ledger: Ledger,
+        progress: Progress,
+    ) -> None:
+        self.model, self.config, self.data = model, config, data
+        self.space, self.ledger, self.progress = space, ledger, progress
+        self.families = space.trainable
+        self.named = dict(model.named_parameters(remove_duplicate=False))
+        every = select_layers(model, config.include, config.exclude)
+        # Tied layers have one weight, which is rounded once.
+        self.layers = {
+            entry.weight.removesuffix(".weight"): every[entry.weight.removesuffix(".weight")] for entry in ledger.layers
+        }
+        self.names = {id(layer.weight): name for name, layer in self.layers.items()}
+        self.every = every
+        changed = {id(p): p for p in (self.named[cut.tensor] for cut in ledger.labels if cut.tensor in self.named)}
+        changed |= {id(layer.weight): layer.weight for layer in self.layers.values()}  # type: ignore[misc]
+        self._originals = [(p, p.detach().clone()) for p in changed.values()]
+        self.unreached: list[str] = []
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give all weights their first values back."""
+        for parameter, original in self._originals:
+            parameter.copy_(original)
+
+    def run(self) -> tuple[Outcome, dict[int, Grid]]:
+        """Compress; return what was done, and the grid of each weight by the id of its parameter."""
+        before, reference = measure(self.model, self.data.held_back)
+        losses = self._losses()
+        candidates = find_candidates(self.config, self.families, self.ledger, losses)
+        trials = self._try(candidates, reference)
+        chosen = min(range(len(trials)), key=lambda place: trials[place].loss or 0.0)
+        grids = self._compress(candidates[chosen])
+        after, _ = measure(self.model, self.data.held_back, reference)
+        removed = candidates[chosen].removed
+        bits = dict(zip(self.layers, candidates[chosen].weight_bits, strict=True))
+        result = CompressionResult(
+            removed=dict(self._by_family(removed)),
+            weight_bits={name: bits[self.names[id(layer.weight)]] for name, layer in self.every.items()},
+        )
+        unit, amount = budget_of(self.config)
+        return Outcome(
+            result=result,
+            trials=tuple(trials),
+            chosen=chosen,
+            dense_loss=before,
+            loss=after,
+            has_labels=reference is None,
+            bits_per_weight=bits_per_weight(self.ledger, unit, amount),
+            unreached=tuple(dict.fromkeys(self.unreached)),
+        ), grids
+
+    def _by_family(self, removed: Tensor) -> Iterable[tuple[str, Tensor]]:
+        for start, family in zip(family_starts(self.families), self.families, strict=True):
+            yield family.name, removed[start : start + family.size].clone()
+
+    # --- what everything is expected to cost --------------------------------------------------------------------------
+
+    def _losses(self) -> Losses:
+        """Measure what removing each group and rounding each weight is expected to cost."""
+        widths = self.config.widths
+        if self.config.saliency == "magnitude":
+            removal = group_sums(self.ledger.labels, self.named, self.ledger.groups, lambda x, _: x * x)
+            alike = {f"{name}.weight": torch.ones(layer.weight.shape) for name, layer in self.layers.items()}  # type: ignore[arg-type]
+            rounding = rounding_losses(self.layers, alike, widths, self.config.per_channel)
+            return Losses(removal.double().cpu() / 2, rounding, widths)
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.named.items()}
+        read = find_group_labels(consumers(self.families), shapes)
+        weights = [f"{name}.weight" for name in self.layers]
+        count = sum(1 for _ in sequences(self.data.scores))
+        bar = self.progress(sequences(self.data.scores), "scores", count)
+        found = measure_gradients(self.model, self.data.scores, read, self.ledger.groups, weights, bar)
+        rounding = rounding_losses(self.layers, found.squares, widths, self.config.per_channel)
+        return Losses(self._keep_unreached(found.groups), rounding, widths)
+
+    def _keep_unreached(self, removal: Tensor) -> Tensor:
+        """Return the losses of groups, very large for families that no gradient reached: nothing is known of them."""
+        removal = removal.clone()
+        for start, family in zip(family_starts(self.families), self.families, strict=True):
+            own = removal[start : start + family.size]
+            if not bool(own.any()):
+                logger.warning("no group of %s has a gradient on the calibration data, so all are kept", family.name)
+                own.fill_(1e30)
+        return removal
+
+    # --- splits of the budget -----------------------------------------------------------------------------------------
+
+    def _try(self, candidates: Sequence[Candidate], reference: Any) -> list[Trial]:
+        """Measure the candidates on held-back data, each compressed on the covariances of the dense model."""
+        sizes = [self._trial(candidate, None) for candidate in candidates]
+        if len(candidates) == 1:
+            return sizes
+        covariances = self._dense_covariances()
+        trials = []
+        for candidate in self.progress(candidates, "splits", len(candidates)):
+            self._compress_at_once(candidate, covariances)
+            loss, _ = measure(self.model, self.data.held_back, reference)
+            self.restore()
+            trials.append(self._trial(candidate, loss if math.isfinite(loss) else math.inf))
+        return trials
+
+    def _trial(self, candidate: Candidate, loss: float | None) -> Trial:
+        weights = self.ledger.weights(candidate.removed)
+        bits = torch.tensor(candidate.weight_bits, dtype=torch.float64)
+        mean = float((weights * bits).sum() / weights.sum())
+        return Trial(candidate.share, int(candidate.removed.sum()), mean, loss)
+
+    # --- compression --------------------------------------------------------------------------------------------------
+
+    def _compress(self, candidate: Candidate) -> dict[int, Grid]:
+        if self.config.by_block:
+            return self._compress_by_block(candidate)
+        return self._compress_at_once(candidate, self._dense_covariances())
+
+    def _dense_covariances(self) -> dict[str, Tensor | None]:
+        """Return the covariance of every layer's input while the model is as it is."""
+        layers = self._with_covariance(self.layers)
+        blocks = find_blocks(self.model, layers, self.data.covariances[0])
+        shared = {name: stage[0] for block in blocks for stage in block.stages for name in stage}
+        mask: list[Tensor | None] = [None]
+        batches = self.data.covariances
+        with collecting(layers, shared, mask) as found, eval_mode(self.model), uncached(self.model):
+            for batch in self.progress(batches, "covariances", len(batches)):
+                mask[0] = counted_tokens(self.model, batch)
+                self.model(**batch)
+        means = {name: one.mean(name) for name, one in found.items()}
+        return {name: means[shared[name]] if name in shared else None for name in self.layers}
+
+    @staticmethod
+    def _with_covariance(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        return {name: layer for name, layer in layers.items() if has_covariance(layer)}
+
+    def _compress_at_once(self, candidate: Candidate, covariances: Mapping[str, Tensor | None]) -> dict[int, Grid]:
+        bits = dict(zip(self.layers, candidate.weight_bits, strict=True))
+        grids = {
+            id(layer.weight): self._compress_layer(name, covariances[name], bits[name], candidate.removed)
+            for name, layer in self.layers.items()
+        }
+        self._zero(candidate.removed)
+        return grids
+
+    def _compress_by_block(self, candidate: Candidate) -> dict[int, Grid]:
+        """Compress stage after stage, each on the outputs of what is compressed already."""
+        bits = dict(zip(self.layers, candidate.weight_bits, strict=True))
+        grids: dict[int, Grid] = {}
+        batches = self.data.covariances
+        blocks = find_blocks(self.model, self.layers, batches[0])
+        runner = BlockRunner(self.model, batches)
+        for block in self.progress(blocks, "blocks", len(blocks)):
+            for stage in block.stages:
+                layers = self._with_covariance({name: self.layers[name] for name in stage})
+                shared = dict.fromkeys(layers, next(iter(layers), ""))
+                mask: list[Tensor | None] = [None]
+                with collecting(layers, shared, mask) as found:
+                    if layers:
+                        runner.run(block, mask)
+                for name in stage:
+                    covariance = found[shared[name]].mean(name) if name in layers else None
+                    grid = self._compress_layer(name, covariance, bits[name], candidate.removed)
+                    grids[id(self.layers[name].weight)] = grid
+            # Now that all that reads them is compensated by their values.
+            self._zero(candidate.removed, f"{block.name}.")
+            runner.finish(block)
+        self._zero(candidate.removed)
+        return grids
+
+    def _compress_layer(self, name: str, covariance: Tensor | None, bits: int, removed: Tensor) -> Grid:
+        layer = self.layers[name]
+        if covariance is None and has_covariance(layer):
+            self.unreached.append(name)
+        return compress_layer(
+            layer,
+            covariance,
+            self._kept(layer, removed),
+            bits,
+            per_channel=self.config.per_channel,
+            damping=self.config.damping,
+            by_activation=self.config.by_activation,
+            compensate=self.config.compensation,
+        )
+
+    def _kept(self, layer: nn.Module, removed: Tensor) -> Kept:
+        """Return the rows and columns of a layer's weight that no removed group takes."""
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        gone = {}
+        for cut in self.ledger.labels:
+            if self.named.get(cut.tensor) is weight:
+                gone[cut.dim] = marked(cut.label, removed)
+        rows = as_rows(layer, weight)
+        out = output_dim(layer)
+        inputs = 1 - out
+        kept_rows = torch.ones(rows.shape[0], dtype=torch.bool)
+        kept_columns = torch.ones(rows.shape[1], dtype=torch.bool)
+        if out in gone:
+            kept_rows = ~gone[out]
+        if inputs in gone:
+            # A convolution reads each channel at every place of its kernel.
+            kept_columns = ~gone[inputs].repeat_interleave(rows.shape[1] // weight.shape[inputs])
+        return Kept(kept_rows.to(weight.device), kept_columns.to(weight.device))
+
+    @torch.no_grad()
+    def _zero(self, removed: Tensor, prefix: str = "") -> None:
+        """Set all slices of removed groups to zero, in the tensors whose names start with a prefix."""
+        labels = [cut for cut in self.ledger.labels if cut.tensor in self.named and cut.tensor.startswith(prefix)]
+        zero_slices(build_slices(labels, removed, family_of_group(self.families), self.named), self.named)
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module, batches: Sequence[Batch], reference: Sequence[Mapping[str, Tensor]] | None = None
+) -> tuple[float, list[dict[str, Tensor]] | None]:
+    """Return the mean loss on batches with labels; on others how far outputs are from a reference.
+
+    Args:
+        model: run in evaluation mode.
+        batches: on its device.
+        reference: the outputs of the dense model, as the first call returned them; None on that call.
+
+    Returns:
+        Nats for each label, and None; without labels the mean KL divergence from the reference's logits, or the squared
+        error of other outputs relative to the reference's square, and the outputs that were found.
+    """
+    total = 0.0
+    count = 0
+    outputs: list[dict[str, Tensor]] = []
+    with eval_mode(model), uncached(model):
+        for place, batch in enumerate(batches):
+            given = model(**batch)
+            loss = loss_of(given)
+            if loss is not None:
+                number = predictions(batch)
+                total += float(loss) * number
+                count += number
+                continue
+            found = logits_of(float_tensors(given))
+            if reference is None:
+                outputs.append(found)
+            else:
+                total += _distance(reference[place], found)
+            count += 1
+    return total / max(count, 1), outputs or (None if reference is None else list(map(dict, reference)))
+
+
+def _distance(dense: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> float:
+    """Return how far outputs are from those of the dense model, added up over the outputs."""
+    total = 0.0
+    for name, expected in dense.items():
+        own = found[name].float()
+        expected = expected.float()
+        if "logits" in name and expected.shape[-1] > 1:
+            p = log_softmax(expected, dim=-1)
+            total += float((p.exp() * (p - log_softmax(own, dim=-1))).sum(-1).mean())
+        else:
+            total += float((own - expected).square().sum() / expected.square().sum().clamp_min(1e-20))
+    return total

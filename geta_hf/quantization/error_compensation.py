@@ -1,0 +1,154 @@
+"""Round or cut the inputs of a linear layer so that the remaining weights make up for what is lost.
+
+Both functions minimize the squared change of a layer's outputs over calibration data, tr((W - Q) Σ (W - Q)ᵀ), with Σ
+the covariance of its inputs, Σ = E[x xᵀ] (not centered, and in any scale). They know nothing of modules and of data.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from geta_hf.errors import GETAError
+from geta_hf.quantization.maths import quantize
+
+DAMPING = 0.01
+"""Share of the mean of Σ's diagonal that is added to the diagonal, as in GPTQ."""
+
+_ATTEMPTS = 6
+"""How often the damping is multiplied by 10 where Σ is still not positive definite."""
+
+
+def output_error(change: Tensor, covariance: Tensor) -> Tensor:
+    """Return the squared change of every output, the diagonal of (W - Q) Σ (W - Q)ᵀ, shape (out,).
+
+    Args:
+        change: W - Q, shape (out, in).
+        covariance: Σ, shape (in, in).
+    """
+    return (change @ covariance * change).sum(1)
+
+
+@torch.no_grad()
+def round_compensated(
+    weight: Tensor,
+    covariance: Tensor,
+    d: Tensor,
+    q_m: Tensor,
+    *,
+    channel_dim: int = 0,
+    by_activation: bool = True,
+    damping: float = DAMPING,
+    block: int = 128,
+) -> Tensor:
+    """Return a weight on its grid, rounded with compensation of errors.
+
+    This is GPTQ (https://arxiv.org/abs/2210.17323, Eq. 2-3). Inputs are rounded one after the other. The error of each
+    is spread over those that are not rounded yet, by the rows of the Cholesky factor of Σ^-1. A channel for which
+    rounding to nearest happens to be better is rounded to nearest.
+
+    Args:
+        weight: shape (out, in), or (in, out) with `channel_dim=1`, as in transformers' Conv1D.
+        covariance: Σ of the inputs, shape (in, in), symmetric.
+        d, q_m: step size and clipping value, shape (1,), or (out,) for one of each output channel.
+        channel_dim: the dim of `weight` that output channels run along. Default 0.
+        by_activation: round the inputs of the largest mean square first; otherwise in their natural order.
+        damping: share of the mean of Σ's diagonal that is added to it. Default 0.01.
+        block: columns whose errors are spread over all later blocks at once; changes speed only. Default 128.
+
+    Returns:
+        The rounded weight d · n, shape and dtype of `weight`.
+
+    Raises:
+        GETAError: Σ is not finite.
+    """
+    original = (weight if channel_dim == 0 else weight.t()).float()
+    d, q_m = d.reshape(-1, 1).to(original), q_m.reshape(-1, 1).to(original)
+    # Where the largest inputs come last, nothing remains that could take their errors.
+    natural = torch.arange(original.shape[1], device=original.device)
+    order = torch.argsort(covariance.diagonal(), descending=True, stable=True) if by_activation else natural
+    factor = _inverse_factor(covariance[order][:, order], damping).to(original)
+    rounded = torch.empty_like(original)
+    rounded[:, order] = _round_columns(original[:, order].clone(), factor, d, q_m, block)
+    nearest = quantize(original, d, q_m)
+    sigma = covariance.to(original)
+    better = output_error(original - nearest, sigma) < output_error(original - rounded, sigma)
+    rounded[better] = nearest[better]
+    return (rounded if channel_dim == 0 else rounded.t()).to(weight.dtype).contiguous()
+
+
+def _round_columns(work: Tensor, factor: Tensor, d: Tensor, q_m: Tensor, block: int) -> Tensor:
+    """Round the columns of `work` in their order; changes it. `factor` is the upper factor of Σ^-1."""
+    rounded = torch.empty_like(work)
+    columns = work.shape[1]
+    for start in range(0, columns, block):
+        end = min(start + block, columns)
+        errors = torch.empty_like(work[:, start:end])
+        for column in range(start, end):
+            value = work[:, column : column + 1]
+            rounded[:, column : column + 1] = quantize(value, d, q_m)
+            error = (value - rounded[:, column : column + 1]) / factor[column, column]
+            work[:, column:end] -= error @ factor[column : column + 1, column:end]
+            errors[:, column - start : column - start + 1] = error
+        # Later blocks are changed once per block: that is one product, in place of one for each column.
+        work[:, end:] -= errors @ factor[start:end, end:]
+    return rounded
+
+
+def _inverse_factor(covariance: Tensor, damping: float) -> Tensor:
+    """Return the upper triangular U with Uᵀ U = (Σ + damping)^-1, float64."""
+    lower = _damped_cholesky(covariance, damping)
+    inverse = torch.cholesky_inverse(lower)
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def _damped_cholesky(covariance: Tensor, damping: float) -> Tensor:
+    """Return the lower factor of Σ with more on its diagonal, float64; more damping where that is not enough."""
+    sigma = covariance.double()
+    if not bool(torch.isfinite(sigma).all()):
+        raise GETAError(
+            "the covariance of a layer's inputs is not finite, since activations overflow; load the model in float32 "
+            "or bfloat16, or leave the layer out by exclude"
+        )
+    diagonal = sigma.diagonal()
+    mean = float(diagonal.mean())
+    # An input that is always zero has no say; any positive number makes its row of the factor harmless.
+    unit = mean if mean > 0 else 1.0
+    for attempt in range(_ATTEMPTS):
+        more = torch.full_like(diagonal, max(damping, 1e-10) * 10**attempt * unit)
+        factor, failed = torch.linalg.cholesky_ex(sigma + torch.diag(more))
+        if not int(failed):
+            return factor
+    raise GETAError("the covariance of a layer's inputs is not positive definite, even damped; calibrate on more data")
+
+
+@torch.no_grad()
+def compensate_removed_inputs(
+    weight: Tensor, covariance: Tensor, kept: Tensor, *, channel_dim: int = 0, damping: float = DAMPING
+) -> Tensor:
+    """Return a weight without some of its inputs, the others changed by least squares so that outputs change least.
+
+    W_K ← W_K + W_R Σ_RK (Σ_KK + ε)^-1, with K the kept and R the removed inputs. Without damping this is
+    W Σ_{:,K} Σ_KK^-1; with it, weights are drawn to what they were and not to zero.
+
+    Args:
+        weight: shape (out, in), or (in, out) with `channel_dim=1`.
+        covariance: Σ of all inputs, shape (in, in), while those to be removed were still alive.
+        kept: bool, shape (in,): True for inputs that remain.
+        channel_dim: the dim of `weight` that output channels run along. Default 0.
+        damping: share of the mean of Σ_KK's diagonal that is added to it. Default 0.01.
+
+    Returns:
+        The weight, shape and dtype of `weight`; exactly zero for removed inputs.
+
+    Raises:
+        GETAError: Σ is not finite.
+    """
+    rows = weight if channel_dim == 0 else weight.t()
+    changed = torch.zeros_like(rows)
+    if bool(kept.any()):
+        lower = _damped_cholesky(covariance[kept][:, kept], damping)
+        lost = rows[:, ~kept].double() @ covariance[~kept][:, kept].double()
+        correction = torch.cholesky_solve(lost.t(), lower).t()
+        changed[:, kept] = (rows[:, kept].double() + correction).to(rows.dtype)
+    return changed if channel_dim == 0 else changed.t().contiguous()

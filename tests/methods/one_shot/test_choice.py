@@ -1,0 +1,105 @@
+"""Splits of a budget: within it, unpruned where that does, several where it is small; and what no data reaches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from geta_hf.costs.ledger import LayerEntry, Ledger
+from geta_hf.costs.targets import BYTES
+from geta_hf.errors import GETAError
+from geta_hf.methods import OneShotConfig, OneShotMethod
+from geta_hf.methods.one_shot import Calibration
+from geta_hf.methods.one_shot.blocks import BlockRunner
+from geta_hf.methods.one_shot.choice import Losses, bits_per_weight, find_candidates
+from geta_hf.qadg import build_space
+from geta_hf.qadg.group_types import Family, Member
+from geta_hf.quantization import quantized_layers
+from geta_hf.training.plan import make_ledger
+from geta_hf.training.preparation import empty_copy
+from tests.tiny_tasks import tiny_llama
+
+ROWS = Family("rows", "channels", (Member("a.weight", 0, torch.arange(20)[:, None]),), prunable=True, parameters=100)
+SHAPES = {"a.weight": (20, 100), "b.weight": (10, 100)}
+LEDGER = Ledger.of((ROWS,), SHAPES, [LayerEntry(name) for name in SHAPES], dict.fromkeys(SHAPES, 4))
+LOSSES = Losses(
+    torch.linspace(0.1, 2.0, 20, dtype=torch.float64),
+    torch.tensor([[9.0, 3.0, 1.0, 0.1], [4.0, 1.5, 0.5, 0.05]], dtype=torch.float64),
+    [2, 3, 4, 8],
+)
+
+
+def candidates(**targets: float):
+    return find_candidates(OneShotConfig(bit_choices=[2, 3, 4, 8], **targets), (ROWS,), LEDGER, LOSSES)
+
+
+def bytes_at(bits: float) -> int:
+    return LEDGER.stored_bytes(LEDGER.nothing, 0.0) + int(3000 * bits / 8)
+
+
+def test_nothing_is_pruned_from_four_bits_on():
+    found = candidates(target_bytes=bytes_at(4.2) + 80)
+    assert len(found) == 1 and not found[0].removed.any()
+    assert bits_per_weight(LEDGER, BYTES, bytes_at(4.2)) == pytest.approx(4.2, abs=0.03)
+
+
+def test_every_split_of_a_small_budget_is_within_it():
+    budget = bytes_at(2.8)
+    found = candidates(target_bytes=budget)
+    assert not found[0].removed.any()
+    shares = [one.share for one in found]
+    assert len(set(shares)) == len(shares) > 3 and max(shares) >= 0.3
+    for one in found:
+        assert LEDGER.stored_bytes(one.removed, torch.tensor(one.weight_bits)) <= budget
+        # Of one family the groups of the least loss.
+        assert torch.equal(one.removed, torch.arange(20) < int(one.removed.sum()))
+
+
+def test_a_budget_that_rounding_alone_does_not_meet_removes_groups():
+    found = candidates(target_bytes=bytes_at(1.6))
+    assert found and all(bool(one.removed.any()) for one in found)
+
+
+def test_a_budget_out_of_reach_names_the_least():
+    with pytest.raises(GETAError, match=r"target_bytes = 100 can't be reached: .* it is (\d+); raise it"):
+        candidates(target_bytes=100)
+    with pytest.raises(GETAError, match=r"target_bops = 0\.0001 can't be reached"):
+        candidates(target_bops=0.0001)
+    with pytest.raises(GETAError, match="target_bytes and mean_bits both bound the widths"):
+        candidates(target_bytes=1000, mean_bits=4)
+
+
+def test_a_target_of_pruning_is_met_exactly():
+    (found,) = candidates(target_sparsity=0.25, mean_bits=4)
+    assert int(found.removed.sum()) == 5
+    (found,) = candidates(target_parameters=0.5, mean_bits=4)
+    assert found.share == pytest.approx(0.5)
+
+
+def test_layers_that_no_data_reaches_are_named_and_a_failure_restores_the_model(monkeypatch: pytest.MonkeyPatch):
+    model = tiny_llama()
+    model.model.layers[0].spare = nn.Linear(32, 8)
+    ids = torch.randint(0, 257, (6, 2, 8), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": rows, "labels": rows} for rows in ids]
+    space = build_space(model, {"input_ids": ids[0]})
+    method = OneShotMethod(OneShotConfig(target_parameters=0.2, mean_bits=4))
+    empty = empty_copy(model)
+    method.attach(empty, None)
+    ledger = make_ledger(empty, space)
+    with pytest.raises(GETAError, match="nothing is compressed yet"):
+        method.result()
+    data = Calibration(batches[:3], batches[:4], batches[4:])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with monkeypatch.context() as patched:
+        # In the middle of the work: one block is compressed.
+        patched.setattr(BlockRunner, "finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            method.compress(model, data, space, ledger)
+    assert model.state_dict().keys() == before.keys() and not method.finished
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    outcome = method.compress(model, data, space, ledger)
+    assert outcome.unreached == ("model.layers.0.spare",)
+    layer = quantized_layers(model)["model.layers.0.spare"]
+    torch.testing.assert_close(layer.quantized_weight(), layer.weight)
+    assert method.finished and method.result() is outcome.result

@@ -1,0 +1,300 @@
+"""`geta_hf.compress` from end to end: a folder that reloads, a report that is true, and input that cannot work."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from geta_hf import GETAError, OneShotConfig, compress
+from geta_hf.cli import main
+from geta_hf.compress import CompressReport, bytes_of
+from geta_hf.config import read_config
+from geta_hf.evaluation.calibration_data import make_batches
+from geta_hf.methods import make_method
+from geta_hf.quantization import quantized_layers
+from geta_hf.reporting.comparison import load_model
+from tests.tiny_tasks import byte_tokenizer, tiny_llama
+
+TEXT = "Once there was a small model that had to become smaller still, and it did so in one call. " * 40
+IDS = torch.randint(0, 30, (8, 2, 8), generator=torch.Generator().manual_seed(0))
+
+
+def bert_sizes() -> dict[str, int]:
+    return {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[CompressReport, LlamaForCausalLM]:
+    model = tiny_llama()
+    folder = tmp_path_factory.mktemp("compress") / "small"
+    config = OneShotConfig(target_bytes=1, bits=(3, 8))
+    report = compress(
+        model,
+        [TEXT],
+        byte_tokenizer(),
+        out=folder,
+        target_parameters=0.3,
+        mean_bits=4,
+        config=config,
+        sequence_length=16,
+        sequences=24,
+        progress=False,
+    )
+    return report, model
+
+
+def test_the_folder_computes_what_the_report_says(pruned: tuple[CompressReport, LlamaForCausalLM]):
+    report, model = pruned
+    small = AutoModelForCausalLM.from_pretrained(report.path)
+    tokenizer = AutoTokenizer.from_pretrained(report.path)
+    ids = torch.tensor([tokenizer(TEXT)["input_ids"][:20]])
+    with torch.no_grad():
+        torch.testing.assert_close(small(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    assert report.export.bits == dict(report.outcome.result.weight_bits)
+    assert min(report.export.bits.values()) >= 3
+    assert report.removed_groups == sum(before - kept for kept, before in report.export.kept.values()) > 0
+    assert report.parameters == sum(parameter.numel() for parameter in small.parameters())
+    assert report.export.file_bytes == (report.path / "model.safetensors").stat().st_size
+    assert read_config(report.path / "geta_config.json").method == "one-shot"
+    assert (report.path / "README.md").is_file()
+
+
+def test_weights_are_on_their_grids(pruned: tuple[CompressReport, LlamaForCausalLM]):
+    _, model = pruned
+    for layer in quantized_layers(model).values():
+        torch.testing.assert_close(layer.quantized_weight(), layer.weight, rtol=1e-6, atol=1e-8)
+
+
+def test_the_report_reads_as_a_table(pruned: tuple[CompressReport, LlamaForCausalLM]):
+    report, _ = pruned
+    text = str(report)
+    assert "perplexity, held back" in text and "next: geta-hf eval" in text and f"{report.parameters:,}" in text
+    assert report.perplexity is not None
+    assert report.perplexity[1] == pytest.approx(math.exp(report.outcome.loss))
+
+
+@pytest.mark.slow
+def test_a_share_of_bytes_is_met_and_nothing_is_removed_where_rounding_is_enough(tmp_path: Path):
+    report = compress(
+        tiny_llama(),
+        [TEXT],
+        byte_tokenizer(),
+        out=tmp_path / "x",
+        target_bytes="60%",
+        sequence_length=16,
+        progress=False,
+    )
+    assert report.export.file_bytes <= 0.6 * report.dense_bytes
+    assert report.removed_groups == 0 and "no group was removed" in str(report)
+
+
+@pytest.mark.slow
+def test_splits_of_a_small_budget_are_compared(tmp_path: Path):
+    model = tiny_llama()
+    # So small that two bits alone do not do.
+    config = OneShotConfig(target_bytes=1, bits=(2, 8))
+    with pytest.raises(GETAError, match=r"it is ([\d,]+); raise it") as refused:
+        compress(
+            model, [TEXT], byte_tokenizer(), out=tmp_path / "x", target_bytes=100, config=config,
+            sequence_length=16, sequences=16, progress=False,
+        )  # fmt: skip
+    assert not (tmp_path / "x").exists()
+    reachable = int(str(refused.value).split("it is ")[1].split(";")[0].replace(",", ""))
+    report = compress(
+        model, [TEXT], byte_tokenizer(), out=tmp_path / "x", target_bytes=reachable + 900, config=config,
+        sequence_length=16, sequences=16, progress=False,
+    )  # fmt: skip
+    assert report.export.file_bytes <= reachable + 900
+    assert report.removed_groups > 0
+
+
+def bert() -> tuple[BertForSequenceClassification, list[dict[str, Tensor]]]:
+    torch.manual_seed(0)
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[1, 6:] = 0
+    batches = [{"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1])} for ids in IDS]
+    return BertForSequenceClassification(BertConfig(vocab_size=30, **bert_sizes())), batches
+
+
+def bert_for_answers() -> tuple[BertForQuestionAnswering, list[dict[str, Tensor]]]:
+    torch.manual_seed(0)
+    ends = {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 4])}
+    return BertForQuestionAnswering(BertConfig(vocab_size=30, **bert_sizes())), [{"input_ids": i, **ends} for i in IDS]
+
+
+def bare_bert() -> tuple[BertModel, list[dict[str, Tensor]]]:
+    torch.manual_seed(0)
+    return BertModel(BertConfig(vocab_size=30, **bert_sizes())), [{"input_ids": ids} for ids in IDS]
+
+
+def t5() -> tuple[T5ForConditionalGeneration, list[dict[str, Tensor]]]:
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_ff": 24, "d_kv": 4, "num_heads": 4, "num_layers": 1}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=30, decoder_start_token_id=0, **sizes))
+    return model, [{"input_ids": ids, "labels": ids[:, :5]} for ids in IDS]
+
+
+def gpt2() -> tuple[GPT2LMHeadModel, list[dict[str, Tensor]]]:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_embd=16, n_head=4, n_layer=1, n_positions=16))
+    return model, [{"input_ids": ids} for ids in IDS]
+
+
+def vit() -> tuple[ViTForImageClassification, list[dict[str, Tensor]]]:
+    torch.manual_seed(0)
+    config = ViTConfig(**bert_sizes(), image_size=16, patch_size=8)
+    generator = torch.Generator().manual_seed(0)
+    return ViTForImageClassification(config), [
+        {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)} for _ in IDS
+    ]
+
+
+def albert() -> tuple[AlbertForSequenceClassification, list[dict[str, Tensor]]]:
+    torch.manual_seed(0)
+    config = AlbertConfig(vocab_size=30, embedding_size=8, **bert_sizes())
+    return AlbertForSequenceClassification(config), [{"input_ids": ids} for ids in IDS]
+
+
+def half_llama() -> tuple[LlamaForCausalLM, list[dict[str, Tensor]]]:
+    return tiny_llama().bfloat16(), [{"input_ids": ids} for ids in IDS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [bert, bert_for_answers, bare_bert, t5, gpt2, vit, albert, half_llama])
+def test_models_of_every_kind(make, tmp_path: Path):
+    model, batches = make()
+    report = compress(model, batches, out=tmp_path / "x", target_parameters=0.25, mean_bits=5, progress=False)
+    assert report.removed_groups > 0
+    assert report.outcome.has_labels == (model.can_generate() or len(batches[0]) > 1)
+    small = load_model(report.path)
+    batch = {
+        name: item for name, item in batches[0].items() if name not in ("labels", "start_positions", "end_positions")
+    }
+    if isinstance(model, T5ForConditionalGeneration):
+        batch["decoder_input_ids"] = batches[0]["labels"]
+    with torch.no_grad():
+        expected, found = model.eval()(**batch)[0], small(**batch)[0]
+    error = 1e-5 if expected.dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=error)
+    for layer in quantized_layers(model).values():
+        assert torch.equal(layer.quantized_weight(), layer.weight)
+
+
+@pytest.mark.slow
+def test_failures_leave_the_model_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = tiny_llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("geta_hf.methods.one_shot.method.BlockRunner.finish", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, [TEXT], byte_tokenizer(), out=tmp_path / "x", mean_bits=4, sequence_length=16, progress=False)
+    assert not list(tmp_path.iterdir())
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ([TEXT], {}, "needs a target"),
+        ([TEXT], {"target_bytes": "110%"}, "a share such as"),
+        (["too short"], {"target_bytes": "60%"}, "tokens, which give 0 sequences of 16"),
+        ([], {"target_bytes": "60%"}, "is empty"),
+        ({"input_ids": IDS[0]}, {"target_bytes": "60%"}, "pass a list of batches"),
+        ([{"title": "a"}], {"target_bytes": "60%"}, r"has the columns \['title'\]"),
+        ([{"input_ids": torch.full((4, 8), 10_000)}], {"target_bytes": "60%"}, "holds the token 10000"),
+        ([TEXT], {"target_bytes": "60%", "sequence_length": 100_000}, "sequence_length = 100000"),
+        ([TEXT], {"target_bytes": "60%", "sequences": 2}, "at least 4"),
+        (7, {"target_bytes": "60%"}, "is a int"),
+        ("no/such/file.txt", {"target_bytes": "60%"}, "neither a text file nor a data set"),
+    ],
+)
+def test_input_that_cannot_work_is_named(data, options, message: str, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    options = {"sequence_length": 16, **options}
+    with pytest.raises(GETAError, match=message):
+        compress(tiny_llama(), data, byte_tokenizer(), out=tmp_path / "x", progress=False, **options)
+
+
+def test_texts_need_a_tokenizer_of_the_same_vocabulary(tmp_path: Path):
+    with pytest.raises(GETAError, match="need the model's tokenizer"):
+        compress(tiny_llama(), [TEXT], out=tmp_path / "x", target_bytes="60%")
+    model, _ = gpt2()
+    with pytest.raises(GETAError, match="has no row in the model's embedding"):
+        compress(model, [TEXT], byte_tokenizer(), out=tmp_path / "x", target_bytes="60%")
+
+
+@pytest.mark.slow
+def test_activations_that_overflow_are_named(tmp_path: Path):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1e30)
+    with pytest.raises(GETAError, match="activations overflow"):
+        compress(model, [TEXT], byte_tokenizer(), out=tmp_path / "x", mean_bits=4, sequence_length=16, progress=False)
+
+
+def test_what_is_not_done_without_training_is_refused():
+    with pytest.raises(GETAError, match="activation_bits"):
+        OneShotConfig(target_bytes=1, activation_bits=(8, 8))
+    with pytest.raises(GETAError, match="trains nothing"):
+        make_method(OneShotConfig(target_bytes=1)).check(frozen_weights=False)
+
+
+def test_text_is_packed_without_loss():
+    model = tiny_llama()
+    batches = make_batches([TEXT[:100], TEXT[100:300]], model, byte_tokenizer(), sequences=4, length=16)
+    tokens = torch.cat([batch["input_ids"].flatten() for batch in batches])
+    tokenizer = byte_tokenizer()
+    expected = tokenizer(TEXT[:100])["input_ids"] + tokenizer(TEXT[100:300])["input_ids"]
+    assert tokens.tolist() == expected[:64]
+    assert all(torch.equal(batch["labels"], batch["input_ids"]) for batch in batches)
+
+
+def test_rows_of_a_data_set_and_text_files_are_read(tmp_path: Path):
+    model = tiny_llama()
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    expected = make_batches([TEXT], model, byte_tokenizer(), sequences=4, length=16)
+    for data in (str(tmp_path / "a.txt"), tmp_path / "a.txt", [{"text": TEXT}], [{"id": 1, "content": TEXT}]):
+        found = make_batches(data, model, byte_tokenizer(), sequences=4, length=16)
+        assert torch.equal(found[0]["input_ids"], expected[0]["input_ids"])
+
+
+def test_shares_are_those_of_the_dense_model():
+    assert bytes_of("12.5%", 1000) == 125 and bytes_of(77, 1000) == 77
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    options = ["--data", str(tmp_path / "a.txt"), "--target-bytes", "60%", "--sequence-length", "16"]
+    assert main(["compress", str(tmp_path / "dense"), str(tmp_path / "small"), *options]) == 0
+    assert "no group was removed" in capsys.readouterr().out
+    assert main(["compress", str(tmp_path / "dense"), str(tmp_path / "small"), *options]) == 2
