@@ -51,7 +51,7 @@ from geta_hf.methods.qasso.silent_gradients import check_learned
 from geta_hf.methods.qasso.slices import Product, Slice, build_slices, group_sums, zero_moments, zero_slices
 from geta_hf.methods.qasso.split import Averages, decide_split
 from geta_hf.methods.qasso.state import REDUNDANT, REMOVED, QASSOState, restore_vectors, store_vectors
-from geta_hf.methods.rounding import round_bits
+from geta_hf.methods.rounding import entry_factors, round_bits
 from geta_hf.qadg.group_labels import (
     GroupLabels,
     consumers,
@@ -548,9 +548,8 @@ class QASSO(torch.optim.Optimizer):
         device = self.quantizers.layer.device
         state.decided_bits = torch.tensor([*split.bits.weight_bits, *inputs], dtype=torch.float32, device=device)
         _, q_m, _ = self.quantizers.read(named)
-        factors = torch.cat([split.bits.clip_factors, split.bits.input_clip_factors])
-        factors = from_first_process(factors).to(device)
-        self.quantizers.write_clipping(q_m * factors[self.quantizers.layer], named)
+        factors = from_first_process(entry_factors(self.quantizers, split.bits)).to(device)
+        self.quantizers.write_clipping(q_m * factors, named)
         self._project_step_sizes(named)
 
     # --- lines 16 to 19: forgetting -----------------------------------------------------------------------------------
