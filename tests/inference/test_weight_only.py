@@ -93,8 +93,8 @@ def test_every_variant_fits_the_registers_and_loads_16_bytes(
 
     (found,) = launches(compiled_for, architecture, rows, inputs, dtype, halved)
     assert found.stack == 0
-    # 65536 registers: five programs of 128 threads on a processor, four from Triton 3.8 on (105 were seen), and two where
-    # fp32 does without tensor cores.
+    # 65536 registers: five programs of 128 threads on a processor, four from Triton 3.8 on (105 were seen), and two
+    # where fp32 does without tensor cores.
     usual = 128 if SHARES_LAST_CODES else 96
     assert found.registers <= (usual if rows == 1 or dtype != torch.float32 else 208)
     assert found.wide_loads
