@@ -249,7 +249,7 @@ def trainer(folder: Path, **changes: object) -> GETATrainer:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> GETATrainer:
-    made = trainer(tmp_path_factory.mktemp("run"))
+    made = trainer(tmp_path_factory.mktemp("run"), target_parameters=0.5)
     made.train()
     return made
 
