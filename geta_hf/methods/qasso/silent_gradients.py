@@ -116,7 +116,9 @@ def _all_zero(parameters: Sequence[Tensor], values: Sequence[Tensor | None]) -> 
     """Return whether each value is zero in every element and process; it is split as its parameter is."""
     if not parameters:
         return []
-    largest = [local(value).float().norm(torch.inf) if value is not None else 0.0 for value in values]
+    held = [None if value is None else local(value) for value in values]
+    # Of a tensor without elements, as a process may hold of a short bias, there is no largest one.
+    largest = [0.0 if value is None or not value.numel() else value.float().norm(torch.inf) for value in held]
     flat = torch.stack([torch.as_tensor(each, device=local(parameters[0]).device) for each in largest])
     return (add_up(flat, shard_of(parameters[0])) == 0).tolist()
 
@@ -134,12 +136,17 @@ def _idle_parameters(
         moments = [
             value
             for value in state.get(parameter, {}).values()
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point()
+            if isinstance(value, Tensor) and value.shape == parameter.shape and _is_plain(local(value))
         ]
-        # Without moments, as in plain SGD, nothing is known of the steps before.
+        # Without moments, as in plain SGD, or with those in 8 bits alone, nothing is known of the steps before.
         if moments and all(_all_zero([parameter] * len(moments), moments)):
             found.append(name)
     return found
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Return whether a moment is stored as its values; one in 8 or 4 bits may be of a class that knows no norm."""
+    return type(value) is Tensor and value.is_floating_point()
 
 
 def _names(found: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from geta_hf.config import GETAConfig
 from geta_hf.errors import GETAError
 from geta_hf.methods.qasso.schedule import Schedule
 from tests.methods.loop import prepare, train
+from tests.methods.qasso.test_optimizer import Coded
 from tests.methods.qasso.toy import Toy
 
 WARMUP = 3
@@ -113,6 +114,25 @@ def test_other_parameters_are_named_only_where_moments_show_it(
     silence(model, "head", biases=True)
     run(model, method, optimizer)
     assert (f"head.weight, head.bias {SAID}" in caplog.text) == (gradients == "zeros")
+
+
+def test_parameters_without_elements_and_moments_in_eight_bits_are_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+    """A process may hold nothing of a short bias, and torchao's moments know few operations."""
+
+    class Empty(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.none = nn.Parameter(torch.zeros(0, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + self.none.sum()
+
+    model, method, optimizer = prepare(config(), Empty())
+    silence(model, "head", biases=True)
+    run(model, method, optimizer, 1)
+    optimizer.state[model.head.bias]["coded"] = torch.zeros(2).as_subclass(Coded)
+    run(model, method, optimizer)
+    assert f"head.bias {SAID}" in caplog.text
 
 
 def test_a_run_that_resumes_within_warm_up_remembers_what_it_saw() -> None:
