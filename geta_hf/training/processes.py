@@ -7,10 +7,24 @@ from typing import TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from geta_hf.errors import GETAError
 
 Result = TypeVar("Result")
+
+
+def averages_gradients(wrapped: nn.Module) -> bool:
+    """Return whether DDP averages a model's gradients over processes.
+
+    It listens to each parameter's place in autograd, which torch makes anew, without telling DDP, as soon as the
+    parameter's data is replaced by data on another device or of another dtype.
+
+    Args:
+        wrapped: what runs in training; torch.compile may wrap DDP.
+    """
+    return any(isinstance(module, DistributedDataParallel) for module in wrapped.modules())
 
 
 def by_first_process(accelerator: Accelerator, work: Callable[[], Result]) -> Result | None:

@@ -48,9 +48,10 @@ from geta_hf.training.preparation import (
     planned_steps,
     without_untrained,
 )
-from geta_hf.training.processes import by_first_process, decided_by_first_process
+from geta_hf.training.processes import averages_gradients, by_first_process, decided_by_first_process
 from geta_hf.training.publishing import PublishingTrainer
 from geta_hf.training.support import Launch, check_options, check_plain
+from geta_hf.utils.copies import copy_module
 from geta_hf.utils.model_io import to_device
 
 if TYPE_CHECKING:
@@ -567,9 +568,11 @@ class GETATrainer(PublishingTrainer):
         """
         # Both exchange shards under FSDP2, so every process takes part.
         result = self.method.result()
-        model = self._gather_model()
+        trained = self._gather_model()
 
         def write() -> ExportReport:
+            # A callback may export while training goes on. DDP loses sight of parameters that are moved for a while.
+            model = copy_module(trained) if self.is_in_train and averages_gradients(self.model_wrapped) else trained
             warn_of_other_dtypes(model, self._dtypes)
             card = partial(write_card, base_model=base_name(model), repo_id=Path(directory).resolve().name)
             with merged(model):

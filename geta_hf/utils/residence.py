@@ -29,11 +29,12 @@ def parked(model: nn.Module) -> Iterator[None]:
     if len(devices) != 1 or hooked or devices <= {_CPU, torch.device("meta")}:
         yield
         return
-    _move(tensors, _CPU)
     try:
+        _move(tensors, _CPU)
         yield
     finally:
-        _move(tensors, devices.pop())
+        # A forward in between may have replaced buffers, by ones on the CPU.
+        _move([*tensors, *_tensors(model)], devices.pop())
 
 
 @contextmanager

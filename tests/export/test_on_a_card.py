@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from geta_hf.errors import GETAError
 from geta_hf.export import export
 from geta_hf.qadg import PruningSpace
 from geta_hf.serialization import packed_layers
+from geta_hf.utils import residence
 from geta_hf.utils.residence import parked, visiting
 from tests.pretend_cuda import pretend_cuda
 from tests.spaces import build_space
@@ -125,3 +129,27 @@ def test_parked_and_visiting_models_keep_their_tensors() -> None:
             name: id(tensor) for name, tensor in tensors.items()
         }
         assert card.live
+
+
+def fail_half_way(move: Callable[..., None], tensors: list[Tensor], device: torch.device) -> None:
+    """Move tensors as `residence` does, but find no memory for the last one on the CPU."""
+    if device.type == "cpu":
+        move(tensors[:-1], device)
+        raise RuntimeError("no memory is left")
+    move(tensors, device)
+
+
+def test_a_parked_model_comes_back_after_an_error_on_the_way_and_with_buffers_that_were_replaced() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with pretend_cuda():
+        model.to("cuda")
+        with parked(model):
+            model[1].running_mean = torch.ones(4)
+        assert all(tensor.is_cuda for tensor in model.state_dict().values())
+        with (
+            mock.patch.object(residence, "_move", partial(fail_half_way, residence._move)),
+            pytest.raises(RuntimeError, match="no memory is left"),
+            parked(model),
+        ):
+            pass
+        assert all(tensor.is_cuda for tensor in model.state_dict().values())

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import BertForQuestionAnswering, EarlyStoppingCallback, TrainerCallback
 
@@ -79,6 +80,39 @@ def test_widths_alone_that_changed_are_refused_with_the_remedy(averaged, tmp_pat
         averaged.export_model(tmp_path / "small")
     averaged.restore_compression()
     averaged.export_model(tmp_path / "small")
+
+
+def test_ddp_goes_on_averaging_gradients_after_an_export_within_training(averaged, tmp_path, monkeypatch) -> None:
+    """An export on a GPU moves parameters for a while, after which DDP would wait for their gradients in vain."""
+
+    def moved_and_back(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        for parameter in model.parameters():
+            data = parameter.data
+            parameter.data = data.double()
+            parameter.data = data
+
+    def averaging(seen, bucket):  # torch refuses annotations that are strings
+        seen.append(bucket.index())
+        found = torch.futures.Future()
+        found.set_result(bucket.buffer())
+        return found
+
+    averaged.restore_compression()
+    monkeypatch.setattr("geta_hf.training.trainer.export", moved_and_back)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(averaged.model, find_unused_parameters=True)
+        seen: list[int] = []
+        wrapped.register_comm_hook(seen, averaging)
+        monkeypatch.setattr(averaged, "model_wrapped", wrapped)
+        monkeypatch.setattr(averaged, "is_in_train", True)
+        averaged.export_model(tmp_path / "small")
+        wrapped.train()
+        wrapped(**averaged.data_collator(rows(2))).loss.backward()
+    finally:
+        averaged.model.zero_grad()
+        dist.destroy_process_group()
+    assert seen
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])

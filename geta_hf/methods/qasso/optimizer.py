@@ -690,7 +690,23 @@ class QASSO(torch.optim.Optimizer):
         if phase.starts:
             self.check_finite()
         if self.quantizers.prefixes and self.step_count == self._learned_by:
-            check_learned(state.learned, self.quantizers, named, self.state, self.step_count, stand_ins)
+            self._check_learned(named, stand_ins)
+
+    def _check_learned(self, named: Named, stand_ins: Mapping[str, str]) -> None:
+        following = self.schedule.first_start_after(self.step_count + 1)
+        done = check_learned(
+            self.qasso_state.learned,
+            self.quantizers,
+            named,
+            self.state,
+            self.step_count,
+            stand_ins,
+            adapters={name for own in self.frozen.adapters.values() for name in (own.a, own.b)},
+            # In the cool-down quantizers have no gradients.
+            last=following < 0 or self.schedule.at(following).stage == COOLDOWN,
+        )
+        if not done:
+            self._learned_by = following
 
     def check_finite(self) -> None:
         """Raise GETAError when a gradient or a quantizer was NaN or infinite; waits for the device."""

@@ -11,11 +11,15 @@ grid, as those of a ternary weight.
 - Others are silent: a warning. An expert that no token reached is, a branch that counts 0 in the loss, an input that is
   always absent, and the layers around a dead ReLU, of which the second has a bias with a gradient.
 
+Where every other trained parameter has a gradient of zero at the check as well, the loss itself has none, as where all
+rewards of a batch are equal. That says nothing of the weights, so a warning is given and the check comes again at the
+next start. It is an error where no start is left.
+
 A parameter of another kind is named in the warning alone, and only where the base optimizer's moments show that its
 gradient was zero in every step. Whatever has no gradient at all (None) is not looked at: an unused pooler, an expert
 that did not run, frozen weights.
 
-The check comes once, at the first start of a stage or period that has two steps or more before it: the end of warm-up,
+The check comes at the first start of a stage or period that has two steps or more before it: the end of warm-up,
 unless that has no or one step. One step would not do, since a matrix behind one that starts at zero (LoRA's A) gets its
 first gradient in the second. Until then each step costs one comparison of a vector with one entry for each step size,
 on the device; the host waits at the check alone, where it waits for `refuse_bad` in any case.
@@ -24,7 +28,7 @@ on the device; the host waits at the check alone, where it waits for `refuse_bad
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +53,10 @@ def check_learned(
     state: Mapping[Any, Mapping[str, Any]],
     step: int,
     stand_ins: Mapping[str, str] | None = None,
-) -> None:
+    *,
+    adapters: Collection[str] = (),
+    last: bool = True,
+) -> bool:
     """Raise GETAError where quantized weights are silent by the rule of this module, and warn of others; waits.
 
     Args:
@@ -59,6 +66,11 @@ def check_learned(
         state: the base optimizer's, by parameter.
         step: how many steps came before the present one.
         stand_ins: weight without a gradient -> a parameter that is trained in its place.
+        adapters: matrices of LoRA. Their gradients go through the weights' quantizers and are lost with them.
+        last: whether no other check follows.
+
+    Returns:
+        Whether the check is done; it is not where the loss had no gradient at all and `last` is False.
 
     Raises:
         GETAError: names the silent weights.
@@ -73,8 +85,17 @@ def check_learned(
     biases = {weight: f"{weight.removesuffix('weight')}bias" for weight in weights}
     zero = _zero_gradients([bias for bias in biases.values() if bias in named], named)
     refused = [weight for weight in silent if zero.get(biases[weight]) is False]
+    others = _zero_gradients(_other_parameters(quantizers, named), named)
     if len(silent) == len(weights):
         refused = silent
+        # LoRA's matrices alone say nothing of the loss: a fault of the quantizers hits them as well.
+        if refused and not last and set(others) - set(adapters) and all(others.values()):
+            logger.warning(
+                "no trained parameter had a gradient other than zero at step %d, as where the loss is constant; "
+                "whether quantized weights learn is checked again later",
+                step,
+            )
+            return False
     elif 2 * len(refused) <= len(weights):
         refused = []
     if refused:
@@ -83,14 +104,15 @@ def check_learned(
             f"so they learn nothing: the loss does not depend on them, or their gradients were lost on the way. Train "
             f"without torch_compile, check the loss, or leave the layers in floating point by GETAConfig.exclude"
         )
-    others = _idle_parameters(set(quantizers.own_weights), quantizers, named, state)
-    if silent or others:
+    idle = _idle_parameters([name for name, is_zero in others.items() if is_zero], named, state)
+    if silent or idle:
         logger.warning(
             "%s had a gradient of exactly zero in each of the first %d steps: the loss does not depend on these "
             "parameters, as on those of an expert that no token reached",
-            _names([*silent, *others]),
+            _names([*silent, *idle]),
             step,
         )
+    return True
 
 
 def _without_gradient(
@@ -116,30 +138,38 @@ def _all_zero(parameters: Sequence[Tensor], values: Sequence[Tensor | None]) -> 
     """Return whether each value is zero in every element and process; it is split as its parameter is."""
     if not parameters:
         return []
-    largest = [local(value).float().norm(torch.inf) if value is not None else 0.0 for value in values]
+    held = [None if value is None else local(value) for value in values]
+    # Of a tensor without elements, as a process may hold of a short bias, there is no largest one.
+    largest = [0.0 if value is None or not value.numel() else value.float().norm(torch.inf) for value in held]
     flat = torch.stack([torch.as_tensor(each, device=local(parameters[0]).device) for each in largest])
     return (add_up(flat, shard_of(parameters[0])) == 0).tolist()
 
 
-def _idle_parameters(
-    quantized: set[str], quantizers: Quantizers, named: Named, state: Mapping[Any, Mapping[str, Any]]
-) -> list[str]:
-    """Return parameters other than quantized weights and quantizers whose gradient and moments are all zero."""
-    own = {name for names in quantizers.names.values() for name in names}
-    candidates = [name for name in named if name not in quantized and name not in own]
-    zero = _zero_gradients(candidates, named)
+def _other_parameters(quantizers: Quantizers, named: Named) -> list[str]:
+    """Return the trained parameters that are neither quantized weights nor quantizers."""
+    own = {*quantizers.own_weights, *(name for names in quantizers.names.values() for name in names)}
+    return [name for name in named if name not in own]
+
+
+def _idle_parameters(names: Sequence[str], named: Named, state: Mapping[Any, Mapping[str, Any]]) -> list[str]:
+    """Return which parameters, whose gradient is zero in this step, had none before by the base optimizer's moments."""
     found = []
-    for name in (name for name, is_zero in zero.items() if is_zero):
+    for name in names:
         parameter = named[name]
         moments = [
             value
             for value in state.get(parameter, {}).values()
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point()
+            if isinstance(value, Tensor) and value.shape == parameter.shape and _is_plain(local(value))
         ]
-        # Without moments, as in plain SGD, nothing is known of the steps before.
+        # Without moments, as in plain SGD, or with those in 8 bits alone, nothing is known of the steps before.
         if moments and all(_all_zero([parameter] * len(moments), moments)):
             found.append(name)
     return found
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Return whether a moment is stored as its values; one in 8 or 4 bits may be of a class that knows no norm."""
+    return type(value) is Tensor and value.is_floating_point()
 
 
 def _names(found: Sequence[str]) -> str:

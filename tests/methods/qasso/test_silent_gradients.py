@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 from geta_hf.config import GETAConfig
+from geta_hf.costs.quantizer_table import Quantizers
 from geta_hf.errors import GETAError
 from geta_hf.methods.qasso.schedule import Schedule
+from geta_hf.methods.qasso.silent_gradients import check_learned
 from tests.methods.loop import prepare, train
+from tests.methods.qasso.test_optimizer import Coded
 from tests.methods.qasso.toy import Toy
 
 WARMUP = 3
@@ -113,6 +116,78 @@ def test_other_parameters_are_named_only_where_moments_show_it(
     silence(model, "head", biases=True)
     run(model, method, optimizer)
     assert (f"head.weight, head.bias {SAID}" in caplog.text) == (gradients == "zeros")
+
+
+def silent_until(model: nn.Module, method, step: int) -> None:
+    """Let all gradients be zero before a step, as those of a loss that is constant."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient: gradient * (method.step_count >= step))
+
+
+@pytest.mark.parametrize("steps", [WARMUP + 1, WARMUP + 2])
+def test_a_loss_that_is_constant_for_some_steps_is_a_warning(steps: int, caplog: pytest.LogCaptureFixture) -> None:
+    """As that of a policy while all of its rewards are equal; the check comes again where the next period starts."""
+    model, method, optimizer = prepare(config(joint=8))
+    silent_until(model, method, steps)
+    run(model, method, optimizer, WARMUP + 2 + 8)
+    assert caplog.text.count("no trained parameter had a gradient other than zero") == steps - WARMUP
+    assert SAID not in caplog.text
+
+
+def test_a_loss_that_remains_constant_ends_the_run_before_the_last_period() -> None:
+    model, method, optimizer = prepare(config(joint=8))
+    silent_until(model, method, 100)
+    with pytest.raises(GETAError, match=r"^layers.0.weight, .*check the loss"):
+        run(model, method, optimizer, 60)
+    assert method.step_count < WARMUP + 2 + 8
+
+
+def test_loras_matrices_alone_do_not_show_that_the_loss_is_constant() -> None:
+    """The fault that loses the gradients of quantizers loses theirs, so there is nothing to wait for."""
+    named = {"w": torch.ones(2, 2), "w_quantizer.d": torch.ones(1), "w_quantizer.q_m": torch.ones(1)}
+    named |= {"w.a": torch.ones(1, 2), "w.b": torch.ones(2, 1), "norm": torch.ones(2)}
+    for tensor in named.values():
+        tensor.grad = torch.zeros_like(tensor)
+    named["w"].grad = None
+    quantizers = Quantizers({"w": "w_quantizer"}, [], named)
+
+    def check(names: set[str]) -> bool:
+        present = {name: named[name] for name in names}
+        return check_learned(
+            torch.tensor([False]), quantizers, present, {}, 5, {"w": "w.b"}, adapters={"w.a", "w.b"}, last=False
+        )
+
+    assert not check(set(named))
+    with pytest.raises(GETAError, match=f"^w and their quantizers {SAID} 5 steps"):
+        check(set(named) - {"norm"})
+
+
+def test_gradients_that_are_lost_after_a_constant_loss_end_the_run() -> None:
+    model, method, optimizer = prepare(config())
+    silent_until(model, method, WARMUP + 1)
+    silence(model, *LAYERS)
+    with pytest.raises(GETAError, match=f"{SAID} {WARMUP + 1} steps"):
+        run(model, method, optimizer, WARMUP + 2)
+
+
+def test_parameters_without_elements_and_moments_in_eight_bits_are_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+    """A process may hold nothing of a short bias, and torchao's moments know few operations."""
+
+    class Empty(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.none = nn.Parameter(torch.zeros(0, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + self.none.sum()
+
+    model, method, optimizer = prepare(config(), Empty())
+    silence(model, "head", biases=True)
+    run(model, method, optimizer, 1)
+    optimizer.state[model.head.bias]["coded"] = torch.zeros(2).as_subclass(Coded)
+    run(model, method, optimizer)
+    assert f"head.bias {SAID}" in caplog.text
 
 
 def test_a_run_that_resumes_within_warm_up_remembers_what_it_saw() -> None:
