@@ -79,7 +79,7 @@ def test_help_describes_every_argument_and_every_setting() -> None:
         assert f"--{field.name} " in shown and field.metadata["help"] in shown, field.name
     assert (
         "--learning_rate" in shown
-        and "geta.method NAME one of qasso, post-training, one-shot (default: qasso)" in shown
+        and "geta.method NAME one of qasso, one-shot, post-training (default: qasso)" in shown
     )
     for name, one in settings_of(GETAConfig).items():
         described = f"--geta.{name} VALUE {one.help} ({one.allowed}; default: {json.dumps(one.default)})"
