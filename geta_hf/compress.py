@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -185,14 +186,18 @@ def compress(
     start = time.perf_counter()
     place = Path(out).resolve()
     check_target(place, overwrite)
-    if isinstance(model, str | os.PathLike) and Path(model).exists():
-        check_apart(Path(model), place)
+    source = model if isinstance(model, str | os.PathLike) else getattr(model, "name_or_path", None)
+    if source and Path(source).exists():
+        check_apart(Path(source), place)
+    if torch.is_inference_mode_enabled():
+        raise GETAError("compress measures gradients, which torch.inference_mode() rules out; call it outside of that")
     config = _with_targets(config, target_bops, target_parameters, mean_bits, target_bytes)
     loaded, tokenizer = _load(model, tokenizer)
     check_is_model(loaded)
     if quantized_layers(loaded):
         raise GETAError(f"{type(loaded).__name__} has quantizers already, so it was compressed; load the dense model")
     check_model(loaded, select_layers(loaded, config.include, config.exclude))
+    _check_loaded(loaded)
     with _tokens_restored(loaded):
         align_tokens(loaded, tokenizer)
         batches = make_batches(calibration_data, loaded, tokenizer, sequences=sequences, length=sequence_length)
@@ -222,6 +227,13 @@ def compress(
         overwrite=overwrite,
     )
     return _report(place, written, outcome, ledger, dense_bytes, parameters, causal, time.perf_counter() - start)
+
+
+def _check_loaded(model: PreTrainedModel) -> None:
+    """Raise GETAError for a parameter without values, such as those that accelerate moves to the disk."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise GETAError(f"{name} is on the meta device, without values; load the model on one device, in full")
 
 
 @contextmanager
@@ -358,7 +370,8 @@ def _report(
     for name, shape in ledger.remaining_shapes(removed).items():
         if name not in ledger.buffers:
             cut += math.prod(ledger.shapes[name]) - math.prod(shape)
-    command = f"geta-hf eval {place} --text FILE" if causal else f"geta-hf report {place}"
+    quoted = shlex.quote(str(place))
+    command = f"geta-hf eval {quoted} --text FILE" if causal else f"geta-hf report {quoted}"
     return CompressReport(
         path=place,
         export=written,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def bert_sizes() -> dict[str, int]:
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[CompressReport, LlamaForCausalLM]:
     model = tiny_llama()
-    folder = tmp_path_factory.mktemp("compress") / "small"
+    folder = tmp_path_factory.mktemp("compress") / "small one"
     config = OneShotConfig(target_bytes=1, bits=(3, 8))
     report = compress(
         model,
@@ -90,6 +91,7 @@ def test_the_report_reads_as_a_table(pruned: tuple[CompressReport, LlamaForCausa
     report, _ = pruned
     text = str(report)
     assert "perplexity, held back" in text and "next: geta-hf eval" in text and f"{report.parameters:,}" in text
+    assert shlex.split(report.next_command)[2] == str(report.path)
     assert report.perplexity is not None
     assert report.perplexity[1] == pytest.approx(math.exp(report.outcome.loss))
 
@@ -279,6 +281,22 @@ def test_a_folder_does_not_replace_the_model_that_is_read(tmp_path: Path):
         with pytest.raises(GETAError, match="which would be lost"):
             compress(tmp_path / "dense", [TEXT], byte_tokenizer(), out=out, target_bytes="60%", overwrite=True)
     assert load_model(tmp_path / "dense").config.model_type == "llama"
+
+
+def test_a_model_in_memory_does_not_lose_its_source(tmp_path: Path):
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "dense")
+    with pytest.raises(GETAError, match="which would be lost"):
+        compress(model, [TEXT], byte_tokenizer(), out=tmp_path / "dense", target_bytes="60%", overwrite=True)
+
+
+def test_models_without_values_or_gradients_are_refused(tmp_path: Path):
+    model = tiny_llama()
+    with torch.inference_mode(), pytest.raises(GETAError, match="call it outside"):
+        compress(model, [TEXT], byte_tokenizer(), out=tmp_path / "x", target_bytes="60%")
+    model.model.layers[1].to("meta")
+    with pytest.raises(GETAError, match=r"model\.layers\.1\..* is on the meta device"):
+        compress(model, [TEXT], byte_tokenizer(), out=tmp_path / "x", target_bytes="60%")
 
 
 def test_what_is_compressed_already_is_named(pruned: tuple[CompressReport, LlamaForCausalLM], tmp_path: Path):
