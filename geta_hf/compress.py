@@ -7,8 +7,10 @@ import logging
 import math
 import os
 import re
+import shlex
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,10 @@ from geta_hf.methods import OneShotConfig, OneShotMethod
 from geta_hf.methods.one_shot import Calibration, Outcome
 from geta_hf.methods.one_shot.gradients import sequences as rows_of
 from geta_hf.qadg import PruningSpace
-from geta_hf.quantization import select_layers
+from geta_hf.quantization import quantized_layers, select_layers
 from geta_hf.reporting.comparison import load_model
 from geta_hf.reporting.model_card import write_card
-from geta_hf.serialization.atomic_folder import check_target
+from geta_hf.serialization.atomic_folder import check_apart, check_target
 from geta_hf.surgery.build_space import prepare_space
 from geta_hf.training.checkpoints import base_name
 from geta_hf.training.early_checks import check_exports, check_is_model, check_model
@@ -184,25 +186,34 @@ def compress(
     start = time.perf_counter()
     place = Path(out).resolve()
     check_target(place, overwrite)
+    source = model if isinstance(model, str | os.PathLike) else getattr(model, "name_or_path", None)
+    if source and Path(source).exists():
+        check_apart(Path(source), place)
+    if torch.is_inference_mode_enabled():
+        raise GETAError("compress measures gradients, which torch.inference_mode() rules out; call it outside of that")
     config = _with_targets(config, target_bops, target_parameters, mean_bits, target_bytes)
     loaded, tokenizer = _load(model, tokenizer)
     check_is_model(loaded)
+    if quantized_layers(loaded):
+        raise GETAError(f"{type(loaded).__name__} has quantizers already, so it was compressed; load the dense model")
     check_model(loaded, select_layers(loaded, config.include, config.exclude))
-    align_tokens(loaded, tokenizer)
-    batches = make_batches(calibration_data, loaded, tokenizer, sequences=sequences, length=sequence_length)
-    batch = _example(loaded, batches)
-    config = exclude_raw_reads(config, loaded, select_layers(loaded, config.include, config.exclude), batch)  # type: ignore[assignment]
-    layers = select_layers(loaded, config.include, config.exclude)
-    check_exports(loaded, batch, layers)
-    space, _ = prepare_space(loaded, batch, prune=config.prune, keep=config.keep)
-    ledger = _measure_sizes(loaded, config, space, batch, layers)
-    dense_bytes = dataclasses.replace(ledger, layers=(), row_bits={}).stored_bytes(ledger.nothing, 0)
-    if target_bytes is not None:
-        config = dataclasses.replace(config, target_bytes=bytes_of(target_bytes, dense_bytes))
-    method = OneShotMethod(config)
-    causal = predicts_next(loaded)
-    parameters = sum(parameter.numel() for parameter in loaded.parameters())
-    outcome = method.compress(loaded, _split(batches), space, ledger, partial(_bar, shown=progress))
+    _check_loaded(loaded)
+    with _tokens_restored(loaded):
+        align_tokens(loaded, tokenizer)
+        batches = make_batches(calibration_data, loaded, tokenizer, sequences=sequences, length=sequence_length)
+        batch = _example(loaded, batches)
+        config = exclude_raw_reads(config, loaded, select_layers(loaded, config.include, config.exclude), batch)  # type: ignore[assignment]
+        layers = select_layers(loaded, config.include, config.exclude)
+        check_exports(loaded, batch, layers)
+        space, _ = prepare_space(loaded, batch, prune=config.prune, keep=config.keep)
+        ledger = _measure_sizes(loaded, config, space, batch, layers)
+        dense_bytes = dataclasses.replace(ledger, layers=(), row_bits={}).stored_bytes(ledger.nothing, 0)
+        if target_bytes is not None:
+            config = dataclasses.replace(config, target_bytes=bytes_of(target_bytes, dense_bytes))
+        method = OneShotMethod(config)
+        causal = predicts_next(loaded)
+        parameters = sum(parameter.numel() for parameter in loaded.parameters())
+        outcome = method.compress(loaded, _split(batches), space, ledger, partial(_bar, shown=progress))
     written = export(
         loaded,
         place,
@@ -216,6 +227,27 @@ def compress(
         overwrite=overwrite,
     )
     return _report(place, written, outcome, ledger, dense_bytes, parameters, causal, time.perf_counter() - start)
+
+
+def _check_loaded(model: PreTrainedModel) -> None:
+    """Raise GETAError for a parameter without values, such as those that accelerate moves to the disk."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise GETAError(f"{name} is on the meta device, without values; load the model on one device, in full")
+
+
+@contextmanager
+def _tokens_restored(model: PreTrainedModel) -> Iterator[None]:
+    """Give the configs their special tokens back on any failure, since aligning them with a tokenizer changes them."""
+    configs = (model.config.get_text_config(), getattr(model, "generation_config", None))
+    before = [(config, dict(vars(config))) for config in configs if config is not None]
+    try:
+        yield
+    except BaseException:  # KeyboardInterrupt too
+        for config, values in before:
+            vars(config).clear()
+            vars(config).update(values)
+        raise
 
 
 def bytes_of(target: int | str, dense: int) -> int:
@@ -234,7 +266,7 @@ def bytes_of(target: int | str, dense: int) -> int:
     if isinstance(target, str):
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", target)
         if found is None or not 0 < float(found[1]) < 100:
-            raise GETAError(f'target_bytes = {target!r} must be a number of bytes, or a share such as "60%"')
+            raise GETAError(f'target_bytes = {target!r} must be an integer, or a share below 100% such as "60%"')
         return math.floor(float(found[1]) / 100 * dense)
     return target
 
@@ -252,6 +284,8 @@ def _with_targets(
     if target_bytes is not None:
         # Checked here, before anything else takes time; what it is a share of is known later.
         targets["target_bytes"] = bytes_of(target_bytes, 1 << 40)
+    if config is not None and not isinstance(config, OneShotConfig):
+        raise GETAError(f"config is a {type(config).__name__}, and compress trains nothing; pass an OneShotConfig")
     if config is None and not targets:
         raise GETAError('compress needs a target, such as target_bytes="60%" or mean_bits=4')
     if not targets:
@@ -336,7 +370,8 @@ def _report(
     for name, shape in ledger.remaining_shapes(removed).items():
         if name not in ledger.buffers:
             cut += math.prod(ledger.shapes[name]) - math.prod(shape)
-    command = f"geta-hf eval {place} --text FILE" if causal else f"geta-hf report {place}"
+    quoted = shlex.quote(str(place))
+    command = f"geta-hf eval {quoted} --text FILE" if causal else f"geta-hf report {quoted}"
     return CompressReport(
         path=place,
         export=written,

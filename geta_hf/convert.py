@@ -33,7 +33,7 @@ from geta_hf.quantization import select_layers
 from geta_hf.reporting.comparison import is_export, load_model
 from geta_hf.reporting.folder_summary import CARD_NAME, empty_model_of
 from geta_hf.reporting.model_card import write_card
-from geta_hf.serialization.atomic_folder import check_target, write_folder
+from geta_hf.serialization.atomic_folder import check_apart, check_target, write_folder
 from geta_hf.serialization.sizes import check_shards
 from geta_hf.serialization.validate import check_links
 from geta_hf.training.checkpoints import Progress, base_name, is_finished, read_progress, stored_headers
@@ -98,7 +98,7 @@ def convert(
         return None
     checkpoint = _checkpoint_of(folder)
     check_links(checkpoint)
-    _check_apart(checkpoint, place)
+    check_apart(checkpoint, place)
     config = read_config(checkpoint / CONFIG_NAME)
     removed = _finished(read_progress(checkpoint), checkpoint)
     model = load_checkpoint(checkpoint, config)
@@ -122,16 +122,10 @@ def convert(
     )
 
 
-def _check_apart(source: Path, target: Path) -> None:
-    """Raise GETAError where replacing the target would delete the source."""
-    if source.resolve().is_relative_to(target):
-        raise GETAError(f"{target} holds {source}, which is to be exported, so it is not replaced; choose another")
-
-
 def _rewrite(folder: Path, target: Path, format: str, max_shard_size: int | str | None, overwrite: bool) -> None:
     """Write an exported folder in another format, or load and save it again in its own, if need be over itself."""
     if folder.resolve() != target:
-        _check_apart(folder, target)
+        check_apart(folder, target)
     model = load_model(folder)
     batch = make_dummy_inputs(model)
     tokenizer = _processing_class(folder) if format in WITH_TOKENIZER else None

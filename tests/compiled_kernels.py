@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from packaging.version import Version
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+# From this version on threads share the 16 codes after the loop over a single row, and each loads one of them.
+SHARES_LAST_CODES = Version(triton.__version__) >= Version("3.8")
 _WIDE = re.compile(r"ld\.global[.\w:]*\.v4\.b32|cp\.async\.cg\.shared\.global")  # 16 bytes each
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from geta_hf import GETAError, OneShotConfig, compress
+from geta_hf import GETAConfig, GETAError, OneShotConfig, compress
 from geta_hf.cli import main
 from geta_hf.compress import CompressReport, bytes_of
 from geta_hf.config import read_config
@@ -47,7 +48,7 @@ def bert_sizes() -> dict[str, int]:
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[CompressReport, LlamaForCausalLM]:
     model = tiny_llama()
-    folder = tmp_path_factory.mktemp("compress") / "small"
+    folder = tmp_path_factory.mktemp("compress") / "small one"
     config = OneShotConfig(target_bytes=1, bits=(3, 8))
     report = compress(
         model,
@@ -90,6 +91,7 @@ def test_the_report_reads_as_a_table(pruned: tuple[CompressReport, LlamaForCausa
     report, _ = pruned
     text = str(report)
     assert "perplexity, held back" in text and "next: geta-hf eval" in text and f"{report.parameters:,}" in text
+    assert shlex.split(report.next_command)[2] == str(report.path)
     assert report.perplexity is not None
     assert report.perplexity[1] == pytest.approx(math.exp(report.outcome.loss))
 
@@ -223,7 +225,18 @@ def test_failures_leave_the_model_as_it_was(tmp_path: Path, monkeypatch: pytest.
     ("data", "options", "message"),
     [
         ([TEXT], {}, "needs a target"),
-        ([TEXT], {"target_bytes": "110%"}, "a share such as"),
+        ([TEXT], {"target_bytes": "110%"}, "a share below 100%"),
+        ([TEXT], {"target_bytes": "0%"}, "a share below 100%"),
+        ([TEXT], {"config": GETAConfig(target_bytes=1)}, "config is a GETAConfig"),
+        (["a", None], {"target_bytes": "60%"}, "row 1 of calibration_data is a NoneType"),
+        ([{"text": "a"}, {"title": "b"}], {"target_bytes": "60%"}, "row 1 of calibration_data is a NoneType"),
+        (
+            [{"input_ids": [1, 2]}, {"text": "a"}],
+            {"target_bytes": "60%"},
+            "row 1 of calibration_data has no 'input_ids'",
+        ),
+        ([TEXT], {"target_bytes": "60%", "sequences": 4.5}, "sequences = 4.5 must be an integer"),
+        ([TEXT], {"target_bytes": "60%", "sequence_length": "16"}, "sequence_length = '16' must be an integer"),
         (["too short"], {"target_bytes": "60%"}, "tokens, which give 0 sequences of 16"),
         ([], {"target_bytes": "60%"}, "is empty"),
         ({"input_ids": IDS[0]}, {"target_bytes": "60%"}, "pass a list of batches"),
@@ -248,6 +261,60 @@ def test_texts_need_a_tokenizer_of_the_same_vocabulary(tmp_path: Path):
     model, _ = gpt2()
     with pytest.raises(GETAError, match="has no row in the model's embedding"):
         compress(model, [TEXT], byte_tokenizer(), out=tmp_path / "x", target_bytes="60%")
+
+
+def test_special_tokens_are_restored_on_a_failure(tmp_path: Path):
+    model = tiny_llama()
+    before = model.config.to_dict(), model.generation_config.to_dict()
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    assert tokenizer.pad_token_id != model.config.pad_token_id
+    with pytest.raises(GETAError, match="tokens, which give"):
+        compress(model, ["a"], tokenizer, out=tmp_path / "x", target_bytes="60%")
+    assert (model.config.to_dict(), model.generation_config.to_dict()) == before
+
+
+def test_a_folder_does_not_replace_the_model_that_is_read(tmp_path: Path):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "dense")
+    for out in (tmp_path / "dense", tmp_path / "other" / ".." / "dense"):
+        with pytest.raises(GETAError, match="which would be lost"):
+            compress(tmp_path / "dense", [TEXT], byte_tokenizer(), out=out, target_bytes="60%", overwrite=True)
+    assert load_model(tmp_path / "dense").config.model_type == "llama"
+
+
+def test_a_model_in_memory_does_not_lose_its_source(tmp_path: Path):
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "dense")
+    with pytest.raises(GETAError, match="which would be lost"):
+        compress(model, [TEXT], byte_tokenizer(), out=tmp_path / "dense", target_bytes="60%", overwrite=True)
+
+
+def test_models_without_values_or_gradients_are_refused(tmp_path: Path):
+    model = tiny_llama()
+    with torch.inference_mode(), pytest.raises(GETAError, match="call it outside"):
+        compress(model, [TEXT], byte_tokenizer(), out=tmp_path / "x", target_bytes="60%")
+    model.model.layers[1].to("meta")
+    with pytest.raises(GETAError, match=r"model\.layers\.1\..* is on the meta device"):
+        compress(model, [TEXT], byte_tokenizer(), out=tmp_path / "x", target_bytes="60%")
+
+
+def test_what_is_compressed_already_is_named(pruned: tuple[CompressReport, LlamaForCausalLM], tmp_path: Path):
+    report, model = pruned
+    with pytest.raises(GETAError, match="has quantizers already"):
+        compress(model, [TEXT], byte_tokenizer(), out=tmp_path / "x", target_bytes="60%")
+    with pytest.raises(GETAError, match="is compressed already"):
+        compress(report.path, [TEXT], byte_tokenizer(), out=tmp_path / "x", target_bytes="60%")
+
+
+@pytest.mark.parametrize("name", ["no/such/model", "/no/such/model", "config.json"])
+def test_a_model_that_is_not_there_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    Path("config.json").write_text("no json", encoding="utf-8")
+    with pytest.raises(GETAError, match=f"^{name} is neither the folder of a model nor") as caught:
+        compress(name, [TEXT], out=tmp_path / "x", target_bytes="60%")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

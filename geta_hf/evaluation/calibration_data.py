@@ -71,6 +71,9 @@ def make_batches(
     """
     if isinstance(data, Mapping):
         raise GETAError("calibration_data is one mapping; pass a list of batches, or of texts")
+    for name, number in (("sequences", sequences), ("sequence_length", length)):
+        if number is not None and not isinstance(number, int):
+            raise GETAError(f"{name} = {number!r} must be an integer")
     if sequences < LEAST:
         raise GETAError(f"sequences = {sequences}, but at least {LEAST} are needed, since some are held back")
     first, items = _peek(_rows_of(data))
@@ -125,7 +128,9 @@ def _peek(items: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
 def _token_lists(first: Any, items: Iterator[Any], tokenizer: Any, model: PreTrainedModel) -> Iterator[list[int]]:
     """Yield the tokens of each text."""
     if isinstance(first, Mapping) and "input_ids" in first:
-        for row in items:
+        for place, row in enumerate(items):
+            if not isinstance(row, Mapping) or row.get("input_ids") is None:
+                raise GETAError(f"row {place} of calibration_data has no 'input_ids', as the first has; remove the row")
             yield torch.as_tensor(row["input_ids"]).flatten().tolist()
         return
     column = None
@@ -141,8 +146,12 @@ def _token_lists(first: Any, items: Iterator[Any], tokenizer: Any, model: PreTra
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise GETAError("texts need the model's tokenizer; pass tokenizer=AutoTokenizer.from_pretrained(...)")
     check_vocabulary(embedding_rows(model), tokenizer)
-    for item in items:
-        text = item if column is None else item[column]
+    for place, item in enumerate(items):
+        text = item.get(column) if column is not None and isinstance(item, Mapping) else item
+        if not isinstance(text, str):
+            raise GETAError(
+                f"row {place} of calibration_data is a {type(text).__name__}, not a text as the first; remove the row"
+            )
         for start in range(0, len(text), _PIECE):
             ids: list[int] = tokenizer(text[start : start + _PIECE], verbose=False)["input_ids"]
             yield ids

@@ -88,9 +88,15 @@ def write_bits(quantizers: Quantizers, named: Named, chosen: BitAllocation) -> N
     _, q_m, t = quantizers.read(named)
     device = q_m.device
     bits = torch.tensor([*chosen.weight_bits, *chosen.input_bits], dtype=torch.float32, device=device)
-    factors = torch.cat([chosen.clip_factors, chosen.input_clip_factors]).to(device)
-    if len(factors) != len(q_m):  # one for each layer, where some have an entry for each channel
-        factors = factors[quantizers.layer]
-    q_m = q_m * factors
+    q_m = q_m * entry_factors(quantizers, chosen).to(device)
     quantizers.write_clipping(q_m, named)
     quantizers.write_step_sizes(step_size(bits[quantizers.layer], q_m, t), named)
+
+
+def entry_factors(quantizers: Quantizers, chosen: BitAllocation) -> Tensor:
+    """Return what each entry of the flat q_m is to be multiplied by, shape (entries,)."""
+    factors = torch.cat([chosen.clip_factors, chosen.input_clip_factors])
+    if len(factors) == len(quantizers.layer):
+        return factors
+    # One for each layer, where some have an entry for each channel.
+    return factors[quantizers.layer.to(factors.device)]

@@ -136,7 +136,14 @@ def load_model(folder: str | os.PathLike[str]) -> PreTrainedModel:
 
 def _model_class(folder: Path) -> Any:
     """Return the class in transformers of the model in a local folder or on the Hub."""
-    config, _ = PreTrainedConfig.get_config_dict(folder)
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(folder)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise GETAError(
+            f"{folder} is neither the folder of a model nor the name of one that can be loaded ({reason}); check its "
+            f"spelling"
+        ) from error
     names = config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise GETAError(f"{folder}/config.json names no architecture; save the model with save_pretrained")

@@ -65,16 +65,42 @@ def check_target(target: Path, overwrite: bool) -> None:
 
     Raises:
         GETAError: the target exists and `overwrite` is False; it is not a model folder, so deleting it cannot be what
-            was meant; training can resume from it; or it holds files that no export writes, which would be lost.
+            was meant; training can resume from it; it holds files that no export writes, which would be lost; or the
+            folder around it is none, or may not be written.
     """
     _clear_up(target)
-    if not os.path.lexists(target):
-        return
-    if not overwrite:
-        raise GETAError(
-            f"{target} exists already; choose another folder, or replace it (--overwrite, in Python overwrite=True)"
-        )
-    _check_replaceable(target, target)
+    if os.path.lexists(target):
+        if not overwrite:
+            raise GETAError(
+                f"{target} exists already; choose another folder, or replace it (--overwrite, in Python overwrite=True)"
+            )
+        _check_replaceable(target, target)
+    _check_place(target)
+
+
+def check_apart(source: Path, target: Path) -> None:
+    """Check that a target may be replaced without losing what is read.
+
+    Args:
+        source: the folder of a model that is to be written in another form.
+        target: absolute path.
+
+    Raises:
+        GETAError: the target is the source, or holds it.
+    """
+    if source.resolve().is_relative_to(target):
+        raise GETAError(f"{target} holds {source}, which would be lost, so it is not replaced; choose another folder")
+
+
+def _check_place(target: Path) -> None:
+    """Raise GETAError where no folder can appear beside the target, before minutes of work show it."""
+    place = target.parent
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise GETAError(f"{target} can't be written, since {place} is no folder; choose another folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise GETAError(f"{target} can't be written, since {place} may not be changed; choose another folder")
 
 
 def _check_replaceable(folder: Path, name: Path) -> None:

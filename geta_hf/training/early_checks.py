@@ -11,12 +11,13 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from geta_hf.errors import GETAError
 from geta_hf.quantization.layers import check_parameter
+from geta_hf.serialization.packed_layers import packed_layers
 from geta_hf.surgery.rebuild import check_rebuilds
 from geta_hf.utils.model_io import Batch
 
 
 def check_is_model(model: Any) -> None:
-    """Raise GETAError for what is no module at all, such as a name on the Hub."""
+    """Raise GETAError for what is no module at all, such as a name on the Hub, or was exported already."""
     if isinstance(model, str):
         raise GETAError(
             f"model is the string {model!r}; pass a model, such as "
@@ -24,6 +25,11 @@ def check_is_model(model: Any) -> None:
         )
     if not isinstance(model, nn.Module):
         raise GETAError(f"model is a {type(model).__name__}; pass a transformers model")
+    if packed := packed_layers(model):
+        raise GETAError(
+            f"{type(model).__name__} is compressed already ({next(iter(packed))} and others hold packed weights); load "
+            f"the dense model"
+        )
 
 
 def check_model(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

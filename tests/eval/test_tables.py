@@ -105,7 +105,7 @@ def test_a_row_takes_the_figure_of_another_and_a_rerun_skips_what_is_finished(
         seen.append(config)
         return {"f1": 50.0, "em": 40.0, "relative_bops": 0.1, "mean_bits": 6.0, "bytes": 1000, "tokens": lengths.steps}
 
-    monkeypatch.setattr(cells, "_train", train)
+    monkeypatch.setattr(cells, "train_cell", train)
     table = TABLES["table5"]
     run_table(table, task, tmp_path, LENGTHS, cells_of(table, [0], [0.5], [EQUAL]))
     assert "not measured yet" in capsys.readouterr().err and not seen

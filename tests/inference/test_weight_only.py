@@ -89,14 +89,16 @@ def test_every_variant_fits_the_registers_and_loads_16_bytes(
     architecture: int, inputs: int, rows: int, dtype: torch.dtype, halved: bool
 ) -> None:
     """On a GPU that is not here; 199 is what pruning may leave."""
-    from tests.compiled_kernels import compiled_for
+    from tests.compiled_kernels import SHARES_LAST_CODES, compiled_for
 
     (found,) = launches(compiled_for, architecture, rows, inputs, dtype, halved)
     assert found.stack == 0
-    # 65536 registers: five programs of 128 threads on a processor, and two where fp32 does without tensor cores.
-    assert found.registers <= (96 if rows == 1 or dtype != torch.float32 else 208)
+    # 65536 registers: five programs of 128 threads on a processor, four from Triton 3.8 on (105 were seen), and two
+    # where fp32 does without tensor cores.
+    usual = 128 if SHARES_LAST_CODES else 96
+    assert found.registers <= (usual if rows == 1 or dtype != torch.float32 else 208)
     assert found.wide_loads
-    assert not found.narrow_loads(8)  # codes one by one
+    assert found.narrow_loads(8) <= (rows == 1 and SHARES_LAST_CODES)  # codes one by one
 
 
 @needs_triton
@@ -104,11 +106,11 @@ def test_every_variant_fits_the_registers_and_loads_16_bytes(
 @pytest.mark.parametrize("rows", [1, 5])
 def test_a_gpu_without_tensor_cores_gets_smaller_tiles(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     from geta_hf.inference import triton_weight_only
-    from tests.compiled_kernels import compiled_for
+    from tests.compiled_kernels import SHARES_LAST_CODES, compiled_for
 
     monkeypatch.setattr(triton_weight_only, "tensor_cores_take", lambda x: False)
     (found,) = launches(compiled_for, 75, rows, 199, torch.float16, True)
-    assert found.stack == 0 and not found.narrow_loads(8)
+    assert found.stack == 0 and found.narrow_loads(8) <= (rows == 1 and SHARES_LAST_CODES)
 
 
 @needs_triton

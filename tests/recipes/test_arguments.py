@@ -77,7 +77,10 @@ def test_help_describes_every_argument_and_every_setting() -> None:
     shown = " ".join(done.stdout.split())
     for field in (*fields(bert_squad.ModelArguments), *fields(bert_squad.DataArguments)):
         assert f"--{field.name} " in shown and field.metadata["help"] in shown, field.name
-    assert "--learning_rate" in shown and "geta.method NAME one of qasso, post-training (default: qasso)" in shown
+    assert (
+        "--learning_rate" in shown
+        and "geta.method NAME one of qasso, one-shot, post-training (default: qasso)" in shown
+    )
     for name, one in settings_of(GETAConfig).items():
         described = f"--geta.{name} VALUE {one.help} ({one.allowed}; default: {json.dumps(one.default)})"
         assert " ".join(described.split()) in shown, name

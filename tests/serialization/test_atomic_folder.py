@@ -80,6 +80,18 @@ def test_targets_that_may_not_be_written(tmp_path: Path) -> None:
         check_target(tmp_path / "photos", overwrite=True)
 
 
+def test_a_place_where_no_folder_can_appear_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("a")
+    for target in (tmp_path / "file" / "a", tmp_path / "file" / "a" / "b"):
+        with pytest.raises(GETAError, match=f"since {re.escape(str(tmp_path / 'file'))} is no folder"):
+            check_target(target, overwrite=False)
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path)
+    with pytest.raises(GETAError, match=f"since {re.escape(str(tmp_path))} may not be changed"):
+        check_target(tmp_path / "a" / "b", overwrite=False)
+
+
 @pytest.mark.parametrize("name", ["trainer_state.json", "runs/checkpoint-9/trainer_state.json", "checkpoint-9/weights"])
 def test_what_a_training_needs_is_never_replaced(tmp_path: Path, name: str) -> None:
     write_folder(tmp_path / "run", filler("old"), overwrite=True)

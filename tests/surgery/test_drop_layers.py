@@ -249,7 +249,7 @@ def trainer(folder: Path, **changes: object) -> GETATrainer:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> GETATrainer:
-    made = trainer(tmp_path_factory.mktemp("run"))
+    made = trainer(tmp_path_factory.mktemp("run"), target_parameters=0.5)
     made.train()
     return made
 
@@ -294,7 +294,7 @@ def test_a_checkpoint_is_exported_and_becomes_a_vanilla_folder(trained: GETATrai
 
 def test_a_resumed_run_lost_the_same_layers_or_is_refused(trained: GETATrainer, tmp_path: Path) -> None:
     checkpoint = f"{trained.args.output_dir}/checkpoint-14"
-    again = trainer(tmp_path)
+    again = trainer(tmp_path, target_parameters=0.5)
     assert again.run_config == trained.run_config
     again.train(resume_from_checkpoint=checkpoint)
     assert all(torch.equal(t, trained.model.state_dict()[name]) for name, t in again.model.state_dict().items())
@@ -303,7 +303,7 @@ def test_a_resumed_run_lost_the_same_layers_or_is_refused(trained: GETATrainer, 
     with pytest.raises(
         GETAError, match=r"another GETAConfig \(drop_layers: \['model.layers.\d', 'model.layers.\d'\] there"
     ):
-        trainer(tmp_path, drop_layers=other).train(resume_from_checkpoint=checkpoint)
+        trainer(tmp_path, target_parameters=0.5, drop_layers=other).train(resume_from_checkpoint=checkpoint)
 
 
 def test_a_trainer_that_can_not_be_made_gives_the_layers_back(tmp_path: Path) -> None:

@@ -293,7 +293,7 @@ def test_an_unreachable_size_fails_before_training_and_leaves_the_model_plain(tm
 
 def test_a_model_that_was_cut_before_is_refused_at_once(tmp_path) -> None:
     small = AutoModelForQuestionAnswering.from_pretrained(exported(tmp_path)[1])
-    with pytest.raises(GETAError, match="is an export already"):
+    with pytest.raises(GETAError, match="is compressed already"):
         GETATrainer(small, arguments(tmp_path), geta_config=GETAConfig(**SMALL), train_dataset=rows())
     with pytest.raises(GETAError, match="pruned before by geta_hf; start from the dense model"):
         GETATrainer(small.dequantize(), arguments(tmp_path), geta_config=GETAConfig(**SMALL), train_dataset=rows())

@@ -24,9 +24,9 @@ from geta_hf.costs.bit_allocation import BitChoices
 from geta_hf.costs.input_sensitivity import InputErrors, input_errors
 from geta_hf.costs.ledger import Ledger
 from geta_hf.costs.quantizer_table import Quantizers
-from geta_hf.costs.selection import Limits, find_chunks
+from geta_hf.costs.selection import Chunks, Limits, find_chunks
 from geta_hf.costs.sensitivity import measure_errors
-from geta_hf.costs.targets import GROUPS, Target, solve_target, take_due
+from geta_hf.costs.targets import GROUPS, MEAN_BITS, Target, solve_target, take_due
 from geta_hf.errors import GETAError
 from geta_hf.methods.frozen_weights import FrozenWeights
 from geta_hf.methods.qasso.checks import (
@@ -51,7 +51,7 @@ from geta_hf.methods.qasso.silent_gradients import check_learned
 from geta_hf.methods.qasso.slices import Product, Slice, build_slices, group_sums, zero_moments, zero_slices
 from geta_hf.methods.qasso.split import Averages, decide_split
 from geta_hf.methods.qasso.state import REDUNDANT, REMOVED, QASSOState, restore_vectors, store_vectors
-from geta_hf.methods.rounding import round_bits
+from geta_hf.methods.rounding import entry_factors, round_bits
 from geta_hf.qadg.group_labels import (
     GroupLabels,
     consumers,
@@ -62,6 +62,7 @@ from geta_hf.qadg.group_labels import (
 from geta_hf.qadg.group_types import Family
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.quantization.clipping import Histogram
+from geta_hf.quantization.functional import FLOAT_BITS
 from geta_hf.utils.shards import from_first_process, local
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,10 @@ _STEP = "qasso_step"
 _SCHEDULE = "qasso_schedule"
 
 Named = dict[str, Tensor]
+
+
+_SIZE_MARGIN = 0.98
+"""Share of a size that the lowest widths may take, since widths are allocated in steps of an entire layer."""
 
 
 def bit_choices(config: GETAConfig) -> BitChoices:
@@ -450,10 +455,15 @@ class QASSO(torch.optim.Optimizer):
             if len(state.input_square):
                 state.input_square.mul_(decay).add_(self.quantizers.input_squares(named), alpha=1 - decay)
 
-    def _scores(self, named: Named) -> Tensor:
-        """Return the saliency of every group by the rule of the config, shape (groups,)."""
+    def _scores(self, named: Named, by_size: bool = False) -> Tensor:
+        """Return the saliency of every group by the rule of the config, shape (groups,).
+
+        Args:
+            named: parameters by name.
+            by_size: divide by a group's parameters even where the target counts groups.
+        """
         cost = self._sums(named, lambda x, g: torch.ones_like(x))
-        if self.target.unit == GROUPS and self.config.saliency != "hesso":
+        if self.target.unit == GROUPS and self.config.saliency != "hesso" and not by_size:
             # The K groups of least loss are those of the K lowest losses. Per parameter, large groups would be removed
             # first, and K of them take far more than K small ones.
             cost = torch.ones_like(cost)
@@ -489,6 +499,10 @@ class QASSO(torch.optim.Optimizer):
         removed = self.removed_mask
         if self.config.split == "even":
             chunks = find_chunks(self.families, scores, removed, Limits.of(self.config))
+            if self.target.unit == GROUPS and self._misses_size(chunks, removed):
+                # The K groups of least loss are too small for the size that is wanted too.
+                scores = from_first_process(self._scores(named, by_size=True)).cpu()
+                chunks = find_chunks(self.families, scores, removed, Limits.of(self.config))
             # Line 12: of K groups (p + 1) / P are due at the end of period p, so each period adds about K / P.
             taken = take_due(self.target, self.ledger, chunks, removed, done, periods)
         else:
@@ -496,6 +510,20 @@ class QASSO(torch.optim.Optimizer):
         warn_of_equal_scores(self.families, scores, removed, taken)
         self.qasso_state.status[taken] = REDUNDANT
         self._invalidate_slices()
+
+    def _misses_size(self, chunks: Chunks, removed: Tensor) -> bool:
+        """Return whether a size that the target sets too is out of reach once all of K are taken in this order."""
+        sizes = {unit: budget for unit, budget in self.target.budgets.items() if unit != MEAN_BITS}
+        if not sizes:
+            return False
+        without = removed.clone()
+        without[take_due(self.target, self.ledger, chunks, removed, 1, 1)] = True
+        lowest = float(self.config.widths[0])
+        inputs = torch.tensor(float(self.config.input_widths[0] if self.config.input_widths else FLOAT_BITS))
+        return any(
+            self.target.spent(unit, self.ledger, without, lowest, inputs) > _SIZE_MARGIN * budget
+            for unit, budget in sizes.items()
+        )
 
     def _take_decided(self, named: Named, scores: Tensor, removed: Tensor, done: int, periods: int) -> Tensor:
         """Return the groups that are due of those that the split of the size removes; decide it where it is due.
@@ -548,9 +576,8 @@ class QASSO(torch.optim.Optimizer):
         device = self.quantizers.layer.device
         state.decided_bits = torch.tensor([*split.bits.weight_bits, *inputs], dtype=torch.float32, device=device)
         _, q_m, _ = self.quantizers.read(named)
-        factors = torch.cat([split.bits.clip_factors, split.bits.input_clip_factors])
-        factors = from_first_process(factors).to(device)
-        self.quantizers.write_clipping(q_m * factors[self.quantizers.layer], named)
+        factors = from_first_process(entry_factors(self.quantizers, split.bits)).to(device)
+        self.quantizers.write_clipping(q_m * factors, named)
         self._project_step_sizes(named)
 
     # --- lines 16 to 19: forgetting -----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ costs, and half of v Σ (x - x^Q)² that of rounding a weight, both with the Hes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ def decide_split(
     groups = from_first_process(averages.groups).cpu().double()
     layers = from_first_process(averages.layers).cpu().double()
     errors = from_first_process(rounding.errors)
-    same = RoundingErrors(errors, rounding.clips, rounding.known)
+    same = replace(rounding, errors=errors)
     count = 0 if inputs is None else len(inputs.losses)
     of_inputs = None
     if inputs is not None and count:
@@ -115,7 +115,7 @@ def decide_split(
     )
     found = allocate_jointly(families, limits, ledger, losses, target.unit, target.amount, removed, bool(count))
     steps = [choices.weights.index(bits) for bits in found.weight_bits]
-    clips = rounding.clips[torch.arange(len(steps)), torch.tensor(steps)]
+    clips = rounding.clips_at(steps)
     input_bits, input_clips = found.input_bits, torch.ones(count)
     if inputs is not None and input_bits:
         places = [choices.inputs.index(bits) for bits in input_bits]

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from geta_hf.config import GETAConfig
+from geta_hf.costs.quantizer_table import Quantizers
 from geta_hf.costs.sensitivity import RoundingErrors
 from geta_hf.errors import GETAError
 from geta_hf.methods import PostTrainingConfig
+from geta_hf.methods.qasso import optimizer as optimizer_module
 from geta_hf.methods.qasso.optimizer import QASSO
 from geta_hf.methods.qasso.schedule import JOINT
-from geta_hf.methods.qasso.split import rounding_losses
+from geta_hf.methods.qasso.split import Split, rounding_losses
 from tests.methods.loop import prepare, train
 from tests.methods.qasso.toy import Toy
 
@@ -57,6 +59,30 @@ def test_a_run_meets_the_size_and_zeroes_what_was_decided(split: str, size: str)
             assert torch.equal(decided, removed)
     else:
         assert max(in_joint[0][1].values()) > 7
+
+
+def test_each_channel_takes_its_own_clipping_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    decided = []
+    written = []
+    decide, write = optimizer_module.decide_split, Quantizers.write_clipping
+
+    def noted(*args) -> Split:
+        found = decide(*args)
+        rounding, choices = args[5:7]
+        decided.append(rounding.clips_at([choices.weights.index(bits) for bits in found.bits.weight_bits]))
+        return found
+
+    def noted_write(self: Quantizers, q_m: torch.Tensor, named: dict) -> None:
+        if decided:
+            written.append(q_m / self.read(named)[1])
+        write(self, q_m, named)
+
+    monkeypatch.setattr(optimizer_module, "decide_split", noted)
+    monkeypatch.setattr(Quantizers, "write_clipping", noted_write)
+    model, method, optimizer = prepare(config_of("early", per_channel=True))
+    train(model, method, optimizer)
+    assert len(decided[0]) > 4 and len(decided[0].unique()) > 4
+    torch.testing.assert_close(written[0], decided[0])
 
 
 def test_inputs_share_a_budget_of_bops() -> None:

@@ -160,8 +160,8 @@ def _split_name(pre_tokenizer: Mapping[str, Any], kind: str) -> str:
     if tuple(found) not in _SPLITS:
         known = ", ".join(_SPLITS.values())
         raise GETAError(
-            f"{kind} splits texts by {' then '.join(found)[:200]}, for which there is no name here; known are those of "
-            f"{known}. Export in another format"
+            f"{kind} splits texts by {' then '.join(found)[:200] or 'no rule'}, for which there is no name here; known "
+            f"are those of {known}. Export in another format"
         )
     return _SPLITS[tuple(found)]
 

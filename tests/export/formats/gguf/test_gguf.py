@@ -236,12 +236,19 @@ def other_split() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def no_split() -> PreTrainedTokenizerFast:
+    tokenizer = tiny.byte_level()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return tokenizer
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "message"),
     [
         (None, "holds the tokenizer, and there is none"),
         (word_piece(), "is a WordPiece tokenizer without a GGUF model"),
         (other_split(), "for which there is no name here"),
+        (no_split(), "splits texts by no rule, for which"),
         (tiny.byte_level(ignore_merges=True), "merges in another way"),
     ],
 )
