@@ -64,7 +64,7 @@ def check_base(base: torch.optim.Optimizer, named: Mapping[str, Tensor]) -> None
 def check_covered(
     named: Mapping[str, Tensor], families: Sequence[Family], quantizers: Mapping[str, str], inputs: Sequence[str]
 ) -> None:
-    """Raise GETAError unless all that families cut and all quantizers are among the trained parameters.
+    """Raise GETAError unless all that families cut and all quantizers are trained, and on one device.
 
     Args:
         named: the base optimizer's parameters by name.
@@ -83,6 +83,20 @@ def check_covered(
     for prefix, owner in owners.items():
         if f"{prefix}.d" not in named or f"{prefix}.q_m" not in named:
             raise GETAError(f"the quantizer of {owner} is not in the base optimizer; add {prefix}.d and .q_m")
+    cut = [member.tensor for family in families for member in family.members]
+    _check_one_device(named, [*cut, *quantizers, *(f"{prefix}.d" for prefix in owners)])
+
+
+def _check_one_device(named: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    """Raise GETAError for a model that is split over devices: groups and widths are compared across all layers."""
+    # Of frozen weights nothing is known here; their quantizers lie where they do.
+    places = {named[name].device: name for name in reversed(names) if name in named}
+    if len(places) > 1:
+        (one, first), (other, second) = list(places.items())[:2]
+        raise GETAError(
+            f"{first} is on {one} and {second} on {other}, but all that is cut or quantized has to be on one device; "
+            f"load the model without device_map, and start the script with `accelerate launch` for several GPUs"
+        )
 
 
 def warn_of_equal_scores(families: Sequence[Family], scores: Tensor, removed: Tensor, taken: Tensor) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from geta_hf.config import GETAConfig
+from geta_hf.errors import GETAError
 from geta_hf.methods.qasso.optimizer import QASSO
 from geta_hf.methods.qasso.schedule import COOLDOWN, JOINT, PROJECTION, WARMUP, Schedule
 from geta_hf.quantization import attach_quantizers, quantizer_prefixes
@@ -17,8 +18,8 @@ from tests.pretend_cuda import CARD, Card, Read, pretend_cuda
 STEPS = 19
 
 
-def make(**rules: object) -> tuple[Toy, QASSO]:
-    """Return the toy network, and its optimizer for a run of two periods of each kind."""
+def make(*on_card: int, **rules: object) -> tuple[Toy, QASSO]:
+    """Return the toy network, of which some layers are on the card, and its optimizer for two periods of each kind."""
     stages: dict = {"warmup": 3, "projection": 6, "projection_periods": 2, "joint": 6, "pruning_periods": 2}
     config = GETAConfig(**{**stages, **rules})
     torch.manual_seed(0)
@@ -26,6 +27,8 @@ def make(**rules: object) -> tuple[Toy, QASSO]:
     attach_quantizers(
         model, initial_bits=config.initial_bits, target_bits=config.bits[1], learn_t=config.learn_exponent
     )
+    for position in on_card:
+        model.layers[position].to("cuda")
     trained = dict(model.named_parameters())
     weights = [p for name, p in trained.items() if "quantizer" not in name]
     scales = [p for name, p in trained.items() if "quantizer" in name]
@@ -125,3 +128,10 @@ def test_a_vector_that_remained_on_the_cpu_would_be_refused(card: Card) -> None:
     optimizer.qasso_state.to = lambda device: None  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="same device"):
         waits(model, optimizer, card)
+
+
+def test_a_model_that_is_split_over_devices_is_refused_before_training(card: Card) -> None:
+    """As by device_map="auto", after which Trainer counts one GPU."""
+    assert card
+    with pytest.raises(GETAError, match=r"weight is on cpu and layers.0.weight on cuda:0.*without device_map"):
+        make(0, 1)
