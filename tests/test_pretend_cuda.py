@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainingArguments
@@ -191,6 +192,7 @@ def test_numpy_refuses_tensors_of_the_card(card: Card) -> None:
         torch.ones(2, device="cuda").numpy()
 
 
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.11"), reason="torch 2.10 recomputes outside of modes")
 def test_gradients_and_recomputed_forwards_are_on_the_card(card: Card) -> None:
     places: list[torch.device] = []
 

@@ -151,6 +151,7 @@ def test_the_page_shows_rows_by_sparsity(tmp_path: Path, capsys: pytest.CaptureF
     assert columns[1:] == expected
 
 
+@pytest.mark.slow
 def test_a_cell_scores_the_folder_that_was_exported(task: Task, tmp_path: Path) -> None:
     table = TABLES["table5"]
     rows = {row.name: row for row in table.rows}
