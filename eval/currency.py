@@ -29,7 +29,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
-from eval.results_file import Line, append_result, read_results
+from eval.results_file import Line, read_results, run_missing
 from eval.study_tasks import Lengths, Task, TextOptions, text_task
 from eval.tables.cells import stored_bytes, train_cell
 from geta_hf import GETAConfig, GETAError
@@ -155,9 +155,8 @@ def run(task: Task, folder: Path, work: Path, lengths: Lengths, cells: Sequence[
     if any(line["settings"] != settings for line in done):
         raise GETAError(f"{work} holds results under other settings; give another --work")
     finished = {(line["row"], line["bits"], line["seed"]): line for line in done}
-    for cell in cells:
-        if cell.key in finished:
-            continue
+
+    def measure(cell: Cell) -> Line:
         size = None
         if cell.row.at_paper:
             size = finished[PAPER, None, cell.seed]["bytes"]
@@ -165,16 +164,11 @@ def run(task: Task, folder: Path, work: Path, lengths: Lengths, cells: Sequence[
             size = bytes_at(task.load(folder), folder, cell.bits)
         set_seed(cell.seed)
         begin = time.perf_counter()
-        try:
-            measured = train_cell(task, config_of(cell, size), task.load(folder), work, lengths, cell.seed)
-        except GETAError as error:
-            print(f"{cell.key}: {error}", file=sys.stderr, flush=True)
-            continue
+        measured = train_cell(task, config_of(cell, size), task.load(folder), work, lengths, cell.seed)
         line = {"row": cell.row.name, "bits": cell.bits, "seed": cell.seed, "target_bytes": size}
-        line |= {"settings": settings, "seconds": round(time.perf_counter() - begin, 1), **measured}
-        append_result(work, line)
-        finished[cell.key] = line
-        print(json.dumps({name: value for name, value in line.items() if name != "settings"}), flush=True)
+        return line | {"settings": settings, "seconds": round(time.perf_counter() - begin, 1), **measured}
+
+    run_missing(work, [(cell.key, cell) for cell in cells], finished, measure)
 
 
 def render(lines: Sequence[Line]) -> str:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from geta_hf import GETAError
 
 RESULTS = "results.jsonl"
 
 Line = dict[str, Any]
+
+Cell = TypeVar("Cell")
 
 
 def read_results(work: Path) -> list[Line]:
@@ -32,3 +38,40 @@ def append_result(work: Path, line: Line) -> None:
         file.write("\n" + json.dumps(line))
         file.flush()
         os.fsync(file.fileno())
+
+
+def run_missing(
+    work: Path,
+    cells: Iterable[tuple[Any, Cell]],
+    finished: dict[Any, Line],
+    measure: Callable[[Cell], Line],
+    hidden: Iterable[str] = ("settings",),
+    prefix: str = "",
+) -> list[Line]:
+    """Measure the cells that are not finished, and append each as it ends.
+
+    Args:
+        work: the folder of the results.
+        cells: keys and what is measured, in their order.
+        finished: key -> line of what is done; completed in place, since a cell may take a figure from an earlier one.
+        measure: returns the line of a cell.
+        hidden: entries of a line that are not printed.
+        prefix: of the message where a cell fails.
+
+    Returns:
+        The new lines. A cell that raises GETAError is reported, skipped, and tried again by the next run.
+    """
+    new = []
+    for key, cell in cells:
+        if key in finished:
+            continue
+        try:
+            line = measure(cell)
+        except GETAError as error:
+            print(f"{prefix}{key}: {error}", file=sys.stderr, flush=True)
+            continue
+        append_result(work, line)
+        finished[key] = line
+        new.append(line)
+        print(json.dumps({name: value for name, value in line.items() if name not in hidden}), flush=True)
+    return new

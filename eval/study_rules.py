@@ -29,7 +29,7 @@ import torch
 from transformers import PreTrainedModel, Trainer, set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from eval.results_file import append_result, read_results
+from eval.results_file import read_results, run_missing
 from eval.study_table import CONTROL, DENSE, MASKED, OURS, PAPER, ROUNDED, TAUGHT, Line, tables
 from eval.study_tasks import (
     Lengths,
@@ -195,22 +195,18 @@ def run_study(
     done = [line for line in read_results(work) if line["study"] == task.name]
     if any(line["settings"] != settings for line in done):
         raise GETAError(f"{work} holds results of {task.name} under other settings; give another --work or --name")
-    finished = {(line["cell"], line["seed"]) for line in done}
-    new: list[Line] = []
+    finished = {(line["cell"], line["seed"]): line for line in done}
     folder = dense_model(task, work)
-    for cell, seed in _order(seeds, names):
-        if (cell.name, seed) in finished:
-            continue
-        try:
-            measured = run_cell(task, cell, seed, folder, lengths, limits)
-        except GETAError as error:
-            print(f"{task.name}, {cell.name}, seed {seed}: {error}", file=sys.stderr, flush=True)
-            continue
+
+    def measure(named: tuple[Cell, int]) -> Line:
+        cell, seed = named
+        measured = run_cell(task, cell, seed, folder, lengths, limits)
         line = {"study": task.name, "cell": cell.name, "seed": seed, "rules": cell.rules, "settings": settings}
-        new.append({**line, "metrics": task.metrics, "larger_is_better": task.larger_is_better, **measured})
-        append_result(work, new[-1])
-        print(json.dumps({"cell": cell.name, "seed": seed, **measured}), flush=True)
-    return new
+        return {**line, "metrics": task.metrics, "larger_is_better": task.larger_is_better, **measured}
+
+    cells = [((cell.name, seed), (cell, seed)) for cell, seed in _order(seeds, names)]
+    hidden = ("study", "rules", "settings", "metrics", "larger_is_better")
+    return run_missing(work, cells, finished, measure, hidden, f"{task.name}, ")
 
 
 def _order(seeds: Sequence[int], names: Sequence[str] | None) -> Iterator[tuple[Cell, int]]:

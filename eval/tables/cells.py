@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, Trainer, set_seed
 
-from eval.results_file import Line, append_result, read_results
+from eval.results_file import Line, read_results, run_missing
 from eval.study_rules import kept_shares
 from eval.study_tasks import Lengths, Task, dense_model, training_arguments
 from eval.tables.rows import Row, Table, config_of
@@ -96,22 +95,14 @@ def run_table(table: Table, task: Task, work: Path, lengths: Lengths, cells: Seq
         (line["row"], line["sparsity"], line["seed"]): line for line in done
     }
     folder = dense_model(task, work)
-    new = []
-    for cell in cells:
-        if cell.key in finished:
-            continue
-        try:
-            measured = _run_cell(table, task, cell, folder, lengths, finished)
-        except GETAError as error:
-            print(f"{table.name}, {cell.key}: {error}", file=sys.stderr, flush=True)
-            continue
+
+    def measure(cell: Cell) -> Line:
         line = {"table": table.name, "study": task.name, "row": cell.row.name, "sparsity": cell.sparsity}
-        line = {**line, "seed": cell.seed, "settings": settings, **measured}
-        append_result(work, line)
-        finished[cell.key] = line
-        new.append(line)
-        print(json.dumps({**measured, "row": cell.row.name, "sparsity": cell.sparsity}), flush=True)
-    return new
+        measured = _run_cell(table, task, cell, folder, lengths, finished)
+        return {**line, "seed": cell.seed, "settings": settings, **measured}
+
+    named = [(cell.key, cell) for cell in cells]
+    return run_missing(work, named, finished, measure, ("table", "study", "seed", "settings"), f"{table.name}, ")
 
 
 def _run_cell(

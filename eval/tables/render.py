@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 
 from eval.results_file import Line
+from eval.study_table import spread
 from eval.tables.rows import CONTROL, TABLES, Table
 from geta_hf.utils.tables import format_table
 
@@ -60,8 +61,8 @@ def _row(name: str, cell: Sequence[Line], plain: Sequence[Line]) -> tuple[str, .
         name,
         spread([line["f1"] for line in cell], 2),
         spread([line["em"] for line in cell], 2),
-        spread(losses(cell, plain, "f1"), 2),
-        spread(losses(cell, plain, "other_f1"), 2),
+        _loss(cell, plain, "f1"),
+        _loss(cell, plain, "other_f1"),
         _mean(cell, "relative_bops", "{:.2%}".format),
         _mean(cell, "bytes", lambda value: f"{value / 1e6:.2f}"),
         _mean(cell, "mean_bits", "{:.2f}".format),
@@ -86,12 +87,9 @@ def losses(cell: Sequence[Line], plain: Sequence[Line], metric: str) -> list[flo
     return found
 
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """Format `mean ± sd`, with the sample's standard deviation; the mean alone for one value, nothing for none."""
-    if not values:
-        return ""
-    mean = f"{fmean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {stdev(values):.{digits}f}"
+def _loss(cell: Sequence[Line], plain: Sequence[Line], metric: str) -> str:
+    found = losses(cell, plain, metric)
+    return spread(found, 2) if found else ""
 
 
 def _mean(cell: Sequence[Line], key: str, show: Callable[[float], str]) -> str:
