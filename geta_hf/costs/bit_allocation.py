@@ -277,14 +277,19 @@ def _cost_per_bit(unit: str, ledger: Ledger, removed: Tensor, input_bits: Tensor
     return weights / weights.sum()
 
 
+def size_reserve(unit: str, ledger: Ledger) -> int:
+    """Return how much of a budget is left unspent, so that rounding up within the file never exceeds it."""
+    # Each packed weight ends on a full byte, and numbers in the header may grow by a digit.
+    return 2 * len(ledger.layers) + 64 if unit == BYTES else 0
+
+
 def _remaining_budget(
     target: Target, unit: str, ledger: Ledger, removed: Tensor, lowest: Tensor | float, input_bits: Tensor
 ) -> float:
     """Return what remains of a budget once all layers have the lowest width."""
     budget = target.budgets[unit]
     spent = target.spent(unit, ledger, removed, lowest, input_bits)
-    # Each packed weight ends on a full byte, and numbers in the header may grow by a digit.
-    reserve = 2 * len(ledger.layers) + 64 if unit == BYTES else 0
+    reserve = size_reserve(unit, ledger)
     # A warning and no error, as most of the training is done: a model at its lowest widths is better than none.
     if budget - reserve < spent:
         logger.warning(

@@ -6,7 +6,7 @@ a tuple or a single tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,14 +44,27 @@ def outputs_by_name(model: nn.Module) -> Iterator[None]:
     This is set in the configuration, as a forward need not take `return_dict`.
     """
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    before = [(config, config.return_dict) for config in configs if hasattr(config, "return_dict")]
+    with config_value(configs, "return_dict", True):
+        yield
+
+
+@contextmanager
+def config_value(configs: Iterable[Any], name: str, value: Any) -> Iterator[None]:
+    """Set one value for a while in those configs that have it.
+
+    Args:
+        configs: of a model and its parts; one may occur several times.
+        name: of the value.
+        value: what it is set to.
+    """
+    before = [(config, getattr(config, name)) for config in configs if hasattr(config, name)]
     try:
         for config, _ in before:
-            config.return_dict = True
+            setattr(config, name, value)
         yield
     finally:
-        for config, value in before:
-            config.return_dict = value
+        for config, old in before:
+            setattr(config, name, old)
 
 
 def named_outputs(outputs: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from geta_hf.utils.model_io import config_value
 from geta_hf.utils.module_state import eval_mode, running
 
 Batch = Mapping[str, Any]
@@ -52,14 +53,8 @@ def uncached(model: nn.Module) -> Iterator[None]:
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     inner = [getattr(config, name) for config in configs.values() for name in getattr(config, "sub_configs", {})]
     configs |= {id(config): config for config in inner if config is not None}
-    before = [(config, config.use_cache) for config in configs.values() if hasattr(config, "use_cache")]
-    try:
-        for config, _ in before:
-            config.use_cache = False
+    with config_value(configs.values(), "use_cache", False):
         yield
-    finally:
-        for config, value in before:
-            config.use_cache = value
 
 
 def find_blocks(model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch) -> list[Block]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geta_hf.costs.bit_allocation import BitChoices, LearnedBits, allocate_bits
+from geta_hf.costs.bit_allocation import BitChoices, LearnedBits, allocate_bits, size_reserve
 from geta_hf.costs.joint_allocation import ExpectedLosses, allocate_jointly
 from geta_hf.costs.ledger import ROUNDING, Ledger
 from geta_hf.costs.selection import Limits, find_chunks, take_count, take_until
@@ -110,7 +110,7 @@ def find_candidates(
     everything = most_removed(families, Limits.of(config))
     _check_reachable(unit, amount, _spent(everything, unit, lowest, ledger), lowest)
     found: list[Candidate] = []
-    if _spent(ledger.nothing, unit, lowest, ledger) + _reserve(unit, ledger) <= amount * (1 + ROUNDING):
+    if _spent(ledger.nothing, unit, lowest, ledger) + size_reserve(unit, ledger) <= amount * (1 + ROUNDING):
         found.append(_at(ledger.nothing, unit, amount, config, ledger, losses))
     if found and bits_per_weight(ledger, unit, amount) >= NO_PRUNING_FROM:
         return found
@@ -122,7 +122,7 @@ def find_candidates(
     dense = ledger.prunable_parameters(ledger.nothing)
     for share in SHARES:
         removed = _removed(Target(PARAMETERS, (1 - share) * dense, lowest), config, families, ledger, losses)
-        if _spent(removed, unit, lowest, ledger) + _reserve(unit, ledger) <= amount * (1 + ROUNDING):
+        if _spent(removed, unit, lowest, ledger) + size_reserve(unit, ledger) <= amount * (1 + ROUNDING):
             found.append(_at(removed, unit, amount, config, ledger, losses))
     return found
 
@@ -140,11 +140,6 @@ def _check_reachable(unit: str, amount: float, reachable: float, lowest: float) 
 
 def _spent(removed: Tensor, unit: str, bits: float, ledger: Ledger) -> float:
     return Target(unit, 0.0, bits).spent(unit, ledger, removed, bits)
-
-
-def _reserve(unit: str, ledger: Ledger) -> int:
-    """Return what bit allocation keeps in reserve."""
-    return 2 * len(ledger.layers) + 64 if unit == BYTES else 0
 
 
 def _share_of(removed: Tensor, ledger: Ledger) -> float:

@@ -22,6 +22,7 @@ from geta_hf.methods.one_shot.blocks import Batch, uncached
 from geta_hf.methods.qasso.slices import group_sums
 from geta_hf.qadg.group_labels import GroupLabels
 from geta_hf.utils.model_io import float_tensors, loss_of
+from geta_hf.utils.module_state import eval_mode
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +71,10 @@ def measure_gradients(
     device = next(model.parameters()).device
     total = torch.zeros(groups, dtype=torch.float64, device=device)
     squares = {name: torch.zeros_like(named[name], dtype=torch.float32) for name in weights}
-    moved = [GroupLabels(cut.tensor, cut.dim, cut.label.to(device)) for cut in labels if cut.tensor in named]
+    scored = [cut for cut in labels if cut.tensor in named]
     generator = torch.Generator().manual_seed(0)
     count = 0
-    with _gradients_of(model, {*weights, *(cut.tensor for cut in moved)}), uncached(model):
+    with _gradients_of(model, {*weights, *(cut.tensor for cut in scored)}), uncached(model):
         for sequence in sequences(batches) if progress is None else progress:
             model.zero_grad(set_to_none=True)
             loss = total_loss(model, sequence, generator)
@@ -83,8 +84,8 @@ def measure_gradients(
                     f"load the model in float32 or bfloat16"
                 )
             loss.backward()
-            if moved:
-                total += group_sums(moved, named, groups, torch.mul).double() ** 2
+            if scored:
+                total += group_sums(scored, named, groups, torch.mul).double() ** 2
             for name, square in squares.items():
                 if (grad := named[name].grad) is not None:
                     square += grad.float() ** 2
@@ -171,18 +172,14 @@ def _drawn_loss(outputs: Mapping[str, Tensor], generator: torch.Generator) -> Te
 def _gradients_of(model: nn.Module, names: set[str]) -> Iterator[None]:
     """Let some parameters alone have gradients, in evaluation mode; everything is restored afterwards."""
     flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
     named = dict(model.named_parameters(remove_duplicate=False))
     wanted = {id(named[name]) for name in names if name in named}
     try:
-        model.eval()
         for parameter, _, _ in flags:
             parameter.requires_grad_(id(parameter) in wanted)
-        with torch.enable_grad():
+        with eval_mode(model), torch.enable_grad():
             yield
     finally:
         for parameter, flag, grad in flags:
             parameter.requires_grad_(flag)
             parameter.grad = grad
-        for module, training in modes:
-            module.training = training
