@@ -462,11 +462,12 @@ class QASSO(torch.optim.Optimizer):
             named: parameters by name.
             by_size: divide by a group's parameters even where the target counts groups.
         """
-        cost = self._sums(named, lambda x, g: torch.ones_like(x))
         if self.target.unit == GROUPS and self.config.saliency != "hesso" and not by_size:
             # The K groups of least loss are those of the K lowest losses. Per parameter, large groups would be removed
             # first, and K of them take far more than K small ones.
-            cost = torch.ones_like(cost)
+            cost = torch.ones_like(self.qasso_state.mean_square)
+        else:
+            cost = self._sums(named, lambda x, g: torch.ones_like(x))
         if self.config.saliency in ("fisher", "mask_fisher"):
             return fisher_scores(self.qasso_state.mean_square, cost)
         if self.config.saliency == "taylor":
