@@ -63,6 +63,11 @@ def _tf32() -> Iterator[None]:
 @pytest.mark.parametrize("case", [_bert, _llama])
 @pytest.mark.usefixtures("_tf32")
 def test_a_trial_cut_loses_no_family_to_tf32(case: Callable[[], _Case]) -> None:
+    check_cuts_under_tf32(case)
+
+
+def check_cuts_under_tf32(case: Callable[[], _Case]) -> None:
+    """Check that a trial cut rounds nothing and loses no family, while what the user runs is rounded as it was set."""
     torch.manual_seed(0)
     model, batch = case()
     space = build_space(model, batch)
@@ -71,19 +76,11 @@ def test_a_trial_cut_loses_no_family_to_tf32(case: Callable[[], _Case]) -> None:
         assert mode.rounded == 0
         with torch.no_grad():
             model(**batch)
-        assert mode.rounded > 0  # what the user runs is as it was set
+        assert mode.rounded > 0
 
 
 def test_convolutions_which_cudnn_runs_in_tf32_by_itself_are_compared_without() -> None:
-    torch.manual_seed(0)
-    model, batch = _resnet()
-    space = build_space(model, batch)
-    with ImitatedTF32() as mode:
-        assert try_cuts(model, space, batch) is space
-        assert mode.rounded == 0
-        with torch.no_grad():
-            model(**batch)
-        assert mode.rounded > 0
+    check_cuts_under_tf32(_resnet)
 
 
 def test_autocast_around_a_proof_does_not_round_it(tmp_path: Path) -> None:
