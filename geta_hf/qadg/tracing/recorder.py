@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from geta_hf.qadg.tracing.graph import Graph, Node, Ref, Value, map_nested
+from geta_hf.qadg.tracing.meta_results import run_on_meta
 
 _CHOOSING = frozenset({"index", "index_put", "index_put_", "masked_scatter", "_unsafe_index"})
 """Operators whose effect on ids depends on the content of an input; it is kept where no parameter had a part in it."""
@@ -157,7 +158,7 @@ class Recorder(TorchDispatchMode):
         if any(item.is_meta for item in items):
             args = [map_nested(_to_meta, argument) for argument in args]
             kwargs = {name: map_nested(_to_meta, argument) for name, argument in kwargs.items()}
-            return func(*args, **kwargs)
+            return run_on_meta(func, args, kwargs)
         cpu = torch.device("cpu")
         kwargs = {name: cpu if isinstance(item, torch.device) else item for name, item in kwargs.items()}
         return func(*args, **kwargs)
