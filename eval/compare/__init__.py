@@ -1,1 +1,1 @@
-"""Compare with other methods of compression at equal bytes: each one's score or rounding on this project's machinery."""
+"""Compare with other methods of compression at equal bytes: their rules on the machinery of this project."""
