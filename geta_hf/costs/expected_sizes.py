@@ -73,14 +73,10 @@ class ExpectedSizes:
         packed = {layer.weight for layer in ledger.layers}
         item = torch.zeros(len(tensors))
         scales = torch.zeros(len(ledger.labels))
-        # Without a slot a dim keeps its size, and its step sizes are a constant.
-        constant = 0.0
         scaled = [(layer.weight, layer.channel_dim) for layer in ledger.layers if layer.channel_dim is not None]
         for name, dim in (*scaled, *((name, 0) for name in ledger.row_bits)):
             slot = self.slot_of.get((name, dim))
-            if slot is None:
-                constant += 4.0 * ledger.shapes[name][dim]
-            else:
+            if slot is not None:
                 scales[slot] += 4.0
         for position, name in enumerate(tensors):
             if name in ledger.row_bits:
@@ -88,13 +84,13 @@ class ExpectedSizes:
             elif name not in packed:
                 item[position] = float(ledger.item_bytes.get(name, 0))
         self._item, self._scales = item, scales
-        self._constant_bytes = constant
+        self._constant_bytes = 0.0
         if ledger.item_bytes:
-            # What is left, the header and the step sizes of entire tensors, hardly depends on what is chosen.
+            # The rest, such as the header, and step sizes along dims that nothing cuts, hardly depends on choices.
             bits = 8.0
             everyone = torch.full((len(ledger.layers),), bits)
             full = ledger.stored_bytes(ledger.nothing, bits, quantized_inputs)
-            self._constant_bytes += full - float(self._bytes(torch.ones(ledger.groups), everyone))
+            self._constant_bytes = full - float(self._bytes(torch.ones(ledger.groups), everyone))
 
     def to(self, device: torch.device) -> None:
         """Bring everything to where the probabilities are."""

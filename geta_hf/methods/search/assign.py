@@ -19,9 +19,12 @@ from geta_hf.costs.joint_allocation import ExpectedLosses, allocate_jointly
 from geta_hf.costs.ledger import Ledger
 from geta_hf.costs.selection import Limits, find_chunks
 from geta_hf.costs.sensitivity import RoundingErrors
-from geta_hf.costs.targets import BOPS, BYTES, GROUPS, MEAN_BITS, Target, take_due
+from geta_hf.costs.targets import BOPS, BYTES, MEAN_BITS, Target, take_due
 from geta_hf.qadg.group_types import Family
 from geta_hf.utils.shards import from_first_process
+
+_PRICES = tuple(2.0**power for power in range(-6, 14))
+"""How much more probable a group of average size may be than one of no size, and still be removed in place of it."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +108,14 @@ def _choose_groups(
         mask[take_due(target, ledger, find_chunks(families, scores, removed, limits), removed, 1, 1)] = True
         return mask
 
-    found = taken(keep)
     sizes = {unit: budget for unit, budget in target.budgets.items() if unit != MEAN_BITS}
-    missed = any(target.spent(unit, ledger, found, narrowest) > budget for unit, budget in sizes.items())
-    if target.unit == GROUPS and missed:
-        # The K groups of least probability are too small for the size that is wanted too.
-        return taken((keep - keep.min() + 1) / _of_groups(ledger, dict.fromkeys(ledger.shapes, 1.0)))
+    elements = _of_groups(ledger, dict.fromkeys(ledger.shapes, 1.0))
+    found = taken(keep)
+    for price in _PRICES:
+        if all(target.spent(unit, ledger, found, narrowest) <= budget for unit, budget in sizes.items()):
+            break
+        # The least probable groups are too small for the size that is wanted too, so larger ones are preferred.
+        found = taken(keep - price * elements / elements.mean())
     return found
 
 
