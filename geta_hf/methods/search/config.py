@@ -11,6 +11,7 @@ from geta_hf.config import (
     Duration,
     above,
     at_least,
+    between,
     document_attributes,
     inside,
     is_duration,
@@ -83,6 +84,14 @@ class SearchConfig(CompressionConfig):
         0.05,
         "Learning rate of Adam on the choices, which follows the run's learning rate scheduler.",
         above(0),
+        section="Search",
+    )
+    architecture_data: float = setting(
+        0.0,
+        "Share of the training rows that choices alone are trained on, in every other step of the search, in place of "
+        "that step's batch; weights are trained on the other rows in the other steps. With 0 both are trained on "
+        "all rows in all steps.",
+        between(0, 1),
         section="Search",
     )
     strength: float = setting(

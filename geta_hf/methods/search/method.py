@@ -18,7 +18,7 @@ from geta_hf.methods.parameter_groups import add_quantizer_group, check_names, q
 from geta_hf.methods.search.config import SearchConfig
 from geta_hf.methods.search.gates import Gate, Sides, place_gates
 from geta_hf.methods.search.objective import HardwareCost, Objective, layer_cost
-from geta_hf.methods.search.optimizer import Search, Shares
+from geta_hf.methods.search.optimizer import CHOICES, Search, Shares
 from geta_hf.methods.search.schedule import FINETUNING, SEARCH, STAGES, SearchSchedule
 from geta_hf.qadg import PruningSpace
 from geta_hf.quantization import (
@@ -254,6 +254,16 @@ class SearchMethod(Method):
     def extra_loss(self, model: nn.Module) -> Tensor | None:
         """Return what the choices are charged for, 0-d; None outside of the search."""
         return None if self.optimizer is None else self.optimizer.loss()
+
+    @property
+    def held_out_share(self) -> float:
+        """The share of the training rows that choices alone are trained on."""
+        return self.config.architecture_data
+
+    @property
+    def on_held_out_rows(self) -> bool:
+        """Whether the next step trains choices alone."""
+        return self.optimizer is not None and self.optimizer.trains == CHOICES
 
     def check_finite(self) -> None:
         """Raise GETAError where a choice became NaN or infinite; waits for the device."""

@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 Named = dict[str, Tensor]
 
+BOTH, WEIGHTS, CHOICES = "both", "weights", "choices"
+"""What a step trains."""
+
 _KEY = "search"
 """Entry of a state dict with all that a search remembers."""
 
@@ -167,6 +170,15 @@ class Search(torch.optim.Optimizer):
         return max(self.step_count - self.schedule.warmup, 0)
 
     @property
+    def trains(self) -> str:
+        """What the next step trains: BOTH, WEIGHTS or CHOICES."""
+        if self.stage != SEARCH:
+            return WEIGHTS
+        if not self.config.architecture_data:
+            return BOTH
+        return CHOICES if self._searched % 2 else WEIGHTS
+
+    @property
     def temperature(self) -> float:
         """τ of the next step."""
         steps = self.schedule.search
@@ -197,8 +209,8 @@ class Search(torch.optim.Optimizer):
         return Shares(widths, sample(self._keep_options.detach(), self.temperature)[:, 1])
 
     def loss(self) -> Tensor | None:
-        """Return what is added to the loss, 0-d; None outside of the search."""
-        if self.stage != SEARCH or self.shares is None:
+        """Return what is added to the loss, 0-d; None where choices are not trained."""
+        if self.trains == WEIGHTS or self.shares is None:
             return None
         ramp = price_at(self._searched, self.schedule.search, 1.0)
         return self.objective.loss(self.shares.keep, self.shares.widths, ramp)
@@ -232,11 +244,14 @@ class Search(torch.optim.Optimizer):
         named = self._named()
         self._follow_device()
         stage = self.stage
-        if stage == SEARCH:
+        trains = self.trains
+        if trains != WEIGHTS:
             self._step_choices(named)
+        # Gradients of choices that are not trained in this step; Trainer sets those of the model alone to zero.
+        self.choices.zero_grad()
         if stage == FINETUNING:
             self._step_with_clipping(named)
-        else:
+        elif trains != CHOICES:
             for name in self._quantizer_names(named):
                 named[name].grad = None  # a base optimizer skips what has no gradient
             self.base.step()
@@ -262,8 +277,6 @@ class Search(torch.optim.Optimizer):
         if own is not None and self.keep_logits.grad is not None:
             self.keep_logits.grad += own
         self.choices.step()
-        # Trainer sets gradients of the model to zero, to which the choices do not belong.
-        self.choices.zero_grad()
 
     def _step_with_clipping(self, named: Named) -> None:
         """Step weights, and each q_m with d in proportion, so that widths remain what they are."""

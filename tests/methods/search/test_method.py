@@ -137,6 +137,22 @@ def test_gradients_of_choices_are_those_of_one_step() -> None:
         assert optimizer.width_logits.grad is None and optimizer.keep_logits.grad is None
 
 
+def test_choices_and_weights_take_turns_where_rows_are_held_out() -> None:
+    model, method, optimizer = prepare(config_of(warmup=1, search=4, architecture_data=0.25))
+    seen = []
+    for step in range(6):
+        on_held_out = method.on_held_out_rows
+        choices = optimizer.width_logits.detach().clone()
+        weight = model.layers[0].weight.detach().clone()
+        train(model, method, optimizer, steps=step + 1)
+        changed = not torch.equal(optimizer.width_logits, choices)
+        seen.append((on_held_out, changed, not torch.equal(model.layers[0].weight, weight)))
+    weights, own = (False, False, True), (True, True, False)
+    # After the last step of the search, removed groups become zero.
+    assert seen == [weights, weights, own, weights, (True, True, True), weights]
+    assert method.held_out_share == 0.25
+
+
 def test_gradients_add_up_over_passes_and_parts() -> None:
     model, method, optimizer = prepare(config_of(warmup=0))
     x, y = batch_at(0)
