@@ -90,9 +90,9 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         if own is None:
             return self._conv_forward(x, self.quantized_weight(), self.bias)
         out = self._conv_forward(
-            own.gated_inputs(x, channel_dim=1), mixed_weight(self.weight, own, self._untrained), self.bias
+            own.scaled_inputs(x, channel_dim=1), mixed_weight(self.weight, own, self._untrained), self.bias
         )
-        return own.gated_outputs(out, channel_dim=1)
+        return own.scaled_outputs(out, channel_dim=1)
 
 
 LAYER_TYPES: dict[type[nn.Module], type[nn.Module]] = {

@@ -45,12 +45,12 @@ class Mixture:
     inputs: Tensor | None = None
     outputs: Tensor | None = None
 
-    def gated_inputs(self, x: Tensor, channel_dim: int = -1) -> Tensor:
-        """Return a layer's input, with each channel multiplied by its gate."""
+    def scaled_inputs(self, x: Tensor, channel_dim: int = -1) -> Tensor:
+        """Return a layer's input, with each channel multiplied by its factor."""
         return _scaled(x, self.inputs, channel_dim)
 
-    def gated_outputs(self, out: Tensor, channel_dim: int = -1) -> Tensor:
-        """Return a layer's output, with each channel multiplied by its gate."""
+    def scaled_outputs(self, out: Tensor, channel_dim: int = -1) -> Tensor:
+        """Return a layer's output, with each channel multiplied by its factor."""
         return _scaled(out, self.outputs, channel_dim)
 
 
@@ -207,12 +207,12 @@ class _MixedLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_shares, None, None, grad_inputs, None, *zeros
 
 
-def _scaled(x: Tensor, gates: Tensor | None, channel_dim: int = -1) -> Tensor:
-    if gates is None:
+def _scaled(x: Tensor, factors: Tensor | None, channel_dim: int = -1) -> Tensor:
+    if factors is None:
         return x
     shape = [1] * x.dim()
     shape[channel_dim] = -1
-    return x * gates.to(x.dtype).view(shape)
+    return x * factors.to(x.dtype).view(shape)
 
 
 def mixed_weight(weight: Tensor, mixture: Mixture, untrained: Sequence[Tensor] = ()) -> Tensor:
@@ -243,7 +243,7 @@ def mixed_linear(
         x: (…, in).
         weight: (out, in), or (in, out) where `transposed`.
         bias: (out,) or None.
-        mixture: with θ, clipping values and gates.
+        mixture: with θ, clipping values and factors.
         transposed: see `weight`. Default False.
         untrained: as in `mixed_weight`.
 
@@ -252,11 +252,11 @@ def mixed_linear(
     """
     if must_stay_plain(x, weight):
         mixed = _plain_mix(weight, mixture)
-        out = F.linear(mixture.gated_inputs(x), mixed.t() if transposed else mixed, bias)
+        out = F.linear(mixture.scaled_inputs(x), mixed.t() if transposed else mixed, bias)
     else:
         own = mixture
         out = _MixedLinear.apply(x, weight, bias, own.shares, own.clips, own.levels, own.inputs, transposed, *untrained)
-    return mixture.gated_outputs(out)
+    return mixture.scaled_outputs(out)
 
 
 def _plain_mix(weight: Tensor, mixture: Mixture) -> Tensor:

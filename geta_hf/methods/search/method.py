@@ -16,7 +16,7 @@ from geta_hf.errors import GETAError
 from geta_hf.methods.base import Batches, CompressionResult, Method, Run, StepMemory
 from geta_hf.methods.parameter_groups import add_quantizer_group, check_names, quantizer_parameters
 from geta_hf.methods.search.config import SearchConfig
-from geta_hf.methods.search.gates import Gate, Sides, place_gates
+from geta_hf.methods.search.keep_factors import KeepFactor, Sides, place_factors
 from geta_hf.methods.search.objective import HardwareCost, Objective, layer_cost
 from geta_hf.methods.search.optimizer import CHOICES, Search, Shares
 from geta_hf.methods.search.schedule import FINETUNING, SEARCH, STAGES, SearchSchedule
@@ -60,7 +60,7 @@ class SearchMethod(Method):
         self._table = None if config.latency_table is None else LatencyTable.load(config.latency_table)
         self._positions: dict[str, tuple[int, int]] = {}
         self._mixtures: dict[str, list[Any]] = {}
-        self._gates: list[Gate] = []
+        self._factors: list[KeepFactor] = []
         self._labels: list[Tensor] = []
         self._levels: Tensor | None = None
         self._stage: str | None = None
@@ -138,8 +138,8 @@ class SearchMethod(Method):
         # Layers whose weights are tied share the choice of the first one.
         own_weight = {f"{name}.weight": first[prefixes[f"{name}.weight"]] for name in layers}
         sides = {f"{name}.weight": _sides(layer) for name, layer in layers.items()}
-        gates, outside = place_gates(families, run.ledger.shapes, sides)
-        self._gates = gates
+        factors, outside = place_factors(families, run.ledger.shapes, sides)
+        self._factors = factors
         self._mixtures = {}
         for name, layer in layers.items():
             self._mixtures.setdefault(own_weight[f"{name}.weight"], []).append(layer)
@@ -230,12 +230,12 @@ class SearchMethod(Method):
         device = shares.keep.device
         if self._levels is None or self._levels.device != device:
             self._levels = levels_of(self.config.widths, device)
-            self._labels = [gate.label.to(device) for gate in self._gates]
+            self._labels = [factor.label.to(device) for factor in self._factors]
         # One entry more, for indices that belong to no group and remain.
         keep = torch.cat([shares.keep, shares.keep.new_ones(1)])
-        gates: dict[tuple[str, bool], Tensor] = {}
-        for gate, label in zip(self._gates, self._labels, strict=True):
-            gates[gate.weight, gate.outputs] = keep[label]
+        factors: dict[tuple[str, bool], Tensor] = {}
+        for factor, label in zip(self._factors, self._labels, strict=True):
+            factors[factor.weight, factor.outputs] = keep[label]
         table = optimizer.quantizers
         for number, weight in enumerate(table.own_weights):
             prefix = table.weights[weight]
@@ -245,8 +245,8 @@ class SearchMethod(Method):
                 shares.widths[number].view(-1, 1, 1),
                 clips,
                 self._levels,
-                gates.get((weight, False)),
-                gates.get((weight, True)),
+                factors.get((weight, False)),
+                factors.get((weight, True)),
             )
             for layer in self._mixtures[weight]:
                 layer.mixture = mixture

@@ -68,7 +68,7 @@ class Search(torch.optim.Optimizer):
         config: rules and limits.
         ledger, target: of the run.
         objective: what the choices are charged for.
-        outside: slices that no gate multiplies.
+        outside: slices that no factor multiplies.
         input_quantizers: prefixes of the quantizers of layers' inputs.
         channel_dims: prefix -> the weight's dimension along which its quantizer has a step size each.
 

@@ -171,7 +171,7 @@ def test_gradients_add_up_over_passes_and_parts() -> None:
 
 
 def test_slices_outside_of_quantized_layers_count_by_first_order() -> None:
-    """The groups' columns are in a layer that is not quantized: ⟨g, x⟩ over them, times the slope of the gate."""
+    """The groups' columns are in a layer that is not quantized: ⟨g, x⟩ over them, times the slope of the factor."""
     families = tuple(
         replace(family, members=tuple(replace(member, consumer=member.dim == 1) for member in family.members))
         for family in toy_space().families
@@ -183,7 +183,7 @@ def test_slices_outside_of_quantized_layers_count_by_first_order() -> None:
     method.before_backward(model)
     ((model(x) - y).square().mean() + method.extra_loss(model)).backward()
     weight = model.layers[3].weight
-    wanted = (weight.grad * weight).sum(0).detach() * 0.9 * 0.1  # the slope of the gate at 0.9 and τ = 1
+    wanted = (weight.grad * weight).sum(0).detach() * 0.9 * 0.1  # the slope of the factor at 0.9 and τ = 1
     given = []
     optimizer.choices.step = lambda: given.append(optimizer.keep_logits.grad.clone())
     optimizer.step()
@@ -206,10 +206,10 @@ def test_evaluation_is_of_the_likeliest_choice() -> None:
         layer.weight_quantizer.d.data = step.flatten()
         layer.weight_quantizer.q_m.data = clip.flatten()
     for family, start in zip(toy_space().families, (0, 4), strict=True):
-        gate = chosen.keep[start : start + family.size]
+        factor = chosen.keep[start : start + family.size]
         columns = family.members[2]
         for group, index in enumerate(columns.index):
-            dense.get_parameter(columns.tensor).data[:, index] *= gate[group]
+            dense.get_parameter(columns.tensor).data[:, index] *= factor[group]
     with torch.no_grad():
         torch.testing.assert_close(model(x), dense(x))
         copied = copy.deepcopy(model)  # a callback may copy the model in the middle of a search

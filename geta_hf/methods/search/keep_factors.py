@@ -17,8 +17,8 @@ from geta_hf.qadg.group_types import Family, Member
 
 
 @dataclass(frozen=True)
-class Gate:
-    """The gates of one side of a layer.
+class KeepFactor:
+    """The factors of one side of a layer.
 
     Attributes:
         weight: name of the quantized weight.
@@ -33,7 +33,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Sides:
-    """The dims of a quantized weight that a gate can multiply; None for the inputs where they are none of its dims.
+    """The dims of a quantized weight that a factor can multiply; None for the inputs where they are none of its dims.
 
     Attributes:
         outputs: the dim of the outputs.
@@ -44,10 +44,10 @@ class Sides:
     inputs: int | None = 1
 
 
-def place_gates(
+def place_factors(
     families: Sequence[Family], shapes: Mapping[str, Sequence[int]], sides: Mapping[str, Sides]
-) -> tuple[list[Gate], tuple[GroupLabels, ...]]:
-    """Return the gates of quantized layers, and the slices of which ⟨g, x⟩ is taken.
+) -> tuple[list[KeepFactor], tuple[GroupLabels, ...]]:
+    """Return the factors of quantized layers, and the slices of which ⟨g, x⟩ is taken.
 
     Args:
         families: those that may lose groups.
@@ -55,7 +55,7 @@ def place_gates(
         sides: of each quantized weight, by its name.
     """
 
-    def gated(member: Member) -> bool:
+    def scaled(member: Member) -> bool:
         own = sides.get(member.tensor)
         return own is not None and member.dim in (own.outputs, own.inputs)
 
@@ -68,15 +68,15 @@ def place_gates(
         acting = (
             tuple(member for member in family.members if member.consumer)
             # The inputs of a layer read an output by themselves; else it is multiplied where it is made.
-            or tuple(member for member in family.members if gated(member) and not makes(member))
-            or tuple(member for member in family.members if gated(member))
+            or tuple(member for member in family.members if scaled(member) and not makes(member))
+            or tuple(member for member in family.members if scaled(member))
             or family.members
         )
-        inside.append(replace(family, members=tuple(member for member in acting if gated(member))))
-        outside.append(replace(family, members=tuple(member for member in acting if not gated(member))))
+        inside.append(replace(family, members=tuple(member for member in acting if scaled(member))))
+        outside.append(replace(family, members=tuple(member for member in acting if not scaled(member))))
     labels = _labels(families, inside, shapes)
-    gates = [Gate(cut.tensor, cut.dim == sides[cut.tensor].outputs, cut.label) for cut in labels]
-    return gates, _labels(families, outside, shapes)
+    factors = [KeepFactor(cut.tensor, cut.dim == sides[cut.tensor].outputs, cut.label) for cut in labels]
+    return factors, _labels(families, outside, shapes)
 
 
 def _labels(
