@@ -164,7 +164,7 @@ class ExpectedSizes:
             sides = []
             for dim in (output_dim, 1 - output_dim):
                 slot = self.slot_of.get((layer.weight, dim))
-                size = keep.new_tensor(float(self.ledger.shapes[layer.weight][dim]))
+                size = torch.full_like(remaining[:0].sum(), float(self.ledger.shapes[layer.weight][dim]))
                 sides.append(size if slot is None else remaining[slot])
             found.append(Expected(sides[0] * shares[number], sides[1], widths))
         return found

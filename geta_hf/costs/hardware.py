@@ -86,8 +86,9 @@ def size_bits(shape: LayerShape, expected: Expected) -> Tensor:
     >>> float(size_bits(LayerShape("conv", 16, 8, kernel=(3, 3)), half))
     2304.0
     """
-    widths = expected.outputs.new_tensor(list(expected.widths))
-    return shape.area * expected.inputs * (expected.outputs * widths).sum()
+    by_width = zip(expected.widths, expected.outputs, strict=True)
+    bits = torch.stack([width * outputs for width, outputs in by_width]).sum()
+    return shape.area * expected.inputs * bits
 
 
 def bit_operations(shape: LayerShape, expected: Expected, input_bits: Tensor | float) -> Tensor:
@@ -159,6 +160,7 @@ class LatencyTable:
         for full, measured in shapes.items():
             _check_measured(full, measured)
         self.shapes = dict(shapes)
+        self._moved: dict[tuple[object, ...], tuple[Tensor, Tensor, Tensor]] = {}
 
     def seconds(self, shape: LayerShape, expected: Expected) -> Tensor:
         """Return the time of a layer, 0-d: the sum over its widths, each of which is a product of its own.
@@ -169,10 +171,18 @@ class LatencyTable:
         measured = self._measured(shape, expected.widths)
         total = expected.outputs.new_zeros(())
         for number, width in enumerate(expected.widths):
-            times = measured.seconds[width].to(expected.outputs)
-            along = _interpolate(measured.outputs, times, expected.outputs[number])
-            total = total + _interpolate(measured.inputs, along, expected.inputs)
+            times, outputs, inputs = self._on_device(measured, width, total)
+            along = _interpolate(outputs, times, expected.outputs[number])
+            total = total + _interpolate(inputs, along, expected.inputs)
         return total
+
+    def _on_device(self, measured: MeasuredShape, width: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return times and both grids, which begin with a size of 0, where `like` is; copied there once."""
+        key = (measured.outputs[-1], measured.inputs[-1], width, like.device, like.dtype)
+        if key not in self._moved:
+            outputs, inputs = (torch.tensor([0.0, *grid]).to(like) for grid in (measured.outputs, measured.inputs))
+            self._moved[key] = (measured.seconds[width].to(like), outputs, inputs)
+        return self._moved[key]
 
     def check(self, shapes: Sequence[LayerShape], widths: Sequence[int]) -> None:
         """Raise GETAError where the table lacks a layer's shape, or a width of it."""
@@ -237,11 +247,12 @@ def _check_measured(full: tuple[int, int], measured: MeasuredShape) -> None:
             )
 
 
-def _interpolate(grid: Sequence[int], values: Tensor, at: Tensor) -> Tensor:
-    """Return the values along dim 0 at one place between the points of a grid, 0 at 0; linear, differentiable."""
-    points = at.new_tensor([0.0, *grid])
+def _interpolate(points: Tensor, values: Tensor, at: Tensor) -> Tensor:
+    """Return the values along dim 0 at one place between the points of a grid, 0 at the first; differentiable."""
     full = torch.cat([values.new_zeros(1, *values.shape[1:]), values])
-    # The slope of the segment is kept at its end, so that a full layer still has a gradient.
-    place = int(torch.searchsorted(points, at.detach()).clamp(1, len(grid)))
-    share = (at - points[place - 1]) / (points[place] - points[place - 1])
-    return full[place - 1] + (full[place] - full[place - 1]) * share
+    # The slope of the segment is kept at its end, so that a full layer still has a gradient. Places remain tensors, as
+    # a GPU would have to be waited for to make numbers of them.
+    place = torch.searchsorted(points, at.detach()[None]).clamp(1, len(points) - 1)
+    low, high = points[place - 1], points[place]
+    share = ((at - low) / (high - low)).view(-1, *[1] * (values.dim() - 1))
+    return torch.lerp(full[place - 1], full[place], share)[0]

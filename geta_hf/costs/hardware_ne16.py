@@ -52,10 +52,10 @@ def _pass_cycles(shape: LayerShape, outputs: Tensor, inputs: Tensor, width: int,
     of_inputs = torch.ones_like(inputs) if shape.depthwise else _through(inputs / _INPUTS, torch.ceil)
     full = _through(outputs / tile, torch.floor)
     rest = outputs + (torch.remainder(outputs, tile) - outputs).detach()
-    cycles = full * _tile_cycles(outputs.new_tensor(float(tile)), of_inputs, width, three, shape.depthwise)
-    if float(rest.detach()) > 0:
-        cycles = cycles + _tile_cycles(rest, of_inputs, width, three, shape.depthwise)
-    return of_positions * cycles
+    cycles = full * _tile_cycles(torch.full_like(outputs, float(tile)), of_inputs, width, three, shape.depthwise)
+    of_rest = _tile_cycles(rest, of_inputs, width, three, shape.depthwise)
+    # By `where`, as a GPU would have to be waited for to know whether there is a rest.
+    return of_positions * (cycles + torch.where(rest > 0, of_rest, 0.0))
 
 
 def _tile_cycles(outputs: Tensor, of_inputs: Tensor, width: int, three: bool, depthwise: bool) -> Tensor:

@@ -307,7 +307,6 @@ class SearchMethod(Method):
         if optimizer.finished:
             keep = (~optimizer.removed).float().to(keep.device)
             bits = torch.tensor(optimizer.weight_bits, dtype=torch.float32, device=keep.device)
-        objective.sizes.to(keep.device)
         weights = objective.sizes.weights(keep)
         found = {
             "stage": STAGES.index(self.stage) + 1,

@@ -71,18 +71,26 @@ class Objective:
         self.targets = {
             unit: max(amount, 1e-9) for unit, amount in {target.unit: target.amount, **target.budgets}.items()
         }
-        self._full_cost: float | None = None
+        self._full_cost: Tensor | None = None
+        self._widths = torch.tensor([float(width) for width in self.widths])
+
+    def to(self, device: torch.device) -> None:
+        """Bring everything to where the probabilities are."""
+        self.sizes.to(device)
+        if self._widths.device != device:
+            self._widths = self._widths.to(device)
 
     def bits(self, shares: Tensor) -> Tensor:
         """Return the expected width of each quantized weight, shape (layers,)."""
-        return shares @ shares.new_tensor([float(width) for width in self.widths])
+        return shares @ self._widths
 
     def excess(self, keep: Tensor, shares: Tensor) -> Tensor:
         """Return by which share each target is exceeded, 0 where it is met, shape (targets,)."""
         bits = self.bits(shares)
-        amounts = [self.sizes.amount(unit, keep, bits, self.input_bits) for unit in self.targets]
-        relative = torch.stack(amounts) / keep.new_tensor(list(self.targets.values()))
-        return (relative - 1).clamp_min(0)
+        relative = [
+            self.sizes.amount(unit, keep, bits, self.input_bits) / amount for unit, amount in self.targets.items()
+        ]
+        return (torch.stack(relative) - 1).clamp_min(0)
 
     def hardware_cost(self, keep: Tensor, shares: Tensor) -> Tensor:
         """Return the hardware cost relative to that of the full model at the widest width, 0-d."""
@@ -90,7 +98,7 @@ class Objective:
         if self._full_cost is None:
             widest = torch.zeros_like(shares)
             widest[:, -1] = 1
-            self._full_cost = float(self._cost(torch.ones_like(keep), widest))
+            self._full_cost = self._cost(torch.ones_like(keep), widest).detach()
         return self._cost(keep, shares) / self._full_cost
 
     def _cost(self, keep: Tensor, shares: Tensor) -> Tensor:

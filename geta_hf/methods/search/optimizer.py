@@ -129,6 +129,7 @@ class Search(torch.optim.Optimizer):
         self._outside = list(outside)
         self._family = family_of_group(self.families)
         self._slices: list[Slice] | None = None
+        self._entry_bits: Tensor | None = None  # the width of each quantizer's entry, once it is fixed
 
     @staticmethod
     def _check_complete(named: Named) -> None:
@@ -186,6 +187,7 @@ class Search(torch.optim.Optimizer):
 
     def draw(self) -> Shares:
         """Draw shares for one forward pass; their gradients go on to the choices by themselves."""
+        self._follow_device()
         self._measure_clips()
         self.shares = Shares(
             _passed_on(sample(self.width_logits, self.temperature, self.config.sampling), self.width_logits),
@@ -200,11 +202,13 @@ class Search(torch.optim.Optimizer):
 
     def likeliest(self) -> Shares:
         """Return the likeliest choice, without gradients."""
+        self._follow_device()
         self._measure_clips()
         return Shares(one_hot(self.width_logits), (self.keep_logits.detach() > 0).float())
 
     def expected(self) -> Shares:
         """Return the present probabilities, without noise and gradients."""
+        self._follow_device()
         widths = sample(self.width_logits.detach(), self.temperature)
         return Shares(widths, sample(self._keep_options.detach(), self.temperature)[:, 1])
 
@@ -218,7 +222,6 @@ class Search(torch.optim.Optimizer):
     def _measure_clips(self) -> None:
         """Search clipping values for every width, once, when the search starts; waits for the device."""
         if self.clips is None:
-            self._follow_device()
             named = self._named()
             _, q_m, _ = self.quantizers.read(named)
             factors = self._rounding_errors(named).clips.to(q_m.device)
@@ -307,9 +310,11 @@ class Search(torch.optim.Optimizer):
     def _set_step_sizes(self, named: Named) -> None:
         """Set each d to the step size of its width."""
         _, q_m, t = self.quantizers.read(named)
-        inputs = [float((self.config.activation_bits or (0, 0))[0])] * len(self.quantizers.input_prefixes)
-        bits = torch.tensor([*map(float, self.weight_bits), *inputs], device=q_m.device)
-        self.quantizers.write_step_sizes(step_size(bits[self.quantizers.layer], q_m, t), named)
+        if self._entry_bits is None or self._entry_bits.device != q_m.device:
+            inputs = [float((self.config.activation_bits or (0, 0))[0])] * len(self.quantizers.input_prefixes)
+            bits = torch.tensor([*map(float, self.weight_bits), *inputs], device=q_m.device)
+            self._entry_bits = bits[self.quantizers.layer]
+        self.quantizers.write_step_sizes(step_size(self._entry_bits, q_m, t), named)
 
     def _quantizer_names(self, named: Named) -> list[str]:
         return [name for leaf in ("d", "q_m", "t") for name in self.quantizers.names[leaf] if name in named]
@@ -386,7 +391,7 @@ class Search(torch.optim.Optimizer):
         """Bring the choices to where the parameters are; a model may be moved before the first step."""
         device = next(iter(self.base.param_groups[0]["params"])).device
         self.quantizers.to(device)
-        self.objective.sizes.to(device)
+        self.objective.to(device)
         for logits in (self.width_logits, self.keep_logits):
             if logits.device != device:
                 logits.data = logits.data.to(device)
@@ -437,6 +442,7 @@ class Search(torch.optim.Optimizer):
         self.step_count = own["step"]
         self.removed = own["removed"].cpu()
         self.weight_bits = list(own["weight_bits"])
+        self._entry_bits = None
         clips = own["clips"]
         self.clips = None if clips is None else clips.to(self.width_logits.device)
         self.shares = None

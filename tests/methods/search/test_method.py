@@ -83,6 +83,20 @@ def test_a_size_is_met_and_spent(targets: dict[str, Any]) -> None:
     assert_removed_are_zero(model, found.removed)
 
 
+@pytest.mark.parametrize("targets", [{"target_bops": 0.015}, {"target_sparsity": 0.3, "mean_bits": 4}])
+def test_inputs_have_one_width_which_bops_count(targets: dict[str, Any]) -> None:
+    config = SearchConfig(bits=(2, 6), warmup=2, search=10, activation_bits=(8, 8), **targets)
+    model, method, optimizer = prepare(config)
+    train(model, method, optimizer)
+    found = method.result()
+    assert set(found.input_bits.values()) == {8} and set(found.input_bits) == set(found.weight_bits)
+    for layer in quantized_layers(model).values():
+        assert float(layer.input_quantizer.bits()) == pytest.approx(8, abs=1e-4)
+    bits = torch.tensor([found.weight_bits[name] for name in quantized_layers(model)], dtype=torch.float64)
+    spent = optimizer.ledger.relative_bops(optimizer.removed, bits, 8)
+    assert 0.85 * 0.015 < spent <= 0.015 if "target_bops" in targets else found.removed_groups == 3
+
+
 @pytest.mark.parametrize("stop", [1, 6, 14])
 def test_a_resumed_loop_ends_the_same(stop: int) -> None:
     config = config_of(sampling="softmax")
