@@ -38,7 +38,7 @@ EVERY = 8
 """Steps between two checkpoints."""
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=["magnitude", "post-training", pytest.param("search", marks=pytest.mark.slow)])
 def config(request: pytest.FixtureRequest) -> Any:
     return CONFIGS[request.param]
 

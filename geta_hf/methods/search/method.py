@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from geta_hf.config import CompressionConfig
 from geta_hf.costs.expected_sizes import ExpectedSizes
 from geta_hf.costs.hardware import LatencyTable, LayerShape
+from geta_hf.costs.targets import BOPS
 from geta_hf.errors import GETAError
 from geta_hf.methods.base import Batches, CompressionResult, Method, Run, StepMemory
 from geta_hf.methods.parameter_groups import add_quantizer_group, check_names, quantizer_parameters
@@ -291,9 +292,10 @@ class SearchMethod(Method):
         return STAGES[0] if self.optimizer is None else self.optimizer.stage
 
     def metrics(self) -> dict[str, float]:
-        """Return `stage` (1 warm-up, 2 search, 3 fine-tuning), `sparsity` (share of the groups that are removed, in
-        the search expected), `mean_bits` over the remaining weights, `excess` of the targets and `temperature`; waits
-        for the device.
+        """Return the names of QASSO's metrics, and while choices are open `excess` of the targets and `temperature`.
+
+        `stage` is 1 in warm-up, 2 in the search and 3 in fine-tuning. Until choices are fixed, `sparsity`, widths and
+        BOPs are those that their probabilities let expect. Waits for the device.
 
         Raises:
             GETAError: training has not started.
@@ -312,6 +314,9 @@ class SearchMethod(Method):
             "stage": STAGES.index(self.stage) + 1,
             "sparsity": round(1 - float(keep.sum()) / max(len(keep), 1), 4),
             "mean_bits": round(float((weights * bits).sum() / weights.sum()), 3),
+            "min_bits": round(float(bits.min()), 3),
+            "max_bits": round(float(bits.max()), 3),
+            "relative_bops": round(float(objective.sizes.amount(BOPS, keep, bits, objective.input_bits)), 5),
         }
         if not optimizer.finished:
             found["excess"] = round(float(objective.excess(keep, shares.widths).sum()), 4)

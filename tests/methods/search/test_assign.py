@@ -66,7 +66,7 @@ def all_choices() -> list[tuple[torch.Tensor, list[int]]]:
     return [(mask, list(bits)) for mask in masks for bits in itertools.product(WIDTHS, repeat=4)]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_a_size_is_spent_on_what_is_nearly_the_likeliest_choice(seed: int) -> None:
     found = learned(seed)
     chosen = choose(found, target_bops=0.07)
@@ -77,7 +77,7 @@ def test_a_size_is_spent_on_what_is_nearly_the_likeliest_choice(seed: int) -> No
     best = ours
     generator = torch.Generator().manual_seed(seed)
     everything = all_choices()
-    for number in torch.randperm(len(everything), generator=generator)[:1500].tolist():
+    for number in torch.randperm(len(everything), generator=generator)[:500].tolist():
         mask, bits = everything[number]
         if spent * 0.999 <= LEDGER.relative_bops(mask, torch.tensor(bits, dtype=torch.float64)) <= 0.07:
             best = min(best, unlikeliness(found, mask, bits))

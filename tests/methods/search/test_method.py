@@ -15,13 +15,14 @@ from geta_hf import SearchConfig
 from geta_hf.config import read_config
 from geta_hf.errors import GETAError
 from geta_hf.methods import StepMemory, make_method
+from geta_hf.methods.search.sampling import SAMPLING
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.quantization import quantized_layers
 from tests.methods import loop
 from tests.methods.qasso.toy import Toy, batch_at, toy_space
 
 STEPS = 16
-SAMPLING = ("softmax", "hard", "gumbel", "gumbel_hard", "annealed")
+slow = pytest.mark.slow
 
 
 def config_of(**changes: Any) -> SearchConfig:
@@ -46,7 +47,7 @@ def assert_removed_are_zero(model: nn.Module, removed: dict[str, torch.Tensor]) 
                 assert bool((piece == 0).all()) == gone
 
 
-@pytest.mark.parametrize("sampling", SAMPLING)
+@pytest.mark.parametrize("sampling", ["softmax", *(pytest.param(name, marks=slow) for name in SAMPLING[1:])])
 def test_a_run_ends_with_exactly_what_was_asked_for(sampling: str) -> None:
     model, method, optimizer = prepare(config_of(sampling=sampling))
     seen = []
@@ -97,7 +98,7 @@ def test_inputs_have_one_width_which_bops_count(targets: dict[str, Any]) -> None
     assert 0.85 * 0.015 < spent <= 0.015 if "target_bops" in targets else found.removed_groups == 3
 
 
-@pytest.mark.parametrize("stop", [1, 6, 14])
+@pytest.mark.parametrize("stop", [pytest.param(1, marks=slow), 6, pytest.param(14, marks=slow)])
 def test_a_resumed_loop_ends_the_same(stop: int) -> None:
     config = config_of(sampling="softmax")
     full, method, optimizer = prepare(config)

@@ -50,7 +50,12 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", RULES)
+FAST = ("gumbel", "latency")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RULES]
+)
 def test_no_step_inside_a_stage_waits_for_the_card(name: str, card: Card, tmp_path: Path) -> None:
     rules = dict(RULES[name])
     if name == "latency":
