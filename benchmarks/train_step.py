@@ -1,7 +1,7 @@
 """What a training step under GETA costs relative to plain fine-tuning, by stage, in time and in peak memory.
 
     python benchmarks/train_step.py [--device cpu|cuda] [--size NAME ...] [--steps 12] [--paper]
-        [--cpu-time] [--no-memory]
+        [--cpu-time] [--no-memory] [--method geta|search]
 
 Time: both models take turns in one process on the same batches with the same fused AdamW; the table gives the median
 of the ratios, so that a noisy machine disturbs both alike. Memory: each runs alone in a process of its own, from
@@ -30,13 +30,18 @@ from transformers import BertConfig, BertForQuestionAnswering, PhiConfig, PhiFor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.memory import peak_bytes
-from geta_hf import QASSO, GETAConfig, Schedule, attach_quantizers, build_space
+from geta_hf import QASSO, GETAConfig, Schedule, SearchConfig, attach_quantizers, build_space
+from geta_hf.costs.targets import solve_target
+from geta_hf.methods import Method, Run, make_method
 from geta_hf.methods.qasso.schedule import COOLDOWN, STAGES
+from geta_hf.methods.search.schedule import STAGES as SEARCH_STAGES
 from geta_hf.quantization import freeze_quantizers, quantizer_prefixes
+from geta_hf.training.plan import make_ledger
 from geta_hf.utils.tables import format_table
 
 Batch = dict[str, torch.Tensor]
 METHODS = ("plain", "geta")
+COMPARED = ("geta", "search")
 
 
 @dataclass(frozen=True)
@@ -77,10 +82,13 @@ def options() -> argparse.Namespace:
     parser.add_argument("--device", choices=DEFAULT_SIZES, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", nargs="+", choices=SIZES, help="default: those of the device")
     parser.add_argument("--steps", type=int, default=12, help="steps timed in each stage")
+    parser.add_argument("--method", choices=COMPARED, default="geta", help="what is compared with plain training")
     parser.add_argument("--paper", action="store_true", help="the paper's rules instead of the defaults")
     parser.add_argument("--cpu-time", action="store_true", help="of the process, for a machine others use too")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="time alone")
-    parser.add_argument("--alone", choices=METHODS, help=argparse.SUPPRESS)  # what a memory process is told
+    parser.add_argument(
+        "--alone", choices=("plain", *COMPARED), help=argparse.SUPPRESS
+    )  # what a memory process is told
     return parser.parse_args()
 
 
@@ -130,6 +138,27 @@ def geta_optimizer(model: nn.Module, batch: Batch, steps: int, paper: bool) -> Q
     return QASSO(plain_optimizer(list(names)), names, space, quantizer_prefixes(model), schedule, config)
 
 
+def search_optimizer(model: nn.Module, batch: Batch, steps: int) -> tuple[torch.optim.Optimizer, Method]:
+    """The search around AdamW, with as many steps in every stage."""
+    space = build_space(model, {"input_ids": batch["input_ids"][:2, :128].cpu()})
+    config = SearchConfig(bit_choices=[0, 2, 3, 4, 6], target_bops=3 / 32, warmup=steps, search=steps)
+    method = make_method(config)
+    method.attach(model, None)
+    ledger = make_ledger(model, space)
+    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    run = Run(space, ledger, solve_target(config, space.trainable, ledger), 3 * steps, 3 * steps)
+    return method.wrap_optimizer(plain_optimizer(list(names)), names, model, run), method
+
+
+def our_optimizer(
+    model: nn.Module, batch: Batch, steps: int, chosen: argparse.Namespace
+) -> tuple[torch.optim.Optimizer, Method | None]:
+    """The optimizer of the chosen method, and the method where it takes part in the forward pass."""
+    if chosen.method == "search":
+        return search_optimizer(model, batch, steps)
+    return geta_optimizer(model, batch, steps, chosen.paper), None
+
+
 def timed_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -137,13 +166,19 @@ def timed_step(
     size: Size,
     cpu_time: bool = False,
     wait: bool = True,
+    method: Method | None = None,
 ) -> float:
     clock = time.process_time if cpu_time else time.perf_counter
     device = batch["input_ids"].device.type
     start = clock()
     optimizer.zero_grad()
+    if method is not None:
+        method.before_backward(model)
     with torch.autocast(device, torch.bfloat16) if size.autocast else contextlib.nullcontext():
         loss = model(**batch).loss
+    extra = None if method is None else method.extra_loss(model)
+    if extra is not None:
+        loss = loss + extra
     loss.backward()
     optimizer.step()
     if wait and device == "cuda":
@@ -156,14 +191,15 @@ def time_both(size: Size, chosen: argparse.Namespace) -> dict[str, list[tuple[fl
     plain, batch = make_model(size), make_batch(size, chosen.device)
     geta = copy.deepcopy(plain).to(chosen.device)
     plain.to(chosen.device)
-    ours, theirs = geta_optimizer(geta, batch, chosen.steps, chosen.paper), plain_optimizer(plain.parameters())
+    (ours, method), theirs = our_optimizer(geta, batch, chosen.steps, chosen), plain_optimizer(plain.parameters())
     timed_step(plain, theirs, batch, size)  # the first step allocates Adam's state
     seconds = defaultdict(list)
-    for _ in range(4 * chosen.steps):
-        stage = ours.phase.stage
-        freeze_quantizers(geta, stage == COOLDOWN)  # as GETATrainer does
-        pair = [timed_step(*each, batch, size, chosen.cpu_time) for each in ((plain, theirs), (geta, ours))]
-        seconds[stage].append((pair[0], pair[1]))
+    for _ in range((4 if method is None else 3) * chosen.steps):
+        stage = ours.phase.stage if method is None else method.stage
+        if method is None:
+            freeze_quantizers(geta, stage == COOLDOWN)  # as GETATrainer does
+        own = timed_step(plain, theirs, batch, size, chosen.cpu_time)
+        seconds[stage].append((own, timed_step(geta, ours, batch, size, chosen.cpu_time, method=method)))
     return {stage: times[1:] for stage, times in seconds.items()}
 
 
@@ -211,10 +247,13 @@ def run_alone(size: Size, chosen: argparse.Namespace) -> int:
     before = peak_bytes(chosen.device)
     model, batch = make_model(size).to(chosen.device), make_batch(size, chosen.device)
     plain = chosen.alone == "plain"
+    chosen.method = "geta" if plain else chosen.alone
     steps = 5  # a period of the joint stage takes one at least
-    optimizer = plain_optimizer(model.parameters()) if plain else geta_optimizer(model, batch, steps, chosen.paper)
-    for _ in range(4 * steps):
-        timed_step(model, optimizer, batch, size)
+    optimizer, method = (
+        (plain_optimizer(model.parameters()), None) if plain else our_optimizer(model, batch, steps, chosen)
+    )
+    for _ in range((4 if method is None else 3) * steps):
+        timed_step(model, optimizer, batch, size, method=method)
     return peak_bytes(chosen.device) - before
 
 
@@ -230,15 +269,19 @@ def show(name: str, chosen: argparse.Namespace) -> None:
     print(f"\n{size.what}, batch {size.batch}x{size.length}, {where}", flush=True)
     rows = []
     # Before the time is measured, since on a GPU two processes would share the memory.
-    peaks = [peak_of(method, name, chosen) for method in METHODS] if chosen.memory else []
+    peaks = [peak_of(method, name, chosen) for method in (METHODS[0], chosen.method)] if chosen.memory else []
     for stage, times in time_both(size, chosen).items():
         plain_ms, geta_ms = (1000 * statistics.median(column) for column in zip(*times, strict=True))
         ratio = statistics.median(ours / theirs for theirs, ours in times)
         rows.append((stage, f"{plain_ms:.0f} ms", f"{geta_ms:.0f} ms", f"{ratio:.3f}"))
-    rows.sort(key=lambda row: STAGES.index(row[0]))
+    order = (*STAGES, *SEARCH_STAGES)
+    rows.sort(key=lambda row: order.index(row[0]))
     if peaks:
         rows.append(("peak memory", *(f"{peak / 2**20:.0f} MiB" for peak in peaks), f"{peaks[1] / peaks[0]:.3f}"))
-    print(format_table(("", "plain", "GETA", "ratio (median)"), rows), flush=True)
+    print(
+        format_table(("", "plain", "GETA" if chosen.method == "geta" else chosen.method, "ratio (median)"), rows),
+        flush=True,
+    )
 
 
 def main() -> None:

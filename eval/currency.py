@@ -11,6 +11,9 @@ folder on held-out text, in nats per token. Two questions are asked:
 - `sizes`: a size alone, given as stored bits for each original weight of the quantized layers, split by each rule;
   beside uniform widths without pruning.
 
+With `--rows` a third one: `searches`, at a mean width over all original weights of the quantized layers, in which
+removed ones count as 0 bits, with a step size for each row: the differentiable search beside `early` and widths alone.
+
 A finished cell is one line of `W/results.jsonl`; an interrupted command goes on where it stopped. Seeds are the outer
 loop.
 """
@@ -32,7 +35,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from eval.results_file import Line, read_results, run_missing
 from eval.study_tasks import Lengths, Task, TextOptions, text_task
 from eval.tables.cells import stored_bytes, train_cell
-from geta_hf import GETAConfig, GETAError
+from geta_hf import GETAConfig, GETAError, SearchConfig
+from geta_hf.config import CompressionConfig
 from geta_hf.quantization import attach_quantizers, quantized_layers
 from geta_hf.utils.tables import format_table
 
@@ -52,6 +56,8 @@ class Row:
         preset: start from `GETAConfig.paper()`.
         at_paper: take `target_bytes` from the result of the preset with the same seed.
         sized: take `target_bytes` from a number of bits for each original weight.
+        by_bops: take `target_bops` from this number, with removed weights at 0 bits.
+        search: by a SearchConfig in place of a GETAConfig.
     """
 
     name: str
@@ -59,6 +65,8 @@ class Row:
     preset: bool = False
     at_paper: bool = False
     sized: bool = False
+    by_bops: bool = False
+    search: bool = False
 
 
 TARGETS = (
@@ -76,6 +84,25 @@ SIZES = (
     Row("even, mask_fisher", {"split": "even", "saliency": "mask_fisher"}, sized=True),
     Row("early", {"split": "early"}, sized=True),
     Row("late", {"split": "late"}, sized=True),
+)
+
+_HELD_OUT = {"sampling": "gumbel", "architecture_data": 0.2}
+_BY_ROW = {"per_channel": True}
+_SEARCH = {**_BY_ROW, "warmup": 0, "search": 0.66, "bit_choices": [0, 2, 3, 4, 6]}
+"""Two thirds of the steps are the search's, as in its prototype."""
+
+SEARCHES = (
+    Row("widths alone, by row", {**_BY_ROW, "target_sparsity": 0.0}, by_bops=True),
+    Row("early, by row", {**_BY_ROW, "split": "early"}, by_bops=True),
+    Row("search", _SEARCH, by_bops=True, search=True),
+    Row("search, widths 0 3 4", {**_SEARCH, "bit_choices": [0, 3, 4]}, by_bops=True, search=True),
+    Row("search, widths 0 2 4 8", {**_SEARCH, "bit_choices": [0, 2, 4, 8]}, by_bops=True, search=True),
+    Row(
+        "search, gumbel, held-out rows",
+        {**_SEARCH, **_HELD_OUT},
+        by_bops=True,
+        search=True,
+    ),
 )
 
 
@@ -99,7 +126,7 @@ def cells_of(seeds: Sequence[int], sizes: Sequence[float], names: Sequence[str] 
     Raises:
         GETAError: an unknown row.
     """
-    known = [row.name for row in (*TARGETS, *SIZES)]
+    known = [row.name for row in (*TARGETS, *SIZES, *SEARCHES)]
     unknown = sorted(set(names or ()) - set(known))
     if unknown:
         raise GETAError(f"there are no rows {unknown}; there are {known}")
@@ -108,6 +135,7 @@ def cells_of(seeds: Sequence[int], sizes: Sequence[float], names: Sequence[str] 
         cells += [Cell(row, None, seed) for row in TARGETS if names is None or row.name in names]
         for bits in sizes:
             cells += [Cell(row, bits, seed) for row in SIZES if names is None or row.name in names]
+            cells += [Cell(row, bits, seed) for row in SEARCHES if row.name in (names or ())]
     return cells
 
 
@@ -125,15 +153,19 @@ def bytes_at(model: PreTrainedModel, folder: Path, bits: float) -> int:
     return int(stored_bytes(folder) - dense + sum(weight.numel() for weight in weights) * bits / 8)
 
 
-def config_of(cell: Cell, size: int | None) -> GETAConfig | None:
+def config_of(cell: Cell, size: int | None) -> CompressionConfig | None:
     """Return the config of a cell; None for a model that is trained without compression."""
     if not cell.row.changes:
         return None
     values = dict(cell.row.changes)
     if size is not None:
         values["target_bytes"] = size
-    if cell.row.sized:
+    if cell.row.sized or cell.row.by_bops:
         values["bits"] = SIZED_BITS
+    if cell.row.by_bops and cell.bits is not None:
+        values["target_bops"] = cell.bits / 32  # inputs have 32 bits here and in the dense model
+    if cell.row.search:
+        return SearchConfig(**values)
     return GETAConfig.paper(**values) if cell.row.preset else GETAConfig(**values)
 
 
@@ -174,7 +206,7 @@ def run(task: Task, folder: Path, work: Path, lengths: Lengths, cells: Sequence[
 def render(lines: Sequence[Line]) -> str:
     """Return the results as two tables of text, means over seeds with their standard deviation."""
     parts = []
-    for title, rows in (("targets", TARGETS), ("sizes", SIZES)):
+    for title, rows in (("targets", TARGETS), ("sizes", SIZES), ("searches", SEARCHES)):
         found = [line for line in lines if line["row"] in {row.name for row in rows}]
         sizes = sorted({line["bits"] or 0.0 for line in found}, reverse=True)
         table = []

@@ -14,6 +14,7 @@ from geta_hf.inference import prepare_for_inference
 from geta_hf.methods.one_shot.config import OneShotConfig
 from geta_hf.methods.qasso.optimizer import QASSO
 from geta_hf.methods.qasso.schedule import Schedule
+from geta_hf.methods.search.config import SearchConfig
 from geta_hf.qadg import PruningSpace, apply_policy, verify_space
 from geta_hf.quantization import attach_input_quantizers, attach_quantizers, detach_quantizers
 from geta_hf.reporting.html_report import write_report
@@ -42,6 +43,7 @@ __all__ = [
     "Plan",
     "PruningSpace",
     "Schedule",
+    "SearchConfig",
     "apply_policy",
     "attach_input_quantizers",
     "attach_quantizers",

@@ -44,7 +44,7 @@ def search_config() -> type[CompressionConfig]:
     class SearchConfig(CompressionConfig):
         """The settings of a search."""
 
-        method: ClassVar[str] = "search"
+        method: ClassVar[str] = "hunt"
         bits: tuple[int, int] = (2, 8)
         exclude: list[str] = setting(["head"], "Layers not to search.", section="Selection")
         temperature: float = setting(1.0, "Softmax temperature.", above(0), section="Search")
@@ -258,13 +258,13 @@ def test_a_method_enters_with_its_config_class(tmp_path, name: str) -> None:
     config = kind(target_bops=0.1, temperature=0.5)
     config.save(tmp_path / name)
     read = read_config(tmp_path / name)
-    assert type(read) is kind and read == config and read.to_dict()["method"] == "search"
+    assert type(read) is kind and read == config and read.to_dict()["method"] == "hunt"
     assert read_config(read.to_dict()) == config and read_config(GETAConfig().to_dict()) == GETAConfig()
     assert kind.load(tmp_path / name) == config
     with pytest.raises(GETAError, match=r"SearchConfig.temperature = 0 must be a number above 0"):
-        read_config({"method": "search", "temperature": 0})
+        read_config({"method": "hunt", "temperature": 0})
     with pytest.raises(GETAError, match=r"unknown SearchConfig keys \['warmup'\]"):
-        read_config({"method": "search", "warmup": 0.1})
+        read_config({"method": "hunt", "warmup": 0.1})
 
 
 def test_a_subclass_changes_defaults_and_keeps_the_rest() -> None:
@@ -301,10 +301,10 @@ def test_a_method_has_one_class() -> None:
 def test_the_method_chooses_the_class_that_reads() -> None:
     kind = search_config()
     for method in ("sparse", None, ["qasso"]):
-        with pytest.raises(GETAError, match=r"unknown method .*; known are \[.*'qasso', 'search'\]"):
+        with pytest.raises(GETAError, match=r"unknown method .*; known are \[.*'hunt', .*'qasso'.*\]"):
             read_config({"method": method})
     with pytest.raises(
-        GETAError, match=r"GETAConfig has method 'qasso', not 'search'; read the values with .*read_config"
+        GETAError, match=r"GETAConfig has method 'qasso', not 'hunt'; read the values with .*read_config"
     ):
         GETAConfig.from_dict(kind().to_dict())
 

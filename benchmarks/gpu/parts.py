@@ -94,7 +94,9 @@ def run_steps(setup: Setup, name: str, smoke: str) -> list[Figure]:
     """Compare plain and GETA steps in every stage: seconds, memory, and how often the host waits for the GPU."""
     name = smoke if setup.smoke else name
     size = train_step.SIZES[name]
-    chosen = argparse.Namespace(device=setup.device, steps=5 if setup.smoke else 12, paper=False, cpu_time=False)
+    chosen = argparse.Namespace(
+        device=setup.device, steps=5 if setup.smoke else 12, paper=False, cpu_time=False, method="geta"
+    )
     # First, since a process of its own has to share the GPU's memory with this one.
     plain, geta = (train_step.peak_of(method, name, chosen) for method in train_step.METHODS)
     figures = [

@@ -9,10 +9,12 @@ from geta_hf.methods.base import METHODS, CompressionResult, Method, Run, StepMe
 from geta_hf.methods.one_shot import OneShotConfig, OneShotMethod
 from geta_hf.methods.post_training import PostTrainingConfig, PostTrainingMethod
 from geta_hf.methods.qasso.method import QASSOMethod
+from geta_hf.methods.search import SearchConfig, SearchMethod
 
 METHODS[GETAConfig] = QASSOMethod
 METHODS[PostTrainingConfig] = PostTrainingMethod
 METHODS[OneShotConfig] = OneShotMethod
+METHODS[SearchConfig] = SearchMethod
 
 __all__ = [
     "METHODS",
@@ -24,6 +26,8 @@ __all__ = [
     "PostTrainingMethod",
     "QASSOMethod",
     "Run",
+    "SearchConfig",
+    "SearchMethod",
     "StepMemory",
     "make_method",
 ]

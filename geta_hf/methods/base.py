@@ -171,6 +171,16 @@ class Method(ABC):
         """Return a term to add to the loss, 0-d, or None."""
         return None
 
+    @property
+    def held_out_share(self) -> float:
+        """The share of the training rows that weights are not trained on; by default 0."""
+        return 0.0
+
+    @property
+    def on_held_out_rows(self) -> bool:
+        """Whether the next step reads the rows that are held out; by default none does."""
+        return False
+
     def check_finite(self) -> None:
         """Raise GETAError where something became NaN or infinite; may wait for the device. By default nothing."""
 

@@ -26,7 +26,7 @@ from geta_hf.utils.accelerate_hooks import rebind_forward
 
 logger = logging.getLogger(__name__)
 
-_OWN = ("weight_quantizer", "input_quantizer", "lora")
+_OWN = ("weight_quantizer", "input_quantizer", "lora", "mixture")
 """Attributes of a quantized layer that a plain one lacks."""
 
 Layers = dict[str, nn.Module]

@@ -19,6 +19,7 @@ from geta_hf.quantization.fixed import InputQuantizedLayer
 from geta_hf.quantization.layer_types import base_type
 from geta_hf.quantization.linear import quantized_linear
 from geta_hf.quantization.lora import LowRank
+from geta_hf.quantization.mixture import Mixture, mixed_linear, mixed_weight
 from geta_hf.quantization.parametrized import removal_of
 from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.utils.accelerate_hooks import rebind_forward
@@ -31,11 +32,18 @@ class QuantizedLayer(InputQuantizedLayer):
         weight_quantizer: the quantizer of `weight`.
         input_quantizer: the quantizer of the input; None where the input stays in floating point.
         lora: added to the weight before it is quantized; None where nothing is.
+        mixture: of several widths, on which the layer computes while a search runs; None at any other time.
     """
 
     weight: Any  # each plain layer class declares its own type
     weight_quantizer: Quantizer
     lora: LowRank | None
+    mixture: Mixture | None
+
+    @property
+    def _untrained(self) -> list[Tensor]:
+        """The quantizer's parameters, which have no part in a mixture."""
+        return [value for value in self.weight_quantizer.parameters() if value.requires_grad]
 
     def merged_weight(self) -> Tensor:
         """Return what is quantized, differentiable: the weight with what `lora` adds to it."""
@@ -51,6 +59,8 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         x = self.quantized_input(input)
+        if self.mixture is not None:
+            return mixed_linear(x, self.weight, self.bias, self.mixture, untrained=self._untrained)
         own = self.weight_quantizer
         d, q_m = own.broadcast_over(self.weight)
         return quantized_linear(x, self.weight, self.bias, d, q_m, own.exponent, own.frozen, self.lora)
@@ -61,6 +71,8 @@ class QuantConv1D(QuantizedLayer, Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.quantized_input(x)
+        if self.mixture is not None:
+            return mixed_linear(x, self.weight, self.bias, self.mixture, transposed=True, untrained=self._untrained)
         own = self.weight_quantizer
         if self.lora is None:
             return F.linear(x, self.quantized_weight().t(), self.bias)
@@ -72,8 +84,15 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """nn.Conv2d on the quantized weight."""
 
     def forward(self, input: Tensor) -> Tensor:
+        x = self.quantized_input(input)
+        own = self.mixture
         # The method of nn.Conv2d that takes the weight, with its padding modes.
-        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+        if own is None:
+            return self._conv_forward(x, self.quantized_weight(), self.bias)
+        out = self._conv_forward(
+            own.scaled_inputs(x, channel_dim=1), mixed_weight(self.weight, own, self._untrained), self.bias
+        )
+        return own.scaled_outputs(out, channel_dim=1)
 
 
 LAYER_TYPES: dict[type[nn.Module], type[nn.Module]] = {
@@ -147,6 +166,7 @@ def quantize_layer(layer: nn.Module, quantizer: Quantizer) -> None:
     layer.weight_quantizer = quantizer
     layer.input_quantizer = None  # type: ignore[assignment]
     layer.lora = None  # type: ignore[assignment]
+    layer.mixture = None  # type: ignore[assignment]
 
 
 @torch.no_grad()
@@ -164,6 +184,6 @@ def dequantize_layer(layer: QuantizedLayer) -> None:
     """
     absorb(layer)
     # Their parameters would otherwise appear in the state dict of a plain layer.
-    del layer.weight_quantizer, layer.input_quantizer, layer.lora
+    del layer.weight_quantizer, layer.input_quantizer, layer.lora, layer.mixture
     layer.__class__ = layer.__dict__.pop("_plain_class")
     rebind_forward(layer)

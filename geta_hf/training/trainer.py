@@ -36,6 +36,7 @@ from geta_hf.training.dtypes import DTypes, dtypes_of, unrounded, warn_of_other_
 from geta_hf.training.early_checks import check_exports, check_is_model, check_length, check_model
 from geta_hf.training.example_inputs import divides_by_count, find_left_out, inputs_of, labels_of
 from geta_hf.training.float_layers import check_first_gradients, exclude_raw_reads, left_float
+from geta_hf.training.held_out import held_out_batches, split_rows
 from geta_hf.training.looked_at import keep_looked_at, looking_at
 from geta_hf.training.lora import LoraPlan, attach_lora, find_frozen_weights, merged, plan_lora
 from geta_hf.training.loss_terms import LossTerms, Scale
@@ -125,6 +126,8 @@ class GETATrainer(PublishingTrainer):
         self.method: Method = make_method(self.geta_config)
         self.lora = self._check_model(model, peft_config)
         super().__init__(model=model, args=args, **kwargs)
+        share = self.method.held_out_share
+        self.train_dataset, self._held_out = split_rows(self.train_dataset, share, self.args.seed)
         align_tokens(model, self.processing_class)
         launch = Launch.of(self.accelerator, self.model)
         check_length(self.args)
@@ -434,6 +437,21 @@ class GETATrainer(PublishingTrainer):
             self._gradients_checked = True
         self._bad_loss = self._bad_loss | ~torch.isfinite(loss.detach())
         return loss
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Return the batches of one step, of held-out rows where the method asks for them.
+
+        Training goes on behind the batches that these replace, as it does in a resumed run.
+        """
+        found = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._held_out is None or not self.method.on_held_out_rows:
+            return found
+        count = len(found[0])
+        first = (self.method.step_count * self.args.world_size + self.args.process_index) * num_batches
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="held-out")
+        numbers = range(first, first + count)
+        batches = held_out_batches(self._held_out, self._train_batch_size, collate, self.args.seed, numbers)
+        return super().get_batch_samples(batches, count, device)
 
     def _loss_scale(self, items: Tensor | int | None) -> Scale:
         """Return how Trainer adds up the losses of micro-batches."""

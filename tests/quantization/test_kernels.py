@@ -50,7 +50,7 @@ def test_blocks_notice_nan() -> None:
 def compiled_kernel() -> Iterator[kernels.Kernel]:
     """The compiled kernel, not allowed to fall back."""
     yield compiled.compiled(EAGER, otherwise=EAGER)
-    assert not compiled._Attempt.broken
+    assert not compiled.Attempt.broken
 
 
 def test_compiled_equals_the_pure_functions(compiled_kernel: kernels.Kernel) -> None:
@@ -76,7 +76,7 @@ def test_what_does_not_compile_falls_back_with_one_warning(monkeypatch: pytest.M
         raise RuntimeError("no C++ compiler\nsecond line")
 
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: refuse)
-    monkeypatch.setattr(compiled._Attempt, "broken", False)
+    monkeypatch.setattr(compiled.Attempt, "broken", False)
     case = make_case()
     kernel = compiled.compiled(EAGER, otherwise=EAGER)
     with pytest.warns(UserWarning, match=r"torch.compile failed \(no C\+\+ compiler\)"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForQuestionAnswering
 
-from geta_hf import GETATrainer, convert
+from geta_hf import GETATrainer, SearchConfig, convert
 from geta_hf.config import read_config
 from geta_hf.errors import GETAError
 from geta_hf.methods import METHODS, PostTrainingConfig
@@ -31,13 +31,14 @@ def entered() -> Iterator[None]:
 
 CONFIGS = {
     "magnitude": MagnitudeConfig(target_sparsity=0.5, bits=(5, 5), prune_at=10),
+    "search": SearchConfig(target_sparsity=0.5, bits=(3, 8), mean_bits=5, warmup=4, search=12),
     "post-training": PostTrainingConfig(target_sparsity=0.5, bits=(3, 8), mean_bits=5, **SMALL),
 }
 EVERY = 8
 """Steps between two checkpoints."""
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=["magnitude", "post-training", pytest.param("search", marks=pytest.mark.slow)])
 def config(request: pytest.FixtureRequest) -> Any:
     return CONFIGS[request.param]
 

@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 def compiled(eager: Kernel, otherwise: Kernel) -> Kernel:
     """Return the kernel that runs `eager` compiled, or `otherwise` once compiling has failed."""
-    run_quantize = _Attempt(eager.quantize, otherwise.quantize)
-    run_gradients = _Attempt(eager.gradients, otherwise.gradients)
-    run_straight_through = _Attempt(eager.straight_through, otherwise.straight_through)
+    run_quantize = Attempt(eager.quantize, otherwise.quantize)
+    run_gradients = Attempt(eager.gradients, otherwise.gradients)
+    run_straight_through = Attempt(eager.straight_through, otherwise.straight_through)
 
     def quantize(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None) -> Tensor:
         return run_quantize(_flat(x, d, q_m), d, q_m, t).view(x.shape)
@@ -44,7 +44,7 @@ def _flat(x: Tensor, *scales: Tensor) -> Tensor:
     return x.view(-1) if all(scale.numel() == 1 for scale in scales) else x
 
 
-class _Attempt:
+class Attempt:
     """A compiled function, or another one from the moment that it turns out not to compile."""
 
     broken = False  # of the class: where one function does not compile, no other will
@@ -73,7 +73,7 @@ class _Attempt:
         except Exception as error:  # a broken toolchain can raise anything
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             warnings.warn(f"torch.compile failed ({reason}); quantizers take a slower path", stacklevel=2)
-            _Attempt.broken = True
+            Attempt.broken = True
             return expected
         self.compiled = function
         return result

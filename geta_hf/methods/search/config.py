@@ -1,0 +1,168 @@
+"""The config of a differentiable search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from geta_hf.config import (
+    Check,
+    CompressionConfig,
+    Duration,
+    above,
+    at_least,
+    between,
+    document_attributes,
+    inside,
+    is_duration,
+    setting,
+)
+from geta_hf.costs.hardware import MPIC_MACS
+from geta_hf.errors import GETAError
+from geta_hf.methods.search.sampling import SAMPLING
+
+COSTS = ("none", "size", "bitops", "mpic_cycles", "mpic_energy", "ne16_cycles", "latency")
+"""The hardware costs of `costs.hardware` that may be added to the loss."""
+
+_DURATION = "steps, a share of training, or text such as '1.5 epochs'; not negative, and a share below 1"
+_MOST_BITS = 8
+
+
+@document_attributes
+@dataclass
+class SearchConfig(CompressionConfig):
+    """The settings of a differentiable search of widths in which 0 bits means removed (arXiv 2407.01054).
+
+    Each group has the choice between removal and remaining, each quantized weight that of its width. Both are trained
+    by gradients together with the weights, and then moved as little as the targets require.
+
+    >>> from geta_hf import SearchConfig
+    >>> config = SearchConfig(target_bops=0.1, bit_choices=[0, 2, 4, 8])
+    >>> config.method, config.widths
+    ('search', [2, 4, 8])
+
+    Raises:
+        GETAError: a value of the wrong type or out of range, or settings that contradict each other.
+    """
+
+    method: ClassVar[str] = "search"
+
+    bits: tuple[int, int] = (2, 8)
+    per_channel: bool = True
+    warmup: Duration = setting(
+        0.1,
+        "Length of the warm-up stage, at 16 bits; 0 leaves it out.",
+        Check(is_duration),
+        section="Stages",
+        expected=_DURATION,
+    )
+    search: Duration = setting(
+        0.4,
+        "Length of the search. Fine-tuning, with the choices fixed, takes the remaining steps.",
+        Check(is_duration),
+        section="Stages",
+        expected=_DURATION,
+    )
+    sampling: str = setting(
+        "softmax",
+        "How shares are computed from logits: `softmax`; `hard`, its argmax with the gradient of the softmax; `gumbel` "
+        "and `gumbel_hard`, both with noise; `annealed`, a softmax that is clipped to exactly 0 and 1.",
+        section="Search",
+        choices=SAMPLING,
+    )
+    temperature: float = setting(1.0, "τ in the first step of the search.", inside(1e-30, 1e30), section="Search")
+    final_temperature: float = setting(
+        0.05,
+        "τ in its last step; between them it falls by the same factor in every step.",
+        inside(1e-30, 1e30),
+        section="Search",
+    )
+    initial_keep: float = setting(
+        0.9, "The probability with which each group remains at the start.", inside(0, 1), section="Search"
+    )
+    choice_learning_rate: float = setting(
+        0.05,
+        "Learning rate of Adam on the choices, which follows the run's learning rate scheduler.",
+        above(0),
+        section="Search",
+    )
+    architecture_data: float = setting(
+        0.0,
+        "Share of the training rows that choices alone are trained on, in every other step of the search, in place of "
+        "that step's batch; weights are trained on the other rows in the other steps. With 0 both are trained on "
+        "all rows in all steps.",
+        between(0, 1),
+        section="Search",
+    )
+    strength: float = setting(
+        10.0,
+        "λ of the hinge to the targets: what is added to the loss where a target is exceeded by 100 %. It rises over "
+        "the first half of the search.",
+        above(0),
+        section="Search",
+    )
+    cost: str = setting(
+        "none",
+        "A hardware cost that is added to the loss: `size`, `bitops`, cycles or energy on MPIC, cycles on NE16, or a "
+        "measured `latency`.",
+        section="Search",
+        choices=COSTS,
+    )
+    cost_weight: float = setting(
+        1.0,
+        "λ of `cost`: what is added to the loss for the cost of the full model at the widest width. It rises as "
+        "`strength` does.",
+        at_least(0),
+        section="Search",
+    )
+    latency_table: str | None = setting(
+        None,
+        "Path of the table for `cost='latency'`; see `geta_hf.costs.hardware.LatencyTable`.",
+        section="Search",
+    )
+    quantizer_learning_rate: float = setting(
+        1e-3,
+        "Relative step size of clipping values in fine-tuning, which follows the run's learning rate scheduler; 0 "
+        "keeps them.",
+        at_least(0),
+        section="Quantizers",
+    )
+
+    def check_widths(self) -> None:
+        """Raise GETAError for widths above 8 bits, or without any but 0, which stands for removal."""
+        if self.bit_choices is not None:
+            nonzero = [width for width in self.bit_choices if width != 0]
+            self._check(bool(nonzero), "bit_choices", "widths of which at least one is not 0")
+            # Removal is a choice of groups: of those alone that may be pruned, and as far as the targets ask for it.
+            self.bit_choices = nonzero
+        self._check(self.bits[1] <= _MOST_BITS, "bits", f"a pair (b_l, b_u) of integers in 2..{_MOST_BITS}, b_l <= b_u")
+        super().check_widths()
+        if self.activation_bits is not None and self.activation_bits[0] != self.activation_bits[1]:
+            raise GETAError(
+                f"activation_bits = {self.activation_bits}: the search chooses no widths of inputs; give one width, "
+                f"such as ({self.activation_bits[1]}, {self.activation_bits[1]})"
+            )
+        if (self.cost == "latency") != (self.latency_table is not None):
+            raise GETAError(
+                f"cost = {self.cost!r} and latency_table = {self.latency_table!r}: a table is given with "
+                f"cost='latency', and with it alone"
+            )
+        if self.cost.startswith("mpic"):
+            unknown = [width for width in (*self.widths, *self.input_widths) if width not in MPIC_MACS]
+            if unknown:
+                raise GETAError(
+                    f"cost = {self.cost!r} knows widths of {sorted(MPIC_MACS)} bits alone, not {unknown[0]}; set them "
+                    f"by bit_choices and activation_bits"
+                )
+        if self.final_temperature > self.temperature:
+            raise GETAError(
+                f"final_temperature = {self.final_temperature} is above temperature = {self.temperature}; τ falls in "
+                f"a search, so give one that is no higher"
+            )
+
+    @property
+    def splits_in_training(self) -> bool:
+        """Whether a size alone is given, of which the search decides the split between pruning and widths."""
+        pruning = self.target_sparsity is not None or self.target_parameters is not None
+        sized = self.target_bops is not None or self.target_bytes is not None
+        return sized and not pruning and self.mean_bits is None

@@ -1,0 +1,142 @@
+"""What a search adds to the loss: λ times what exceeds a target, and λ times a hardware cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from geta_hf.costs.expected_sizes import ExpectedSizes
+from geta_hf.costs.hardware import (
+    Expected,
+    LatencyTable,
+    LayerShape,
+    bit_operations,
+    mpic_cycles,
+    mpic_joules,
+    size_bits,
+)
+from geta_hf.costs.hardware_ne16 import ne16_cycles
+from geta_hf.costs.targets import Target
+from geta_hf.quantization.functional import FLOAT_BITS
+
+LayerCost = Callable[[LayerShape, Expected], Tensor]
+
+
+@dataclass(frozen=True)
+class HardwareCost:
+    """A cost that is added to the loss.
+
+    Attributes:
+        cost: of one layer.
+        shapes: of each quantized weight, in the order of the ledger's.
+        output_dims: weight name -> the dim of its outputs, where it is not 0.
+    """
+
+    cost: LayerCost
+    shapes: Sequence[LayerShape]
+    output_dims: Mapping[str, int]
+
+
+class Objective:
+    """The terms as functions of the probabilities.
+
+    Args:
+        sizes: of the model.
+        target: of the run. Its amount, and each of its budgets, has a hinge of its own.
+        widths: of weights.
+        strength: λ of the hinges.
+        hardware: a further cost; None where none is added.
+        cost_weight: λ of it.
+    """
+
+    def __init__(
+        self,
+        sizes: ExpectedSizes,
+        target: Target,
+        widths: Sequence[int],
+        strength: float,
+        hardware: HardwareCost | None = None,
+        cost_weight: float = 0.0,
+    ) -> None:
+        self.sizes = sizes
+        self.widths = list(widths)
+        self.strength = strength
+        self.hardware = hardware
+        self.cost_weight = cost_weight
+        self.input_bits = target.input_bits
+        # A target of zero groups or parameters is no share of anything; what remains is then measured as it is.
+        self.targets = {
+            unit: max(amount, 1e-9) for unit, amount in {target.unit: target.amount, **target.budgets}.items()
+        }
+        self._full_cost: Tensor | None = None
+        self._widths = torch.tensor([float(width) for width in self.widths])
+
+    def to(self, device: torch.device) -> None:
+        """Bring everything to where the probabilities are."""
+        self.sizes.to(device)
+        if self._widths.device != device:
+            self._widths = self._widths.to(device)
+
+    def bits(self, shares: Tensor) -> Tensor:
+        """Return the expected width of each quantized weight, shape (layers,)."""
+        return shares @ self._widths
+
+    def excess(self, keep: Tensor, shares: Tensor) -> Tensor:
+        """Return by which share each target is exceeded, 0 where it is met, shape (targets,)."""
+        bits = self.bits(shares)
+        relative = [
+            self.sizes.amount(unit, keep, bits, self.input_bits) / amount for unit, amount in self.targets.items()
+        ]
+        return (torch.stack(relative) - 1).clamp_min(0)
+
+    def hardware_cost(self, keep: Tensor, shares: Tensor) -> Tensor:
+        """Return the hardware cost relative to that of the full model at the widest width, 0-d."""
+        assert self.hardware is not None
+        if self._full_cost is None:
+            widest = torch.zeros_like(shares)
+            widest[:, -1] = 1
+            self._full_cost = self._cost(torch.ones_like(keep), widest).detach()
+        return self._cost(keep, shares) / self._full_cost
+
+    def _cost(self, keep: Tensor, shares: Tensor) -> Tensor:
+        own = self.hardware
+        assert own is not None
+        expected = self.sizes.of_layers(keep, shares, self.widths, own.output_dims)
+        return torch.stack([own.cost(*pair) for pair in zip(own.shapes, expected, strict=True)]).sum()
+
+    def loss(self, keep: Tensor, shares: Tensor, ramp: float) -> Tensor:
+        """Return what is added to the loss, 0-d.
+
+        Args:
+            keep: the probability that each group remains, shape (groups,).
+            shares: the probability of each width, shape (layers, widths).
+            ramp: the share of λ that is in force.
+        """
+        total = ramp * self.strength * self.excess(keep, shares).sum()
+        if self.hardware is not None:
+            total = total + ramp * self.cost_weight * self.hardware_cost(keep, shares)
+        return total
+
+
+def layer_cost(name: str, input_bits: float, table: LatencyTable | None = None) -> LayerCost:
+    """Return the cost of a name in `config.COSTS` other than none.
+
+    Args:
+        name: of the cost.
+        input_bits: the width of the layers' inputs; float ones count as 8 bits on MPIC, which has no others.
+        table: for `latency`.
+    """
+    shares = {8 if input_bits == FLOAT_BITS else int(input_bits): 1.0}
+    costs: dict[str, LayerCost] = {
+        "size": size_bits,
+        "bitops": lambda shape, expected: bit_operations(shape, expected, input_bits),
+        "mpic_cycles": lambda shape, expected: mpic_cycles(shape, expected, shares),
+        "mpic_energy": lambda shape, expected: mpic_joules(shape, expected, shares),
+        "ne16_cycles": ne16_cycles,
+    }
+    if table is not None:
+        costs["latency"] = table.seconds
+    return costs[name]
