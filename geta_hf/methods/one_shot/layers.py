@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from geta_hf.methods.one_shot.covariances import as_rows
+from geta_hf.quantization.covariances import as_rows
 from geta_hf.quantization.error_compensation import compensate_removed_inputs, round_compensated
 from geta_hf.quantization.functional import quantize, step_size
 

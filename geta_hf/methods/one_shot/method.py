@@ -15,16 +15,16 @@ from torch.nn.functional import log_softmax
 from geta_hf.costs.ledger import Ledger
 from geta_hf.errors import GETAError
 from geta_hf.methods.base import Batches, CompressionResult, Method, Run
-from geta_hf.methods.one_shot.blocks import Batch, BlockRunner, counted_tokens, find_blocks, uncached
 from geta_hf.methods.one_shot.choice import Candidate, Losses, bits_per_weight, budget_of, find_candidates
 from geta_hf.methods.one_shot.config import OneShotConfig
-from geta_hf.methods.one_shot.covariances import as_rows, collecting, has_covariance
 from geta_hf.methods.one_shot.gradients import logits_of, measure_gradients, predictions, sequences
 from geta_hf.methods.one_shot.layers import Grid, Kept, compress_layer, rounding_losses
 from geta_hf.methods.qasso.slices import build_slices, group_sums, zero_slices
 from geta_hf.qadg.group_labels import consumers, family_of_group, family_starts, find_group_labels, marked
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.quantization import attach_quantizers, quantized_layers, select_layers
+from geta_hf.quantization.blocks import Batch, BlockRunner, counted_tokens, find_blocks, uncached
+from geta_hf.quantization.covariances import as_rows, collecting, has_covariance
 from geta_hf.quantization.fixed import output_dim
 from geta_hf.utils.model_io import float_tensors, loss_of
 from geta_hf.utils.module_state import eval_mode
