@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from geta_hf.methods.compensation import Kept
 from geta_hf.quantization.covariances import as_rows
 from geta_hf.quantization.error_compensation import compensate_removed_inputs, round_compensated
 from geta_hf.quantization.functional import quantize, step_size
@@ -29,19 +30,6 @@ class Grid:
     d: Tensor
     q_m: Tensor
     bits: int
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What remains of a layer's weight, as rows.
-
-    Attributes:
-        rows: bool, shape (out,).
-        columns: bool, shape (inputs of one output,).
-    """
-
-    rows: Tensor
-    columns: Tensor
 
 
 def fit_grid(rows: Tensor, bits: int, per_channel: bool, importance: Tensor | None = None) -> Grid:

@@ -15,17 +15,17 @@ from torch.nn.functional import log_softmax
 from geta_hf.costs.ledger import Ledger
 from geta_hf.errors import GETAError
 from geta_hf.methods.base import Batches, CompressionResult, Method, Run
+from geta_hf.methods.compensation import Kept, find_kept
 from geta_hf.methods.one_shot.choice import Candidate, Losses, bits_per_weight, budget_of, find_candidates
 from geta_hf.methods.one_shot.config import OneShotConfig
 from geta_hf.methods.one_shot.gradients import logits_of, measure_gradients, predictions, sequences
-from geta_hf.methods.one_shot.layers import Grid, Kept, compress_layer, rounding_losses
+from geta_hf.methods.one_shot.layers import Grid, compress_layer, rounding_losses
 from geta_hf.methods.qasso.slices import build_slices, group_sums, zero_slices
-from geta_hf.qadg.group_labels import consumers, family_of_group, family_starts, find_group_labels, marked
+from geta_hf.qadg.group_labels import consumers, family_of_group, family_starts, find_group_labels
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.quantization import attach_quantizers, quantized_layers, select_layers
-from geta_hf.quantization.blocks import Batch, BlockRunner, counted_tokens, find_blocks, uncached
-from geta_hf.quantization.covariances import as_rows, collecting, has_covariance
-from geta_hf.quantization.fixed import output_dim
+from geta_hf.quantization.by_block import Batch, BlockRunner, find_blocks, uncached
+from geta_hf.quantization.covariances import collecting, has_covariance, measure_covariances
 from geta_hf.utils.model_io import float_tensors, loss_of
 from geta_hf.utils.module_state import eval_mode
 
@@ -312,17 +312,12 @@ class _Work:
 
     def _dense_covariances(self) -> dict[str, Tensor | None]:
         """Return the covariance of every layer's input while the model is as it is."""
-        layers = self._with_covariance(self.layers)
-        blocks = find_blocks(self.model, layers, self.data.covariances[0])
-        shared = {name: stage[0] for block in blocks for stage in block.stages for name in stage}
-        mask: list[Tensor | None] = [None]
         batches = self.data.covariances
-        with collecting(layers, shared, mask) as found, eval_mode(self.model), uncached(self.model):
-            for batch in self.progress(batches, "covariances", len(batches)):
-                mask[0] = counted_tokens(self.model, batch)
-                self.model(**batch)
-        means = {name: one.mean(name) for name, one in found.items()}
-        return {name: means[shared[name]] if name in shared else None for name in self.layers}
+        found: dict[str, Tensor | None] = dict.fromkeys(self.layers)
+        bar = lambda items: self.progress(items, "covariances", len(batches))  # noqa: E731
+        for part in measure_covariances(self.model, self.layers, batches, progress=bar):
+            found |= part
+        return found
 
     @staticmethod
     def _with_covariance(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -379,22 +374,8 @@ class _Work:
 
     def _kept(self, layer: nn.Module, removed: Tensor) -> Kept:
         """Return the rows and columns of a layer's weight that no removed group takes."""
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        gone = {}
-        for cut in self.ledger.labels:
-            if self.named.get(cut.tensor) is weight:
-                gone[cut.dim] = marked(cut.label, removed)
-        rows = as_rows(layer, weight)
-        out = output_dim(layer)
-        inputs = 1 - out
-        kept_rows = torch.ones(rows.shape[0], dtype=torch.bool)
-        kept_columns = torch.ones(rows.shape[1], dtype=torch.bool)
-        if out in gone:
-            kept_rows = ~gone[out]
-        if inputs in gone:
-            # A convolution reads each channel at every place of its kernel.
-            kept_columns = ~gone[inputs].repeat_interleave(rows.shape[1] // weight.shape[inputs])
-        return Kept(kept_rows.to(weight.device), kept_columns.to(weight.device))
+        cuts = [cut for cut in self.ledger.labels if self.named.get(cut.tensor) is layer.weight]
+        return find_kept(layer, cuts, removed)
 
     @torch.no_grad()
     def _zero(self, removed: Tensor, prefix: str = "") -> None:
