@@ -443,13 +443,12 @@ class CompressionConfig:
         None,
         "What has a (d, q_m) of its own: each `layer`, each output `channel`, or, with `block32`, every 32 neighboring "
         "inputs of a channel, which costs half a bit for each weight. Blocks are formed over the inputs that remain; "
-        "convolutions have channels in place of blocks. None is what `per_channel` says, or else `layer`; without "
-        "training it is `channel`.",
+        "convolutions have channels in place of blocks. None is what `per_channel` says.",
         section="Quantizers",
         choices=("layer", "channel", "block32"),
     )
-    per_channel: bool | None = setting(
-        None, "The former spelling of `grid`: True is `channel`, False is `layer`.", section="Quantizers"
+    per_channel: bool = setting(
+        False, "The former spelling of `grid`: True is `channel`, False is `layer`.", section="Quantizers"
     )
     calibration_batches: int = setting(
         8,
@@ -555,17 +554,13 @@ class CompressionConfig:
         self.check_widths()
         self.check_targets()
 
-    default_grid: ClassVar[str] = "layer"
-
     def _settle_grid(self) -> None:
-        """Set `grid` and its former spelling; where they disagree, the one that was given counts, `grid` of two."""
+        """Set `grid` and its former spelling; where both are given, `grid` counts."""
         grid = self.grid
         # A copy with another `per_channel` hands on the grid that was settled before.
-        handed_on = isinstance(grid, _Settled)
-        if grid is None or (handed_on and self.per_channel not in (None, grid == "channel")):
-            grid = self.default_grid
-            if self.per_channel is not None:
-                grid = "channel" if self.per_channel else "layer"
+        changed = isinstance(grid, _Settled) and self.per_channel != (grid == "channel")
+        if grid is None or changed:
+            grid = "channel" if self.per_channel else "layer"
         self.grid = _Settled(grid)
         self.per_channel = grid == "channel"
 

@@ -29,7 +29,7 @@ class OneShotConfig(CompressionConfig):
     method: ClassVar[str] = "one-shot"
 
     bits: tuple[int, int] = (2, 8)
-    default_grid: ClassVar[str] = "channel"
+    per_channel: bool = True
     saliency: str = setting(
         "mask_fisher",
         "What removing and rounding are expected to cost: `mask_fisher` is the mean of <g, change>² by gradients, over "

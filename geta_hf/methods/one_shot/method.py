@@ -202,7 +202,7 @@ class _Work:
         progress: Progress,
     ) -> None:
         self.model, self.config, self.data = model, config, data
-        self.grid = config.grid or config.default_grid
+        self.grid = str(config.grid)
         self.space, self.ledger, self.progress = space, ledger, progress
         self.families = space.trainable
         self.named = dict(model.named_parameters(remove_duplicate=False))
