@@ -353,6 +353,12 @@ def _is_depth(value: int | list[str]) -> bool:
     return not isinstance(value, int) or value >= 0
 
 
+class _Settled(str):
+    """A grid that a config has settled, in contrast to one that its user gives."""
+
+    __slots__ = ()
+
+
 @document_attributes
 @dataclass
 class CompressionConfig:
@@ -433,8 +439,16 @@ class CompressionConfig:
         Check(lambda value: 2 <= value <= 8, "in 2..8"),
         section="Widths",
     )
+    grid: str | None = setting(
+        None,
+        "What has a (d, q_m) of its own: each `layer`, each output `channel`, or, with `block32`, every 32 neighboring "
+        "inputs of a channel, which costs half a bit for each weight. Blocks are formed over the inputs that remain; "
+        "convolutions have channels in place of blocks. None is what `per_channel` says.",
+        section="Quantizers",
+        choices=("layer", "channel", "block32"),
+    )
     per_channel: bool = setting(
-        False, "Use one (d, q_m) for each output channel instead of one for each layer.", section="Quantizers"
+        False, "The former spelling of `grid`: True is `channel`, False is `layer`.", section="Quantizers"
     )
     calibration_batches: int = setting(
         8,
@@ -536,8 +550,19 @@ class CompressionConfig:
             self.target_sparsity = 0.5
         if self.bit_choices is not None:
             self.bit_choices = sorted(set(self.bit_choices))
+        self._settle_grid()
         self.check_widths()
         self.check_targets()
+
+    def _settle_grid(self) -> None:
+        """Set `grid` and its former spelling; where both are given, `grid` counts."""
+        grid = self.grid
+        # A copy with another `per_channel` hands on the grid that was settled before.
+        changed = isinstance(grid, _Settled) and self.per_channel != (grid == "channel")
+        if grid is None or changed:
+            grid = "channel" if self.per_channel else "layer"
+        self.grid = _Settled(grid)
+        self.per_channel = grid == "channel"
 
     def check_widths(self) -> None:
         """Raise GETAError for `bit_choices` or `mean_bits` outside `bits`. Methods extend this."""
@@ -614,6 +639,10 @@ class CompressionConfig:
         values = dataclasses.asdict(self)
         # JSON has no tuples; `_normalize` makes them again when a config is read.
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        # `per_channel` says the others, so that files are as they were before there were blocks.
+        plain["grid"] = str(self.grid)
+        if self.grid != "block32":
+            del plain["grid"]
         return {"method": self.method, **plain}
 
     @classmethod
@@ -783,10 +812,11 @@ class GETAConfig(CompressionConfig):
         if self.activation_bits is not None:
             fits = self.activation_bits[1] <= self.initial_bits
             self._check(fits, "activation_bits", f"(b_l, b_u) with b_l <= b_u <= {self.initial_bits}")
-        # Eq. 14 comes from one angle between a layer's gradient and its rounding errors, so it has no d for each
-        # channel.
-        if self.per_channel and self.bit_rule == "paper":
-            raise GETAError("Eq. 14 sets one d a layer; with per_channel choose bit_rule='sensitivity' or 'ppsg'")
+        # Eq. 14 comes from one angle between a layer's gradient and its rounding errors, so it has no d for a part.
+        if self.grid != "layer" and self.bit_rule == "paper":
+            raise GETAError(
+                f"Eq. 14 sets one d a layer; with grid = {self.grid!r} choose bit_rule='sensitivity' or 'ppsg'"
+            )
         if self.bit_reduction is not None and self.projection_periods:
             self._check_reduction()
 

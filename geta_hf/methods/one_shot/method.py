@@ -120,7 +120,7 @@ class OneShotMethod(Method):
             exclude=self.config.exclude,
             initial_bits=self.config.bits[1],
             clipping="max",
-            per_channel=self.config.per_channel,
+            grid=self.config.grid,
         )
 
     def wrap_optimizer(
@@ -185,6 +185,8 @@ def _write_grids(model: nn.Module, grids: Mapping[int, Grid]) -> None:
         grid = grids[id(layer.weight)]
         layer.weight_quantizer.q_m.copy_(grid.q_m)
         layer.weight_quantizer.d.copy_(grid.d)
+        if grid.order is not None:
+            layer.weight_quantizer.set_order(grid.order)
 
 
 class _Work:
@@ -200,6 +202,7 @@ class _Work:
         progress: Progress,
     ) -> None:
         self.model, self.config, self.data = model, config, data
+        self.grid = str(config.grid)
         self.space, self.ledger, self.progress = space, ledger, progress
         self.families = space.trainable
         self.named = dict(model.named_parameters(remove_duplicate=False))
@@ -260,7 +263,7 @@ class _Work:
         if self.config.saliency == "magnitude":
             removal = group_sums(self.ledger.labels, self.named, self.ledger.groups, lambda x, _: x * x)
             alike = {f"{name}.weight": torch.ones(layer.weight.shape) for name, layer in self.layers.items()}  # type: ignore[arg-type]
-            rounding = rounding_losses(self.layers, alike, widths, self.config.per_channel)
+            rounding = rounding_losses(self.layers, alike, widths, self.grid)
             return Losses(removal.double().cpu() / 2, rounding, widths)
         shapes = {name: tuple(tensor.shape) for name, tensor in self.named.items()}
         read = find_group_labels(consumers(self.families), shapes)
@@ -268,7 +271,7 @@ class _Work:
         count = sum(1 for _ in sequences(self.data.scores))
         bar = self.progress(sequences(self.data.scores), "scores", count)
         found = measure_gradients(self.model, self.data.scores, read, self.ledger.groups, weights, bar)
-        rounding = rounding_losses(self.layers, found.squares, widths, self.config.per_channel)
+        rounding = rounding_losses(self.layers, found.squares, widths, self.grid)
         return Losses(self._keep_unreached(found.groups), rounding, widths)
 
     def _keep_unreached(self, removal: Tensor) -> Tensor:
@@ -366,7 +369,7 @@ class _Work:
             covariance,
             self._kept(layer, removed),
             bits,
-            per_channel=self.config.per_channel,
+            grid=self.grid,
             damping=self.config.damping,
             by_activation=self.config.by_activation,
             compensate=self.config.compensation,

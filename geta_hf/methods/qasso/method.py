@@ -86,7 +86,7 @@ class QASSOMethod(Method):
             target_bits=config.bits[1],
             clipping=config.clipping,
             learn_t=config.learn_exponent,
-            per_channel=config.per_channel,
+            grid=config.grid,
         )
         if config.activation_bits is None:
             return
@@ -169,6 +169,7 @@ class QASSOMethod(Method):
             histograms=_histograms(model),
             ledger=run.ledger,
             channel_dims=_channel_dims(model),
+            blocks=_blocks(model),
             frozen=run.frozen,
             target=run.target,
         )
@@ -312,3 +313,10 @@ def _channel_dims(model: nn.Module) -> dict[str, int]:
         if dim is not None:
             dims[f"{name}.weight_quantizer"] = dim
     return dims
+
+
+def _blocks(model: nn.Module) -> dict[str, Quantizer]:
+    """Return prefix -> the quantizer, of each with a step size for each block of inputs."""
+    layers = quantized_layers(model).items()
+    quantizers = {f"{name}.weight_quantizer": layer.weight_quantizer for name, layer in layers}
+    return {prefix: quantizer for prefix, quantizer in quantizers.items() if quantizer.order is not None}

@@ -58,11 +58,13 @@ from geta_hf.qadg.group_labels import (
     family_of_group,
     family_starts,
     find_group_labels,
+    marked,
 )
 from geta_hf.qadg.group_types import Family
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.quantization.clipping import Histogram
 from geta_hf.quantization.functional import FLOAT_BITS
+from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.utils.shards import from_first_process, local
 
 logger = logging.getLogger(__name__)
@@ -84,6 +86,11 @@ def bit_choices(config: GETAConfig) -> BitChoices:
     return BitChoices.of(config, config.bit_rule == "sensitivity", search)
 
 
+def _shaped(parts: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """Return vectors in the shapes of other tensors."""
+    return [part.view(other.shape) for part, other in zip(parts, like, strict=True)]
+
+
 class QASSO(torch.optim.Optimizer):
     """Warm-up, projection, joint stage and cool-down around a base optimizer.
 
@@ -97,6 +104,7 @@ class QASSO(torch.optim.Optimizer):
         input_quantizers: prefixes of the quantizers of layers' inputs.
         ledger: sizes of the full model; by default of what is in `base`, which is enough for all targets but bytes.
         channel_dims: prefix -> the weight's dimension along which its quantizer has a step size each.
+        blocks: prefix -> the quantizer itself, where each block of inputs has a step size.
         frozen: what is cut or quantized, but not trained; see `qasso.frozen`.
         target: that of the plan; by default the config's targets are solved here.
         goal: the former name of `target`.
@@ -144,6 +152,7 @@ class QASSO(torch.optim.Optimizer):
         input_quantizers: Sequence[str] = (),
         ledger: Ledger | None = None,
         channel_dims: Mapping[str, int] | None = None,
+        blocks: Mapping[str, Quantizer] | None = None,
         frozen: FrozenWeights | None = None,
         target: Target | None = None,
         goal: Target | None = None,
@@ -166,7 +175,7 @@ class QASSO(torch.optim.Optimizer):
         named = self._named()
         check_base(base, named)
         check_covered(named, self.families, quantizers, input_quantizers)
-        self.quantizers = Quantizers(quantizers, input_quantizers, named, channel_dims)
+        self.quantizers = Quantizers(quantizers, input_quantizers, named, channel_dims, blocks)
         self._histograms = [(histograms or {}).get(prefix) for prefix in self.quantizers.input_prefixes]
         self.ledger = ledger or Ledger.of_tensors(self.families, named, self.quantizers.own_weights)
         self.target: Target = target or goal or solve_target(config, self.families, self.ledger)
@@ -356,18 +365,19 @@ class QASSO(torch.optim.Optimizer):
             # ∂f/∂(log p) = p · ∂f/∂p, so the base optimizer sees the gradient of log p and its step is a share of p.
             gradients = [local(parameter.grad) for parameter in trained if parameter.grad is not None]
             torch._foreach_mul_(gradients, values)
-            before = torch.cat(values)  # a copy, while `values` are views into the parameters
+            # A copy, while `values` are views into the parameters.
+            before = torch.cat([value.reshape(-1) for value in values])
             # From 0 the base optimizer arrives at its step itself, to full precision whatever the size of p.
             torch._foreach_zero_(values)
         try:
             self.base.step()
         except BaseException:
             if values:
-                torch._foreach_copy_(values, before.split(sizes))
+                torch._foreach_copy_(values, _shaped(before.split(sizes), values))
             raise
         if values:
-            stepped = relative_step(before, torch.cat(values))
-            torch._foreach_copy_(values, stepped.split(sizes))
+            stepped = relative_step(before, torch.cat([value.reshape(-1) for value in values]))
+            torch._foreach_copy_(values, _shaped(stepped.split(sizes), values))
         # In every stage, warm-up too, where the bounds are [b_l, initial bits]. d alone is projected: the paper reports
         # that projecting q_m or t makes training unstable (Sec. 5.1).
         self._project_step_sizes(named)
@@ -624,6 +634,7 @@ class QASSO(torch.optim.Optimizer):
         named = self._named()
         self._follow_device(named)
         self.check_finite()
+        self._form_blocks(named)
         inputs = self._input_errors(named, choices) if choose_inputs else None
         target = self.target
         decided = self.qasso_state.decided_bits
@@ -644,6 +655,18 @@ class QASSO(torch.optim.Optimizer):
             inputs,
         )
         self._note_final_quantizers(named)
+
+    def _form_blocks(self, named: Named) -> None:
+        """Form blocks of 32 over the inputs that remain of each weight; nothing changes where they are so already."""
+        for prefix, weight in zip(self.quantizers.prefixes, self.quantizers.own_weights, strict=False):
+            own = self.quantizers.blocks.get(prefix)
+            if own is None or own.channel_dim is None or own.order is None:
+                continue
+            removed = torch.zeros(len(own.order), dtype=torch.bool)
+            for cut in self.ledger.labels:
+                if cut.tensor == weight and cut.dim == 1 - own.channel_dim:
+                    removed |= marked(cut.label, self.removed_mask)
+            self.quantizers.form_blocks(prefix, removed, named)
 
     def _input_errors(self, named: Named, choices: BitChoices) -> InputErrors | None:
         """Return what rounding inputs is expected to cost at each width; None where none is quantized."""
@@ -668,6 +691,7 @@ class QASSO(torch.optim.Optimizer):
         # Frozen weights too: an average over the run holds what they were before they were removed.
         labels = self.frozen.with_adapters(self._labels or ())
         zero_slices(build_slices(labels, self.qasso_state.removed, self._family, named), named)
+        self._form_blocks(named)
         for name, value in self._final_quantizers.items():
             local(named[name].detach()).copy_(value)
 
