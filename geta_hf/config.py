@@ -452,7 +452,7 @@ class CompressionConfig:
     )
     calibration_batches: int = setting(
         8,
-        "Number of batches on which the clipping values of activations are measured.",
+        "Number of batches on which the clipping values of activations, and what is compensated, are measured.",
         at_least(1),
         section="Quantizers",
     )
@@ -787,6 +787,19 @@ class GETAConfig(CompressionConfig):
         section="Rules",
         choices=("sensitivity", "ppsg", "paper"),
     )
+    compensate: bool = setting(
+        False,
+        "Remove the groups of a pruning period at once, when it starts, and let the weights that read them make up for "
+        "it by least squares on `calibration_batches`; `forgetting` then has no part.",
+        section="Rules",
+    )
+    rounding: str = setting(
+        "nearest",
+        "How weights are rounded to their final widths: `nearest`, or `compensated`, where the inputs that follow make "
+        "up for the error of each (GPTQ), on `calibration_batches`. Training goes on from there.",
+        section="Rules",
+        choices=("nearest", "compensated"),
+    )
     learn_exponent: bool = setting(False, "Train t of weights; otherwise t = 1.", section="Quantizers")
     learn_activation_exponent: bool = setting(
         False, "Train t of activations; otherwise t = 1, which inference kernels expect.", section="Quantizers"
@@ -817,6 +830,13 @@ class GETAConfig(CompressionConfig):
             raise GETAError(
                 f"Eq. 14 sets one d a layer; with grid = {self.grid!r} choose bit_rule='sensitivity' or 'ppsg'"
             )
+        if self.compensate and self.bit_rule == "paper":
+            raise GETAError(
+                "bit_rule = 'paper' sets d while groups are forgotten, but compensate removes them at once; choose "
+                "bit_rule='sensitivity' or 'ppsg'"
+            )
+        if self.rounding == "compensated" and self.learn_exponent:
+            raise GETAError("rounding = 'compensated' is for t = 1; leave learn_exponent False, or rounding='nearest'")
         if self.bit_reduction is not None and self.projection_periods:
             self._check_reduction()
 
@@ -865,6 +885,11 @@ class GETAConfig(CompressionConfig):
     def splits_in_training(self) -> bool:
         """Whether training decides how a size is split between pruning and widths."""
         return self.split != "even"
+
+    @property
+    def compensates(self) -> bool:
+        """Whether covariances of layers' inputs are measured in training."""
+        return self.compensate or self.rounding == "compensated"
 
     @property
     def wanted_mean_input_bits(self) -> float | None:

@@ -7,13 +7,13 @@ first one. So nothing is kept from step to step, and a resumed run does the same
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from geta_hf.qadg.group_labels import GroupLabels, find_group_labels, marked
+from geta_hf.qadg.group_labels import GroupLabels, marked
 from geta_hf.qadg.group_types import Family
 from geta_hf.quantization.covariances import as_rows, covariance_bytes, like_weight, measure_covariances
 from geta_hf.quantization.error_compensation import compensate_removed_inputs, round_compensated
@@ -63,10 +63,10 @@ def find_kept(layer: nn.Module, cuts: Sequence[GroupLabels], removed: Tensor) ->
     return Kept(kept_rows.to(weight.device), kept_columns.to(weight.device))
 
 
-def readers(families: Sequence[Family], shapes: Mapping[str, Sequence[int]]) -> tuple[GroupLabels, ...]:
+def readers(families: Sequence[Family], labels: Sequence[GroupLabels]) -> list[GroupLabels]:
     """Return the labels of the dimensions alone along which a weight reads the output of groups."""
-    reading = [replace(family, members=tuple(m for m in family.members if m.consumer)) for family in families]
-    return find_group_labels(reading, shapes)
+    reading = {(member.tensor, member.dim) for family in families for member in family.members if member.consumer}
+    return [cut for cut in labels if (cut.tensor, cut.dim) in reading]
 
 
 class Compensation:
@@ -91,8 +91,7 @@ class Compensation:
             leaving: bool, shape (groups,), on CPU: groups that are about to be removed.
             gone: those that are removed already.
         """
-        shapes = {cut.tensor: tuple(self._shape(cut.tensor)) for cut in labels}
-        read = readers(families, shapes)
+        read = readers(families, labels)
         names = {cut.tensor for cut in read if bool(marked(cut.label, leaving).any())}
         for name, layer, covariance in self._measured(names):
             kept = find_kept(layer, [cut for cut in read if cut.tensor == name], leaving | gone)
@@ -126,7 +125,7 @@ class Compensation:
         found = {name.removesuffix(".weight"): layer for name, layer in layers.items() if layer is not None}
         if not found:
             return
-        device = next(iter(found.values())).weight.device
+        device = self.model.get_parameter(next(iter(names))).device
         batches = [to_device(batch, device) for batch in self.batches]
         for part in measure_covariances(self.model, found, batches, COVARIANCE_BYTES):
             for path, covariance in part.items():
@@ -138,9 +137,6 @@ class Compensation:
         layer = self.model.get_submodule(path)
         supported = isinstance(layer, QuantizedLayer) or base_type(layer) is not None
         return layer if leaf == "weight" and supported else None
-
-    def _shape(self, name: str) -> torch.Size:
-        return self.model.get_parameter(name).shape
 
 
 def compensation_bytes(layers: Collection[nn.Module]) -> int:

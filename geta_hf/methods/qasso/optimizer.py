@@ -28,6 +28,7 @@ from geta_hf.costs.selection import Chunks, Limits, find_chunks
 from geta_hf.costs.sensitivity import measure_errors
 from geta_hf.costs.targets import GROUPS, MEAN_BITS, Target, solve_target, take_due
 from geta_hf.errors import GETAError
+from geta_hf.methods.compensation import Compensation
 from geta_hf.methods.frozen_weights import FrozenWeights
 from geta_hf.methods.qasso.checks import (
     check_base,
@@ -105,6 +106,7 @@ class QASSO(torch.optim.Optimizer):
         ledger: sizes of the full model; by default of what is in `base`, which is enough for all targets but bytes.
         channel_dims: prefix -> the weight's dimension along which its quantizer has a step size each.
         blocks: prefix -> the quantizer itself, where each block of inputs has a step size.
+        compensation: the model and its calibration data, for `compensate` and `rounding`; None does without.
         frozen: what is cut or quantized, but not trained; see `qasso.frozen`.
         target: that of the plan; by default the config's targets are solved here.
         goal: the former name of `target`.
@@ -157,12 +159,18 @@ class QASSO(torch.optim.Optimizer):
         target: Target | None = None,
         goal: Target | None = None,
         histograms: Mapping[str, Histogram] | None = None,
+        compensation: Compensation | None = None,
     ) -> None:
         super().__init__(base.param_groups, {})
         self.base = base
         self.schedule = schedule
         self.config = config
         note_short_run(schedule, config)
+        if compensation is None and config.compensates:
+            raise GETAError(
+                "compensate=True and rounding='compensated' measure inputs of layers; pass compensation, with the "
+                "model and calibration batches"
+            )
         self.families: tuple[Family, ...] = space.trainable
         self._share_base()
         for group in self.param_groups:
@@ -185,6 +193,7 @@ class QASSO(torch.optim.Optimizer):
         self._learned_by = schedule.first_start_after(2)
         self.gamma: Tensor | None = None
         self.frozen = frozen or FrozenWeights()
+        self._compensation = compensation
         self._scored = self._scored_slices(named)
         self._gradient_sums = self._sum_frozen_gradients(named) if self.frozen.names else None
         self._family = family_of_group(self.families)
@@ -318,10 +327,17 @@ class QASSO(torch.optim.Optimizer):
         18: x^Q by Eq. 2, as rewritten in Eq. 9
         19: [x]_I <- [x]_I - [u]_I                        (Eq. 5)
             [x]_R <- [x]_R - [u]_R - γ [x^Q]_R            (Eq. 6)
+
+        Under `compensate` G_R is removed in the first step, and what reads it makes up for it.
         """
         self._average_gradients(phase, named)
         if phase.starts:
             self._partition(named, phase.period + 1, self.schedule.pruning_periods)  # 11, 12
+            if self._removes_at_once:
+                self._base_step(named)
+                self._remove(self._index_slices(named), named)
+                zero_slices(self._removed, named)
+                return
         redundant = self._index_slices(named)
         if self._gradient_sums is None:
             # Eqs. 9 to 13 speak of x and g before the update. Under LoRA W takes no step, so nothing has to be kept.
@@ -602,8 +618,15 @@ class QASSO(torch.optim.Optimizer):
         values = self.quantizers.read(named)
         return redundant.forget(named, values, steps_remaining, self.bit_bounds, self.config)
 
+    @property
+    def _removes_at_once(self) -> bool:
+        return self.config.compensate
+
     def _remove(self, redundant: RedundantSlices, named: Named) -> None:
         """Set redundant groups to exactly zero for good, with the base optimizer's state of them."""
+        if self._compensation is not None and self._removes_at_once and redundant.slices:
+            state = self.qasso_state
+            self._compensation.refit(self.ledger.labels, self.families, state.redundant, state.removed)
         zero_slices(redundant.slices, named)
         # Momentum of a zero weight would move it at the next step, and a checkpoint would carry it on.
         zero_moments(redundant.slices, named, self.state)
@@ -619,12 +642,13 @@ class QASSO(torch.optim.Optimizer):
     # --- line 22: fixing the quantizers -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def fix_bits(self, choices: BitChoices, choose_inputs: bool = True) -> None:
+    def fix_bits(self, choices: BitChoices, choose_inputs: bool = True, rounding: str | None = None) -> None:
         """Give every layer an integer width that meets the target, by these choices; waits for the device.
 
         Args:
             choices: allowed widths, and the rules.
             choose_inputs: whether widths of inputs are chosen as well; otherwise each is rounded to the nearest.
+            rounding: how weights are rounded, as in the config; by default that of the config.
 
         Raises:
             GETAError: something became NaN or infinite before.
@@ -654,6 +678,8 @@ class QASSO(torch.optim.Optimizer):
             choices,
             inputs,
         )
+        if self._compensation is not None and (rounding or self.config.rounding) == "compensated":
+            self._compensation.round(self.quantizers.own_weights, self.ledger.labels, self.removed_mask)
         self._note_final_quantizers(named)
 
     def _form_blocks(self, named: Named) -> None:
