@@ -353,6 +353,12 @@ def _is_depth(value: int | list[str]) -> bool:
     return not isinstance(value, int) or value >= 0
 
 
+class _Settled(str):
+    """A grid that a config has settled, in contrast to one that its user gives."""
+
+    __slots__ = ()
+
+
 @document_attributes
 @dataclass
 class CompressionConfig:
@@ -433,12 +439,20 @@ class CompressionConfig:
         Check(lambda value: 2 <= value <= 8, "in 2..8"),
         section="Widths",
     )
+    grid: str | None = setting(
+        None,
+        "What has a (d, q_m) of its own: each `layer`, each output `channel`, or, with `block32`, every 32 neighboring "
+        "inputs of a channel, which costs half a bit for each weight. Blocks are formed over the inputs that remain; "
+        "convolutions have channels in place of blocks. None is what `per_channel` says.",
+        section="Quantizers",
+        choices=("layer", "channel", "block32"),
+    )
     per_channel: bool = setting(
-        False, "Use one (d, q_m) for each output channel instead of one for each layer.", section="Quantizers"
+        False, "The former spelling of `grid`: True is `channel`, False is `layer`.", section="Quantizers"
     )
     calibration_batches: int = setting(
         8,
-        "Number of batches on which the clipping values of activations are measured.",
+        "Number of batches on which the clipping values of activations, and what is compensated, are measured.",
         at_least(1),
         section="Quantizers",
     )
@@ -536,8 +550,19 @@ class CompressionConfig:
             self.target_sparsity = 0.5
         if self.bit_choices is not None:
             self.bit_choices = sorted(set(self.bit_choices))
+        self._settle_grid()
         self.check_widths()
         self.check_targets()
+
+    def _settle_grid(self) -> None:
+        """Set `grid` and its former spelling; where both are given, `grid` counts."""
+        grid = self.grid
+        # A copy with another `per_channel` hands on the grid that was settled before.
+        changed = isinstance(grid, _Settled) and self.per_channel != (grid == "channel")
+        if grid is None or changed:
+            grid = "channel" if self.per_channel else "layer"
+        self.grid = _Settled(grid)
+        self.per_channel = grid == "channel"
 
     def check_widths(self) -> None:
         """Raise GETAError for `bit_choices` or `mean_bits` outside `bits`. Methods extend this."""
@@ -614,6 +639,10 @@ class CompressionConfig:
         values = dataclasses.asdict(self)
         # JSON has no tuples; `_normalize` makes them again when a config is read.
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        # `per_channel` says the others, so that files are as they were before there were blocks.
+        plain["grid"] = str(self.grid)
+        if self.grid != "block32":
+            del plain["grid"]
         return {"method": self.method, **plain}
 
     @classmethod
@@ -758,6 +787,19 @@ class GETAConfig(CompressionConfig):
         section="Rules",
         choices=("sensitivity", "ppsg", "paper"),
     )
+    compensate: bool = setting(
+        False,
+        "Remove the groups of a pruning period at once, when it starts, and let the weights that read them make up for "
+        "it by least squares on `calibration_batches`; `forgetting` then has no part.",
+        section="Rules",
+    )
+    rounding: str = setting(
+        "nearest",
+        "How weights are rounded to their final widths: `nearest`, or `compensated`, where the inputs that follow make "
+        "up for the error of each (GPTQ), on `calibration_batches`. Training goes on from there.",
+        section="Rules",
+        choices=("nearest", "compensated"),
+    )
     learn_exponent: bool = setting(False, "Train t of weights; otherwise t = 1.", section="Quantizers")
     learn_activation_exponent: bool = setting(
         False, "Train t of activations; otherwise t = 1, which inference kernels expect.", section="Quantizers"
@@ -783,10 +825,18 @@ class GETAConfig(CompressionConfig):
         if self.activation_bits is not None:
             fits = self.activation_bits[1] <= self.initial_bits
             self._check(fits, "activation_bits", f"(b_l, b_u) with b_l <= b_u <= {self.initial_bits}")
-        # Eq. 14 comes from one angle between a layer's gradient and its rounding errors, so it has no d for each
-        # channel.
-        if self.per_channel and self.bit_rule == "paper":
-            raise GETAError("Eq. 14 sets one d a layer; with per_channel choose bit_rule='sensitivity' or 'ppsg'")
+        # Eq. 14 comes from one angle between a layer's gradient and its rounding errors, so it has no d for a part.
+        if self.grid != "layer" and self.bit_rule == "paper":
+            raise GETAError(
+                f"Eq. 14 sets one d a layer; with grid = {self.grid!r} choose bit_rule='sensitivity' or 'ppsg'"
+            )
+        if self.compensate and self.bit_rule == "paper":
+            raise GETAError(
+                "bit_rule = 'paper' sets d while groups are forgotten, but compensate removes them at once; choose "
+                "bit_rule='sensitivity' or 'ppsg'"
+            )
+        if self.rounding == "compensated" and self.learn_exponent:
+            raise GETAError("rounding = 'compensated' is for t = 1; leave learn_exponent False, or rounding='nearest'")
         if self.bit_reduction is not None and self.projection_periods:
             self._check_reduction()
 
@@ -835,6 +885,11 @@ class GETAConfig(CompressionConfig):
     def splits_in_training(self) -> bool:
         """Whether training decides how a size is split between pruning and widths."""
         return self.split != "even"
+
+    @property
+    def compensates(self) -> bool:
+        """Whether covariances of layers' inputs are measured in training."""
+        return self.compensate or self.rounding == "compensated"
 
     @property
     def wanted_mean_input_bits(self) -> float | None:

@@ -81,6 +81,24 @@ def test_the_folder_computes_what_the_report_says(pruned: tuple[CompressReport, 
     assert (report.path / "README.md").is_file()
 
 
+def test_blocks_are_those_of_what_remains(tmp_path: Path):
+    model = tiny_llama()
+    config = OneShotConfig(target_bytes=1, bits=(3, 8), grid="block32")
+    report = compress(
+        model, [TEXT], byte_tokenizer(), out=tmp_path / "x", target_parameters=0.3, mean_bits=4, config=config,
+        sequence_length=16, sequences=8, progress=False,
+    )  # fmt: skip
+    small = AutoModelForCausalLM.from_pretrained(report.path)
+    with torch.no_grad():
+        torch.testing.assert_close(small(input_ids=IDS[0]).logits, model(input_ids=IDS[0]).logits, rtol=1e-4, atol=1e-5)
+    layers = quantized_layers(model).values()
+    for layer in layers:
+        torch.testing.assert_close(layer.quantized_weight(), layer.weight, rtol=1e-6, atol=1e-8)
+        assert torch.equal(layer.weight_quantizer.d, layer.weight_quantizer.d.half().float())
+    assert any(layer.weight_quantizer.block_order is not None for layer in layers)
+    assert "with a step size for every 32 inputs of an output channel" in (report.path / "README.md").read_text()
+
+
 def test_weights_are_on_their_grids(pruned: tuple[CompressReport, LlamaForCausalLM]):
     _, model = pruned
     for layer in quantized_layers(model).values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -26,6 +26,7 @@ from geta_hf.config import (
     settings_of,
 )
 from geta_hf.errors import GETAError
+from geta_hf.methods.one_shot import OneShotConfig
 
 DOCS = Path(__file__).parent.parent / "docs" / "configuration.md"
 
@@ -160,6 +161,8 @@ def test_the_reduction_ends_at_the_upper_bits() -> None:
         ({"activation_bits": (8, 20)}, r"activation_bits = \(8, 20\) must be a pair .* in 2..16"),
         ({"activation_bits": (8, 4)}, "activation_bits"),
         ({"per_channel": True, "bit_rule": "paper"}, "Eq. 14 sets one d a layer"),
+        ({"grid": "block32", "bit_rule": "paper"}, "Eq. 14 sets one d a layer"),
+        ({"grid": "block64"}, "grid = 'block64' must be one of layer, channel, block32"),
         ({"target_sparsity": 0.5, "target_parameters": 0.5}, "target_sparsity and target_parameters set the same"),
         (
             {"target_bops": 0.1, "target_bytes": 10**6},
@@ -373,3 +376,18 @@ def test_the_table_covers_other_methods() -> None:
 def test_the_examples_in_the_docstrings_hold() -> None:
     results = doctest.testmod(module)
     assert results.attempted >= 5 and not results.failed
+
+
+def test_a_grid_has_a_former_spelling() -> None:
+    channel, block = GETAConfig(per_channel=True), GETAConfig(grid="block32")
+    assert (GETAConfig().grid, channel.grid, OneShotConfig().grid) == ("layer", "channel", "channel")
+    assert OneShotConfig(per_channel=False).grid == "layer" and GETAConfig(grid="channel").per_channel
+    # Files without blocks are as they were before there were any.
+    assert "grid" not in channel.to_dict() and block.to_dict()["grid"] == "block32"
+    for config in (GETAConfig(), channel, block, OneShotConfig(grid="block32"), OneShotConfig(grid="layer")):
+        assert read_config(json.loads(json.dumps(config.to_dict()))) == config
+    # Copies with another value of either.
+    copies = [replace(channel, grid="layer"), replace(block, per_channel=True), replace(channel, grid="block32")]
+    copies += [replace(channel, per_channel=False), replace(block, bits=(2, 4)), replace(channel, bits=(2, 4))]
+    assert [copy.grid for copy in copies] == ["layer", "channel", "block32", "layer", "block32", "channel"]
+    assert [copy.per_channel for copy in copies] == [False, True, False, False, False, True]

@@ -60,7 +60,7 @@ ARGUMENTS = {
     "Schedule": "warmup projection joint total projection_periods pruning_periods",
     "apply_policy": "space prune keep",
     "attach_input_quantizers": "model batches initial_bits target_bits clipping learn_t include exclude",
-    "attach_quantizers": "model include exclude initial_bits target_bits clipping learn_t per_channel",
+    "attach_quantizers": "model include exclude initial_bits target_bits clipping learn_t per_channel grid",
     "build_space": "model batch prune keep verify",
     "convert": "source target format embedding_bits max_shard_size overwrite",
     "detach_quantizers": "model",

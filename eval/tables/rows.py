@@ -14,6 +14,7 @@ DENSE = "dense"
 CONTROL = "dense, trained on"
 PAPER = "the paper's rules"
 SEQUENTIAL = "HESSO, then 8-bit rounding"
+GPTQ = "HESSO, then 8-bit GPTQ"
 TAUGHT = "defaults, with a teacher"
 OURS = "defaults"
 
@@ -114,8 +115,28 @@ def _lengths() -> list[Row]:
     return rows
 
 
+def _grids() -> list[Row]:
+    """Return a row for each grid at each mean width, rounded to nearest and with compensation."""
+    rows = []
+    for bits in (4, 3, 2):
+        for grid in ("layer", "channel", "block32"):
+            name = f"{OURS}, grid {grid}, {bits} bits"
+            changes = {"grid": grid, "mean_bits": bits}
+            rows += [
+                Row(name, "ours", changes),
+                Row(f"{name}, compensated", "ours", {**changes, "rounding": "compensated"}),
+            ]
+    return rows
+
+
 CHANNELS_ALONE: Mapping[str, Any] = {"keep": ["heads"], "bits": (4, 8)}
 """The setting of Table 5: MLP channels are removed, and widths are learned inside 4 to 8 bits."""
+
+COMPENSATED: Mapping[str, Any] = {"compensate": True, "rounding": "compensated"}
+"""Least squares where groups are removed, and GPTQ where weights are rounded."""
+
+TAUGHT_BOTH: Mapping[str, Any] = {"distill_logits": 1.0, "distill_hidden": 1.0}
+"""A teacher by logits and by the hidden states of every layer."""
 
 TABLES = {
     table.name: table
@@ -128,6 +149,7 @@ TABLES = {
                 Row(CONTROL, "control"),
                 Row(SEQUENTIAL, "sequential"),
                 Row(f"{SEQUENTIAL}, clipping values of least error", "sequential", {"clipping": "mse"}),
+                Row(GPTQ, "sequential", {"clipping": "mse", "rounding": "compensated"}),
                 Row(PAPER, "paper"),
                 Row(f"{OURS}, at the BOPs of the paper's rules", "ours", {}, ("target_bops", PAPER)),
                 Row(f"{OURS}, at 8 bits", "ours", {"bits": (8, 8)}),
@@ -183,6 +205,34 @@ TABLES = {
             "target_parameters",
             (0.5, 0.3),
             {"bits": (4, 8)},
+        ),
+        Table(
+            "recovery",
+            "What helps a model to recover, at 4 bits on average",
+            [
+                Row(CONTROL, "control"),
+                Row(OURS, "ours"),
+                Row(f"{OURS}, mask Fisher", "ours", {"saliency": "mask_fisher"}),
+                Row(f"{OURS}, compensated", "ours", {"compensate": True}),
+                Row(f"{OURS}, compensated rounding", "ours", {"rounding": "compensated"}),
+                Row(f"{OURS}, both compensated", "ours", COMPENSATED),
+                Row(f"{OURS}, compensated in one period", "ours", {**COMPENSATED, "joint": 0.05, "pruning_periods": 1}),
+                Row(TAUGHT, "ours", {"distill_logits": 1.0}),
+                Row(f"{OURS}, hidden-state teacher", "ours", {"distill_hidden": 1.0}),
+                Row(f"{TAUGHT}, hidden states too", "ours", TAUGHT_BOTH),
+                Row(f"{TAUGHT}, hidden states too, both compensated", "ours", {**TAUGHT_BOTH, **COMPENSATED}),
+            ],
+            "target_parameters",
+            (0.5,),
+            {"bits": (3, 8), "mean_bits": 4.0},
+        ),
+        Table(
+            "rounding",
+            "What a step size is shared by, without pruning",
+            [Row(CONTROL, "control"), *_grids()],
+            "target_sparsity",
+            (0.0,),
+            {"bits": (2, 8)},
         ),
     )
 }

@@ -30,6 +30,7 @@ from geta_hf.errors import GETAError
 from geta_hf.qadg.group_labels import family_of_group
 from geta_hf.qadg.group_types import Family
 from geta_hf.quantization.functional import FLOAT_BITS
+from geta_hf.quantization.maths import BLOCK
 
 _BISECTIONS = 80
 _NEARBY = (0.5, 0.8, 1.25, 2.0)
@@ -300,8 +301,11 @@ class _Problem:
                 if bits is not None:
                     self._add_scales(name, 0)
             for layer in ledger.layers:
-                if layer.channel_dim is not None:
+                if layer.channel_dim is not None and not layer.blocks:
                     self._add_scales(layer.weight, layer.channel_dim)
+            # Two bytes for each block of 32; that the last block of a row is full price is left to the exact count.
+            block = torch.tensor([2.0 / BLOCK if layer.blocks else 0.0 for layer in ledger.layers], dtype=torch.float64)
+            self.option_cost = self.option_cost + block[:, None]
         elif self.unit == BOPS:
             uses = torch.tensor([layer.uses for layer in ledger.layers], dtype=torch.float64)
             dense = float((ledger.weights(ledger.nothing) * uses).sum() + ledger.dropped) * FLOAT_BITS**2

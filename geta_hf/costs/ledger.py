@@ -16,12 +16,16 @@ from torch import Tensor
 from geta_hf.qadg.group_labels import GroupLabels, find_group_labels, marked
 from geta_hf.qadg.group_types import Family
 from geta_hf.quantization.functional import FLOAT_BITS
+from geta_hf.quantization.maths import block_count
 
 ROUNDING = 1e-9
 """A difference up to this share of an amount counts as rounding."""
 
 Entry = tuple[str, list[int], int]
 """A tensor in a file: its type, shape and bytes."""
+
+_KINDS = ("F32", "F16", "U8")
+"""Types of the tensors in a file in the order in which it holds them; unpacked ones count as F32."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,23 @@ class LayerEntry:
         weight: its name.
         uses: how often each of its elements is multiplied in one forward pass, relative to the other layers.
         channel_dim: the dimension with a step size of its own for each index; None for one step size for all.
+        blocks: whether every 32 of an index's inputs, along the other dimension, have a step size of their own.
     """
 
     weight: str
     uses: float = 1.0
     channel_dim: int | None = None
+    blocks: bool = False
+
+    def scales(self, shape: Sequence[int]) -> Entry:
+        """Return how a file holds the step sizes of a weight of this shape."""
+        if self.channel_dim is None:
+            return "F32", [1], 4
+        channels = shape[self.channel_dim]
+        if not self.blocks:
+            return "F32", [channels], 4 * channels
+        blocks = block_count(shape[1 - self.channel_dim])
+        return "F16", [channels, blocks], 2 * channels * blocks
 
 
 @dataclass(frozen=True)
@@ -98,6 +114,10 @@ class Ledger:
             shape[cut.dim] -= int(marked(cut.label, removed).sum())
         return shapes
 
+    def scale_bytes(self) -> int:
+        """Return the bytes of all step sizes of quantized weights if no group is removed."""
+        return sum(layer.scales(self.shapes[layer.weight])[2] for layer in self.layers)
+
     @property
     def nothing(self) -> Tensor:
         """The mask in which no group is removed, bool, shape (groups,)."""
@@ -156,10 +176,9 @@ class Ledger:
             layer, width = packed[name]
             # A real mean width gives a real number of bits; an integer one makes this exact.
             length = math.ceil(math.prod(shape) * width / 8)
-            scales = 1 if layer.channel_dim is None else shape[layer.channel_dim]
             # Codes are packed across rows, so that only a tensor's end is padded to a byte.
             sizes[name] = ("U8", [length], length)
-            sizes[f"{name}_scale"] = ("F32", [scales], 4 * scales)
+            sizes[f"{name}_scale"] = layer.scales(shape)
             if quantized_inputs:
                 sizes[f"{name.removesuffix('weight')}input_scale"] = ("F32", [1], 4)
         return sum(size for _, _, size in sizes.values()) + _header_bytes(self._as_stored(sizes))
@@ -179,7 +198,8 @@ def _header_bytes(sizes: Mapping[str, Entry]) -> int:
     """Return the size of a safetensors file's length word and JSON, padded to 8 bytes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    ordered = sorted(sizes.items(), key=lambda item: (item[1][0] == "U8", item[0]))  # as safetensors lays them out
+    # As safetensors lays them out: the widest types first.
+    ordered = sorted(sizes.items(), key=lambda item: (_KINDS.index(item[1][0]), item[0]))
     for name, (kind, shape, size) in ordered:
         header[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size

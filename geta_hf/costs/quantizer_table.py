@@ -1,6 +1,7 @@
 """All quantizers of a model as three flat vectors, so that one operator serves every layer.
 
-An entry is one (d, q_m): a layer has one, or one for each output channel. Weights' quantizers come first.
+An entry is one (d, q_m): a layer has one, or one for each output channel or block of its inputs. Weights' quantizers
+come first.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from geta_hf.quantization.blocks import block_of_input, form_blocks, remaining_first
 from geta_hf.quantization.functional import bit_width
+from geta_hf.quantization.maths import block_count
+from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.utils.label_sums import LabelSums
 from geta_hf.utils.shards import Shard, add_up, local, shard_of
 
@@ -26,6 +30,7 @@ class Quantizers:
         activations: prefixes of the quantizers of layers' inputs.
         named: all trained parameters by name; their shapes give the number of entries of each quantizer.
         channel_dims: prefix -> the weight's dimension along which a quantizer of several entries runs.
+        blocks: prefix -> the quantizer itself, where blocks of a channel's inputs have entries of their own.
 
     Attributes:
         layer: int64, shape (entries,): the position in `prefixes` that an entry belongs to.
@@ -39,8 +44,10 @@ class Quantizers:
         activations: Sequence[str],
         named: Named,
         channel_dims: Mapping[str, int] | None = None,
+        blocks: Mapping[str, Quantizer] | None = None,
     ) -> None:
         self.weights = dict(weights)
+        self.blocks = dict(blocks or {})
         self.channel_dims = dict(channel_dims or {})
         # Tied weights share a prefix, and must not be listed, or counted, twice.
         of_weights = list(dict.fromkeys(weights.values()))
@@ -100,7 +107,7 @@ class Quantizers:
         values = [p.grad if gradient and p is not None else p for p in found]
         default = torch.full((1,), missing, device=device)
         pairs = zip(values, self.sizes, strict=True)
-        return torch.cat([(default if value is None else value).expand(size) for value, size in pairs])
+        return torch.cat([(default if value is None else value).reshape(-1).expand(size) for value, size in pairs])
 
     def _gather_shards(self, found: Sequence[Tensor | None], missing: float, gradient: bool) -> Tensor:
         """Do as `gather` does where every process holds some of the entries."""
@@ -116,7 +123,7 @@ class Quantizers:
             assert shard is not None
             held = shard
             # A parameter of one entry that serves all channels is held by one process alone.
-            place = flat[span] if parameter.numel() == 1 else flat[span][shard.start : shard.stop]
+            place = flat[span] if parameter.numel() == 1 else flat[span].view(parameter.shape)[shard.start : shard.stop]
             if shard.stop > shard.start:
                 place.copy_(local(value.detach()).expand(place.shape))
         # Zeros elsewhere, so the sum over processes is the value of the one that holds an entry.
@@ -141,6 +148,7 @@ class Quantizers:
         for name, part in zip(self.names[leaf], flat.split(self.sizes), strict=True):
             shard = shard_of(named[name])
             targets.append(local(named[name].detach()))
+            part = part.view(named[name].shape)
             values.append(part if shard is None else part[shard.start : shard.stop])
         if targets:
             # In place, since the base optimizer's state belongs to these very tensors.
@@ -160,6 +168,39 @@ class Quantizers:
         shape = [1] * dims
         shape[self.channel_dims[prefix]] = -1
         return values.view(shape)
+
+    def block_table(self, prefix: str, flat: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Return the entries of one weight's blocks, and which inputs are in them.
+
+        Returns:
+            Values of shape (out, blocks), the block of each input, int64, shape (in,), and the weight's output dim.
+        """
+        own = self.blocks[prefix]
+        assert own.order is not None and own.channel_dim is not None
+        table = flat[self.spans[prefix]].view(-1, block_count(len(own.order)))
+        return table, block_of_input(len(own.order), own.block_order, flat.device), own.channel_dim
+
+    @torch.no_grad()
+    def form_blocks(self, prefix: str, removed: Tensor, named: Named) -> None:
+        """Form the blocks of one weight over the inputs that remain, and take (d, q_m) over, in place.
+
+        Args:
+            prefix: of a quantizer with blocks.
+            removed: bool, shape (in,), on CPU: inputs that are zero for good.
+            named: parameters by name.
+        """
+        own = self.blocks[prefix]
+        assert own.order is not None
+        order = remaining_first(removed)
+        # Listed once, as formed blocks are those of every later call.
+        if torch.equal(own.order.cpu(), order):
+            return
+        d, q_m = (local(named[f"{prefix}.{leaf}"].detach()) for leaf in ("d", "q_m"))
+        if len(d):
+            formed = form_blocks(d, q_m, own.block_order, order, int((~removed).sum()))
+            d.copy_(formed[0])
+            q_m.copy_(formed[1])
+        own.set_order(order)
 
     def of_weights(self, values: Tensor) -> Tensor:
         """Return values of weights' layers, shape (weight_layers,), for every entry; 0 for those of activations."""

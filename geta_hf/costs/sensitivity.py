@@ -16,11 +16,14 @@ from torch import Tensor
 
 from geta_hf.costs.ledger import ROUNDING
 from geta_hf.costs.quantizer_table import Quantizers, Values
+from geta_hf.quantization.blocks import split_blocks
 from geta_hf.quantization.clipping import (
     BINS,
     count_magnitudes,
+    element_errors,
     largest_magnitudes,
     row_parts,
+    search_elements,
     search_rows,
     smallest_range,
     squared_error,
@@ -28,6 +31,9 @@ from geta_hf.quantization.clipping import (
 from geta_hf.quantization.functional import clip_power
 from geta_hf.utils.process_state import full_precision
 from geta_hf.utils.shards import Shard, add_up, largest_of, local, shard_of
+
+_ROWS = 1 << 11
+"""Blocks whose errors are computed at once: temporaries remain in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class RoundingErrors:
     Attributes:
         errors: float64, shape (layers, widths): Σ (x - x^Q)².
         clips: float32, shape (entries, widths): the clipping values of these errors, relative to the present ones; a
-            layer has one, or one for each output channel.
+            layer has one, or one for each output channel or block.
         known: bool, shape (layers,): False for weights that are not trained; their errors are 0 and their clips 1.
         layer: int64, shape (entries,): the layer of each entry. Default None: every layer has one entry.
     """
@@ -82,12 +88,85 @@ def measure_errors(
         if weight is None:
             continue
         prefix = quantizers.weights[name]
+        if prefix in quantizers.blocks:
+            found = _errors_of_blocks(weight, quantizers, prefix, (q_m, t), widths, search)
+            errors[position], clips[quantizers.spans[prefix]] = found
+            known[position] = True
+            continue
         clip = quantizers.along(prefix, q_m, weight.dim())
         power = quantizers.along(prefix, t, weight.dim())
         found = rounding_errors(local(weight), clip, power, widths, search, shard_of(weight))
         errors[position], clips[quantizers.spans[prefix]] = found
         known[position] = True
     return RoundingErrors(errors, clips, known, layer)
+
+
+def _errors_of_blocks(
+    weight: Tensor,
+    quantizers: Quantizers,
+    prefix: str,
+    present: tuple[Tensor, Tensor],
+    widths: Sequence[int],
+    search: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return what `rounding_errors` does, of a weight whose every 32 inputs have a clipping value.
+
+    Args:
+        weight: as the model computes with it.
+        quantizers: all of the model.
+        prefix: of the weight's quantizer.
+        present: flat (q_m, t) of all entries.
+        widths: integer widths, ascending.
+        search: look for the best clipping values at each width.
+    """
+    own = quantizers.blocks[prefix]
+    clip = quantizers.block_table(prefix, present[0])[0]
+    shard = shard_of(weight)
+    values = local(weight.detach())
+    outputs = slice(None)
+    if shard is not None and shard.dim == own.channel_dim:
+        outputs = slice(shard.start, shard.stop)
+    elif shard is not None:
+        # Blocks may be split between processes, so each takes all of the weight.
+        full = values.new_zeros(weight.shape)
+        full.narrow(shard.dim, shard.start, shard.stop - shard.start).copy_(values)
+        values, shard = add_up(full, shard), None
+    rows = split_blocks(values.t() if own.channel_dim else values, own.block_order)
+    q_m = clip[outputs].reshape(-1)
+    factors = torch.zeros(*clip.shape, len(widths), device=rows.device)
+    if search:
+        largest = largest_magnitudes(rows)
+        # What is zero has no range, and keeps the clipping value that it has.
+        empty = largest < smallest_range(rows.dtype)
+        largest = torch.where(empty, 0.0, largest)
+        relative, shares = search_elements(rows, largest, widths)
+        found = torch.where(empty[:, None], 1.0, shares * (largest / q_m)[:, None])
+        unit = largest
+    else:
+        power = quantizers.block_table(prefix, present[1])[0][outputs].reshape(-1)
+        relative = _block_errors(rows, q_m, power, widths)
+        found = torch.ones_like(relative)
+        unit = q_m**power
+    # In double precision, which holds the squares of 1e-20 and 1e20.
+    total = (relative.cpu().double() * unit.cpu().double()[:, None] ** 2).sum(0)
+    factors[outputs] = found.view(-1, clip.shape[1], len(widths))
+    if shard is not None:
+        total = add_up(total.to(rows.device), shard).cpu()
+        factors = add_up(factors, shard)
+    return total, factors.flatten(0, 1).cpu()
+
+
+def _block_errors(rows: Tensor, q_m: Tensor, power: Tensor, widths: Sequence[int]) -> Tensor:
+    """Return the errors of rounding rows on their present grids, relative to q_m^t squared, shape (rows, widths)."""
+    errors = torch.zeros(len(rows), len(widths), device=rows.device)
+    for start in range(0, len(rows), _ROWS):
+        part = slice(start, start + _ROWS)
+        magnitude = rows[part].float().abs() / q_m[part, None]
+        # (|x| / q_m)^t on a grid that ends at 1 is |x|^t on one that ends at q_m^t.
+        magnitude = magnitude ** power[part, None]
+        for column, bits in enumerate(widths):
+            errors[part, column] = element_errors(magnitude, torch.ones_like(magnitude[:, :1]), bits)
+    return errors
 
 
 def rounding_errors(

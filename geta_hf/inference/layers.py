@@ -158,7 +158,12 @@ def is_exact(layer: PackedLayer) -> bool:
 
 
 def fits_integers(layer: PackedLayer) -> bool:
-    """Return whether a layer has a path other than `FLOAT`: it is linear, codes fit a byte and sums fit 32 bits."""
+    """Return whether a layer has a path other than `FLOAT`: it is linear, codes fit a byte and sums fit 32 bits.
+
+    Step sizes of blocks allow no integer products, since those add up over all inputs.
+    """
+    if getattr(layer, "step_size", None) is not None and layer.in_blocks:
+        return False
     if not isinstance(layer, nn.Linear | Conv1D) or layer.bits > BYTE_BITS:
         return False
     inputs = layer.dense_shape[0 if isinstance(layer, Conv1D) else 1]

@@ -17,7 +17,7 @@ from geta_hf.costs.ledger import Ledger
 from geta_hf.costs.quantizer_table import Named, Quantizers
 from geta_hf.costs.sensitivity import measure_errors
 from geta_hf.costs.targets import Target
-from geta_hf.quantization.functional import step_size
+from geta_hf.quantization.blocks import half_steps
 from geta_hf.utils.shards import from_first_process
 
 
@@ -83,14 +83,29 @@ def _of_first_process(chosen: BitAllocation) -> BitAllocation:
 
 
 def write_bits(quantizers: Quantizers, named: Named, chosen: BitAllocation) -> None:
-    """Scale each q_m by its factor, then set d to the step size of the chosen width, in place."""
-    # q_m first: the step size of a width follows from it.
+    """Scale each q_m by its factor, then set d to the step size of the chosen width, in place.
+
+    Step sizes of weights are put on the grid of fp16, so that formats with such scales hold the very same values.
+    """
     _, q_m, t = quantizers.read(named)
     device = q_m.device
     bits = torch.tensor([*chosen.weight_bits, *chosen.input_bits], dtype=torch.float32, device=device)
     q_m = q_m * entry_factors(quantizers, chosen).to(device)
+    levels = 2.0 ** (bits - 1) - 1
+    d = _half_steps(quantizers, q_m**t / levels[quantizers.layer])
+    # q_m follows d, so that the width remains an integer.
+    q_m = (d * levels[quantizers.layer]) ** (1 / t)
     quantizers.write_clipping(q_m, named)
-    quantizers.write_step_sizes(step_size(bits[quantizers.layer], q_m, t), named)
+    quantizers.write_step_sizes(d, named)
+
+
+def _half_steps(quantizers: Quantizers, d: Tensor) -> Tensor:
+    """Return the step sizes of weights on the grid of fp16, those of inputs as they are."""
+    d = d.clone()
+    for prefix in quantizers.prefixes[: quantizers.weight_layers]:
+        span = quantizers.spans[prefix]
+        d[span] = half_steps(d[span], small=prefix in quantizers.blocks)
+    return d
 
 
 def entry_factors(quantizers: Quantizers, chosen: BitAllocation) -> Tensor:

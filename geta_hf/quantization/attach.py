@@ -12,7 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from geta_hf.errors import GETAError
-from geta_hf.quantization.clipping import channel_clipping_values, check_clipping, clipping_value
+from geta_hf.quantization.clipping import (
+    block_clipping_values,
+    channel_clipping_values,
+    check_clipping,
+    clipping_value,
+)
 from geta_hf.quantization.fixed import InputQuantizedLayer, output_dim
 from geta_hf.quantization.layers import (
     LAYER_TYPES,
@@ -21,7 +26,8 @@ from geta_hf.quantization.layers import (
     dequantize_layer,
     quantize_layer,
 )
-from geta_hf.quantization.quantizer import Quantizer
+from geta_hf.quantization.maths import block_count
+from geta_hf.quantization.quantizer import GRIDS, Quantizer
 from geta_hf.utils.accelerate_hooks import rebind_forward
 
 logger = logging.getLogger(__name__)
@@ -109,6 +115,7 @@ def attach_quantizers(
     clipping: str = "mse",
     learn_t: bool = False,
     per_channel: bool = False,
+    grid: str | None = None,
 ) -> Layers:
     """Attach a learnable weight quantizer to the selected layers, in place. Layers whose weights are tied share one.
 
@@ -120,15 +127,17 @@ def attach_quantizers(
         target_bits: bit width for which `clipping="mse"` chooses q_m. Default 8.
         clipping: `mse` (default) or the paper's `max`, see `clipping_value`.
         learn_t: train the exponent t, the paper's nonlinear quantizer (Sec. 3). Default False, which means t = 1.
-        per_channel: one (d, q_m) for every output channel of a layer instead of one for the layer; t remains one.
-            Default False.
+        per_channel: the former spelling of `grid="channel"`. Default False.
+        grid: what has a (d, q_m) of its own: a `layer`, a `channel` (of the outputs), or, with `block32`, every 32
+            neighboring inputs of a channel; for convolutions `block32` means `channel`. t remains one for a layer.
+            Default None, which is `layer`, or `channel` under `per_channel`.
 
     Returns:
         The quantized layers by name.
 
     Raises:
-        GETAError: nothing to quantize, an unsupported or already quantized layer, a weight that is no parameter or not
-            finite, or one tied to a layer that is not quantized (which would change unnoticed).
+        GETAError: an unknown grid, nothing to quantize, an unsupported or already quantized layer, a weight that is no
+            parameter or not finite, or one tied to a layer that is not quantized (which would change unnoticed).
 
     Example:
         >>> import torch
@@ -142,6 +151,9 @@ def attach_quantizers(
         >>> round(float(layer.weight_quantizer.bits()), 4)
         8.0
     """
+    grid = grid or ("channel" if per_channel else "layer")
+    if grid not in GRIDS:
+        raise GETAError(f"unknown grid {grid!r}; choose one of {', '.join(GRIDS)}")
     chosen = select_layers(model, include, exclude)
     for name, layer in chosen.items():
         check_convertible(layer, name)
@@ -155,9 +167,11 @@ def attach_quantizers(
             if not weight.is_meta and not bool(weight.any()):
                 zero.append(name)
             dim = output_dim(layer)
-            q_m = _start(weight, target_bits, clipping, f"{name}.weight", dim, per_channel)
-            channel_dim = dim if per_channel else None
-            by_weight[id(weight)] = Quantizer(q_m, initial_bits, learn_t, weight.device, channel_dim)
+            own = layer_grid(layer, grid)
+            q_m = _start(weight, target_bits, clipping, f"{name}.weight", dim, own)
+            channel_dim = None if own == "layer" else dim
+            inputs = weight.shape[1 - dim] if own == "block32" else None
+            by_weight[id(weight)] = Quantizer(q_m, initial_bits, learn_t, weight.device, channel_dim, inputs)
     if zero:
         logger.warning(
             "all weights are zero in %s: their quantizers start from the range that torch initializes such layers "
@@ -172,12 +186,22 @@ def attach_quantizers(
     return chosen
 
 
-def _start(weight: Tensor, bits: int, clipping: str, name: str, dim: int, per_channel: bool) -> float | Tensor:
+def layer_grid(layer: nn.Module, grid: str) -> str:
+    """Return the grid of a layer in a model that has `grid`: a convolution has no inputs in a row, hence no blocks."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return "channel" if grid == "block32" and weight.dim() != 2 else grid
+
+
+def _start(weight: Tensor, bits: int, clipping: str, name: str, dim: int, grid: str) -> float | Tensor:
     if weight.is_meta:  # there are no values to measure; the layer is converted for its shapes only
         check_clipping(clipping)
-        return torch.ones(weight.shape[dim] if per_channel else 1, device="meta")
-    if not per_channel:
+        channels = 1 if grid == "layer" else weight.shape[dim]
+        blocks = block_count(weight.shape[1 - dim]) if grid == "block32" else 1
+        return torch.ones(channels, blocks, device="meta")
+    if grid == "layer":
         return clipping_value(weight, bits, clipping, name, dim)
+    if grid == "block32":
+        return block_clipping_values(weight, bits, clipping, name, dim)
     return channel_clipping_values(weight, bits, clipping, name, dim)
 
 
@@ -250,18 +274,26 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
 
 
 def cut_quantizers(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> None:
-    """Cut per-channel quantizers as their weights were cut, in place; those that fit their weight are not changed.
+    """Cut quantizers of channels and blocks as their weights were cut, in place; those that fit are not changed.
 
     Args:
         model: with quantizers, its weights cut already.
         kept: tensor name -> dim -> int64 kept indices, as `geta_hf.qadg.space.kept_indices` gives them.
+
+    Raises:
+        GETAError: blocks that were not formed over the inputs that remain; names the layer.
     """
     for name, layer in quantized_layers(model).items():
         quantizer = layer.weight_quantizer
         dim = quantizer.channel_dim
         # A quantizer that tied layers share is cut with the first of them and fits already.
-        if dim is not None and quantizer.d.numel() != layer.weight.shape[dim]:
+        if dim is not None and quantizer.d.shape[0] != layer.weight.shape[dim]:
             quantizer.keep_channels(kept[f"{name}.weight"][dim])
+        if dim is not None and quantizer.order is not None and len(quantizer.order) != layer.weight.shape[1 - dim]:
+            try:
+                quantizer.keep_inputs(kept[f"{name}.weight"][1 - dim])
+            except GETAError as error:
+                raise GETAError(f"{name}: {error}") from None
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from geta_hf.errors import GETAError
+from geta_hf.quantization.blocks import LARGEST_HALF, split_blocks
 from geta_hf.utils.process_state import full_precision
 
 METHODS = ("mse", "max")
@@ -31,6 +32,10 @@ _COARSE = PER_OCTAVE // 8
 _FINE = PER_OCTAVE // 64
 # Elements, or bins, handled at once: their positions and counts are int64, which takes twice to eight times the tensor.
 _CHUNK = 1 << 20
+# Elements of short rows that are searched at once: a few temporaries in fp32 remain in the processor's cache.
+_ELEMENTS = 1 << 16
+
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -98,13 +103,41 @@ def channel_clipping_values(
     return _clipping(rows, bits, method, name, rows.shape[1])
 
 
+def block_clipping_values(
+    weight: Tensor, bits: int, method: str = "mse", name: str = "weight", channel_dim: int = 0
+) -> Tensor:
+    """Return `clipping_value` of every block of 32 inputs of every channel: fp32, shape (channels, blocks).
+
+    A block that is all zero, or next to it, has no range of its own and gets the value of the entire tensor.
+
+    Args:
+        weight: the matrix to quantize.
+        bits, method, name: see `clipping_value`.
+        channel_dim: the dim of `weight` that the channels run along. Default 0.
+
+    Raises:
+        GETAError: as `clipping_value`, for the entire tensor; a block whose step size is beyond fp16.
+    """
+    rows = weight if channel_dim == 0 else weight.t()
+    values = _clipping(split_blocks(rows), bits, method, name, rows.shape[1], search_elements)
+    largest = float(values.max()) / (2 ** (bits - 1) - 1)
+    if largest > LARGEST_HALF:
+        raise GETAError(
+            f"{name}: a step size of {largest:.3g} at {bits} bits is beyond {LARGEST_HALF:g}, the largest that a block "
+            f"of 32 is stored with; scale the weight down, exclude the layer by a pattern, or choose grid='channel'"
+        )
+    return values.view(len(rows), -1)
+
+
 def smallest_range(dtype: torch.dtype) -> float:
     """Return the least max|W| of a tensor that can be quantized: neither W nor a step size at 16 bits is subnormal."""
     return max(torch.finfo(dtype).tiny, torch.finfo(torch.float32).tiny * 2**16)
 
 
 @torch.no_grad()
-def _clipping(rows: Tensor, bits: int, method: str, name: str, inputs: int) -> Tensor:
+def _clipping(
+    rows: Tensor, bits: int, method: str, name: str, inputs: int, search: Callable[..., Pair] | None = None
+) -> Tensor:
     """Return q_m of every row, shape (rows,); `inputs` are those of an output channel."""
     check_clipping(method)
     if not rows.numel():
@@ -128,7 +161,7 @@ def _clipping(rows: Tensor, bits: int, method: str, name: str, inputs: int) -> T
     largest = torch.where(largest < least, 0.0, largest)  # such a row has no range of its own
     values = largest
     if method == "mse":
-        values = largest * search_rows(rows, largest, [bits])[1][:, 0]
+        values = largest * (search or search_rows)(rows, largest, [bits])[1][:, 0]
     # A channel of zeros gets the range of the tensor, since d > 0 must hold.
     empty = largest == 0
     return torch.where(empty, clipping_value(rows, bits, method, name), values) if bool(empty.any()) else values
@@ -208,6 +241,93 @@ def search_rows(
             counts = combine(counts)
         errors[part], shares[part] = search_clipping(counts, widths)
     return errors, shares
+
+
+def search_elements(
+    rows: Tensor, largest: Tensor, widths: Sequence[int], importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Find what `search_rows` finds, from the elements themselves in place of histograms.
+
+    The candidates are the same. It serves rows that are far shorter than a histogram, such as blocks of 32, and errors
+    that do not all count alike.
+
+    Args:
+        rows: of either sign, shape (rows, n).
+        largest: shape (rows,), at least the row's max|x|; 0 where a row has no range.
+        widths: bit widths.
+        importance: how much the error of each element counts, not negative, broadcastable against `rows`. Default None:
+            all alike.
+
+    Returns:
+        Errors relative to largest², and clipping values relative to largest: fp32, shape (rows, widths) each.
+    """
+    errors = torch.zeros(len(rows), len(widths), device=rows.device)
+    shares = torch.ones(len(rows), len(widths), device=rows.device)
+    at_once = max(1, _ELEMENTS // max(rows.shape[1], 1))
+    for start in range(0, len(rows), at_once):
+        part = slice(start, start + at_once)
+        ends = largest[part, None]
+        magnitude = rows[part].float().abs() / torch.where(ends > 0, ends, 1.0)
+        weights = None
+        if importance is not None:
+            weights = importance[part] if len(importance) == len(rows) else importance
+        for column, bits in enumerate(widths):
+            errors[part, column], shares[part, column] = _search_elements(magnitude, bits, weights)
+    return errors, shares
+
+
+def _search_elements(magnitude: Tensor, bits: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the least error of every row and its clipping value, shape (rows,) each; magnitudes are at most 1."""
+    best = element_errors(magnitude, torch.ones_like(magnitude[:, :1]), bits, weights)
+    shift = torch.zeros_like(best)
+    for candidate in range(_COARSE, BINS, _COARSE):
+        clip = torch.full_like(shift, 2.0 ** (-candidate / PER_OCTAVE))[:, None]
+        # What clipping alone costs only rises from here on.
+        if bool((_sum_squares(magnitude.sub(clip).clamp_min_(0.0), weights) >= best).all()):
+            break
+        best, shift = _better(magnitude, clip, candidate, bits, weights, best, shift)
+    first = shift
+    for offset in range(-_COARSE + _FINE, _COARSE, _FINE):
+        if offset:
+            around = (first + offset).clamp_min(0)
+            clip = torch.exp2(-around / PER_OCTAVE)[:, None]
+            best, shift = _better(magnitude, clip, around, bits, weights, best, shift)
+    return best, torch.exp2(-shift / PER_OCTAVE)
+
+
+def _better(
+    magnitude: Tensor,
+    clip: Tensor,
+    candidate: Tensor | int,
+    bits: int,
+    weights: Tensor | None,
+    best: Tensor,
+    shift: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return the least error and its shift in every row, after one more candidate."""
+    error = element_errors(magnitude, clip, bits, weights)
+    wins = error < best
+    return torch.where(wins, error, best), torch.where(wins, candidate, shift)
+
+
+def element_errors(magnitude: Tensor, clip: Tensor, bits: int, weights: Tensor | None = None) -> Tensor:
+    """Return the squared error of rounding every row, shape (rows,).
+
+    Args:
+        magnitude: |x|, fp32, shape (rows, n).
+        clip: the clipping value of every row, shape (rows, 1).
+        bits: the bit width.
+        weights: how much each element counts, broadcastable against `magnitude`. Default None: all alike.
+    """
+    step = clip / (2.0 ** (bits - 1) - 1)
+    rounded = torch.minimum(magnitude, clip).div_(step).round_().mul_(step)
+    return _sum_squares(rounded.sub_(magnitude), weights)
+
+
+def _sum_squares(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the weighted sum of squares of every row; changes the values."""
+    squares = values.square_()
+    return (squares if weights is None else squares.mul_(weights)).sum(1)
 
 
 def search_clipping(counts: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor]:

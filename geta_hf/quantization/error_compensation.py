@@ -50,7 +50,8 @@ def round_compensated(
     Args:
         weight: shape (out, in), or (in, out) with `channel_dim=1`, as in transformers' Conv1D.
         covariance: Σ of the inputs, shape (in, in), symmetric.
-        d, q_m: step size and clipping value, shape (1,), or (out,) for one of each output channel.
+        d, q_m: step size and clipping value, shape (1,), (out,) for one of each output channel, or (out, in) for one of
+            each weight, such as those of blocks.
         channel_dim: the dim of `weight` that output channels run along. Default 0.
         by_activation: round the inputs of the largest mean square first; otherwise in their natural order.
         damping: share of the mean of Σ's diagonal that is added to it. Default 0.01.
@@ -63,13 +64,15 @@ def round_compensated(
         GETAError: Σ is not finite.
     """
     original = (weight if channel_dim == 0 else weight.t()).float()
-    d, q_m = d.reshape(-1, 1).to(original), q_m.reshape(-1, 1).to(original)
+    d, q_m = (value.to(original) if value.dim() == 2 else value.reshape(-1, 1).to(original) for value in (d, q_m))
     # Where the largest inputs come last, nothing remains that could take their errors.
     natural = torch.arange(original.shape[1], device=original.device)
     order = torch.argsort(covariance.diagonal(), descending=True, stable=True) if by_activation else natural
     factor = _inverse_factor(covariance[order][:, order], damping).to(original)
     rounded = torch.empty_like(original)
-    rounded[:, order] = _round_columns(original[:, order].clone(), factor, d, q_m, block)
+    rounded[:, order] = _round_columns(
+        original[:, order].clone(), factor, _columns(d, order), _columns(q_m, order), block
+    )
     nearest = quantize(original, d, q_m)
     sigma = covariance.to(original)
     better = output_error(original - nearest, sigma) < output_error(original - rounded, sigma)
@@ -86,13 +89,19 @@ def _round_columns(work: Tensor, factor: Tensor, d: Tensor, q_m: Tensor, block: 
         errors = torch.empty_like(work[:, start:end])
         for column in range(start, end):
             value = work[:, column : column + 1]
-            rounded[:, column : column + 1] = quantize(value, d, q_m)
-            error = (value - rounded[:, column : column + 1]) / factor[column, column]
-            work[:, column:end] -= error @ factor[column : column + 1, column:end]
+            here = slice(column, column + 1)
+            rounded[:, here] = quantize(value, _columns(d, here), _columns(q_m, here))
+            error = (value - rounded[:, here]) / factor[column, column]
+            work[:, column:end] -= error @ factor[here, column:end]
             errors[:, column - start : column - start + 1] = error
         # Later blocks are changed once per block: that is one product, in place of one for each column.
         work[:, end:] -= errors @ factor[start:end, end:]
     return rounded
+
+
+def _columns(values: Tensor, index: Tensor | slice) -> Tensor:
+    """Return some columns of values for each weight; those for each row serve all columns."""
+    return values if values.shape[1] == 1 else values[:, index]
 
 
 def _inverse_factor(covariance: Tensor, damping: float) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geta_hf.quantization.blocks import in_blocks
 from geta_hf.quantization.kernels import Kernel, choose
 from geta_hf.quantization.maths import (
     FLOAT_BITS,
@@ -93,14 +94,29 @@ def gradients_or_zeros(
 EAGER = Kernel("eager", quantize, gradients, straight_through)
 
 
+def choose_kernel(x: Tensor, blocks: bool, order: Tensor | None) -> Kernel:
+    """Return the fastest kernel for x; where `blocks` holds, for the grid `block32` with the inputs in this order."""
+    kernel = choose(x, EAGER)
+    return in_blocks(kernel, order) if blocks else kernel
+
+
 class _FakeQuantize(torch.autograd.Function):
     """Save x alone: it is the parameter itself, so this costs no memory, and x^Q is recomputed."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None, frozen: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        d: Tensor,
+        q_m: Tensor,
+        t: Tensor | None,
+        frozen: bool,
+        blocks: bool,
+        order: Tensor | None,
+    ) -> Tensor:
         ctx.save_for_backward(x, d, q_m, t)
         # Chosen once: backward must use the kernel of its forward, even after a `using` around the forward has ended.
-        ctx.frozen, ctx.kernel = frozen, choose(x, EAGER)
+        ctx.frozen, ctx.kernel = frozen, choose_kernel(x, blocks, order)
         # `data` is a new tensor on the same memory. A kernel may return a view, which autograd would let nobody modify
         # in place, or what a cast without effect returned, the very tensor that it was given: torch 2.11 then loses
         # all gradients of this function under torch.compile.
@@ -109,10 +125,19 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, d, q_m, t = ctx.saved_tensors
-        return *gradients_or_zeros(ctx.kernel, ctx.frozen, grads[0], x, d, q_m, t), None
+        return *gradients_or_zeros(ctx.kernel, ctx.frozen, grads[0], x, d, q_m, t), None, None, None
 
 
-def fake_quantize(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None = None, frozen: bool = False) -> Tensor:
+def fake_quantize(
+    x: Tensor,
+    d: Tensor,
+    q_m: Tensor,
+    t: Tensor | None = None,
+    frozen: bool = False,
+    *,
+    blocks: bool = False,
+    order: Tensor | None = None,
+) -> Tensor:
     """Return `quantize(x, d, q_m, t)` with the straight-through gradients of `gradients`.
 
     Args:
@@ -120,8 +145,10 @@ def fake_quantize(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None = None, fr
         d, q_m: step size and clipping value, (1,), or broadcastable against x for one per channel.
         t: exponent, shape (1,). Default None, which means t = 1.
         frozen: d, q_m and t get no update (cool-down): their gradients are zeros and cost nothing. Default False.
+        blocks: x is a weight of shape (out, in) on the grid `block32`, and d and q_m are (out, blocks). Default False.
+        order: of the inputs in these blocks, int64, shape (in,). Default None: the natural one.
 
     Returns:
         x^Q, shape and dtype of x.
     """
-    return _FakeQuantize.apply(x, d, q_m, t, frozen)
+    return _FakeQuantize.apply(x, d, q_m, t, frozen, blocks, order)

@@ -17,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 from geta_hf.errors import GETAError
 from geta_hf.quantization.fixed import InputQuantizedLayer
 from geta_hf.quantization.layer_types import base_type
-from geta_hf.quantization.linear import quantized_linear
 from geta_hf.quantization.lora import LowRank
 from geta_hf.quantization.mixture import Mixture, mixed_linear, mixed_weight
 from geta_hf.quantization.parametrized import removal_of
@@ -61,9 +60,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         x = self.quantized_input(input)
         if self.mixture is not None:
             return mixed_linear(x, self.weight, self.bias, self.mixture, untrained=self._untrained)
-        own = self.weight_quantizer
-        d, q_m = own.broadcast_over(self.weight)
-        return quantized_linear(x, self.weight, self.bias, d, q_m, own.exponent, own.frozen, self.lora)
+        return self.weight_quantizer.linear(x, self.weight, self.bias, self.lora)
 
 
 class QuantConv1D(QuantizedLayer, Conv1D):
@@ -73,11 +70,9 @@ class QuantConv1D(QuantizedLayer, Conv1D):
         x = self.quantized_input(x)
         if self.mixture is not None:
             return mixed_linear(x, self.weight, self.bias, self.mixture, transposed=True, untrained=self._untrained)
-        own = self.weight_quantizer
         if self.lora is None:
             return F.linear(x, self.quantized_weight().t(), self.bias)
-        d, q_m = (value.t() for value in own.broadcast_over(self.weight))
-        return quantized_linear(x, self.weight.t(), self.bias, d, q_m, own.exponent, own.frozen, self.lora)
+        return self.weight_quantizer.linear(x, self.weight.t(), self.bias, self.lora)
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from geta_hf.quantization.functional import EAGER, fake_quantize, gradients_or_zeros
-from geta_hf.quantization.kernels import choose, must_stay_plain
+from geta_hf.quantization.functional import choose_kernel, fake_quantize, gradients_or_zeros
+from geta_hf.quantization.kernels import must_stay_plain
 from geta_hf.quantization.lora import LowRank, merge
 
 
@@ -33,9 +33,11 @@ class _QuantizedLinear(torch.autograd.Function):
         a: Tensor | None,
         b: Tensor | None,
         scale: float,
+        blocks: bool,
+        order: Tensor | None,
     ) -> Tensor:
         # Chosen once, so that backward recomputes the very values of forward.
-        kernel = choose(weight, EAGER)
+        kernel = choose_kernel(weight, blocks, order)
         out = F.linear(x, kernel.quantize(_merged(weight, a, b, scale), d, q_m, t), bias)
         # Under autocast the product is taken in another dtype than x has; so are those of backward.
         ctx.save_for_backward(x.to(out.dtype), weight, d, q_m, t, a, b)
@@ -65,7 +67,7 @@ class _QuantizedLinear(torch.autograd.Function):
                 of_weight = of_quantizer[0].float()
                 grad_a = ctx.scale * (b.t() @ of_weight)
                 grad_b = ctx.scale * (of_weight @ a.t())
-        return grad_x, of_quantizer[0], grad_bias, *of_quantizer[1:], None, grad_a, grad_b, None
+        return grad_x, of_quantizer[0], grad_bias, *of_quantizer[1:], None, grad_a, grad_b, None, None, None
 
 
 def _merged(weight: Tensor, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
@@ -81,6 +83,9 @@ def quantized_linear(
     t: Tensor | None = None,
     frozen: bool = False,
     low_rank: LowRank | None = None,
+    *,
+    blocks: bool = False,
+    order: Tensor | None = None,
 ) -> Tensor:
     """Return F.linear(x, fake_quantize(weight, d, q_m, t, frozen), bias), recomputing x^Q in backward.
 
@@ -90,7 +95,7 @@ def quantized_linear(
         x: (…, in).
         weight: (out, in); a transposed view is accepted.
         bias: (out,) or None.
-        d, q_m, t, frozen: as in `fake_quantize`.
+        d, q_m, t, frozen, blocks, order: as in `fake_quantize`.
         low_rank: added to the weight before it is quantized; recomputed in backward as well. Default None.
 
     Returns:
@@ -102,5 +107,6 @@ def quantized_linear(
         a, b, scale = low_rank.A, low_rank.B, low_rank.scale
     # What reads the operators (torch.compile, tracing) or stands in for data must see ordinary ones.
     if must_stay_plain(x, weight):
-        return F.linear(x, fake_quantize(_merged(weight, a, b, scale), d, q_m, t, frozen), bias)
-    return _QuantizedLinear.apply(x, weight, bias, d, q_m, t, frozen, a, b, scale)
+        merged = _merged(weight, a, b, scale)
+        return F.linear(x, fake_quantize(merged, d, q_m, t, frozen, blocks=blocks, order=order), bias)
+    return _QuantizedLinear.apply(x, weight, bias, d, q_m, t, frozen, a, b, scale, blocks, order)

@@ -26,6 +26,14 @@ TINY = 1e-12
 FLOAT_BITS = 32
 """The bit width that a float value counts with wherever bits are counted."""
 
+BLOCK = 32
+"""Neighboring inputs of an output channel that share a step size on the grid `block32`; the last ones may be fewer."""
+
+
+def block_count(inputs: int) -> int:
+    """Return into how many blocks the inputs of an output channel fall on the grid `block32`."""
+    return -(-inputs // BLOCK)
+
 
 def clip_power(x: Tensor, q_m: Tensor, t: Tensor | None = None) -> Tensor:
     """Return sgn(x) · min(|x|, q_m)^t, the value before rounding, in the shape of x.

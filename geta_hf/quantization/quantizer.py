@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from geta_hf.errors import GETAError
 from geta_hf.quantization import functional
+from geta_hf.quantization.blocks import block_of_input, join_blocks, split_blocks
 from geta_hf.quantization.clipping import Histogram
 from geta_hf.quantization.fixed import FixedQuantizer, SinglePrecision
+from geta_hf.quantization.linear import quantized_linear
+from geta_hf.quantization.lora import LowRank
+from geta_hf.quantization.maths import block_count
+
+GRIDS = ("layer", "channel", "block32")
+"""What has a step size of its own: a layer, an output channel, or 32 neighboring inputs of an output channel."""
 
 
 class Quantizer(SinglePrecision):
     """Learnable (d, q_m, t), fp32 whatever the dtype of the tensor (paper Sec. 3).
 
-    `t` has shape (1,); `d` and `q_m` have shape (1,), or (channels,) where each output channel has its own.
+    `t` has shape (1,); `d` and `q_m` have shape (1,), or (channels,) where each output channel has its own, or
+    (channels, blocks) where each block of 32 inputs of a channel has its own.
 
     Attributes:
         channel_dim: the dim of the tensor that `d` and `q_m` run along; None for one pair for the entire tensor.
+        order: int64, shape (inputs,), where there are blocks: the inputs in the order of their blocks; else None.
         frozen: whether (d, q_m, t) get no update, so that no gradient is computed for them; False at first.
         histogram: of the magnitudes that calibration met, relative to q_m at that time; None where it was not run.
 
@@ -26,7 +38,10 @@ class Quantizer(SinglePrecision):
         learn_t: whether the exponent t is trained. Default False: t stays exactly 1 and the linear path is taken.
         device: of the parameters. Default None: that of `q_m`, or the default device.
         channel_dim: see above. Default None.
+        inputs: of each output channel of a matrix, where each block of them has a (d, q_m). Default None.
     """
+
+    order: Tensor | None
 
     def __init__(
         self,
@@ -35,6 +50,7 @@ class Quantizer(SinglePrecision):
         learn_t: bool = False,
         device: torch.device | None = None,
         channel_dim: int | None = None,
+        inputs: int | None = None,
     ) -> None:
         super().__init__()
         self.learn_t = learn_t
@@ -42,7 +58,11 @@ class Quantizer(SinglePrecision):
         self.frozen = False
         self.histogram: Histogram | None = None
         # Shape (1,) and never 0-d: FSDP2 refuses to shard a 0-d parameter.
-        start = torch.as_tensor(q_m, dtype=torch.float32, device=device).detach().reshape(-1)
+        start = torch.as_tensor(q_m, dtype=torch.float32, device=device).detach()
+        start = start.reshape(-1) if inputs is None else start.reshape(-1, block_count(inputs))
+        # In checkpoints, since blocks are formed over what remains when groups are removed.
+        self.register_buffer("order", None if inputs is None else torch.arange(inputs, device=start.device))
+        self._natural = True
         self.q_m = nn.Parameter(start.clone())
         # A parameter even where it is not learned, so that checkpoints have the same names under every config.
         self.t = nn.Parameter(torch.ones(1, dtype=torch.float32, device=device), requires_grad=learn_t)
@@ -54,9 +74,56 @@ class Quantizer(SinglePrecision):
         """The exponent t where it is learned; None where it is always 1."""
         return self.t if self.learn_t else None
 
+    @property
+    def grid(self) -> str:
+        """What has a step size of its own, one of `GRIDS`."""
+        if self.order is not None:
+            return "block32"
+        return "layer" if self.channel_dim is None else "channel"
+
+    @property
+    def block_order(self) -> Tensor | None:
+        """The order of the inputs in their blocks; None where it is natural, or where there are no blocks."""
+        # Known without a look at the device.
+        return None if self._natural else self.order
+
     def forward(self, x: Tensor) -> Tensor:
         """Return x^Q with straight-through gradients; shape and dtype of x."""
-        return functional.fake_quantize(x, *self.broadcast_over(x), self.exponent, self.frozen)
+        if self.order is None:
+            return functional.fake_quantize(x, *self.broadcast_over(x), self.exponent, self.frozen)
+        rows = functional.fake_quantize(
+            self._rows(x), self.d, self.q_m, self.exponent, self.frozen, blocks=True, order=self.block_order
+        )
+        return self._rows(rows)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """Return a matrix as (out, in), or the reverse."""
+        return x.t() if self.channel_dim else x
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None = None) -> Tensor:
+        """Return the product of x with a quantized weight, see `quantized_linear`.
+
+        Args:
+            x: shape (…, in).
+            weight: shape (out, in), whatever dim the output channels run along in the layer.
+            bias, low_rank: as in `quantized_linear`.
+        """
+        d: Tensor = self.d
+        q_m: Tensor = self.q_m
+        if self.order is None and self.channel_dim is not None:
+            d, q_m = d.view(-1, 1), q_m.view(-1, 1)
+        return quantized_linear(
+            x,
+            weight,
+            bias,
+            d,
+            q_m,
+            self.exponent,
+            self.frozen,
+            low_rank,
+            blocks=self.order is not None,
+            order=self.block_order,
+        )
 
     @torch.no_grad()
     def bits(self) -> Tensor:
@@ -66,29 +133,77 @@ class Quantizer(SinglePrecision):
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """Return the integers n with x^Q = d · n, int32, in the shape of x."""
-        return functional.integer_codes(x, *self.broadcast_over(x), self.exponent)
+        if self.order is None:
+            return functional.integer_codes(x, *self.broadcast_over(x), self.exponent)
+        rows = self._rows(x)
+        codes = functional.integer_codes(
+            split_blocks(rows, self.block_order), self.d.reshape(-1, 1), self.q_m.reshape(-1, 1), self.exponent
+        )
+        return self._rows(join_blocks(codes, rows.shape[1], self.block_order)).contiguous()
 
     def broadcast_over(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return d and q_m in shapes that broadcast over x."""
+        """Return d and q_m in shapes that broadcast over x; with blocks these are copies of the shape of x."""
+        if self.order is not None:
+            block = block_of_input(len(self.order), self.block_order, self.d.device)
+            return self._rows(self.d[:, block]), self._rows(self.q_m[:, block])
         if self.channel_dim is None:
             return self.d, self.q_m
         shape = [1] * x.dim()
         shape[self.channel_dim] = -1
         return self.d.view(shape), self.q_m.view(shape)
 
+    def set_order(self, order: Tensor) -> None:
+        """Set the order of the inputs in their blocks, int64, shape (inputs,), in place; d and q_m do not follow it."""
+        assert self.order is not None
+        self.order.copy_(order)
+        self._note_order()
+
+    def _note_order(self) -> None:
+        if self.order is not None and not self.order.is_meta:
+            self._natural = torch.equal(self.order, torch.arange(len(self.order), device=self.order.device))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._note_order()
+
+    def keep_inputs(self, index: Tensor) -> None:
+        """Keep only the inputs of `index`, int64, ascending, shape (kept,), in place; their blocks must be formed.
+
+        d and q_m become new parameters, as in `keep_channels`.
+
+        Raises:
+            GETAError: the inputs to be removed lie among those that remain, so that blocks of 32 would change.
+        """
+        assert self.order is not None
+        kept = index.to(self.order.device)
+        if not torch.equal(self.order[: len(kept)], kept):
+            raise GETAError(
+                f"{len(kept)} of {len(self.order)} inputs remain, but the blocks of 32 are those of all inputs, so a "
+                f"cut would change step sizes; remove groups by a method (GETATrainer or geta_hf.compress), which "
+                f"forms the blocks of what remains, or choose grid='channel'"
+            )
+        blocks = torch.arange(block_count(len(kept)), device=self.d.device)
+        self._keep(1, blocks)
+        self.order = torch.arange(len(kept), device=self.order.device)
+        self._note_order()
+
     def keep_channels(self, index: Tensor) -> None:
         """Keep only the channels of `index`, int64, shape (kept,), in place.
 
         d and q_m become new parameters, so an optimizer that holds the old ones must be made again.
         """
+        self._keep(0, index)
+
+    def _keep(self, dim: int, index: Tensor) -> None:
         for leaf in ("d", "q_m"):
             old: nn.Parameter = getattr(self, leaf)
-            kept = old.detach().index_select(0, index.to(old.device))
+            kept = old.detach().index_select(dim, index.to(old.device))
             setattr(self, leaf, nn.Parameter(kept, requires_grad=old.requires_grad))
 
     def extra_repr(self) -> str:
-        channels = "" if self.channel_dim is None else f", channels={self.d.numel()}"
-        return f"learn_t={self.learn_t}{channels}"
+        channels = "" if self.channel_dim is None else f", channels={self.d.shape[0]}"
+        blocks = "" if self.order is None else f", blocks={self.d.shape[1]}"
+        return f"learn_t={self.learn_t}{channels}{blocks}"
 
 
 def fixed_quantizer(quantizer: Quantizer, bits: int) -> FixedQuantizer:

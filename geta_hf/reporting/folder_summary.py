@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from geta_hf.quantization.functional import FLOAT_BITS
 from geta_hf.reporting.comparison import Metrics, Structure, read_structure
 from geta_hf.reporting.results import Results, read_results
 from geta_hf.serialization.hf_quantizer import GETAQuantizationConfig, apply_fixes
-from geta_hf.serialization.packed_layers import INPUT_SCALE, WEIGHT_SCALE
+from geta_hf.serialization.packed_layers import BLOCKS, INPUT_SCALE, WEIGHT_SCALE
 from geta_hf.serialization.sizes import tensor_sizes
 from geta_hf.serialization.validate import check_headers, check_readable, read_json
 from geta_hf.utils.plain_yaml import load_plain_yaml
@@ -87,6 +87,7 @@ class FolderSummary:
         versions: of the software that wrote it and that reads it.
         results: scores of "dense" and "compressed" by data set, if measured.
         untouched: what was not pruned, and why.
+        grid: what has a step size of its own: a `layer`, a `channel`, or a `block32` of inputs.
         float_layers: modules with a matrix that is not quantized, embeddings excluded; empty if transformers cannot
             build the model.
     """
@@ -107,6 +108,7 @@ class FolderSummary:
     results: Results = field(default_factory=dict)
     untouched: Untouched = field(default_factory=Untouched)
     float_layers: tuple[str, ...] = ()
+    grid: str = "layer"
 
     @property
     def base_model(self) -> str | None:
@@ -167,6 +169,7 @@ def read_summary(folder: str | os.PathLike[str]) -> FolderSummary:
         results=read_results(path),
         untouched=read_untouched(path),
         float_layers=() if model is None else _float_layers(model, structure),
+        grid=_grid(path, config, structure, () if model is None else _embeddings(model)),
     )
 
 
@@ -247,6 +250,20 @@ def _parts(folder: Path, structure: Structure, model: PreTrainedModel | None) ->
                 part = PACKED if path in structure.bits and leaf == "weight" else REST
             parts[part] += size
     return {part: size for part, size in parts.items() if size}
+
+
+def _grid(folder: Path, config: Mapping[str, Any], structure: Structure, embeddings: Collection[str]) -> str:
+    """Return what has a step size of its own, by the folder's configuration and the sizes of its tensors."""
+    stored = config.get("quantization_config") or {}
+    if stored.get("grid") == BLOCKS:
+        return BLOCKS
+    layers = [name for name in structure.bits if name not in embeddings]
+    scales = {f"{name}.{WEIGHT_SCALE}" for name in layers}
+    sizes = (
+        size for file in folder.glob("*.safetensors") for name, size in tensor_sizes(file).items() if name in scales
+    )
+    # One number takes four bytes.
+    return "channel" if any(size > 4 for size in sizes) else "layer"
 
 
 def _float_layers(model: PreTrainedModel, structure: Structure) -> tuple[str, ...]:

@@ -131,7 +131,8 @@ def _tiles(summary: FolderSummary, sizes: Mapping[str, int]) -> list[tuple[str, 
         kept = f"{compressed.parameters:,} of {dense.parameters:,}"
         tiles.append(("parameters kept", f"{compressed.parameters / max(dense.parameters, 1):.1%}", kept))
         if summary.structure.bits:
-            tiles.append(("mean bits", f"{compressed.mean_bits:.2f}", f"in {len(compressed.layers)} layers"))
+            words = f"in {len(compressed.layers)} layers, a step size for each {summary.grid}"
+            tiles.append(("mean bits", f"{compressed.mean_bits:.2f}", words))
         if dense.macs and dense.bops_linear:
             tiles.append(("relative BOPs", f"{compressed.bops_linear / dense.bops_linear:.2%}", "of quantized linears"))
     return tiles

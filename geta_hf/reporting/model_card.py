@@ -404,6 +404,14 @@ def how_counted(summary: FolderSummary) -> str:
     return f"{_COUNTED} Parameters, MACs and BOPs of the dense model exclude the {layers} removed entirely."
 
 
+_STEPS = {
+    "layer": "",
+    "channel": " with a step size for each output channel",
+    "block32": " with a step size for every 32 inputs of an output channel",
+}
+"""What the sentence about a folder says of its grid; one step size for a layer goes without saying."""
+
+
 def describe_folder(summary: FolderSummary, base_model: str | None) -> str:
     """Describe a model in one sentence of Markdown: what it is, and how it was made."""
     kept = sum(count for count, _ in summary.structure.kept.values())
@@ -415,7 +423,7 @@ def describe_folder(summary: FolderSummary, base_model: str | None) -> str:
     packed = ""
     if widths:
         bits = str(widths[0]) if len(widths) == 1 else f"{widths[0]} to {widths[-1]}"
-        packed = f", and {len(summary.structure.bits)} layers are stored at {bits} bits"
+        packed = f", and {len(summary.structure.bits)} layers are stored at {bits} bits{_STEPS[summary.grid]}"
     return (
         f"A {_cell(summary.architecture)}{source}, compressed with GETA (joint structured pruning and quantization "
         f"during fine-tuning): {layers}{pruned}{packed}."

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.utils import logging
 
 from geta_hf.errors import GETAError
 from geta_hf.quantization.fixed import output_dim
+from geta_hf.quantization.maths import block_count
 from geta_hf.serialization.bitpack import stream_length, unpack
 from geta_hf.serialization.packed_layers import INPUT_SCALE, WEIGHT_SCALE, PackedLayer
 
@@ -105,13 +106,14 @@ def _is_inside(file: Path, folder: Path) -> bool:
     return not folder.is_dir() and ".." not in file.parts
 
 
-def check_packed(name: str, layer: PackedLayer, headers: Mapping[str, Header]) -> None:
+def check_packed(name: str, layer: PackedLayer, headers: Mapping[str, Header], blocks: bool = False) -> None:
     """Check the types and sizes of what the folder holds of one packed layer; what it lacks is found later.
 
     Args:
         name: path of the layer in the folder.
         layer: the layer, of the size and bit width that config.json gives it.
         headers: of the folder's tensors, by name.
+        blocks: whether the folder says that it has step sizes for blocks of 32 inputs. Default False.
 
     Raises:
         GETAError: a stream or a scale of another type or size.
@@ -127,11 +129,16 @@ def check_packed(name: str, layer: PackedLayer, headers: Mapping[str, Header]) -
         )
     # The sizes of scales are checked once they are loaded; another type would be cast without a word by then.
     for leaf in (WEIGHT_SCALE, INPUT_SCALE):
-        if (scale := headers.get(f"{name}.{leaf}")) is not None and scale.kind != "F32":
+        if (scale := headers.get(f"{name}.{leaf}")) is not None and scale.kind not in _scale_kinds(leaf, blocks, scale):
             raise GETAError(
                 f"{scale.file}: {name}.{leaf} is {scale.kind} of shape {scale.shape}, not one float32, nor one for "
                 f"several channels; export the folder again"
             )
+
+
+def _scale_kinds(leaf: str, blocks: bool, header: Header) -> tuple[str, ...]:
+    """Return the types that a scale may have: that of blocks of a weight's inputs is fp16 where that is exact."""
+    return ("F16", "F32") if leaf == WEIGHT_SCALE and blocks and len(header.shape) == 2 else ("F32",)
 
 
 def check_plain(name: str, tensor: Tensor, header: Header, strict: bool) -> bool:
@@ -165,19 +172,22 @@ def check_plain(name: str, tensor: Tensor, header: Header, strict: bool) -> bool
     return True
 
 
-def check_scale(name: str, scale: Tensor, several: str, count: int) -> None:
-    """Check that a scale is one positive finite number, or `count` of them.
+def check_scale(name: str, scale: Tensor, several: str, count: int, blocks: tuple[int, int] | None = None) -> None:
+    """Check that a scale is one positive finite number, or `count` of them, or one for each block.
 
     Args:
         name: of the tensor, for the error.
         scale: as it was loaded.
         several: what `count` numbers would be for, for the error.
         count: the other length that is allowed.
+        blocks: the shape of one for each block of 32 inputs, in fp32 or fp16, where that is allowed. Default None.
 
     Raises:
         GETAError: another type or shape, or a number that is not positive and finite.
     """
-    if scale.dtype != torch.float32 or tuple(scale.shape) not in ((1,), (count,)):
+    plain = scale.dtype == torch.float32 and tuple(scale.shape) in ((1,), (count,))
+    in_blocks = scale.dtype in (torch.float32, torch.float16) and tuple(scale.shape) == blocks
+    if not plain and not in_blocks:
         raise GETAError(
             f"{name} is {scale.dtype} of shape {tuple(scale.shape)}, not one float32, nor one for {several} "
             f"({count}); export the folder again"
@@ -199,9 +209,13 @@ class Decode(ConversionOps):
         name: what the saved model called the layer.
         places: names that the folder may use, since it may hold a part of that model, or one with another head.
         layer: the layer to decode into.
+        blocks: whether the layer may have step sizes for blocks of 32 inputs. Default False.
     """
 
-    def __init__(self, hf_quantizer: Any, name: str, places: Iterable[str], layer: PackedLayer) -> None:
+    def __init__(
+        self, hf_quantizer: Any, name: str, places: Iterable[str], layer: PackedLayer, blocks: bool = False
+    ) -> None:
+        self.blocks = blocks
         self.hf_quantizer = hf_quantizer
         self.name = name
         self.layer = layer
@@ -239,7 +253,10 @@ class Decode(ConversionOps):
         stream = found["stream"]
         scale = found["scale"]
         channels = layer.dense_shape[output_dim(layer)]
-        check_scale(f"{self.name}.{WEIGHT_SCALE}", scale, "each output channel", channels)
+        blocks = None
+        if self.blocks and len(layer.dense_shape) == 2 and not isinstance(layer, nn.Embedding):
+            blocks = (channels, block_count(layer.dense_shape[1 - output_dim(layer)]))
+        check_scale(f"{self.name}.{WEIGHT_SCALE}", scale, "each output channel", channels, blocks)
         try:
             codes = unpack(stream, layer.bits, math.prod(layer.dense_shape)).view(layer.dense_shape)
         except GETAError as error:

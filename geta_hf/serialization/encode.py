@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geta_hf.errors import GETAError
+from geta_hf.quantization.blocks import is_half
 from geta_hf.quantization.fixed import FixedQuantizer
 from geta_hf.serialization.bitpack import MAX_BITS, MIN_BITS, ROWS_AT_ONCE, columns, largest_code, stream_length, unpack
 from geta_hf.serialization.packed_layers import (
+    BLOCKS,
     INPUT_SCALE,
     WEIGHT_SCALE,
     PackedLayer,
@@ -84,7 +86,7 @@ def pack_layer(
     Args:
         name, layer, bits, tied: see `become_packed`.
         codes: integers n, the shape of the layer's weight.
-        step_size: d, a number or of shape (1,) or (channels,).
+        step_size: d, a number or of shape (1,), (channels,) or (channels, blocks).
         input_quantizer: rounds the layer's input. Default None: the input stays in floating point.
 
     Raises:
@@ -101,8 +103,15 @@ def pack_layer(
     # Accelerate's hooks keep a bound forward, which would still be that of the plain class.
     rebind_forward(packed)
     packed.input_quantizer = input_quantizer
-    packed.step_size = torch.as_tensor(step_size, dtype=torch.float32).detach().cpu().reshape(-1)
+    packed.step_size = _as_stored(torch.as_tensor(step_size, dtype=torch.float32).detach().cpu())
     fill(packed, codes.to(device), dtype)
+
+
+def _as_stored(step_size: Tensor) -> Tensor:
+    """Return step sizes as a file holds them: those of blocks in half the bytes where that changes none."""
+    if step_size.dim() < 2:
+        return step_size.reshape(-1)
+    return step_size.half() if is_half(step_size) else step_size.clone()
 
 
 def fill(layer: PackedLayer, codes: Tensor, dtype: torch.dtype) -> None:
@@ -165,8 +174,8 @@ def packed_tensors(name: str, layer: PackedLayer, weight: Tensor | None = None) 
         name, layer, weight: see `layer_codes`.
 
     Returns:
-        `<name>.weight` (uint8 stream), `<name>.weight_scale` and, where the input is rounded, `<name>.input_scale`
-        (fp32), on CPU.
+        `<name>.weight` (uint8 stream), `<name>.weight_scale` (fp32, or fp16 of blocks) and, where the input is rounded,
+        `<name>.input_scale` (fp32), on CPU.
 
     Raises:
         GETAError: as `layer_codes`.
@@ -214,6 +223,11 @@ def weight_holders(model: nn.Module, layers: Iterable[str]) -> dict[str, list[tu
 def weight_bits(model: nn.Module) -> dict[str, int]:
     """Return module path -> bit width of its packed weight."""
     return {name: layer.bits for name, layer in packed_layers(model).items()}
+
+
+def grid_of(model: nn.Module) -> str | None:
+    """Return `block32` where any packed layer has step sizes for blocks of 32 inputs; otherwise None."""
+    return BLOCKS if any(layer.in_blocks for layer in packed_layers(model).values()) else None
 
 
 def activation_bits(model: nn.Module) -> dict[str, int]:

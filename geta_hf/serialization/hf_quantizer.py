@@ -21,7 +21,14 @@ from transformers.utils import logging
 
 from geta_hf.errors import GETAError
 from geta_hf.serialization.checksums import checksums
-from geta_hf.serialization.encode import activation_bits, packed_tensors, unpack_layer, weight_bits, weight_holders
+from geta_hf.serialization.encode import (
+    activation_bits,
+    grid_of,
+    packed_tensors,
+    unpack_layer,
+    weight_bits,
+    weight_holders,
+)
 from geta_hf.serialization.loader import (
     QUANT_METHOD,
     GETALoader,
@@ -140,6 +147,7 @@ def attach_quantizer(model: PreTrainedModel, fixes: Fixes) -> None:
             fixes=_fixes_below(model, fixes, part) if path else fixes,
             activation_bits=activation_bits(part),
             partial=bool(path),
+            grid=grid_of(part),
         )
         part.hf_quantizer = GETAHfQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
         # In the instance, since the class is transformers' own and other models of it are not packed.

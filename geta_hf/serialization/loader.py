@@ -29,7 +29,7 @@ from geta_hf.quantization.fixed import FixedQuantizer
 from geta_hf.serialization.bitpack import MAX_BITS, MIN_BITS
 from geta_hf.serialization.checksums import DIGITS, Verification
 from geta_hf.serialization.decode import Decode, Header, check_packed, check_plain, check_scale, read_headers
-from geta_hf.serialization.packed_layers import INPUT_SCALE, LEAVES, PackedLayer, become_packed, packed_layers
+from geta_hf.serialization.packed_layers import BLOCKS, INPUT_SCALE, LEAVES, PackedLayer, become_packed, packed_layers
 from geta_hf.serialization.static_cache import fit_static_caches
 from geta_hf.surgery.fixes import (
     Fixes,
@@ -49,7 +49,7 @@ QUANT_METHOD = "geta"
 FORMAT_VERSION = 1
 
 _WHERE = "quantization_config in config.json:"
-_LATER_KEYS = ("activation_bits", "partial", "checksums")
+_LATER_KEYS = ("activation_bits", "partial", "checksums", "grid")
 
 _BUFFER_BYTES = 2**27
 """Up to so many bytes of buffers that no folder holds are always allowed; beyond, four times the folder's tensors."""
@@ -69,6 +69,8 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
             own, such as a pooler. Default False, and config.json has no such key.
         checksums: tensor name -> checksum of its bytes in the file, 16 hexadecimal digits, or 8 in folders that
             were written before there were longer ones. Default None: none is known, and config.json has no such key.
+        grid: `block32` where packed layers may have a step size for every 32 inputs of an output channel. Default None:
+            none has, and config.json has no such key.
 
     Raises:
         GETAError: an unknown version or key, or a value that no export writes.
@@ -83,6 +85,7 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
         activation_bits: dict[str, int] | None = None,
         partial: bool = False,
         checksums: dict[str, str] | None = None,
+        grid: str | None = None,
         **unknown: Any,
     ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
@@ -91,6 +94,7 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
         self.activation_bits = {} if activation_bits is None else activation_bits
         self.partial = partial
         self.checksums = {} if checksums is None else checksums
+        self.grid = grid
         if format_version != FORMAT_VERSION:
             raise GETAError(
                 f"{_WHERE} format_version is {format_version!r}, but this release of geta_hf reads {FORMAT_VERSION}; "
@@ -100,6 +104,10 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
             raise GETAError(f"{_WHERE} unknown keys {sorted(unknown)}; install the release that wrote the folder")
         if not isinstance(partial, bool):
             raise GETAError(f"{_WHERE} partial is {partial!r}, not true or false")
+        if grid not in (None, BLOCKS):
+            raise GETAError(
+                f"{_WHERE} grid is {str(grid)[:80]!r}, not {BLOCKS!r}; install the release that wrote the folder"
+            )
         _check_checksums(self.checksums)
         check_widths("bits", self.bits)
         check_widths("activation_bits", self.activation_bits)
@@ -141,8 +149,9 @@ class GETALoader(HfQuantizer):
     """Shrink and prepare a freshly built model, then verify and decode what was loaded."""
 
     requires_calibration = True  # a dense model cannot be loaded into this format, only exported
-    revision = 3
-    """Rises when folders get what earlier code refuses: 2 since they have checksums, 3 since these have 16 digits."""
+    revision = 4
+    """Rises when folders get what earlier code refuses: 2 since they have checksums, 3 since these have 16 digits, 4
+    since there may be step sizes for blocks of inputs."""
 
     quantization_config: GETAQuantizationConfig
 
@@ -232,7 +241,7 @@ class GETALoader(HfQuantizer):
             layer = become_packed(path, model.get_submodule(path), bits, f"{path}.weight" in tied)
             self._reserve(name, _places(model, name), layer)
             for place in _places(model, name):
-                check_packed(place, layer, headers)
+                check_packed(place, layer, headers, config.grid == BLOCKS)
         _check_inputs(model, headers)
         self._check_plain(model, headers)
         _check_buffers(model, headers)
@@ -264,7 +273,7 @@ class GETALoader(HfQuantizer):
 
     def _reserve(self, name: str, places: Iterable[str], layer: PackedLayer) -> None:
         """Prepare a layer for loading: a decoder for its weight and a buffer for the scale of a rounded input."""
-        decoder = Decode(self, name, places, layer)
+        decoder = Decode(self, name, places, layer, self.quantization_config.grid == BLOCKS)
         self._decoders.append(decoder)
         if name in self.quantization_config.activation_bits:
             layer.register_buffer(INPUT_SCALE, torch.empty(1, dtype=torch.float32, device=layer.weight.device))

@@ -1,7 +1,8 @@
 """Define packed layers: original layers whose weight is stored as b-bit codes n and used as the dense d · n.
 
 On disk `<module>.weight` is the bit stream, uint8 and one-dimensional, and `<module>.weight_scale` the step size d,
-fp32: shape (1,), or (channels,) with one for each output channel. The name `weight` is chosen on purpose: a reader that
+fp32: shape (1,), or (channels,) with one for each output channel; or (channels, blocks) with one for each 32 inputs of
+an output channel, fp16 where that holds them exactly. The name `weight` is chosen on purpose: a reader that
 does not know the format finds a weight of the wrong size and fails, where under another name it would find none and
 load random weights without a word.
 
@@ -23,11 +24,15 @@ from transformers.pytorch_utils import Conv1D
 
 from geta_hf.errors import GETAError
 from geta_hf.quantization.fixed import FixedQuantizer, InputQuantizedLayer, SinglePrecision, output_dim
+from geta_hf.quantization.maths import BLOCK
 from geta_hf.serialization.bitpack import BYTE_BITS
 
 WEIGHT_SCALE, INPUT_SCALE = "weight_scale", "input_scale"
 LEAVES = ("weight", WEIGHT_SCALE, INPUT_SCALE)
 """The tensors that a file holds of a packed layer, apart from its bias."""
+
+BLOCKS = "block32"
+"""What the key `grid` of a folder's `quantization_config` says where layers have step sizes for blocks of inputs."""
 
 PIECE = 1 << 22
 """Elements that are decoded or compared at once: temporaries in fp32 are small next to the model, on a GPU as well."""
@@ -38,8 +43,8 @@ class PackedLayer(InputQuantizedLayer):
 
     Attributes:
         bits: bit width of each code.
-        step_size: d, fp32, shape (1,) or (channels,), on CPU. A plain attribute and no buffer, so that no cast of the
-            layer reaches it.
+        step_size: d, fp32, shape (1,) or (channels,), or as stored, shape (channels, blocks); on CPU. A plain attribute
+            and no buffer, so that no cast of the layer reaches it.
         input_quantizer: rounds the input as in training; None where the input stays in floating point.
         plain_class: class of the layer before it was packed.
         stream: the bit stream, where its codes could not be read back from the weight when it is saved; else None.
@@ -71,8 +76,13 @@ class PackedLayer(InputQuantizedLayer):
         """Type of the decoded weight."""
         return self.weight.dtype
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether each 32 inputs of an output channel have a step size of their own."""
+        return self.step_size.dim() == 2
+
     def scale(self, device: torch.device) -> Tensor:
-        """Return the step size on a device, in the shape that broadcasts over the weight."""
+        """Return the step size on a device, in the shape that broadcasts over the weight; not of blocks."""
         shape = [1] * len(self.dense_shape)
         shape[output_dim(self)] = -1
         return self.step_size.to(device).view(shape)
@@ -94,8 +104,19 @@ class PackedLayer(InputQuantizedLayer):
         return codes[rows].to(torch.float32) * self._scale_of(rows, codes.device)
 
     def _scale_of(self, rows: slice, device: torch.device) -> Tensor:
+        """Return the step sizes of some rows of the weight, fp32, broadcastable over these."""
+        if self.in_blocks:
+            return self._scale_of_blocks(rows, device)
         scale = self.scale(device)
         return scale if scale.shape[0] == 1 else scale[rows]
+
+    def _scale_of_blocks(self, rows: slice, device: torch.device) -> Tensor:
+        """Return a step size for each element of some rows: those of a piece alone take no memory to speak of."""
+        if output_dim(self) == 0:
+            return spread_blocks(self.step_size[rows].to(device), self.dense_shape[1])
+        # Rows of the weight are inputs here, each in one block of all output channels.
+        inputs = torch.arange(self.dense_shape[0], device=device)[rows]
+        return self.step_size.to(device).float().t().index_select(0, inputs // BLOCK)
 
     @staticmethod
     def pieces(weight: Tensor) -> Iterator[slice]:
@@ -136,6 +157,11 @@ class PackedLayer(InputQuantizedLayer):
         return self.bits <= BYTE_BITS and all(
             torch.equal(self._rows_back(weight, rows), codes[rows].to(torch.int32)) for rows in self.pieces(codes)
         )
+
+
+def spread_blocks(step_size: Tensor, inputs: int) -> Tensor:
+    """Return the step size of each weight, fp32, shape (channels, inputs), from those of its blocks of 32 inputs."""
+    return step_size.float().repeat_interleave(BLOCK, dim=1)[:, :inputs]
 
 
 class PackedLinear(PackedLayer, nn.Linear):

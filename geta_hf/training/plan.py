@@ -242,7 +242,7 @@ def make_ledger(
         GETAError: an embedding that is to be rounded, of a model that has none.
     """
     quantizers = (n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Quantizer))
-    own = {f"{name}.{leaf}" for name in quantizers for leaf in ("d", "q_m", "t")}
+    own = {f"{name}.{leaf}" for name in quantizers for leaf in ("d", "q_m", "t", "order")}
     shapes, item_bytes, seen = {}, {}, set()
     # keep_vars gives the tensors themselves: detached ones would be new objects, and tied weights would count twice.
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -252,8 +252,9 @@ def make_ledger(
     layers = []
     for name, layer in quantized_layers(model).items():
         if f"{name}.weight" in shapes:
-            dim = layer.weight_quantizer.channel_dim
-            layers.append(LayerEntry(f"{name}.weight", (uses or {}).get(name, 1.0), dim))
+            quantizer = layer.weight_quantizer
+            blocks = quantizer.grid == "block32"
+            layers.append(LayerEntry(f"{name}.weight", (uses or {}).get(name, 1.0), quantizer.channel_dim, blocks))
     # Groups are counted over parameters and buffers alike, since an export cuts both.
     rounded = _embedding_weight(model, embedding_bits, shapes)
     # What a constructor makes and no file holds, such as a vector of multipliers, is cut but costs nothing.

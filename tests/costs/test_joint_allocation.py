@@ -22,7 +22,7 @@ FALLING = torch.tensor([4.0 ** -(bits - 2) for bits in WIDTHS], dtype=torch.floa
 class Problem:
     """Two families of 5 and 3 groups that cut three tensors; one tensor by both, another with a scale a row."""
 
-    def __init__(self, seed: int, per_channel: bool = False) -> None:
+    def __init__(self, seed: int, per_channel: bool = False, blocks: bool = False) -> None:
         draw = torch.Generator().manual_seed(seed)
         rows = torch.arange(10).view(5, 2)
         self.shapes = {"a.weight": (10, 12), "a.bias": (10,), "b.weight": (3, 10), "c.weight": (9, 3)}
@@ -30,7 +30,8 @@ class Problem:
         others = torch.arange(3)[:, None]
         second = (Member("b.weight", 0, others), Member("c.weight", 1, others))
         self.families = (Family("one", "channels", first, True), Family("two", "heads", second, True))
-        layers = [LayerEntry("a.weight", 1.0, 0 if per_channel else None), LayerEntry("b.weight", 2.0)]
+        channel_dim = 0 if per_channel or blocks else None
+        layers = [LayerEntry("a.weight", 1.0, channel_dim, blocks), LayerEntry("b.weight", 2.0)]
         self.ledger = Ledger.of(self.families, self.shapes, layers, dict.fromkeys(self.shapes, 4))
         self.removal = torch.rand(8, generator=draw, dtype=torch.float64) ** 3
         scale = torch.rand(2, 1, generator=draw, dtype=torch.float64) * 5
@@ -73,11 +74,12 @@ class Problem:
         (0, Limits()),
         pytest.param(1, Limits(multiple_of=2), marks=pytest.mark.slow),
         pytest.param(2, Limits(min_kept=2), marks=pytest.mark.slow),
+        pytest.param(5, Limits(), marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("unit", [BYTES, BOPS])
 def test_no_set_of_groups_and_widths_is_much_better(unit: str, seed: int, limits: Limits) -> None:
-    problem = Problem(seed, per_channel=seed == 2)
+    problem = Problem(seed, per_channel=seed == 2, blocks=seed == 5)
     solutions = problem.solutions(limits)
     last = math.inf
     for share in (0.1, 0.3, 0.6):

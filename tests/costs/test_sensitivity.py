@@ -6,16 +6,20 @@ import itertools
 
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from geta_hf.costs import sensitivity
+from geta_hf.costs.quantizer_table import Quantizers
 from geta_hf.costs.sensitivity import (
     RoundingErrors,
     allocate,
     by_learned_width,
     by_sensitivity,
+    measure_errors,
     nearest,
     rounding_errors,
 )
+from geta_hf.quantization import attach_quantizers
 from geta_hf.quantization.clipping import BINS, PER_OCTAVE, clipping_value
 from geta_hf.quantization.functional import quantize, step_size
 from geta_hf.utils.shards import Shard
@@ -208,3 +212,30 @@ def test_histograms_are_those_of_a_weighted_bincount_without_its_use(
     # An element at the border of two bins may fall into either.
     apart = (seen[0].cumsum(0) - wanted.cumsum(0)).abs() > 1e-4 * wanted.sum()
     assert apart.sum() <= 3
+
+
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_errors_of_blocks_are_those_of_rounding_each(conv1d: bool, search: bool) -> None:
+    torch.manual_seed(0)
+    layer = Conv1D(5, 70) if conv1d else torch.nn.Linear(70, 5)
+    model = torch.nn.ModuleDict({"a": torch.nn.ModuleList([layer])})
+    attach_quantizers(model, grid="block32", learn_t=not search, initial_bits=6)
+    own = layer.weight_quantizer
+    own.t.data.fill_(1.0 if search else 1.2)
+    own.q_m.data.mul_(0.5)
+    own.set_order(torch.randperm(70))
+    named = dict(model.named_parameters())
+    prefix = "a.0.weight_quantizer"
+    table = Quantizers({"a.0.weight": prefix}, [], named, {prefix: own.channel_dim}, {prefix: own})
+    found = measure_errors(table, table.read(named), named.get, (2, 4), search)
+    rows = (layer.weight.t() if conv1d else layer.weight).detach()
+    for column, bits in enumerate((2, 4)):
+        clips = found.clips[:, column].view(5, 3) * own.q_m.detach()
+        total = 0.0
+        for place, member in enumerate(own.order.tolist()):
+            z = rows[:, member].abs() ** float(own.t.detach())
+            clip = clips[:, place // 32] ** float(own.t.detach())
+            step = clip / (2 ** (bits - 1) - 1)
+            total += float(((torch.minimum(z, clip) / step).round() * step - z).square().sum())
+        assert float(found.errors[0, column]) == pytest.approx(total, rel=1e-3)

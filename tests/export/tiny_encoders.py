@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from transformers import (
     AlbertConfig,
@@ -23,8 +25,10 @@ from transformers import (
     RobertaForQuestionAnswering,
 )
 
+from geta_hf.qadg import kept_indices, zero_groups
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.quantization import attach_quantizers, quantized_layers, step_size
+from geta_hf.quantization.blocks import remaining_first
 
 CLASSES = {
     "bert": (BertForQuestionAnswering, BertConfig),
@@ -78,6 +82,7 @@ def train_by_hand(
     quantize: bool = True,
     per_channel: bool = False,
     include: list[str] | None = None,
+    grid: str | None = None,
 ) -> dict[str, int]:
     """Attach quantizers of 2 to 16 whole bits and set a different number of groups of each family to zero.
 
@@ -91,11 +96,25 @@ def train_by_hand(
             tensors[member.tensor].index_fill_(member.dim, member.index[chosen].flatten(), 0.0)
         kept[family.name] = family.size - len(chosen)
     if quantize:
-        attach_quantizers(model, per_channel=per_channel, include=include)
+        attach_quantizers(model, per_channel=per_channel, include=include, grid=grid)
+        form_all_blocks(model, kept_indices(space, zero_groups(model, space)))
     for place, layer in enumerate(quantized_layers(model).values()):
         quantizer = layer.weight_quantizer
         quantizer.d.copy_(step_size(2 + (5 * place) % 15, quantizer.q_m, quantizer.t))
     return kept
+
+
+def form_all_blocks(model: PreTrainedModel, kept: Mapping[str, Mapping[int, torch.Tensor]]) -> None:
+    """Let the blocks of every quantizer that has some be those of the kept inputs, as a method does."""
+    for name, layer in quantized_layers(model).items():
+        own = layer.weight_quantizer
+        if own.order is not None:
+            index = kept.get(f"{name}.weight", {}).get(1 - own.channel_dim)
+            removed = torch.zeros(len(own.order), dtype=torch.bool)
+            if index is not None:
+                removed[:] = True
+                removed[index] = False
+            own.set_order(remaining_first(removed))
 
 
 def some_batch() -> dict[str, torch.Tensor]:

@@ -25,9 +25,9 @@ ONE = torch.ones(1)
 STEP = (0.3 * ONE, ONE)
 
 EXAMPLES: dict[str, tuple[Any, ...]] = {
-    "_FakeQuantize": (X, *STEP, None, False),
+    "_FakeQuantize": (X, *STEP, None, False, False, None),
     "_StraightThrough": (X, *STEP, None),
-    "_QuantizedLinear": (X, X, None, *STEP, None, False, None, None, 1.0),
+    "_QuantizedLinear": (X, X, None, *STEP, None, False, None, None, 1.0, False, None),
     "_KL": (X, X.flip(1), torch.ones(3, dtype=torch.bool), 2.0),
 }
 

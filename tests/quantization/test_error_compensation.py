@@ -65,6 +65,30 @@ def test_rounding_is_obq_in_a_fixed_order(by_activation: bool, per_channel: bool
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
 
 
+def test_a_step_size_of_each_weight_follows_the_order_of_the_columns():
+    x = inputs(3)
+    sigma = x.t() @ x / len(x)
+    weight, _, _ = layer(3, 3, True)
+    # As blocks of 4 columns have it.
+    q_m = weight.abs().view(ROWS, -1, 4).amax(2).repeat_interleave(4, 1)
+    d = step_size(3, q_m, torch.ones(1))
+    found = round_compensated(weight, sigma, d, q_m, damping=0.05)
+    work, remaining, expected = weight.double().clone(), list(range(COLUMNS)), torch.zeros(ROWS, COLUMNS).double()
+    for column in torch.argsort(sigma.diagonal(), descending=True).tolist():
+        inverse = torch.linalg.inv(damped(sigma, 0.05)[remaining][:, remaining])
+        place = remaining.index(column)
+        value = work[:, column].clone()
+        step, clip = d[:, column].double(), q_m[:, column].double()
+        expected[:, column] = (value.clamp(-clip, clip) / step).round() * step
+        error = (value - expected[:, column]) / inverse[place, place]
+        work[:, remaining] -= error[:, None] * inverse[place]
+        remaining.remove(column)
+    nearest = quantize(weight.double(), d.double(), q_m.double())
+    better = output_error(weight - nearest, sigma) < output_error(weight - expected, sigma)
+    expected[better] = nearest[better]
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+
+
 def test_no_channel_is_worse_than_rounded_to_nearest():
     gained = []
     for seed in range(8):

@@ -113,10 +113,11 @@ def test_a_compiled_model(tmp_path) -> None:
         {"target_bops": 0.06},
         {"target_bytes": 24_000},
         {"target_sparsity": 0.4, "target_bytes": 28_000, "per_channel": True},
+        {"target_bytes": 28_000, "grid": "block32", "split": "early", "saliency": "mask_fisher"},
         {"target_bops": 0.02, "activation_bits": [4, 8]},
         {"target_sparsity": 0.5, "uniform": True, "multiple_of": 8, "bit_choices": [4, 8]},
     ],
-    ids=["parameters", "bops", "bytes", "bytes per channel", "bops with activations", "structure"],
+    ids=["parameters", "bops", "bytes", "bytes per channel", "bytes in blocks", "bops with activations", "structure"],
 )
 def test_targets_are_met_by_the_exported_folder(tmp_path, changes: dict) -> None:
     config = GETAConfig(**SMALL, **changes)

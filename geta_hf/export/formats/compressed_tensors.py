@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
 from geta_hf.export.formats.vanilla import write_plain
+from geta_hf.quantization.maths import BLOCK
 from geta_hf.serialization.encode import layer_codes
 from geta_hf.serialization.packed_layers import PackedLayer, packed_layers
 
@@ -25,8 +26,9 @@ def write_compressed_tensors(model: PreTrainedModel, folder: Path, batch: Mappin
     """Write a compressed model with its weights packed at their learned bits, in compressed-tensors' own format.
 
     Cuts go into config.json as in the vanilla format, so every layer must have kept equally many groups. Linear layers
-    of 2 to 8 bits are packed, each row of codes in whole 32-bit words. Wider ones, tied ones, Conv1D, convolutions and
-    embeddings (which transformers cannot load packed) are stored dense, with their quantized values. Scales are stored
+    of 2 to 8 bits are packed, each row of codes in whole 32-bit words. Wider ones, tied ones, those with blocks of 32
+    inputs of which the last is shorter, Conv1D, convolutions and embeddings (which transformers cannot load packed) are
+    stored dense, with their quantized values. Scales are stored
     in the model's dtype, as the package computes in: below single precision that rounds every step size once more.
 
     Args:
@@ -74,15 +76,22 @@ def _packable(model: PreTrainedModel) -> dict[str, PackedLayer]:
     return {
         name: layer
         for name, layer in packed_layers(model).items()
-        if isinstance(layer, nn.Linear) and layer.bits <= MAX_BITS and uses[id(layer.weight)] == 1
+        if isinstance(layer, nn.Linear) and layer.bits <= MAX_BITS and uses[id(layer.weight)] == 1 and _fills(layer)
     }
+
+
+def _fills(layer: PackedLayer) -> bool:
+    """Return whether a layer has no blocks of inputs, or only such of 32, as the package's groups are."""
+    return not layer.in_blocks or layer.dense_shape[1] % BLOCK == 0
 
 
 def _packed(name: str, layer: PackedLayer, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return what a file holds of a layer's weight, packed by the package itself."""
     from compressed_tensors.compressors import BaseCompressor
 
-    scale = layer.step_size if layer.step_size.numel() == 1 else layer.step_size.view(-1, 1)
+    scale = layer.step_size.float()
+    if _strategy(layer) == "channel":
+        scale = scale.view(-1, 1)
     compressor = BaseCompressor.get_value_from_registry(_FORMAT)
     # Codes come back from the exact weight: in half precision a rounded one may lie nearer to another code.
     exact = {"weight": layer.decoded(layer_codes(name, layer)).cpu(), "weight_scale": scale}
@@ -92,9 +101,17 @@ def _packed(name: str, layer: PackedLayer, dtype: torch.dtype) -> dict[str, Tens
 def _scheme(layer: PackedLayer, targets: list[str]) -> Any:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    strategy = "tensor" if layer.step_size.numel() == 1 else "channel"
-    weights = QuantizationArgs(num_bits=layer.bits, type="int", symmetric=True, strategy=strategy)
+    strategy = _strategy(layer)
+    group = {"group_size": BLOCK} if strategy == "group" else {}
+    weights = QuantizationArgs(num_bits=layer.bits, type="int", symmetric=True, strategy=strategy, **group)
     return QuantizationScheme(targets=targets, weights=weights, format=_FORMAT)
+
+
+def _strategy(layer: PackedLayer) -> str:
+    """Return what has a scale of its own, in the package's words."""
+    if layer.in_blocks:
+        return "group"
+    return "tensor" if layer.step_size.numel() == 1 else "channel"
 
 
 def _quantization_config(layers: Mapping[str, PackedLayer], prefix: str) -> dict[str, Any]:
@@ -104,8 +121,7 @@ def _quantization_config(layers: Mapping[str, PackedLayer], prefix: str) -> dict
 
     groups: dict[str, list[str]] = {}
     for name, layer in layers.items():
-        kind = "tensor" if layer.step_size.numel() == 1 else "channel"
-        groups.setdefault(f"{layer.bits}_bits_per_{kind}", []).append(name)
+        groups.setdefault(f"{layer.bits}_bits_per_{_strategy(layer)}", []).append(name)
     schemes = {
         group: _scheme(layers[names[0]], [_target(name, prefix) for name in names])
         for group, names in sorted(groups.items())

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from geta_hf.export.formats.plain import LEFT_OUT
+from geta_hf.quantization.blocks import join_blocks, split_blocks
 from geta_hf.quantization.fixed import FixedQuantizer, output_dim
 from geta_hf.quantization.maths import quantize
 from geta_hf.serialization.bitpack import BYTE_BITS
@@ -75,8 +76,15 @@ def store_integers(model: PreTrainedModel, style: Style) -> None:
 
 def _store(name: str, layer: PackedLayer, operators: bool) -> None:
     codes, scale = layer_codes(name, layer).to(torch.int8), layer.step_size
-    # A Linear's are stored transposed: runtimes find integer kernels for a product only without a step between.
-    codes, dim = (codes.t(), 1) if isinstance(layer, nn.Linear) else (codes, output_dim(layer))
+    inputs = 0
+    if layer.in_blocks:
+        # With a row for each block, these are step sizes of rows, for which there are operators.
+        codes = codes if isinstance(layer, nn.Linear) else codes.t()
+        inputs = codes.shape[1]
+        codes, dim, scale = split_blocks(codes), 0, scale.float().flatten()
+    else:
+        # A Linear's are stored transposed: runtimes find integer kernels for a product only without a step between.
+        codes, dim = (codes.t(), 1) if isinstance(layer, nn.Linear) else (codes, output_dim(layer))
     # A parameter in the instance would be exported next to the codes, at four times their size.
     layer.weight = None
     del layer.weight
@@ -84,7 +92,7 @@ def _store(name: str, layer: PackedLayer, operators: bool) -> None:
     # and the model's code choose what to do.
     layer.__class__ = type("Integer" + type(layer).__name__, (_kind(layer), type(layer)), {})
     layer.register_buffer("integers", codes.contiguous())
-    layer.decode = _Decode(scale, dim, codes.dim(), operators)
+    layer.decode = _Decode(scale, dim, codes.dim(), operators, inputs)
 
 
 def _kind(layer: PackedLayer) -> type[nn.Module]:
@@ -120,13 +128,16 @@ class _Decode(nn.Module):
         dim: of the codes that the channels run along.
         dims: how many dims the codes have.
         operators: whether to use operators rather than arithmetic.
+        inputs: of each output, where a row of codes is a block of them; the result is then (inputs, out). Default 0:
+            codes have the shape of the result.
     """
 
     scale: Tensor
     zero: Tensor
 
-    def __init__(self, scale: Tensor, dim: int, dims: int, operators: bool) -> None:
+    def __init__(self, scale: Tensor, dim: int, dims: int, operators: bool, inputs: int = 0) -> None:
         super().__init__()
+        self.inputs = inputs
         self.dim = dim
         self.operators = operators
         # The operator for a single scale takes a Python number, not a tensor.
@@ -139,6 +150,10 @@ class _Decode(nn.Module):
             self.register_buffer("zero", torch.zeros(scale.numel(), dtype=torch.int8))
 
     def forward(self, codes: Tensor) -> Tensor:
+        values = self._values(codes)
+        return join_blocks(values, self.inputs).t() if self.inputs else values
+
+    def _values(self, codes: Tensor) -> Tensor:
         if not self.operators:
             return codes.to(torch.float32) * (self.scale.view(self.shape) if self.per_channel else self.single)
         operators, span = _operators(), (-_LARGEST, _LARGEST, torch.int8)

@@ -81,10 +81,7 @@ def bits_per_weight(ledger: Ledger, unit: str, amount: float) -> float:
         return amount
     if unit == BOPS:
         return amount / ledger.relative_bops(ledger.nothing, 1.0)
-    scales = 0
-    for layer in ledger.layers:
-        scales += 4 if layer.channel_dim is None else 4 * ledger.shapes[layer.weight][layer.channel_dim]
-    rest = ledger.stored_bytes(ledger.nothing, 0.0) - scales
+    rest = ledger.stored_bytes(ledger.nothing, 0.0) - ledger.scale_bytes()
     return 8 * (amount - rest) / weights
 
 

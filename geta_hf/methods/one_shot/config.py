@@ -14,13 +14,13 @@ from geta_hf.errors import GETAError
 class OneShotConfig(CompressionConfig):
     """The settings of compression without training, as `geta_hf.compress` does it.
 
-    Weights have a step size for each output channel by default: below 8 bits one for a layer costs far more than it
-    saves, where no training makes up for it.
+    Weights have a step size for each output channel by default (`grid`): below 8 bits one for a layer costs far more
+    than it saves, where no training makes up for it.
 
     >>> from geta_hf import OneShotConfig
     >>> config = OneShotConfig(target_bytes=1_000_000)
-    >>> config.method, config.bits, config.per_channel
-    ('one-shot', (2, 8), True)
+    >>> config.method, config.bits, config.grid
+    ('one-shot', (2, 8), 'channel')
 
     Raises:
         GETAError: a value of the wrong type or out of range, settings that contradict each other, or rounded inputs.

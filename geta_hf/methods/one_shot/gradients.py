@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from geta_hf.errors import GETAError
-from geta_hf.methods.one_shot.blocks import Batch, uncached
 from geta_hf.methods.qasso.slices import group_sums
 from geta_hf.qadg.group_labels import GroupLabels
+from geta_hf.quantization.by_block import Batch, uncached
 from geta_hf.utils.model_io import float_tensors, loss_of
 from geta_hf.utils.module_state import eval_mode
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from geta_hf.methods.one_shot.covariances import as_rows
+from geta_hf.methods.compensation import Kept
+from geta_hf.quantization.attach import layer_grid
+from geta_hf.quantization.blocks import block_of_input, half_steps, remaining_first, split_blocks
+from geta_hf.quantization.clipping import largest_magnitudes, search_elements, search_rows
+from geta_hf.quantization.covariances import as_rows
 from geta_hf.quantization.error_compensation import compensate_removed_inputs, round_compensated
 from geta_hf.quantization.functional import quantize, step_size
-
-_SHARES = torch.linspace(0.2, 1.0, 33)
-"""Clipping values that are tried, as shares of the largest magnitude of a channel."""
+from geta_hf.quantization.maths import block_count
 
 
 @dataclass(frozen=True)
@@ -21,55 +23,65 @@ class Grid:
     """The grid on which a layer's weight is rounded.
 
     Attributes:
-        d: step size, fp32, shape (1,) or (out,).
+        d: step size, fp32, shape (1,), (out,) or (out, blocks).
         q_m: clipping value, in the shape of d.
         bits: integer width.
+        order: int64, shape (in,): the inputs in the order of their blocks. Default None: there are none.
     """
 
     d: Tensor
     q_m: Tensor
     bits: int
+    order: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What remains of a layer's weight, as rows.
-
-    Attributes:
-        rows: bool, shape (out,).
-        columns: bool, shape (inputs of one output,).
-    """
-
-    rows: Tensor
-    columns: Tensor
-
-
-def fit_grid(rows: Tensor, bits: int, per_channel: bool, importance: Tensor | None = None) -> Grid:
-    """Return the grid on which rows are rounded with the least squared error.
+def fit_grid(rows: Tensor, bits: int, grid: str = "channel", importance: Tensor | None = None) -> Grid:
+    """Return the grid on which rows are rounded with the least squared error, its steps on the grid of fp16.
 
     Args:
-        rows: shape (out, in), fp32, not all zero.
+        rows: shape (out, in), fp32.
         bits: the width.
-        per_channel: whether each row has a grid of its own; a row of zeros then has that of the largest row.
+        grid: what has a grid of its own: a `layer`, a `channel` or a `block32`. What is zero has that of the largest.
         importance: how much the error of each column counts, shape (in,). Default: all alike.
     """
-    magnitude = rows.abs()
-    largest = magnitude.amax(1) if per_channel else magnitude.max().reshape(1)
-    # A weight of zeros alone has no range; any grid holds it.
-    largest = torch.where(largest > 0, largest, largest.max() if bool(largest.any()) else 1.0)
-    best = torch.full_like(largest, torch.inf)
-    clip = largest.clone()
-    one = torch.ones(1, device=rows.device)
-    for share in _SHARES.tolist():
-        q_m = largest * share
-        error = (quantize(rows, step_size(bits, q_m, one)[:, None], q_m[:, None]) - rows) ** 2
-        if importance is not None:
-            error = error * importance
-        of_rows = error.sum(1) if per_channel else error.sum().reshape(1)
-        better = of_rows < best
-        best = torch.where(better, of_rows, best)
-        clip = torch.where(better, q_m, clip)
-    return Grid(step_size(bits, clip, one), clip, bits)
+    if grid == "layer":
+        parts, weights = rows.reshape(1, -1), None if importance is None else importance.repeat(len(rows))[None]
+    elif grid == "channel":
+        parts, weights = rows, None if importance is None else importance[None]
+    else:
+        parts = split_blocks(rows)
+        weights = None if importance is None else split_blocks(importance[None]).repeat(len(rows), 1)
+    largest = largest_magnitudes(parts)
+    # What has no range of its own may have any grid; one of a tensor of zeros, which has none at all, holds it as well.
+    most = float(largest.max()) if largest.numel() else 0.0
+    largest = torch.where(largest > 0, largest, most or 1.0)
+    if grid == "block32" or weights is not None:
+        shares = search_elements(parts, largest, [bits], weights)[1]
+    else:
+        shares = search_rows(parts, largest, [bits])[1]
+    return _grid_of(largest * shares[:, 0], bits, grid, len(rows))
+
+
+def _grid_of(q_m: Tensor, bits: int, grid: str, outputs: int) -> Grid:
+    """Return the grid of some clipping values, with steps on the grid of fp16."""
+    one = torch.ones(1, device=q_m.device)
+    d = half_steps(step_size(bits, q_m, one), small=grid == "block32")
+    if grid == "block32":
+        d = d.view(outputs, -1)
+    return Grid(d, d * float(2 ** (bits - 1) - 1), bits)
+
+
+def round_on(rows: Tensor, grid: Grid) -> Tensor:
+    """Return rows of shape (out, in), rounded to nearest on their grid."""
+    return quantize(rows, *_along(rows, grid))
+
+
+def _along(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Return d and q_m in shapes that broadcast over rows."""
+    if grid.d.dim() == 1:
+        return grid.d[:, None], grid.q_m[:, None]
+    block = block_of_input(rows.shape[1], None, rows.device)
+    return grid.d[:, block], grid.q_m[:, block]
 
 
 @torch.no_grad()
@@ -79,7 +91,7 @@ def compress_layer(
     kept: Kept,
     bits: int,
     *,
-    per_channel: bool = True,
+    grid: str = "channel",
     damping: float = 0.01,
     by_activation: bool = True,
     compensate: bool = True,
@@ -93,12 +105,13 @@ def compress_layer(
         covariance: of its inputs; None where it is not known, and nothing can be compensated.
         kept: what remains of its weight.
         bits: the width to round to.
-        per_channel: whether each output channel has a step size of its own.
+        grid: what has a step size of its own, as in `attach_quantizers`.
         damping, by_activation: see `round_compensated`.
         compensate: False removes and rounds to nearest alone.
 
     Returns:
-        The grid; channels that are to be removed have the mean of the others.
+        The grid; channels that are to be removed have the mean of the others. Blocks are those of the inputs that
+        remain; behind them are as many unused ones as the weight has of its own.
     """
     weight: Tensor = layer.weight  # type: ignore[assignment]
     rows = as_rows(layer, weight).float()
@@ -109,31 +122,39 @@ def compress_layer(
         changed = compensate_removed_inputs(rows, covariance, kept.columns, damping=damping)
     inner = changed[kept.rows][:, kept.columns]
     sigma = None if covariance is None else covariance[kept.columns][:, kept.columns]
-    grid = fit_grid(inner, bits, per_channel, None if sigma is None else sigma.diagonal())
+    own = layer_grid(layer, grid)
+    fitted = fit_grid(inner, bits, own, None if sigma is None else sigma.diagonal())
     if sigma is None:
-        rounded = quantize(inner, grid.d[:, None], grid.q_m[:, None])
+        rounded = round_on(inner, fitted)
     else:
-        rounded = round_compensated(inner, sigma, grid.d, grid.q_m, by_activation=by_activation, damping=damping)
+        d, q_m = (fitted.d, fitted.q_m) if fitted.d.dim() == 1 else _along(inner, fitted)
+        rounded = round_compensated(inner, sigma, d, q_m, by_activation=by_activation, damping=damping)
     result = rows.clone()
     within = result[kept.rows]
     within[:, kept.columns] = rounded
     within[:, ~kept.columns] = 0.0
     result[kept.rows] = within
     as_rows(layer, weight).copy_(result.view_as(as_rows(layer, weight)))
-    return grid if not per_channel else _of_all_rows(grid, kept.rows)
+    return fitted if own == "layer" else _of_full_weight(fitted, kept, own)
 
 
-def _of_all_rows(grid: Grid, kept: Tensor) -> Grid:
-    """Return the grid with an entry for removed channels, too; their quantizer needs one until they are cut away."""
-    q_m = torch.full((len(kept),), float(grid.q_m.mean()), device=grid.q_m.device)
-    q_m[kept] = grid.q_m
-    one = torch.ones(1, device=q_m.device)
-    return Grid(step_size(grid.bits, q_m, one), q_m, grid.bits)
+def _of_full_weight(grid: Grid, kept: Kept, kind: str) -> Grid:
+    """Return the grid with entries for what is removed, too; a quantizer needs them until it is cut away."""
+    shape = [len(kept.rows)]
+    if kind == "block32":
+        shape.append(block_count(len(kept.columns)))
+    q_m = torch.full(shape, float(grid.q_m.mean()), device=grid.q_m.device)
+    full = _grid_of(q_m.flatten(), grid.bits, kind, len(kept.rows))
+    remaining = torch.nonzero(kept.rows).flatten()
+    for own, found in ((full.d, grid.d), (full.q_m, grid.q_m)):
+        part = own if kind == "channel" else own[:, : grid.d.shape[1]]
+        part[remaining] = found
+    return replace(full, order=remaining_first(~kept.columns)) if kind == "block32" else full
 
 
 @torch.no_grad()
 def rounding_losses(
-    layers: Mapping[str, nn.Module], squares: Mapping[str, Tensor], widths: Sequence[int], per_channel: bool
+    layers: Mapping[str, nn.Module], squares: Mapping[str, Tensor], widths: Sequence[int], grid: str
 ) -> Tensor:
     """Return what rounding each weight to nearest is expected to cost, ½ Σ E[g²] (x^Q - x)², float64, (layers, widths).
 
@@ -141,14 +162,13 @@ def rounding_losses(
         layers: by path, in the order of the rows.
         squares: name of a weight -> E[g²] of each element.
         widths: integer widths.
-        per_channel: whether each output channel has a step size of its own.
+        grid: what has a step size of its own, as in `attach_quantizers`.
     """
     found = torch.zeros(len(layers), len(widths), dtype=torch.float64)
     for place, (name, layer) in enumerate(layers.items()):
         rows = as_rows(layer, layer.weight).float()  # type: ignore[arg-type]
         curvature = as_rows(layer, squares[f"{name}.weight"])
         for column, bits in enumerate(widths):
-            grid = fit_grid(rows, bits, per_channel)
-            change = quantize(rows, grid.d[:, None], grid.q_m[:, None]) - rows
+            change = round_on(rows, fit_grid(rows, bits, layer_grid(layer, grid))) - rows
             found[place, column] = float((curvature * change**2).sum()) / 2
     return found

@@ -15,17 +15,17 @@ from torch.nn.functional import log_softmax
 from geta_hf.costs.ledger import Ledger
 from geta_hf.errors import GETAError
 from geta_hf.methods.base import Batches, CompressionResult, Method, Run
-from geta_hf.methods.one_shot.blocks import Batch, BlockRunner, counted_tokens, find_blocks, uncached
+from geta_hf.methods.compensation import Kept, find_kept
 from geta_hf.methods.one_shot.choice import Candidate, Losses, bits_per_weight, budget_of, find_candidates
 from geta_hf.methods.one_shot.config import OneShotConfig
-from geta_hf.methods.one_shot.covariances import as_rows, collecting, has_covariance
 from geta_hf.methods.one_shot.gradients import logits_of, measure_gradients, predictions, sequences
-from geta_hf.methods.one_shot.layers import Grid, Kept, compress_layer, rounding_losses
+from geta_hf.methods.one_shot.layers import Grid, compress_layer, rounding_losses
 from geta_hf.methods.qasso.slices import build_slices, group_sums, zero_slices
-from geta_hf.qadg.group_labels import consumers, family_of_group, family_starts, find_group_labels, marked
+from geta_hf.qadg.group_labels import consumers, family_of_group, family_starts, find_group_labels
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.quantization import attach_quantizers, quantized_layers, select_layers
-from geta_hf.quantization.fixed import output_dim
+from geta_hf.quantization.by_block import Batch, BlockRunner, find_blocks, uncached
+from geta_hf.quantization.covariances import collecting, has_covariance, measure_covariances
 from geta_hf.utils.model_io import float_tensors, loss_of
 from geta_hf.utils.module_state import eval_mode
 
@@ -120,7 +120,7 @@ class OneShotMethod(Method):
             exclude=self.config.exclude,
             initial_bits=self.config.bits[1],
             clipping="max",
-            per_channel=self.config.per_channel,
+            grid=self.config.grid,
         )
 
     def wrap_optimizer(
@@ -185,6 +185,8 @@ def _write_grids(model: nn.Module, grids: Mapping[int, Grid]) -> None:
         grid = grids[id(layer.weight)]
         layer.weight_quantizer.q_m.copy_(grid.q_m)
         layer.weight_quantizer.d.copy_(grid.d)
+        if grid.order is not None:
+            layer.weight_quantizer.set_order(grid.order)
 
 
 class _Work:
@@ -200,6 +202,7 @@ class _Work:
         progress: Progress,
     ) -> None:
         self.model, self.config, self.data = model, config, data
+        self.grid = str(config.grid)
         self.space, self.ledger, self.progress = space, ledger, progress
         self.families = space.trainable
         self.named = dict(model.named_parameters(remove_duplicate=False))
@@ -260,7 +263,7 @@ class _Work:
         if self.config.saliency == "magnitude":
             removal = group_sums(self.ledger.labels, self.named, self.ledger.groups, lambda x, _: x * x)
             alike = {f"{name}.weight": torch.ones(layer.weight.shape) for name, layer in self.layers.items()}  # type: ignore[arg-type]
-            rounding = rounding_losses(self.layers, alike, widths, self.config.per_channel)
+            rounding = rounding_losses(self.layers, alike, widths, self.grid)
             return Losses(removal.double().cpu() / 2, rounding, widths)
         shapes = {name: tuple(tensor.shape) for name, tensor in self.named.items()}
         read = find_group_labels(consumers(self.families), shapes)
@@ -268,7 +271,7 @@ class _Work:
         count = sum(1 for _ in sequences(self.data.scores))
         bar = self.progress(sequences(self.data.scores), "scores", count)
         found = measure_gradients(self.model, self.data.scores, read, self.ledger.groups, weights, bar)
-        rounding = rounding_losses(self.layers, found.squares, widths, self.config.per_channel)
+        rounding = rounding_losses(self.layers, found.squares, widths, self.grid)
         return Losses(self._keep_unreached(found.groups), rounding, widths)
 
     def _keep_unreached(self, removal: Tensor) -> Tensor:
@@ -312,17 +315,12 @@ class _Work:
 
     def _dense_covariances(self) -> dict[str, Tensor | None]:
         """Return the covariance of every layer's input while the model is as it is."""
-        layers = self._with_covariance(self.layers)
-        blocks = find_blocks(self.model, layers, self.data.covariances[0])
-        shared = {name: stage[0] for block in blocks for stage in block.stages for name in stage}
-        mask: list[Tensor | None] = [None]
         batches = self.data.covariances
-        with collecting(layers, shared, mask) as found, eval_mode(self.model), uncached(self.model):
-            for batch in self.progress(batches, "covariances", len(batches)):
-                mask[0] = counted_tokens(self.model, batch)
-                self.model(**batch)
-        means = {name: one.mean(name) for name, one in found.items()}
-        return {name: means[shared[name]] if name in shared else None for name in self.layers}
+        found: dict[str, Tensor | None] = dict.fromkeys(self.layers)
+        bar = lambda items: self.progress(items, "covariances", len(batches))  # noqa: E731
+        for part in measure_covariances(self.model, self.layers, batches, progress=bar):
+            found |= part
+        return found
 
     @staticmethod
     def _with_covariance(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -371,7 +369,7 @@ class _Work:
             covariance,
             self._kept(layer, removed),
             bits,
-            per_channel=self.config.per_channel,
+            grid=self.grid,
             damping=self.config.damping,
             by_activation=self.config.by_activation,
             compensate=self.config.compensation,
@@ -379,22 +377,8 @@ class _Work:
 
     def _kept(self, layer: nn.Module, removed: Tensor) -> Kept:
         """Return the rows and columns of a layer's weight that no removed group takes."""
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        gone = {}
-        for cut in self.ledger.labels:
-            if self.named.get(cut.tensor) is weight:
-                gone[cut.dim] = marked(cut.label, removed)
-        rows = as_rows(layer, weight)
-        out = output_dim(layer)
-        inputs = 1 - out
-        kept_rows = torch.ones(rows.shape[0], dtype=torch.bool)
-        kept_columns = torch.ones(rows.shape[1], dtype=torch.bool)
-        if out in gone:
-            kept_rows = ~gone[out]
-        if inputs in gone:
-            # A convolution reads each channel at every place of its kernel.
-            kept_columns = ~gone[inputs].repeat_interleave(rows.shape[1] // weight.shape[inputs])
-        return Kept(kept_rows.to(weight.device), kept_columns.to(weight.device))
+        cuts = [cut for cut in self.ledger.labels if self.named.get(cut.tensor) is layer.weight]
+        return find_kept(layer, cuts, removed)
 
     @torch.no_grad()
     def _zero(self, removed: Tensor, prefix: str = "") -> None:

@@ -42,6 +42,7 @@ class PostTrainingMethod(QASSOMethod):
             mean_bits=None,
             target_bops=None,
             target_bytes=None,
+            rounding="nearest",
         )
 
     def wrap_optimizer(
@@ -68,7 +69,7 @@ class PostTrainingMethod(QASSOMethod):
         if self.optimizer is None or not self.optimizer.finished or self.finished:
             return
         self.optimizer.target = self._target
-        self.optimizer.fix_bits(bit_choices(self.config), choose_inputs=False)
+        self.optimizer.fix_bits(bit_choices(self.config), choose_inputs=False, rounding=self.config.rounding)
         self.optimizer.param_groups[0][_ROUNDED_AT] = self.step_count
 
     @property

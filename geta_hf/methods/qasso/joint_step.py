@@ -151,7 +151,7 @@ def measure_slice(piece: Slice, named: Named, quantizers: Quantizers, values: Va
     step = SliceStep(piece, after, x)
     prefix = quantizers.weights.get(piece.tensor)
     if prefix is not None:
-        d, q_m, t = (piece.inside(quantizers.along(prefix, value, x.dim())) for value in values)
+        d, q_m, t = (_inside(piece, quantizers, prefix, value, x.dim()) for value in values)
         exponent = t if f"{prefix}.t" in named else None
         step.clip = clip_power(x, q_m, exponent)
         step.layer = quantizers.position(piece.tensor)
@@ -163,6 +163,13 @@ def measure_slice(piece: Slice, named: Named, quantizers: Quantizers, values: Va
         step.grad = piece.grad.float()
         step.step = x - after
     return step
+
+
+def _inside(piece: Slice, quantizers: Quantizers, prefix: str, value: Tensor, dims: int) -> Tensor:
+    """Return what one flat vector holds of a slice's quantizer, broadcastable against the slice."""
+    if prefix in quantizers.blocks:
+        return piece.inside_blocks(*quantizers.block_table(prefix, value))
+    return piece.inside(quantizers.along(prefix, value, dims))
 
 
 def family_sums(steps: Sequence[SliceStep], families: int) -> Tensor:

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from geta_hf.config import CompressionConfig, GETAConfig
 from geta_hf.errors import GETAError
 from geta_hf.methods.base import Batches, CompressionResult, Method, Run, StepMemory
+from geta_hf.methods.compensation import Compensation, compensation_bytes
 from geta_hf.methods.parameter_groups import add_frozen_group, add_quantizer_group, check_names, quantizer_parameters
 from geta_hf.methods.qasso.frozen import check_rules
 from geta_hf.methods.qasso.joint_step import needs_gradients
@@ -54,6 +56,7 @@ class QASSOMethod(Method):
         self.config: GETAConfig = config
         self.optimizer: QASSO | None = None
         self._quantizers_frozen = False
+        self._compensation: Compensation | None = None
 
     # --- before training ----------------------------------------------------------------------------------------------
 
@@ -86,8 +89,11 @@ class QASSOMethod(Method):
             target_bits=config.bits[1],
             clipping=config.clipping,
             learn_t=config.learn_exponent,
-            per_channel=config.per_channel,
+            grid=config.grid,
         )
+        self._compensation = None
+        if batches is not None and self.config.compensates:
+            self._compensation = Compensation(model, batches(config.calibration_batches))
         if config.activation_bits is None:
             return
         if batches is None:
@@ -142,7 +148,8 @@ class QASSOMethod(Method):
         # ⟨g, x⟩ of one tensor at a time, and the histogram of one weight at a time where widths are allocated.
         saliency = (tensor.numel() * (4 if tensor.element_size() == 4 else 6) for tensor in tensors.values())
         allocation = (layer.weight.numel() * 16 for layer in quantized_layers(model).values())
-        return StepMemory(kept, max(work + largest, *saliency, *allocation))
+        covariances = compensation_bytes(quantized_layers(model).values()) if self.config.compensates else 0
+        return StepMemory(kept, max(work + largest, covariances, *saliency, *allocation))
 
     # --- in training --------------------------------------------------------------------------------------------------
 
@@ -152,8 +159,11 @@ class QASSOMethod(Method):
         """Return a QASSO around `base`, with quantizers in a parameter group of their own.
 
         Raises:
-            GETAError: stages that do not fit into the run, an optimizer that can't be wrapped, or one of another model.
+            GETAError: stages that do not fit into the run, an optimizer that can't be wrapped, or one of another model;
+                compensation of weights that are split over processes.
         """
+        if self._compensation is not None:
+            check_complete(names)
         # QASSO finds all that groups cut by the base optimizer's names, so frozen weights have to be among them.
         add_frozen_group(base, [parameter for parameter, name in names.items() if name in run.frozen.names])
         check_names(base, names)
@@ -169,8 +179,10 @@ class QASSOMethod(Method):
             histograms=_histograms(model),
             ledger=run.ledger,
             channel_dims=_channel_dims(model),
+            blocks=_blocks(model),
             frozen=run.frozen,
             target=run.target,
+            compensation=self._compensation,
         )
         return self.optimizer
 
@@ -295,6 +307,16 @@ class QASSOMethod(Method):
         return optimizer
 
 
+def check_complete(names: Mapping[Tensor, str]) -> None:
+    """Raise GETAError for a weight of which this process has a part only."""
+    for parameter, name in names.items():
+        if isinstance(parameter, DTensor):
+            raise GETAError(
+                f"{name} is split over processes, but compensate=True and rounding='compensated' need complete "
+                f"weights; train under DDP or on one device, or leave them out"
+            )
+
+
 def _histograms(model: nn.Module) -> dict[str, Histogram]:
     """Return prefix -> magnitudes of every quantized input on which calibration was run."""
     found = {}
@@ -312,3 +334,10 @@ def _channel_dims(model: nn.Module) -> dict[str, int]:
         if dim is not None:
             dims[f"{name}.weight_quantizer"] = dim
     return dims
+
+
+def _blocks(model: nn.Module) -> dict[str, Quantizer]:
+    """Return prefix -> the quantizer, of each with a step size for each block of inputs."""
+    layers = quantized_layers(model).items()
+    quantizers = {f"{name}.weight_quantizer": layer.weight_quantizer for name, layer in layers}
+    return {prefix: quantizer for prefix, quantizer in quantizers.items() if quantizer.order is not None}

@@ -28,6 +28,7 @@ from geta_hf.costs.selection import Chunks, Limits, find_chunks
 from geta_hf.costs.sensitivity import measure_errors
 from geta_hf.costs.targets import GROUPS, MEAN_BITS, Target, solve_target, take_due
 from geta_hf.errors import GETAError
+from geta_hf.methods.compensation import Compensation
 from geta_hf.methods.frozen_weights import FrozenWeights
 from geta_hf.methods.qasso.checks import (
     check_base,
@@ -58,11 +59,13 @@ from geta_hf.qadg.group_labels import (
     family_of_group,
     family_starts,
     find_group_labels,
+    marked,
 )
 from geta_hf.qadg.group_types import Family
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.quantization.clipping import Histogram
 from geta_hf.quantization.functional import FLOAT_BITS
+from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.utils.shards import from_first_process, local
 
 logger = logging.getLogger(__name__)
@@ -84,6 +87,11 @@ def bit_choices(config: GETAConfig) -> BitChoices:
     return BitChoices.of(config, config.bit_rule == "sensitivity", search)
 
 
+def _shaped(parts: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """Return vectors in the shapes of other tensors."""
+    return [part.view(other.shape) for part, other in zip(parts, like, strict=True)]
+
+
 class QASSO(torch.optim.Optimizer):
     """Warm-up, projection, joint stage and cool-down around a base optimizer.
 
@@ -97,6 +105,8 @@ class QASSO(torch.optim.Optimizer):
         input_quantizers: prefixes of the quantizers of layers' inputs.
         ledger: sizes of the full model; by default of what is in `base`, which is enough for all targets but bytes.
         channel_dims: prefix -> the weight's dimension along which its quantizer has a step size each.
+        blocks: prefix -> the quantizer itself, where each block of inputs has a step size.
+        compensation: the model and its calibration data, for `compensate` and `rounding`; None does without.
         frozen: what is cut or quantized, but not trained; see `qasso.frozen`.
         target: that of the plan; by default the config's targets are solved here.
         goal: the former name of `target`.
@@ -144,16 +154,23 @@ class QASSO(torch.optim.Optimizer):
         input_quantizers: Sequence[str] = (),
         ledger: Ledger | None = None,
         channel_dims: Mapping[str, int] | None = None,
+        blocks: Mapping[str, Quantizer] | None = None,
         frozen: FrozenWeights | None = None,
         target: Target | None = None,
         goal: Target | None = None,
         histograms: Mapping[str, Histogram] | None = None,
+        compensation: Compensation | None = None,
     ) -> None:
         super().__init__(base.param_groups, {})
         self.base = base
         self.schedule = schedule
         self.config = config
         note_short_run(schedule, config)
+        if compensation is None and config.compensates:
+            raise GETAError(
+                "compensate=True and rounding='compensated' measure inputs of layers; pass compensation, with the "
+                "model and calibration batches"
+            )
         self.families: tuple[Family, ...] = space.trainable
         self._share_base()
         for group in self.param_groups:
@@ -166,7 +183,7 @@ class QASSO(torch.optim.Optimizer):
         named = self._named()
         check_base(base, named)
         check_covered(named, self.families, quantizers, input_quantizers)
-        self.quantizers = Quantizers(quantizers, input_quantizers, named, channel_dims)
+        self.quantizers = Quantizers(quantizers, input_quantizers, named, channel_dims, blocks)
         self._histograms = [(histograms or {}).get(prefix) for prefix in self.quantizers.input_prefixes]
         self.ledger = ledger or Ledger.of_tensors(self.families, named, self.quantizers.own_weights)
         self.target: Target = target or goal or solve_target(config, self.families, self.ledger)
@@ -176,6 +193,7 @@ class QASSO(torch.optim.Optimizer):
         self._learned_by = schedule.first_start_after(2)
         self.gamma: Tensor | None = None
         self.frozen = frozen or FrozenWeights()
+        self._compensation = compensation
         self._scored = self._scored_slices(named)
         self._gradient_sums = self._sum_frozen_gradients(named) if self.frozen.names else None
         self._family = family_of_group(self.families)
@@ -309,10 +327,17 @@ class QASSO(torch.optim.Optimizer):
         18: x^Q by Eq. 2, as rewritten in Eq. 9
         19: [x]_I <- [x]_I - [u]_I                        (Eq. 5)
             [x]_R <- [x]_R - [u]_R - γ [x^Q]_R            (Eq. 6)
+
+        Under `compensate` G_R is removed in the first step, and what reads it makes up for it.
         """
         self._average_gradients(phase, named)
         if phase.starts:
             self._partition(named, phase.period + 1, self.schedule.pruning_periods)  # 11, 12
+            if self._removes_at_once:
+                self._base_step(named)
+                self._remove(self._index_slices(named), named)
+                zero_slices(self._removed, named)
+                return
         redundant = self._index_slices(named)
         if self._gradient_sums is None:
             # Eqs. 9 to 13 speak of x and g before the update. Under LoRA W takes no step, so nothing has to be kept.
@@ -356,18 +381,19 @@ class QASSO(torch.optim.Optimizer):
             # ∂f/∂(log p) = p · ∂f/∂p, so the base optimizer sees the gradient of log p and its step is a share of p.
             gradients = [local(parameter.grad) for parameter in trained if parameter.grad is not None]
             torch._foreach_mul_(gradients, values)
-            before = torch.cat(values)  # a copy, while `values` are views into the parameters
+            # A copy, while `values` are views into the parameters.
+            before = torch.cat([value.reshape(-1) for value in values])
             # From 0 the base optimizer arrives at its step itself, to full precision whatever the size of p.
             torch._foreach_zero_(values)
         try:
             self.base.step()
         except BaseException:
             if values:
-                torch._foreach_copy_(values, before.split(sizes))
+                torch._foreach_copy_(values, _shaped(before.split(sizes), values))
             raise
         if values:
-            stepped = relative_step(before, torch.cat(values))
-            torch._foreach_copy_(values, stepped.split(sizes))
+            stepped = relative_step(before, torch.cat([value.reshape(-1) for value in values]))
+            torch._foreach_copy_(values, _shaped(stepped.split(sizes), values))
         # In every stage, warm-up too, where the bounds are [b_l, initial bits]. d alone is projected: the paper reports
         # that projecting q_m or t makes training unstable (Sec. 5.1).
         self._project_step_sizes(named)
@@ -592,8 +618,15 @@ class QASSO(torch.optim.Optimizer):
         values = self.quantizers.read(named)
         return redundant.forget(named, values, steps_remaining, self.bit_bounds, self.config)
 
+    @property
+    def _removes_at_once(self) -> bool:
+        return self.config.compensate
+
     def _remove(self, redundant: RedundantSlices, named: Named) -> None:
         """Set redundant groups to exactly zero for good, with the base optimizer's state of them."""
+        if self._compensation is not None and self._removes_at_once and redundant.slices:
+            state = self.qasso_state
+            self._compensation.refit(self.ledger.labels, self.families, state.redundant, state.removed)
         zero_slices(redundant.slices, named)
         # Momentum of a zero weight would move it at the next step, and a checkpoint would carry it on.
         zero_moments(redundant.slices, named, self.state)
@@ -609,12 +642,13 @@ class QASSO(torch.optim.Optimizer):
     # --- line 22: fixing the quantizers -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def fix_bits(self, choices: BitChoices, choose_inputs: bool = True) -> None:
+    def fix_bits(self, choices: BitChoices, choose_inputs: bool = True, rounding: str | None = None) -> None:
         """Give every layer an integer width that meets the target, by these choices; waits for the device.
 
         Args:
             choices: allowed widths, and the rules.
             choose_inputs: whether widths of inputs are chosen as well; otherwise each is rounded to the nearest.
+            rounding: how weights are rounded, as in the config; by default that of the config.
 
         Raises:
             GETAError: something became NaN or infinite before.
@@ -624,6 +658,7 @@ class QASSO(torch.optim.Optimizer):
         named = self._named()
         self._follow_device(named)
         self.check_finite()
+        self._form_blocks(named)
         inputs = self._input_errors(named, choices) if choose_inputs else None
         target = self.target
         decided = self.qasso_state.decided_bits
@@ -643,7 +678,21 @@ class QASSO(torch.optim.Optimizer):
             choices,
             inputs,
         )
+        if self._compensation is not None and (rounding or self.config.rounding) == "compensated":
+            self._compensation.round(self.quantizers.own_weights, self.ledger.labels, self.removed_mask)
         self._note_final_quantizers(named)
+
+    def _form_blocks(self, named: Named) -> None:
+        """Form blocks of 32 over the inputs that remain of each weight; nothing changes where they are so already."""
+        for prefix, weight in zip(self.quantizers.prefixes, self.quantizers.own_weights, strict=False):
+            own = self.quantizers.blocks.get(prefix)
+            if own is None or own.channel_dim is None or own.order is None:
+                continue
+            removed = torch.zeros(len(own.order), dtype=torch.bool)
+            for cut in self.ledger.labels:
+                if cut.tensor == weight and cut.dim == 1 - own.channel_dim:
+                    removed |= marked(cut.label, self.removed_mask)
+            self.quantizers.form_blocks(prefix, removed, named)
 
     def _input_errors(self, named: Named, choices: BitChoices) -> InputErrors | None:
         """Return what rounding inputs is expected to cost at each width; None where none is quantized."""
@@ -668,6 +717,7 @@ class QASSO(torch.optim.Optimizer):
         # Frozen weights too: an average over the run holds what they were before they were removed.
         labels = self.frozen.with_adapters(self._labels or ())
         zero_slices(build_slices(labels, self.qasso_state.removed, self._family, named), named)
+        self._form_blocks(named)
         for name, value in self._final_quantizers.items():
             local(named[name].detach()).copy_(value)
 

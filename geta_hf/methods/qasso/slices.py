@@ -142,6 +142,24 @@ class Slice:
             value = value.index_select(self.dim, self.index)
         return value
 
+    def inside_blocks(self, table: Tensor, block: Tensor, out: int) -> Tensor:
+        """Return a factor of the slice of a matrix, from what each block of an output's inputs is multiplied by.
+
+        Args:
+            table: shape (outputs, blocks) of the full tensor.
+            block: int64, shape (inputs,): the block of each input.
+            out: the dim of the tensor that outputs run along.
+        """
+        # Cut before values are spread over the inputs, which makes them as many as the elements.
+        values = self._positions(table, out)[:, self._positions(block, 1 - out)]
+        return values.t() if out else values
+
+    def _positions(self, values: Tensor, dim: int) -> Tensor:
+        """Return those of the values along dimension `dim` of the full tensor that belong to the slice."""
+        if self.shard is not None:
+            values = self.shard.part(values, dim)
+        return values.index_select(0, self.index) if dim == self.dim else values
+
 
 def build_slices(labels: Sequence[GroupLabels], mask: Tensor, family: Tensor, named: Named) -> list[Slice]:
     """Return the slices of the masked groups, one for each (tensor, dim) that has any.

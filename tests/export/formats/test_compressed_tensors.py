@@ -66,6 +66,27 @@ def test_weights_are_exact_and_outputs_equal(kind: str, made: dict[str, Made]) -
         assert torch.equal(reloaded.get_submodule(name).weight, layer.weight)
 
 
+def test_blocks_of_32_inputs_are_groups(tmp_path: Path) -> None:
+    model, batch = tiny("llama")
+    small = cut(model, batch, grid="block32")
+    write_compressed_tensors(small, tmp_path, batch)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (logits(reloaded, batch) - logits(model, batch)).abs().max() <= 1e-5
+    stored = load_file(tmp_path / "model.safetensors")
+    packed = set()
+    for name, layer in packed_layers(small).items():
+        # A last block that is shorter has no name there, so such a layer is dense.
+        fits = layer.weight.shape[1] % 32 == 0
+        packed.add(fits)
+        assert (f"{name}.weight_packed" in stored) == fits and (f"{name}.weight" in stored) != fits
+        assert torch.equal(reloaded.get_submodule(name).weight, layer.weight)
+    assert packed == {False, True}
+    groups = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert {(group["weights"]["strategy"], group["weights"]["group_size"]) for group in groups.values()} == {
+        ("group", 32)
+    }
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_layer_has_its_own_bits(kind: str, made: dict[str, Made]) -> None:
     _, small, _, folder = made[kind]

@@ -12,6 +12,7 @@ from geta_hf.export.export import compress
 from geta_hf.export.formats.integers import Style, plain_copy, store_integers
 from geta_hf.qadg import zero_groups
 from geta_hf.quantization import attach_input_quantizers, step_size
+from geta_hf.quantization.blocks import split_blocks
 from geta_hf.serialization.embeddings import rounded_embedding
 from geta_hf.serialization.encode import layer_codes
 from geta_hf.serialization.packed_layers import packed_layers
@@ -53,15 +54,19 @@ def run(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("style", ["operators", "arithmetic", "float"])
-@pytest.mark.parametrize("case", ["bert", "channels", "rounded", "exponents", "conv1d", "conv2d"])
+@pytest.mark.parametrize(
+    "case", ["bert", "channels", "rounded", "exponents", "conv1d", "conv2d", "blocks", "conv1d blocks"]
+)
 def test_integers_give_what_the_decoded_weights_give(case: str, style: Style) -> None:
     model, batch = tiny_model(), some_batch()
-    if case == "conv1d":
+    if case.startswith("conv1d"):
         model = gpt2()
     elif case == "conv2d":
         model, batch = vit()
     learn_t = {"rounded": False, "exponents": True}.get(case)
-    small = compressed(model, batch, learn_t, per_channel=case in ("channels", "conv1d", "conv2d"))
+    blocks = "blocks" in case
+    per_channel = case in ("channels", "conv1d", "conv2d")
+    small = compressed(model, batch, learn_t, per_channel=per_channel, grid="block32" if blocks else None)
     copied = plain_copy(small)
     store_integers(copied, style)
     assert (run(copied, batch) - run(small, batch)).abs().max() <= 1e-5
@@ -70,6 +75,10 @@ def test_integers_give_what_the_decoded_weights_give(case: str, style: Style) ->
     assert stored.keys() == (set() if style == "float" else narrow.keys())
     for name, codes in stored.items():
         expected = layer_codes(name, narrow[name])
+        if blocks:
+            rows = expected.t() if case == "conv1d blocks" else expected
+            assert torch.equal(codes.int(), split_blocks(rows))
+            continue
         expected = expected.t() if isinstance(narrow[name], torch.nn.Linear) else expected
         assert codes.dtype == torch.int8 and torch.equal(codes.int(), expected)
 

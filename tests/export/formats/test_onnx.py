@@ -153,8 +153,13 @@ def llama() -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(vocab_size=60, num_key_value_heads=2, **sizes))
 
 
+_GRIDS = {"channels": "channel", "blocks": "block32"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["distilbert", "albert", "llama", "gpt2", "vit", "channels", "one row", "plain"])
+@pytest.mark.parametrize(
+    "kind", ["distilbert", "albert", "llama", "gpt2", "vit", "channels", "blocks", "one row", "plain"]
+)
 def test_other_models(kind: str, tmp_path: Path) -> None:
     batch = some_batch()
     if kind == "one row":
@@ -162,7 +167,7 @@ def test_other_models(kind: str, tmp_path: Path) -> None:
     model, batch = {"llama": lambda: (llama(), batch), "gpt2": lambda: (gpt2(), batch), "vit": vit}.get(
         kind, lambda: (tiny_model(kind if kind in ("distilbert", "albert") else "bert"), batch)
     )()
-    small = model.eval() if kind == "plain" else compressed(model, batch, per_channel=kind == "channels")
+    small = model.eval() if kind == "plain" else compressed(model, batch, grid=_GRIDS.get(kind))
     found = write(small, tmp_path / "out", batch)
     assert found["exact"] <= 1e-6 and found["default"] <= 0.02
 

@@ -9,11 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from geta_hf.export.export import compress
-from geta_hf.qadg import PruningSpace
+from geta_hf.qadg import PruningSpace, kept_indices
 from geta_hf.qadg.group_types import Family
 from geta_hf.quantization import attach_quantizers, quantized_layers, step_size
 from geta_hf.surgery.verify import mask_groups
 from tests.architectures import build
+from tests.export.tiny_encoders import form_all_blocks
 from tests.spaces import build_space
 
 Batch = dict[str, Tensor]
@@ -26,11 +27,12 @@ def cut(
     kinds: tuple[str, ...] = ("heads", "channels"),
     bits: tuple[int, ...] | None = (4, 3, 8, 2, 6, 5, 7),
     per_channel: bool = False,
+    grid: str | None = None,
 ) -> PreTrainedModel:
     """Half the groups of these kinds set to zero in the model, and the compressed copy; `bits` by turns, or none."""
     space = build_space(model, batch)
     families = [family for family in space.prunable if family.kind in kinds]
-    return compressed(model, batch, space, {f.name: halved(f) for f in families}, bits, per_channel)
+    return compressed(model, batch, space, {f.name: halved(f) for f in families}, bits, per_channel, grid)
 
 
 def halved(family: Family) -> Tensor:
@@ -45,10 +47,12 @@ def compressed(
     removal: dict[str, Tensor],
     bits: tuple[int, ...] | None = (4,),
     per_channel: bool = False,
+    grid: str | None = None,
 ) -> PreTrainedModel:
     mask_groups(model, space.families, removal)
     if bits is not None:
-        attach_quantizers(model, per_channel=per_channel)
+        attach_quantizers(model, per_channel=per_channel, grid=grid)
+        form_all_blocks(model, kept_indices(space, removal))
         for place, layer in enumerate(quantized_layers(model).values()):
             quantizer = layer.weight_quantizer
             quantizer.d.copy_(step_size(float(bits[place % len(bits)]), quantizer.q_m, quantizer.t))

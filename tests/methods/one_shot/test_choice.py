@@ -11,11 +11,11 @@ from geta_hf.costs.targets import BYTES
 from geta_hf.errors import GETAError
 from geta_hf.methods import OneShotConfig, OneShotMethod
 from geta_hf.methods.one_shot import Calibration
-from geta_hf.methods.one_shot.blocks import BlockRunner
 from geta_hf.methods.one_shot.choice import Losses, bits_per_weight, find_candidates
 from geta_hf.qadg import build_space
 from geta_hf.qadg.group_types import Family, Member
 from geta_hf.quantization import quantized_layers
+from geta_hf.quantization.by_block import BlockRunner
 from geta_hf.training.plan import make_ledger
 from geta_hf.training.preparation import empty_copy
 from tests.tiny_tasks import tiny_llama

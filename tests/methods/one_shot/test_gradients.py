@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from geta_hf.errors import GETAError
-from geta_hf.methods.one_shot.covariances import as_rows
 from geta_hf.methods.one_shot.gradients import measure_gradients, sequences, total_loss
 from geta_hf.methods.one_shot.layers import Kept, compress_layer, fit_grid, rounding_losses
 from geta_hf.qadg.group_labels import GroupLabels
+from geta_hf.quantization.covariances import as_rows
 from geta_hf.quantization.functional import quantize
 
 

@@ -271,4 +271,6 @@ def test_each_channel_gets_the_clipping_value_of_its_final_width() -> None:
     for name, layer in quantized_layers(model).items():
         bits = round(widths[f"{name}.weight_quantizer"])
         found = layer.weight_quantizer.q_m.detach()
-        torch.testing.assert_close(found, channel_clipping_values(layer.weight, bits), rtol=1e-4, atol=0)
+        # Up to the grid of fp16, on which the step sizes are.
+        torch.testing.assert_close(found, channel_clipping_values(layer.weight, bits), rtol=5e-4, atol=0)
+        assert torch.equal(layer.weight_quantizer.d, layer.weight_quantizer.d.half().float())

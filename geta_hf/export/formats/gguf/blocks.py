@@ -34,7 +34,7 @@ class Values:
     Attributes:
         floats: fp32, the values, d * n where there are codes.
         codes: int8 of the same shape (rows, columns); None where the values are not codes of at most 8 bits.
-        step_size: fp32, shape (1,) or (rows,), where there are codes.
+        step_size: fp32, shape (1,), (rows,) or (rows, blocks of 32 columns), where there are codes.
         bits: bit width of the codes; 0 without.
     """
 
@@ -61,7 +61,8 @@ def choose_type(values: Values) -> str:
     """
     if values.codes is not None and values.step_size is not None and _fits_half(values.step_size):
         columns = values.codes.shape[1]
-        if columns % _LARGE_BLOCK == 0 and values.bits in _LARGE:
+        # The larger blocks have one step size for 256 columns.
+        if columns % _LARGE_BLOCK == 0 and values.bits in _LARGE and values.step_size.dim() == 1:
             return _LARGE[values.bits]
         if columns % _BLOCK == 0:
             return _SMALL[values.bits]
@@ -94,8 +95,9 @@ def encode(values: Values, kind: str) -> Bytes:
     codes = values.codes.contiguous().numpy()
     size = _LARGE_BLOCK if kind.endswith("K") else _BLOCK
     blocks = codes.reshape(codes.shape[0], -1, size)
-    # One step size for all blocks of a row, as bytes in front of or behind each block.
-    step = values.step_size.half().numpy().reshape(-1, 1, 1)
+    # One step size for all blocks of a row, or for each, as bytes in front of or behind each block.
+    step = values.step_size.half().numpy()
+    step = step[:, :, None] if step.ndim == 2 else step.reshape(-1, 1, 1)
     steps = np.ascontiguousarray(np.broadcast_to(step, (*blocks.shape[:2], 1))).view(np.uint8)
     packed: Bytes = _PACK[kind](blocks, steps)
     return packed.reshape(codes.shape[0], -1)

@@ -53,6 +53,19 @@ def test_every_row_can_have_a_step_size_of_its_own(bits: int, columns: int) -> N
     assert torch.equal(decoded(moved, choose_type(moved)), values.floats[order])
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_blocks_of_their_own_step_sizes_are_the_types_own(bits: int) -> None:
+    torch.manual_seed(bits)
+    codes = some_values(bits, 256, 1.0).codes
+    steps = (torch.rand(3, 8) + 0.01).half().float()
+    values = Values(codes.float() * steps.repeat_interleave(32, 1), codes, steps, bits)
+    # Not a type with one step size for 256 columns.
+    assert choose_type(values) in ("Q4_0", "Q5_0", "Q8_0")
+    assert torch.equal(decoded(values, choose_type(values)), values.floats)
+    moved = values.rows(torch.tensor([2, 0, 1]))
+    assert torch.equal(decoded(moved, choose_type(moved)), values.floats[[2, 0, 1]])
+
+
 def test_step_that_is_no_half_precision_number_is_rounded_once() -> None:
     values = some_values(4, 64, 0.0123456789)
     gap = (decoded(values, "Q4_0") - values.floats).abs().max()

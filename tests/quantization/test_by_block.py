@@ -16,9 +16,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from geta_hf.errors import GETAError
-from geta_hf.methods.one_shot.blocks import BlockRunner, find_blocks
-from geta_hf.methods.one_shot.covariances import Covariance, as_rows, collecting, input_rows
 from geta_hf.quantization import select_layers
+from geta_hf.quantization.by_block import BlockRunner, find_blocks
+from geta_hf.quantization.covariances import Covariance, as_rows, collecting, input_rows
 
 IDS = torch.randint(0, 30, (3, 2, 8), generator=torch.Generator().manual_seed(0))
 

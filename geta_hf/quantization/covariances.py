@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geta_hf.errors import GETAError
+from geta_hf.quantization.by_block import Batch, counted_tokens, find_blocks, uncached
 from geta_hf.quantization.fixed import output_dim
+from geta_hf.utils.module_state import eval_mode
 
 _CHUNK = 1 << 24
 """Elements of a layer's input that are converted to single precision at once."""
@@ -27,6 +31,12 @@ def as_rows(layer: nn.Module, weight: Tensor) -> Tensor:
     if output_dim(layer) == 1:
         return weight.t()
     return weight.flatten(1)
+
+
+def like_weight(layer: nn.Module, rows: Tensor) -> Tensor:
+    """Return what `as_rows` made of a weight in the shape of the weight again."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return rows.t() if output_dim(layer) == 1 else rows.reshape(weight.shape)
 
 
 def has_covariance(layer: nn.Module) -> bool:
@@ -128,3 +138,80 @@ def collecting(
             )
             stack.callback(hook.remove)
         yield found
+
+
+def measure_covariances(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Sequence[Batch],
+    limit: float = math.inf,
+    progress: Callable[[Sequence[Batch]], Iterable[Batch]] = iter,
+) -> Iterator[dict[str, Tensor | None]]:
+    """Run batches in evaluation mode, and yield the covariances of layers' inputs, of some layers at a time.
+
+    Layers that read the same tensor share one. Where several processes run, each one gives batches of its own, and all
+    get the covariance of all. A layer may be changed as soon as its covariance is there; the next ones are then those
+    of the changed model.
+
+    Args:
+        model: any module.
+        layers: by path, in any order.
+        batches: keyword arguments of its forward, on its device.
+        limit: bytes that covariances take at a time; a single one may take more. Default: all at once.
+        progress: wraps the batches of each run.
+
+    Yields:
+        Path -> Σ, fp32, shape (inputs, inputs); None where no input came in, or where not all outputs read the same.
+    """
+    unknown = [name for name, layer in layers.items() if not has_covariance(layer)]
+    if unknown:
+        yield dict.fromkeys(unknown)
+    known = {name: layer for name, layer in layers.items() if name not in unknown}
+    if not known:
+        return
+    stages = [stage for block in find_blocks(model, known, batches[0]) for stage in block.stages]
+    for part in _parts(stages, known, limit):
+        shared = {name: stage[0] for stage in part for name in stage}
+        mask: list[Tensor | None] = [None]
+        own = {name: known[name] for name in shared}
+        with collecting(own, shared, mask) as found, eval_mode(model), uncached(model):
+            for batch in progress(batches):
+                mask[0] = counted_tokens(model, batch)
+                model(**batch)
+        for name, one in found.items():
+            _add_up_processes(one, known[name])
+        means = {name: one.mean(name) for name, one in found.items()}
+        yield {name: means[owner] for name, owner in shared.items()}
+
+
+def covariance_bytes(layer: nn.Module) -> int:
+    """Return what the covariance of a layer's inputs takes."""
+    return 4 * as_rows(layer, layer.weight).shape[1] ** 2  # type: ignore[arg-type]
+
+
+def _parts(stages: Iterable[list[str]], layers: Mapping[str, nn.Module], limit: float) -> list[list[list[str]]]:
+    """Return the stages in parts whose covariances fit into a limit; the layers of a stage share one."""
+    parts: list[list[list[str]]] = []
+    used = math.inf
+    for stage in stages:
+        size = covariance_bytes(layers[stage[0]])
+        if not parts or used + size > limit:
+            parts.append([])
+            used = 0
+        parts[-1].append(stage)
+        used += size
+    return parts
+
+
+def _add_up_processes(found: Covariance, layer: nn.Module) -> None:
+    """Add up what came into a layer on all processes, on each of them."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    inputs = as_rows(layer, weight).shape[1]
+    if found.total is None:  # an expert that no token of this process reached
+        found.total = torch.zeros(inputs, inputs, device=weight.device)
+    count = torch.tensor(float(found.count), device=weight.device)
+    dist.all_reduce(found.total)
+    dist.all_reduce(count)
+    found.count = int(count)
