@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from geta_hf.errors import GETAError
 from geta_hf.export.formats.gguf import run_llama_cpp
+from geta_hf.export.formats.gguf.architectures import longest_alike
 from geta_hf.export.formats.gguf.blocks import STEP_ERROR, Values
 from geta_hf.export.formats.integers import plain_copy
 
@@ -141,7 +142,7 @@ def prove_run(
         return Run(False, f"{RUNNER} is not installed")
     assert tokenizer is not None
     reference = plain_copy(model)
-    longest = model.config.max_position_embeddings
+    longest = longest_alike(model.config)
     prompts = _prompts(batch, tokenizer, _PROMPT)
     scored = _prompts(batch, tokenizer, min(_SCORED, longest))
     task = {
@@ -149,7 +150,7 @@ def prove_run(
         "new_tokens": min(_NEW_TOKENS, longest - max(map(len, prompts))),
         "listed": _LISTED,
         "scored": scored,
-        "context": max(*map(len, scored), _PROMPT + _NEW_TOKENS) + 8,
+        "context": min(max(*map(len, scored), _PROMPT + _NEW_TOKENS) + 8, longest),
         "threads": torch.get_num_threads(),
         "texts": [TEXT],
     }

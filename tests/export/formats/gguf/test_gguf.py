@@ -19,7 +19,7 @@ from geta_hf import convert, export
 from geta_hf.errors import GETAError
 from geta_hf.export.formats import exported
 from geta_hf.export.formats.gguf import check_gguf, proof, write_gguf
-from geta_hf.export.formats.gguf.architectures import layout_of, tensors
+from geta_hf.export.formats.gguf.architectures import layout_of, longest_alike, tensors
 from geta_hf.export.formats.gguf.vocabulary import read_vocabulary
 from geta_hf.quantization import attach_quantizers
 from geta_hf.serialization.encode import dense_weight
@@ -42,7 +42,14 @@ LONG = {
     "rope_theta": 10000.0,
     "short_factor": [1.0] * 8,
     "long_factor": [2.0] * 8,
-    "original_max_position_embeddings": 64,
+    "original_max_position_embeddings": 256,
+    "partial_rotary_factor": 1.0,
+}
+LONG_PHI = {
+    "pad_token_id": 0,
+    "rope_parameters": LONG,
+    "original_max_position_embeddings": 256,
+    "max_position_embeddings": 512,
 }
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 64}
 
@@ -331,6 +338,12 @@ def test_window_is_noted() -> None:
     assert "the model to the last 32" in layout_of(tiny.model("Mistral", sliding_window=32)).notes[0]
 
 
+def test_long_factors_are_noted() -> None:
+    model = tiny.model("Phi3", **LONG_PHI)
+    assert "with a context above 256 tokens" in layout_of(model).notes[0] and longest_alike(model.config) == 256
+    assert longest_alike(tiny.model("Llama", rope_parameters=YARN).config) == 128  # one set of factors
+
+
 # --- proofs -------------------------------------------------------------------------------------------------------
 
 
@@ -422,7 +435,7 @@ def test_an_export_becomes_a_file(tmp_path: Path) -> None:
         ("Qwen2", {"tie_word_embeddings": True}, True),
         ("Qwen3", {"head_dim": 32}, True),
         ("Phi3", {"pad_token_id": 0}, None),
-        ("Phi3", {"pad_token_id": 0, "rope_parameters": LONG}, None),
+        ("Phi3", LONG_PHI, None),
         ("Phi", {"num_key_value_heads": 4}, None),
         ("Gemma3", GEMMA, True),
     ],
