@@ -204,6 +204,11 @@ def _check_attention(model: PreTrainedModel, layout: Layout) -> Iterator[str]:
                 "llama.cpp's gemma3 has a full layer after every five with a window, and queries scaled by the width "
                 "of a head; this model has others. Drop no layers, or export in another format"
             )
+    if (alike := longest_alike(config)) < config.max_position_embeddings:
+        yield (
+            f"with a context above {alike} tokens llama.cpp rotates all texts by the long factors, the model only "
+            f"longer ones: run short texts with a context of at most {alike}"
+        )
     window = getattr(config, "sliding_window", None)
     if window and window < config.max_position_embeddings and name != "gemma3":
         yield (
@@ -289,6 +294,18 @@ def _rope(config: Any) -> Mapping[str, Any]:
     return found.get("full_attention", found)
 
 
+def _original_length(config: Any) -> int:
+    """Return the length of texts before rotary positions were stretched."""
+    given = _rope(config).get("original_max_position_embeddings")
+    return int(given or getattr(config, "original_max_position_embeddings", config.max_position_embeddings))
+
+
+def longest_alike(config: Any) -> int:
+    """Return up to which length of texts a model and llama.cpp rotate alike, with a context of that length."""
+    stretched = _rope(config).get("rope_type") == "longrope"
+    return min(config.max_position_embeddings, _original_length(config)) if stretched else config.max_position_embeddings
+
+
 def _frequency_factors(model: PreTrainedModel, layout: Layout) -> dict[str, Tensor]:
     """Return by how much rotary frequencies are divided, by the name of the tensor, where a number does not say it."""
     rope = _rope(model.config)
@@ -347,9 +364,7 @@ def _write_rope(writer: Any, model: PreTrainedModel, name: str) -> None:
     if local is not None:
         writer.add_rope_freq_base_swa(local["rope_theta"])
     kind = rope.get("rope_type", "default")
-    original = rope.get("original_max_position_embeddings") or getattr(
-        config, "original_max_position_embeddings", config.max_position_embeddings
-    )
+    original = _original_length(config)
     if name == "phi3":
         writer.add_rope_scaling_orig_ctx_len(original)
     if kind == "linear":

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from geta_hf.errors import GETAError
 from geta_hf.export.formats.gguf import run_llama_cpp
+from geta_hf.export.formats.gguf.architectures import longest_alike
 from geta_hf.export.formats.gguf.blocks import STEP_ERROR, Values
 from geta_hf.export.formats.integers import plain_copy
 
@@ -37,10 +38,16 @@ Single steps may differ by more, where the likeliest tokens are close to each ot
 by the other comparison, so this one has to find only blocks that are read in another way.
 """
 
+PERPLEXITY = 0.01
+"""The largest share by which the perplexity of a text may differ where every tensor is F32.
+
+Where activations are rounded to 8 bits, a larger share is noted and not refused: the weights are proved already.
+"""
+
 TEXT = "Once upon a time, there was a little girl. She said: \"I've 3 apples, and 12 pears!\"\n\nThat's  fine.\n"
 """A text whose tokens have to be those of the tokenizer."""
 
-_NEW_TOKENS, _LISTED, _PROMPT = 64, 20, 64
+_NEW_TOKENS, _LISTED, _PROMPT, _SCORED = 64, 20, 64, 256
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,8 @@ class Run:
         mean_difference: the same, but the mean over steps of the largest one in each.
         float_difference: the same of a file with the same weights in F32.
         tokens: how many tokens were generated, greedily.
+        same_tokens: how many of them transformers generates too, with the weights in F32. The others are ties.
+        perplexity: of a text, by transformers, by the file as it is, and by the same weights in F32.
     """
 
     ran: bool
@@ -73,6 +82,8 @@ class Run:
     mean_difference: float | None = None
     float_difference: float | None = None
     tokens: int = 0
+    same_tokens: int = 0
+    perplexity: tuple[float, float, float] | None = None
 
 
 def prove_decoded(path: Path, expected: Iterable[tuple[str, Callable[[], Values]]]) -> Decoded:
@@ -131,35 +142,78 @@ def prove_run(
         return Run(False, f"{RUNNER} is not installed")
     assert tokenizer is not None
     reference = plain_copy(model)
-    prompts = _prompts(batch, tokenizer)
+    longest = longest_alike(model.config)
+    prompts = _prompts(batch, tokenizer, _PROMPT)
+    scored = _prompts(batch, tokenizer, min(_SCORED, longest))
     task = {
         "prompts": prompts,
-        "new_tokens": min(_NEW_TOKENS, model.config.max_position_embeddings - max(map(len, prompts))),
+        "new_tokens": min(_NEW_TOKENS, longest - max(map(len, prompts))),
         "listed": _LISTED,
-        "context": max(map(len, prompts)) + _NEW_TOKENS + 8,
+        "scored": scored,
+        "context": min(max(*map(len, scored), _PROMPT + _NEW_TOKENS) + 8, longest),
         "threads": torch.get_num_threads(),
         "texts": [TEXT],
     }
     answer = _run(path, task)
     _check_text(answer["texts"][0]["tokens"], tokenizer)
-    gaps = _gaps(reference, prompts, answer)
-    largest, mean = max(gaps), sum(gaps) / len(gaps)
-    exact = largest
+    found = _compare(reference, task, answer)
+    floats = found
     if write_floats is not None:
-        _check_gap(mean, ROUNDED)
+        _check_gap(found.mean, ROUNDED)
         with tempfile.TemporaryDirectory() as folder:
             write_floats(Path(folder) / path.name)
-            exact = max(_gaps(reference, prompts, _run(Path(folder) / path.name, task)))
-    _check_gap(exact, EXACT)
-    runner = f"{RUNNER} {importlib.metadata.version(RUNNER)}"
-    return Run(True, runner, largest, mean, exact, sum(len(one["tokens"]) for one in answer["prompts"]))
+            floats = _compare(reference, task, _run(Path(folder) / path.name, task))
+    _check_gap(floats.largest, EXACT)
+    _check_perplexity(floats.perplexity, floats.expected)
+    return Run(
+        ran=True,
+        runner=f"{RUNNER} {importlib.metadata.version(RUNNER)}",
+        difference=found.largest,
+        mean_difference=found.mean,
+        float_difference=floats.largest,
+        tokens=len(floats.gaps),
+        same_tokens=floats.same,
+        perplexity=(found.expected, found.perplexity, floats.perplexity),
+    )
 
 
-def _prompts(batch: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    prompts = [tokenizer(TEXT)["input_ids"][:_PROMPT]]
+@dataclass(frozen=True)
+class _Comparison:
+    """What one run gave beside transformers.
+
+    Attributes:
+        gaps: largest difference of a probability in each step of what llama.cpp generated.
+        same: in how many steps it chose the token that is the likeliest in transformers.
+        perplexity: of the scored texts by llama.cpp.
+        expected: the same by transformers.
+    """
+
+    gaps: list[float]
+    same: int
+    perplexity: float
+    expected: float
+
+    @property
+    def largest(self) -> float:
+        return max(self.gaps, default=0.0)
+
+    @property
+    def mean(self) -> float:
+        return sum(self.gaps) / max(len(self.gaps), 1)
+
+
+def _compare(reference: PreTrainedModel, task: Mapping[str, Any], answer: Mapping[str, Any]) -> _Comparison:
+    gaps, same = _gaps(reference, task["prompts"], answer)
+    perplexity, expected = _perplexities(reference, task["scored"], answer["scored"])
+    return _Comparison(gaps, same, perplexity, expected)
+
+
+def _prompts(batch: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase, length: int) -> list[list[int]]:
+    """Return the tokens of the text and of the first row of the batch, up to a length."""
+    prompts = [tokenizer(TEXT)["input_ids"][:length]]
     if "input_ids" in batch:
         row, mask = batch["input_ids"][0].cpu(), batch.get("attention_mask")
-        prompts.append((row if mask is None else row[mask[0].cpu() > 0]).tolist()[:_PROMPT])
+        prompts.append((row if mask is None else row[mask[0].cpu() > 0]).tolist()[:length])
     return [prompt for prompt in prompts if prompt]
 
 
@@ -192,9 +246,14 @@ def _check_text(found: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _gaps(reference: PreTrainedModel, prompts: list[list[int]], answer: Mapping[str, Any]) -> list[float]:
-    """Return the largest difference of a probability in each step of what llama.cpp generated."""
-    found = []
+def _gaps(
+    reference: PreTrainedModel, prompts: list[list[int]], answer: Mapping[str, Any]
+) -> tuple[list[float], int]:
+    """Return the largest difference of a probability in each step of what llama.cpp generated.
+
+    The second value is the number of steps in which the token is the likeliest in transformers too.
+    """
+    found, same = [], 0
     for prompt, one in zip(prompts, answer["prompts"], strict=True):
         chosen = one["tokens"]
         logits = reference(input_ids=torch.tensor([prompt + chosen])).logits[0, len(prompt) - 1 : -1]
@@ -202,7 +261,47 @@ def _gaps(reference: PreTrainedModel, prompts: list[list[int]], answer: Mapping[
             gaps = [abs(float(row[int(number)]) - math.exp(value)) for number, value in listed.items()]
             # Greedy texts are the same but for ties: a token may be chosen that is as likely as the likeliest.
             found.append(max([float(row.max() - row[token]), *gaps]))
-    return found or [0.0]
+            same += int(row.argmax()) == token
+    return found, same
+
+
+def _perplexities(
+    reference: PreTrainedModel, texts: list[list[int]], scored: list[list[float | None]]
+) -> tuple[float, float]:
+    """Return the perplexity of texts by llama.cpp and by transformers, over the tokens that llama.cpp scored."""
+    found: list[float] = []
+    expected: list[float] = []
+    for tokens, values in zip(texts, scored, strict=True):
+        logits = reference(input_ids=torch.tensor([tokens])).logits[0, :-1]
+        rows = logits.double().log_softmax(-1)
+        for row, token, value in zip(rows, tokens[1:], values, strict=True):
+            if value is not None:
+                found.append(value)
+                expected.append(float(row[token]))
+    if not found:
+        return 1.0, 1.0
+    return math.exp(-sum(found) / len(found)), math.exp(-sum(expected) / len(expected))
+
+
+def perplexity_notes(run: Run) -> list[str]:
+    """Return a note where rounded activations move the perplexity by more than the share allowed in F32."""
+    if run.perplexity is None:
+        return []
+    expected, found, _ = run.perplexity
+    if abs(found / expected - 1) <= PERPLEXITY:
+        return []
+    return [
+        f"llama.cpp rounds activations to 8 bits in products with blocks, which moves the perplexity of a short text by "
+        f"{found / expected - 1:+.1%}"
+    ]
+
+
+def _check_perplexity(found: float, expected: float) -> None:
+    if not abs(found / expected - 1) <= PERPLEXITY:
+        raise GETAError(
+            f"llama.cpp's perplexity of a text is {found:.4g}, the model's {expected:.4g}; allowed is a difference of "
+            f"{PERPLEXITY:.0%}; export in the geta format"
+        )
 
 
 def _check_gap(gap: float, allowed: float) -> None:

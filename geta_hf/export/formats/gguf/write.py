@@ -16,7 +16,7 @@ from geta_hf.errors import GETAError
 from geta_hf.export.formats.exported import require
 from geta_hf.export.formats.gguf.architectures import Layout, layout_of, tensors, write_metadata
 from geta_hf.export.formats.gguf.blocks import choose_type, encode
-from geta_hf.export.formats.gguf.proof import Decoded, prove_decoded, prove_run
+from geta_hf.export.formats.gguf.proof import Decoded, perplexity_notes, prove_decoded, prove_run
 from geta_hf.export.formats.gguf.vocabulary import Vocabulary, read_vocabulary
 from geta_hf.export.formats.plain import LEFT_OUT
 from geta_hf.serialization.encode import activation_bits
@@ -73,7 +73,7 @@ def write_gguf(
         "architecture": layout.architecture.name,
         "types": dict(Counter(types.values())),
         "not_exact": {name: {"type": types[name], "error": error} for name, error in decoded.errors.items() if error},
-        "notes": [*layout.notes, *_fallbacks(model, layout, types)],
+        "notes": [*layout.notes, *_fallbacks(model, layout, types), *perplexity_notes(run)],
         "run": asdict(run),
     }
     config = copy.deepcopy(model.config)
@@ -222,10 +222,16 @@ def _card(found: Mapping[str, Any], decoded: Decoded) -> str:
     else:
         lines += [f"All {len(decoded.errors)} tensors are exactly the trained ones.", ""]
     if run["ran"]:
+        expected, found_here, in_floats = run["perplexity"]
         lines += [
             f"Run by llama.cpp ({run['runner']}): the largest difference of a probability of a next token from "
             f"transformers is {run['difference']:.2g} ({run['mean_difference']:.2g} in the mean over steps), and "
-            f"{run['float_difference']:.2g} with all tensors in F32.",
+            f"{run['float_difference']:.2g} with all tensors in F32. Of {run['tokens']} tokens generated greedily in F32, "
+            f"{run['same_tokens']} are those of transformers; any others are ties.",
+            "",
+            f"Perplexity of a short text: {expected:.4g} in transformers, {found_here:.4g} in llama.cpp, and "
+            f"{in_floats:.4g} there with all tensors in F32.",
+            "",
         ]
     else:
         lines += [f"Not run: {run['runner']}. Every tensor of the file was decoded and compared."]

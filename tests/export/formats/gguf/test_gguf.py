@@ -19,7 +19,7 @@ from geta_hf import convert, export
 from geta_hf.errors import GETAError
 from geta_hf.export.formats import exported
 from geta_hf.export.formats.gguf import check_gguf, proof, write_gguf
-from geta_hf.export.formats.gguf.architectures import layout_of, tensors
+from geta_hf.export.formats.gguf.architectures import layout_of, longest_alike, tensors
 from geta_hf.export.formats.gguf.vocabulary import read_vocabulary
 from geta_hf.quantization import attach_quantizers
 from geta_hf.serialization.encode import dense_weight
@@ -35,6 +35,21 @@ LLAMA_3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+    "original_max_position_embeddings": 256,
+    "partial_rotary_factor": 1.0,
+}
+LONG_PHI = {
+    "pad_token_id": 0,
+    "rope_parameters": LONG,
+    "original_max_position_embeddings": 256,
+    "max_position_embeddings": 512,
 }
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 64}
 
@@ -323,6 +338,12 @@ def test_window_is_noted() -> None:
     assert "the model to the last 32" in layout_of(tiny.model("Mistral", sliding_window=32)).notes[0]
 
 
+def test_long_factors_are_noted() -> None:
+    model = tiny.model("Phi3", **LONG_PHI)
+    assert "with a context above 256 tokens" in layout_of(model).notes[0] and longest_alike(model.config) == 256
+    assert longest_alike(tiny.model("Llama", rope_parameters=YARN).config) == 128  # one set of factors
+
+
 # --- proofs -------------------------------------------------------------------------------------------------------
 
 
@@ -349,7 +370,7 @@ def test_other_probabilities_and_tokens_are_found() -> None:
     def gaps(token: int, shift: float) -> list[float]:
         answer = {"prompts": [{"tokens": [token], "listed": [{str(best): float(row[best]) + shift}]}]}
         with torch.no_grad():
-            return proof._gaps(model, [prompt], answer)
+            return proof._gaps(model, [prompt], answer)[0]
 
     best_chance, least_chance = float(row[best].exp()), float(row.min().exp())
     assert gaps(best, 0.0) == pytest.approx([0.0], abs=1e-6)
@@ -364,6 +385,24 @@ def test_other_probabilities_and_tokens_are_found() -> None:
     proof._check_text(expected, tokenizer)
     with pytest.raises(GETAError, match="splits a text into other tokens"):
         proof._check_text([*expected[:3], 0], tokenizer)
+
+
+def test_other_perplexity_is_found() -> None:
+    model, text = tiny.model("Llama"), [5, 6, 7, 8]
+    with torch.no_grad():
+        rows = model(input_ids=torch.tensor([text])).logits[0].double().log_softmax(-1)
+        expected = [float(rows[place, token]) for place, token in enumerate(text[1:])]
+        # Without a score a token counts on neither side.
+        found, own = proof._perplexities(model, [text], [[expected[0] - 0.1, None, expected[2] - 0.3]])
+    assert own == pytest.approx(math.exp(-(expected[0] + expected[2]) / 2), rel=1e-6)
+    assert found == pytest.approx(own * math.exp(0.2), rel=1e-6)
+    proof._check_perplexity(10.09, 10.0)
+    for perplexity in (10.11, 9.89, math.nan):
+        with pytest.raises(GETAError, match="perplexity of a text is"):
+            proof._check_perplexity(perplexity, 10.0)
+    run = proof.Run(True, "llama.cpp", perplexity=(10.0, 10.2, 10.0))
+    assert "by +2.0%" in proof.perplexity_notes(run)[0]
+    assert not proof.perplexity_notes(proof.Run(True, "llama.cpp", perplexity=(10.0, 10.05, 10.0)))
 
 
 def test_an_export_becomes_a_file(tmp_path: Path) -> None:
@@ -387,11 +426,16 @@ def test_an_export_becomes_a_file(tmp_path: Path) -> None:
     ("kind", "changes", "alike"),
     [
         ("Llama", {"rope_parameters": LLAMA_3}, False),
+        ("Llama", {"tie_word_embeddings": True}, False),
+        ("Llama", {"rope_parameters": YARN}, True),
+        ("Llama", {"attention_bias": True, "mlp_bias": True}, False),
         ("Mistral", {"sliding_window": None}, False),
         ("Qwen2", {}, False),
         ("Qwen2", {}, None),
+        ("Qwen2", {"tie_word_embeddings": True}, True),
         ("Qwen3", {"head_dim": 32}, True),
         ("Phi3", {"pad_token_id": 0}, None),
+        ("Phi3", LONG_PHI, None),
         ("Phi", {"num_key_value_heads": 4}, None),
         ("Gemma3", GEMMA, True),
     ],
@@ -405,3 +449,7 @@ def test_llama_cpp_gives_the_model_s_probabilities(
     run = write(model if alike is None else tiny.cut(model, alike), tmp_path)["run"]
     assert run["ran"] and run["tokens"] == 128
     assert run["float_difference"] <= 1e-3 and run["mean_difference"] <= run["difference"] <= 0.05
+    expected, found, floats = run["perplexity"]
+    assert run["same_tokens"] == 128 and floats == pytest.approx(expected, rel=1e-4)
+    assert found == pytest.approx(expected, rel=0.01)
+    assert "Perplexity of a short text" in (tmp_path / "README.md").read_text()
