@@ -303,7 +303,9 @@ def _original_length(config: Any) -> int:
 def longest_alike(config: Any) -> int:
     """Return up to which length of texts a model and llama.cpp rotate alike, with a context of that length."""
     stretched = _rope(config).get("rope_type") == "longrope"
-    return min(config.max_position_embeddings, _original_length(config)) if stretched else config.max_position_embeddings
+    return (
+        min(config.max_position_embeddings, _original_length(config)) if stretched else config.max_position_embeddings
+    )
 
 
 def _frequency_factors(model: PreTrainedModel, layout: Layout) -> dict[str, Tensor]:

@@ -246,9 +246,7 @@ def _check_text(found: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _gaps(
-    reference: PreTrainedModel, prompts: list[list[int]], answer: Mapping[str, Any]
-) -> tuple[list[float], int]:
+def _gaps(reference: PreTrainedModel, prompts: list[list[int]], answer: Mapping[str, Any]) -> tuple[list[float], int]:
     """Return the largest difference of a probability in each step of what llama.cpp generated.
 
     The second value is the number of steps in which the token is the likeliest in transformers too.
@@ -291,8 +289,8 @@ def perplexity_notes(run: Run) -> list[str]:
     if abs(found / expected - 1) <= PERPLEXITY:
         return []
     return [
-        f"llama.cpp rounds activations to 8 bits in products with blocks, which moves the perplexity of a short text by "
-        f"{found / expected - 1:+.1%}"
+        f"llama.cpp rounds activations to 8 bits in products with blocks, which moves the perplexity of a short text "
+        f"by {found / expected - 1:+.1%}"
     ]
 
 

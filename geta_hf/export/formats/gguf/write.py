@@ -226,8 +226,8 @@ def _card(found: Mapping[str, Any], decoded: Decoded) -> str:
         lines += [
             f"Run by llama.cpp ({run['runner']}): the largest difference of a probability of a next token from "
             f"transformers is {run['difference']:.2g} ({run['mean_difference']:.2g} in the mean over steps), and "
-            f"{run['float_difference']:.2g} with all tensors in F32. Of {run['tokens']} tokens generated greedily in F32, "
-            f"{run['same_tokens']} are those of transformers; any others are ties.",
+            f"{run['float_difference']:.2g} with all tensors in F32. Of {run['tokens']} tokens generated greedily in "
+            f"F32, {run['same_tokens']} are those of transformers; any others are ties.",
             "",
             f"Perplexity of a short text: {expected:.4g} in transformers, {found_here:.4g} in llama.cpp, and "
             f"{in_floats:.4g} there with all tensors in F32.",
