@@ -305,6 +305,8 @@ def test_checkpoints_resume_to_the_same_weights(name: str, step: int, tmp_path: 
     config = json.loads((written / "geta_config.json").read_text())
     assert config.pop("method") == "qasso"  # noted since there are several methods
     assert config.pop("split") == "even"  # a choice since
+    assert config.pop("compensate") is False  # likewise
+    assert config.pop("rounding") == "nearest"  # likewise
     assert config == json.loads((stored / "geta_config.json").read_text())
 
 

@@ -28,6 +28,12 @@ EXAMPLES: dict[str, tuple[Any, ...]] = {
     "_FakeQuantize": (X, *STEP, None, False, False, None),
     "_StraightThrough": (X, *STEP, None),
     "_QuantizedLinear": (X, X, None, *STEP, None, False, None, None, 1.0, False, None),
+    "_MixedWeight": (X, torch.full((2, 1, 1), 0.5), torch.ones(2, 1, 1), torch.tensor([1.0, 7.0])),
+    "_MixedLinear": (
+        *(X, X, None),
+        *(torch.full((2, 1, 1), 0.5), torch.ones(2, 1, 1), torch.tensor([1.0, 7.0])),
+        *(None, False),
+    ),
     "_KL": (X, X.flip(1), torch.ones(3, dtype=torch.bool), 2.0),
 }
 

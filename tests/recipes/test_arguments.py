@@ -79,7 +79,7 @@ def test_help_describes_every_argument_and_every_setting() -> None:
         assert f"--{field.name} " in shown and field.metadata["help"] in shown, field.name
     assert (
         "--learning_rate" in shown
-        and "geta.method NAME one of qasso, one-shot, post-training (default: qasso)" in shown
+        and "geta.method NAME one of qasso, one-shot, post-training, search (default: qasso)" in shown
     )
     for name, one in settings_of(GETAConfig).items():
         described = f"--geta.{name} VALUE {one.help} ({one.allowed}; default: {json.dumps(one.default)})"
@@ -97,17 +97,17 @@ def test_help_lists_a_shared_setting_once_and_the_methods_own(monkeypatch: pytes
     monkeypatch.setattr(config, "CONFIG_CLASSES", dict(config.CONFIG_CLASSES))
 
     @dataclass
-    class SearchConfig(CompressionConfig):
-        method: ClassVar[str] = "search"
-        temperature: float = setting(1.0, "Softmax temperature.", above(0), section="Search")
+    class HuntConfig(CompressionConfig):
+        method: ClassVar[str] = "hunt"
+        temperature: float = setting(1.0, "Softmax temperature of a hunt.", above(0), section="Hunt")
         multiple_of: int = 8
 
     text = describe_config()
-    assert re.search(r"one of qasso, .*search \(default: qasso\)", text)
-    assert text.count("--geta.target_sparsity ") == 1 == text.count("--geta.warmup ")
-    assert "Targets, every method:" in text and "Stages, method qasso:" in text and "Search, method search:" in text
-    assert "Softmax temperature. (a number above 0; default: 1.0)" in text
-    assert text.count("--geta.multiple_of ") == 2 and "default: 8)" in text.partition("method search:")[2]
+    assert re.search(r"one of qasso, .*hunt \(default: qasso\)", text)
+    assert text.count("--geta.target_sparsity ") == 1 == text.count("--geta.projection ")
+    assert "Targets, every method:" in text and "Stages, method qasso:" in text and "Hunt, method hunt:" in text
+    assert "Softmax temperature of a hunt. (a number above 0; default: 1.0)" in text
+    assert text.count("--geta.multiple_of ") == 2 and "default: 8)" in text.partition("method hunt:")[2]
 
 
 def test_the_method_chooses_the_config_class() -> None:
