@@ -11,7 +11,7 @@ from transformers import BertTokenizer, LlamaForCausalLM
 from eval import study_tasks
 from eval.study_tasks import Lengths, QuestionOptions, TextOptions
 from geta_hf import GETAError
-from recipes import demo_data
+from geta_hf.recipes import demo_data
 
 DENSE = Lengths(2, 4, 1e-3)
 TINY = TextOptions(texts=[], layers=1, hidden=32, block=16, eval_blocks=4)

@@ -15,7 +15,7 @@ from eval.tables.render import losses, render
 from eval.tables.rows import CONTROL, DENSE, OURS, PAPER, SEQUENTIAL, TABLES, config_of
 from geta_hf import GETAConfig, GETAError
 from geta_hf.methods import PostTrainingConfig
-from recipes import demo_data
+from geta_hf.recipes import demo_data
 
 pytestmark = pytest.mark.usefixtures("shared_spaces")
 
