@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -92,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
         "--target-parameters", type=float, metavar="SHARE", help="share of prunable parameters to remove"
     )
     command.add_argument("--mean-bits", type=float, metavar="B", help="mean width of the remaining weights")
+    command.add_argument(
+        "--targets", nargs="+", metavar="N", help='several sizes, as --target-bytes; writes "OUT-80" and so on'
+    )
     command.add_argument("--sequences", type=int, default=128, metavar="N", help="of calibration data; default: 128")
     command.add_argument("--sequence-length", type=int, metavar="N", help="tokens of each; default: 256")
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it is the folder of a model")
@@ -184,15 +188,21 @@ def run_compress(arguments: argparse.Namespace) -> None:
         `geta-hf compress HuggingFaceTB/SmolLM2-135M small --data corpus.txt --target-bytes 60%`
     """
     names = ("target_bops", "target_parameters", "mean_bits", "sequences", "sequence_length", "overwrite")
-    size = arguments.target_bytes
-    report = compress(
+    targets = None if arguments.targets is None else list(map(_size, arguments.targets))
+    found: Any = compress(
         arguments.model,
         arguments.data,
         out=arguments.out,
-        target_bytes=int(size) if size is not None and size.isdecimal() else size,
+        target_bytes=None if arguments.target_bytes is None else _size(arguments.target_bytes),
+        targets=targets,  # type: ignore[arg-type]
         **{name: getattr(arguments, name) for name in names},
     )
-    print(report)
+    print("\n\n".join(map(str, [found] if targets is None else found)))
+
+
+def _size(text: str) -> int | str:
+    """Return bytes as an integer, and a share as it is."""
+    return int(text) if text.isdecimal() else text
 
 
 def run_report(arguments: argparse.Namespace) -> None:
