@@ -25,6 +25,8 @@ from geta_hf.costs.model_costs import forward_uses
 from geta_hf.errors import GETAError
 from geta_hf.evaluation.calibration_data import make_batches, predicts_next
 from geta_hf.export import ExportReport, export
+from geta_hf.export.serving import limit_config, limit_families, serving_notes
+from geta_hf.export.uniform_counts import choose_counts
 from geta_hf.methods import OneShotConfig, OneShotMethod
 from geta_hf.methods.one_shot import Calibration, Outcome
 from geta_hf.methods.one_shot.gradients import sequences as rows_of
@@ -66,6 +68,7 @@ class CompressReport:
         perplexity: (dense, compressed) on held-back data; None where the model is no causal language model.
         seconds: how long it took.
         next_command: what to run next.
+        serving: what the program that `serve` names asked of the result, in sentences.
     """
 
     path: Path
@@ -78,6 +81,7 @@ class CompressReport:
     perplexity: tuple[float, float] | None
     seconds: float
     next_command: str
+    serving: tuple[str, ...] = ()
 
     @property
     def removed_groups(self) -> int:
@@ -98,6 +102,7 @@ class CompressReport:
         if self.outcome.unreached:
             names = ", ".join(self.outcome.unreached)
             lines.append(f"no calibration data reached these layers, which are rounded to nearest: {names}")
+        lines += self.serving
         lines.append(f"wrote {self.path} in {self.seconds:.0f} s; next: {self.next_command}")
         return "\n".join(lines)
 
@@ -194,6 +199,7 @@ def compress(
     config = _with_targets(config, target_bops, target_parameters, mean_bits, target_bytes)
     loaded, tokenizer = _load(model, tokenizer)
     check_is_model(loaded)
+    config = limit_config(config, loaded, tokenizer)
     if quantized_layers(loaded):
         raise GETAError(f"{type(loaded).__name__} has quantizers already, so it was compressed; load the dense model")
     check_model(loaded, select_layers(loaded, config.include, config.exclude))
@@ -205,7 +211,10 @@ def compress(
         config = exclude_raw_reads(config, loaded, select_layers(loaded, config.include, config.exclude), batch)  # type: ignore[assignment]
         layers = select_layers(loaded, config.include, config.exclude)
         check_exports(loaded, batch, layers)
-        space, _ = prepare_space(loaded, batch, prune=config.prune, keep=config.keep)
+        space, recordings = prepare_space(loaded, batch, prune=config.prune, keep=config.keep)
+        space, _ = choose_counts(config, space, loaded, recordings)
+        space = limit_families(config, space, loaded)
+        serving = serving_notes(config, loaded, space)
         ledger = _measure_sizes(loaded, config, space, batch, layers)
         dense_bytes = dataclasses.replace(ledger, layers=(), row_bits={}).stored_bytes(ledger.nothing, 0)
         if target_bytes is not None:
@@ -226,7 +235,8 @@ def compress(
         finish=partial(write_card, base_model=base_name(loaded), repo_id=place.name),
         overwrite=overwrite,
     )
-    return _report(place, written, outcome, ledger, dense_bytes, parameters, causal, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return _report(place, written, outcome, ledger, dense_bytes, parameters, causal, seconds, serving)
 
 
 def _check_loaded(model: PreTrainedModel) -> None:
@@ -361,6 +371,7 @@ def _report(
     parameters: int,
     causal: bool,
     seconds: float,
+    serving: tuple[str, ...],
 ) -> CompressReport:
     perplexity = None
     if causal and outcome.has_labels:
@@ -383,6 +394,7 @@ def _report(
         perplexity=perplexity,
         seconds=seconds,
         next_command=command,
+        serving=serving,
     )
 
 
