@@ -25,6 +25,8 @@ from geta_hf.costs.model_costs import forward_uses
 from geta_hf.errors import GETAError
 from geta_hf.evaluation.calibration_data import make_batches, predicts_next
 from geta_hf.export import ExportReport, export
+from geta_hf.export.serving import limit_config, limit_families, serving_notes
+from geta_hf.export.uniform_counts import choose_counts
 from geta_hf.methods import OneShotConfig, OneShotMethod
 from geta_hf.methods.one_shot import Calibration, Measured, Outcome
 from geta_hf.methods.one_shot.choice import check_budget
@@ -67,6 +69,7 @@ class CompressReport:
         perplexity: (dense, compressed) on held-back data; None where the model is no causal language model.
         seconds: how long it took.
         next_command: what to run next.
+        serving: what the program that `serve` names asked of the result, in sentences.
     """
 
     path: Path
@@ -79,6 +82,7 @@ class CompressReport:
     perplexity: tuple[float, float] | None
     seconds: float
     next_command: str
+    serving: tuple[str, ...] = ()
 
     @property
     def removed_groups(self) -> int:
@@ -99,6 +103,7 @@ class CompressReport:
         if self.outcome.unreached:
             names = ", ".join(self.outcome.unreached)
             lines.append(f"no calibration data reached these layers, which are rounded to nearest: {names}")
+        lines += self.serving
         lines.append(f"wrote {self.path} in {self.seconds:.0f} s; next: {self.next_command}")
         return "\n".join(lines)
 
@@ -230,6 +235,7 @@ def compress(
         raise GETAError("compress measures gradients, which torch.inference_mode() rules out; call it outside of that")
     loaded, tokenizer = _load(model, tokenizer)
     check_is_model(loaded)
+    config = limit_config(config, loaded, tokenizer)
     if quantized_layers(loaded):
         raise GETAError(f"{type(loaded).__name__} has quantizers already, so it was compressed; load the dense model")
     check_model(loaded, select_layers(loaded, config.include, config.exclude))
@@ -257,6 +263,7 @@ class _Job:
         batch: what it is recorded and proved on.
         measured: shared by the budgets.
         start: when the present budget began, in seconds.
+        serving: what the program that `serve` names asks of the result.
     """
 
     model: PreTrainedModel
@@ -268,6 +275,7 @@ class _Job:
     ledger: Ledger
     progress: bool
     start: float
+    serving: tuple[str, ...] = ()
     measured: Measured = dataclasses.field(default_factory=Measured)
 
     @classmethod
@@ -280,9 +288,12 @@ class _Job:
         config = exclude_raw_reads(config, model, select_layers(model, config.include, config.exclude), batch)  # type: ignore[assignment]
         layers = select_layers(model, config.include, config.exclude)
         check_exports(model, batch, layers)
-        space, _ = prepare_space(model, batch, prune=config.prune, keep=config.keep)
+        space, recordings = prepare_space(model, batch, prune=config.prune, keep=config.keep)
+        space, _ = choose_counts(config, space, model, recordings)
+        space = limit_families(config, space, model)
+        serving = serving_notes(config, model, space)
         ledger = _measure_sizes(model, config, space, batch, layers)
-        return cls(model, tokenizer, config, batch, _split(batches), space, ledger, shown, start)
+        return cls(model, tokenizer, config, batch, _split(batches), space, ledger, shown, start, serving)
 
     @property
     def dense_bytes(self) -> int:
@@ -336,7 +347,9 @@ class _Job:
         seconds = time.perf_counter() - self.start
         self.start = time.perf_counter()
         causal = predicts_next(self.model)
-        return _report(place, written, outcome, self.ledger, self.dense_bytes, parameters, causal, seconds)
+        return _report(
+            place, written, outcome, self.ledger, self.dense_bytes, parameters, causal, seconds, self.serving
+        )
 
 
 def _check_targets(targets: Sequence[int | str] | None, others: Mapping[str, Any]) -> list[int | str | None]:
@@ -505,6 +518,7 @@ def _report(
     parameters: int,
     causal: bool,
     seconds: float,
+    serving: tuple[str, ...],
 ) -> CompressReport:
     perplexity = None
     if causal and outcome.has_labels:
@@ -527,6 +541,7 @@ def _report(
         perplexity=perplexity,
         seconds=seconds,
         next_command=command,
+        serving=serving,
     )
 
 
