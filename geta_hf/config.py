@@ -559,7 +559,7 @@ class CompressionConfig:
             self._check(one.accepts(value), name, one.allowed)
             setattr(self, name, _normalize(value, one.hint))
         # Set here and not as the field's default, which a target of another kind could not tell from a user's wish.
-        if not any(getattr(self, name) is not None for name in (*_PRUNING, *_SIZES)):
+        if not self.has_target:
             self.target_sparsity = 0.5
         if self.bit_choices is not None:
             self.bit_choices = sorted(set(self.bit_choices))
@@ -618,6 +618,11 @@ class CompressionConfig:
             raise GETAError(
                 f"{pruning[0]}, {sizes[0]} and mean_bits can't all be met; give two of them, the third is solved for"
             )
+
+    @property
+    def has_target(self) -> bool:
+        """Whether a target for pruning or size is given. Methods with further targets extend this."""
+        return any(getattr(self, name) is not None for name in (*_PRUNING, *_SIZES))
 
     def _check(self, holds: bool, name: str, wanted: str) -> None:
         if not holds:
