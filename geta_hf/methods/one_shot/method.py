@@ -153,6 +153,7 @@ class OneShotMethod(Method):
         space: PruningSpace,
         ledger: Ledger,
         progress: Progress = no_progress,
+        candidates: Sequence[Candidate] | None = None,
     ) -> Outcome:
         """Compress a model in place and attach its quantizers; on any failure it is as it was.
 
@@ -162,13 +163,14 @@ class OneShotMethod(Method):
             space: its pruning space.
             ledger: sizes of the model, with its quantizers.
             progress: wraps what takes long in a progress bar.
+            candidates: splits of the budget to try in place of those that the config's scores propose.
 
         Raises:
             GETAError: a target out of reach, activations or gradients that overflow.
         """
         work = _Work(model, self.config, data, space, ledger, progress)
         try:
-            outcome, grids = work.run()
+            outcome, grids = work.run(candidates)
             self.attach(model, None)
             _write_grids(model, grids)
         except BaseException:
@@ -224,11 +226,11 @@ class _Work:
         for parameter, original in self._originals:
             parameter.copy_(original)
 
-    def run(self) -> tuple[Outcome, dict[int, Grid]]:
+    def run(self, candidates: Sequence[Candidate] | None = None) -> tuple[Outcome, dict[int, Grid]]:
         """Compress; return what was done, and the grid of each weight by the id of its parameter."""
         before, reference = measure(self.model, self.data.held_back)
-        losses = self._losses()
-        candidates = find_candidates(self.config, self.families, self.ledger, losses)
+        if candidates is None:
+            candidates = find_candidates(self.config, self.families, self.ledger, self._losses())
         trials = self._try(candidates, reference)
         chosen = min(range(len(trials)), key=lambda place: trials[place].loss or 0.0)
         grids = self._compress(candidates[chosen])
