@@ -149,4 +149,6 @@ def test_a_pretrained_model_is_the_dense_one_where_it_takes_no_steps(text: TextO
     scores = task.score(loaded)
     assert scores.keys() == {"nats", "other_nats"} and task.scored["other_blocks"] == 3
     other = study_tasks.read_blocks(options.other_texts, task.tokenizer, 16)
-    assert scores["other_nats"] == pytest.approx(study_tasks.nats_per_token(loaded, other[torch.arange(3) * len(other) // 3]))
+    assert scores["other_nats"] == pytest.approx(
+        study_tasks.nats_per_token(loaded, other[torch.arange(3) * len(other) // 3])
+    )
