@@ -212,7 +212,7 @@ def run_compress(arguments: argparse.Namespace) -> None:
         arguments.data,
         out=arguments.out,
         target_bytes=None if arguments.target_bytes is None else _size(arguments.target_bytes),
-        targets=targets,  # type: ignore[arg-type]
+        targets=targets,
         **{name: getattr(arguments, name) for name in names},
     )
     print("\n\n".join(map(str, [found] if targets is None else found)))

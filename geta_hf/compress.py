@@ -151,7 +151,8 @@ def compress(
 ) -> CompressReport: ...
 
 
-@exclusive()
+# Both forms share all other arguments, which are spelled out here once.
+@exclusive()  # type: ignore[misc]
 def compress(
     model: PreTrainedModel | str | os.PathLike[str],
     calibration_data: Any,
@@ -392,7 +393,7 @@ def _check_loaded(model: PreTrainedModel) -> None:
 
 @contextmanager
 def _tokens_restored(model: PreTrainedModel, always: bool = False) -> Iterator[None]:
-    """Give the configs their special tokens back, on a failure or always; to align them with a tokenizer changes them."""
+    """Give the configs, which `align_tokens` changes, their special tokens back: on a failure, or always."""
     configs = (model.config.get_text_config(), getattr(model, "generation_config", None))
     before = [(config, dict(vars(config))) for config in configs if config is not None]
     done = False
