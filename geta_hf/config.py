@@ -252,10 +252,15 @@ def _parse_number(value: Any, hint: Any) -> Any:
 
 # -------------------------------------------------------------------------------------------------------- documentation
 
-REGENERATE = (
-    """python -c "from geta_hf.config import field_table; print(field_table(), end='')" > docs/configuration.md"""
-)
-"""The command that writes the page again, from the root of the repository."""
+REGENERATE = 'python -c "from geta_hf.config import write_field_tables; write_field_tables()"'
+"""The command that writes the pages again, from the root of the repository."""
+
+FIELD_PAGES = {
+    "qasso": "configuration.md",
+    "search": "configuration_search.md",
+    "one-shot": "configuration_one_shot.md",
+}
+"""The name of a method -> the page in `docs` with the fields of its config class."""
 
 _Kind = TypeVar("_Kind", bound="type[CompressionConfig]")
 
@@ -270,17 +275,30 @@ def document_attributes(kind: _Kind) -> _Kind:
     return kind
 
 
+def write_field_tables(folder: str | os.PathLike[str] = "docs") -> None:
+    """Write `FIELD_PAGES`: all fields of every method that users choose by its config class.
+
+    Args:
+        folder: where the pages are. Default: `docs`, from the root of the repository.
+    """
+    for method, page in FIELD_PAGES.items():
+        write_whole(Path(folder) / page, field_table(CONFIG_CLASSES[method]))
+
+
 def field_table(kind: type[CompressionConfig] | None = None) -> str:
-    """Return `docs/configuration.md`: all fields of a config class (default: `GETAConfig`) as Markdown tables."""
+    """Return a page with all fields of a config class (default: `GETAConfig`) as Markdown tables."""
     kind = kind or GETAConfig
+    given = f"as given in Python (`{kind.__name__}(target_sparsity=0.3)`)"
+    if kind is GETAConfig:
+        given += (
+            ", in the `geta:` section of a recipe's YAML file, or on its command line (`--geta.target_sparsity 0.3`)"
+        )
     lines = [
-        "# Configuration",
+        "# Configuration" if kind is GETAConfig else f"# Configuration: {kind.__name__}",
         "",
-        f"The fields of `{kind.__name__}`, as given in Python (`{kind.__name__}(target_sparsity=0.3)`), in the `geta:` "
-        f"section of a recipe's YAML file, or on its command line (`--geta.target_sparsity 0.3`). A run saves "
-        f"them as `{CONFIG_NAME}`.",
+        f"The fields of `{kind.__name__}`, {given}. A run saves them as `{CONFIG_NAME}`.",
         "",
-        "This page is generated from the declarations in `geta_hf/config.py`. After a change there, run",
+        "This page is generated from the declarations in `geta_hf`. After a change there, run",
         "",
         "```bash",
         REGENERATE,
