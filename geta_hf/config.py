@@ -24,6 +24,7 @@ import yaml
 
 from geta_hf.errors import GETAError
 from geta_hf.utils.files import write_whole
+from geta_hf.utils.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -720,7 +721,8 @@ class CompressionConfig:
         # An ignored key would run with a default in place of what was asked for.
         unknown = sorted(set(given) - set(settings))
         if unknown:
-            raise GETAError(f"unknown {cls.__name__} keys {unknown}; known are {sorted(settings)}")
+            hint = did_you_mean(unknown[0], settings)
+            raise GETAError(f"unknown {cls.__name__} keys {unknown}{hint}; known are {sorted(settings)}")
         return cls(**{name: _parse_number(value, settings[name].hint) for name, value in given.items()})
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -1042,7 +1044,8 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Compressi
     method = values.get("method", GETAConfig.method)
     if not isinstance(method, str) or method not in CONFIG_CLASSES:
         known = sorted(CONFIG_CLASSES)
-        raise GETAError(f"unknown method {method!r}; known are {known}. Import the module that declares it first")
+        hint = did_you_mean(str(method), known)
+        raise GETAError(f"unknown method {method!r}{hint}; known are {known}. Import the module that declares it first")
     return CONFIG_CLASSES[method].from_dict(values)
 
 

@@ -18,6 +18,8 @@ from geta_hf.config import CompressionConfig
 from geta_hf.errors import GETAError
 from geta_hf.training.trainer import GETATrainer
 
+HELP = ("--help", "-h")
+
 
 @dataclass
 class Arguments:
@@ -90,7 +92,7 @@ def save_results(arguments: Arguments, results: dict[str, Any]) -> dict[str, Any
 
 def wants_help(argv: Sequence[str]) -> bool:
     """Return whether a command line asks for help, or gives nothing to run."""
-    return not argv or "--help" in argv or "-h" in argv
+    return not argv or any(word in HELP for word in argv)
 
 
 def print_scores(results: dict[str, Any], names: Sequence[str]) -> None:
