@@ -280,7 +280,7 @@ class _Job:
         config = exclude_raw_reads(config, model, select_layers(model, config.include, config.exclude), batch)  # type: ignore[assignment]
         layers = select_layers(model, config.include, config.exclude)
         check_exports(model, batch, layers)
-        space, _ = prepare_space(model, batch, prune=config.prune, keep=config.keep)
+        space, _ = prepare_space(model, batch, prune=config.prune, keep=config.keep, required=False)
         ledger = _measure_sizes(model, config, space, batch, layers)
         return cls(model, tokenizer, config, batch, _split(batches), space, ledger, shown, start)
 
@@ -379,7 +379,7 @@ def _check_loaded(model: PreTrainedModel) -> None:
 
 @contextmanager
 def _tokens_restored(model: PreTrainedModel, always: bool = False) -> Iterator[None]:
-    """Give the configs their special tokens back, on a failure or always; to align them with a tokenizer changes them."""
+    """Give the configs the special tokens back that a tokenizer has changed, on a failure or always."""
     configs = (model.config.get_text_config(), getattr(model, "generation_config", None))
     before = [(config, dict(vars(config))) for config in configs if config is not None]
     done = False
@@ -434,6 +434,9 @@ def _with_targets(
         raise GETAError('compress needs a target, such as target_bytes="60%" or mean_bits=4')
     if not targets:
         assert config is not None
+        own = ("target_bops", "target_bytes", "target_parameters", "target_sparsity", "mean_bits")
+        if not any(getattr(config, name) for name in own):
+            raise GETAError('compress needs a target, and the config has none; give one such as target_bytes="60%"')
         return config
     if not {"target_bops", "target_bytes", "target_parameters"} & targets.keys():
         targets["target_sparsity"] = 0.0  # a mean width alone removes nothing
