@@ -411,6 +411,9 @@ class CompressionConfig:
     method: ClassVar[str] = ""
     """The name of the method, as saved files carry it."""
 
+    default_sparsity: ClassVar[float] = 0.5
+    """What `target_sparsity` is where neither pruning nor a size has a target."""
+
     target_sparsity: float | None = setting(
         None,
         "Share of the prunable groups (heads, channels) to remove, met exactly: K = round(share · groups).",
@@ -579,7 +582,7 @@ class CompressionConfig:
             setattr(self, name, _normalize(value, one.hint))
         # Set here and not as the field's default, which a target of another kind could not tell from a user's wish.
         if not self.has_target:
-            self.target_sparsity = 0.5
+            self.target_sparsity = self.default_sparsity
         if self.bit_choices is not None:
             self.bit_choices = sorted(set(self.bit_choices))
         self._settle_grid()
