@@ -27,7 +27,6 @@ from transformers import (
     HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
-    TrainingArguments,
     ViTImageProcessor,
     set_seed,
 )
@@ -35,7 +34,7 @@ from transformers import (
 from geta_hf import GETAError, write_card
 from geta_hf.evaluation.image_classification import accuracies, collate_images, predict_classes
 from geta_hf.recipes import cifar_models  # noqa: F401 - registers its models
-from geta_hf.recipes.arguments import parse_sections, print_help, read_values
+from geta_hf.recipes.arguments import make_parser, parse_sections, print_help, read_values
 from geta_hf.recipes.averages import Averages
 from geta_hf.recipes.image_data import (
     DataArguments,
@@ -53,6 +52,7 @@ from geta_hf.recipes.run import (
     export,
     make_trainer,
     print_scores,
+    run_command,
     save_results,
     train,
     wants_help,
@@ -96,7 +96,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     Raises:
         GETAError: a missing file, a malformed argument, or a key that is no field of any section.
     """
-    values, geta = read_values(argv, _parser())
+    values, geta = read_values(argv, _parser(), "image_classification")
     # Rows are read by this recipe: Trainer must not drop what it does not find in the model's signature.
     values.setdefault("remove_unused_columns", False)
     model, data, training = parse_sections(_parser(), values)
@@ -110,7 +110,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
 
 
 def _parser() -> HfArgumentParser:
-    return HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+    return make_parser(ModelArguments, DataArguments)
 
 
 # ------------------------------------------------------------------------------------------------------ model and rows
@@ -347,3 +347,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     results = run(parse_arguments(argv))
     print_scores(results, ("accuracy", "images", "train_seconds"))
     return results
+
+
+if __name__ == "__main__":
+    run_command(main)
