@@ -43,7 +43,8 @@ def is_object(name: str) -> bool:
 def test_every_path_exists(page: str) -> None:
     paths = {name for name in names_in(page) if re.fullmatch(r"[\w.*-]+(/[\w.*-]*)+|\w+\.py", name)}
     assert len(paths) > 5
-    assert {path for path in paths if not is_file(path)} == set()
+    # What a command makes is named too.
+    assert {path for path in paths if not is_file(path)} <= {"build/site"}
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -23,7 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from benchmarks import inference, llm_scale, memory_plan, train_step
 from benchmarks.gpu import seven_tasks
 from benchmarks.gpu.figures import Figure
-from recipes import demo_data, question_answering
+from geta_hf.recipes import demo_data, question_answering
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEP, MEMORY, TOKENS = 1.05, 1.15, 2.5

@@ -8,9 +8,9 @@ import yaml
 from transformers import AutoModelForQuestionAnswering, TrainingArguments
 
 from geta_hf import GETAConfig, GETAError
-from recipes import demo_data
-from recipes import question_answering as bert_squad
-from recipes.arguments import apply_overrides
+from geta_hf.recipes import demo_data
+from geta_hf.recipes import question_answering as bert_squad
+from geta_hf.recipes.arguments import apply_overrides
 
 FOLDER = Path(bert_squad.__file__).parent / "configs"
 CONFIGS = [FOLDER / f"{name}.yaml" for name in ("bert_squad", "demo", "minilm_squad")]

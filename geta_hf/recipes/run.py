@@ -14,8 +14,9 @@ from transformers import Trainer, TrainingArguments
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 
-from geta_hf import GETAError, GETATrainer
 from geta_hf.config import CompressionConfig
+from geta_hf.errors import GETAError
+from geta_hf.training.trainer import GETATrainer
 
 
 @dataclass

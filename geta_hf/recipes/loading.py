@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, TrainingAr
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
-from geta_hf import GETAError
+from geta_hf.errors import GETAError
 from geta_hf.serialization.atomic_folder import check_target
 from geta_hf.utils.loading import one_line_errors
 

@@ -4,20 +4,66 @@ from __future__ import annotations
 
 import string
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from geta_hf import GETAError
+from geta_hf.errors import GETAError
 from geta_hf.training.distillation import IGNORED
-
-if TYPE_CHECKING:
-    from recipes.text_data import DataArguments
 
 Piece = tuple[str, bool]
 """A part of a document, and whether the loss covers it."""
+
+
+@dataclass
+class DataArguments:
+    """Choose the rows to train and to evaluate on, and how they are processed."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "a Hub data set, or a folder saved by datasets"})
+    dataset_config: str | None = field(default=None, metadata={"help": "its configuration, if it has several"})
+    train_split: str = field(default="train", metadata={"help": "split to train on"})
+    eval_split: str | None = field(default=None, metadata={"help": "split for held-out perplexity"})
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": ".txt, .json, .jsonl, .csv or .parquet, all but the last also .gz; instead of a split"},
+    )
+    eval_file: str | None = field(default=None, metadata={"help": "of the same kinds; instead of a split"})
+    text_column: str = field(default="text", metadata={"help": "column of plain text"})
+    messages_column: str | None = field(
+        default=None, metadata={"help": "column of conversations, for the tokenizer's chat template: instruction data"}
+    )
+    response_column: str | None = field(default=None, metadata={"help": "instruction data: the column to learn"})
+    prompt_column: str | None = field(default=None, metadata={"help": "instruction data: column of the prompt"})
+    template: str | None = field(
+        default=None,
+        metadata={"help": "instead of prompt_column, such as 'Instruct: {instruction}\\nOutput: {output}'"},
+    )
+    sample_by: str = field(
+        default="paragraph", metadata={"help": "a document of a .txt file: paragraph (blank lines), line or document"}
+    )
+    block_size: int = field(default=1024, metadata={"help": "tokens of a row"})
+    packing: bool | None = field(default=None, metadata={"help": "several documents in a row; default: for plain text"})
+    streaming: bool = field(default=False, metadata={"help": "read the data during training; needs max_steps"})
+    max_train_rows: int | None = field(default=None, metadata={"help": "use only the first rows"})
+    max_eval_rows: int | None = field(default=None, metadata={"help": "use only the first rows"})
+
+    def __post_init__(self) -> None:
+        if self.template is not None:
+            self.template = self.template.replace("\\n", "\n")  # a shell passes the line break as two characters
+
+    @property
+    def evaluates(self) -> bool:
+        """Return whether held-out rows are given."""
+        return self.eval_file is not None or self.eval_split is not None
+
+    @property
+    def packs(self) -> bool:
+        """Return whether a row has several documents."""
+        plain = self.response_column is None and self.messages_column is None
+        return plain if self.packing is None else self.packing
 
 
 # ---------------------------------------------------------------------------------------------------------- columns
@@ -127,7 +173,11 @@ def conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[
     """
 
     def written(count: int, asking: bool) -> str:
-        return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=asking))
+        return str(
+            tokenizer.apply_chat_template(
+                [dict(one) for one in messages[:count]], tokenize=False, add_generation_prompt=asking
+            )
+        )
 
     found: list[Piece] = []
     done = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,60 +11,12 @@ from accelerate import PartialState
 from transformers import DataCollatorForSeq2Seq, default_data_collator
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from geta_hf import GETAError
+from geta_hf.errors import GETAError
+from geta_hf.recipes.documents import DataArguments, asked_columns, cut, has_target, pack, tokenize
 from geta_hf.training.distillation import IGNORED
-from recipes.documents import asked_columns, cut, has_target, pack, tokenize
 
 _BATCH = 1000  # rows that are packed together
 _KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-
-
-@dataclass
-class DataArguments:
-    """Choose the rows to train and to evaluate on, and how they are processed."""
-
-    dataset_name: str | None = field(default=None, metadata={"help": "a Hub data set, or a folder saved by datasets"})
-    dataset_config: str | None = field(default=None, metadata={"help": "its configuration, if it has several"})
-    train_split: str = field(default="train", metadata={"help": "split to train on"})
-    eval_split: str | None = field(default=None, metadata={"help": "split for held-out perplexity"})
-    train_file: str | None = field(
-        default=None,
-        metadata={"help": ".txt, .json, .jsonl, .csv or .parquet, all but the last also .gz; instead of a split"},
-    )
-    eval_file: str | None = field(default=None, metadata={"help": "of the same kinds; instead of a split"})
-    text_column: str = field(default="text", metadata={"help": "column of plain text"})
-    messages_column: str | None = field(
-        default=None, metadata={"help": "column of conversations, for the tokenizer's chat template: instruction data"}
-    )
-    response_column: str | None = field(default=None, metadata={"help": "instruction data: the column to learn"})
-    prompt_column: str | None = field(default=None, metadata={"help": "instruction data: column of the prompt"})
-    template: str | None = field(
-        default=None,
-        metadata={"help": "instead of prompt_column, such as 'Instruct: {instruction}\\nOutput: {output}'"},
-    )
-    sample_by: str = field(
-        default="paragraph", metadata={"help": "a document of a .txt file: paragraph (blank lines), line or document"}
-    )
-    block_size: int = field(default=1024, metadata={"help": "tokens of a row"})
-    packing: bool | None = field(default=None, metadata={"help": "several documents in a row; default: for plain text"})
-    streaming: bool = field(default=False, metadata={"help": "read the data during training; needs max_steps"})
-    max_train_rows: int | None = field(default=None, metadata={"help": "use only the first rows"})
-    max_eval_rows: int | None = field(default=None, metadata={"help": "use only the first rows"})
-
-    def __post_init__(self) -> None:
-        if self.template is not None:
-            self.template = self.template.replace("\\n", "\n")  # a shell passes the line break as two characters
-
-    @property
-    def evaluates(self) -> bool:
-        """Return whether held-out rows are given."""
-        return self.eval_file is not None or self.eval_split is not None
-
-    @property
-    def packs(self) -> bool:
-        """Return whether a row has several documents."""
-        plain = self.response_column is None and self.messages_column is None
-        return plain if self.packing is None else self.packing
 
 
 # ------------------------------------------------------------------------------------------------------------- rows

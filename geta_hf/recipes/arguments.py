@@ -8,14 +8,16 @@ import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from geta_hf import GETAConfig, GETAError, config
-from geta_hf.config import SECTIONS, CompressionConfig, Setting, sections_of
+from geta_hf import config
+from geta_hf.config import SECTIONS, CompressionConfig, GETAConfig, Setting, sections_of
+from geta_hf.errors import GETAError
+from geta_hf.recipes import CONFIGS
 
 
 def read_values(argv: Sequence[str], parser: HfArgumentParser) -> tuple[dict[str, Any], CompressionConfig | None]:
@@ -38,6 +40,11 @@ def read_values(argv: Sequence[str], parser: HfArgumentParser) -> tuple[dict[str
     return values, None if geta is None else config.read_config(geta)
 
 
+def make_parser(*kinds: type) -> HfArgumentParser:
+    """Return a parser of a recipe's own dataclasses, followed by `TrainingArguments`."""
+    return HfArgumentParser(cast(Any, (*kinds, TrainingArguments)))
+
+
 def print_help(parser: HfArgumentParser) -> None:
     """Print the recipe's arguments, and those of its `geta` section with help, values and default."""
     parser.print_help()
@@ -52,7 +59,8 @@ def describe_config() -> str:
         f"  --geta.method NAME  one of {', '.join(config.CONFIG_CLASSES)} (default: {GETAConfig.method})",
     ]
     listed: list[Setting] = []
-    for kind in (CompressionConfig, *config.CONFIG_CLASSES.values()):
+    kinds: list[type[CompressionConfig]] = [CompressionConfig, *config.CONFIG_CLASSES.values()]
+    for kind in kinds:
         owner = f"method {kind.method}" if kind.method else "every method"
         for section, settings in sections_of(kind).items():
             new = [setting for setting in settings if setting not in listed]
@@ -95,16 +103,29 @@ def _renamed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The YAML file as a dict, with `5e-5` read as the number that it is."""
-    if not Path(path).is_file():
-        raise GETAError(f"{path}: no such config file; give a YAML file such as recipes/configs/bert_squad.yaml")
+    """Return the YAML file as a dict, with `5e-5` read as the number that it is; see `find_config`."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(find_config(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise GETAError(f"{path}: not YAML: {error}") from error
     if not isinstance(values, dict):
         raise GETAError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
     return _numbers(values)
+
+
+def find_config(path: str) -> Path:
+    """Return the config file at `path`, or the ready-made one of that name: `bert_squad`, `recipes/configs/phi2.yaml`.
+
+    Raises:
+        GETAError: neither exists; the message lists the ready-made ones.
+    """
+    file = Path(path)
+    if file.is_file():
+        return file
+    shipped = {one.stem: one for one in sorted(CONFIGS.glob("*.yaml"))}
+    if file.suffix in ("", ".yaml") and file.parent in (Path(), Path("recipes/configs")) and file.stem in shipped:
+        return shipped[file.stem]
+    raise GETAError(f"{path}: no such config file; give a YAML file, or one of {', '.join(shipped)}")
 
 
 def text_fields(parser: HfArgumentParser) -> set[str]:
