@@ -40,7 +40,7 @@ class CifarResNetForImageClassification(ResNetForImageClassification):
         super().__init__(config)
         stem = self.resnet.embedder
         stem.embedder.convolution = nn.Conv2d(config.num_channels, config.embedding_size, 3, padding=1, bias=False)
-        stem.pooler = nn.Identity()
+        stem.pooler = nn.Identity()  # type: ignore[assignment]
         self.post_init()
 
 
@@ -77,7 +77,7 @@ class Vgg7ForImageClassification(PreTrainedModel):
     config_class = Vgg7Config
     base_model_prefix = "vgg"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]  # noqa: RUF012 - as transformers declares it
 
     def __init__(self, config: Vgg7Config) -> None:
         super().__init__(config)
@@ -90,7 +90,7 @@ class Vgg7ForImageClassification(PreTrainedModel):
         places = (config.image_size // 2 ** len(config.hidden_sizes)) ** 2
         self.hidden = nn.Linear(channels * places, config.classifier_size)
         self.activation = nn.ReLU()
-        self.classifier = nn.Linear(config.classifier_size, config.num_labels)
+        self.classifier = nn.Linear(config.classifier_size, config.num_labels or len(config.id2label))
         self.pool = nn.MaxPool2d(2)
         self.post_init()
 

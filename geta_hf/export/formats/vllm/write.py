@@ -165,7 +165,7 @@ def _sizes_of(model: PreTrainedModel) -> LayerSizes | None:
     config: Any = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads, kv_heads, channels = [], [], []
-    for layer in model.base_model.layers:  # type: ignore[union-attr]
+    for layer in model.base_model.layers:
         rows = {name: _shape(module) for name, module in layer.named_modules() if hasattr(module, "weight")}
         heads.append(rows["self_attn.o_proj"][1] // head_dim)
         kv_heads.append(rows["self_attn.k_proj"][0] // head_dim)
@@ -216,7 +216,7 @@ def _write_per_layer(
     save_torch_state_dict({name: tensor.contiguous() for name, tensor in state.items()}, folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     shutil.copy(configuration_decilm.__file__, folder / "configuration_decilm.py")
-    model.generation_config.save_pretrained(folder)  # type: ignore[union-attr]
+    model.generation_config.save_pretrained(folder)
     _prove_tensors(model, folder, packings)
 
 
@@ -304,7 +304,7 @@ def _prove_tensors(model: PreTrainedModel, folder: Path, packings: Mapping[str, 
 
 
 def _read(folder: Path) -> dict[str, Tensor]:
-    found = {}
+    found: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             found |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
