@@ -90,7 +90,7 @@ class Vgg7ForImageClassification(PreTrainedModel):
         places = (config.image_size // 2 ** len(config.hidden_sizes)) ** 2
         self.hidden = nn.Linear(channels * places, config.classifier_size)
         self.activation = nn.ReLU()
-        self.classifier = nn.Linear(config.classifier_size, config.num_labels or len(config.id2label))
+        self.classifier = nn.Linear(config.classifier_size, int(config.num_labels or 0))
         self.pool = nn.MaxPool2d(2)
         self.post_init()
 

@@ -165,7 +165,8 @@ def _sizes_of(model: PreTrainedModel) -> LayerSizes | None:
     config: Any = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads, kv_heads, channels = [], [], []
-    for layer in model.base_model.layers:
+    layers: Any = model.base_model.layers
+    for layer in layers:
         rows = {name: _shape(module) for name, module in layer.named_modules() if hasattr(module, "weight")}
         heads.append(rows["self_attn.o_proj"][1] // head_dim)
         kv_heads.append(rows["self_attn.k_proj"][0] // head_dim)
