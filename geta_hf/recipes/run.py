@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 
 from geta_hf.config import CompressionConfig
@@ -94,7 +93,7 @@ class Trained:
 def train_and_score(
     arguments: Arguments,
     trainer: Trainer,
-    tokenizer: PreTrainedTokenizerBase,
+    processing: Any,
     score: Callable[[PreTrainedModel], Scores],
     load: Callable[[Path], PreTrainedModel],
     before_export: bool,
@@ -104,7 +103,7 @@ def train_and_score(
     Args:
         arguments: of the run.
         trainer: of `make_trainer`.
-        tokenizer: saved with the model.
+        processing: the tokenizer or image processor, saved with the model.
         score: scores a model on its device.
         load: loads an exported folder.
         before_export: score the trained model as well. Under FSDP it is not, since no process holds all of it.
@@ -114,7 +113,7 @@ def train_and_score(
     if before_export and not trainer.is_fsdp_enabled and trainer.is_world_process_zero():
         before = score(trainer.accelerator.unwrap_model(trainer.model))
     folder = arguments.output / "export"
-    export(trainer, tokenizer, folder)
+    export(trainer, processing, folder)
     if not trainer.is_world_process_zero():
         return None
     model = load(folder)
@@ -123,13 +122,19 @@ def train_and_score(
     return Trained(score(model.eval()), before, record)
 
 
-def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the trained model in place of an earlier run's: the compressed folder, or a plain one without `geta`."""
+def export(trainer: Trainer, processing: Any, folder: Path) -> None:
+    """Write the trained model in place of an earlier run's: the compressed folder, or a plain one without `geta`.
+
+    Args:
+        trainer: that has trained.
+        processing: the tokenizer or image processor, saved with a plain model.
+        folder: to write.
+    """
     if isinstance(trainer, GETATrainer):
         trainer.export_model(folder, overwrite=True)
     elif trainer.is_world_process_zero():
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        processing.save_pretrained(folder)
     trainer.accelerator.wait_for_everyone()
 
 
