@@ -33,6 +33,7 @@ from geta_hf.reporting.graph_page import gather, gather_unsupported, pattern, sp
 from geta_hf.reporting.html_report import write_report
 from geta_hf.reporting.hub import files_to_push, push_to_hub
 from geta_hf.serialization.validate import check_headers, check_readable
+from geta_hf.utils.quiet import quiet
 from geta_hf.utils.version import __version__
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -63,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        with quiet():
+            arguments.run(arguments)
     # What a user can mend is one line. Anything else is a fault of this package and keeps its traceback.
     except (GETAError, OSError) as error:
         print(f"geta-hf: {error}", file=sys.stderr)
