@@ -179,6 +179,9 @@ def inspect(arguments: argparse.Namespace) -> None:
     if arguments.html:
         write_page(flow, space, arguments.html, arguments.model)
         print(f"wrote {arguments.html}")
+    print(
+        "next: geta-hf train CONFIG.yaml, or without training geta-hf compress MODEL OUT --data FILE; then geta-hf export"
+    )
 
 
 def _read_raw(model: nn.Module, graph: Graph) -> list[str]:
@@ -291,6 +294,9 @@ def run_report(arguments: argparse.Namespace) -> None:
         `geta-hf report runs/phi2/export --dense microsoft/phi-2 --out report.html`
     """
     print(f"wrote {write_report(arguments.folder, arguments.out or Path('report.html'), arguments.dense)}")
+    formats = ", ".join(name for name in FORMATS if name != "geta")
+    print(f"next: geta-hf export {arguments.folder} OUT --format FORMAT, for other programs: {formats}")
+    print(f"      geta-hf push {arguments.folder} USER/NAME, to the Hub")
 
 
 def run_push(arguments: argparse.Namespace) -> None:
