@@ -180,7 +180,8 @@ def inspect(arguments: argparse.Namespace) -> None:
         write_page(flow, space, arguments.html, arguments.model)
         print(f"wrote {arguments.html}")
     print(
-        "next: geta-hf train CONFIG.yaml, or without training geta-hf compress MODEL OUT --data FILE; then geta-hf export"
+        "next: geta-hf train CONFIG.yaml, or without training geta-hf compress MODEL OUT --data FILE;\n"
+        "      then geta-hf export, for other programs"
     )
 
 
