@@ -26,6 +26,7 @@ from geta_hf.methods.frozen_weights import FrozenWeights
 from geta_hf.methods.parameter_groups import quantizer_parameters
 from geta_hf.qadg import PruningSpace
 from geta_hf.quantization import detach_quantizers, select_layers
+from geta_hf.reporting.comparison import Structure
 from geta_hf.reporting.model_card import write_card
 from geta_hf.serialization.tied_weights import check_ties
 from geta_hf.surgery.build_space import prepare_space
@@ -60,6 +61,7 @@ from geta_hf.training.preparation import (
 from geta_hf.training.processes import averages_gradients, by_first_process, decided_by_first_process
 from geta_hf.training.publishing import PublishingTrainer, is_own_export
 from geta_hf.training.support import Launch, check_options, check_plain
+from geta_hf.training.tracking import StructurePicture, decided_structure
 from geta_hf.utils.copies import copy_module
 from geta_hf.utils.model_io import to_device
 
@@ -135,7 +137,9 @@ class GETATrainer(PublishingTrainer):
         self.method: Method = make_method(self.geta_config)
         self.lora = self._check_model(model, peft_config)
         super().__init__(model=model, args=args, **kwargs)
-        name_stages(self.callback_handler.callbacks, lambda: self.method)
+        callbacks = self.callback_handler.callbacks
+        name_stages(callbacks, lambda: self.method)
+        callbacks.insert(0, StructurePicture(callbacks, self._decided_structure))
         share = self.method.held_out_share
         self.train_dataset, self._held_out = split_rows(self.train_dataset, share, self.args.seed)
         align_tokens(model, self.processing_class)
@@ -519,6 +523,9 @@ class GETATrainer(PublishingTrainer):
         if not self._wrapped:
             raise GETAError("training has not started, so there is no compression state")
         return self.method.metrics()
+
+    def _decided_structure(self) -> Structure | None:
+        return decided_structure(self.method, self.space, self.dropped.removed)
 
     # --- checkpoints and export ---------------------------------------------------------------------------------------
 
