@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from transformers import PreTrainedConfig
 
 from geta_hf.errors import GETAError
 from geta_hf.evaluation.harness import check_folder, check_numbers, evaluate, load, open_tasks
+from geta_hf.evaluation.labeled import LabeledData, Scorer, kind_of, table_rows
+from geta_hf.evaluation.metrics import Scores
 from geta_hf.evaluation.scores import Evaluation
 from geta_hf.evaluation.table import SHARES, remarks, shown, side_by_side, text_table
 from geta_hf.evaluation.tasks import SUITE
@@ -22,6 +25,7 @@ from geta_hf.reporting.model_card import write_card
 from geta_hf.reporting.results import TaskResult
 from geta_hf.utils.files import write_whole
 from geta_hf.utils.former_options import add_renamed
+from geta_hf.utils.tables import format_table
 
 _RUN_OPTIONS = ("data_dir", "num_fewshot", "limit", "batch_size")
 
@@ -34,7 +38,7 @@ class _Scored:
 
 def add_command(commands: Any) -> None:
     """Add `eval` to the sub-parsers of `geta-hf`."""
-    command = commands.add_parser("eval", help="score language models on lm-eval's tasks or texts")
+    command = commands.add_parser("eval", help="score models on tasks, texts or labeled data")
     command.add_argument("folders", nargs="+", metavar="DIR", help="exported or plain folders, or names on the Hub")
     command.add_argument("--dense", metavar="DIR", help="the dense model, for the first column")
     tasks = "commonsense, blimp, lambada_openai or any of lm-eval's, separated by commas"
@@ -52,6 +56,18 @@ def add_command(commands: Any) -> None:
         metavar="FILE",
         help="text file (or .gz) of which to compute the perplexity",
     )
+    command.add_argument(
+        "--data", metavar="DATA", help="labeled data for encoders: a file or data set, of SQuAD or of texts and labels"
+    )
+    command.add_argument("--glue", metavar="TASK", help="labeled data for encoders: a task of GLUE, such as sst2")
+    command.add_argument("--split", metavar="NAME", help="of a data set in --data; default: validation")
+    command.add_argument("--data-config", metavar="NAME", help="of a data set in --data that has several")
+    command.add_argument("--text-column", metavar="NAME", help="default: text")
+    command.add_argument("--pair-column", metavar="NAME", help="of second texts, if there are any")
+    command.add_argument("--label-column", default="label", metavar="NAME", help="default: label")
+    command.add_argument("--metric", metavar="NAME", help="accuracy (default), or what evaluate.load takes, such as f1")
+    command.add_argument("--metric-config", metavar="NAME", help="of a metric that has several")
+    command.add_argument("--max-length", type=int, metavar="N", help="tokens of a text in labeled data; default: 128")
     command.add_argument("--block", type=int, metavar="N", help="tokens of a window over the text; default: 1,024")
     command.add_argument(
         "--stride", type=int, metavar="N", help="tokens by which the window advances; default: half a window"
@@ -92,6 +108,9 @@ def run_eval(arguments: argparse.Namespace) -> None:
         GETAError: nothing to score, or as `evaluate`, `perplexity` and `write_card` do.
     """
     columns = _columns(arguments)
+    if arguments.data or arguments.glue:
+        _run_labeled(arguments, columns)
+        return
     texts = _texts(arguments.text)
     _check(arguments, columns, texts)
     scored: dict[str, _Scored] = {}
@@ -106,20 +125,66 @@ def run_eval(arguments: argparse.Namespace) -> None:
         _write_cards(arguments, columns, scored)
 
 
-def _check(arguments: argparse.Namespace, columns: Mapping[str, str], texts: Mapping[str, str]) -> None:
-    """Raise GETAError for what would otherwise fail only after a model has been scored."""
-    if not arguments.tasks and not arguments.text:
-        raise GETAError("nothing to score; give --tasks (say, commonsense) or --text FILE")
-    check_numbers(limit=arguments.limit, batch_size=arguments.batch_size, num_fewshot=arguments.num_fewshot)
-    if arguments.tasks:
-        with open_tasks(arguments.tasks, arguments.data_dir, fewshot=bool(arguments.num_fewshot)):
-            pass
+def _run_labeled(arguments: argparse.Namespace, columns: Mapping[str, str]) -> None:
+    """Score encoders, or encoder-decoders, on labeled data, and print them side by side."""
+    if arguments.tasks or arguments.text or (arguments.data and arguments.glue):
+        raise GETAError("--data and --glue are each given alone, without --tasks and --text")
+    _check_outputs(arguments, columns)
+    kinds = {folder: kind_of(folder) for folder in columns.values()}
+    if len(set(kinds.values())) > 1:
+        shown = ", ".join(f"{folder} ({kind})" for folder, kind in kinds.items())
+        raise GETAError(f"models of several kinds can't be compared: {shown}")
+    batch = "32" if arguments.batch_size == "auto" else arguments.batch_size
+    if not batch.isdecimal() or int(batch) < 1:
+        raise GETAError(f"--batch-size {batch}: give a number of rows")
+    names = ("data", "glue", "split", "metric", "metric_config", "limit", "max_length")
+    choice = LabeledData(
+        **{name: getattr(arguments, name) for name in names},
+        config=arguments.data_config,
+        text=arguments.text_column,
+        pair=arguments.pair_column,
+        label=arguments.label_column,
+        batch_size=int(batch),
+    )
+    scorer = Scorer(choice, next(iter(kinds.values())))
+    scored: dict[str, Scores] = {}
+    try:
+        for name, folder in columns.items():
+            scored[name] = scorer.score(folder, device=arguments.device, progress=sys.stderr.isatty())
+            if arguments.output:
+                text = json.dumps({"data": scorer.shown, "total": scorer.total, **scored[name]}, indent=2) + "\n"
+                write_whole(_target(arguments.output, name, len(columns)), text)
+    finally:  # as for language models
+        if scored:
+            size = scorer.result(next(iter(scored.values()))).size
+            print(format_table((f"{scorer.shown}, {size}", *scored), table_rows(list(scored.values()))), flush=True)
+    if arguments.card:
+        dense = {"dense": [scorer.result(scored["dense"])]} if arguments.dense else {}
+        for name, folder in columns.items():
+            if folder in arguments.folders:
+                results = {**dense, "compressed": [scorer.result(scored[name])]}
+                print(f"wrote {write_card(folder, results=results)}")
+
+
+def _check_outputs(arguments: argparse.Namespace, columns: Mapping[str, str]) -> None:
+    """Raise GETAError for files and cards that can't be written."""
     for name in columns:
         if arguments.output:
             _check_target(arguments.output, _target(arguments.output, name, len(columns)))
     if arguments.card:
         for folder in arguments.folders:
             read_structure(folder)
+
+
+def _check(arguments: argparse.Namespace, columns: Mapping[str, str], texts: Mapping[str, str]) -> None:
+    """Raise GETAError for what would otherwise fail only after a model has been scored."""
+    if not arguments.tasks and not arguments.text:
+        raise GETAError("nothing to score; give --tasks (say, commonsense), --text FILE, --data FILE or --glue TASK")
+    check_numbers(limit=arguments.limit, batch_size=arguments.batch_size, num_fewshot=arguments.num_fewshot)
+    if arguments.tasks:
+        with open_tasks(arguments.tasks, arguments.data_dir, fewshot=bool(arguments.num_fewshot)):
+            pass
+    _check_outputs(arguments, columns)
     for folder in columns.values():
         config = check_folder(folder)
         if texts:

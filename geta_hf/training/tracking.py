@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.utils import logging
 
 from geta_hf.errors import GETAError
@@ -15,11 +15,6 @@ from geta_hf.qadg import PruningSpace
 from geta_hf.reporting.comparison import Structure
 from geta_hf.reporting.structure_image import structure_image
 from geta_hf.reporting.structure_svg import layer_grid
-
-try:
-    from transformers.integrations import TrackioCallback
-except ImportError:  # newer than the oldest transformers that this package takes
-    TrackioCallback = None
 
 logger = logging.get_logger(__name__)
 
@@ -56,7 +51,7 @@ class StructurePicture(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draw the picture and send it."""
-        kinds = tuple(kind for kind in (TensorBoardCallback, WandbCallback, TrackioCallback) if kind is not None)
+        kinds = (TensorBoardCallback, WandbCallback, TrackioCallback)
         trackers = [callback for callback in self.callbacks if isinstance(callback, kinds)]
         # All processes have the same callbacks and take part in what follows; the first alone has open trackers.
         structure = self.structure() if trackers else None
