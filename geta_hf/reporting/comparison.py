@@ -20,7 +20,7 @@ from geta_hf.errors import GETAError
 from geta_hf.export.export import STRUCTURE_NAME
 from geta_hf.quantization import select_layers
 from geta_hf.serialization.hf_quantizer import QUANT_METHOD
-from geta_hf.serialization.loader import check_widths
+from geta_hf.serialization.loader import check_blocks, check_widths
 from geta_hf.serialization.validate import check_readable, read_json
 from geta_hf.utils.tables import format_table
 
@@ -35,15 +35,28 @@ class Structure:
 
     Attributes:
         kept: family -> (groups kept, groups before), in model order.
-        bits: module path -> bits of its packed weight, in model order.
+        bits: module path -> bits of its packed weight, the widest of several, in model order.
         activation_bits: module path -> bits of its input, for the layers that round it; in model order.
         dropped: paths in the dense model of entire layers that were removed before anything else.
+        blocks: module path -> `dim`, `widths` and `counts`, for the weights whose rows or columns have widths.
     """
 
     kept: dict[str, tuple[int, int]]
     bits: dict[str, int]
     activation_bits: dict[str, int] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
+    blocks: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def widths(self) -> dict[str, dict[int, int]]:
+        """Module path -> each width of its packed weight, ascending, and how many rows or columns have it.
+
+        A layer of one width has it once.
+        """
+        found = {name: {bits: 1} for name, bits in self.bits.items()}
+        for name, block in self.blocks.items():
+            found[name] = dict(zip(block["widths"], block["counts"], strict=True))
+        return found
 
     def of_kind(self, kind: str) -> list[tuple[int, int]]:
         """Return (kept, before) of every family of a kind, such as `heads`, in model order."""
@@ -70,7 +83,9 @@ def read_structure(folder: str | os.PathLike[str]) -> Structure:
     inputs = _read_widths(path, "activation_bits", stored.get("activation_bits", {}))
     # A number says how many were asked for, a list which ones were dropped; only the run's own config has the list.
     dropped = _run_config(folder).drop_layers
-    return Structure(kept, bits, inputs, tuple(dropped) if isinstance(dropped, list) else ())
+    blocks = stored.get("blocks", {})
+    check_blocks(blocks, bits, f"{path}:")
+    return Structure(kept, bits, inputs, tuple(dropped) if isinstance(dropped, list) else (), blocks)
 
 
 def export_inside(folder: Path) -> Path | None:

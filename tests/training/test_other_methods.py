@@ -32,13 +32,17 @@ def entered() -> Iterator[None]:
 CONFIGS = {
     "magnitude": MagnitudeConfig(target_sparsity=0.5, bits=(5, 5), prune_at=10),
     "search": SearchConfig(target_sparsity=0.5, bits=(3, 8), mean_bits=5, warmup=4, search=12),
+    "groups": SearchConfig(target_sparsity=0.5, bits=(3, 8), mean_bits=5, warmup=4, search=12, granularity="group"),
     "post-training": PostTrainingConfig(target_sparsity=0.5, bits=(3, 8), mean_bits=5, **SMALL),
 }
 EVERY = 8
 """Steps between two checkpoints."""
 
 
-@pytest.fixture(scope="module", params=["magnitude", "post-training", pytest.param("search", marks=pytest.mark.slow)])
+_SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("search", "groups")]
+
+
+@pytest.fixture(scope="module", params=["magnitude", "post-training", *_SLOW])
 def config(request: pytest.FixtureRequest) -> Any:
     return CONFIGS[request.param]
 
