@@ -1,6 +1,6 @@
 """Install the built wheel into clean environments of every supported Python, and use it there: `make test-pythons`.
 
-Interpreters that this machine lacks are skipped, and named. Lowest and newest transformers are run by `make test-versions`.
+Interpreters that this machine lacks are skipped, and named. `make test-versions` runs the lowest and newest transformers.
 """
 
 from __future__ import annotations
