@@ -1,6 +1,6 @@
 """Install the built wheel into clean environments of every supported Python, and use it there: `make test-pythons`.
 
-Interpreters that this machine lacks are skipped, and named. `make test-versions` runs the lowest and newest transformers.
+Interpreters that this machine lacks are skipped, and named. `make test-versions` runs the ends of transformers' range.
 """
 
 from __future__ import annotations
