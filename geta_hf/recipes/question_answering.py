@@ -1,11 +1,12 @@
 """Fine-tune a question answering model on SQuAD and, with a `geta:` section, compress it at the same time.
 
-    accelerate launch recipes/question_answering.py recipes/configs/bert_squad.yaml
-    accelerate launch recipes/question_answering.py recipes/configs/bert_squad.yaml --geta.target_sparsity 0.3 --seed 1
-    accelerate launch recipes/question_answering.py recipes/configs/bert_squad.yaml --geta null      # plain, dense
+    geta-hf train bert_squad
+    geta-hf train bert_squad --geta.target_sparsity 0.3 --seed 1
+    geta-hf train bert_squad --geta null      # plain, dense
 
-The YAML file holds the fields of `ModelArguments`, `DataArguments` and Trainer's own `TrainingArguments`, and `geta:`
-with the fields of `GETAConfig`. The model is written to `output_dir/export`, the scores to `output_dir/results.json`.
+On several GPUs it is `accelerate launch -m geta_hf train ...`. The YAML file holds the fields of `ModelArguments`,
+`DataArguments` and Trainer's own `TrainingArguments`, and `geta:` with the fields of `GETAConfig`. The model is written
+to `output_dir/export`, the scores to `output_dir/results.json`.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     Raises:
         GETAError: a missing file, a malformed argument, or a key that is no field of any section.
     """
-    values, geta = read_values(argv, _parser())
+    values, geta = read_values(argv, _parser(), "question_answering")
     model, data, training = parse_sections(_parser(), values)
     check_folders(training)
     return Arguments(model, data, training, geta)

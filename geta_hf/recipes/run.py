@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 
 from geta_hf.config import CompressionConfig
 from geta_hf.errors import GETAError
 from geta_hf.training.trainer import GETATrainer
+
+HELP = ("--help", "-h")
 
 
 @dataclass
@@ -71,13 +72,19 @@ def train(trainer: Trainer) -> tuple[TrainOutput, float]:
     return outcome, round(time.perf_counter() - start, 1)
 
 
-def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the trained model in place of an earlier run's: the compressed folder, or a plain one without `geta`."""
+def export(trainer: Trainer, processing: Any, folder: Path) -> None:
+    """Write the trained model in place of an earlier run's: the compressed folder, or a plain one without `geta`.
+
+    Args:
+        trainer: that has trained.
+        processing: the tokenizer or image processor, saved with a plain model.
+        folder: to write.
+    """
     if isinstance(trainer, GETATrainer):
         trainer.export_model(folder, overwrite=True)
     elif trainer.is_world_process_zero():
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        processing.save_pretrained(folder)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -90,7 +97,7 @@ def save_results(arguments: Arguments, results: dict[str, Any]) -> dict[str, Any
 
 def wants_help(argv: Sequence[str]) -> bool:
     """Return whether a command line asks for help, or gives nothing to run."""
-    return not argv or "--help" in argv or "-h" in argv
+    return not argv or any(word in HELP for word in argv)
 
 
 def print_scores(results: dict[str, Any], names: Sequence[str]) -> None:
