@@ -27,9 +27,9 @@ _REPEAT = 12
 """With more rows than this, the axis is drawn again below them."""
 
 _MEANINGS = {
-    KEPT: "bar: share that is left of the dense model's",
-    BITS: "darker: more",
-    INPUTS: "darker: more",
+    KEPT: "bar: share of the dense model's groups",
+    BITS: "stronger color: more bits",
+    INPUTS: "stronger color: more bits",
 }
 _STYLE = """
 svg { --text: #1c2430; --quiet: #667085; --before: #d5dae3; --kept: #2f6fb5; --bits: #d9772b; --inputs: #2a9d6f; }
@@ -154,7 +154,7 @@ class _Columns:
         # As wide as the longest number needs, and wider where few layers leave room.
         longest = max((len(cell.text) for row in grid.rows for cell in row.cells.values()), default=1)
         self.count = max(len(grid.columns), 1)
-        self.narrowest = max(_NARROWEST, max(_STEP, round(5.9 * longest + 3)) * self.count)
+        self.narrowest = max(_NARROWEST, max(_STEP, round(5.3 * longest + 3)) * self.count)
         self.width = max(self.narrowest, _WIDE)
         self.standalone = standalone
 
