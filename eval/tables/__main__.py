@@ -1,6 +1,8 @@
 """Run a table of the paper's evaluation, or render what has been measured.
 
     python -m eval.tables table5 --model M --train_file T --eval_file E --other_file O --work W
+    python -m eval.tables images --architecture cifar_resnet --data idx_dir=fashion-mnist --work W
+    python -m eval.tables table4 --model microsoft/resnet-50 --data dataset_name=ILSVRC/imagenet-1k --work W
     python -m eval.tables render --work W
 
 `M` is a folder or a Hub name, such as `bert-base-uncased`. The dense model is fine-tuned from it once and kept in `W`;
@@ -14,13 +16,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from eval.results_file import read_results
-from eval.study_tasks import Lengths, QuestionOptions, question_task
+from eval.study_tasks import ImageOptions, Lengths, QuestionOptions, image_task, question_task
 from eval.tables.cells import cells_of, run_table
 from eval.tables.render import render
-from eval.tables.rows import TABLES
+from eval.tables.rows import IMAGES, TABLES
 from geta_hf import GETAError
+from recipes.arguments import apply_overrides
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -28,8 +32,28 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("render", help="print the tables as Markdown").add_argument("--work", type=Path, required=True)
     for table in TABLES.values():
-        _add_table(commands.add_parser(table.name, help=table.title))
+        added = commands.add_parser(table.name, help=table.title)
+        if table.name in IMAGES:
+            _add_images(added)
+        else:
+            _add_table(added)
     return parser
+
+
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--work", type=Path, required=True, help="dense model and results.jsonl; a rerun continues there")
+    add("--name", default="images", help="of the study, in the results")
+    add("--model", help="folder or Hub name to train first")
+    add("--architecture", nargs="+", metavar="KEY=VALUE", help="instead: model_type=T and fields of its config")
+    add("--data", nargs="+", metavar="KEY=VALUE", required=True, help="fields of the recipe's DataArguments")
+    add("--training", nargs="+", metavar="KEY=VALUE", default=[], help="fields of TrainingArguments, for all runs")
+    add("--steps", type=int, default=10000, help="of every cell")
+    add("--batch_size", type=int, default=64)
+    add("--learning_rate", type=float, default=1e-3)
+    add("--dense_steps", type=int, default=50000, help="of the first training; 0 takes the model as it is")
+    add("--dense_learning_rate", type=float, default=1e-3)
+    _add_choice(parser)
 
 
 def _add_table(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +75,11 @@ def _add_table(parser: argparse.ArgumentParser) -> None:
     add("--learning_rate", type=float, default=5e-5)
     add("--dense_steps", type=int, default=11000, help="of the first fine-tuning")
     add("--dense_learning_rate", type=float, default=5e-5)
+    _add_choice(parser)
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[0])
     add("--sparsity", type=float, nargs="+", help="some of the table's; all by default")
     add("--rows", nargs="+", help="some of the table's; all by default")
@@ -65,7 +94,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = TABLES[args.command]
     # Before the data is read and anything trained: a misspelled row costs nothing.
     cells = cells_of(table, args.seeds, args.sparsity, args.rows)
-    options = QuestionOptions(
+    dense = Lengths(args.dense_steps, args.batch_size, args.dense_learning_rate)
+    if table.name in IMAGES:
+        task = image_task(_image_options(args), dense, args.name)
+    else:
+        task = question_task(_question_options(args), dense, args.name)
+    run_table(table, task, args.work, Lengths(args.steps, args.batch_size, args.learning_rate), cells)
+    print(render([line for line in read_results(args.work) if line["table"] == table.name]))
+
+
+def _image_options(args: argparse.Namespace) -> ImageOptions:
+    if (args.model is None) == (args.architecture is None):
+        raise GETAError("give one of --model and --architecture")
+    model = args.model or pairs(args.architecture, "--architecture")
+    return ImageOptions(model, pairs(args.data, "--data"), pairs(args.training, "--training"))
+
+
+def pairs(texts: Sequence[str], option: str) -> dict[str, Any]:
+    """Return `key=value` texts as a dict, values read as YAML. Raise GETAError for a text without `=`."""
+    values: dict[str, Any] = {}
+    for text in texts:
+        key, equals, _ = text.partition("=")
+        if not equals or not key:
+            raise GETAError(f"{option} {text!r}: expected key=value")
+        apply_overrides(values, [f"--{text}"])
+    return values
+
+
+def _question_options(args: argparse.Namespace) -> QuestionOptions:
+    return QuestionOptions(
         model=args.model,
         train_file=args.train_file,
         eval_file=args.eval_file,
@@ -78,10 +135,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         doc_stride=args.doc_stride,
         bf16=args.bf16,
     )
-    dense = Lengths(args.dense_steps, args.batch_size, args.dense_learning_rate)
-    task = question_task(options, dense, args.name)
-    run_table(table, task, args.work, Lengths(args.steps, args.batch_size, args.learning_rate), cells)
-    print(render([line for line in read_results(args.work) if line["table"] == table.name]))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from eval.tables.rows import CONTROL, TABLES, Table
 from geta_hf.utils.tables import format_table
 
 HEADER = ("row", "F1", "EM", "F1 lost", "F1 lost, other text", "relative BOPs", "MB", "mean bits", "M tokens", "seeds")
+IMAGE_HEADER = ("row", "accuracy", "accuracy lost", "relative BOPs", "MB", "mean bits", "seconds", "seeds")
 
 
 def render(lines: Sequence[Line]) -> str:
@@ -27,17 +28,24 @@ def _section(table: Table, study: str, lines: Sequence[Line]) -> str:
     settings = lines[0]["settings"]
     parts = [f"### {table.title} ({study})", _settings(settings)]
     plain = [line for line in lines if line["sparsity"] is None]
-    parts.append(format_table(HEADER, _rows(table, plain, plain)))
+    header = HEADER if "f1" in lines[0] else IMAGE_HEADER
+    parts.append(format_table(header, _rows(table, plain, plain)))
     for sparsity in sorted({line["sparsity"] for line in lines if line["sparsity"] is not None}):
         cut = [line for line in lines if line["sparsity"] == sparsity]
         unit = "groups" if table.target == "target_sparsity" else "parameters"
         parts.append(f"**{sparsity:.0%} of the prunable {unit} removed**")
-        parts.append(format_table(HEADER, _rows(table, cut, plain)))
+        parts.append(format_table(header, _rows(table, cut, plain)))
     return "\n\n".join(parts)
 
 
 def _settings(settings: Line) -> str:
     scored = settings["scored"]
+    if "images" in scored:
+        return (
+            f"{settings['steps']:,} steps of {settings['batch_size']} images, of {settings['dense']['images']:,}, at a "
+            f"peak learning rate of {settings['learning_rate']:g}; accuracy in percent on {scored['images']:,} images. "
+            f"The dense model was trained for {settings['dense']['steps']:,} steps."
+        )
     text = (
         f"{settings['steps']:,} steps of {settings['batch_size']} windows at a peak learning rate of "
         f"{settings['learning_rate']:g}; scored on {scored['questions']:,} questions"
@@ -57,6 +65,17 @@ def _rows(table: Table, lines: Sequence[Line], plain: Sequence[Line]) -> list[tu
 
 
 def _row(name: str, cell: Sequence[Line], plain: Sequence[Line]) -> tuple[str, ...]:
+    if "accuracy" in cell[0]:
+        return (
+            name,
+            spread([line["accuracy"] for line in cell], 2),
+            _loss(cell, plain, "accuracy"),
+            _mean(cell, "relative_bops", "{:.2%}".format),
+            _mean(cell, "bytes", lambda value: f"{value / 1e6:.3f}"),
+            _mean(cell, "mean_bits", "{:.2f}".format),
+            _mean(cell, "seconds", "{:.0f}".format),
+            str(len(cell)),
+        )
     return (
         name,
         spread([line["f1"] for line in cell], 2),
