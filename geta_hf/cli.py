@@ -7,7 +7,10 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
+import transformers
 from torch import Tensor, nn
 
 from geta_hf.compress import compress
@@ -25,10 +28,12 @@ from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs
 from geta_hf.qadg.tracing.graph import Graph
 from geta_hf.qadg.tracing.raw_reads import recorded_raw_reads
 from geta_hf.quantization import select_layers
+from geta_hf.recipes.train import train
 from geta_hf.reporting.graph_page import gather, gather_unsupported, pattern, span, write_page
 from geta_hf.reporting.html_report import write_report
 from geta_hf.reporting.hub import files_to_push, push_to_hub
 from geta_hf.serialization.validate import check_headers, check_readable
+from geta_hf.utils.version import __version__
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -66,8 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _versions() -> str:
+    return f"geta-hf {__version__} (torch {torch.__version__}, transformers {transformers.__version__})"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("geta-hf", description="Joint structured pruning and quantization.")
+    parser.add_argument("--version", action="version", version=_versions(), help="print the versions that run")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("inspect", help="list what can be removed from a model; no weights are read")
     command.add_argument("model", metavar="MODEL", help="a Hub name, a folder, or a config.json")
@@ -76,6 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--prune", action="append", default=[], metavar="WHAT", help=f"make prunable: {switch}")
     command.add_argument("--keep", action="append", default=[], metavar="WHAT", help=f"do not prune: {switch}")
     command.set_defaults(run=inspect)
+    # Its own help, and options of any name: no character marks an option for this parser.
+    command = commands.add_parser(
+        "train", help="fine-tune and compress, by a YAML file", add_help=False, prefix_chars="\0"
+    )
+    command.add_argument("words", nargs=argparse.REMAINDER)
+    command.set_defaults(run=run_train)
     command = commands.add_parser("export", help="write a run or an exported folder in a format")
     command.add_argument("source", metavar="SOURCE", help="a run, a checkpoint, or an exported folder")
     command.add_argument("target", metavar="OUT", help="the folder to write")
@@ -94,6 +110,9 @@ def _parser() -> argparse.ArgumentParser:
         "--target-parameters", type=float, metavar="SHARE", help="share of prunable parameters to remove"
     )
     command.add_argument("--mean-bits", type=float, metavar="B", help="mean width of the remaining weights")
+    command.add_argument(
+        "--targets", nargs="+", metavar="N", help='several sizes, as --target-bytes; writes "OUT-80" and so on'
+    )
     command.add_argument("--sequences", type=int, default=128, metavar="N", help="of calibration data; default: 128")
     command.add_argument("--sequence-length", type=int, metavar="N", help="tokens of each; default: 256")
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it is the folder of a model")
@@ -188,6 +207,21 @@ def run_export(arguments: argparse.Namespace) -> None:
     print(f"wrote {arguments.target}: {arguments.format} format, {size / 1e6:,.2f} MB")
 
 
+def run_train(arguments: argparse.Namespace) -> None:
+    """Run the recipe that a config names, and print its scores.
+
+    Args:
+        arguments: `words`, the config and the values that replace its own.
+
+    Raises:
+        GETAError: as `geta_hf.recipes.train.train` does.
+
+    Example:
+        `geta-hf train bert_squad --geta.target_sparsity 0.3`
+    """
+    train(arguments.words)
+
+
 def run_compress(arguments: argparse.Namespace) -> None:
     """Compress a model without training, and print what it lost.
 
@@ -202,15 +236,21 @@ def run_compress(arguments: argparse.Namespace) -> None:
         `geta-hf compress HuggingFaceTB/SmolLM2-135M small --data corpus.txt --target-bytes 60%`
     """
     names = ("target_bops", "target_parameters", "mean_bits", "sequences", "sequence_length", "overwrite")
-    size = arguments.target_bytes
-    report = compress(
+    targets = None if arguments.targets is None else list(map(_size, arguments.targets))
+    found: Any = compress(
         arguments.model,
         arguments.data,
         out=arguments.out,
-        target_bytes=int(size) if size is not None and size.isdecimal() else size,
+        target_bytes=None if arguments.target_bytes is None else _size(arguments.target_bytes),
+        targets=targets,
         **{name: getattr(arguments, name) for name in names},
     )
-    print(report)
+    print("\n\n".join(map(str, [found] if targets is None else found)))
+
+
+def _size(text: str) -> int | str:
+    """Return bytes as an integer, and a share as it is."""
+    return int(text) if text.isdecimal() else text
 
 
 def run_measure(arguments: argparse.Namespace) -> None:

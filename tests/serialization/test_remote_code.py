@@ -23,7 +23,8 @@ from tests.export.test_channel_widths import trained as several_widths
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
 from tests.spaces import build_space
 
-ALLOWED = {"torch", "transformers", "safetensors"}
+# numpy is a requirement of transformers itself.
+ALLOWED = {"torch", "transformers", "safetensors", "numpy"}
 
 
 @pytest.fixture(scope="module")
