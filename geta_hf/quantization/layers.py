@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from geta_hf.errors import GETAError
-from geta_hf.quantization.fixed import InputQuantizedLayer, output_dim
+from geta_hf.quantization.fixed import InputQuantizedLayer
 from geta_hf.quantization.layer_types import base_type
 from geta_hf.quantization.lora import LowRank
 from geta_hf.quantization.mixture import Mixture, mixed_linear, mixed_weight
@@ -46,12 +46,6 @@ class QuantizedLayer(InputQuantizedLayer):
         """The quantizer's parameters, which have no part in a mixture."""
         return [value for value in self.weight_quantizer.parameters() if value.requires_grad]
 
-    @property
-    def _scales_inputs(self) -> bool:
-        """Whether each input, and not each output, has a (d, q_m) of its own."""
-        quantizer = self.weight_quantizer
-        return quantizer.order is None and quantizer.channel_dim == 1 - output_dim(self)
-
     def quantized_input(self, x: Tensor) -> Tensor:
         """Return x^Q of the input, or its mixture, differentiable; x itself where it stays in floating point."""
         own = self.input_quantizer
@@ -76,8 +70,6 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         x = self.quantized_input(input)
         if self.mixture is not None:
             return mixed_linear(x, self.weight, self.bias, self.mixture, untrained=self._untrained)
-        if self._scales_inputs:
-            return F.linear(x, self.quantized_weight(), self.bias)
         return self.weight_quantizer.linear(x, self.weight, self.bias, self.lora)
 
 
@@ -88,7 +80,7 @@ class QuantConv1D(QuantizedLayer, Conv1D):
         x = self.quantized_input(x)
         if self.mixture is not None:
             return mixed_linear(x, self.weight, self.bias, self.mixture, transposed=True, untrained=self._untrained)
-        if self.lora is None or self._scales_inputs:
+        if self.lora is None:
             return F.linear(x, self.quantized_weight().t(), self.bias)
         return self.weight_quantizer.linear(x, self.weight.t(), self.bias, self.lora)
 

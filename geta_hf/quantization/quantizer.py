@@ -32,6 +32,7 @@ class Quantizer(SinglePrecision):
 
     Attributes:
         channel_dim: the dim of the tensor that `d` and `q_m` run along; None for one pair for the entire tensor.
+        scales_inputs: whether `channel_dim` is that of a layer's inputs, and not of its outputs.
         unsigned: whether there are no negative codes, as for what comes out of a ReLU: b bits then have 2^b - 1 steps
             up to q_m, and what is negative becomes 0 (PACT, arXiv 1805.06085).
         order: int64, shape (inputs,), where there are blocks: the inputs in the order of their blocks; else None.
@@ -73,6 +74,7 @@ class Quantizer(SinglePrecision):
         # In checkpoints, since blocks are formed over what remains when groups are removed.
         self.register_buffer("order", None if inputs is None else torch.arange(inputs, device=start.device))
         self._natural = True
+        self.scales_inputs = by_input
         if by_input:
             # In checkpoints, where the shape of d tells nothing of a square weight.
             self.register_buffer(BY_INPUT, torch.ones(1, dtype=torch.int8, device=start.device))
@@ -129,7 +131,8 @@ class Quantizer(SinglePrecision):
         d: Tensor = self.d
         q_m: Tensor = self.q_m
         if self.order is None and self.channel_dim is not None:
-            d, q_m = d.view(-1, 1), q_m.view(-1, 1)
+            shape = (1, -1) if self.scales_inputs else (-1, 1)
+            d, q_m = d.view(shape), q_m.view(shape)
         return quantized_linear(
             x,
             weight,

@@ -6,6 +6,7 @@ row. All three are a table from the entries of the quantizers, one for each step
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,13 +32,15 @@ class WidthChoices:
         group: int64, shape (entries,): the group that an entry's row or column is removed with, or the number of all
             groups where it is removed with none.
         by_layer: whether each layer has one choice, of its own number.
+        by_group: whether all rows and columns of a group have one choice.
     """
 
     count: int
     of_entry: Tensor
     layer: Tensor
     group: Tensor
-    by_layer: bool
+    by_layer: bool = False
+    by_group: bool = False
 
     @classmethod
     def of(cls, granularity: str, quantizers: Quantizers, ledger: Ledger) -> WidthChoices:
@@ -54,11 +57,11 @@ class WidthChoices:
                 group[quantizers.spans[prefix]] = label
         layers = quantizers.weight_layers
         if granularity == "row":
-            return cls(len(layer), torch.arange(len(layer)), layer, group, False)
+            return cls(len(layer), torch.arange(len(layer)), layer, group)
         if granularity == "group":
             chosen = torch.where(group < ledger.groups, layers + group, layer)
-            return cls(layers + ledger.groups, chosen, layer, group, False)
-        return cls(layers, layer.clone(), layer, group, True)
+            return cls(layers + ledger.groups, chosen, layer, group, by_group=True)
+        return cls(layers, layer.clone(), layer, group, by_layer=True)
 
     def to(self, device: torch.device) -> None:
         """Keep the tables where the choices are."""
@@ -112,14 +115,19 @@ def find_by_input(
 def sorted_weights(families: Collection[Family], choices: WidthChoices, quantizers: Quantizers) -> set[str]:
     """Return the weights whose rows or columns an export sorts by width, so that it needs no table of them.
 
-    These are those whose entries are the channels of families, as `geta_hf.export.sorted_groups` has it.
+    These are those whose entries are the channels of families, as `geta_hf.export.sorted_groups` has it: all tensors
+    follow one order, so where each row has a choice, a family is sorted by one weight alone.
     """
-    kinds: list[bool] = []
-    for family in families:
-        kinds += [family.kind == "channels"] * family.size
-    channels = torch.tensor([*kinds, False])
-    found = set()
+    family_of: list[int] = []
+    for position, family in enumerate(families):
+        family_of += [position if family.kind == "channels" else -1] * family.size
+    owner = torch.tensor([*family_of, -1])
+    owners = {}
     for prefix, weight in zip(quantizers.prefixes, quantizers.own_weights, strict=False):
-        if bool(channels[choices.group[quantizers.spans[prefix]].cpu()].all()):
-            found.add(weight)
-    return found
+        owners[weight] = set(owner[choices.group[quantizers.spans[prefix]].cpu()].tolist())
+    shared = Counter(position for found in owners.values() for position in found)
+    return {
+        weight
+        for weight, found in owners.items()
+        if -1 not in found and (choices.by_group or all(shared[position] == 1 for position in found))
+    }

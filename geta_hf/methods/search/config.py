@@ -50,6 +50,9 @@ class SearchConfig(CompressionConfig):
 
     method: ClassVar[str] = "search"
 
+    wants_removal = False  # no annotation, so that it is no field
+    """Whether 0 is among `bit_choices`; of an instance, and not saved."""
+
     bits: tuple[int, int] = (2, 8)
     per_channel: bool = True
     warmup: Duration = setting(
@@ -163,6 +166,7 @@ class SearchConfig(CompressionConfig):
         """Raise GETAError for widths above 8 bits, or without any but 0, which stands for removal."""
         if self.bit_choices is not None:
             nonzero = [width for width in self.bit_choices if width != 0]
+            self.wants_removal = len(nonzero) < len(self.bit_choices)
             self._check(bool(nonzero), "bit_choices", "widths of which at least one is not 0")
             # Removal is a choice of groups: of those alone that may be pruned, and as far as the targets ask for it.
             self.bit_choices = nonzero

@@ -156,7 +156,12 @@ class SearchMethod(Method):
         entries = sum(layer.weight_quantizer.d.numel() for layer in layers.values())
         groups = sum(family.size for family in space.trainable)
         widths = len(self.config.widths)
-        kept = 4 * (entries * widths + 4 * (len(layers) * widths + groups))
+        choices = {"layer": len(layers), "group": len(layers) + groups, "row": entries}[self.config.granularity]
+        of_inputs = len(layers) * len(self.config.input_widths) if len(self.config.input_widths) > 1 else 0
+        # A logit has its gradient and Adam's two moments with it; a table says which choice each entry follows.
+        kept = 4 * (entries * widths + 4 * (choices * widths + groups + of_inputs))
+        if self.config.granularity != "layer":
+            kept += 3 * 8 * entries
         return StepMemory(kept, max((layer.weight.numel() * 16 for layer in layers.values()), default=0))
 
     # --- in training --------------------------------------------------------------------------------------------------
@@ -173,6 +178,11 @@ class SearchMethod(Method):
         check_names(base, names)
         add_quantizer_group(base, quantizer_parameters(model), config.quantizer_learning_rate)
         families = run.space.trainable
+        if config.wants_removal and not families:
+            raise GETAError(
+                "bit_choices has 0, which removes groups, but no family may be pruned; leave 0 out, or name families "
+                "by prune"
+            )
         prefixes = quantizer_prefixes(model)
         layers = quantized_layers(model)
         first = {prefix: weight for weight, prefix in reversed(list(prefixes.items()))}

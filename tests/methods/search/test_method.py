@@ -407,6 +407,15 @@ def test_a_table_without_the_shapes_is_refused_before_the_model_changes(tmp_path
     assert not quantized_layers(model)
 
 
+def test_removal_without_a_family_to_prune_is_refused() -> None:
+    targets: dict[str, Any] = {"target_sparsity": 0.0, "mean_bits": 4}
+    nothing = PruningSpace(families=tuple(replace(family, prunable=False) for family in toy_space().families))
+    with pytest.raises(GETAError, match="bit_choices has 0, which removes groups, but no family may be pruned"):
+        prepare(config_of(bit_choices=[0, 2, 6], **targets), space=nothing)
+    _, method, _ = prepare(config_of(bit_choices=[2, 6], **targets), space=nothing)
+    assert method.config.widths == [2, 6]
+
+
 def test_frozen_weights_are_refused() -> None:
     with pytest.raises(GETAError, match="SearchMethod needs trained weights; leave peft_config out"):
         make_method(config_of()).check(frozen_weights=True)

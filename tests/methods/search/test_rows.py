@@ -12,7 +12,7 @@ from torch import nn
 from geta_hf import SearchConfig
 from geta_hf.config import read_config
 from geta_hf.errors import GETAError
-from geta_hf.quantization import quantized_layers
+from geta_hf.quantization import attach_quantizers, quantized_layers
 from tests.methods import loop
 from tests.methods.qasso.toy import Toy, batch_at, toy_space
 
@@ -194,3 +194,29 @@ def test_a_model_without_a_space_has_widths_of_layers() -> None:
     dims = [layer.weight_quantizer.channel_dim for layer in quantized_layers(model).values()]
     assert dims == [0, 1, 0, 0]
     assert "layers.1.weight_quantizer.by_input" in model.state_dict()
+
+
+def test_columns_are_rounded_in_one_pass_with_the_product() -> None:
+    """The same outputs and gradients as from the rounded weight itself."""
+    torch.manual_seed(0)
+    layer = nn.ModuleList([nn.Linear(6, 4)])
+    attach_quantizers(layer, initial_bits=3, include=["0"], grid="channel", by_input=["0"])
+    own = layer[0]
+    x = torch.randn(5, 6, requires_grad=True)
+    grad = torch.randn(5, 4)
+
+    def run(out: torch.Tensor) -> list[torch.Tensor]:
+        leaves = [x, own.weight, own.bias, own.weight_quantizer.d, own.weight_quantizer.q_m]
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+    expected = run(nn.functional.linear(x, own.quantized_weight(), own.bias))
+    for found, wanted in zip(run(own(x)), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert own.weight_quantizer.d.shape == (6,)
+
+
+def test_memory_counts_the_choices_of_rows() -> None:
+    for granularity, choices, entries in (("group", 4 + 10, 12 + 12 + 6 + 6), ("row", 34, 34)):
+        model, method, _ = prepare(config_of(granularity))
+        kept = 4 * (entries * 3 + 4 * (choices * 3 + 10)) + 24 * entries
+        assert method.memory(model, toy_space(), 3).kept == kept
