@@ -67,8 +67,8 @@ class SearchMethod(Method):
         self._positions: dict[str, tuple[int, int]] = {}
         self._mixtures: dict[str, list[Any]] = {}
         self._input_layers: dict[str, Any] = {}
-        self._input_levels: Tensor | None = None
-        self._unsigned_levels: Tensor | None = None
+        # Of inputs with a sign, and of those without.
+        self._input_levels: tuple[Tensor, Tensor] | None = None
         self._factors: list[KeepFactor] = []
         self._labels: list[Tensor] = []
         self._levels: Tensor | None = None
@@ -357,13 +357,14 @@ class SearchMethod(Method):
         """Let layers round their inputs to the mixture of their widths."""
         optimizer = self.optimizer
         assert optimizer is not None and optimizer.input_clips is not None
-        if self._input_levels is None or self._input_levels.device != shares.device:
-            self._input_levels = levels_of(self.config.input_widths, shares.device)
-            self._unsigned_levels = levels_of([width + 1 for width in self.config.input_widths], shares.device)
+        if self._input_levels is None or self._input_levels[0].device != shares.device:
+            signed = levels_of(self.config.input_widths, shares.device)
+            unsigned = levels_of([width + 1 for width in self.config.input_widths], shares.device)
+            self._input_levels = (signed, unsigned)
         for position, layer in enumerate(self._input_layers.values()):
             own = layer.input_quantizer
             clips = optimizer.input_clips[position] * own.q_m.detach()
-            levels = self._unsigned_levels if own.unsigned else self._input_levels
+            levels = self._input_levels[own.unsigned]
             layer.input_mixture = Mixture(shares[position].view(-1, 1, 1), clips.view(-1, 1, 1), levels)
 
     def extra_loss(self, model: nn.Module) -> Tensor | None:
