@@ -26,6 +26,8 @@ from geta_hf.costs.model_costs import forward_uses
 from geta_hf.errors import GETAError
 from geta_hf.evaluation.calibration_data import make_batches, predicts_next
 from geta_hf.export import ExportReport, export
+from geta_hf.export.serving import limit_config, limit_families, serving_notes
+from geta_hf.export.uniform_counts import choose_counts
 from geta_hf.methods import OneShotConfig, OneShotMethod
 from geta_hf.methods.one_shot import Calibration, Measured, Outcome
 from geta_hf.methods.one_shot.choice import check_budget
@@ -56,6 +58,9 @@ logger = logging.getLogger(__name__)
 _HELD_BACK = 8
 """One of this many sequences is held back, to compare splits of the budget and to measure what the result loses."""
 
+_PROVED = 64
+"""Tokens of a sequence that the model is recorded and proved on, at most."""
+
 _SCORED = 2
 """One of this many of the other sequences is used for gradients, which cost three times a forward pass."""
 
@@ -74,6 +79,7 @@ class CompressReport:
         perplexity: (dense, compressed) on held-back data; None where the model is no causal language model.
         seconds: how long it took.
         next_command: what to run next.
+        serving: what the program that `serve` names asked of the result, in sentences.
     """
 
     path: Path
@@ -86,6 +92,7 @@ class CompressReport:
     perplexity: tuple[float, float] | None
     seconds: float
     next_command: str
+    serving: tuple[str, ...] = ()
 
     @property
     def removed_groups(self) -> int:
@@ -109,6 +116,7 @@ class CompressReport:
         if self.outcome.unreached:
             names = ", ".join(self.outcome.unreached)
             lines.append(f"no calibration data reached these layers, which are rounded to nearest: {names}")
+        lines += self.serving
         lines.append(f"wrote {self.path} in {self.seconds:.0f} s; next: {self.next_command}")
         return "\n".join(lines)
 
@@ -156,7 +164,8 @@ def compress(
 ) -> CompressReport: ...
 
 
-@exclusive()
+# Both forms share all other arguments, which are spelled out here once.
+@exclusive()  # type: ignore[misc]
 def compress(
     model: PreTrainedModel | str | os.PathLike[str],
     calibration_data: Any,
@@ -249,6 +258,7 @@ def compress(
         raise GETAError("compress measures gradients, which torch.inference_mode() rules out; call it outside of that")
     loaded, tokenizer = _load(model, tokenizer)
     check_is_model(loaded)
+    config = limit_config(config, loaded, tokenizer)
     if quantized_layers(loaded):
         raise GETAError(f"{type(loaded).__name__} has quantizers already, so it was compressed; load the dense model")
     check_model(loaded, select_layers(loaded, config.include, config.exclude))
@@ -290,6 +300,7 @@ class _Job:
         batch: what it is recorded and proved on.
         measured: shared by the budgets.
         start: when the present budget began, in seconds.
+        serving: what the program that `serve` names asks of the result.
     """
 
     model: PreTrainedModel
@@ -301,6 +312,7 @@ class _Job:
     ledger: Ledger
     progress: bool
     start: float
+    serving: tuple[str, ...] = ()
     measured: Measured = dataclasses.field(default_factory=Measured)
     recovery: _Recovery | None = None
 
@@ -314,9 +326,12 @@ class _Job:
         config = exclude_raw_reads(config, model, select_layers(model, config.include, config.exclude), batch)  # type: ignore[assignment]
         layers = select_layers(model, config.include, config.exclude)
         check_exports(model, batch, layers)
-        space, _ = prepare_space(model, batch, prune=config.prune, keep=config.keep, required=False)
+        space, recordings = prepare_space(model, batch, prune=config.prune, keep=config.keep, required=False)
+        space, _ = choose_counts(config, space, model, recordings)
+        space = limit_families(config, space, model)
+        serving = serving_notes(config, model, space)
         ledger = _measure_sizes(model, config, space, batch, layers)
-        return cls(model, tokenizer, config, batch, _split(batches), space, ledger, shown, start)
+        return cls(model, tokenizer, config, batch, _split(batches), space, ledger, shown, start, serving)
 
     @property
     def dense_bytes(self) -> int:
@@ -373,7 +388,9 @@ class _Job:
         seconds = time.perf_counter() - self.start
         self.start = time.perf_counter()
         causal = predicts_next(self.model)
-        return _report(place, written, outcome, self.ledger, self.dense_bytes, parameters, causal, seconds)
+        return _report(
+            place, written, outcome, self.ledger, self.dense_bytes, parameters, causal, seconds, self.serving
+        )
 
     def _recover(
         self, method: OneShotMethod, config: OneShotConfig, teacher: nn.Module, outcome: Outcome, recovery: _Recovery
@@ -481,7 +498,7 @@ def _check_loaded(model: PreTrainedModel) -> None:
 
 @contextmanager
 def _tokens_restored(model: PreTrainedModel, always: bool = False) -> Iterator[None]:
-    """Give the configs the special tokens back that a tokenizer has changed, on a failure or always."""
+    """Give the configs, which `align_tokens` changes, their special tokens back: on a failure, or always."""
     configs = (model.config.get_text_config(), getattr(model, "generation_config", None))
     before = [(config, dict(vars(config))) for config in configs if config is not None]
     done = False
@@ -562,10 +579,17 @@ def _load(model: Any, tokenizer: Any) -> tuple[Any, Any]:
 
 
 def _example(model: PreTrainedModel, batches: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what the model is recorded and proved on: the first two sequences, without labels."""
+    """Return what the model is recorded and proved on: the start of the first two sequences, without labels."""
     first = batches[0]
     if sum(1 for _ in rows_of([first])) > 1:
         first = {name: item[:2] for name, item in first.items()}
+    shapes = {getattr(item, "shape", ()) for item in first.values()}
+    if len(shapes) == 1 and len(shape := shapes.pop()) == 2 and shape[1] > _PROVED:
+        # Proofs take tens of forwards, and no operator depends on how many tokens there are.
+        short = {name: item[:, :_PROVED] for name, item in first.items()}
+        mask = short.get("attention_mask")
+        if mask is None or bool(mask.any(1).all()):
+            first = short
     return inputs_of(model, first, find_left_out(model, first, find_labels(type(model))))
 
 
@@ -610,6 +634,7 @@ def _report(
     parameters: int,
     causal: bool,
     seconds: float,
+    serving: tuple[str, ...],
 ) -> CompressReport:
     perplexity = None
     if causal and outcome.has_labels:
@@ -632,6 +657,7 @@ def _report(
         perplexity=perplexity,
         seconds=seconds,
         next_command=command,
+        serving=serving,
     )
 
 

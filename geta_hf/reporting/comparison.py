@@ -189,6 +189,7 @@ def compare(
     *,
     tokens: int = 384,
     metrics: Metrics | None = None,
+    latency: bool = True,
 ) -> str:
     """Return a Markdown table that compares the compressed model with the dense one.
 
@@ -197,13 +198,16 @@ def compare(
         compressed_dir: an exported folder of the same architecture.
         tokens: sequence length of MACs, BOPs and latency.
         metrics: {"dense": {"em": …}, "compressed": {"em": …}}, the first rows of the table.
+        latency: time both models on the CPU, which says something only where the machine is free. Default True.
     """
     structure = read_structure(compressed_dir)
     models = {"dense": load_model(dense_dir), "compressed": load_model(compressed_dir)}
     layers = {"dense": _dense_layers(models["dense"], compressed_dir, structure), "compressed": list(structure.bits)}
     costs = {name: measure_costs(model, tokens, layers[name]) for name, model in models.items()}
     sizes = {"dense": bytes_on_disk(dense_dir), "compressed": bytes_on_disk(compressed_dir)}
-    measured = {**(metrics or {}), "latency_ms": measure_latency(models, tokens)}
+    measured = dict(metrics or {})
+    if latency:
+        measured["latency_ms"] = measure_latency(models, tokens)
     return format_table(("", "dense", "compressed"), table_rows(structure, costs, sizes, measured, by_layer=True))
 
 
@@ -245,14 +249,27 @@ def table_rows(
         rows.append(_share(size_name, sizes["compressed"], sizes.get("dense")))
     if times := metrics.get("latency_ms"):
         ratio = times["dense"] / times["compressed"]
-        rows.append(("CPU latency, ms", f"{times['dense']:.2f}", f"{times['compressed']:.2f} ({ratio:.2f}x faster)"))
+        words = f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
+        rows.append(("CPU latency, ms", f"{times['dense']:.2f}", f"{times['compressed']:.2f} ({words})"))
     return rows
 
 
 def _metric_rows(metrics: Metrics) -> list[tuple[str, str, str]]:
     dense, compressed = metrics.get("dense", {}), metrics.get("compressed", {})
     names = [name for name in dict.fromkeys((*dense, *compressed)) if name in compressed]
-    return [(name.upper(), f"{dense[name]:.2f}" if name in dense else "", f"{compressed[name]:.2f}") for name in names]
+    return [
+        (_SPELLINGS.get(name, name), _score(dense[name]) if name in dense else "", _score(compressed[name]))
+        for name in names
+    ]
+
+
+_SPELLINGS = {"em": "EM", "f1": "F1"}
+"""The name of a metric in files -> how people write it. All others are shown as they are named."""
+
+
+def _score(value: float) -> str:
+    # Shares, such as an accuracy of 0.874, lose too much in two digits.
+    return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
 
 
 def _kinds(structure: Structure) -> list[str]:

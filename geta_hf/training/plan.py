@@ -55,8 +55,8 @@ class Plan:
         rows: the prunable families. Training chooses which of them lose more and which less.
         target: the goals as amounts.
         removed_groups: K where the target counts groups, otherwise as if all families lost the same share.
-        exact: whether training removes just that many: K without `uniform` or `multiple_of`, under which up to one
-            chunk fewer may go.
+        exact: whether training removes just that many: K without `uniform`, `multiple_of` or `serve`, under which up to
+            one chunk fewer may go.
         groups: prunable groups.
         kept_parameters: share of the prunable parameters that would remain.
         mean_bits: planned mean width of the weights; None where it is learned without a budget.
@@ -71,6 +71,7 @@ class Plan:
             them.
         not_vanilla: why the result cannot be written in the format `vanilla`; empty if it can, None if not known.
         without_heads: a sentence for each kind of module that counts heads of which none is found, with the reason.
+        serving: what the program that `serve` names asks of the result, in sentences.
         bounds: between what training decides, where it splits a size between pruning and widths; the other figures are
             then those of an even split. None where they are planned.
 
@@ -103,6 +104,7 @@ class Plan:
     not_vanilla: str | None = None
     without_heads: tuple[str, ...] = ()
     bounds: SplitBounds | None = None
+    serving: tuple[str, ...] = ()
 
     @property
     def most_removed_groups(self) -> int:
@@ -144,7 +146,7 @@ class Plan:
         if self.not_vanilla is not None:
             vanilla = f"not vanilla: {self.not_vanilla}" if self.not_vanilla else "also vanilla, without geta_hf"
             lines.append(f"formats of the result: geta; {vanilla}")
-        return "\n".join((*lines, *self.without_heads))
+        return "\n".join((*lines, *self.without_heads, *self.serving))
 
 
 def make_plan(
@@ -178,7 +180,7 @@ def make_plan(
         rows=_rows(space, removal),
         target=target,
         removed_groups=removed,
-        exact=target.unit == GROUPS and not config.uniform and config.multiple_of == 1,
+        exact=target.unit == GROUPS and not config.uniform and config.multiple_of == 1 and config.serve is None,
         groups=ledger.groups,
         kept_parameters=ledger.prunable_parameters(removal) / max(before, 1),
         mean_bits=target.bits if target.budgets else None,

@@ -19,6 +19,7 @@ from geta_hf.config import CONFIG_NAME, CompressionConfig, GETAConfig
 from geta_hf.costs.ledger import Ledger
 from geta_hf.errors import GETAError
 from geta_hf.export import ExportReport, export
+from geta_hf.export.serving import limit_config, limit_families, serving_notes
 from geta_hf.export.uniform_counts import choose_counts
 from geta_hf.methods import Method, Run, make_method
 from geta_hf.methods.frozen_weights import FrozenWeights
@@ -33,7 +34,13 @@ from geta_hf.training.checkpoints import Progress, base_name, check_checkpoint, 
 from geta_hf.training.complete import mark_complete, mark_unfinished, newest_to_resume
 from geta_hf.training.distillation import Distiller, dense_copy
 from geta_hf.training.dtypes import DTypes, dtypes_of, unrounded, warn_of_other_dtypes
-from geta_hf.training.early_checks import check_exports, check_is_model, check_length, check_model
+from geta_hf.training.early_checks import (
+    check_batch_norm,
+    check_exports,
+    check_is_model,
+    check_length,
+    check_model,
+)
 from geta_hf.training.example_inputs import divides_by_count, find_left_out, inputs_of, labels_of
 from geta_hf.training.float_layers import check_first_gradients, exclude_raw_reads, left_float
 from geta_hf.training.held_out import held_out_batches, split_rows
@@ -125,7 +132,8 @@ class GETATrainer(PublishingTrainer):
     ) -> None:
         if model is None:
             raise GETAError("GETATrainer needs `model`; `model_init` would make models that no method has seen")
-        self.geta_config = self.run_config = geta_config or GETAConfig()
+        given = geta_config or GETAConfig()
+        self.geta_config = self.run_config = limit_config(given, model, kwargs.get("processing_class"))
         self.method: Method = make_method(self.geta_config) if method is None else method
         self.lora = self._check_model(model, peft_config)
         super().__init__(model=model, args=args, **kwargs)
@@ -134,6 +142,7 @@ class GETATrainer(PublishingTrainer):
         align_tokens(model, self.processing_class)
         launch = Launch.of(self.accelerator, self.model)
         check_length(self.args)
+        check_batch_norm(model, self.args)
         check_options(self.args, launch, self.optimizer, self.lr_scheduler, lora=self.lora is not None)
         # Kept, since later on not every process may draw from the loader, which all of them share.
         self._batch = self._choose_batch(model)
@@ -153,7 +162,7 @@ class GETATrainer(PublishingTrainer):
             self.plan: Plan = make_plan(
                 self.geta_config, self.space, self._ledger, model, left_float(self.geta_config, self.run_config)
             )
-            self.plan = dataclasses.replace(self.plan, not_vanilla=self._not_vanilla)
+            self.plan = dataclasses.replace(self.plan, not_vanilla=self._not_vanilla, serving=self._serving)
             if self.lora is not None:
                 # Last, since the matrices are merged before an export: no size and no bit width counts them.
                 attach_lora(model, self.lora)
@@ -268,6 +277,8 @@ class GETATrainer(PublishingTrainer):
             labels=self._labels,
         )
         space, self._not_vanilla = choose_counts(self.geta_config, space, model, recordings)
+        space = limit_families(self.geta_config, space, model)
+        self._serving = serving_notes(self.geta_config, model, space)
         return space
 
     def _replan_lora(self, model: nn.Module) -> LoraPlan | None:

@@ -21,7 +21,8 @@ from tests.elsewhere import run_elsewhere
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
 from tests.spaces import build_space
 
-ALLOWED = {"torch", "transformers", "safetensors"}
+# numpy is a requirement of transformers itself.
+ALLOWED = {"torch", "transformers", "safetensors", "numpy"}
 
 
 @pytest.fixture(scope="module")

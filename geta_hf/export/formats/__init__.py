@@ -16,6 +16,7 @@ from geta_hf.export.formats.geta import write_geta
 from geta_hf.export.formats.gguf import check_gguf, write_gguf
 from geta_hf.export.formats.onnx import write_onnx
 from geta_hf.export.formats.vanilla import write_vanilla
+from geta_hf.export.formats.vllm import check_vllm, write_vllm
 
 Writer = Callable[..., float | None]
 """Takes a compressed model, an empty folder and a batch to prove on; returns the largest difference, if it is absolute.
@@ -33,6 +34,7 @@ FORMATS: dict[str, Writer] = {
     "compressed-tensors": write_compressed_tensors,
     "onnx": write_onnx,
     "gguf": write_gguf,
+    "vllm": write_vllm,
     "openvino": write_openvino,
     "executorch": write_executorch,
 }
@@ -41,6 +43,9 @@ FORMATS: dict[str, Writer] = {
 
 WITH_TOKENIZER = {"gguf": check_gguf}
 """Formats whose file holds the tokenizer, each with what finds early why a model cannot be written."""
+
+CHECKS = {"vllm": check_vllm}
+"""The same of other formats."""
 
 
 def writer(name: str, model: PreTrainedModel | None = None, processing_class: Any = None) -> Writer:
@@ -57,6 +62,8 @@ def writer(name: str, model: PreTrainedModel | None = None, processing_class: An
     """
     if name not in FORMATS:
         raise GETAError(f"there is no format {name!r}; choose {', '.join(FORMATS)}")
+    if name in CHECKS and model is not None:
+        CHECKS[name](model)
     if name not in WITH_TOKENIZER or model is None:
         return FORMATS[name]
     WITH_TOKENIZER[name](model, processing_class)

@@ -230,6 +230,7 @@ class OneShotMethod(Method):
         ledger: Ledger,
         progress: Progress = no_progress,
         measured: Measured | None = None,
+        candidates: Sequence[Candidate] | None = None,
     ) -> Outcome:
         """Compress a model in place and attach its quantizers; on any failure it is as it was.
 
@@ -242,6 +243,7 @@ class OneShotMethod(Method):
             ledger: sizes of the model, with its quantizers.
             progress: wraps what takes long in a progress bar.
             measured: of the same dense model, data and space, by a run with another budget; filled by this one.
+            candidates: splits of the budget to try in place of those that the config's scores propose.
 
         Raises:
             GETAError: a target out of reach, activations or gradients that overflow.
@@ -250,7 +252,7 @@ class OneShotMethod(Method):
         measured.check(self.config)
         self._work = _Work(model, self.config, data, space, ledger, progress, measured)
         try:
-            outcome, grids, self._removed = self._work.run()
+            outcome, grids, self._removed = self._work.run(candidates)
             self.attach(model, None)
             names = {name: grids[id(layer.weight)] for name, layer in quantized_layers(model).items()}
             _write_grids(model, names)
@@ -323,10 +325,11 @@ class _Work:
         for parameter, original in self._originals:
             parameter.copy_(original)
 
-    def run(self) -> tuple[Outcome, dict[int, Grid], Tensor]:
+    def run(self, candidates: Sequence[Candidate] | None = None) -> tuple[Outcome, dict[int, Grid], Tensor]:
         """Compress; return what was done, the grid of each weight by its id, and the removed groups."""
         before, reference = self._dense_loss()
-        candidates = find_candidates(self.config, self.families, self.ledger, self._expected_losses())
+        if candidates is None:
+            candidates = find_candidates(self.config, self.families, self.ledger, self._expected_losses())
         trials = self._try(candidates, reference)
         chosen = min(range(len(trials)), key=lambda place: trials[place].loss or 0.0)
         grids = self._compress(candidates[chosen])

@@ -20,6 +20,7 @@ from geta_hf.costs.ledger import Ledger
 from geta_hf.costs.selection import Limits, find_chunks
 from geta_hf.costs.sensitivity import RoundingErrors
 from geta_hf.costs.targets import BOPS, BYTES, MEAN_BITS, Target, take_due
+from geta_hf.methods.search.cost_target import CostTarget, Steps
 from geta_hf.qadg.group_types import Family
 from geta_hf.utils.shards import from_first_process
 
@@ -67,6 +68,7 @@ def assign(
     rounding: RoundingErrors,
     choices: BitChoices,
     present: LearnedBits,
+    cost: CostTarget | None = None,
 ) -> Assignment:
     """Choose groups and widths by what was learned, exactly within the targets.
 
@@ -79,7 +81,38 @@ def assign(
         rounding: its clipping values at each of `choices.weights`; its errors have no part in the choice.
         choices: allowed widths.
         present: the present widths of weights and inputs.
+        cost: what a hardware cost allows on top of the target; None where nothing limits it.
     """
+    if cost is None:
+        return _assign_sizes(families, limits, ledger, target, learned, rounding, choices, present)
+    if target.budgets:
+        sized = _assign_sizes(families, limits, ledger, target, learned, rounding, choices, present)
+        steps = torch.tensor([list(choices.weights).index(bits) for bits in sized.bits.weight_bits])
+        start = Steps(sized.removed, steps)
+    else:
+        chunks = find_chunks(families, learned.keep, ledger.nothing, limits)
+        removed = ledger.nothing
+        removed[chunks.first(int((chunks.scores < 0).sum()))] = True
+        start = Steps(removed, learned.widths.argmax(1))
+    elements = _of_groups(ledger, dict.fromkeys(ledger.shapes, 1.0))
+    unlikely = _unlikeliness(learned.widths) * ledger.weights(start.removed)[:, None]
+    found = cost.meet(start, unlikely, elements * learned.keep)
+    bits = [int(choices.weights[step]) for step in found.steps.tolist()]
+    inputs = [round(width) for width in present.inputs.tolist()]
+    allocation = BitAllocation(bits, rounding.clips_at(found.steps.tolist()), inputs, torch.ones(len(inputs)))
+    return Assignment(found.removed, allocation)
+
+
+def _assign_sizes(
+    families: Sequence[Family],
+    limits: Limits,
+    ledger: Ledger,
+    target: Target,
+    learned: Learned,
+    rounding: RoundingErrors,
+    choices: BitChoices,
+    present: LearnedBits,
+) -> Assignment:
     if target.unit in (BYTES, BOPS) and MEAN_BITS not in target.budgets:
         return _assign_jointly(families, limits, ledger, target, learned, rounding, choices, present)
     removed = _choose_groups(families, limits, ledger, target, learned.keep, float(choices.weights[0]))

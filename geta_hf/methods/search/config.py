@@ -26,6 +26,8 @@ COSTS = ("none", "size", "bitops", "mpic_cycles", "mpic_energy", "ne16_cycles", 
 
 _DURATION = "steps, a share of training, or text such as '1.5 epochs'; not negative, and a share below 1"
 _MOST_BITS = 8
+_RATE, _HIGHEST_RATE = 0.05, 0.5
+_PATH = 5.0
 
 
 @document_attributes
@@ -80,9 +82,11 @@ class SearchConfig(CompressionConfig):
     initial_keep: float = setting(
         0.9, "The probability with which each group remains at the start.", inside(0, 1), section="Search"
     )
-    choice_learning_rate: float = setting(
-        0.05,
-        "Learning rate of Adam on the choices, which follows the run's learning rate scheduler.",
+    choice_learning_rate: float | None = setting(
+        None,
+        "Learning rate of Adam on the choices, which follows the run's learning rate scheduler. A logit moves by at "
+        "most this much a step. None is 0.05, and more for a search of fewer than 100 steps: 5 divided by its steps, "
+        "up to 0.5.",
         above(0),
         section="Search",
     )
@@ -115,9 +119,16 @@ class SearchConfig(CompressionConfig):
         at_least(0),
         section="Search",
     )
+    target_cost: float | None = setting(
+        None,
+        "The most of `cost` that remains, relative to the full model at the widest width: a hinge in the search, and "
+        "met exactly when it ends. Alone, or with a target for size.",
+        inside(0, 1),
+        section="Targets",
+    )
     latency_table: str | None = setting(
         None,
-        "Path of the table for `cost='latency'`; see `geta_hf.costs.hardware.LatencyTable`.",
+        "Path of the table for `cost='latency'`, as `geta-hf measure` writes it.",
         section="Search",
     )
     quantizer_learning_rate: float = setting(
@@ -159,6 +170,43 @@ class SearchConfig(CompressionConfig):
                 f"final_temperature = {self.final_temperature} is above temperature = {self.temperature}; τ falls in "
                 f"a search, so give one that is no higher"
             )
+
+    def check_targets(self) -> None:
+        """Raise GETAError for targets that contradict each other."""
+        super().check_targets()
+        if self.target_cost is None:
+            return
+        if self.cost == "none":
+            raise GETAError(f"target_cost = {self.target_cost} limits `cost`, which is none; choose one")
+        others = [
+            name for name in ("target_sparsity", "target_parameters", "mean_bits") if getattr(self, name) is not None
+        ]
+        if others:
+            raise GETAError(
+                f"target_cost = {self.target_cost} decides how much is pruned and how wide weights are, and so does "
+                f"{others[0]}; give one of them"
+            )
+
+    @property
+    def has_target(self) -> bool:
+        """Whether a target for pruning, size or the hardware cost is given."""
+        return super().has_target or self.target_cost is not None
+
+    @property
+    def wanted_mean_bits(self) -> float | None:
+        """As in every config; None where the hardware cost decides."""
+        return None if self.target_cost is not None else super().wanted_mean_bits
+
+    def choice_rate(self, steps: int) -> float:
+        """Return the learning rate of the choices in a search of so many steps.
+
+        >>> SearchConfig().choice_rate(1000), SearchConfig().choice_rate(20)
+        (0.05, 0.25)
+        """
+        if self.choice_learning_rate is not None:
+            return self.choice_learning_rate
+        # A logit can then move by 5 in all: a group that remains with 90 % starts at 2.2.
+        return max(_RATE, min(_PATH / max(steps, 1), _HIGHEST_RATE))
 
     @property
     def splits_in_training(self) -> bool:

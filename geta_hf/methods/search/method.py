@@ -161,7 +161,13 @@ class SearchMethod(Method):
             run.ledger,
             run.target,
             Objective(
-                sizes, run.target, config.widths, config.strength, self._hardware(model, run), config.cost_weight
+                sizes,
+                run.target,
+                config.widths,
+                config.strength,
+                self._hardware(model, run),
+                config.cost_weight,
+                config.target_cost,
             ),
             outside,
             inputs,
@@ -174,6 +180,8 @@ class SearchMethod(Method):
     def _hardware(self, model: nn.Module, run: Run) -> HardwareCost | None:
         if self.config.cost == "none":
             return None
+        if self._table is not None:
+            self._table.check(self._shapes_of(model), self.config.widths)
         shapes = {f"{shape.name}.weight": shape for shape in self._shapes_of(model)}
         own = [shapes[layer.weight] for layer in run.ledger.layers]
         input_bits = FLOAT_BITS if self.config.activation_bits is None else self.config.activation_bits[0]
@@ -318,10 +326,22 @@ class SearchMethod(Method):
             "max_bits": round(float(bits.max()), 3),
             "relative_bops": round(float(objective.sizes.amount(BOPS, keep, bits, objective.input_bits)), 5),
         }
+        if objective.hardware is not None:
+            found["relative_cost"] = round(float(objective.hardware_cost(keep, self._widths_of(shares))), 5)
         if not optimizer.finished:
             found["excess"] = round(float(objective.excess(keep, shares.widths).sum()), 4)
             found["temperature"] = round(optimizer.temperature, 4)
         return found
+
+    def _widths_of(self, shares: Shares) -> Tensor:
+        """Return the probability of each width, or what was chosen once that is fixed, shape (layers, widths)."""
+        optimizer = self.optimizer
+        assert optimizer is not None
+        if not optimizer.finished:
+            return shares.widths
+        steps = [self.config.widths.index(bits) for bits in optimizer.weight_bits]
+        chosen = torch.tensor(steps, device=shares.widths.device)
+        return torch.nn.functional.one_hot(chosen, len(self.config.widths)).float()
 
     # --- after training -----------------------------------------------------------------------------------------------
 

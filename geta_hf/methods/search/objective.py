@@ -50,6 +50,7 @@ class Objective:
         strength: λ of the hinges.
         hardware: a further cost; None where none is added.
         cost_weight: λ of it.
+        target_cost: the most of the further cost, relative to the full model at the widest width; None for no limit.
     """
 
     def __init__(
@@ -60,18 +61,20 @@ class Objective:
         strength: float,
         hardware: HardwareCost | None = None,
         cost_weight: float = 0.0,
+        target_cost: float | None = None,
     ) -> None:
         self.sizes = sizes
         self.widths = list(widths)
         self.strength = strength
         self.hardware = hardware
         self.cost_weight = cost_weight
+        self.target_cost = target_cost
         self.input_bits = target.input_bits
         # A target of zero groups or parameters is no share of anything; what remains is then measured as it is.
         self.targets = {
             unit: max(amount, 1e-9) for unit, amount in {target.unit: target.amount, **target.budgets}.items()
         }
-        self._full_cost: Tensor | None = None
+        self._full_cost: float | None = None
         self._widths = torch.tensor([float(width) for width in self.widths])
 
     def to(self, device: torch.device) -> None:
@@ -90,22 +93,32 @@ class Objective:
         relative = [
             self.sizes.amount(unit, keep, bits, self.input_bits) / amount for unit, amount in self.targets.items()
         ]
+        if self.target_cost is not None:
+            relative.append(self.hardware_cost(keep, shares) / self.target_cost)
         return (torch.stack(relative) - 1).clamp_min(0)
 
     def hardware_cost(self, keep: Tensor, shares: Tensor) -> Tensor:
         """Return the hardware cost relative to that of the full model at the widest width, 0-d."""
-        assert self.hardware is not None
-        if self._full_cost is None:
-            widest = torch.zeros_like(shares)
-            widest[:, -1] = 1
-            self._full_cost = self._cost(torch.ones_like(keep), widest).detach()
-        return self._cost(keep, shares) / self._full_cost
+        return self.layer_costs(keep, shares).sum() / self.full_cost(keep)
 
-    def _cost(self, keep: Tensor, shares: Tensor) -> Tensor:
+    def full_cost(self, keep: Tensor) -> float:
+        """Return the hardware cost of the full model at the widest width, in its own unit; counted once.
+
+        Args:
+            keep: shape (groups,); read for its device and type alone.
+        """
+        if self._full_cost is None:
+            widest = keep.new_zeros(len(self.sizes.ledger.layers), len(self.widths))
+            widest[:, -1] = 1
+            self._full_cost = float(self.layer_costs(torch.ones_like(keep), widest).sum().detach())
+        return self._full_cost
+
+    def layer_costs(self, keep: Tensor, shares: Tensor) -> Tensor:
+        """Return the hardware cost of each quantized weight, in the cost's own unit, shape (layers,)."""
         own = self.hardware
         assert own is not None
         expected = self.sizes.of_layers(keep, shares, self.widths, own.output_dims)
-        return torch.stack([own.cost(*pair) for pair in zip(own.shapes, expected, strict=True)]).sum()
+        return torch.stack([own.cost(*pair) for pair in zip(own.shapes, expected, strict=True)])
 
     def loss(self, keep: Tensor, shares: Tensor, ramp: float) -> Tensor:
         """Return what is added to the loss, 0-d.

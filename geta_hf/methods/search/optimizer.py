@@ -24,6 +24,7 @@ from geta_hf.methods.qasso.slices import Slice, build_slices, group_sums, zero_m
 from geta_hf.methods.rounding import write_bits
 from geta_hf.methods.search.assign import Assignment, Learned, assign
 from geta_hf.methods.search.config import SearchConfig
+from geta_hf.methods.search.cost_target import CostTarget
 from geta_hf.methods.search.objective import Objective
 from geta_hf.methods.search.sampling import one_hot, price_at, sample, temperature_at
 from geta_hf.methods.search.schedule import FINETUNING, SEARCH, SearchSchedule
@@ -118,9 +119,11 @@ class Search(torch.optim.Optimizer):
         self.width_logits = start.repeat(self.quantizers.weight_layers, 1).requires_grad_()
         odds = config.initial_keep / (1 - config.initial_keep)
         self.keep_logits = torch.full((ledger.groups,), odds, device=device).log_().requires_grad_()
-        self.choices = torch.optim.Adam([self.width_logits, self.keep_logits], lr=config.choice_learning_rate)
+        self.choices = torch.optim.Adam([self.width_logits, self.keep_logits], lr=config.choice_rate(schedule.search))
         self.choices.param_groups[0]["param_names"] = ["search.widths", "search.keep"]
         self._share_base()
+        if (cost := self._cost_target()) is not None:
+            cost.check()
         self.step_count = 0
         self.removed = ledger.nothing
         self.weight_bits: list[int] = []
@@ -347,7 +350,15 @@ class Search(torch.optim.Optimizer):
             self._rounding_errors(named),
             BitChoices(self.widths, self.config.input_widths or self.widths),
             LearnedBits(bits[:count], bits[count:], self.quantizers.input_positions()),
+            self._cost_target(),
         )
+
+    def _cost_target(self) -> CostTarget | None:
+        """Return what a hardware cost allows, on CPU; None where nothing limits it."""
+        if self.objective.target_cost is None:
+            return None
+        self.objective.to(torch.device("cpu"))
+        return CostTarget(self.families, Limits.of(self.config), self.ledger, self.objective)
 
     def _removed_slices(self, named: Named) -> list[Slice]:
         if self._slices is None:
