@@ -56,19 +56,10 @@ def running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def in_single_precision(module: nn.Module) -> Iterator[None]:
-    """Convert 16-bit weights and buffers to fp32, at twice their memory; the original tensors are restored afterwards.
-
-    Args:
-        module: any module; changes to its converted tensors are lost.
-    """
-    with _converted(module, HALVES, torch.float32):
-        yield
-
-
-@contextmanager
 def in_next_precision(module: nn.Module) -> Iterator[None]:
     """Convert what is in 16 bits to fp32, or where nothing is, what is in fp32 to fp64; it is restored afterwards.
+
+    Takes twice the memory of what is converted.
 
     Args:
         module: any module; changes to its converted tensors are lost.
