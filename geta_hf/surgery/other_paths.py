@@ -23,9 +23,9 @@ from transformers.utils import logging
 
 from geta_hf.errors import GETAError
 from geta_hf.qadg.tracing.record_forward import unchanged
-from geta_hf.surgery.compare_outputs import comparison_mode, prove_equal, widened
+from geta_hf.surgery.compare_outputs import WIDENED, comparison_mode, prove_equal, widened
 from geta_hf.utils.model_io import Batch, float_tensors, to_device
-from geta_hf.utils.module_state import HALVES, devices_of
+from geta_hf.utils.module_state import devices_of
 from geta_hf.utils.process_state import random_state_kept
 from geta_hf.utils.residence import visiting
 
@@ -332,8 +332,8 @@ def _attempt(
 
 
 def _is_rounding(trained: PreTrainedModel, cut: PreTrainedModel, path: OtherPath, scale: float) -> bool:
-    """Return whether the outputs of two models in 16 bits are equal in single precision."""
-    if trained.dtype not in HALVES:
+    """Return whether the outputs of two models are equal in the next higher precision."""
+    if trained.dtype not in WIDENED:
         return False
     with widened(trained):
         reference = _attempt(trained, path)

@@ -73,6 +73,3 @@ class OneShotConfig(CompressionConfig):
             self.activation_bits is None, "activation_bits", "None, since inputs are not rounded without training"
         )
         self._check(not self.drop_layers, "drop_layers", "0, since no layers are dropped without training")
-        self._check(
-            not self.distill_logits and not self.distill_hidden, "distill_logits", "0, since nothing is trained"
-        )
