@@ -142,10 +142,10 @@ class GETATrainer(PublishingTrainer):
         align_tokens(model, self.processing_class)
         launch = Launch.of(self.accelerator, self.model)
         check_length(self.args)
-        check_batch_norm(model, self.args)
         check_options(self.args, launch, self.optimizer, self.lr_scheduler, lora=self.lora is not None)
         # Kept, since later on not every process may draw from the loader, which all of them share.
         self._batch = self._choose_batch(model)
+        check_batch_norm(model, self.args, self._batch)
         self.method.check_stages(*planned_steps(self.args, self.get_train_dataloader))
         check_exports(model, self._batch, self._layers_to_quantize(model))
         teacher = self._choose_teacher(model, teacher)
