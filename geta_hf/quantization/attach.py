@@ -61,15 +61,17 @@ def select_layers(model: nn.Module, include: Sequence[str] | None = None, exclud
             f"{type(model).__name__} has no layer to quantize: it has no Linear, Conv1D, Conv1d or Conv2d, the only "
             f"types that can be; such a model cannot be compressed"
         )
-    chosen = _in_blocks(model, layers) if include is None else matching(layers, include)
+    included = _in_blocks(model, layers) if include is None else matching(layers, include)
     excluded = matching(layers, exclude)
-    chosen = {name: module for name, module in chosen.items() if name not in excluded}
-    if not chosen:
-        raise GETAError(
-            f"{type(model).__name__} has no layer to quantize among {len(layers)} linear layers "
-            f"(include={include}, exclude={list(exclude)}); name some by `include`"
-        )
-    return chosen
+    chosen = {name: module for name, module in included.items() if name not in excluded}
+    if chosen:
+        return chosen
+    # Only what is at fault is named: an `exclude` that left nothing, and not one that had nothing to leave.
+    if included:
+        reason = f"exclude = {list(exclude)} leaves none of {len(included)}; exclude fewer"
+    else:
+        reason = f"none of {len(layers)} linear layers is in a list of repeated blocks; name some by `include`"
+    raise GETAError(f"{type(model).__name__} has no layer to quantize: {reason}")
 
 
 def _in_blocks(model: nn.Module, layers: Layers) -> Layers:

@@ -56,8 +56,11 @@ def test_patterns_choose_and_refuse_to_match_nothing(bert) -> None:
     assert list(select_layers(bert, include=["qa_outputs"])) == ["qa_outputs"]
     with pytest.raises(GETAError, match="matches no linear layer"):
         select_layers(bert, exclude=["qurey"])
-    with pytest.raises(GETAError, match="no layer to quantize"):
+    with pytest.raises(GETAError, match=r"no layer to quantize: exclude = \['\.'\] leaves none of 12; exclude fewer"):
         select_layers(bert, exclude=["."])
+    # No pattern of the user's is at fault, so none is named.
+    with pytest.raises(GETAError, match="quantize: none of 1 linear layers is in a list of repeated blocks; name some"):
+        select_layers(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(GETAError, match=r"pattern '\(' is no regular expression .*; correct it"):
         select_layers(bert, include=["("])
 
