@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import runpy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,22 @@ def test_the_source_distribution_holds_every_file_of_the_repository() -> None:
     assert len(tracked) > 500 and all((ROOT / folder).is_dir() for folder in folders)
     missing = {name for name in tracked if not any(name.startswith(f"{folder}/") for folder in folders)}
     assert missing - files - BY_ITSELF == set()
+
+
+def test_the_site_is_built_with_what_the_extra_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    tomllib = pytest.importorskip("tomllib", reason="new in Python 3.11")
+    runpy.run_path(str(ROOT / "docs" / "site" / "packages.py"), run_name="__main__")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert capsys.readouterr().out.splitlines() == extras["docs"]
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    """`make docs` does so in an environment of its own; this runs where its tools are installed beside the package."""
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

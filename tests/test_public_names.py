@@ -124,6 +124,11 @@ def test_every_listed_name_can_be_imported() -> None:
     assert issubclass(geta_hf.GETAError, Exception)
 
 
+def test_the_help_of_the_package_names_only_what_it_offers() -> None:
+    named = set(re.findall(r"`([a-zA-Z_]\w*)`", geta_hf.__doc__)) - {"AutoModelForX"}
+    assert len(named) > 15 and named <= set(geta_hf.__all__)
+
+
 RENAMED = {("PruningSpace", "frozen"): "unsupported"}
 """Arguments under another name, which nobody but the package gives; the attribute keeps the former name too."""
 
