@@ -245,8 +245,16 @@ def run_compress(arguments: argparse.Namespace) -> None:
     Example:
         `geta-hf compress HuggingFaceTB/SmolLM2-135M small --data corpus.txt --target-bytes 60%`
     """
-    names = ("target_bops", "target_parameters", "mean_bits", "sequences", "sequence_length", "overwrite")
-    names += ("recover_steps", "recover")
+    names = (
+        "target_bops",
+        "target_parameters",
+        "mean_bits",
+        "sequences",
+        "sequence_length",
+        "overwrite",
+        "recover_steps",
+        "recover",
+    )
     targets = None if arguments.targets is None else list(map(_size, arguments.targets))
     found: Any = compress(
         arguments.model,

@@ -40,7 +40,7 @@ class _CoolDown(GETATrainer):
         super().__init__(*args, **kwargs)
 
     def _find_space(self, model: nn.Module) -> PruningSpace:
-        self._not_vanilla = None
+        self._not_vanilla, self._serving = None, ()
         return self._known
 
     def _print_plan(self) -> None:
