@@ -118,6 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--sequences", type=int, default=128, metavar="N", help="of calibration data; default: 128")
     command.add_argument("--sequence-length", type=int, metavar="N", help="tokens of each; default: 256")
     command.add_argument(
+        "--no-gradients", dest="gradients", action="store_false", help="score by forward passes alone: less memory"
+    )
+    command.add_argument(
         "--recover-steps", type=int, default=0, metavar="N", help="training steps towards the dense model; default: 0"
     )
     command.add_argument("--recover", default="full", choices=("full", "lora"), help="what they train; default: full")
@@ -252,6 +255,7 @@ def run_compress(arguments: argparse.Namespace) -> None:
         "sequences",
         "sequence_length",
         "overwrite",
+        "gradients",
         "recover_steps",
         "recover",
     )

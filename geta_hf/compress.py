@@ -180,6 +180,7 @@ def compress(
     config: OneShotConfig | None = None,
     sequences: int = 128,
     sequence_length: int | None = None,
+    gradients: bool = True,
     recover_steps: int = 0,
     recover: str = "full",
     learning_rate: float | None = None,
@@ -212,6 +213,9 @@ def compress(
         config: limits and rules, such as `bits`, `exclude` or `keep`; targets above replace its own.
         sequences: how many at most. Default 128.
         sequence_length: tokens of each; by default 256, or what the model's positions allow.
+        gradients: score by gradients. False scores by forward passes alone (`saliency="activation"` of the config),
+            with one block at a time in memory on top of the weights: for models whose gradients do not fit. The dense
+            weights are kept in a temporary folder meanwhile. Default True.
         recover_steps: optimizer steps that follow, towards the outputs of the dense model, on the calibration data.
             Groups and widths stay as they are. Default 0. The config's `distill_logits` and `distill_hidden` say what
             is compared; by default the logits, or the hidden states of a model without. The data needs labels.
@@ -246,6 +250,8 @@ def compress(
     given = {"target_bops": target_bops, "target_parameters": target_parameters, "mean_bits": mean_bits}
     amounts = _check_targets(targets, {**given, "target_bytes": target_bytes})
     config = _with_targets(config, target_bops, target_parameters, mean_bits, amounts[0])
+    if not gradients:
+        config = dataclasses.replace(config, saliency="activation")
     _check_recovery(recover_steps, recover, learning_rate, config)
     places = [place] if targets is None else [_folder_of(place, target) for target in targets]
     for folder in places:

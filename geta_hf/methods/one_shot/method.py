@@ -19,8 +19,11 @@ from geta_hf.methods.base import Batches, CompressionResult, Method, Run
 from geta_hf.methods.compensation import Kept, find_kept
 from geta_hf.methods.one_shot.choice import Candidate, Losses, bits_per_weight, budget_of, find_candidates
 from geta_hf.methods.one_shot.config import OneShotConfig
+from geta_hf.methods.one_shot.first_weights import FirstWeights
+from geta_hf.methods.one_shot.forward_scores import measure_forward
 from geta_hf.methods.one_shot.gradients import logits_of, measure_gradients, predictions, sequences
 from geta_hf.methods.one_shot.layers import Grid, compress_layer, rounding_losses
+from geta_hf.methods.one_shot.memory import check_memory, foresee_memory
 from geta_hf.methods.one_shot.score_file import fingerprint, read_scores, write_scores
 from geta_hf.methods.parameter_groups import quantizer_parameters
 from geta_hf.methods.qasso.slices import build_slices, group_sums, zero_slices
@@ -316,17 +319,18 @@ class _Work:
         self.every = every
         changed = {id(p): p for p in (self.named[cut.tensor] for cut in ledger.labels if cut.tensor in self.named)}
         changed |= {id(layer.weight): layer.weight for layer in self.layers.values()}  # type: ignore[misc]
-        self._originals = [(p, p.detach().clone()) for p in changed.values()]
+        self._originals = FirstWeights(changed.values(), on_disk=config.frugal)
         self.unreached: list[str] = []
 
     @torch.no_grad()
     def restore(self) -> None:
         """Give all weights their first values back."""
-        for parameter, original in self._originals:
-            parameter.copy_(original)
+        self._originals.restore()
 
     def run(self, candidates: Sequence[Candidate] | None = None) -> tuple[Outcome, dict[int, Grid], Tensor]:
         """Compress; return what was done, the grid of each weight by its id, and the removed groups."""
+        if self.config.frugal:
+            check_memory(foresee_memory(self.model, self.layers, self.data.covariances), self._device)
         before, reference = self._dense_loss()
         if candidates is None:
             candidates = find_candidates(self.config, self.families, self.ledger, self._expected_losses())
@@ -355,6 +359,10 @@ class _Work:
             grids,
             removed,
         )
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.named.values())).device
 
     def _dense_loss(self) -> tuple[float, list[dict[str, Tensor]] | None]:
         if self.measured.dense_loss is None:
@@ -398,6 +406,10 @@ class _Work:
             return Losses(removal.double().cpu() / 2, rounding, widths)
         shapes = {name: tuple(tensor.shape) for name, tensor in self.named.items()}
         read = find_group_labels(consumers(self.families), shapes)
+        if self.config.frugal:
+            data, groups = self.data.covariances, self.ledger.groups
+            losses = measure_forward(self.model, self.layers, data, read, groups, widths, self.grid, self.progress)
+            return Losses(self._keep_unreached(losses.removal), losses.rounding, widths)
         weights = [f"{name}.weight" for name in self.layers]
         count = sum(1 for _ in sequences(self.data.scores))
         bar = self.progress(sequences(self.data.scores), "scores", count)
@@ -411,7 +423,7 @@ class _Work:
         for start, family in zip(family_starts(self.families), self.families, strict=True):
             own = removal[start : start + family.size]
             if not bool(own.any()):
-                logger.warning("no group of %s has a gradient on the calibration data, so all are kept", family.name)
+                logger.warning("the calibration data says nothing of the groups of %s, so all are kept", family.name)
                 own.fill_(1e30)
         return removal
 
@@ -422,10 +434,14 @@ class _Work:
         sizes = [self._trial(candidate, None) for candidate in candidates]
         if len(candidates) == 1:
             return sizes
-        covariances = self._dense_covariances()
+        # All covariances at once may take more than the weights.
+        covariances = None if self.config.frugal else self._dense_covariances()
         trials = []
         for candidate in self.progress(candidates, "splits", len(candidates)):
-            self._compress_at_once(candidate, covariances)
+            if covariances is None:
+                self._compress_by_block(candidate)
+            else:
+                self._compress_at_once(candidate, covariances)
             loss, _ = measure(self.model, self.data.held_back, reference)
             self.restore()
             trials.append(self._trial(candidate, loss if math.isfinite(loss) else math.inf))
@@ -492,6 +508,8 @@ class _Work:
             # Now that all that reads them is compensated by their values.
             self._zero(candidate.removed, f"{block.name}.")
             runner.finish(block)
+            if self.config.frugal:
+                runner.forget(block)
         self._zero(candidate.removed)
         return grids
 
