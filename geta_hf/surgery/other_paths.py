@@ -334,7 +334,7 @@ def _attempt(
 
 
 def _is_rounding(
-    trained: PreTrainedModel, cut: PreTrainedModel, path: OtherPath, outputs: Mapping[str, Tensor], scale: float
+    trained: PreTrainedModel, cut: PreTrainedModel, path: OtherPath, outputs: dict[str, Tensor], scale: float
 ) -> bool:
     """Return whether the outputs of two models are equal in the next higher precision."""
     if trained.dtype not in WIDENED:

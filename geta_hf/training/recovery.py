@@ -108,7 +108,7 @@ def recover(
             method=method,
             peft_config=lora,
             space=space,
-            train_dataset=list(batches),  # type: ignore[arg-type]
+            train_dataset=list(batches),
             data_collator=lambda rows: dict(rows[0]),
         )
         trainer.remove_callback(PrinterCallback)  # which prints where there is no bar
