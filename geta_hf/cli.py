@@ -117,6 +117,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--sequences", type=int, default=128, metavar="N", help="of calibration data; default: 128")
     command.add_argument("--sequence-length", type=int, metavar="N", help="tokens of each; default: 256")
+    command.add_argument(
+        "--no-gradients", dest="gradients", action="store_false", help="score by forward passes alone: less memory"
+    )
+    command.add_argument(
+        "--recover-steps", type=int, default=0, metavar="N", help="training steps towards the dense model; default: 0"
+    )
+    command.add_argument("--recover", default="full", choices=("full", "lora"), help="what they train; default: full")
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it is the folder of a model")
     command.set_defaults(run=run_compress)
     _add_measure(commands)
@@ -241,7 +248,17 @@ def run_compress(arguments: argparse.Namespace) -> None:
     Example:
         `geta-hf compress HuggingFaceTB/SmolLM2-135M small --data corpus.txt --target-bytes 60%`
     """
-    names = ("target_bops", "target_parameters", "mean_bits", "sequences", "sequence_length", "overwrite")
+    names = (
+        "target_bops",
+        "target_parameters",
+        "mean_bits",
+        "sequences",
+        "sequence_length",
+        "overwrite",
+        "gradients",
+        "recover_steps",
+        "recover",
+    )
     targets = None if arguments.targets is None else list(map(_size, arguments.targets))
     found: Any = compress(
         arguments.model,

@@ -295,7 +295,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
     rows = Rows(chosen, processor, data, channels, training=True)
     test = Rows(held_out, processor, data, channels)
     check_runs(model, test)
-    check_batch_norm(model, training, len(rows))
+    check_batch_norm(model, training, rows=len(rows))
 
     averages = None if arguments.model.ema_decay is None else Averages(arguments.model.ema_decay)
     trainer = make_trainer(

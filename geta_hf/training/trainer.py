@@ -87,6 +87,8 @@ class GETATrainer(PublishingTrainer):
             a copy of `model` as it is now, which takes the memory of its weights once more.
         peft_config: peft's LoraConfig. The model's weights are then frozen, without gradients or optimizer state of
             their size, and LoRA's matrices are trained; quantizers, scores and the export are of the merged weights.
+        method: one that has compressed this very model already, without its quantizers now, under `geta_config`; what
+            it decided is kept. By default a new one, as the config says.
 
     Attributes:
         method: the compression method.
@@ -128,13 +130,14 @@ class GETATrainer(PublishingTrainer):
         geta_config: CompressionConfig | None = None,
         teacher: nn.Module | None = None,
         peft_config: LoraConfig | None = None,
+        method: Method | None = None,
         **kwargs: Any,
     ) -> None:
         if model is None:
             raise GETAError("GETATrainer needs `model`; `model_init` would make models that no method has seen")
         given = geta_config or GETAConfig()
         self.geta_config = self.run_config = limit_config(given, model, kwargs.get("processing_class"))
-        self.method: Method = make_method(self.geta_config)
+        self.method: Method = make_method(self.geta_config) if method is None else method
         self.lora = self._check_model(model, peft_config)
         super().__init__(model=model, args=args, **kwargs)
         callbacks = self.callback_handler.callbacks
@@ -145,10 +148,10 @@ class GETATrainer(PublishingTrainer):
         align_tokens(model, self.processing_class)
         launch = Launch.of(self.accelerator, self.model)
         check_length(self.args)
-        check_batch_norm(model, self.args)
         check_options(self.args, launch, self.optimizer, self.lr_scheduler, lora=self.lora is not None)
         # Kept, since later on not every process may draw from the loader, which all of them share.
         self._batch = self._choose_batch(model)
+        check_batch_norm(model, self.args, self._batch)
         self.method.check_stages(*planned_steps(self.args, self.get_train_dataloader))
         check_exports(model, self._batch, self._layers_to_quantize(model))
         teacher = self._choose_teacher(model, teacher)
@@ -159,6 +162,7 @@ class GETATrainer(PublishingTrainer):
             self.lora = self._replan_lora(model)
             self.space = self._find_space(model)
             self.distiller = self._make_distiller(model, teacher)
+            self.method.prepare(self.space)
             self.method.attach(model, self._sample_batches)
             check_ties(model)
             self._ledger = self._measure_sizes(model)
@@ -264,7 +268,7 @@ class GETATrainer(PublishingTrainer):
         """Exclude layers whose weight the model reads itself, past the layer's forward and any quantizer."""
         known = self.run_config
         self.run_config = exclude_raw_reads(known, model, self._layers_to_quantize(model), self._batch)
-        if self.run_config is not known:
+        if self.run_config is not known and not self.method.finished:
             self.method = make_method(self.run_config)
 
     def _find_space(self, model: nn.Module) -> PruningSpace:
