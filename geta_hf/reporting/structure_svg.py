@@ -85,7 +85,8 @@ def printable(text: object) -> str:
 def layer_grid(structure: Structure) -> Grid:
     """Arrange a structure by layer: the first number in a name is its column, the rest of the name its row."""
     rows = [Row(KEPT, label, _map(cells, _kept)) for label, cells in _arranged(structure.kept).items()]
-    for section, bits in ((BITS, structure.bits), (INPUTS, structure.activation_bits)):
+    of_inputs = {name: {bits: 1} for name, bits in structure.activation_bits.items()}
+    for section, bits in ((BITS, structure.widths), (INPUTS, of_inputs)):
         rows += [Row(section, label, _map(cells, _bits)) for label, cells in _arranged(bits).items()]
     found = {column for row in rows for column in row.cells}
     # What has no layer number comes last.
@@ -128,13 +129,18 @@ def _kept(entries: Sequence[tuple[str, tuple[int, int]]]) -> Cell:
     return Cell(str(kept), kept / max(before, 1), f"{_names(entries)}: {kept:,} of {before:,}")
 
 
-def _bits(entries: Sequence[tuple[str, int]]) -> Cell:
-    widths = [bits for _, bits in entries]
-    lowest, highest = min(widths), max(widths)
-    text = str(lowest) if lowest == highest else f"{mean(widths):.1f}"
+def _bits(entries: Sequence[tuple[str, Mapping[int, int]]]) -> Cell:
+    """Return the cell of weights by the widths of their rows or columns, each with how many have it."""
+    means = [sum(bits * count for bits, count in widths.items()) / sum(widths.values()) for _, widths in entries]
+    found = {bits for _, widths in entries for bits in widths}
+    lowest, highest = min(found), max(found)
+    text = str(lowest) if lowest == highest else f"{mean(means):.1f}"
     spread = text if lowest == highest else f"{lowest} to {highest}, {text} on average"
+    title = f"{_names(entries)}: {spread} bits"
+    if len(entries) == 1 and len(found) > 1:
+        title += f" ({', '.join(f'{bits} bits: {count:,}' for bits, count in entries[0][1].items())})"
     # On a logarithmic scale from 2 bits (0) to 16 bits (1): each halving is as large a step of the shade.
-    return Cell(text, math.log2(mean(widths) / 2) / 3, f"{_names(entries)}: {spread} bits")
+    return Cell(text, math.log2(mean(means) / 2) / 3, title)
 
 
 def _names(entries: Sequence[tuple[str, object]]) -> str:

@@ -153,6 +153,7 @@ class GETATrainer(PublishingTrainer):
             self.lora = self._replan_lora(model)
             self.space = self._find_space(model)
             self.distiller = self._make_distiller(model, teacher)
+            self.method.prepare(self.space)
             self.method.attach(model, self._sample_batches)
             check_ties(model)
             self._ledger = self._measure_sizes(model)
