@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -184,10 +185,13 @@ def resolve(dotted: str) -> Any:
     first, *rest = dotted.split(".")
     found = importlib.import_module(first)
     for place, part in enumerate(rest):
-        if not hasattr(found, part):
-            found = importlib.import_module(".".join([first, *rest[: place + 1]]))
+        # A function may have the name of its module, which is meant where the function has no such attribute.
+        for owner in (found, sys.modules.get(".".join([first, *rest[:place]]))):
+            if hasattr(owner, part):
+                found = getattr(owner, part)
+                break
         else:
-            found = getattr(found, part)
+            found = importlib.import_module(".".join([first, *rest[: place + 1]]))
     return found
 
 

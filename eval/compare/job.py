@@ -136,7 +136,7 @@ def loss_of_each(model: PreTrainedModel, blocks: Tensor, rows: int = 4) -> Tenso
     for part in blocks.split(rows):
         logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), part[:, 1:], reduction="none")
-        found.append(losses.double().mean(1))
+        found.append(losses.double().mean(1).cpu())
     return torch.cat(found)
 
 

@@ -326,8 +326,9 @@ class LowRank(nn.Module):
         super().__init__()
         out, inputs = mask.shape
         self.register_buffer("mask", mask)
-        self.a = nn.Parameter(torch.randn(rank, inputs) / inputs**0.5)
-        self.b = nn.Parameter(torch.zeros(out, rank))
+        # Drawn on CPU, so that every device starts from the same.
+        self.a = nn.Parameter(torch.randn(rank, inputs).to(mask.device) / inputs**0.5)
+        self.b = nn.Parameter(torch.zeros(out, rank, device=mask.device))
         self.scale = scale
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -347,7 +348,7 @@ def low_rank(job: Job, model: nn.Module, removed: Tensor) -> Iterator[dict[str, 
     masks = remaining_elements(job, removed)
     state = torch.random.get_rng_state()
     torch.manual_seed(job.seed)
-    added = {name: LowRank(mask) for name, mask in masks.items()}
+    added = {name: LowRank(mask.to(model.get_parameter(name).device)) for name, mask in masks.items()}
     torch.random.set_rng_state(state)
     for name, part in added.items():
         parametrize.register_parametrization(model.get_submodule(name.removesuffix(".weight")), "weight", part)

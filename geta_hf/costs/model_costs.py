@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from geta_hf.errors import GETAError
 from geta_hf.quantization import quantized_layers
 from geta_hf.quantization.functional import FLOAT_BITS
+from geta_hf.quantization.layer_types import CONVOLUTIONS
 from geta_hf.utils.copies import copy_module
 from geta_hf.utils.module_state import eval_mode
 
@@ -230,7 +231,7 @@ def count_uses(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, int], 
 
     def count(name: str, layer: nn.Module, output: Tensor) -> None:
         # Of outputs (batch, places..., features) every place used each weight once; convolutions have features second.
-        uses[name] += output.numel() // output.shape[1 if isinstance(layer, nn.Conv1d | nn.Conv2d) else -1]
+        uses[name] += output.numel() // output.shape[1 if isinstance(layer, CONVOLUTIONS) else -1]
 
     return uses, [
         model.get_submodule(name).register_forward_hook(lambda m, _i, output, name=name: count(name, m, output))

@@ -35,6 +35,7 @@ from geta_hf.recipes.loading import check_folders, load_model, load_tokenizer
 from geta_hf.recipes.run import (
     Arguments,
     make_trainer,
+    print_closing,
     print_scores,
     run_command,
     save_results,
@@ -184,7 +185,8 @@ def run(arguments: Arguments) -> dict[str, Any]:
     model, trained = load_model(AutoModelForQuestionAnswering, name)
     start = None
     if trained and arguments.geta is not None and training.process_index == 0:
-        start = score(arguments, nn.Module.to(model, training.device), tokenizer, eval_questions)
+        here = nn.Module.to(model, training.device)
+        start = arguments.timed("start", lambda: score(arguments, here, tokenizer, eval_questions))
     features = tokenize(data, tokenizer, train_questions, progress=not training.disable_tqdm)
 
     trainer = make_trainer(
@@ -217,6 +219,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
         sides = {"dense": start, "compressed": found.scores}
         scored = {side: [card_result(data, one, len(every_question))] for side, one in sides.items() if one is not None}
         write_card(folder, results=scored)
+    print_closing(arguments, start, found.scores, ("em", "f1"))
     return results
 
 

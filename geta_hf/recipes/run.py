@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from transformers.trainer_utils import TrainOutput
 
 from geta_hf.config import CompressionConfig
 from geta_hf.errors import GETAError
-from geta_hf.evaluation.metrics import Scores, task_result
+from geta_hf.evaluation.metrics import Scores, metric_names, task_result
+from geta_hf.recipes.closing import closing, model_bytes
 from geta_hf.reporting.model_card import write_card
 from geta_hf.training.trainer import GETATrainer
+from geta_hf.utils.quiet import quiet
 
 HELP = ("--help", "-h")
 
@@ -32,17 +34,28 @@ class Arguments:
         data: the recipe's `DataArguments`.
         training: Trainer's own arguments.
         geta: how to compress; None trains the dense model.
+        dense_bytes: of the model that the run starts from; None before it is loaded.
+        seconds: how long scoring took, of the model at the `start` and of the `exported` one.
     """
 
     model: Any
     data: Any
     training: TrainingArguments
     geta: CompressionConfig | None
+    dense_bytes: int | None = field(default=None, init=False)
+    seconds: dict[str, float] = field(default_factory=dict, init=False)
 
     @property
     def output(self) -> Path:
         """Return the folder that receives everything."""
         return Path(str(self.training.output_dir))
+
+    def timed(self, which: str, score: Callable[[], Scores]) -> Scores:
+        """Return what `score` does, and keep in `seconds` how long it took."""
+        start = time.perf_counter()
+        found = score()
+        self.seconds[which] = time.perf_counter() - start
+        return found
 
     def as_json(self) -> dict[str, Any]:
         """Return all settings as plain data."""
@@ -63,6 +76,7 @@ def make_trainer(arguments: Arguments, *, peft_config: Any = None, **options: An
         options: further arguments of Trainer: the model, the data, the tokenizer.
     """
     options["args"] = arguments.training
+    arguments.dense_bytes = model_bytes(options["model"])
     if arguments.geta is None:
         return Trainer(**options)
     return GETATrainer(geta_config=arguments.geta, peft_config=peft_config, **options)
@@ -119,7 +133,7 @@ def train_and_score(
     model = load(folder)
     nn.Module.to(model, arguments.training.device)
     record = {"train_loss": outcome.training_loss, "steps": outcome.global_step, "train_seconds": seconds}
-    return Trained(score(model.eval()), before, record)
+    return Trained(arguments.timed("exported", lambda: score(model.eval())), before, record)
 
 
 def export(trainer: Trainer, processing: Any, folder: Path) -> None:
@@ -165,6 +179,23 @@ def write_scores(
     write_card(arguments.output / "export", results=results)
 
 
+def print_closing(
+    arguments: Arguments, start: Mapping[str, Any] | None, scores: Mapping[str, Any], metrics: Sequence[str] = ()
+) -> None:
+    """Print what the run brought, and what to do next; see `closing`.
+
+    Args:
+        arguments: of the run.
+        start: scores of the model that the run started from; None where it was not scored.
+        scores: of the exported model.
+        metrics: the names of the scores to show; by default all but counts and standard errors.
+    """
+    names = metrics or metric_names(dict(scores))
+    folder = arguments.output / "export"
+    compressed = arguments.geta is not None
+    print(closing(folder, compressed, arguments.dense_bytes, start, scores, names, arguments.seconds))
+
+
 def wants_help(argv: Sequence[str]) -> bool:
     """Return whether a command line asks for help, or gives nothing to run."""
     return not argv or any(word in HELP for word in argv)
@@ -188,6 +219,7 @@ def print_scores(results: dict[str, Any], names: Sequence[str] = ()) -> None:
 def run_command(main: Callable[[], object]) -> None:
     """Run a recipe's `main` as a script: an error of the user's is one line, and the exit code is 1."""
     try:
-        main()
+        with quiet():
+            main()
     except GETAError as error:
         sys.exit(f"error: {error}")

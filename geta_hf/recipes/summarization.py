@@ -35,6 +35,7 @@ from geta_hf.recipes.loading import check_folders, load_model, load_tokenizer
 from geta_hf.recipes.run import (
     Arguments,
     make_trainer,
+    print_closing,
     print_scores,
     run_command,
     save_results,
@@ -162,7 +163,8 @@ def run(arguments: Arguments) -> dict[str, Any]:
         raise GETAError(f"the tokenizer of {name} has no padding token, which batches of texts need")
     start = None
     if trained and arguments.geta is not None and training.process_index == 0:
-        start = score(arguments, nn.Module.to(model, training.device), tokenizer, test, metric)
+        here = nn.Module.to(model, training.device)
+        start = arguments.timed("start", lambda: score(arguments, here, tokenizer, test, metric))
     trainer = make_trainer(
         arguments,
         model=model,
@@ -191,6 +193,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
     local = Path(data.eval_file).name if data.eval_file else None
     place = (local or str(data.dataset_name), None if local else data.eval_split, test.total)
     write_scores(arguments, *place, start, found.scores)
+    print_closing(arguments, start, found.scores)
     return save_results(arguments, results)
 
 

@@ -46,11 +46,11 @@ class AutoRounded:
             nsamples=len(rows),
             batch_size=min(8, len(rows)),
             dataset=[{"input_ids": row[None]} for row in rows],
-            device_map="cpu",
+            device_map=str(rows.device),
         ).quantize()[0]
         self._check_rounded(model, job, bits)
         return Compressed(
-            model=model.float().eval(),
+            model=model.to(rows.device).float().eval(),
             share=0.0,
             mean_bits=bits,
             bytes=job.ledger.stored_bytes(nothing, bits),

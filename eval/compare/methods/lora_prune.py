@@ -78,7 +78,7 @@ class LoRAPrune:
                 removed = self._removed_by(step, job, scores, choice, pair.weight_bits)
                 for name, mask in remaining_elements(job, removed).items():
                     added[name].mask.copy_(mask)
-                    originals[name].data.mul_(mask)
+                    originals[name].data.mul_(mask.to(originals[name].device))
 
             trained = [item for part in added.values() for item in (part.a, part.b)]
             train(job, model, trained, watch=watch, rate=LOW_RANK_RATE)

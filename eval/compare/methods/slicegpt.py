@@ -87,7 +87,8 @@ class Sliced:
             raise GETAError(f"SliceGPT is written for Llama-like blocks, and {type(model).__name__} has others")
         width = model.config.hidden_size
         # One for the embedding's output and two for every block.
-        self.bases = [torch.eye(width)[:, :kept] for _ in range(2 * len(self.layers) + 1)]
+        start = torch.eye(width, device=model.device)[:, :kept]
+        self.bases = [start for _ in range(2 * len(self.layers) + 1)]
         self._fuse_norms()
 
     @torch.no_grad()
@@ -221,9 +222,9 @@ def _rounded(weight: Tensor, covariance: Tensor, bits: int | None, grid: str) ->
     """Return a weight rounded by GPTQ on the covariance of its inputs."""
     if bits is None:
         return weight
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
     layer.weight.copy_(weight)
-    everything = Kept(*(torch.ones(size, dtype=torch.bool) for size in weight.shape))
+    everything = Kept(*(torch.ones(size, dtype=torch.bool, device=weight.device) for size in weight.shape))
     compress_layer(layer, covariance, everything, bits, grid=grid)
     return layer.weight.detach()
 

@@ -151,7 +151,8 @@ def assign(
 
 def _with_inputs(ledger: Ledger, target: Target, present: LearnedBits) -> tuple[Ledger, Target]:
     """Return sizes and a target as of float inputs, in which a layer counts for less where its input is narrow."""
-    of_inputs = torch.cat([present.inputs.double(), torch.tensor([float(FLOAT_BITS)], dtype=torch.float64)])
+    # Rounded, as widths that are computed from step sizes are integers up to their precision only.
+    of_inputs = torch.cat([present.inputs.double().round(), torch.tensor([float(FLOAT_BITS)], dtype=torch.float64)])
     shares = of_inputs[torch.tensor(present.input_of, dtype=torch.int64)] / FLOAT_BITS
     layers = [
         replace(layer, uses=layer.uses * share) for layer, share in zip(ledger.layers, shares.tolist(), strict=True)

@@ -123,11 +123,18 @@ def sorted_weights(families: Collection[Family], choices: WidthChoices, quantize
         family_of += [position if family.kind == "channels" else -1] * family.size
     owner = torch.tensor([*family_of, -1])
     owners = {}
+    ascending = {}
     for prefix, weight in zip(quantizers.prefixes, quantizers.own_weights, strict=False):
-        owners[weight] = set(owner[choices.group[quantizers.spans[prefix]].cpu()].tolist())
+        groups = choices.group[quantizers.spans[prefix]].cpu()
+        owners[weight] = set(owner[groups].tolist())
+        # Gates and what they multiply may be rows of one weight, each half with all channels: then neither order helps.
+        ascending[weight] = bool((groups.diff() >= 0).all())
     shared = Counter(position for found in owners.values() for position in found)
     return {
         weight
         for weight, found in owners.items()
-        if -1 not in found and (choices.by_group or all(shared[position] == 1 for position in found))
+        if len(found) == 1
+        and -1 not in found
+        and ascending[weight]
+        and (choices.by_group or all(shared[position] == 1 for position in found))
     }

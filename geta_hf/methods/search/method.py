@@ -38,6 +38,7 @@ from geta_hf.quantization import (
 from geta_hf.quantization.clipping import Histogram
 from geta_hf.quantization.fixed import output_dim
 from geta_hf.quantization.functional import FLOAT_BITS
+from geta_hf.quantization.layer_types import CONVOLUTIONS
 from geta_hf.quantization.mixture import Mixture, levels_of
 from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.utils.module_state import eval_mode
@@ -518,15 +519,16 @@ def _along_weight(values: Tensor, dim: int | None, area: int) -> Tensor:
 def _sides(layer: nn.Module) -> Sides:
     outputs = output_dim(layer)
     # The columns of a grouped convolution are inputs of several groups at once.
-    grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
+    grouped = isinstance(layer, CONVOLUTIONS) and layer.groups > 1
     return Sides(outputs, None if grouped else 1 - outputs)
 
 
 def _shape_of(name: str, layer: Any, positions: tuple[int, int]) -> LayerShape:
     weight = layer.weight
     outputs = output_dim(layer)
-    kernel = (int(weight.shape[2]), int(weight.shape[3])) if weight.dim() == 4 else (1, 1)
-    depthwise = isinstance(layer, nn.Conv2d) and layer.groups > 1 and weight.shape[1] == 1
+    # That of a Conv1d is one row high; linear layers have none.
+    kernel: tuple[int, int] = (1, 1, *map(int, weight.shape[2:]))[-2:]  # type: ignore[assignment]
+    depthwise = isinstance(layer, CONVOLUTIONS) and layer.groups > 1 and weight.shape[1] == 1
     return LayerShape(name, weight.shape[outputs], weight.shape[1 - outputs], kernel, positions, depthwise)
 
 
@@ -535,8 +537,9 @@ def _output_sizes(model: nn.Module, batches: Batches) -> dict[str, tuple[int, in
     found: dict[str, tuple[int, int]] = {}
 
     def note(name: str, layer: nn.Module, output: Tensor) -> None:
-        if isinstance(layer, nn.Conv2d):
-            found[name] = (int(output.shape[-2]), int(output.shape[-1]))
+        if isinstance(layer, CONVOLUTIONS):
+            height = int(output.shape[-2]) if isinstance(layer, nn.Conv2d) else 1
+            found[name] = (height, int(output.shape[-1]))
         else:
             found[name] = (max(output.numel() // (output.shape[-1] * max(output.shape[0], 1)), 1), 1)
 

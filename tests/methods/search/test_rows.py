@@ -12,6 +12,7 @@ from torch import nn
 from geta_hf import SearchConfig
 from geta_hf.config import read_config
 from geta_hf.errors import GETAError
+from geta_hf.methods.search.choices import sorted_weights
 from geta_hf.quantization import attach_quantizers, quantized_layers
 from tests.methods import loop
 from tests.methods.qasso.toy import Toy, batch_at, toy_space
@@ -220,3 +221,16 @@ def test_memory_counts_the_choices_of_rows() -> None:
         model, method, _ = prepare(config_of(granularity))
         kept = 4 * (entries * 3 + 4 * (choices * 3 + 10)) + 24 * entries
         assert method.memory(model, toy_space(), 3).kept == kept
+
+
+def test_only_what_an_export_sorts_counts_as_sorted() -> None:
+    """Channels in their order; no heads, and no weight whose rows hold all channels twice."""
+    for granularity, wanted in (("group", {"layers.2.weight", "layers.3.weight"}), ("row", {"layers.2.weight"})):
+        _, _, optimizer = prepare(config_of(granularity))
+        optimizer.width_choices.to(torch.device("cpu"))
+        found = sorted_weights(optimizer.families, optimizer.width_choices, optimizer.quantizers)
+        assert found == wanted
+        choices, spans = optimizer.width_choices, optimizer.quantizers.spans
+        span = spans["layers.2.weight_quantizer"]
+        choices.group[span] = choices.group[span].view(2, 3).t().flatten()
+        assert sorted_weights(optimizer.families, choices, optimizer.quantizers) == wanted - {"layers.2.weight"}
