@@ -58,6 +58,7 @@ class Method(Protocol):
         name: as the table shows it.
         needs: `nothing`, `forward` (passes over calibration data), `gradients` of it, or `training`.
         packages: modules that must be importable.
+        recovers: whether its result can be trained on; otherwise it has no rows with steps.
     """
 
     @property
@@ -68,6 +69,9 @@ class Method(Protocol):
 
     @property
     def packages(self) -> Sequence[str]: ...
+
+    @property
+    def recovers(self) -> bool: ...
 
     def run(self, job: Job) -> Compressed:
         """Compress a fresh model within the job's budget. Raise GETAError where that is out of reach."""

@@ -95,7 +95,7 @@ class Study:
             split = 3 * len(chosen) // 4
             used = batches_of(chosen[:split])
             model = self.load()
-            space, _ = prepare_space(model, {"input_ids": chosen[:2]})
+            space, _ = prepare_space(model, {"input_ids": chosen[:2, :32]})  # no space depends on the length
             empty = empty_copy(model)
             make_method(OneShotConfig(target_bytes=1, grid=grid)).attach(empty, None)
             self.jobs[draw, grid] = Job(
@@ -155,14 +155,14 @@ def make_study(options: argparse.Namespace) -> Study:
 def cells_of(options: argparse.Namespace, methods: Mapping[str, Method]) -> Iterator[Key]:
     """Yield the cells in the order in which they are run: rows of one budget and draw together.
 
-    Methods that train have none without steps.
+    Methods that train have none without steps, and those whose results can't be trained none with steps.
     """
     yield (DENSE, "", 0, 0, "")
     for draw in range(options.draws):
         for budget in options.budgets:
             for name, method in methods.items():
                 for steps in options.steps:
-                    if steps or method.needs != "training":
+                    if method.recovers if steps else method.needs != "training":
                         yield (name, budget, steps, draw, options.grid)
 
 

@@ -120,6 +120,7 @@ class Watched:
     name: str = "watched"
     needs: str = "forward"
     packages: tuple[str, ...] = ("a_package_that_is_not_there",)
+    recovers: bool = True
 
     def run(self, job: Job) -> Any:
         raise AssertionError
@@ -130,6 +131,15 @@ def test_methods_have_names_of_their_own_and_say_what_they_need() -> None:
     assert {"ours", "same, unpruned", "FLAP + GPTQ"} <= set(found)
     assert all(method.needs in ("nothing", "forward", "gradients", "training") for method in found.values())
     assert missing_packages(Watched()) == ["a_package_that_is_not_there"]
+
+
+def test_rows_with_and_without_steps(tmp_path: Path) -> None:
+    known = {
+        name: Watched(name, needs, recovers=recovers)
+        for name, needs, recovers in (("a", "training", True), ("b", "forward", False), ("c", "forward", True))
+    }
+    cells = list(compare.cells_of(options(tmp_path, tmp_path, "--steps", "0", "5"), known))
+    assert [(key[0], key[2]) for key in cells] == [("dense", 0), ("a", 5), ("b", 0), ("c", 0), ("c", 5)]
 
 
 def test_recovery_keeps_groups_and_grids_and_learns(job: Job) -> None:

@@ -24,6 +24,7 @@ class AutoRounded:
     name: str = "AutoRound, unpruned"
     needs: str = "gradients"
     packages: tuple[str, ...] = ("auto_round",)
+    recovers: bool = False
 
     def run(self, job: Job) -> Compressed:
         """Compress; the result is scored in memory, with the weights as AutoRound rounds them."""

@@ -16,6 +16,7 @@ class LLMPruner:
     name: str = "LLM-Pruner: Taylor, LoRA, GPTQ"
     needs: str = "training"
     packages: tuple[str, ...] = ()
+    recovers: bool = True
 
     def run(self, job: Job) -> Compressed:
         """Compress."""

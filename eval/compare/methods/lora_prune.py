@@ -49,6 +49,7 @@ class LoRAPrune:
     name: str = "LoRAPrune + GPTQ"
     needs: str = "training"
     packages: tuple[str, ...] = ()
+    recovers: bool = True
 
     def run(self, job: Job) -> Compressed:
         """Compress."""

@@ -16,6 +16,7 @@ class Ours:
     name: str = "ours"
     needs: str = "gradients"
     packages: tuple[str, ...] = ()
+    recovers: bool = True
 
     def run(self, job: Job) -> Compressed:
         """Compress."""

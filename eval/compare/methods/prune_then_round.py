@@ -27,6 +27,7 @@ class PruneThenRound:
     needs: str
     compensation: bool = True
     packages: tuple[str, ...] = ()
+    recovers: bool = True
 
     def run(self, job: Job) -> Compressed:
         """Compress."""

@@ -23,6 +23,7 @@ class Hesso:
     name: str = "HESSO, then GPTQ"
     needs: str = "training"
     packages: tuple[str, ...] = ()
+    recovers: bool = True
 
     def run(self, job: Job) -> Compressed:
         """Compress, at the width of the best pair that was found without training."""
@@ -46,6 +47,7 @@ class Joint:
     name: str = "ours, trained (QASSO)"
     needs: str = "training"
     packages: tuple[str, ...] = ()
+    recovers: bool = True
 
     def run(self, job: Job) -> Compressed:
         """Compress; the size is split between pruning and widths by what both are expected to cost."""

@@ -236,6 +236,7 @@ class SliceGPT:
     name: str = "SliceGPT + GPTQ"
     needs: str = "forward"
     packages: tuple[str, ...] = ()
+    recovers: bool = False
 
     def run(self, job: Job) -> Compressed:
         """Compress."""

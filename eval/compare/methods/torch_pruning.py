@@ -80,6 +80,7 @@ class TorchPruning:
     name: str = "Torch-Pruning + GPTQ"
     needs: str = "gradients"
     packages: tuple[str, ...] = ("torch_pruning",)
+    recovers: bool = True
 
     def run(self, job: Job) -> Compressed:
         """Compress."""

@@ -21,6 +21,7 @@ class TorchaoQAT:
     name: str = "Taylor, then torchao QAT"
     needs: str = "training"
     packages: tuple[str, ...] = ("torchao",)
+    recovers: bool = True
 
     def run(self, job: Job) -> Compressed:
         """Compress; the result is scored in memory, with the weights as torchao rounds them."""
