@@ -1,8 +1,8 @@
-"""Compress a language model without training at several budgets, and measure the loss on other blocks of its text.
+"""Compress a language model without training at several budgets, and measure the loss on other blocks of text.
 
-A budget is B: bits that are stored for each weight of the original blocks, step sizes counted as they are stored, in
-fp32. Everything else, such as the embedding, is not counted. Results are lines of JSON; those that are there are not
-run again.
+A budget is B: bits that are stored for each weight of the original blocks, step sizes counted as they are stored: fp32
+for each output channel, fp16 for each block of 32 inputs. Everything else, such as the embedding, is not counted.
+Results are lines of JSON; those that are there are not run again. Scores are measured once for all budgets, and kept.
 
     python -m eval.one_shot --model MODEL --text FILE --work runs/one_shot
 """
@@ -13,6 +13,7 @@ import argparse
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from geta_hf.costs.ledger import Ledger
 from geta_hf.errors import GETAError
 from geta_hf.evaluation.texts import read_text
 from geta_hf.methods import OneShotConfig, make_method
-from geta_hf.methods.one_shot import Calibration
-from geta_hf.quantization import detach_quantizers
+from geta_hf.methods.one_shot import Calibration, Measured
+from geta_hf.qadg import PruningSpace
 from geta_hf.surgery.build_space import prepare_space
 from geta_hf.training.plan import make_ledger
 from geta_hf.training.preparation import empty_copy
@@ -35,8 +36,35 @@ from geta_hf.utils.tables import format_table
 METHODS: dict[str, dict[str, Any]] = {
     "ours": {},
     "same, unpruned": {"target_sparsity": 0.0},
+    "10 % + rest in bits": {"target_parameters": 0.1},
+    "20 % + rest in bits": {"target_parameters": 0.2},
+    "30 % + rest in bits": {"target_parameters": 0.3},
     "magnitude, to nearest": {"saliency": "magnitude", "compensation": False},
 }
+
+_DEFAULT = ("ours", "same, unpruned", "magnitude, to nearest")
+
+
+@dataclass
+class Study:
+    """A model, its texts and what was measured of it.
+
+    Attributes:
+        arguments: of the command.
+        model: dense between two cells.
+        blocks: of the calibration text, int64, shape (blocks, tokens).
+        scored: name -> blocks on which losses are reported.
+        dense: name -> loss of the dense model on each of these blocks.
+        measured: what all budgets share, by the method's saliency and the number of the draw.
+    """
+
+    arguments: argparse.Namespace
+    model: PreTrainedModel
+    blocks: Tensor
+    scored: dict[str, Tensor]
+    dense: dict[str, Tensor]
+    space: PruningSpace
+    measured: dict[tuple[str, int], Measured] = field(default_factory=dict)
 
 
 def blocks_of(text: str, tokenizer: Any, length: int, separator: str) -> Tensor:
@@ -65,8 +93,8 @@ def loss_of_each(model: PreTrainedModel, blocks: Tensor) -> Tensor:
 def bytes_for(ledger: Ledger, bits: float) -> int:
     """Return the size of a file that stores `bits` for each weight of the original blocks, step sizes counted."""
     weights = float(ledger.weights(ledger.nothing).sum())
-    scales = sum(4 * ledger.shapes[layer.weight][layer.channel_dim or 0] for layer in ledger.layers)
-    return math.floor(ledger.stored_bytes(ledger.nothing, 0.0) - scales + bits * weights / 8)
+    rest = ledger.stored_bytes(ledger.nothing, 0.0) - ledger.scale_bytes()
+    return math.floor(rest + bits * weights / 8)
 
 
 def runs(arguments: argparse.Namespace) -> Iterator[tuple[str, float, int]]:
@@ -81,65 +109,87 @@ def main() -> None:
     """Run what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--text", required=True, type=Path)
+    parser.add_argument("--text", required=True, type=Path, help="calibration data; scored as well, but for --score")
+    parser.add_argument("--score", nargs="+", default=[], metavar="NAME=FILE", help="texts to score in its place")
     parser.add_argument("--work", required=True, type=Path, help="folder that keeps the results")
     parser.add_argument("--separator", default="<|endoftext|>")
-    parser.add_argument("--blocks", type=int, default=64, help="of calibration data, and as many others to score")
+    parser.add_argument("--blocks", type=int, default=64, help="of calibration data")
+    parser.add_argument("--scored", type=int, default=64, help="blocks of each text to score")
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--grid", default="channel", choices=("channel", "block32"))
     parser.add_argument("--bits", type=float, nargs="+", default=[4.0, 3.2, 2.4])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(_DEFAULT), choices=list(METHODS))
     parser.add_argument("--draws", type=int, default=1, help="draws of calibration data")
     arguments = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    blocks = blocks_of(read_text(arguments.text), tokenizer, arguments.length, arguments.separator)
-    scored = blocks[: arguments.blocks]
-    done = read_results(arguments.work)
+    study = prepare(arguments)
+    done = [row for row in read_results(arguments.work) if row["grid"] == arguments.grid]
     known = {(row["method"], row["bits"], row["draw"]) for row in done}
     for key in runs(arguments):
         if key in known:
             continue
-        row = run(*key, arguments, blocks, scored)
+        row = run(*key, study)
         done.append(row)
         append_result(arguments.work, row)
     print(table(done))
 
 
-def run(
-    name: str, bits: float, draw: int, arguments: argparse.Namespace, blocks: Tensor, scored: Tensor
-) -> dict[str, Any]:
-    """Compress a fresh model, and return what was measured."""
-    others = blocks[arguments.blocks :]
-    generator = torch.Generator().manual_seed(draw)
-    chosen = others[torch.randperm(len(others), generator=generator)[: arguments.blocks]]
+def prepare(arguments: argparse.Namespace) -> Study:
+    """Load the model and the texts, and score the dense model."""
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+
+    def read(path: Path) -> Tensor:
+        return blocks_of(read_text(path), tokenizer, arguments.length, arguments.separator)
+
+    blocks = read(arguments.text)
+    scored = {}
+    for entry in arguments.score:
+        name, _, path = entry.partition("=")
+        scored[name] = read(Path(path))[: arguments.scored]
+    if not scored:
+        scored["same text"], blocks = blocks[: arguments.scored], blocks[arguments.scored :]
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    dense = loss_of_each(model, scored)
+    dense = {name: loss_of_each(model, part) for name, part in scored.items()}
+    space, _ = prepare_space(model, {"input_ids": blocks[:2]})
+    return Study(arguments, model, blocks, scored, dense, space)
+
+
+def run(name: str, bits: float, draw: int, study: Study) -> dict[str, Any]:
+    """Compress the model, return what was measured, and make it dense again."""
+    arguments, model = study.arguments, study.model
+    generator = torch.Generator().manual_seed(draw)
+    chosen = study.blocks[torch.randperm(len(study.blocks), generator=generator)[: arguments.blocks]]
     start = time.perf_counter()
-    space, _ = prepare_space(model, {"input_ids": chosen[:2]})
-    config = OneShotConfig(target_bytes=1)
+    settings = {"grid": arguments.grid, **METHODS[name]}
     empty = empty_copy(model)
-    make_method(config).attach(empty, None)
-    ledger = make_ledger(empty, space)
-    config = OneShotConfig(target_bytes=bytes_for(ledger, bits), **METHODS[name])
-    # The last quarter is held back, of the same blocks for every method.
+    make_method(OneShotConfig(target_bytes=1, grid=arguments.grid)).attach(empty, None)
+    ledger = make_ledger(empty, study.space)
+    config = OneShotConfig(target_bytes=bytes_for(ledger, bits), **settings)
+    # The last quarter is held back, of the same blocks for every method; gradients take half of the others.
     split = 3 * len(chosen) // 4
-    data = Calibration(batches_of(chosen[:split]), batches_of(chosen[:split]), batches_of(chosen[split:]))
-    key = {"method": name, "bits": bits, "draw": draw, "dense": float(dense.mean())}
+    others = batches_of(chosen[:split])
+    data = Calibration(others[::2] if len(others) > 8 else others, others, batches_of(chosen[split:]))
+    path = arguments.work / f"{config.saliency}-{arguments.grid}-{draw}.safetensors"
+    measured = study.measured.setdefault((config.saliency, draw), Measured(path=path, several=True))
+    key = {"method": name, "bits": bits, "draw": draw, "grid": arguments.grid}
+    key["dense"] = {text: float(loss.mean()) for text, loss in study.dense.items()}
+    method = make_method(config)
     try:
-        outcome = make_method(config).compress(model, data, space, ledger)  # type: ignore[attr-defined]
+        outcome = method.compress(model, data, study.space, ledger, measured=measured)  # type: ignore[attr-defined]
     except GETAError as error:
         # Rounding alone may not reach a budget, as step sizes take their part of it.
         return {**key, "above": None, "reason": str(error)}
     seconds = time.perf_counter() - start
-    change = loss_of_each(model, scored) - dense
-    detach_quantizers(model)
+    change = {text: loss_of_each(model, blocks) - study.dense[text] for text, blocks in study.scored.items()}
+    method.undo()  # type: ignore[attr-defined]
     trial = outcome.trials[outcome.chosen]
     return {
         **key,
-        "above": float(change.mean()),
-        "error": float(change.std() / len(change) ** 0.5),
+        "above": {text: float(values.mean()) for text, values in change.items()},
+        "error": {text: float(values.std() / len(values) ** 0.5) for text, values in change.items()},
         "share": trial.share,
         "mean_bits": trial.mean_bits,
         "trials": [(one.share, one.mean_bits, one.loss) for one in outcome.trials],
+        "held_back": (outcome.dense_loss, outcome.loss),
         "seconds": seconds,
     }
 
@@ -147,31 +197,28 @@ def run(
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the results, means over draws, as a table."""
     keys = dict.fromkeys((row["bits"], row["method"]) for row in rows)
+    texts = list(rows[0]["dense"]) if rows else []
     lines = []
     for bits, name in keys:
         own = [row for row in rows if (row["bits"], row["method"]) == (bits, name)]
         if any(row["above"] is None for row in own):
-            lines.append((f"{bits:g}", name, "out of reach", "", "", "", ""))
+            lines.append((f"{bits:g}", name, *("out of reach" for _ in texts), "", "", ""))
             continue
-        above = torch.tensor([row["above"] for row in own])
-        spread = f" ({above.min():.3f} to {above.max():.3f})" if len(own) > 1 else ""
         removed = sum(row["share"] for row in own) / len(own)
         mean_bits = sum(row["mean_bits"] for row in own) / len(own)
         seconds = sum(row["seconds"] for row in own) / len(own)
-        error = max(row["error"] for row in own)
-        lines.append(
-            (
-                f"{bits:g}",
-                name,
-                f"{above.mean():.3f}{spread}",
-                f"{error:.3f}",
-                f"{removed:.1%}",
-                f"{mean_bits:.2f}",
-                f"{seconds:.0f}",
-            )
-        )
-    header = ("B", "method", "nats a token above dense", "standard error", "parameters removed", "mean bits", "seconds")
+        losses = [_loss(own, text) for text in texts]
+        lines.append((f"{bits:g}", name, *losses, f"{removed:.1%}", f"{mean_bits:.2f}", f"{seconds:.0f}"))
+    header = ("B", "method", *(f"{text}, above dense" for text in texts), "parameters removed", "mean bits", "seconds")
     return format_table(header, lines)
+
+
+def _loss(rows: list[dict[str, Any]], text: str) -> str:
+    """Return nats a token above dense, with the standard error over blocks, and the range over several draws."""
+    above = torch.tensor([row["above"][text] for row in rows])
+    error = max(row["error"][text] for row in rows)
+    spread = f" ({above.min():.3f} to {above.max():.3f})" if len(rows) > 1 else ""
+    return f"{above.mean():.3f} ± {error:.3f}{spread}"
 
 
 if __name__ == "__main__":

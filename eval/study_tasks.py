@@ -38,8 +38,8 @@ from geta_hf.evaluation import squad
 from geta_hf.evaluation.image_classification import accuracies, collate_images, predict_classes
 from geta_hf.evaluation.squad_features import Question, load_questions, sample, training_features
 from geta_hf.evaluation.texts import perplexity_of_rows
-from recipes.image_classification import ModelArguments, channels_of, load_model, load_processor, make_config
-from recipes.image_data import DataArguments, Rows, check_classes, load_images, usable
+from geta_hf.recipes.image_classification import ModelArguments, channels_of, load_model, load_processor, make_config
+from geta_hf.recipes.image_data import DataArguments, Rows, check_classes, load_images, usable
 
 HEAD_DIM = 32
 SAVE_EVERY = 200  # steps of the dense training between checkpoints
@@ -115,6 +115,8 @@ def training_arguments(task: Task, folder: Path, lengths: Lengths, seed: int, **
 def dense_model(task: Task, work: Path) -> Path:
     """Return the folder of the dense model; train it if it is missing, from the last checkpoint if there is one.
 
+    A dense training of 0 steps takes the model as it starts.
+
     Args:
         task: what to train.
         work: holds a folder for each task.
@@ -141,11 +143,7 @@ def _train_dense(task: Task, folder: Path) -> None:
     set_seed(0)
     model = task.start()
     if task.dense.steps:
-        saving = {"save_strategy": "steps", "save_steps": SAVE_EVERY, "save_total_limit": 1}
-        arguments = training_arguments(task, checkpoints, task.dense, 0, **saving)
-        trainer = Trainer(model, arguments, train_dataset=task.features, data_collator=task.collator)
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        model = _trained(task, model, checkpoints)
     unfinished = folder.with_name("dense_unfinished")  # renamed when complete, so that no reader gets half a model
     model.save_pretrained(unfinished)
     if task.tokenizer is not None:
@@ -153,6 +151,14 @@ def _train_dense(task: Task, folder: Path) -> None:
     folder.rmdir()
     unfinished.rename(folder)
     shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def _trained(task: Task, model: PreTrainedModel, checkpoints: Path) -> PreTrainedModel:
+    saving = {"save_strategy": "steps", "save_steps": SAVE_EVERY, "save_total_limit": 1}
+    arguments = training_arguments(task, checkpoints, task.dense, 0, **saving)
+    trainer = Trainer(model, arguments, train_dataset=task.features, data_collator=task.collator)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    return trainer.accelerator.unwrap_model(trainer.model)
 
 
 # ------------------------------------------------------------------------------------------------ question answering
@@ -315,15 +321,19 @@ class TextOptions:
     Attributes:
         texts: plain text files to learn from.
         eval_texts: plain text files to be scored on; None holds out the end of `texts`.
-        tokenizer: a folder or a Hub name; None reads bytes.
-        layers, hidden: of a Llama with heads of 32 and 8/3 as many MLP channels.
+        other_texts: plain text files of another kind, scored as well and never learned from; none by default.
+        model: a folder or a Hub name of a pretrained model to start from; None makes a Llama of random weights.
+        tokenizer: a folder or a Hub name; None takes the model's, and reads bytes where there is no model either.
+        layers, hidden: of a Llama with heads of 32 and 8/3 as many MLP channels, where there is no model.
         block: tokens of a sequence.
-        eval_blocks: sequences to be scored, spread evenly over `eval_texts`.
+        eval_blocks: sequences to be scored, spread evenly over `eval_texts`; as many of `other_texts`, or all.
         bf16: train under bfloat16 autocast; the score is float32.
     """
 
     texts: Sequence[str]
     eval_texts: Sequence[str] | None = None
+    other_texts: Sequence[str] = ()
+    model: str | None = None
     tokenizer: str | None = None
     layers: int = 4
     hidden: int = 192
@@ -350,29 +360,50 @@ class Blocks(Dataset):
 
 
 def text_task(options: TextOptions, dense: Lengths, name: str) -> Task:
-    """Make the task of next-token prediction; the score is nats per token on held-out text."""
-    tokenizer = None if options.tokenizer is None else AutoTokenizer.from_pretrained(options.tokenizer)
+    """Make the task of next-token prediction; the score is nats per token on held-out text.
+
+    Raises:
+        GETAError: too little text, or a missing file.
+    """
+    source = options.tokenizer or options.model
+    tokenizer = None if source is None else AutoTokenizer.from_pretrained(source)
     tokens, held_out = split_blocks(options, tokenizer)
+    other = _spread(read_blocks(options.other_texts, tokenizer, options.block), options.eval_blocks)
     vocabulary = 256 if tokenizer is None else len(tokenizer)
+
+    def start() -> PreTrainedModel:
+        if options.model is not None:
+            return AutoModelForCausalLM.from_pretrained(options.model)
+        return LlamaForCausalLM(llama_config(options, vocabulary))
+
+    def score(model: PreTrainedModel) -> dict[str, float]:
+        scores = {"nats": nats_per_token(model, held_out)}
+        if len(other):
+            scores["other_nats"] = nats_per_token(model, other)
+        return scores
+
+    shape = {"layers": options.layers, "hidden": options.hidden}
+    scored: dict[str, Any] = {"blocks": len(held_out), "held_out": options.eval_texts is None}
+    if len(other):
+        scored["other_blocks"] = len(other)
     return Task(
         name=name,
         metrics=("nats",),
         larger_is_better=False,
-        start=lambda: LlamaForCausalLM(llama_config(options, vocabulary)),
+        start=start,
         load=AutoModelForCausalLM.from_pretrained,
         features=Blocks(tokens),
         collator=default_data_collator,
-        score=lambda model: {"nats": nats_per_token(model, held_out)},
+        score=score,
         dense=dense,
         settings={
             "blocks": len(tokens),
             "block": options.block,
             "vocabulary": vocabulary,
-            "layers": options.layers,
-            "hidden": options.hidden,
+            **(shape if options.model is None else {}),
             "bf16": options.bf16,
         },
-        scored={"blocks": len(held_out), "held_out": options.eval_texts is None},
+        scored=scored,
         tokenizer=tokenizer,
         arguments={"bf16": options.bf16},
     )
@@ -390,7 +421,13 @@ def split_blocks(options: TextOptions, tokenizer: PreTrainedTokenizerBase | None
         raise GETAError(f"{count} of {len(other)} blocks of text are to be scored; give more text, or fewer blocks")
     if options.eval_texts is None:
         return tokens[:-count], tokens[-count:]
-    return tokens, other[torch.arange(count) * len(other) // count]
+    return tokens, _spread(other, count)
+
+
+def _spread(blocks: Tensor, count: int) -> Tensor:
+    """Return `count` of the sequences, spread evenly over all; all where there are fewer."""
+    count = min(count, len(blocks))
+    return blocks[torch.arange(count) * len(blocks) // max(count, 1)]
 
 
 def read_blocks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, block: int) -> Tensor:
@@ -405,7 +442,7 @@ def read_blocks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None,
         else:
             encoded = tokenizer(data.decode("utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
             pieces.append(np.array(encoded, dtype=np.int64))
-    tokens = torch.from_numpy(np.concatenate(pieces))
+    tokens = torch.from_numpy(np.concatenate(pieces or [np.zeros(0, dtype=np.int64)]))
     return tokens[: len(tokens) // block * block].view(-1, block)
 
 

@@ -7,7 +7,10 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
+import transformers
 from torch import Tensor, nn
 
 from geta_hf.compress import compress
@@ -15,6 +18,8 @@ from geta_hf.convert import convert
 from geta_hf.errors import GETAError
 from geta_hf.evaluation.command import add_command as add_eval
 from geta_hf.export.formats import FORMATS
+from geta_hf.inference.measure import MOST_BITS, Conditions, measure_latency
+from geta_hf.inference.prepare import COMPUTE
 from geta_hf.qadg.group_types import Family
 from geta_hf.qadg.missing_heads import missing_heads
 from geta_hf.qadg.propagation.propagate import record_and_propagate
@@ -23,10 +28,12 @@ from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs
 from geta_hf.qadg.tracing.graph import Graph
 from geta_hf.qadg.tracing.raw_reads import recorded_raw_reads
 from geta_hf.quantization import select_layers
+from geta_hf.recipes.train import train
 from geta_hf.reporting.graph_page import gather, gather_unsupported, pattern, span, write_page
 from geta_hf.reporting.html_report import write_report
 from geta_hf.reporting.hub import files_to_push, push_to_hub
 from geta_hf.serialization.validate import check_headers, check_readable
+from geta_hf.utils.version import __version__
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -64,8 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _versions() -> str:
+    return f"geta-hf {__version__} (torch {torch.__version__}, transformers {transformers.__version__})"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("geta-hf", description="Joint structured pruning and quantization.")
+    parser.add_argument("--version", action="version", version=_versions(), help="print the versions that run")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("inspect", help="list what can be removed from a model; no weights are read")
     command.add_argument("model", metavar="MODEL", help="a Hub name, a folder, or a config.json")
@@ -74,6 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--prune", action="append", default=[], metavar="WHAT", help=f"make prunable: {switch}")
     command.add_argument("--keep", action="append", default=[], metavar="WHAT", help=f"do not prune: {switch}")
     command.set_defaults(run=inspect)
+    # Its own help, and options of any name: no character marks an option for this parser.
+    command = commands.add_parser(
+        "train", help="fine-tune and compress, by a YAML file", add_help=False, prefix_chars="\0"
+    )
+    command.add_argument("words", nargs=argparse.REMAINDER)
+    command.set_defaults(run=run_train)
     command = commands.add_parser("export", help="write a run or an exported folder in a format")
     command.add_argument("source", metavar="SOURCE", help="a run, a checkpoint, or an exported folder")
     command.add_argument("target", metavar="OUT", help="the folder to write")
@@ -92,10 +110,14 @@ def _parser() -> argparse.ArgumentParser:
         "--target-parameters", type=float, metavar="SHARE", help="share of prunable parameters to remove"
     )
     command.add_argument("--mean-bits", type=float, metavar="B", help="mean width of the remaining weights")
+    command.add_argument(
+        "--targets", nargs="+", metavar="N", help='several sizes, as --target-bytes; writes "OUT-80" and so on'
+    )
     command.add_argument("--sequences", type=int, default=128, metavar="N", help="of calibration data; default: 128")
     command.add_argument("--sequence-length", type=int, metavar="N", help="tokens of each; default: 256")
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it is the folder of a model")
     command.set_defaults(run=run_compress)
+    _add_measure(commands)
     add_eval(commands)
     command = commands.add_parser("report", help="describe an exported folder in one HTML page")
     command.add_argument("folder", metavar="DIR", help="the exported folder")
@@ -109,6 +131,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--private", action="store_true", help="make the repository private")
     command.set_defaults(run=run_push)
     return parser
+
+
+def _add_measure(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("measure", help="time the layers of a model on this machine, for a search")
+    command.add_argument("model", metavar="MODEL", help="a Hub name, a folder, or a config.json; no weights are read")
+    command.add_argument("out", type=Path, metavar="FILE", help="the latency table to write, as JSON")
+    widths = range(2, MOST_BITS + 1)
+    command.add_argument("--widths", type=int, nargs="+", default=widths, metavar="B", help="default: 2 to 8")
+    command.add_argument("--tokens", type=int, default=128, metavar="N", help="rows of the input; default: 128")
+    command.add_argument("--points", type=int, default=4, metavar="N", help="sizes of each side; default: 4")
+    command.add_argument("--compute", default="auto", choices=COMPUTE, help="as in prepare_for_inference")
+    command.add_argument("--activation-bits", type=int, metavar="B", help="width of the inputs; default: float")
+    command.add_argument("--device", default="cpu", metavar="NAME", help="such as cuda; default: cpu")
+    command.add_argument("--include", action="append", metavar="NAME", help="layers by a regular expression")
+    command.set_defaults(run=run_measure)
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -170,6 +207,21 @@ def run_export(arguments: argparse.Namespace) -> None:
     print(f"wrote {arguments.target}: {arguments.format} format, {size / 1e6:,.2f} MB")
 
 
+def run_train(arguments: argparse.Namespace) -> None:
+    """Run the recipe that a config names, and print its scores.
+
+    Args:
+        arguments: `words`, the config and the values that replace its own.
+
+    Raises:
+        GETAError: as `geta_hf.recipes.train.train` does.
+
+    Example:
+        `geta-hf train bert_squad --geta.target_sparsity 0.3`
+    """
+    train(arguments.words)
+
+
 def run_compress(arguments: argparse.Namespace) -> None:
     """Compress a model without training, and print what it lost.
 
@@ -184,15 +236,44 @@ def run_compress(arguments: argparse.Namespace) -> None:
         `geta-hf compress HuggingFaceTB/SmolLM2-135M small --data corpus.txt --target-bytes 60%`
     """
     names = ("target_bops", "target_parameters", "mean_bits", "sequences", "sequence_length", "overwrite")
-    size = arguments.target_bytes
-    report = compress(
+    targets = None if arguments.targets is None else list(map(_size, arguments.targets))
+    found: Any = compress(
         arguments.model,
         arguments.data,
         out=arguments.out,
-        target_bytes=int(size) if size is not None and size.isdecimal() else size,
+        target_bytes=None if arguments.target_bytes is None else _size(arguments.target_bytes),
+        targets=targets,
         **{name: getattr(arguments, name) for name in names},
     )
-    print(report)
+    print("\n\n".join(map(str, [found] if targets is None else found)))
+
+
+def _size(text: str) -> int | str:
+    """Return bytes as an integer, and a share as it is."""
+    return int(text) if text.isdecimal() else text
+
+
+def run_measure(arguments: argparse.Namespace) -> None:
+    """Time the layers of a model, and write the latency table of a search.
+
+    Args:
+        arguments: `model`, `out`, `widths`, `tokens`, `points`, `compute`, `activation_bits` (None for float inputs),
+            `device` and `include` (None for the layers of repeated blocks), as the parser gives them.
+
+    Raises:
+        GETAError: as `measure_latency` does, or no such model.
+
+    Example:
+        `geta-hf measure HuggingFaceTB/SmolLM2-135M latency.json --widths 2 3 4 8 --activation-bits 8`
+    """
+    if not arguments.out.parent.is_dir():
+        raise GETAError(f"{arguments.out}: there is no folder {arguments.out.parent}; make it first")
+    check_readable(arguments.model)
+    model = empty_model(arguments.model)
+    given = Conditions(arguments.tokens, arguments.compute, arguments.activation_bits, arguments.device)
+    table = measure_latency(model, arguments.widths, arguments.points, given, arguments.include, print)
+    table.save(arguments.out)
+    print(f"wrote {arguments.out}: {len(table.shapes)} shapes")
 
 
 def run_report(arguments: argparse.Namespace) -> None:

@@ -9,11 +9,11 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from tqdm.auto import tqdm
@@ -25,8 +25,11 @@ from geta_hf.costs.model_costs import forward_uses
 from geta_hf.errors import GETAError
 from geta_hf.evaluation.calibration_data import make_batches, predicts_next
 from geta_hf.export import ExportReport, export
+from geta_hf.export.serving import limit_config, limit_families, serving_notes
+from geta_hf.export.uniform_counts import choose_counts
 from geta_hf.methods import OneShotConfig, OneShotMethod
-from geta_hf.methods.one_shot import Calibration, Outcome
+from geta_hf.methods.one_shot import Calibration, Measured, Outcome
+from geta_hf.methods.one_shot.choice import check_budget
 from geta_hf.methods.one_shot.gradients import sequences as rows_of
 from geta_hf.qadg import PruningSpace
 from geta_hf.quantization import quantized_layers, select_layers
@@ -66,6 +69,7 @@ class CompressReport:
         perplexity: (dense, compressed) on held-back data; None where the model is no causal language model.
         seconds: how long it took.
         next_command: what to run next.
+        serving: what the program that `serve` names asked of the result, in sentences.
     """
 
     path: Path
@@ -78,6 +82,7 @@ class CompressReport:
     perplexity: tuple[float, float] | None
     seconds: float
     next_command: str
+    serving: tuple[str, ...] = ()
 
     @property
     def removed_groups(self) -> int:
@@ -98,6 +103,7 @@ class CompressReport:
         if self.outcome.unreached:
             names = ", ".join(self.outcome.unreached)
             lines.append(f"no calibration data reached these layers, which are rounded to nearest: {names}")
+        lines += self.serving
         lines.append(f"wrote {self.path} in {self.seconds:.0f} s; next: {self.next_command}")
         return "\n".join(lines)
 
@@ -121,7 +127,32 @@ def _share(part: int, total: int) -> str:
     return f"{part:,} ({part / max(total, 1):.1%})"
 
 
-@exclusive()
+@overload
+def compress(
+    model: PreTrainedModel | str | os.PathLike[str],
+    calibration_data: Any,
+    tokenizer: Any = None,
+    *,
+    out: str | os.PathLike[str],
+    targets: Sequence[int | str],
+    **options: Any,
+) -> list[CompressReport]: ...
+
+
+@overload
+def compress(
+    model: PreTrainedModel | str | os.PathLike[str],
+    calibration_data: Any,
+    tokenizer: Any = None,
+    *,
+    out: str | os.PathLike[str],
+    targets: None = None,
+    **options: Any,
+) -> CompressReport: ...
+
+
+# Both forms share all other arguments, which are spelled out here once.
+@exclusive()  # type: ignore[misc]
 def compress(
     model: PreTrainedModel | str | os.PathLike[str],
     calibration_data: Any,
@@ -132,12 +163,13 @@ def compress(
     target_bops: float | None = None,
     target_parameters: float | None = None,
     mean_bits: float | None = None,
+    targets: Sequence[int | str] | None = None,
     config: OneShotConfig | None = None,
     sequences: int = 128,
     sequence_length: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
-) -> CompressReport:
+) -> CompressReport | list[CompressReport]:
     """Make a model smaller without training, and write it as a folder.
 
     What removing a group and rounding a weight cost is estimated from gradients on half of the calibration data. Splits
@@ -145,17 +177,22 @@ def compress(
     rounded, its remaining weights making up for both, on the outputs of the layers that are compressed already. Where
     the budget leaves 4 bits or more for each weight, no group is removed, since rounding alone costs less then.
 
+    What removing and rounding are expected to cost is kept in `OUT.scores.safetensors` beside the folder. A later run
+    on the same model, data and settings, with this budget or another, reads it; any other one replaces it.
+
     Args:
-        model: a transformers model, or where it is loaded from. It is changed in place, but for a failure before the
-            folder is written.
+        model: a transformers model, or where it is loaded from. It is changed in place. After any failure, and after
+            several `targets`, it is as it was before.
         calibration_data: a list of texts, a `datasets.Dataset` with a column `text`, the path of a text file or the
             name of a data set, or a list of tokenized batches.
         tokenizer: of the model; saved with it. By default that of the folder, where `model` is one.
-        out: the folder to write; appears complete or not at all.
+        out: the folder to write; appears complete or not at all. Under `targets` one for each: `OUT-80`, `OUT-60`.
         target_bytes: size of model.safetensors, in bytes, or as a share of the dense model's such as "60%".
         target_bops: BOPs of the quantized layers, relative to the dense model at 32 · 32 bits.
         target_parameters: share of the parameters in prunable groups to remove.
         mean_bits: mean width of the remaining weights.
+        targets: several sizes, each as `target_bytes`, such as `["80%", "60%", "40%"]`. What is measured on the dense
+            model serves all of them. They are in place of the four above.
         config: limits and rules, such as `bits`, `exclude` or `keep`; targets above replace its own.
         sequences: how many at most. Default 128.
         sequence_length: tokens of each; by default 256, or what the model's positions allow.
@@ -163,11 +200,12 @@ def compress(
         progress: show progress bars. Default True.
 
     Returns:
-        The report; print it for the table of before and after.
+        The report; print it for the table of before and after. A list of them under `targets`, in their order.
 
     Raises:
         GETAError: no target, or one out of reach (names the one that can be reached); too little text; a tokenizer of
-            another vocabulary; activations that overflow; a model that cannot be exported. Nothing is written then.
+            another vocabulary; activations that overflow; a model that cannot be exported. No folder is written then,
+            but for those of `targets` that were complete before.
 
     Example:
         >>> import tempfile
@@ -183,50 +221,167 @@ def compress(
         0
         >>> folder.cleanup()
     """
-    start = time.perf_counter()
     place = Path(out).resolve()
-    check_target(place, overwrite)
+    given = {"target_bops": target_bops, "target_parameters": target_parameters, "mean_bits": mean_bits}
+    amounts = _check_targets(targets, {**given, "target_bytes": target_bytes})
+    config = _with_targets(config, target_bops, target_parameters, mean_bits, amounts[0])
+    places = [place] if targets is None else [_folder_of(place, target) for target in targets]
+    for folder in places:
+        check_target(folder, overwrite)
     source = model if isinstance(model, str | os.PathLike) else getattr(model, "name_or_path", None)
     if source and Path(source).exists():
-        check_apart(Path(source), place)
+        for folder in places:
+            check_apart(Path(source), folder)
     if torch.is_inference_mode_enabled():
         raise GETAError("compress measures gradients, which torch.inference_mode() rules out; call it outside of that")
-    config = _with_targets(config, target_bops, target_parameters, mean_bits, target_bytes)
     loaded, tokenizer = _load(model, tokenizer)
     check_is_model(loaded)
+    config = limit_config(config, loaded, tokenizer)
     if quantized_layers(loaded):
         raise GETAError(f"{type(loaded).__name__} has quantizers already, so it was compressed; load the dense model")
     check_model(loaded, select_layers(loaded, config.include, config.exclude))
     _check_loaded(loaded)
-    with _tokens_restored(loaded):
+    with _tokens_restored(loaded, always=targets is not None):
         align_tokens(loaded, tokenizer)
         batches = make_batches(calibration_data, loaded, tokenizer, sequences=sequences, length=sequence_length)
-        batch = _example(loaded, batches)
-        config = exclude_raw_reads(config, loaded, select_layers(loaded, config.include, config.exclude), batch)  # type: ignore[assignment]
-        layers = select_layers(loaded, config.include, config.exclude)
-        check_exports(loaded, batch, layers)
-        space, _ = prepare_space(loaded, batch, prune=config.prune, keep=config.keep)
-        ledger = _measure_sizes(loaded, config, space, batch, layers)
-        dense_bytes = dataclasses.replace(ledger, layers=(), row_bits={}).stored_bytes(ledger.nothing, 0)
-        if target_bytes is not None:
-            config = dataclasses.replace(config, target_bytes=bytes_of(target_bytes, dense_bytes))
+        job = _Job.prepare(loaded, tokenizer, config, batches, progress)
+        job.measured.path = place.with_name(f"{place.name}.scores.safetensors")
+        job.measured.several = targets is not None
+        configs = [job.with_bytes(amount) for amount in amounts]
+        job.check_reachable(configs)
+        reports = [
+            job.run(own, folder, overwrite, keep=targets is None) for own, folder in zip(configs, places, strict=True)
+        ]
+    return reports[0] if targets is None else reports
+
+
+@dataclasses.dataclass
+class _Job:
+    """What serves every budget of one call.
+
+    Attributes:
+        model: dense between two budgets.
+        batch: what it is recorded and proved on.
+        measured: shared by the budgets.
+        start: when the present budget began, in seconds.
+        serving: what the program that `serve` names asks of the result.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    config: OneShotConfig
+    batch: Mapping[str, Any]
+    data: Calibration
+    space: PruningSpace
+    ledger: Ledger
+    progress: bool
+    start: float
+    serving: tuple[str, ...] = ()
+    measured: Measured = dataclasses.field(default_factory=Measured)
+
+    @classmethod
+    def prepare(
+        cls, model: PreTrainedModel, tokenizer: Any, config: OneShotConfig, batches: list[dict[str, Any]], shown: bool
+    ) -> _Job:
+        """Find what can be removed and what everything takes, before any work that takes long."""
+        start = time.perf_counter()
+        batch = _example(model, batches)
+        config = exclude_raw_reads(config, model, select_layers(model, config.include, config.exclude), batch)  # type: ignore[assignment]
+        layers = select_layers(model, config.include, config.exclude)
+        check_exports(model, batch, layers)
+        space, recordings = prepare_space(model, batch, prune=config.prune, keep=config.keep, required=False)
+        space, _ = choose_counts(config, space, model, recordings)
+        space = limit_families(config, space, model)
+        serving = serving_notes(config, model, space)
+        ledger = _measure_sizes(model, config, space, batch, layers)
+        return cls(model, tokenizer, config, batch, _split(batches), space, ledger, shown, start, serving)
+
+    @property
+    def dense_bytes(self) -> int:
+        """The size of model.safetensors if the dense model were saved."""
+        return dataclasses.replace(self.ledger, layers=(), row_bits={}).stored_bytes(self.ledger.nothing, 0)
+
+    def with_bytes(self, amount: int | str | None) -> OneShotConfig:
+        """Return the config with a size in bytes, where one is given."""
+        if amount is None:
+            return self.config
+        return dataclasses.replace(self.config, target_bytes=bytes_of(amount, self.dense_bytes))
+
+    def check_reachable(self, configs: Iterable[OneShotConfig]) -> None:
+        """Raise GETAError for a budget out of reach, before anything is measured."""
+        for config in configs:
+            check_budget(config, self.space.trainable, self.ledger)
+
+    def run(self, config: OneShotConfig, place: Path, overwrite: bool, keep: bool) -> CompressReport:
+        """Compress the model, and write it as a folder.
+
+        Args:
+            config: with the budget.
+            place: the folder.
+            overwrite: replace an existing model folder.
+            keep: leave the model compressed; otherwise, and on any failure, it is made dense again.
+        """
         method = OneShotMethod(config)
-        causal = predicts_next(loaded)
-        parameters = sum(parameter.numel() for parameter in loaded.parameters())
-        outcome = method.compress(loaded, _split(batches), space, ledger, partial(_bar, shown=progress))
-    written = export(
-        loaded,
-        place,
-        space=space,
-        batch=batch,
-        config=config,
-        processing_class=tokenizer,
-        result=method.result(),
-        embedding_bits=config.embedding_bits,
-        finish=partial(write_card, base_model=base_name(loaded), repo_id=place.name),
-        overwrite=overwrite,
-    )
-    return _report(place, written, outcome, ledger, dense_bytes, parameters, causal, time.perf_counter() - start)
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        bar = partial(_bar, shown=self.progress)
+        outcome = method.compress(self.model, self.data, self.space, self.ledger, bar, self.measured)
+        try:
+            written = export(
+                self.model,
+                place,
+                space=self.space,
+                batch=self.batch,
+                config=config,
+                processing_class=self.tokenizer,
+                result=method.result(),
+                embedding_bits=config.embedding_bits,
+                finish=partial(write_card, base_model=base_name(self.model), repo_id=place.name),
+                overwrite=overwrite,
+            )
+        except BaseException:  # KeyboardInterrupt too
+            method.undo()
+            raise
+        if keep:
+            method.release()
+        else:
+            method.undo()
+        seconds = time.perf_counter() - self.start
+        self.start = time.perf_counter()
+        causal = predicts_next(self.model)
+        return _report(
+            place, written, outcome, self.ledger, self.dense_bytes, parameters, causal, seconds, self.serving
+        )
+
+
+def _check_targets(targets: Sequence[int | str] | None, others: Mapping[str, Any]) -> list[int | str | None]:
+    """Return the sizes in bytes that are asked for, None where the target is another one.
+
+    Raises:
+        GETAError: several targets beside another one, none, the same one twice, or one that is no size.
+    """
+    if targets is None:
+        return [others["target_bytes"]]
+    if isinstance(targets, str) or not isinstance(targets, Sequence) or not targets:
+        raise GETAError(f'targets = {targets!r} must be a list of sizes, such as ["80%", "60%"]')
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise GETAError(f"targets and {given[0]} both say how small the model is to be; give only one of them")
+    for target in targets:
+        bytes_of(target, 1 << 40)
+    names = [_folder_of(Path("x"), target) for target in targets]
+    if len(set(names)) < len(names):
+        raise GETAError(f"targets = {list(targets)} has a size twice; give each once")
+    return list(targets)
+
+
+def _folder_of(place: Path, target: int | str) -> Path:
+    """Return the folder of one of several targets: `small-60` for "60%".
+
+    >>> _folder_of(Path("small"), "60%").name, _folder_of(Path("small"), 1000000).name
+    ('small-60', 'small-1000000')
+    """
+    text = target.strip().rstrip("%").strip() if isinstance(target, str) else str(target)
+    return place.with_name(f"{place.name}-{text}")
 
 
 def _check_loaded(model: PreTrainedModel) -> None:
@@ -237,17 +392,18 @@ def _check_loaded(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _tokens_restored(model: PreTrainedModel) -> Iterator[None]:
-    """Give the configs their special tokens back on any failure, since aligning them with a tokenizer changes them."""
+def _tokens_restored(model: PreTrainedModel, always: bool = False) -> Iterator[None]:
+    """Give the configs, which `align_tokens` changes, their special tokens back: on a failure, or always."""
     configs = (model.config.get_text_config(), getattr(model, "generation_config", None))
     before = [(config, dict(vars(config))) for config in configs if config is not None]
+    done = False
     try:
         yield
-    except BaseException:  # KeyboardInterrupt too
-        for config, values in before:
+        done = not always
+    finally:
+        for config, values in before if not done else ():
             vars(config).clear()
             vars(config).update(values)
-        raise
 
 
 def bytes_of(target: int | str, dense: int) -> int:
@@ -263,6 +419,8 @@ def bytes_of(target: int | str, dense: int) -> int:
     >>> bytes_of("60%", 1000)
     600
     """
+    if not isinstance(target, int | str) or isinstance(target, bool) or (isinstance(target, int) and target <= 0):
+        raise GETAError(f'target_bytes = {target!r} must be a positive integer, or a share such as "60%"')
     if isinstance(target, str):
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", target)
         if found is None or not 0 < float(found[1]) < 100:
@@ -290,6 +448,9 @@ def _with_targets(
         raise GETAError('compress needs a target, such as target_bytes="60%" or mean_bits=4')
     if not targets:
         assert config is not None
+        own = ("target_bops", "target_bytes", "target_parameters", "target_sparsity", "mean_bits")
+        if not any(getattr(config, name) for name in own):
+            raise GETAError('compress needs a target, and the config has none; give one such as target_bytes="60%"')
         return config
     if not {"target_bops", "target_bytes", "target_parameters"} & targets.keys():
         targets["target_sparsity"] = 0.0  # a mean width alone removes nothing
@@ -361,6 +522,7 @@ def _report(
     parameters: int,
     causal: bool,
     seconds: float,
+    serving: tuple[str, ...],
 ) -> CompressReport:
     perplexity = None
     if causal and outcome.has_labels:
@@ -383,6 +545,7 @@ def _report(
         perplexity=perplexity,
         seconds=seconds,
         next_command=command,
+        serving=serving,
     )
 
 

@@ -24,6 +24,7 @@ import yaml
 
 from geta_hf.errors import GETAError
 from geta_hf.utils.files import write_whole
+from geta_hf.utils.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -39,6 +40,7 @@ SECTIONS = {
     "Widths": "A width is the number of bits of each value; b_l and b_u are the lower and the upper bound.",
     "Quantizers": "A quantizer has a step size d, a clipping value q_m and an exponent t.",
     "Pruning limits": "A family is a set of groups of one kind, such as the attention heads of a layer.",
+    "Serving": "What the result has to run in. All that follows is settled before training, and printed with the plan.",
     "Distillation": "A teacher adds terms to the loss. By default it is the model as it was before training.",
     "Selection": "The parts of the model that are quantized, pruned or removed.",
     "Stages": "Training starts with warm-up, followed by projection and the joint stage; cool-down takes the remaining "
@@ -251,10 +253,15 @@ def _parse_number(value: Any, hint: Any) -> Any:
 
 # -------------------------------------------------------------------------------------------------------- documentation
 
-REGENERATE = (
-    """python -c "from geta_hf.config import field_table; print(field_table(), end='')" > docs/configuration.md"""
-)
-"""The command that writes the page again, from the root of the repository."""
+REGENERATE = 'python -c "from geta_hf.config import write_field_tables; write_field_tables()"'
+"""The command that writes the pages again, from the root of the repository."""
+
+FIELD_PAGES = {
+    "qasso": "configuration.md",
+    "search": "configuration_search.md",
+    "one-shot": "configuration_one_shot.md",
+}
+"""The name of a method -> the page in `docs` with the fields of its config class."""
 
 _Kind = TypeVar("_Kind", bound="type[CompressionConfig]")
 
@@ -269,17 +276,30 @@ def document_attributes(kind: _Kind) -> _Kind:
     return kind
 
 
+def write_field_tables(folder: str | os.PathLike[str] = "docs") -> None:
+    """Write `FIELD_PAGES`: all fields of every method that users choose by its config class.
+
+    Args:
+        folder: where the pages are. Default: `docs`, from the root of the repository.
+    """
+    for method, page in FIELD_PAGES.items():
+        write_whole(Path(folder) / page, field_table(CONFIG_CLASSES[method]))
+
+
 def field_table(kind: type[CompressionConfig] | None = None) -> str:
-    """Return `docs/configuration.md`: all fields of a config class (default: `GETAConfig`) as Markdown tables."""
+    """Return a page with all fields of a config class (default: `GETAConfig`) as Markdown tables."""
     kind = kind or GETAConfig
+    given = f"as given in Python (`{kind.__name__}(target_sparsity=0.3)`)"
+    if kind is GETAConfig:
+        given += (
+            ", in the `geta:` section of a recipe's YAML file, or on its command line (`--geta.target_sparsity 0.3`)"
+        )
     lines = [
-        "# Configuration",
+        "# Configuration" if kind is GETAConfig else f"# Configuration: {kind.__name__}",
         "",
-        f"The fields of `{kind.__name__}`, as given in Python (`{kind.__name__}(target_sparsity=0.3)`), in the `geta:` "
-        f"section of a recipe's YAML file, or on its command line (`--geta.target_sparsity 0.3`). A run saves "
-        f"them as `{CONFIG_NAME}`.",
+        f"The fields of `{kind.__name__}`, {given}. A run saves them as `{CONFIG_NAME}`.",
         "",
-        "This page is generated from the declarations in `geta_hf/config.py`. After a change there, run",
+        "This page is generated from the declarations in `geta_hf`. After a change there, run",
         "",
         "```bash",
         REGENERATE,
@@ -300,6 +320,9 @@ def field_table(kind: type[CompressionConfig] | None = None) -> str:
 
 CONFIG_CLASSES: dict[str, type[CompressionConfig]] = {}
 """The name of a method -> its config class. A subclass that sets `method` enters by itself."""
+
+SERVERS = ("llama.cpp", "vllm")
+"""The programs that `serve` names."""
 
 _PRUNING = ("target_sparsity", "target_parameters")
 _SIZES = ("target_bops", "target_bytes")
@@ -387,6 +410,9 @@ class CompressionConfig:
 
     method: ClassVar[str] = ""
     """The name of the method, as saved files carry it."""
+
+    default_sparsity: ClassVar[float] = 0.5
+    """What `target_sparsity` is where neither pruning nor a size has a target."""
 
     target_sparsity: float | None = setting(
         None,
@@ -476,6 +502,15 @@ class CompressionConfig:
         "fewer is removed.",
         section="Pruning limits",
     )
+    serve: str | None = setting(
+        None,
+        "The program that the result has to run in without code of ours: `llama.cpp` (the format `gguf`) or `vllm`. "
+        "Widths, multiples and families are limited to what it can hold: channels in multiples of 32 for llama.cpp's "
+        "blocks; for vLLM equally many heads in all layers; for both, `uniform` where the architecture has one number "
+        "for all layers. A model that it can't run is refused. None sets no limits.",
+        section="Serving",
+        choices=SERVERS,
+    )
     clipping: str = setting(
         "mse",
         "Start value of q_m: `mse` has the least squared error at b_u bits, `max` is max|W|.",
@@ -546,13 +581,31 @@ class CompressionConfig:
             self._check(one.accepts(value), name, one.allowed)
             setattr(self, name, _normalize(value, one.hint))
         # Set here and not as the field's default, which a target of another kind could not tell from a user's wish.
-        if not any(getattr(self, name) is not None for name in (*_PRUNING, *_SIZES)):
-            self.target_sparsity = 0.5
+        if not self.has_target:
+            self.target_sparsity = self.default_sparsity
         if self.bit_choices is not None:
             self.bit_choices = sorted(set(self.bit_choices))
         self._settle_grid()
         self.check_widths()
         self.check_targets()
+        self._check_serve()
+
+    def _check_serve(self) -> None:
+        """Raise GETAError for widths that the program of `serve` has no place for."""
+        if self.serve is None:
+            return
+        if self.activation_bits is not None:
+            raise GETAError(
+                f"serve = {self.serve!r} and activation_bits = {self.activation_bits}: {self.serve} does not read how "
+                f"inputs are rounded; leave activation_bits out, or serve"
+            )
+        # A byte holds the codes of both programs; wider ones would be stored as floats.
+        if self.widths[-1] > 8:
+            limit = "bits" if self.bit_choices is None else "bit_choices"
+            raise GETAError(
+                f"serve = {self.serve!r} and {limit} = {getattr(self, limit)}: {self.serve} has no integers of more "
+                f"than 8 bits; choose widths of at most 8"
+            )
 
     def _settle_grid(self) -> None:
         """Set `grid` and its former spelling; where both are given, `grid` counts."""
@@ -587,6 +640,11 @@ class CompressionConfig:
             raise GETAError(
                 f"{pruning[0]}, {sizes[0]} and mean_bits can't all be met; give two of them, the third is solved for"
             )
+
+    @property
+    def has_target(self) -> bool:
+        """Whether a target for pruning or size is given. Methods with further targets extend this."""
+        return any(getattr(self, name) is not None for name in (*_PRUNING, *_SIZES))
 
     def _check(self, holds: bool, name: str, wanted: str) -> None:
         if not holds:
@@ -643,6 +701,9 @@ class CompressionConfig:
         plain["grid"] = str(self.grid)
         if self.grid != "block32":
             del plain["grid"]
+        # Earlier versions read configs that ask for no program.
+        if self.serve is None:
+            del plain["serve"]
         return {"method": self.method, **plain}
 
     @classmethod
@@ -663,7 +724,8 @@ class CompressionConfig:
         # An ignored key would run with a default in place of what was asked for.
         unknown = sorted(set(given) - set(settings))
         if unknown:
-            raise GETAError(f"unknown {cls.__name__} keys {unknown}; known are {sorted(settings)}")
+            hint = did_you_mean(unknown[0], settings)
+            raise GETAError(f"unknown {cls.__name__} keys {unknown}{hint}; known are {sorted(settings)}")
         return cls(**{name: _parse_number(value, settings[name].hint) for name, value in given.items()})
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -985,7 +1047,8 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Compressi
     method = values.get("method", GETAConfig.method)
     if not isinstance(method, str) or method not in CONFIG_CLASSES:
         known = sorted(CONFIG_CLASSES)
-        raise GETAError(f"unknown method {method!r}; known are {known}. Import the module that declares it first")
+        hint = did_you_mean(str(method), known)
+        raise GETAError(f"unknown method {method!r}{hint}; known are {known}. Import the module that declares it first")
     return CONFIG_CLASSES[method].from_dict(values)
 
 

@@ -1,1 +1,1 @@
-"""Training scripts for `accelerate launch`, each with its YAML configs."""
+"""Scripts that launch the recipes of `geta_hf.recipes` from a clone, and the demo."""

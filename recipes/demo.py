@@ -18,10 +18,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from geta_hf import write_card, write_report
 from geta_hf.export.export import PICTURE_NAME
+from geta_hf.recipes import CONFIGS, demo_data, question_answering
 from geta_hf.reporting.comparison import compare
-from recipes import demo_data, question_answering
 
-CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
+CONFIG = CONFIGS / "demo.yaml"
 COMPRESSED_EPOCHS = 3
 TOKENS = 64  # about one question with its paragraph
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 # Imported rather than run as `__main__`, so that worker processes find the recipe's classes by their own module.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from recipes.language_modeling import main
-from recipes.run import run_command
+from geta_hf.recipes.language_modeling import main
+from geta_hf.recipes.run import run_command
 
 if __name__ == "__main__":
     run_command(main)

@@ -54,7 +54,7 @@ def blocks(name: str) -> Iterator[str]:
 
 def docstrings() -> Iterator[str]:
     """Yield the docstring of every module that can be run."""
-    for folder in FOLDERS:
+    for folder in (*FOLDERS, "geta_hf/recipes"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             yield ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AlbertConfig,
     AlbertForSequenceClassification,
@@ -33,6 +35,7 @@ from geta_hf.compress import CompressReport, bytes_of
 from geta_hf.config import read_config
 from geta_hf.evaluation.calibration_data import make_batches
 from geta_hf.methods import make_method
+from geta_hf.methods.one_shot import method
 from geta_hf.quantization import quantized_layers
 from geta_hf.reporting.comparison import load_model
 from tests.tiny_tasks import byte_tokenizer, tiny_llama
@@ -114,19 +117,56 @@ def test_the_report_reads_as_a_table(pruned: tuple[CompressReport, LlamaForCausa
     assert report.perplexity[1] == pytest.approx(math.exp(report.outcome.loss))
 
 
-@pytest.mark.slow
-def test_a_share_of_bytes_is_met_and_nothing_is_removed_where_rounding_is_enough(tmp_path: Path):
-    report = compress(
-        tiny_llama(),
-        [TEXT],
-        byte_tokenizer(),
-        out=tmp_path / "x",
-        target_bytes="60%",
-        sequence_length=16,
-        progress=False,
-    )
-    assert report.export.file_bytes <= 0.6 * report.dense_bytes
-    assert report.removed_groups == 0 and "no group was removed" in str(report)
+SMALL: dict[str, Any] = {"sequence_length": 16, "sequences": 8, "progress": False}
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def is_unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    after = model.state_dict()
+    return after.keys() == before.keys() and all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_family_shares_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    calls = []
+    real = method.measure_gradients
+    monkeypatch.setattr(method, "measure_gradients", lambda *args: calls.append(1) or real(*args))
+    model = tiny_llama()
+    before = values(model)
+    reports = compress(model, [TEXT], byte_tokenizer(), out=tmp_path / "x", targets=["65%", 77_000], **SMALL)
+    assert len(calls) == 1 and is_unchanged(model, before)
+    assert [report.path.name for report in reports] == ["x-65", "x-77000"]
+    for report, most in zip(reports, (0.65 * reports[0].dense_bytes, 77_000), strict=True):
+        assert (report.path / "model.safetensors").stat().st_size == report.export.file_bytes <= most
+    assert reports[0].removed_groups == 0 and "no group was removed" in str(reports[0])
+    assert reports[1].removed_groups > 0 and "splits of the budget tried" in str(reports[1])
+    # Each alone is the same as in a family; scores are those that the family left.
+    alone = compress(model, [TEXT], byte_tokenizer(), out=tmp_path / "x", target_bytes=77_000, **SMALL)
+    assert len(calls) == 1 and not is_unchanged(model, before)
+    written = [(path / "model.safetensors").read_bytes() for path in (reports[1].path, alone.path)]
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": []}, "must be a list of sizes"),
+        ({"targets": "60%"}, "must be a list of sizes"),
+        ({"targets": ["60%", "60 %"]}, "has a size twice"),
+        ({"targets": ["60%", 0.6]}, "target_bytes = 0.6 must be a positive integer"),
+        ({"targets": ["60%"], "mean_bits": 4}, "targets and mean_bits both"),
+        ({"targets": ["60%", 100]}, "target_bytes = 100 can't be reached"),
+        ({"target_bytes": 0}, "target_bytes = 0 must be a positive integer"),
+        ({"target_bytes": True}, "target_bytes = True must be a positive integer"),
+    ],
+)
+def test_targets_that_cannot_be_met_fail_before_anything_is_measured(options, message: str, tmp_path, monkeypatch):
+    monkeypatch.setattr(method, "measure_gradients", lambda *_: pytest.fail("scores are measured"))
+    with pytest.raises(GETAError, match=message):
+        compress(tiny_llama(), [TEXT], byte_tokenizer(), out=tmp_path / "x", **options, **SMALL)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -224,7 +264,7 @@ def test_models_of_every_kind(make, tmp_path: Path):
 @pytest.mark.slow
 def test_failures_leave_the_model_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = tiny_llama()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = values(model)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -232,10 +272,8 @@ def test_failures_leave_the_model_as_it_was(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("geta_hf.methods.one_shot.method.BlockRunner.finish", interrupt)
     with pytest.raises(KeyboardInterrupt):
         compress(model, [TEXT], byte_tokenizer(), out=tmp_path / "x", mean_bits=4, sequence_length=16, progress=False)
-    assert not list(tmp_path.iterdir())
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert [path.name for path in tmp_path.iterdir()] == ["x.scores.safetensors"]
+    assert is_unchanged(model, before)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
@@ -243,6 +281,7 @@ def test_failures_leave_the_model_as_it_was(tmp_path: Path, monkeypatch: pytest.
     ("data", "options", "message"),
     [
         ([TEXT], {}, "needs a target"),
+        ([TEXT], {"config": OneShotConfig()}, "the config has none"),
         ([TEXT], {"target_bytes": "110%"}, "a share below 100%"),
         ([TEXT], {"target_bytes": "0%"}, "a share below 100%"),
         ([TEXT], {"config": GETAConfig(target_bytes=1)}, "config is a GETAConfig"),
@@ -279,6 +318,53 @@ def test_texts_need_a_tokenizer_of_the_same_vocabulary(tmp_path: Path):
     model, _ = gpt2()
     with pytest.raises(GETAError, match="has no row in the model's embedding"):
         compress(model, [TEXT], byte_tokenizer(), out=tmp_path / "x", target_bytes="60%")
+    model.resize_token_embeddings(400)
+    with pytest.raises(GETAError, match=r"has 257 tokens, but the model's embedding 400 rows"):
+        compress(model, [TEXT], byte_tokenizer(), out=tmp_path / "x", target_bytes="60%")
+    tokenizer = byte_tokenizer()
+    model.name_or_path = tokenizer.name_or_path = "where both come from"
+    assert len(make_batches([TEXT], model, tokenizer, sequences=4, length=16)) == 1
+
+
+def test_where_nothing_may_be_pruned_weights_are_rounded(tmp_path: Path):
+    model, batches = bare_bert()
+    config = OneShotConfig(target_bytes=1, keep=["heads", "channels"], bits=(3, 8))
+    with pytest.raises(GETAError, match=r"target_bytes = 2,000 can't be reached"):
+        compress(model, batches, out=tmp_path / "x", target_bytes=2000, config=config, progress=False)
+    with pytest.raises(GETAError, match=r"target_parameters = 0\.2"):
+        compress(model, batches, out=tmp_path / "x", target_parameters=0.2, config=config, progress=False)
+    report = compress(model, batches, out=tmp_path / "x", mean_bits=4, config=config, progress=False)
+    assert report.mean_bits == pytest.approx(4, abs=0.3) and report.removed_groups == 0
+    with torch.no_grad():
+        found = load_model(report.path)(**batches[0]).last_hidden_state
+        torch.testing.assert_close(found, model.eval()(**batches[0]).last_hidden_state, rtol=1e-4, atol=1e-5)
+
+
+def test_a_failed_export_gives_the_model_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, batches = bare_bert()
+    before = values(model)
+
+    def fail(*_: object, **__: object) -> None:
+        raise GETAError("the disk is full")
+
+    # By its module, since the name in the package is the function.
+    monkeypatch.setattr(importlib.import_module("geta_hf.compress"), "export", fail)
+    with pytest.raises(GETAError, match="the disk is full"):
+        compress(model, batches, out=tmp_path / "x", target_parameters=0.25, mean_bits=5, progress=False)
+    assert is_unchanged(model, before)
+    assert all(type(module).__module__.startswith(("torch.", "transformers.")) for module in model.modules())
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_outputs_that_are_not_finite_are_named(labelled: bool, tmp_path: Path):
+    model, batches = bert()
+    with torch.no_grad():
+        model.bert.encoder.layer[0].intermediate.dense.weight.mul_(1e30)
+        model.bert.encoder.layer[0].output.dense.weight.mul_(1e30)
+    if not labelled:
+        batches = [{"input_ids": batch["input_ids"]} for batch in batches]
+    with pytest.raises(GETAError, match="activations overflow: what BertForSequenceClassification computes"):
+        compress(model, batches, out=tmp_path / "x", mean_bits=5, progress=False)
 
 
 def test_special_tokens_are_restored_on_a_failure(tmp_path: Path):
@@ -382,4 +468,8 @@ def test_the_command_writes_a_folder(tmp_path: Path, capsys: pytest.CaptureFixtu
     options = ["--data", str(tmp_path / "a.txt"), "--target-bytes", "60%", "--sequence-length", "16"]
     assert main(["compress", str(tmp_path / "dense"), str(tmp_path / "small"), *options]) == 0
     assert "no group was removed" in capsys.readouterr().out
+    several = [*options[:2], "--targets", "60%", "70%", *options[4:]]
+    assert main(["compress", str(tmp_path / "dense"), str(tmp_path / "small"), *several]) == 0
+    assert capsys.readouterr().out.count("next: geta-hf eval") == 2
+    assert {path.name for path in tmp_path.glob("small-*")} == {"small-60", "small-70"}
     assert main(["compress", str(tmp_path / "dense"), str(tmp_path / "small"), *options]) == 2

@@ -19,7 +19,7 @@ import geta_hf
 from geta_hf.cli import main
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "eval" / "tasks" / "README.md")
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "eval" / "tasks" / "README.md")
 
 NAMES = (
     "QASSO",
@@ -194,8 +194,8 @@ def test_imports_are_found_in_a_document() -> None:
         resolve("geta_hf.no_such_name")
 
 
-RUNNERS = ("xllamacpp",)
-"""What runs exported files and is no dependency of any extra."""
+RUNNERS = ("trl", "xllamacpp")
+"""What pages show beside geta_hf and is no dependency of any extra."""
 
 
 def test_what_documents_import_exists() -> None:

@@ -36,6 +36,7 @@ def test_imports_run_in_one_direction_without_circles():
         ("reporting/hub.py", "def late():\n    import geta_hf.training.trainer"),
         ("inference/products.py", "import geta_hf.inference.layers"),
         ("training/plan.py", "import geta_hf.methods.qasso.schedule"),
+        ("compress.py", "import geta_hf.recipes.run"),
     ],
 )
 def test_an_import_in_the_wrong_direction_is_caught(module: str, line: str, tmp_path: Path):

@@ -1,13 +1,16 @@
 """Run a table of the paper's evaluation, or render what has been measured.
 
     python -m eval.tables table5 --model M --train_file T --eval_file E --other_file O --work W
+    python -m eval.tables table5 --model M --texts T --eval_texts E --other_texts O --work W
     python -m eval.tables images --architecture cifar_resnet --data idx_dir=fashion-mnist --work W
     python -m eval.tables table4 --model microsoft/resnet-50 --data dataset_name=ILSVRC/imagenet-1k --work W
-    python -m eval.tables render --work W
+    python -m eval.tables render --work W [--curve F1.svg]
 
-`M` is a folder or a Hub name, such as `bert-base-uncased`. The dense model is fine-tuned from it once and kept in `W`;
-every cell starts from there and takes the same number of steps. A finished cell is one line of `W/results.jsonl`; an
-interrupted command goes on where it stopped, and several commands with other `--rows` share a folder one after another.
+The first form asks questions about text (SQuAD), the second predicts the next token of plain text. `M` is a folder or a
+Hub name, such as `bert-base-uncased`. The dense model is fine-tuned from it once and kept in `W`; every cell starts
+from there and takes the same number of steps; `--dense_steps 0` starts from `M` itself. A finished cell is one line of
+`W/results.jsonl`; an interrupted command goes on where it stopped, and several commands with other `--rows` share a
+folder one after another.
 """
 
 from __future__ import annotations
@@ -19,18 +22,30 @@ from pathlib import Path
 from typing import Any
 
 from eval.results_file import read_results
-from eval.study_tasks import ImageOptions, Lengths, QuestionOptions, image_task, question_task
+from eval.study_tasks import (
+    ImageOptions,
+    Lengths,
+    QuestionOptions,
+    Task,
+    TextOptions,
+    image_task,
+    question_task,
+    text_task,
+)
 from eval.tables.cells import cells_of, run_table
+from eval.tables.curve import draw_curve
 from eval.tables.render import render
 from eval.tables.rows import IMAGES, TABLES
 from geta_hf import GETAError
-from recipes.arguments import apply_overrides
+from geta_hf.recipes.arguments import apply_overrides
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eval.tables", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("render", help="print the tables as Markdown").add_argument("--work", type=Path, required=True)
+    printing = commands.add_parser("render", help="print the tables as Markdown")
+    printing.add_argument("--work", type=Path, required=True)
+    printing.add_argument("--curve", type=Path, help="write joint against sequential as a picture, .svg or .png")
     for table in TABLES.values():
         added = commands.add_parser(table.name, help=table.title)
         if table.name in IMAGES:
@@ -61,9 +76,14 @@ def _add_table(parser: argparse.ArgumentParser) -> None:
     add("--work", type=Path, required=True, help="dense model and results.jsonl; a rerun continues there")
     add("--name", default="squad", help="of the study, in the results")
     add("--model", required=True, help="folder or Hub name to fine-tune first")
-    add("--train_file", required=True, help="SQuAD v1.1, .json or .json.gz")
-    add("--eval_file", required=True)
+    add("--train_file", help="SQuAD v1.1, .json or .json.gz; with --eval_file")
+    add("--eval_file")
     add("--other_file", help="questions about text of another kind, only scored")
+    add("--texts", nargs="+", help="plain text to predict, in place of questions")
+    add("--eval_texts", nargs="+", help="plain text to be scored; the end of --texts without")
+    add("--other_texts", nargs="+", default=[], help="plain text of another kind, only scored")
+    add("--block", type=int, default=128, help="tokens of a sequence of plain text")
+    add("--eval_blocks", type=int, default=400, help="sequences of plain text to be scored")
     add("--train_questions", type=int, help="size of a random sample; all by default")
     add("--eval_questions", type=int, help="size of a random sample; all by default")
     add("--other_questions", type=int, help="size of a random sample; all by default")
@@ -85,24 +105,6 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
     add("--rows", nargs="+", help="some of the table's; all by default")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command that the module's docstring describes."""
-    args = _parser().parse_args(argv)
-    if args.command == "render":
-        print(render(read_results(args.work)))
-        return
-    table = TABLES[args.command]
-    # Before the data is read and anything trained: a misspelled row costs nothing.
-    cells = cells_of(table, args.seeds, args.sparsity, args.rows)
-    dense = Lengths(args.dense_steps, args.batch_size, args.dense_learning_rate)
-    if table.name in IMAGES:
-        task = image_task(_image_options(args), dense, args.name)
-    else:
-        task = question_task(_question_options(args), dense, args.name)
-    run_table(table, task, args.work, Lengths(args.steps, args.batch_size, args.learning_rate), cells)
-    print(render([line for line in read_results(args.work) if line["table"] == table.name]))
-
-
 def _image_options(args: argparse.Namespace) -> ImageOptions:
     if (args.model is None) == (args.architecture is None):
         raise GETAError("give one of --model and --architecture")
@@ -121,8 +123,25 @@ def pairs(texts: Sequence[str], option: str) -> dict[str, Any]:
     return values
 
 
-def _question_options(args: argparse.Namespace) -> QuestionOptions:
-    return QuestionOptions(
+def _task(args: argparse.Namespace) -> Task:
+    dense = Lengths(args.dense_steps, args.batch_size, args.dense_learning_rate)
+    if args.command in IMAGES:
+        return image_task(_image_options(args), dense, args.name)
+    asked = args.train_file is not None and args.eval_file is not None
+    if asked == (args.texts is not None):
+        raise GETAError("give --train_file and --eval_file for questions, or --texts for plain text")
+    if not asked:
+        texts = TextOptions(
+            texts=args.texts,
+            eval_texts=args.eval_texts,
+            other_texts=args.other_texts,
+            model=args.model,
+            block=args.block,
+            eval_blocks=args.eval_blocks,
+            bf16=args.bf16,
+        )
+        return text_task(texts, dense, args.name)
+    questions = QuestionOptions(
         model=args.model,
         train_file=args.train_file,
         eval_file=args.eval_file,
@@ -135,6 +154,23 @@ def _question_options(args: argparse.Namespace) -> QuestionOptions:
         doc_stride=args.doc_stride,
         bf16=args.bf16,
     )
+    return question_task(questions, dense, args.name)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command that the module's docstring describes."""
+    args = _parser().parse_args(argv)
+    if args.command == "render":
+        print(render(read_results(args.work)))
+        if args.curve is not None:
+            draw_curve(read_results(args.work), args.curve)
+        return
+    table = TABLES[args.command]
+    # Before the data is read and anything trained: a misspelled row costs nothing.
+    cells = cells_of(table, args.seeds, args.sparsity, args.rows)
+    task = _task(args)
+    run_table(table, task, args.work, Lengths(args.steps, args.batch_size, args.learning_rate), cells)
+    print(render([line for line in read_results(args.work) if line["table"] == table.name]))
 
 
 if __name__ == "__main__":

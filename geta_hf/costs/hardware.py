@@ -71,11 +71,13 @@ class Expected:
         outputs: shape (widths,): expected number of outputs at each width.
         inputs: 0-d: expected number of inputs of each output.
         widths: the widths of weights, without 0.
+        input_shares: width of the input -> its probability, where that is chosen too. Default None: a cost is told.
     """
 
     outputs: Tensor
     inputs: Tensor
     widths: Sequence[int]
+    input_shares: Mapping[int, Tensor] | None = None
 
 
 def size_bits(shape: LayerShape, expected: Expected) -> Tensor:
@@ -147,6 +149,7 @@ class LatencyTable:
 
     Args:
         shapes: (outputs, inputs) of the full layer -> its times.
+        notes: what the file says of how it was measured. Default None: nothing.
 
     >>> import torch
     >>> times = MeasuredShape((4, 8), (16,), {4: torch.tensor([[1e-6], [2e-6]])})
@@ -156,10 +159,13 @@ class LatencyTable:
     1.5
     """
 
-    def __init__(self, shapes: Mapping[tuple[int, int], MeasuredShape]) -> None:
+    def __init__(
+        self, shapes: Mapping[tuple[int, int], MeasuredShape], notes: Mapping[str, object] | None = None
+    ) -> None:
         for full, measured in shapes.items():
             _check_measured(full, measured)
         self.shapes = dict(shapes)
+        self.notes = dict(notes or {})
         self._moved: dict[tuple[object, ...], tuple[Tensor, Tensor, Tensor]] = {}
 
     def seconds(self, shape: LayerShape, expected: Expected) -> Tensor:
@@ -194,7 +200,7 @@ class LatencyTable:
         if measured is None:
             raise GETAError(
                 f"{shape.name}: the latency table has no layer of {shape.outputs} outputs and "
-                f"{shape.inputs * shape.area} inputs; measure it on this model"
+                f"{shape.inputs * shape.area} inputs; write it with `geta-hf measure` on this model"
             )
         missing = [width for width in widths if width not in measured.seconds]
         if missing:
@@ -214,22 +220,23 @@ class LatencyTable:
             }
             for measured in self.shapes.values()
         ]
-        Path(path).write_text(json.dumps({"layers": rows}) + "\n", encoding="utf-8")
+        Path(path).write_text(json.dumps({"measured": self.notes, "layers": rows}) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
         """Read what `save` wrote. Raise GETAError for a file that is no such table."""
         try:
-            rows = json.loads(Path(path).read_text(encoding="utf-8"))["layers"]
+            stored = json.loads(Path(path).read_text(encoding="utf-8"))
             found = [
                 MeasuredShape(
                     tuple(row["outputs"]),
                     tuple(row["inputs"]),
                     {int(width): torch.tensor(times) for width, times in row["seconds"].items()},
                 )
-                for row in rows
+                for row in stored["layers"]
             ]
-            return cls({(measured.outputs[-1], measured.inputs[-1]): measured for measured in found})
+            notes = dict(stored.get("measured", {}))
+            return cls({(measured.outputs[-1], measured.inputs[-1]): measured for measured in found}, notes)
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise GETAError(f"{path} can't be read as a latency table ({error}); measure it again") from error
 

@@ -109,13 +109,30 @@ def layer_costs(model: nn.Module, names: Sequence[str] | None = None) -> tuple[L
     if not bits:
         stored: Any = getattr(getattr(model, "config", None), "quantization_config", None)
         exported = stored is not None and getattr(stored, "quant_method", None) == "geta"
-        bits = stored.bits if exported else dict.fromkeys(names or (), FLOAT_BITS)
+        bits = _stored_bits(stored) if exported else dict.fromkeys(names or (), FLOAT_BITS)
         inputs = stored.activation_bits if exported else {}
     return tuple(
         LayerCost(name, model.get_parameter(f"{name}.weight").numel(), width, inputs.get(name, FLOAT_BITS))
         for name, width in bits.items()
         if not isinstance(model.get_submodule(name), nn.Embedding)
     )
+
+
+def _stored_bits(stored: Any) -> dict[str, float]:
+    """Return the width of each packed weight; over its rows or columns the mean."""
+    # The configuration may be that of a folder's own code, which may know no blocks.
+    blocks = getattr(stored, "blocks", {})
+    return {name: mean_width(blocks[name]) if name in blocks else bits for name, bits in stored.bits.items()}
+
+
+def mean_width(block: Mapping[str, Any]) -> float:
+    """Return the mean width of a weight whose rows or columns differ, as `blocks` of a folder's configuration has them.
+
+    >>> mean_width({"dim": 0, "widths": [2, 4], "counts": [30, 10]})
+    2.5
+    """
+    counts = block["counts"]
+    return float(sum(width * count for width, count in zip(block["widths"], counts, strict=True)) / sum(counts))
 
 
 def _trained_bits(model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:

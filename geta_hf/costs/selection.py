@@ -35,16 +35,26 @@ class Limits:
         min_kept: a count, or below 1 a share; at least one group in any case.
         multiple_of: kept channels are a multiple of this.
         uniform: families of like kind and size lose equally many groups.
+        uniform_kinds: the same for families of these kinds alone.
+        counted: a family keeps one of its `counts`, where it has some, though layers may differ.
     """
 
     min_kept: float = 1
     multiple_of: int = 1
     uniform: bool = False
+    uniform_kinds: tuple[str, ...] = ()
+    counted: bool = False
 
     @classmethod
     def of(cls, config: CompressionConfig) -> Limits:
         """Return the limits that a config asks for."""
-        return cls(config.min_kept, config.multiple_of, config.uniform)
+        # vLLM has one number of heads for all layers, and one of channels for each.
+        kinds = ("heads", "query_heads") if config.serve == "vllm" else ()
+        return cls(config.min_kept, config.multiple_of, config.uniform, kinds, config.serve is not None)
+
+    def alike(self, family: Family) -> bool:
+        """Return whether a family loses as many groups as all others of its kind and size."""
+        return self.uniform or family.kind in self.uniform_kinds
 
     def least(self, family: Family) -> int:
         """Return the number of groups that a family keeps at least.
@@ -63,7 +73,7 @@ class Limits:
 
     def restricted(self, family: Family) -> bool:
         """Return whether a family may keep certain counts only, which need not be multiples of a number."""
-        return self.uniform and bool(family.counts)
+        return (self.uniform or self.counted) and bool(family.counts)
 
     def _counts(self, family: Family) -> Sequence[int]:
         return family.counts if self.restricted(family) else range(1, family.size + 1)
@@ -204,7 +214,7 @@ def _alike(families: Sequence[Family], limits: Limits) -> list[list[tuple[int, F
     """Return families with the number of their first group, those together that must lose equally many."""
     lists: dict[object, list[tuple[int, Family]]] = defaultdict(list)
     for start, family in zip(family_starts(families), families, strict=True):
-        key = (family.kind, family.size, family.parameters) if limits.uniform else family.name
+        key = (family.kind, family.size, family.parameters) if limits.alike(family) else family.name
         lists[key].append((start, family))
     return list(lists.values())
 

@@ -150,13 +150,14 @@ def _wanted_paths(model: nn.Module, layers: Mapping[str, PackedLayer], compute: 
     for name, layer in layers.items():
         # A weight that another module holds too has to remain what that module expects.
         if fits_integers(layer) and holders[id(layer.weight)] == 1:
-            path = _wanted_path(layer, compute)
+            path = wanted_path(layer, compute)
             if path != FLOAT:
                 wanted[name] = path
     return wanted
 
 
-def _wanted_path(layer: PackedLayer, compute: str) -> str:
+def wanted_path(layer: PackedLayer, compute: str) -> str:
+    """Return the path that a layer which `fits_integers` takes on its device under `auto` or `int8`."""
     device = layer.weight.device
     gpu = on_gpu(layer.weight)
     if multiplies_bytes(device) if gpu else layer.weight.is_cpu and _cpu_has_integers():

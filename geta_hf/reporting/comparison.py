@@ -20,7 +20,7 @@ from geta_hf.errors import GETAError
 from geta_hf.export.export import STRUCTURE_NAME
 from geta_hf.quantization import select_layers
 from geta_hf.serialization.hf_quantizer import QUANT_METHOD
-from geta_hf.serialization.loader import check_widths
+from geta_hf.serialization.loader import check_blocks, check_widths
 from geta_hf.serialization.validate import check_readable, read_json
 from geta_hf.utils.tables import format_table
 
@@ -35,15 +35,28 @@ class Structure:
 
     Attributes:
         kept: family -> (groups kept, groups before), in model order.
-        bits: module path -> bits of its packed weight, in model order.
+        bits: module path -> bits of its packed weight, the widest of several, in model order.
         activation_bits: module path -> bits of its input, for the layers that round it; in model order.
         dropped: paths in the dense model of entire layers that were removed before anything else.
+        blocks: module path -> `dim`, `widths` and `counts`, for the weights whose rows or columns have widths.
     """
 
     kept: dict[str, tuple[int, int]]
     bits: dict[str, int]
     activation_bits: dict[str, int] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
+    blocks: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def widths(self) -> dict[str, dict[int, int]]:
+        """Module path -> each width of its packed weight, ascending, and how many rows or columns have it.
+
+        A layer of one width has it once.
+        """
+        found = {name: {bits: 1} for name, bits in self.bits.items()}
+        for name, block in self.blocks.items():
+            found[name] = dict(zip(block["widths"], block["counts"], strict=True))
+        return found
 
     def of_kind(self, kind: str) -> list[tuple[int, int]]:
         """Return (kept, before) of every family of a kind, such as `heads`, in model order."""
@@ -70,7 +83,9 @@ def read_structure(folder: str | os.PathLike[str]) -> Structure:
     inputs = _read_widths(path, "activation_bits", stored.get("activation_bits", {}))
     # A number says how many were asked for, a list which ones were dropped; only the run's own config has the list.
     dropped = _run_config(folder).drop_layers
-    return Structure(kept, bits, inputs, tuple(dropped) if isinstance(dropped, list) else ())
+    blocks = stored.get("blocks", {})
+    check_blocks(blocks, bits, f"{path}:")
+    return Structure(kept, bits, inputs, tuple(dropped) if isinstance(dropped, list) else (), blocks)
 
 
 def export_inside(folder: Path) -> Path | None:
@@ -192,6 +207,7 @@ def compare(
     *,
     tokens: int = 384,
     metrics: Metrics | None = None,
+    latency: bool = True,
 ) -> str:
     """Return a Markdown table that compares the compressed model with the dense one.
 
@@ -200,14 +216,16 @@ def compare(
         compressed_dir: an exported folder of the same architecture.
         tokens: sequence length of MACs, BOPs and latency; a vision model is measured on one image instead.
         metrics: {"dense": {"em": …}, "compressed": {"em": …}}, the first rows of the table.
+        latency: time both models on the CPU, which says something only where the machine is free. Default True.
     """
     structure = read_structure(compressed_dir)
     models = {"dense": load_model(dense_dir), "compressed": load_model(compressed_dir)}
     layers = {"dense": _dense_layers(models["dense"], compressed_dir, structure), "compressed": list(structure.bits)}
     costs = {name: measure_costs(model, tokens, layers[name]) for name, model in models.items()}
     sizes = {"dense": bytes_on_disk(dense_dir), "compressed": bytes_on_disk(compressed_dir)}
-    latency = measure_latency(models, tokens, image=costs["dense"].image)
-    measured = {**(metrics or {}), "latency_ms": latency}
+    measured = dict(metrics or {})
+    if latency:
+        measured["latency_ms"] = measure_latency(models, tokens, image=costs["dense"].image)
     return format_table(("", "dense", "compressed"), table_rows(structure, costs, sizes, measured, by_layer=True))
 
 
@@ -249,14 +267,27 @@ def table_rows(
         rows.append(_share(size_name, sizes["compressed"], sizes.get("dense")))
     if times := metrics.get("latency_ms"):
         ratio = times["dense"] / times["compressed"]
-        rows.append(("CPU latency, ms", f"{times['dense']:.2f}", f"{times['compressed']:.2f} ({ratio:.2f}x faster)"))
+        words = f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
+        rows.append(("CPU latency, ms", f"{times['dense']:.2f}", f"{times['compressed']:.2f} ({words})"))
     return rows
 
 
 def _metric_rows(metrics: Metrics) -> list[tuple[str, str, str]]:
     dense, compressed = metrics.get("dense", {}), metrics.get("compressed", {})
     names = [name for name in dict.fromkeys((*dense, *compressed)) if name in compressed]
-    return [(name.upper(), f"{dense[name]:.2f}" if name in dense else "", f"{compressed[name]:.2f}") for name in names]
+    return [
+        (_SPELLINGS.get(name, name), _score(dense[name]) if name in dense else "", _score(compressed[name]))
+        for name in names
+    ]
+
+
+_SPELLINGS = {"em": "EM", "f1": "F1"}
+"""The name of a metric in files -> how people write it. All others are shown as they are named."""
+
+
+def _score(value: float) -> str:
+    # Shares, such as an accuracy of 0.874, lose too much in two digits.
+    return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
 
 
 def _kinds(structure: Structure) -> list[str]:

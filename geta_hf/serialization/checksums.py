@@ -22,6 +22,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,17 +84,19 @@ def _grid_checksum(data: Tensor) -> str:
         data: uint8, shape (bytes,), on the CPU.
     """
     columns = rows = 0
+    # numpy sums integers more than twice as fast as torch, and releases Python's lock as well.
+    values = data.numpy()
     row = 8 * WIDTH
-    whole = data.numel() // row * row
+    whole = values.size // row * row
     for start in range(0, whole, HEIGHT * row):
-        block = data[start : min(start + HEIGHT * row, whole)]
-        if block.data_ptr() % 8 or block.storage_offset() % 8:
-            block = block.clone()
+        block = values[start : min(start + HEIGHT * row, whole)]
+        if block.ctypes.data % 8:
+            block = block.copy()
         # Sums of int64 wrap around, so they are exact in any order.
-        grid = block.view(torch.int64).view(-1, WIDTH)
-        columns = zlib.crc32(grid.sum(0).numpy().data, columns)
-        rows = zlib.crc32(grid.sum(1).numpy().data, rows)
-    columns = zlib.crc32(data[whole:].numpy().data, columns)
+        grid = block.view(np.int64).reshape(-1, WIDTH)
+        columns = zlib.crc32(np.add.reduce(grid, axis=0).data, columns)
+        rows = zlib.crc32(np.add.reduce(grid, axis=1).data, rows)
+    columns = zlib.crc32(values[whole:].data, columns)
     return f"{columns:08x}{rows:08x}"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArg
 
 from geta_hf.config import CompressionConfig
 from geta_hf.errors import GETAError, MemoryUnknown
+from geta_hf.export.serving import limit_config, limit_families, serving_notes
 from geta_hf.methods import Method, StepMemory, make_method
 from geta_hf.methods.frozen_weights import FrozenWeights
 from geta_hf.methods.parameter_groups import quantizer_parameters
@@ -428,6 +429,7 @@ def dry_run(
     parameters = sum(parameter.numel() for parameter in empty.parameters())
     if config is None:
         return DryRun(parameters, None, None, plan_memory(empty, batch, args, device=device))
+    config = limit_config(config, empty)
     _check_stages(make_method(config), args, steps)
     # Recording computes masks and positions from real values, and of `batch` only the shapes count.
     example = make_dummy_inputs(empty)
@@ -436,13 +438,16 @@ def dry_run(
     flow = record_and_propagate(empty, example, times=2)
     space = build_space(empty, example, prune=config.prune, keep=config.keep, flow=flow)
     space = space if peft_config is not None else without_untrained(space, empty)
+    space = limit_families(config, space, empty)
+    serving = serving_notes(config, empty, space)
     # In GETATrainer's order: the space without quantizers, the plan with them and before LoRA.
     layers = select_layers(empty, config.include, config.exclude)
     excluded = exclude_layers(config, recorded_raw_reads(flow.graph, empty, layers), layers)
     method = make_method(excluded)
+    method.prepare(space)
     method.attach(empty, None)
     ledger = make_ledger(empty, space, embedding_bits=config.embedding_bits)
-    plan = make_plan(config, space, ledger, empty, left_float(config, excluded))
+    plan = replace(make_plan(config, space, ledger, empty, left_float(config, excluded)), serving=serving)
     if peft_config is not None:
         attach_lora(empty, plan_lora(empty, peft_config, quantized_layers(empty)))
     try:

@@ -20,7 +20,7 @@ from geta_hf.qadg import PruningSpace
 from geta_hf.qadg.group_labels import family_starts
 from geta_hf.qadg.missing_heads import missing_heads
 from geta_hf.quantization import quantized_layers
-from geta_hf.quantization.quantizer import Quantizer
+from geta_hf.quantization.quantizer import BY_INPUT, UNSIGNED, Quantizer
 from geta_hf.reporting.graph_page import gather
 from geta_hf.serialization.embeddings import input_embedding
 from geta_hf.serialization.sizes import stored_names
@@ -55,8 +55,8 @@ class Plan:
         rows: the prunable families. Training chooses which of them lose more and which less.
         target: the goals as amounts.
         removed_groups: K where the target counts groups, otherwise as if all families lost the same share.
-        exact: whether training removes just that many: K without `uniform` or `multiple_of`, under which up to one
-            chunk fewer may go.
+        exact: whether training removes just that many: K without `uniform`, `multiple_of` or `serve`, under which up to
+            one chunk fewer may go.
         groups: prunable groups.
         kept_parameters: share of the prunable parameters that would remain.
         mean_bits: planned mean width of the weights; None where it is learned without a budget.
@@ -71,6 +71,7 @@ class Plan:
             them.
         not_vanilla: why the result cannot be written in the format `vanilla`; empty if it can, None if not known.
         without_heads: a sentence for each kind of module that counts heads of which none is found, with the reason.
+        serving: what the program that `serve` names asks of the result, in sentences.
         bounds: between what training decides, where it splits a size between pruning and widths; the other figures are
             then those of an even split. None where they are planned.
 
@@ -103,6 +104,7 @@ class Plan:
     not_vanilla: str | None = None
     without_heads: tuple[str, ...] = ()
     bounds: SplitBounds | None = None
+    serving: tuple[str, ...] = ()
 
     @property
     def most_removed_groups(self) -> int:
@@ -144,7 +146,7 @@ class Plan:
         if self.not_vanilla is not None:
             vanilla = f"not vanilla: {self.not_vanilla}" if self.not_vanilla else "also vanilla, without geta_hf"
             lines.append(f"formats of the result: geta; {vanilla}")
-        return "\n".join((*lines, *self.without_heads))
+        return "\n".join((*lines, *self.without_heads, *self.serving))
 
 
 def make_plan(
@@ -178,7 +180,7 @@ def make_plan(
         rows=_rows(space, removal),
         target=target,
         removed_groups=removed,
-        exact=target.unit == GROUPS and not config.uniform and config.multiple_of == 1,
+        exact=target.unit == GROUPS and not config.uniform and config.multiple_of == 1 and config.serve is None,
         groups=ledger.groups,
         kept_parameters=ledger.prunable_parameters(removal) / max(before, 1),
         mean_bits=target.bits if target.budgets else None,
@@ -242,7 +244,7 @@ def make_ledger(
         GETAError: an embedding that is to be rounded, of a model that has none.
     """
     quantizers = (n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Quantizer))
-    own = {f"{name}.{leaf}" for name in quantizers for leaf in ("d", "q_m", "t", "order")}
+    own = {f"{name}.{leaf}" for name in quantizers for leaf in ("d", "q_m", "t", "order", BY_INPUT, UNSIGNED)}
     shapes, item_bytes, seen = {}, {}, set()
     # keep_vars gives the tensors themselves: detached ones would be new objects, and tied weights would count twice.
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -19,6 +19,7 @@ from geta_hf.config import CONFIG_NAME, CompressionConfig, GETAConfig
 from geta_hf.costs.ledger import Ledger
 from geta_hf.errors import GETAError
 from geta_hf.export import ExportReport, export
+from geta_hf.export.serving import limit_config, limit_families, serving_notes
 from geta_hf.export.uniform_counts import choose_counts
 from geta_hf.methods import Method, Run, make_method
 from geta_hf.methods.frozen_weights import FrozenWeights
@@ -128,7 +129,8 @@ class GETATrainer(PublishingTrainer):
     ) -> None:
         if model is None:
             raise GETAError("GETATrainer needs `model`; `model_init` would make models that no method has seen")
-        self.geta_config = self.run_config = geta_config or GETAConfig()
+        given = geta_config or GETAConfig()
+        self.geta_config = self.run_config = limit_config(given, model, kwargs.get("processing_class"))
         self.method: Method = make_method(self.geta_config)
         self.lora = self._check_model(model, peft_config)
         super().__init__(model=model, args=args, **kwargs)
@@ -151,13 +153,14 @@ class GETATrainer(PublishingTrainer):
             self.lora = self._replan_lora(model)
             self.space = self._find_space(model)
             self.distiller = self._make_distiller(model, teacher)
+            self.method.prepare(self.space)
             self.method.attach(model, self._sample_batches)
             check_ties(model)
             self._ledger = self._measure_sizes(model)
             self.plan: Plan = make_plan(
                 self.geta_config, self.space, self._ledger, model, left_float(self.geta_config, self.run_config)
             )
-            self.plan = dataclasses.replace(self.plan, not_vanilla=self._not_vanilla)
+            self.plan = dataclasses.replace(self.plan, not_vanilla=self._not_vanilla, serving=self._serving)
             if self.lora is not None:
                 # Last, since the matrices are merged before an export: no size and no bit width counts them.
                 attach_lora(model, self.lora)
@@ -272,6 +275,8 @@ class GETATrainer(PublishingTrainer):
             labels=self._labels,
         )
         space, self._not_vanilla = choose_counts(self.geta_config, space, model, recordings)
+        space = limit_families(self.geta_config, space, model)
+        self._serving = serving_notes(self.geta_config, model, space)
         return space
 
     def _replan_lora(self, model: nn.Module) -> LoraPlan | None:

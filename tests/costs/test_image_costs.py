@@ -27,7 +27,7 @@ from geta_hf.costs.model_costs import forward_uses, image_of, one_sample
 from geta_hf.costs.selection import Limits
 from geta_hf.costs.targets import most_removed
 from geta_hf.quantization import select_layers
-from recipes.cifar_models import (
+from geta_hf.recipes.cifar_models import (
     CifarResNetConfig,
     CifarResNetForImageClassification,
     Vgg7Config,

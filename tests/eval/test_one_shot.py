@@ -30,7 +30,20 @@ def test_rows_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     tiny_llama().save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "a.txt").write_text("Once upon a time. " * 40, encoding="utf-8")
-    options = ["--model", "model", "--text", "a.txt", "--work", "work", "--blocks", "8", "--length", "16"]
+    options = [
+        "--model",
+        "model",
+        "--text",
+        "a.txt",
+        "--work",
+        "work",
+        "--blocks",
+        "8",
+        "--scored",
+        "8",
+        "--length",
+        "16",
+    ]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["one_shot", *options, "--bits", "5", "2.2"])
     one_shot.main()

@@ -9,7 +9,7 @@ import pytest
 
 from eval import squad
 from geta_hf.errors import GETAError
-from recipes import demo_data
+from geta_hf.recipes import demo_data
 
 
 def test_command_scores_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from transformers import BertTokenizer, LlamaForCausalLM
 from eval import study_tasks
 from eval.study_tasks import Lengths, QuestionOptions, TextOptions
 from geta_hf import GETAError
-from recipes import demo_data
+from geta_hf.recipes import demo_data
 
 DENSE = Lengths(2, 4, 1e-3)
 TINY = TextOptions(texts=[], layers=1, hidden=32, block=16, eval_blocks=4)
@@ -128,3 +128,27 @@ def test_question_task_trains_and_scores(tmp_path: Path) -> None:
     scores = task.score(model)
     assert tuple(scores) == task.metrics
     assert 0 <= scores["em"] <= scores["f1"] <= 100
+
+
+def test_a_pretrained_model_is_the_dense_one_where_it_takes_no_steps(text: TextOptions, tmp_path: Path) -> None:
+    """The tokenizer is read from its folder, and text of another kind is scored too."""
+    model = LlamaForCausalLM(study_tasks.llama_config(TINY, 300))
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "other.txt").write_text("a quick b " * 40)
+    options = replace(text, other_texts=[str(tmp_path / "other.txt")], eval_blocks=3)
+    words = BertTokenizer(vocab={word: place for place, word in enumerate(["[UNK]", "the", "a", "b", "quick"])})
+    words.save_pretrained(tmp_path / "model")
+    task = study_tasks.text_task(replace(options, model=str(tmp_path / "model")), Lengths(0, 4, 1e-3), "t")
+    folder = study_tasks.dense_model(task, tmp_path / "work")
+    loaded = task.load(folder)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert not (folder.parent / "dense_checkpoints").exists()
+    # Without a tokenizer of its own, the same text has other tokens.
+    assert task.features[0]["input_ids"].max() < 5
+    scores = task.score(loaded)
+    assert scores.keys() == {"nats", "other_nats"} and task.scored["other_blocks"] == 3
+    other = study_tasks.read_blocks(options.other_texts, task.tokenizer, 16)
+    assert scores["other_nats"] == pytest.approx(
+        study_tasks.nats_per_token(loaded, other[torch.arange(3) * len(other) // 3])
+    )

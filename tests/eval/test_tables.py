@@ -11,16 +11,18 @@ from eval.study_tasks import Lengths, QuestionOptions, Task, question_task
 from eval.tables import __main__ as command
 from eval.tables import cells
 from eval.tables.cells import Cell, cells_of, run_table
-from eval.tables.render import losses, render
+from eval.tables.curve import curve_points, draw_curve
+from eval.tables.render import SCORES, Score, losses, render
 from eval.tables.rows import CONTROL, DENSE, OURS, PAPER, SEQUENTIAL, TABLES, UNTRAINED, config_of
 from geta_hf import GETAConfig, GETAError
 from geta_hf.methods import PostTrainingConfig
-from recipes import demo_data
+from geta_hf.recipes import demo_data
 from tests.recipes.pictures import write_idx
 
 pytestmark = pytest.mark.usefixtures("shared_spaces")
 
 LENGTHS = Lengths(20, 4, 1e-3)
+F1 = SCORES[0]
 EQUAL = f"{OURS}, at the BOPs of the paper's rules"
 
 
@@ -130,8 +132,8 @@ def test_losses_are_against_the_dense_model_of_the_same_seed_and_length() -> Non
     cell = [
         {"row": PAPER, "seed": seed, "steps": steps, "f1": 50.0} for seed, steps in ((0, 9), (1, 9), (0, 3), (2, 9))
     ]
-    assert losses(cell, plain, "f1") == [20.0, 21.0, 10.0]
-    assert losses(plain, plain, "f1") == [] and losses(cell, plain, "other_f1") == []
+    assert losses(cell, plain, F1) == [20.0, 21.0, 10.0]
+    assert losses(plain, plain, F1) == [] and losses(cell, plain, replace(F1, key="other_f1")) == []
 
 
 def test_the_page_shows_rows_by_sparsity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,6 +154,47 @@ def test_the_page_shows_rows_by_sparsity(tmp_path: Path, capsys: pytest.CaptureF
     columns = [column.strip() for column in row.strip("|").split("|")]
     expected = ["60.50 ± 0.71", "40.00 ± 0.00", "9.50 ± 0.71", "15.00 ± 0.00", "12.50%", "1.00", "6.50", "2.0", "2"]
     assert columns[1:] == expected
+
+
+def _text_line(row: str, sparsity: float | None, seed: int, nats: float, **costs: float) -> Line:
+    settings = {"steps": 9, "batch_size": 4, "learning_rate": 1e-3, "dense": {"steps": 0}, "scored": {"blocks": 100}}
+    common = {"table": "table5", "study": "stories", "settings": settings, "steps": 9, "tokens": 5, "bytes": 4e6}
+    return {**common, "row": row, "sparsity": sparsity, "seed": seed, "nats": nats, "relative_bops": 1.0, **costs}
+
+
+def test_lower_is_better_for_nats(tmp_path: Path) -> None:
+    page = render([_text_line(CONTROL, None, 0, 2.0), _text_line(PAPER, 0.5, 0, 2.25)])
+    assert "scored on 100 blocks. The dense model is the pretrained one as it is." in page
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| {PAPER}")]
+    assert [column.strip() for column in row.strip("|").split("|")][1:3] == ["2.250", "0.250"]
+
+
+def test_a_curve_has_a_point_for_each_sparsity_and_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nats = Score("nats", "nats", 3, larger_is_better=False)
+    plain = [_text_line(CONTROL, None, seed, 2.0 + seed) for seed in (0, 1)]
+    cut = [
+        _text_line(PAPER, sparsity, seed, 3.0 + seed + sparsity + 0.1 * seed, relative_bops=0.2 - 0.1 * sparsity)
+        for sparsity in (0.5, 0.1)
+        for seed in (0, 1)
+    ]
+    points = sorted(curve_points(cut, plain, nats, "relative_bops"))
+    assert points == [(pytest.approx(0.15), pytest.approx(1.55)), (pytest.approx(0.19), pytest.approx(1.15))]
+    assert curve_points(cut, [], nats, "bytes") == []
+    for line in (*plain, *cut):
+        append_result(tmp_path, line)
+    pytest.importorskip("matplotlib")
+    command.main(["render", "--work", str(tmp_path), "--curve", str(tmp_path / "curve.svg")])
+    assert PAPER.encode() in (tmp_path / "curve.svg").read_bytes()
+    with pytest.raises(GETAError, match="no compressed result of table5"):
+        draw_curve(plain, tmp_path / "none.svg")
+
+
+@pytest.mark.parametrize(
+    "given", [[], ["--train_file", "a"], ["--train_file", "a", "--eval_file", "b", "--texts", "c"]]
+)
+def test_questions_or_text_are_given_whole_and_not_both(given: list[str], tmp_path: Path) -> None:
+    with pytest.raises(GETAError, match="or --texts for plain text"):
+        command.main(["table5", "--model", "m", "--work", str(tmp_path), *given])
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from transformers import BertTokenizer
 
-from recipes import demo_data
+from geta_hf.recipes import demo_data
 
 
 @pytest.fixture(scope="session")

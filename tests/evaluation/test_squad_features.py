@@ -11,7 +11,7 @@ from transformers import BertTokenizer
 from geta_hf.errors import GETAError
 from geta_hf.evaluation import squad_features
 from geta_hf.evaluation.squad_features import Question
-from recipes import demo_data
+from geta_hf.recipes import demo_data
 from tests.evaluation.questions import FILLER, ask
 
 

@@ -11,9 +11,10 @@ from transformers import TrainingArguments
 
 from geta_hf import GETAConfig, GETAError, config
 from geta_hf.config import CompressionConfig, above, setting, settings_of
-from recipes import language_modeling as recipe
-from recipes import question_answering as bert_squad
-from recipes.arguments import describe_config
+from geta_hf.recipes import CONFIGS
+from geta_hf.recipes import language_modeling as recipe
+from geta_hf.recipes import question_answering as bert_squad
+from geta_hf.recipes.arguments import describe_config, find_config
 from tests.elsewhere import run_script
 
 ROOT = Path(__file__).parent.parent.parent
@@ -115,3 +116,27 @@ def test_the_method_chooses_the_config_class() -> None:
     assert named.geta == GETAConfig(mean_bits=5)
     with pytest.raises(GETAError, match=r"unknown method 'sparse'; known are \[.*'qasso'.*\]"):
         recipe.parse_arguments([*MODEL, "--geta.method", "sparse"])
+
+
+@pytest.mark.parametrize("name", ["bert_squad", "bert_squad.yaml", "recipes/configs/bert_squad.yaml"])
+def test_ready_made_configs_are_found_from_any_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config(name) == CONFIGS / "bert_squad.yaml"
+    (tmp_path / "bert_squad.yaml").write_text("seed: 1")  # the user's own comes first
+    assert find_config("bert_squad.yaml") == Path("bert_squad.yaml")
+    assert find_config("bert_squad") == CONFIGS / "bert_squad.yaml"
+
+
+@pytest.mark.parametrize("name", ["bert_squad.yml", "runs/bert_squad.yaml", "", "none"])
+def test_a_config_that_does_not_exist_lists_those_that_do(name: str) -> None:
+    with pytest.raises(GETAError, match=r"no such config file; give a YAML file, or one of bert_squad, .*qwen"):
+        find_config(name)
+
+
+def test_ready_made_configs_have_one_place() -> None:
+    """The repository's `recipes/configs` is the package's folder, and the wheel contains its files."""
+    assert (ROOT / "recipes" / "configs").resolve() == CONFIGS.resolve()
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    assert '"recipes/configs/*.yaml"' in pyproject

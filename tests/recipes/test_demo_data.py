@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from geta_hf.evaluation.squad_features import Question, load_questions
-from recipes import demo_data
+from geta_hf.recipes import demo_data
 
 
 def test_same_seed_same_files_and_exact_counts(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from geta_hf import GETAError
+from geta_hf.recipes.documents import has_target, pack, tokenize
+from geta_hf.recipes.text_data import DataArguments, features
 from geta_hf.training.distillation import IGNORED
-from recipes.documents import has_target, pack, tokenize
-from recipes.text_data import DataArguments, features
 from tests.recipes.words import END, WORDS, word_tokenizer
 
 CHAT = DataArguments(messages_column="messages")

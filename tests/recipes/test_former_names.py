@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes import language_modeling, question_answering
+from geta_hf.recipes import language_modeling, question_answering
 from tests.elsewhere import run_script
 from tests.recipes.test_question_answering import arguments_for
 

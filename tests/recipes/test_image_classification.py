@@ -10,9 +10,9 @@ from transformers import AutoModelForImageClassification, TrainingArguments, pip
 
 from geta_hf import GETAError
 from geta_hf.evaluation.image_classification import accuracies, collate_images
-from recipes import image_classification as recipe
-from recipes.averages import Averages, averaged
-from recipes.cifar_models import CifarResNetConfig, CifarResNetForImageClassification
+from geta_hf.recipes import image_classification as recipe
+from geta_hf.recipes.averages import Averages, averaged
+from geta_hf.recipes.cifar_models import CifarResNetConfig, CifarResNetForImageClassification
 from tests.recipes.pictures import CLASSES, SIDE, picture, write_folder, write_idx
 
 CONFIGS = Path(recipe.__file__).parent / "configs"

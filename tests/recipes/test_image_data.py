@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import ViTImageProcessor
 
 from geta_hf import GETAError
-from recipes import image_data
-from recipes.image_data import DataArguments, Images, Rows
+from geta_hf.recipes import image_data
+from geta_hf.recipes.image_data import DataArguments, Images, Rows
 from tests.recipes.pictures import CLASSES, SIDE, picture, write_folder, write_idx
 
 PLAIN = DataArguments(train_dir="x")

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from geta_hf import GETAConfig, GETAError
 from geta_hf.errors import MemoryUnknown
+from geta_hf.recipes import language_modeling as recipe
 from geta_hf.reporting.comparison import read_structure
-from recipes import language_modeling as recipe
 from tests.recipes.words import stories, write_model
 
 FOLDER = Path(recipe.__file__).parent / "configs"

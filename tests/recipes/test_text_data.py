@@ -12,9 +12,9 @@ from transformers import PhiForCausalLM
 
 from geta_hf import GETAError
 from geta_hf.evaluation.texts import perplexity_of_rows
+from geta_hf.recipes.documents import pack, prepare_tokenizer, prompt_and_response
+from geta_hf.recipes.text_data import DataArguments, check_columns, collator, features, load_rows
 from geta_hf.training.distillation import IGNORED
-from recipes.documents import pack, prepare_tokenizer, prompt_and_response
-from recipes.text_data import DataArguments, check_columns, collator, features, load_rows
 from tests.recipes.words import END, WORDS, stories, word_tokenizer, write_model
 
 TEMPLATE = "Ask : {question}\n{hint}\nTell : {answer}"

@@ -99,13 +99,12 @@ def find_candidates(
     Raises:
         GETAError: a target out of reach; names the one that can be reached.
     """
+    check_budget(config, families, ledger)
     unit, amount = budget_of(config)
     if config.target_sparsity is not None or config.target_parameters is not None:
         target = solve_target(config, families, ledger)
         return [_at(_removed(target, config, families, ledger, losses), unit, amount, config, ledger, losses)]
     lowest = float(config.widths[0])
-    everything = most_removed(families, Limits.of(config))
-    _check_reachable(unit, amount, _spent(everything, unit, lowest, ledger), lowest)
     found: list[Candidate] = []
     if _spent(ledger.nothing, unit, lowest, ledger) + size_reserve(unit, ledger) <= amount * (1 + ROUNDING):
         found.append(_at(ledger.nothing, unit, amount, config, ledger, losses))
@@ -122,6 +121,29 @@ def find_candidates(
         if _spent(removed, unit, lowest, ledger) + size_reserve(unit, ledger) <= amount * (1 + ROUNDING):
             found.append(_at(removed, unit, amount, config, ledger, losses))
     return found
+
+
+def check_budget(config: OneShotConfig, families: Sequence[Family], ledger: Ledger) -> None:
+    """Raise GETAError for a target out of reach; names the one that can be reached. No losses are needed for that.
+
+    Args:
+        config: with targets and limits.
+        families: those that may lose groups.
+        ledger: sizes of the model.
+    """
+    for name in ("target_sparsity", "target_parameters"):
+        if getattr(config, name) and not families:
+            raise GETAError(
+                f"{name} = {getattr(config, name)} asks for less, but nothing in the model may be pruned; switch "
+                f"families on by `prune`, or give a size or mean_bits alone"
+            )
+    if config.target_sparsity is not None or config.target_parameters is not None:
+        solve_target(config, families, ledger)
+        return
+    unit, amount = budget_of(config)
+    lowest = float(config.widths[0])
+    everything = most_removed(families, Limits.of(config))
+    _check_reachable(unit, amount, _spent(everything, unit, lowest, ledger), lowest)
 
 
 def _check_reachable(unit: str, amount: float, reachable: float, lowest: float) -> None:

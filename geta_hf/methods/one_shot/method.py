@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ from geta_hf.methods.one_shot.choice import Candidate, Losses, bits_per_weight, 
 from geta_hf.methods.one_shot.config import OneShotConfig
 from geta_hf.methods.one_shot.gradients import logits_of, measure_gradients, predictions, sequences
 from geta_hf.methods.one_shot.layers import Grid, compress_layer, rounding_losses
+from geta_hf.methods.one_shot.score_file import fingerprint, read_scores, write_scores
 from geta_hf.methods.qasso.slices import build_slices, group_sums, zero_slices
 from geta_hf.qadg.group_labels import consumers, family_of_group, family_starts, find_group_labels
 from geta_hf.qadg.space import PruningSpace
-from geta_hf.quantization import attach_quantizers, quantized_layers, select_layers
+from geta_hf.quantization import attach_quantizers, detach_quantizers, quantized_layers, select_layers
 from geta_hf.quantization.by_block import Batch, BlockRunner, find_blocks, uncached
 from geta_hf.quantization.covariances import collecting, has_covariance, measure_covariances
 from geta_hf.utils.model_io import float_tensors, loss_of
@@ -97,6 +99,48 @@ class Outcome:
     unreached: tuple[str, ...]
 
 
+@dataclass
+class Measured:
+    """What is measured on the dense model, once for all budgets; filled when it is first needed.
+
+    Attributes:
+        settings: of the config, those that losses depend on; what was measured under others is measured again.
+        losses: what removing and rounding are expected to cost.
+        dense_loss: on the held-back data.
+        reference: outputs on the held-back data, where there are no labels.
+        covariances: of the inputs of all layers, by path.
+        path: file in which losses are kept, and from which they are read where they are of the same model, data and
+            settings. Default None: they are not kept.
+        several: whether other budgets follow, for which covariances are kept too, in memory.
+    """
+
+    settings: tuple[Any, ...] | None = None
+    losses: Losses | None = None
+    dense_loss: float | None = None
+    reference: list[dict[str, Tensor]] | None = None
+    covariances: dict[str, Tensor | None] | None = None
+    path: Path | None = None
+    several: bool = False
+
+    def check(self, config: OneShotConfig) -> None:
+        """Forget the losses that were measured under other settings."""
+        settings = score_settings(config)
+        if self.settings is not None and self.settings != settings:
+            self.losses = None
+        self.settings = settings
+
+
+def score_settings(config: OneShotConfig) -> tuple[Any, ...]:
+    """Return the settings of a config that expected losses depend on, as plain data."""
+    return (
+        config.saliency,
+        list(config.widths),
+        config.grid,
+        [list(config.include or ()), list(config.exclude or ())],
+        [list(config.prune or ()), list(config.keep or ())],
+    )
+
+
 class OneShotMethod(Method):
     """Remove groups, choose widths and round, each with compensation, without training.
 
@@ -107,6 +151,7 @@ class OneShotMethod(Method):
     config: OneShotConfig
     stages = ("compression",)
     _result: CompressionResult | None = None
+    _work: _Work | None = None
 
     def check(self, frozen_weights: bool) -> None:
         """Raise GETAError: this method has no training."""
@@ -153,8 +198,12 @@ class OneShotMethod(Method):
         space: PruningSpace,
         ledger: Ledger,
         progress: Progress = no_progress,
+        measured: Measured | None = None,
+        candidates: Sequence[Candidate] | None = None,
     ) -> Outcome:
         """Compress a model in place and attach its quantizers; on any failure it is as it was.
+
+        A copy of the dense weights is kept for `undo`, until `release`.
 
         Args:
             model: dense, without quantizers.
@@ -162,20 +211,37 @@ class OneShotMethod(Method):
             space: its pruning space.
             ledger: sizes of the model, with its quantizers.
             progress: wraps what takes long in a progress bar.
+            measured: of the same dense model, data and space, by a run with another budget; filled by this one.
+            candidates: splits of the budget to try in place of those that the config's scores propose.
 
         Raises:
             GETAError: a target out of reach, activations or gradients that overflow.
         """
-        work = _Work(model, self.config, data, space, ledger, progress)
+        measured = Measured() if measured is None else measured
+        measured.check(self.config)
+        self._work = _Work(model, self.config, data, space, ledger, progress, measured)
         try:
-            outcome, grids = work.run()
+            outcome, grids = self._work.run(candidates)
             self.attach(model, None)
             _write_grids(model, grids)
         except BaseException:
-            work.restore()
+            self.undo()
             raise
         self._result = outcome.result
         return outcome
+
+    def undo(self) -> None:
+        """Make the model dense again: without quantizers, with its first weights. Nothing happens after `release`."""
+        if self._work is None:
+            return
+        detach_quantizers(self._work.model)
+        self._work.restore()
+        self._result = None
+        self.release()
+
+    def release(self) -> None:
+        """Forget the dense weights."""
+        self._work = None
 
 
 @torch.no_grad()
@@ -200,8 +266,10 @@ class _Work:
         space: PruningSpace,
         ledger: Ledger,
         progress: Progress,
+        measured: Measured,
     ) -> None:
         self.model, self.config, self.data = model, config, data
+        self.measured = measured
         self.grid = str(config.grid)
         self.space, self.ledger, self.progress = space, ledger, progress
         self.families = space.trainable
@@ -224,11 +292,11 @@ class _Work:
         for parameter, original in self._originals:
             parameter.copy_(original)
 
-    def run(self) -> tuple[Outcome, dict[int, Grid]]:
+    def run(self, candidates: Sequence[Candidate] | None = None) -> tuple[Outcome, dict[int, Grid]]:
         """Compress; return what was done, and the grid of each weight by the id of its parameter."""
-        before, reference = measure(self.model, self.data.held_back)
-        losses = self._losses()
-        candidates = find_candidates(self.config, self.families, self.ledger, losses)
+        before, reference = self._dense_loss()
+        if candidates is None:
+            candidates = find_candidates(self.config, self.families, self.ledger, self._expected_losses())
         trials = self._try(candidates, reference)
         chosen = min(range(len(trials)), key=lambda place: trials[place].loss or 0.0)
         grids = self._compress(candidates[chosen])
@@ -250,6 +318,32 @@ class _Work:
             bits_per_weight=bits_per_weight(self.ledger, unit, amount),
             unreached=tuple(dict.fromkeys(self.unreached)),
         ), grids
+
+    def _dense_loss(self) -> tuple[float, list[dict[str, Tensor]] | None]:
+        if self.measured.dense_loss is None:
+            loss, self.measured.reference = measure(self.model, self.data.held_back)
+            outputs = [item for batch in self.measured.reference or () for item in batch.values()]
+            if not math.isfinite(loss) or not all(bool(torch.isfinite(item).all()) for item in outputs):
+                raise GETAError(
+                    f"activations overflow: what {type(self.model).__name__} computes on the calibration data is not "
+                    f"finite; check the data, or load the model in float32 or bfloat16"
+                )
+            self.measured.dense_loss = loss
+        return self.measured.dense_loss, self.measured.reference
+
+    def _expected_losses(self) -> Losses:
+        measured = self.measured
+        if measured.losses is not None:
+            return measured.losses
+        if measured.path is None:
+            measured.losses = self._losses()
+            return measured.losses
+        key = fingerprint(self.model, self.data.scores, measured.settings, self.layers, self.ledger.groups)
+        measured.losses = read_scores(measured.path, key)
+        if measured.losses is None:
+            measured.losses = self._losses()
+            write_scores(measured.path, key, measured.losses)
+        return measured.losses
 
     def _by_family(self, removed: Tensor) -> Iterable[tuple[str, Tensor]]:
         for start, family in zip(family_starts(self.families), self.families, strict=True):
@@ -314,12 +408,16 @@ class _Work:
         return self._compress_at_once(candidate, self._dense_covariances())
 
     def _dense_covariances(self) -> dict[str, Tensor | None]:
-        """Return the covariance of every layer's input while the model is as it is."""
+        """Return the covariance of every layer's input in the dense model, which the model has to be now."""
+        if self.measured.covariances is not None:
+            return self.measured.covariances
         batches = self.data.covariances
         found: dict[str, Tensor | None] = dict.fromkeys(self.layers)
         bar = lambda items: self.progress(items, "covariances", len(batches))  # noqa: E731
         for part in measure_covariances(self.model, self.layers, batches, progress=bar):
             found |= part
+        if self.measured.several:
+            self.measured.covariances = found
         return found
 
     @staticmethod

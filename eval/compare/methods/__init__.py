@@ -1,0 +1,1 @@
+"""One file for each method; each lists what it offers as `METHODS`."""
