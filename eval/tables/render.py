@@ -74,7 +74,7 @@ def _section(table: Table, study: str, lines: Sequence[Line]) -> str:
     plain = [line for line in lines if line["sparsity"] is None]
     scores = [score for score in SCORES if score.key in lines[0]]
     header = ("row", *(score.title for score in scores), *(f"{title} lost" for title, _ in _lost(scores)))
-    costs = [cost for cost in COSTS if any(cost.key in line for line in lines)]
+    costs = [cost for cost in COSTS if any(line.get(cost.key) for line in lines)]
     header += (*(cost.title for cost in costs), "seeds")
     parts.append(format_table(header, _rows(table, plain, plain, scores, costs)))
     for sparsity in sorted({line["sparsity"] for line in lines if line["sparsity"] is not None}):

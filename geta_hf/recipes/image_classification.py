@@ -263,7 +263,7 @@ def card_result(data: DataArguments, scores: Mapping[str, float | int], images: 
         total: number of images of which a sample may have been drawn.
     """
     names = [name for name in scores if f"{name}_stderr" in scores]
-    local = data.dataset_name is None
+    local = data.is_local
     return TaskResult(
         Path(images.source).name if local else str(data.dataset_name),
         {name: scores[name] for name in names},

@@ -37,7 +37,9 @@ _IDX_FILES["eval"] = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 class DataArguments:
     """Choose the images to train and to evaluate on, and how they are read."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "a Hub data set with images and labels"})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "a Hub data set with images and labels, unless local ones are given"}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "its configuration, if it has several"})
     train_split: str = field(default="train", metadata={"help": "split of the Hub data set to train on"})
     eval_split: str = field(default="validation", metadata={"help": "split of the Hub data set to evaluate on"})
@@ -80,6 +82,16 @@ class DataArguments:
             raise GETAError(f"mixup = {self.mixup} must be 0 or a positive number, such as 0.2")
         if self.skip_corrupt and not self.check_images:
             raise GETAError("skip_corrupt needs check_images, which finds the corrupt images")
+
+    @property
+    def is_in_folders(self) -> bool:
+        """Return whether the images are in folders of classes."""
+        return self.train_dir is not None or self.eval_dir is not None
+
+    @property
+    def is_local(self) -> bool:
+        """Return whether the images are local, in which case `dataset_name`, a config's, is not read."""
+        return self.idx_dir is not None or self.is_in_folders
 
 
 @dataclass(frozen=True)
@@ -144,20 +156,18 @@ def load_images(data: DataArguments, part: str) -> Images:
     Raises:
         GETAError: no data or several sources, or files that are missing, empty or damaged.
     """
-    local = {"train": data.train_dir, "eval": data.eval_dir}
-    given = [data.idx_dir is not None, any(local.values()), data.dataset_name is not None]
-    if sum(given) != 1:
-        raise GETAError(
-            "give one source of images: dataset_name (such as `uoft-cs/cifar10`), train_dir with eval_dir, or idx_dir"
-        )
+    folder = data.train_dir if part == "train" else data.eval_dir
+    if data.idx_dir is not None and data.is_in_folders:
+        raise GETAError("give one source of images: idx_dir, or train_dir with eval_dir")
     if data.idx_dir is not None:
         return read_idx(Path(data.idx_dir), part)
-    if data.dataset_name is not None:
-        return _hub(data, data.train_split if part == "train" else data.eval_split)
-    folder = local[part]
-    if folder is None:
-        raise GETAError(f"{part}_dir is missing: give the folders train_dir and eval_dir")
-    return read_folder(Path(folder))
+    if data.is_in_folders:
+        if folder is None:
+            raise GETAError(f"{part}_dir is missing: give the folders train_dir and eval_dir")
+        return read_folder(Path(folder))
+    if data.dataset_name is None:
+        raise GETAError("no images: give dataset_name (such as `uoft-cs/cifar10`), train_dir with eval_dir, or idx_dir")
+    return _hub(data, data.train_split if part == "train" else data.eval_split)
 
 
 def read_folder(folder: Path) -> Images:

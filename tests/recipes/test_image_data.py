@@ -172,7 +172,7 @@ def test_folders_that_hold_no_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "give one source of images"),
+        ({}, "no images: give dataset_name"),
         ({"idx_dir": "a", "train_dir": "b"}, "give one source of images"),
         ({"train_dir": "b"}, "eval_dir is missing"),
         ({"augmentation": "mirror"}, "must be one of none, shift_flip"),
@@ -186,6 +186,11 @@ def test_folders_that_hold_no_data(tmp_path: Path) -> None:
 def test_contradictions(given: dict[str, Any], message: str) -> None:
     with pytest.raises(GETAError, match=message):
         image_data.load_images(DataArguments(**given), "eval")
+
+
+def test_local_images_take_the_place_of_a_configs_data_set(folder: Path) -> None:
+    data = DataArguments(dataset_name="uoft-cs/cifar10", train_dir=str(folder), eval_dir=str(folder))
+    assert data.is_local and list(image_data.load_images(data, "eval").classes) == list(CLASSES)
 
 
 def test_classes_that_differ(folder: Path, idx: Path) -> None:
