@@ -45,7 +45,7 @@ class IntegerLayer(PackedLayer):
         halved: whether a byte of the weight holds two codes.
     """
 
-    ADDED = ("path", "for_gpu", "halved", "_dense_shape", "_totals", "_totals_of_widths")
+    ADDED = ("path", "for_gpu", "halved", "_dense_shape", "_totals", "_inputs_by_width")
     OWN = (*PackedLayer.OWN, *ADDED)
 
     bias: Any
@@ -55,7 +55,7 @@ class IntegerLayer(PackedLayer):
     like: Tensor  # empty; its type follows casts of the model
     _dense_shape: tuple[int, ...]
     _totals: Tensor  # of the codes of each output, int32
-    _totals_of_widths: dict[int, Tensor]  # the same of the inputs of each width, where inputs have step sizes
+    _inputs_by_width: list[tuple[Tensor, Tensor]]  # where inputs have step sizes: those of each width, and their totals
 
     @property
     def dense_shape(self) -> tuple[int, ...]:
@@ -122,11 +122,10 @@ class IntegerLayer(PackedLayer):
         one = step.new_ones(1)
         if self._few(rows) or self.path == WEIGHT_ONLY:
             return self._product_of(scaled_rows.to(rows.dtype), stored, one, outputs)
-        assert self.widths is not None
         weight = unpack_halves(stored) if self.halved else stored
         total = rows.new_zeros(rows.shape[0], outputs, dtype=torch.float32)
-        for width, sums_of_codes in self._totals_of_widths.items():
-            index = self.widths.index(width).to(rows.device)
+        for places, sums_of_codes in self._inputs_by_width:
+            index = places.to(rows.device)
             codes, input_step, zero = round_rows(scaled_rows.index_select(1, index))
             part = weight.index_select(1, index)
             if len(index) == 1:  # with a single input the product on a CPU computes nothing
@@ -156,11 +155,11 @@ class IntegerLayer(PackedLayer):
         rows = self._transposed(codes)
         # Computed before the padding and the packing, from the codes themselves.
         self._totals = rows.sum(1, dtype=torch.int32)
-        self._totals_of_widths = {}
+        self._inputs_by_width = []
         if self.widths is not None and self.scales_inputs:
             for width in self.widths.counts:
-                part = rows.index_select(1, self.widths.index(width).to(rows.device))
-                self._totals_of_widths[width] = part.sum(1, dtype=torch.int32)
+                index = self.widths.index(width).to(rows.device)
+                self._inputs_by_width.append((index, rows.index_select(1, index).sum(1, dtype=torch.int32)))
         self.for_gpu = on_gpu(rows)
         self.halved = self.bits <= HALF_BITS and self.for_gpu
         if self.for_gpu:

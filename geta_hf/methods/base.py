@@ -110,6 +110,9 @@ class Method(ABC):
     stages: ClassVar[tuple[str, ...]] = ("training",)
     """The stages by name, in order; `metrics` logs the number of the present one, from 1."""
 
+    follows_shards: ClassVar[bool] = True
+    """Whether it can train weights that are split over processes, as under FSDP."""
+
     by_input: Collection[str] = ()
     """Layers whose weights have a step size for each input, where a checkpoint says so and no space is at hand."""
 

@@ -14,7 +14,7 @@ from transformers.utils import is_peft_available
 
 from geta_hf.errors import GETAError
 from geta_hf.export.export import check_never_exported
-from geta_hf.methods.base import AVERAGES
+from geta_hf.methods.base import AVERAGES, Method
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,15 @@ def check_options(
     check_launch(launch)
     if lora:
         _check_lora(args, launch, optimizer)
+
+
+def check_follows(method: Method, launch: Launch) -> None:
+    """Raise GETAError where FSDP would split weights that a method cannot follow."""
+    if launch.fsdp_version is not None and not method.follows_shards:
+        raise GETAError(
+            f"FSDP splits weights over processes, which {type(method).__name__} can't follow; train with DDP, or use a "
+            f"GETAConfig"
+        )
 
 
 def _check_devices(args: TrainingArguments) -> None:

@@ -60,7 +60,7 @@ from geta_hf.training.preparation import (
 )
 from geta_hf.training.processes import averages_gradients, by_first_process, decided_by_first_process
 from geta_hf.training.publishing import PublishingTrainer, is_own_export
-from geta_hf.training.support import Launch, check_options, check_plain
+from geta_hf.training.support import Launch, check_follows, check_options, check_plain
 from geta_hf.training.tracking import StructurePicture, decided_structure
 from geta_hf.utils.copies import copy_module
 from geta_hf.utils.model_io import to_device
@@ -148,6 +148,7 @@ class GETATrainer(PublishingTrainer):
         align_tokens(model, self.processing_class)
         launch = Launch.of(self.accelerator, self.model)
         check_length(self.args)
+        check_follows(self.method, launch)
         check_options(self.args, launch, self.optimizer, self.lr_scheduler, lora=self.lora is not None)
         # Kept, since later on not every process may draw from the loader, which all of them share.
         self._batch = self._choose_batch(model)

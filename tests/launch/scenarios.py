@@ -116,11 +116,11 @@ def whole_run(folder: Path, rules: str, processes: int, fsdp: bool = False, **ch
 
 def searched_run(folder: Path, rules: str, processes: int, fsdp: bool = False) -> dict[str, object]:
     """Search widths and groups; under FSDP return why that is refused."""
-    trainer = make(folder, rules, processes, fsdp)
     try:
-        trainer.train()
+        trainer = make(folder, rules, processes, fsdp)
     except GETAError as error:
         return {"refused": str(error)}
+    trainer.train()
     optimizer = trainer.method.optimizer
     weights = {name: value.clone() for name, value in trainer.accelerator.get_state_dict(trainer.model).items()}
     bits = optimizer.weight_bits if optimizer.entry_bits is None else optimizer.entry_bits.tolist()

@@ -86,16 +86,16 @@ def test_a_search_is_the_same_in_two_processes(tmp_path) -> None:
     launch(tmp_path, "ddp", *names)
     for name, rules in zip(names, SEARCH, strict=True):
         found, wanted = torch.load(tmp_path / f"ddp-{name}.pt"), searched_run(tmp_path / rules, rules, 1)
-        torch.testing.assert_close(found["logits"], wanted["logits"], rtol=0, atol=2e-3)
+        torch.testing.assert_close(found["logits"], wanted["logits"], rtol=0, atol=2e-2)
         assert torch.equal(found["gone"], wanted["gone"]) and found["bits"] == wanted["bits"]
-        assert differences(found, wanted) < 1e-3
+        assert differences(found, wanted) < 1e-2
 
 
 @pytest.mark.slow
 def test_a_search_is_refused_under_fsdp(tmp_path) -> None:
     launch(tmp_path, "fsdp2", "searched-layer")
     found = torch.load(tmp_path / "fsdp2-searched-layer.pt")
-    assert "is split over processes, which the search can't follow; train with DDP instead of FSDP" in found["refused"]
+    assert "FSDP splits weights over processes, which SearchMethod can't follow; train with DDP" in found["refused"]
 
 
 @pytest.mark.slow

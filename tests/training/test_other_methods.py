@@ -15,6 +15,7 @@ from geta_hf.config import read_config
 from geta_hf.errors import GETAError
 from geta_hf.methods import METHODS, PostTrainingConfig
 from geta_hf.qadg import zero_groups
+from geta_hf.training.support import Launch
 from tests.conftest import tiny_bert_config
 from tests.methods.test_toy_method import MagnitudeConfig, MagnitudeMethod
 from tests.training.test_trainer import SMALL, STEPS, arguments, rows, trainer
@@ -115,6 +116,13 @@ def test_adapters_are_refused_before_the_model_is_touched(tmp_path: Path) -> Non
     with pytest.raises(GETAError, match="SearchMethod needs trained weights; leave peft_config out"):
         model = BertForQuestionAnswering(tiny_bert_config())
         GETATrainer(model, arguments(tmp_path), geta_config=CONFIGS["search"], train_dataset=rows(), peft_config=lora)
+
+
+def test_shards_are_refused_before_the_model_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Launch, "of", classmethod(lambda cls, accelerator, model: Launch(fsdp_version=2)))
+    with pytest.raises(GETAError, match="FSDP splits weights over processes, which SearchMethod can't follow"):
+        trainer(tmp_path, CONFIGS["search"])
+    trainer(tmp_path)  # QASSO can
 
 
 def test_export_before_the_method_has_finished_is_refused(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ class SearchMethod(Method):
     """
 
     stages = STAGES
+    follows_shards = False
 
     def __init__(self, config: CompressionConfig) -> None:
         super().__init__(config)
