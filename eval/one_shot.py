@@ -31,16 +31,21 @@ from geta_hf.qadg import PruningSpace
 from geta_hf.surgery.build_space import prepare_space
 from geta_hf.training.plan import make_ledger
 from geta_hf.training.preparation import empty_copy
+from geta_hf.training.recovery import recover
 from geta_hf.utils.tables import format_table
 
 METHODS: dict[str, dict[str, Any]] = {
     "ours": {},
+    "ours, 100 steps": {"distill_logits": 1.0},
     "same, unpruned": {"target_sparsity": 0.0},
     "10 % + rest in bits": {"target_parameters": 0.1},
     "20 % + rest in bits": {"target_parameters": 0.2},
     "30 % + rest in bits": {"target_parameters": 0.3},
     "magnitude, to nearest": {"saliency": "magnitude", "compensation": False},
 }
+
+STEPS = {"ours, 100 steps": 100}
+"""Optimizer steps of recovery that follow."""
 
 _DEFAULT = ("ours", "same, unpruned", "magnitude, to nearest")
 
@@ -65,6 +70,10 @@ class Study:
     dense: dict[str, Tensor]
     space: PruningSpace
     measured: dict[tuple[str, int], Measured] = field(default_factory=dict)
+
+    def dense_model(self) -> PreTrainedModel:
+        """Load the dense model once more."""
+        return AutoModelForCausalLM.from_pretrained(self.arguments.model, dtype=torch.float32).eval()
 
 
 def blocks_of(text: str, tokenizer: Any, length: int, separator: str) -> Tensor:
@@ -178,9 +187,15 @@ def run(name: str, bits: float, draw: int, study: Study) -> dict[str, Any]:
     except GETAError as error:
         # Rounding alone may not reach a budget, as step sizes take their part of it.
         return {**key, "above": None, "reason": str(error)}
+    teacher = None
+    if name in STEPS:
+        teacher = study.dense_model()
+        recover(model, teacher, method, config, study.space, others, STEPS[name], progress=False)
     seconds = time.perf_counter() - start
     change = {text: loss_of_each(model, blocks) - study.dense[text] for text, blocks in study.scored.items()}
     method.undo()  # type: ignore[attr-defined]
+    if teacher is not None:
+        model.load_state_dict(teacher.state_dict())
     trial = outcome.trials[outcome.chosen]
     return {
         **key,

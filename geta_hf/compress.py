@@ -192,7 +192,8 @@ def compress(
     What removing a group and rounding a weight cost is estimated from gradients on half of the calibration data. Splits
     of the budget between the two are compared on data that is held back. Then layer after layer loses inputs and is
     rounded, its remaining weights making up for both, on the outputs of the layers that are compressed already. Where
-    the budget leaves 4 bits or more for each weight, no group is removed, since rounding alone costs less then.
+    the budget leaves 4 bits or more for each weight, step sizes not counted, no group is removed, since rounding alone
+    costs less then.
 
     What removing and rounding are expected to cost is kept in `OUT.scores.safetensors` beside the folder. A later run
     on the same model, data and settings, with this budget or another, reads it; any other one replaces it.

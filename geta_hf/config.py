@@ -36,7 +36,7 @@ Duration = int | float | str
 SECTIONS = {
     "Targets": "Set how much to prune with `target_sparsity` or `target_parameters`, the size of the model with "
     "`target_bops` or `target_bytes`, and the mean width with `mean_bits`: at most two of these three. The others are "
-    "solved for before training. Without a target for pruning or size, `target_sparsity` is 0.5.",
+    "solved for before training. Without a target for pruning or size, `target_sparsity` is {default_sparsity:g}.",
     "Widths": "A width is the number of bits of each value; b_l and b_u are the lower and the upper bound.",
     "Quantizers": "A quantizer has a step size d, a clipping value q_m and an exponent t.",
     "Pruning limits": "A family is a set of groups of one kind, such as the attention heads of a layer.",
@@ -304,7 +304,7 @@ def field_table(kind: type[CompressionConfig] | None = None) -> str:
     for section, settings in sections_of(kind).items():
         lines += ["", f"## {section}", ""]
         if section in SECTIONS:
-            lines += [SECTIONS[section], ""]
+            lines += [SECTIONS[section].format(default_sparsity=kind.default_sparsity), ""]
         lines += ["| field | default | value | meaning |", "|---|---|---|---|"]
         for one in settings:
             cells = (f"`{one.name}`", f"`{one.default!r}`", one.allowed, one.help)

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from geta_hf.config import CompressionConfig
 from geta_hf.errors import GETAError
+from geta_hf.export.serving import serving_notes
 from geta_hf.methods.base import Method
 from geta_hf.qadg import PruningSpace
 from geta_hf.quantization import detach_quantizers, quantized_layers, select_layers
@@ -40,7 +41,8 @@ class _CoolDown(GETATrainer):
         super().__init__(*args, **kwargs)
 
     def _find_space(self, model: nn.Module) -> PruningSpace:
-        self._not_vanilla, self._serving = None, ()
+        self._not_vanilla = None
+        self._serving = serving_notes(self.geta_config, model, self._known)
         return self._known
 
     def _print_plan(self) -> None:

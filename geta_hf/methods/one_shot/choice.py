@@ -31,7 +31,9 @@ SHARES = (0.1, 0.2, 0.3)
 """Shares of the prunable parameters whose removal is tried, too: what groups lose together is not what each loses."""
 
 NO_PRUNING_FROM = 4.0
-"""Bits for each weight from which on nothing is pruned: rounding alone then costs less, where nothing is trained."""
+"""Bits for each weight, step sizes not counted, from which on nothing is pruned.
+
+Rounding alone then costs less, where nothing is trained."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,9 @@ def find_candidates(
     found: list[Candidate] = []
     if _spent(ledger.nothing, unit, lowest, ledger) + size_reserve(unit, ledger) <= amount * (1 + ROUNDING):
         found.append(_at(ledger.nothing, unit, amount, config, ledger, losses))
-    if found and bits_per_weight(ledger, unit, amount) >= NO_PRUNING_FROM:
+    # Step sizes take their part of a size, but say nothing of how finely weights are rounded.
+    steps = 8 * ledger.scale_bytes() / float(ledger.weights(ledger.nothing).sum()) if unit == BYTES else 0.0
+    if found and bits_per_weight(ledger, unit, amount) - steps >= NO_PRUNING_FROM:
         return found
     for rate in RATES:
         expected = ExpectedLosses(losses.removal * rate, losses.rounding, losses.widths)

@@ -44,6 +44,15 @@ def test_nothing_is_pruned_from_four_bits_on():
     assert bits_per_weight(LEDGER, BYTES, bytes_at(4.2)) == pytest.approx(4.2, abs=0.03)
 
 
+def test_step_sizes_do_not_count_as_bits_of_weights():
+    ledger = Ledger.of((ROWS,), SHAPES, [LayerEntry(name, channel_dim=0) for name in SHAPES], dict.fromkeys(SHAPES, 4))
+    # 4.15 bits for each weight, of which the step sizes of the channels take 0.32.
+    budget = ledger.stored_bytes(ledger.nothing, 0.0) - ledger.scale_bytes() + int(3000 * 4.15 / 8)
+    assert bits_per_weight(ledger, BYTES, budget) > 4
+    config = OneShotConfig(bit_choices=[2, 3, 4, 8], target_bytes=budget)
+    assert len(find_candidates(config, (ROWS,), ledger, LOSSES)) > 1
+
+
 def test_every_split_of_a_small_budget_is_within_it():
     budget = bytes_at(2.8)
     found = candidates(target_bytes=budget)
