@@ -51,12 +51,12 @@ def write_file(source: Path, home: Path, dense: bool) -> Path:
     target = home / source.name
     if (target / "model.gguf").is_file():
         return target
-    proof.RUNNER = "none: benchmarks/llama_cpp.py compares by itself"
+    proof.RUNNER = "benchmarks_llama_cpp_compares_by_itself"
     if not dense:
         geta_hf.convert(source, target, format="gguf")
         return target
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    geta_hf.attach_quantizers(model, initial_bits=8, grid="block32")
+    geta_hf.attach_quantizers(model, initial_bits=8, grid="block32", clipping="max")
     batch = {"input_ids": torch.arange(16)[None]}
     tokenizer = AutoTokenizer.from_pretrained(source)
     geta_hf.export(model, target, batch=batch, processing_class=tokenizer, embedding_bits=8, format="gguf")

@@ -188,11 +188,9 @@ def _is_ours(family: Family, limits: ServingLimits, config: CompressionConfig) -
 
 def _float_rows(config: CompressionConfig, model: nn.Module) -> Iterator[str]:
     """Say which weights have rows without blocks, whatever is removed."""
-    found = [
-        (name, layer.weight.shape[1])
-        for name, layer in select_layers(model, config.include, config.exclude).items()
-        if layer.weight.dim() == 2 and layer.weight.shape[1] % _BLOCK  # type: ignore[operator]
-    ]
+    layers = select_layers(model, config.include, config.exclude)
+    shapes = {name: tuple(layer.get_parameter("weight").shape) for name, layer in layers.items()}
+    found = [(name, shape[1]) for name, shape in shapes.items() if len(shape) == 2 and shape[1] % _BLOCK]
     if found:
         named = ", ".join(f"{name} ({rows} long)" for name, rows in found[:_NAMED])
         more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""

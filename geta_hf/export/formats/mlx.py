@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
+from geta_hf.export.formats.layer_sizes import LayerSizes, sizes_of_llama
 from geta_hf.export.formats.plain import LEFT_OUT
-from geta_hf.export.formats.vllm.write import LayerSizes, sizes_of_llama
 from geta_hf.serialization.encode import activation_bits, dense_weight, layer_codes
 from geta_hf.serialization.packed_layers import PackedLayer, packed_layers
 
@@ -153,7 +153,7 @@ def write_mlx(model: PreTrainedModel, folder: Path, batch: Mapping[str, Tensor])
         "notes": notes,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    model.generation_config.save_pretrained(folder)  # type: ignore[union-attr]
+    model.generation_config.save_pretrained(folder)
     (folder / "README.md").write_text(_card(config, errors), encoding="utf-8")
 
 
@@ -302,8 +302,8 @@ def _prove(
             expected = _fill(tensor, _padded(name, tuple(tensor.shape), channels)).float()
             found = stored.get_tensor(name)
             if path in packed:
-                parts = (stored.get_tensor(f"{path}.{leaf}") for leaf in ("scales", "biases"))
-                found = unpack(found, *parts, **packed[path])
+                scales, offsets = (stored.get_tensor(f"{path}.{leaf}") for leaf in ("scales", "biases"))
+                found = unpack(found, scales, offsets, packed[path]["bits"], packed[path]["group_size"])
             gap = float((found.float() - expected).abs().max())
             errors[name] = gap / float(expected.abs().max()) if gap else 0.0
             # A product of a code and a scale has the error of the scale; offset and product cancel in fp32.
