@@ -84,14 +84,15 @@ def options() -> argparse.Namespace:
 
 
 def make_model(name: str) -> PreTrainedModel:
-    """Return a model with random weights: BERT-base, a Llama of 0.3 B or 1 B, or a tiny one of either."""
+    """Return a model with random weights: BERT-base, a Llama of 0.3 B or 1 B (bf16), or a tiny one of either."""
     torch.manual_seed(0)
     if name == "bert":
         return BertForSequenceClassification(BertConfig())
     if name == "llama":
         return LlamaForCausalLM(llama_config(1024, 2816, layers=24, heads=16, kv_heads=8, vocabulary=32000))
     if name == "llama-1b":
-        return LlamaForCausalLM(llama_config(2048, 5632, layers=22, heads=32, kv_heads=4, vocabulary=32000))
+        large = LlamaForCausalLM(llama_config(2048, 5632, layers=22, heads=32, kv_heads=4, vocabulary=32000))
+        return large.to(torch.bfloat16)  # as such models come
     if name == "tiny llama":
         return LlamaForCausalLM(llama_config(32, 48, layers=2, heads=4, kv_heads=2, vocabulary=128))
     config = BertConfig(

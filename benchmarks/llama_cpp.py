@@ -2,6 +2,12 @@
 
     python benchmarks/llama_cpp.py DENSE COMPRESSED [COMPRESSED ...] --text FILE [--repeats 5] [--threads 1]
 
+    python benchmarks/llama_cpp.py DENSE --make OUT
+
+The second command writes OUT/c60 and OUT/c40, of about 60 and 40 % of the bytes at Q8_0, without data or training: the
+model at 4 and 5 bits, or two thirds of the heads of every other layer and 960 or 832 of 1,536 channels, the largest by
+magnitude, at 4 bits. They are for SmolLM2-135M, and c40 for its speed alone.
+
 DENSE is a folder of the dense model, every COMPRESSED one of `geta_hf.compress` or of a training. Each becomes a GGUF
 file; the dense one has 8 bits and a step size for every 32 inputs, its embedding 8 bits a row, which is Q8_0. All run
 in one process, taking turns at batch 1: a prompt of 128 tokens of the text, then 128 new ones. The package xllamacpp
@@ -27,15 +33,24 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import geta_hf
+from geta_hf.export.export import compress
 from geta_hf.export.formats.gguf import proof, run_llama_cpp
+from geta_hf.qadg import build_space, kept_indices
+from geta_hf.qadg.group_types import Family
+from geta_hf.quantization import quantized_layers, step_size
+from geta_hf.quantization.blocks import remaining_first
+from geta_hf.serialization.embeddings import rounded_embedding
+from geta_hf.serialization.remote_code import save_compressed
+from geta_hf.surgery.verify import mask_groups
 from geta_hf.utils.tables import format_table
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dense", type=Path)
-    parser.add_argument("compressed", type=Path, nargs="+")
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("compressed", type=Path, nargs="*")
+    parser.add_argument("--make", type=Path, metavar="OUT", help="write compressed models there")
+    parser.add_argument("--text", type=Path, help="a file, for the prompt and the perplexity")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
@@ -46,17 +61,67 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@torch.no_grad()
+def make(dense: Path, out: Path, channels: tuple[int, int] | None, embedding_bits: int) -> None:
+    """Write a compressed model.
+
+    Args:
+        dense: a folder of SmolLM2-135M.
+        out: the new folder.
+        channels: of layers of even and of odd numbers; None keeps everything.
+        embedding_bits: of the embedding, which is the head too.
+    """
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
+    batch = {"input_ids": torch.arange(100, 116)[None]}
+    space = build_space(model, batch)
+    removal = {}
+    for family in space.prunable:
+        odd = int(family.name.split("layers.")[1].split(".")[0]) % 2
+        kept = family.size
+        if channels is not None:
+            kept = channels[odd] if family.kind == "channels" else family.size - odd
+        removal[family.name] = torch.ones(family.size, dtype=torch.bool)
+        removal[family.name][magnitudes(family, model).topk(kept).indices] = False
+    mask_groups(model, space.families, removal)
+    geta_hf.attach_quantizers(model, initial_bits=5, grid="block32", clipping="max")
+    remaining = kept_indices(space, removal)
+    for place, (name, layer) in enumerate(quantized_layers(model).items()):
+        quantizer: Any = layer.weight_quantizer
+        inputs = remaining.get(f"{name}.weight", {}).get(1)
+        if inputs is not None:  # blocks are formed over what remains
+            removed = torch.ones(len(quantizer.order), dtype=torch.bool)
+            removed[inputs] = False
+            quantizer.set_order(remaining_first(removed))
+        bits = 5.0 if channels is None and place % 3 == 0 else 4.0
+        quantizer.d.copy_(step_size(bits, quantizer.q_m, quantizer.t))
+    with rounded_embedding(model, embedding_bits) as embedding:
+        small = compress(model, space, removal, batch, embedding)
+    out.mkdir(parents=True, exist_ok=True)
+    save_compressed(small, out)
+    AutoTokenizer.from_pretrained(dense).save_pretrained(out)
+
+
+def magnitudes(family: Family, model: Any) -> torch.Tensor:
+    """Return the squared weights of every group."""
+    tensors = model.state_dict()
+    found = torch.zeros(family.size)
+    for member in family.members:
+        rows = tensors[member.tensor].movedim(member.dim, 0)[member.index.flatten()]
+        found += rows.reshape(family.size, -1).square().sum(1)
+    return found
+
+
 def write_file(source: Path, home: Path, dense: bool) -> Path:
     """Return a folder with model.gguf, made of a model's folder; llama.cpp's proof of it is left out here."""
     target = home / source.name
     if (target / "model.gguf").is_file():
         return target
-    proof.RUNNER = "none: benchmarks/llama_cpp.py compares by itself"
+    proof.RUNNER = "benchmarks_llama_cpp_compares_by_itself"
     if not dense:
         geta_hf.convert(source, target, format="gguf")
         return target
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    geta_hf.attach_quantizers(model, initial_bits=8, grid="block32")
+    geta_hf.attach_quantizers(model, initial_bits=8, grid="block32", clipping="max")
     batch = {"input_ids": torch.arange(16)[None]}
     tokenizer = AutoTokenizer.from_pretrained(source)
     geta_hf.export(model, target, batch=batch, processing_class=tokenizer, embedding_bits=8, format="gguf")
@@ -124,6 +189,12 @@ def perplexities(folder: Path, file: Path, tokens: list[int], threads: int) -> t
 def main() -> None:
     chosen = options()
     torch.set_num_threads(chosen.threads)
+    if chosen.make is not None:
+        make(chosen.dense, chosen.make / "c60", None, 5)
+        make(chosen.dense, chosen.make / "c40", (960, 832), 4)
+        return
+    if not chosen.compressed or chosen.text is None:
+        raise SystemExit("name a compressed folder and --text, or --make")
     tokenizer = AutoTokenizer.from_pretrained(chosen.dense)
     tokens = tokenizer(chosen.text.read_text(encoding="utf-8")[:20000])["input_ids"]
     prompt, scored = tokens[: chosen.prompt], tokens[: chosen.scored]

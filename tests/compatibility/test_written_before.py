@@ -66,6 +66,8 @@ def contents(folder: Path, name: str) -> Any:
     found.pop("transformers_version", None)
     found.pop("use_cache", None)  # set by Trainer, and dropped by configs that do not know it
     found.get("quantization_config", {}).pop("checksums", None)  # which were not written then
+    for later in ("per_layer_config", "allow_global_per_layer_attribute_access"):
+        found.pop(later, None)
     return found
 
 

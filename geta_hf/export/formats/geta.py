@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from geta_hf.export.folder_files import write_structure
+from geta_hf.export.formats.layer_sizes import write_layer_sizes
 from geta_hf.serialization.remote_code import save_compressed
 from geta_hf.serialization.sizes import shard_options
 from geta_hf.surgery.compare_outputs import Outputs, attention_outputs, prove_alike
@@ -44,6 +45,7 @@ def write_geta(
     """
     expected = attention_outputs(model, batch, device=device) if outputs is None else outputs
     save_compressed(model, folder, **shard_options(max_shard_size))
+    write_layer_sizes(model, folder)
     if kept is not None:
         write_structure(folder, model, kept)
     # In the same dtype and on the same device: other ones round differently, which is no fault of the folder.

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
+from geta_hf.export.formats.layer_sizes import LayerSizes, sizes_of_llama
 from geta_hf.export.formats.plain import LEFT_OUT
-from geta_hf.export.formats.vllm.write import LayerSizes, sizes_of_llama
 from geta_hf.serialization.encode import activation_bits, dense_weight, layer_codes
 from geta_hf.serialization.packed_layers import PackedLayer, packed_layers
 
@@ -303,7 +303,7 @@ def _prove(
             found = stored.get_tensor(name)
             if path in packed:
                 scales, offsets = (stored.get_tensor(f"{path}.{leaf}") for leaf in ("scales", "biases"))
-                found = unpack(found, scales, offsets, **packed[path])
+                found = unpack(found, scales, offsets, packed[path]["bits"], packed[path]["group_size"])
             gap = float((found.float() - expected).abs().max())
             errors[name] = gap / float(expected.abs().max()) if gap else 0.0
             # A product of a code and a scale has the error of the scale; offset and product cancel in fp32.

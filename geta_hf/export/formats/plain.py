@@ -32,8 +32,14 @@ Dim = tuple[str, int]
 Wrong = dict[Dim, tuple[int, int]]
 """Dims in which two models differ, -1 for a tensor that one of them lacks -> (size it has, size it should have)."""
 
-LEFT_OUT = ("quantization_config", "auto_map")
-"""Keys of config.json that describe our own format; no other format repeats them."""
+LEFT_OUT = (
+    "quantization_config",
+    "auto_map",
+    "per_layer_config",
+    "allow_global_per_layer_attribute_access",
+    "_heterogeneity_spec",
+)
+"""Keys of config.json, and attributes of a configuration, of our own format; no other format repeats them."""
 
 _NAMED = 8
 """Number of layers that an error lists."""

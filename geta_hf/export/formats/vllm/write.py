@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from geta_hf.export.formats.compressed_tensors import (
     save_packed,
     unpacked,
 )
+from geta_hf.export.formats.layer_sizes import LayerSizes, sizes_of_llama
 from geta_hf.export.formats.vanilla import write_plain
 from geta_hf.export.formats.vllm import configuration_decilm
 from geta_hf.export.formats.vllm.architectures import PER_LAYER, check_vllm, per_layer_problem, served_class
@@ -138,57 +138,9 @@ def _alike(layers: Mapping[str, PackedLayer]) -> dict[str, Packing]:
 # --- layers that differ -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LayerSizes:
-    """The sizes of a Llama, read from its tensors.
-
-    Attributes:
-        head_dim: width of a head.
-        heads, kv_heads, channels: of each layer.
-    """
-
-    head_dim: int
-    heads: list[int]
-    kv_heads: list[int]
-    channels: list[int]
-
-    @property
-    def uniform(self) -> bool:
-        """Whether all layers are alike."""
-        return all(len(set(counts)) == 1 for counts in (self.heads, self.kv_heads, self.channels))
-
-
 def _sizes_of(model: PreTrainedModel) -> LayerSizes | None:
     """Return the sizes of a model that `DeciLMForCausalLM` computes; None of others."""
     return None if per_layer_problem(model) else sizes_of_llama(model)
-
-
-def sizes_of_llama(model: PreTrainedModel) -> LayerSizes:
-    """Return the sizes of a model whose modules have the names of a Llama's.
-
-    Raises:
-        GETAError: heads of several widths.
-    """
-    config: Any = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads, kv_heads, channels = [], [], []
-    layers: Any = model.base_model.layers
-    for number, layer in enumerate(layers):
-        rows = {name: _shape(module) for name, module in layer.named_modules() if hasattr(module, "weight")}
-        heads.append(rows["self_attn.o_proj"][1] // head_dim)
-        kv_heads.append(rows["self_attn.k_proj"][0] // head_dim)
-        channels.append(rows["mlp.down_proj"][1])
-        own = getattr(layer.self_attn, "head_dim", head_dim)
-        if own != head_dim:
-            raise GETAError(
-                f"layer {number} has heads of {own} dims, of {head_dim} before the cut, and there is one number for "
-                f"all; remove heads instead, or export in the geta format"
-            )
-    return LayerSizes(head_dim, heads, kv_heads, channels)
-
-
-def _shape(module: Any) -> tuple[int, ...]:
-    return tuple(module.dense_shape if isinstance(module, PackedLayer) else module.weight.shape)
 
 
 def _is_ordinary(model: PreTrainedModel, sizes: LayerSizes | None) -> bool:
