@@ -6,6 +6,7 @@ budget between them are made, each by what is expected to cost least, and the ca
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from geta_hf.costs.sensitivity import RoundingErrors
 from geta_hf.costs.targets import BOPS, BYTES, GROUPS, MEAN_BITS, PARAMETERS, Target, most_removed, solve_target
 from geta_hf.errors import GETAError
 from geta_hf.methods.one_shot.config import OneShotConfig
+from geta_hf.qadg.group_labels import family_of_group
 from geta_hf.qadg.group_types import Family
 
 RATES = (2.0, 4.0)
@@ -123,6 +125,43 @@ def find_candidates(
     for share in SHARES:
         removed = _removed(Target(PARAMETERS, (1 - share) * dense, lowest), config, families, ledger, losses)
         if _spent(removed, unit, lowest, ledger) + size_reserve(unit, ledger) <= amount * (1 + ROUNDING):
+            found.append(_at(removed, unit, amount, config, ledger, losses))
+    return found
+
+
+def find_single_kinds(
+    config: OneShotConfig, families: Sequence[Family], ledger: Ledger, losses: Losses, share: float
+) -> list[Candidate]:
+    """Return splits that remove groups of one kind alone, to be tried once it is known which share does best.
+
+    Heads and channels are scored alike, but how well the rest makes up for either differs from model to model: where
+    layers have few heads, each is missed more than its score says.
+
+    Args:
+        config, families, ledger, losses: as in `find_candidates`.
+        share: of the prunable parameters to remove; at 0, as where rounding alone does best, the smallest of `SHARES`.
+
+    Returns:
+        A split for each kind of family that can reach the share alone; none where there is one kind only, or where the
+        config says how much to remove.
+    """
+    kinds = dict.fromkeys(family.kind for family in families)
+    if len(kinds) < 2 or config.target_sparsity is not None or config.target_parameters is not None:
+        return []
+    unit, amount = budget_of(config)
+    lowest = float(config.widths[0])
+    left = (1 - (share or SHARES[0])) * ledger.prunable_parameters(ledger.nothing)
+    number = {kind: place for place, kind in enumerate(kinds)}
+    kind_of_group = torch.tensor([number[family.kind] for family in families])[family_of_group(families)]
+    # Scores are to be finite: what may not go comes after everything else.
+    beyond = 1e12 * max(float(losses.removal.max()), 1e-30)
+    found = []
+    for kind in range(len(kinds)):
+        others = kind_of_group != kind
+        own = dataclasses.replace(losses, removal=losses.removal.masked_fill(others, beyond))
+        removed = _removed(Target(PARAMETERS, left, lowest), config, families, ledger, own)
+        reached = not bool((removed & others).any())
+        if reached and _spent(removed, unit, lowest, ledger) + size_reserve(unit, ledger) <= amount * (1 + ROUNDING):
             found.append(_at(removed, unit, amount, config, ledger, losses))
     return found
 

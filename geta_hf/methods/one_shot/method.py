@@ -17,7 +17,14 @@ from geta_hf.costs.ledger import Ledger
 from geta_hf.errors import GETAError
 from geta_hf.methods.base import Batches, CompressionResult, Method, Run
 from geta_hf.methods.compensation import Kept, find_kept
-from geta_hf.methods.one_shot.choice import Candidate, Losses, bits_per_weight, budget_of, find_candidates
+from geta_hf.methods.one_shot.choice import (
+    Candidate,
+    Losses,
+    bits_per_weight,
+    budget_of,
+    find_candidates,
+    find_single_kinds,
+)
 from geta_hf.methods.one_shot.config import OneShotConfig
 from geta_hf.methods.one_shot.first_weights import FirstWeights
 from geta_hf.methods.one_shot.forward_scores import measure_forward
@@ -291,6 +298,11 @@ def _write_grids(model: nn.Module, grids: Mapping[str, Grid]) -> None:
             layer.weight_quantizer.set_order(grid.order)
 
 
+def _best(trials: Sequence[Trial]) -> int:
+    """Return the position of the trial of least loss."""
+    return min(range(len(trials)), key=lambda place: trials[place].loss or 0.0)
+
+
 class _Work:
     """One run of `OneShotMethod.compress`: the model, the data, and what can be restored."""
 
@@ -332,10 +344,16 @@ class _Work:
         if self.config.frugal:
             check_memory(foresee_memory(self.model, self.layers, self.data.covariances), self._device)
         before, reference = self._dense_loss()
+        found = candidates is None
         if candidates is None:
             candidates = find_candidates(self.config, self.families, self.ledger, self._expected_losses())
         trials = self._try(candidates, reference)
-        chosen = min(range(len(trials)), key=lambda place: trials[place].loss or 0.0)
+        chosen = _best(trials)
+        if found and len(trials) > 1:
+            share = trials[chosen].share
+            single = find_single_kinds(self.config, self.families, self.ledger, self._expected_losses(), share)
+            candidates, trials = [*candidates, *single], [*trials, *self._measured_trials(single, reference)]
+            chosen = _best(trials)
         grids = self._compress(candidates[chosen])
         after, _ = measure(self.model, self.data.held_back, reference)
         removed = candidates[chosen].removed
@@ -432,8 +450,10 @@ class _Work:
     def _try(self, candidates: Sequence[Candidate], reference: Any) -> list[Trial]:
         """Measure the candidates on held-back data, each compressed on the covariances of the dense model."""
         sizes = [self._trial(candidate, None) for candidate in candidates]
-        if len(candidates) == 1:
-            return sizes
+        return sizes if len(candidates) == 1 else self._measured_trials(candidates, reference)
+
+    def _measured_trials(self, candidates: Sequence[Candidate], reference: Any) -> list[Trial]:
+        """Measure candidates, however few; arguments as in `_try`."""
         # All covariances at once may take more than the weights.
         covariances = None if self.config.frugal else self._dense_covariances()
         trials = []

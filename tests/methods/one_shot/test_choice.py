@@ -11,7 +11,7 @@ from geta_hf.costs.targets import BYTES
 from geta_hf.errors import GETAError
 from geta_hf.methods import OneShotConfig, OneShotMethod
 from geta_hf.methods.one_shot import Calibration
-from geta_hf.methods.one_shot.choice import Losses, bits_per_weight, find_candidates
+from geta_hf.methods.one_shot.choice import Losses, bits_per_weight, find_candidates, find_single_kinds
 from geta_hf.qadg import build_space
 from geta_hf.qadg.group_types import Family, Member
 from geta_hf.quantization import quantized_layers
@@ -63,6 +63,29 @@ def test_every_split_of_a_small_budget_is_within_it():
         assert LEDGER.stored_bytes(one.removed, torch.tensor(one.weight_bits)) <= budget
         # Of one family the groups of the least loss.
         assert torch.equal(one.removed, torch.arange(20) < int(one.removed.sum()))
+
+
+def test_each_kind_is_tried_alone():
+    heads = Family(
+        "heads", "heads", (Member("b.weight", 0, torch.arange(10).view(5, 2)),), prunable=True, parameters=200
+    )
+    families = (ROWS, heads)
+    ledger = Ledger.of(families, SHAPES, [LayerEntry(name) for name in SHAPES], dict.fromkeys(SHAPES, 4))
+    # By the scores, heads would go first.
+    losses = Losses(torch.cat([LOSSES.removal, torch.full((5,), 0.01)]).double(), LOSSES.rounding, LOSSES.widths)
+    config = OneShotConfig(bit_choices=[2, 3, 4, 8], target_bytes=bytes_at(2.8))
+    rows, only_heads = find_single_kinds(config, families, ledger, losses, 0.2)
+    assert rows.removed[:20].any() and not rows.removed[20:].any()
+    assert only_heads.removed[20:].any() and not only_heads.removed[:20].any()
+    for one in (rows, only_heads):
+        assert 0.2 - 1e-9 <= one.share < 0.27
+        assert ledger.stored_bytes(one.removed, torch.tensor(one.weight_bits)) <= bytes_at(2.8)
+    # Where rounding alone did best, the least share is tried.
+    assert find_single_kinds(config, families, ledger, losses, 0.0)[0].share == pytest.approx(0.1, abs=0.04)
+    # A share that heads alone do not reach.
+    (alone,) = find_single_kinds(config, families, ledger, losses, 0.45)
+    assert not alone.removed[20:].any()
+    assert find_single_kinds(config, (ROWS,), LEDGER, LOSSES, 0.2) == []
 
 
 def test_a_budget_that_rounding_alone_does_not_meet_removes_groups():
