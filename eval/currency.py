@@ -58,6 +58,7 @@ class Row:
         sized: take `target_bytes` from a number of bits for each original weight.
         by_bops: take `target_bops` from this number, with removed weights at 0 bits.
         search: by a SearchConfig in place of a GETAConfig.
+        uniform: all layers have the wanted width from the first step on, which has to be an integer.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Row:
     sized: bool = False
     by_bops: bool = False
     search: bool = False
+    uniform: bool = False
 
 
 TARGETS = (
@@ -91,10 +93,15 @@ _BY_ROW = {"per_channel": True}
 _SEARCH = {**_BY_ROW, "warmup": 0, "search": 0.66, "bit_choices": [0, 2, 3, 4, 6]}
 """Two thirds of the steps are the search's, as in its prototype."""
 
+_AT_ONCE = {"warmup": 0, "projection": 0, "joint": 0, "target_sparsity": 0.0}
+
 SEARCHES = (
+    Row("uniform, by row", {**_BY_ROW, **_AT_ONCE}, uniform=True),
     Row("widths alone, by row", {**_BY_ROW, "target_sparsity": 0.0}, by_bops=True),
     Row("early, by row", {**_BY_ROW, "split": "early"}, by_bops=True),
     Row("search", _SEARCH, by_bops=True, search=True),
+    Row("search, group", {**_SEARCH, "granularity": "group"}, by_bops=True, search=True),
+    Row("search, row", {**_SEARCH, "granularity": "row"}, by_bops=True, search=True),
     Row("search, widths 0 3 4", {**_SEARCH, "bit_choices": [0, 3, 4]}, by_bops=True, search=True),
     Row("search, widths 0 2 4 8", {**_SEARCH, "bit_choices": [0, 2, 4, 8]}, by_bops=True, search=True),
     Row(
@@ -164,9 +171,27 @@ def config_of(cell: Cell, size: int | None) -> CompressionConfig | None:
         values["bits"] = SIZED_BITS
     if cell.row.by_bops and cell.bits is not None:
         values["target_bops"] = cell.bits / 32  # inputs have 32 bits here and in the dense model
+    if cell.row.uniform and cell.bits is not None:
+        width = round(cell.bits)
+        values |= {"bits": (width, width), "initial_bits": width}
     if cell.row.search:
         return SearchConfig(**values)
     return GETAConfig.paper(**values) if cell.row.preset else GETAConfig(**values)
+
+
+def bytes_of_preset(finished: Mapping[tuple[Any, ...], Line], cell: Cell) -> int:
+    """Return the bytes at which the preset ended with the seed of a cell.
+
+    Raises:
+        GETAError: the preset's row is missing, since it failed or is not among the rows.
+    """
+    line = finished.get((PAPER, None, cell.seed))
+    if line is None:
+        raise GETAError(
+            f"{cell.row.name!r} takes the size of {PAPER!r}, which has no result with seed {cell.seed}: it failed, or "
+            f"is not among --rows; run it first"
+        )
+    return int(line["bytes"])
 
 
 def run(task: Task, folder: Path, work: Path, lengths: Lengths, cells: Sequence[Cell]) -> None:
@@ -191,7 +216,7 @@ def run(task: Task, folder: Path, work: Path, lengths: Lengths, cells: Sequence[
     def measure(cell: Cell) -> Line:
         size = None
         if cell.row.at_paper:
-            size = finished[PAPER, None, cell.seed]["bytes"]
+            size = bytes_of_preset(finished, cell)
         if cell.row.sized and cell.bits is not None:
             size = bytes_at(task.load(folder), folder, cell.bits)
         set_seed(cell.seed)

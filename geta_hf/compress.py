@@ -590,7 +590,7 @@ def _example(model: PreTrainedModel, batches: list[dict[str, Any]]) -> dict[str,
     first = batches[0]
     if sum(1 for _ in rows_of([first])) > 1:
         first = {name: item[:2] for name, item in first.items()}
-    shapes = {getattr(item, "shape", ()) for item in first.values()}
+    shapes = {tuple(getattr(item, "shape", ())) for item in first.values()}
     if len(shapes) == 1 and len(shape := shapes.pop()) == 2 and shape[1] > _PROVED:
         # Proofs take tens of forwards, and no operator depends on how many tokens there are.
         short = {name: item[:, :_PROVED] for name, item in first.items()}

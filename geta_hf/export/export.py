@@ -43,6 +43,7 @@ from geta_hf.serialization.sizes import check_shards, tensor_bytes
 from geta_hf.surgery.other_paths import PathError
 from geta_hf.utils.copies import copy_module
 from geta_hf.utils.process_state import exclusive
+from geta_hf.utils.quiet import without_bars
 from geta_hf.utils.residence import parked
 
 __all__ = [
@@ -85,6 +86,7 @@ class ExportReport:
 
 
 @exclusive()
+@without_bars()
 def export(
     model: PreTrainedModel,
     directory: str | os.PathLike[str],
@@ -228,7 +230,7 @@ def _report(target: Path, model: PreTrainedModel, kept: dict[str, tuple[int, int
         path=target,
         tensor_bytes=tensor_bytes(target) if files else 0,
         file_bytes=sum(file.stat().st_size for file in files),
-        packed_bits=sum(layer.weight.numel() * layer.bits for layer in layers.values()),
+        packed_bits=round(sum(layer.weight.numel() * layer.mean_bits for layer in layers.values())),
         bits=weight_bits(model),
         activation_bits=activation_bits(model),
         kept=kept,

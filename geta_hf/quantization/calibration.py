@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from geta_hf.errors import GETAError
 from geta_hf.quantization.attach import matching, quantized_layers
@@ -34,12 +35,14 @@ class _Range:
 
     def __init__(self) -> None:
         self.largest = self.top = 0.0
+        self.negative = False
         self.counts: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
         """Count the elements of one more tensor, of any shape."""
         rows = x.detach().reshape(1, -1)
         largest = float(largest_magnitudes(rows)) if rows.numel() else 0.0
+        self.negative = self.negative or bool((rows < 0).any())
         # max() would drop a NaN that comes second.
         self.largest = largest if math.isnan(largest) else max(self.largest, largest)
         if not 0.0 < self.largest < math.inf:
@@ -78,11 +81,13 @@ def attach_input_quantizers(
     learn_t: bool = False,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
+    unsigned: bool = False,
 ) -> dict[str, QuantizedLayer]:
     """Attach a learnable quantizer to the inputs of quantized layers, in place, with ranges found on real batches.
 
     The model runs the batches in evaluation mode, its weights quantized at their present bit widths; its training
-    flags, hooks and random state are restored afterwards. Every layer gets a quantizer of its own, even where weights
+    flags, hooks and random state are restored afterwards. Batch norm that has seen no batch yet, as in a model with
+    random weights, uses the statistics of each batch. Every layer gets a quantizer of its own, even where weights
     are tied. Training then needs memory for one more tensor per layer: the input before it was rounded, in addition to
     the rounded one that the layer itself saves for its backward pass (paper Sec. 3).
 
@@ -95,6 +100,8 @@ def attach_input_quantizers(
         learn_t: train the exponent t. Default False, which means t = 1.
         include: regular expressions searched in the names of quantized layers. Default None, which selects all.
         exclude: regular expressions for layers that are not selected after all. Default none.
+        unsigned: let inputs of which no batch has a negative value have no negative codes, but twice as many others.
+            Default False.
 
     Returns:
         The layers whose input is quantized now, by name.
@@ -120,10 +127,16 @@ def attach_input_quantizers(
     layers = _chosen(model, include, exclude)
     ranges = _calibrate(model, layers, batches)
     # After all batches, and for the width that the inputs will have: at 16 bits almost nothing would be clipped.
-    values = {name: _checked(name, found).clipping_value(target_bits, clipping) for name, found in ranges.items()}
+    # A grid without negative codes has as many steps as one of a bit more.
+    positive = {name: unsigned and not found.negative for name, found in ranges.items()}
+    values = {
+        name: _checked(name, found).clipping_value(target_bits + positive[name], clipping)
+        for name, found in ranges.items()
+    }
     # Only now that nothing can fail: a model must not end with half of its layers changed.
     for name, layer in layers.items():
-        layer.input_quantizer = Quantizer(values[name], initial_bits, learn_t, layer.weight.device)
+        device = layer.weight.device
+        layer.input_quantizer = Quantizer(values[name], initial_bits, learn_t, device, unsigned=positive[name])
         layer.input_quantizer.histogram = ranges[name].histogram(values[name])
         layer.input_quantizer.train(layer.training)
     return layers
@@ -153,6 +166,7 @@ def _calibrate(
     ran = 0
     with ExitStack() as stack:
         stack.enter_context(eval_mode(model))
+        stack.enter_context(batch_statistics(model))
         for name, layer in layers.items():
             stack.enter_context(_watching(layer, ranges[name]))
         for batch in batches:
@@ -185,6 +199,33 @@ def _checked(name: str, found: _Range) -> _Range:
             f"no calibration batch reached {name} with anything but zeros; pass batches that do, or exclude the layer"
         )
     return found
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Let batch norm that has seen no batch normalize by each batch's own statistics for a while, and keep none.
+
+    Its running statistics are still mean 0 and variance 1. By these, the signal of a network with random weights fades
+    from layer to layer, and ranges found on it would clip everything once training normalizes.
+    """
+    unseen = [
+        (module, module.momentum, module.num_batches_tracked.clone())
+        for module in model.modules()
+        if isinstance(module, _BatchNorm)
+        and module.num_batches_tracked is not None
+        and not module.num_batches_tracked.is_meta
+        and not int(module.num_batches_tracked)
+    ]
+    try:
+        for module, _, _ in unseen:
+            module.training = True
+            module.momentum = 0.0  # nothing of a batch enters the running statistics
+        yield
+    finally:
+        for module, momentum, count in unseen:
+            module.training = False
+            module.momentum = momentum
+            module.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
 
 
 @contextmanager

@@ -32,17 +32,27 @@ class QuantizedLayer(InputQuantizedLayer):
         input_quantizer: the quantizer of the input; None where the input stays in floating point.
         lora: added to the weight before it is quantized; None where nothing is.
         mixture: of several widths, on which the layer computes while a search runs; None at any other time.
+        input_mixture: the same of its input, in place of what `input_quantizer` gives.
     """
 
     weight: Any  # each plain layer class declares its own type
     weight_quantizer: Quantizer
     lora: LowRank | None
     mixture: Mixture | None
+    input_mixture: Mixture | None
 
     @property
     def _untrained(self) -> list[Tensor]:
         """The quantizer's parameters, which have no part in a mixture."""
         return [value for value in self.weight_quantizer.parameters() if value.requires_grad]
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """Return x^Q of the input, or its mixture, differentiable; x itself where it stays in floating point."""
+        own = self.input_quantizer
+        if own is None or self.input_mixture is None:
+            return super().quantized_input(x)
+        untrained = [value for value in own.parameters() if value.requires_grad]
+        return mixed_weight(F.relu(x) if own.unsigned else x, self.input_mixture, untrained)
 
     def merged_weight(self) -> Tensor:
         """Return what is quantized, differentiable: the weight with what `lora` adds to it."""
@@ -75,13 +85,16 @@ class QuantConv1D(QuantizedLayer, Conv1D):
         return self.weight_quantizer.linear(x, self.weight.t(), self.bias, self.lora)
 
 
-class QuantConv2d(QuantizedLayer, nn.Conv2d):
-    """nn.Conv2d on the quantized weight."""
+class _QuantConvolution(QuantizedLayer):
+    """What quantized convolutions share: batches of them have channels second, and others first."""
+
+    _conv_forward: Any  # each plain layer class has its own
+    bias: Any
 
     def forward(self, input: Tensor) -> Tensor:
         x = self.quantized_input(input)
         own = self.mixture
-        # The method of nn.Conv2d that takes the weight, with its padding modes.
+        # The method of the plain layer that takes the weight, with its padding modes.
         if own is None:
             return self._conv_forward(x, self.quantized_weight(), self.bias)
         out = self._conv_forward(
@@ -90,9 +103,18 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         return own.scaled_outputs(out, channel_dim=1)
 
 
+class QuantConv1d(_QuantConvolution, nn.Conv1d):
+    """nn.Conv1d on the quantized weight."""
+
+
+class QuantConv2d(_QuantConvolution, nn.Conv2d):
+    """nn.Conv2d on the quantized weight."""
+
+
 LAYER_TYPES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: QuantLinear,
     Conv1D: QuantConv1D,
+    nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
 }
 
@@ -162,6 +184,7 @@ def quantize_layer(layer: nn.Module, quantizer: Quantizer) -> None:
     layer.input_quantizer = None  # type: ignore[assignment]
     layer.lora = None  # type: ignore[assignment]
     layer.mixture = None  # type: ignore[assignment]
+    layer.input_mixture = None  # type: ignore[assignment]
 
 
 @torch.no_grad()
@@ -179,6 +202,6 @@ def dequantize_layer(layer: QuantizedLayer) -> None:
     """
     absorb(layer)
     # Their parameters would otherwise appear in the state dict of a plain layer.
-    del layer.weight_quantizer, layer.input_quantizer, layer.lora, layer.mixture
+    del layer.weight_quantizer, layer.input_quantizer, layer.lora, layer.mixture, layer.input_mixture
     layer.__class__ = layer.__dict__.pop("_plain_class")
     rebind_forward(layer)

@@ -11,14 +11,12 @@ from itertools import takewhile
 from statistics import mean
 
 from geta_hf.reporting.comparison import Structure
-from geta_hf.reporting.graph_page import pattern
+from geta_hf.reporting.graph_page import NUMBER, pattern
 
 KEPT, BITS, INPUTS = "kept", "bits of weights", "bits of inputs"
 MANY_ROWS = 40
 """If a section has more rows, those that differ only in a number (experts, blocks of a stage) share one."""
 
-# A number that is a full part of a name, as in layers.3, and not one inside a word, as in conv2d.
-_NUMBER = re.compile(r"(?<![^.#])\d+(?![^.:#])")
 # XML has no escape for these: one of them makes the picture unreadable.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 _AXIS, _TITLE, _LABEL, _BAR, _CELL, _GAP, _LETTER = 34, 24, 15, 34, 22, 7, 6.3
@@ -27,9 +25,9 @@ _REPEAT = 12
 """With more rows than this, the axis is drawn again below them."""
 
 _MEANINGS = {
-    KEPT: "bar: share that is left of the dense model's",
-    BITS: "darker: more",
-    INPUTS: "darker: more",
+    KEPT: "bar: share of the dense model's groups",
+    BITS: "stronger color: more bits",
+    INPUTS: "stronger color: more bits",
 }
 _STYLE = """
 svg { --text: #1c2430; --quiet: #667085; --before: #d5dae3; --kept: #2f6fb5; --bits: #d9772b; --inputs: #2a9d6f; }
@@ -85,7 +83,8 @@ def printable(text: object) -> str:
 def layer_grid(structure: Structure) -> Grid:
     """Arrange a structure by layer: the first number in a name is its column, the rest of the name its row."""
     rows = [Row(KEPT, label, _map(cells, _kept)) for label, cells in _arranged(structure.kept).items()]
-    for section, bits in ((BITS, structure.bits), (INPUTS, structure.activation_bits)):
+    of_inputs = {name: {bits: 1} for name, bits in structure.activation_bits.items()}
+    for section, bits in ((BITS, structure.widths), (INPUTS, of_inputs)):
         rows += [Row(section, label, _map(cells, _bits)) for label, cells in _arranged(bits).items()]
     found = {column for row in rows for column in row.cells}
     # What has no layer number comes last.
@@ -112,7 +111,7 @@ def _arranged(values: Mapping[str, object]) -> dict[str, dict[str, list[tuple[st
 
 
 def _split(name: str) -> tuple[str, str, str]:
-    found = _NUMBER.search(name)
+    found = NUMBER.search(name)
     return (name, "", "") if found is None else (name[: found.start()], found[0], name[found.end() :])
 
 
@@ -128,13 +127,18 @@ def _kept(entries: Sequence[tuple[str, tuple[int, int]]]) -> Cell:
     return Cell(str(kept), kept / max(before, 1), f"{_names(entries)}: {kept:,} of {before:,}")
 
 
-def _bits(entries: Sequence[tuple[str, int]]) -> Cell:
-    widths = [bits for _, bits in entries]
-    lowest, highest = min(widths), max(widths)
-    text = str(lowest) if lowest == highest else f"{mean(widths):.1f}"
+def _bits(entries: Sequence[tuple[str, Mapping[int, int]]]) -> Cell:
+    """Return the cell of weights by the widths of their rows or columns, each with how many have it."""
+    means = [sum(bits * count for bits, count in widths.items()) / sum(widths.values()) for _, widths in entries]
+    found = {bits for _, widths in entries for bits in widths}
+    lowest, highest = min(found), max(found)
+    text = str(lowest) if lowest == highest else f"{mean(means):.1f}"
     spread = text if lowest == highest else f"{lowest} to {highest}, {text} on average"
+    title = f"{_names(entries)}: {spread} bits"
+    if len(entries) == 1 and len(found) > 1:
+        title += f" ({', '.join(f'{bits} bits: {count:,}' for bits, count in entries[0][1].items())})"
     # On a logarithmic scale from 2 bits (0) to 16 bits (1): each halving is as large a step of the shade.
-    return Cell(text, math.log2(mean(widths) / 2) / 3, f"{_names(entries)}: {spread} bits")
+    return Cell(text, math.log2(mean(means) / 2) / 3, title)
 
 
 def _names(entries: Sequence[tuple[str, object]]) -> str:
@@ -148,7 +152,7 @@ class _Columns:
         # As wide as the longest number needs, and wider where few layers leave room.
         longest = max((len(cell.text) for row in grid.rows for cell in row.cells.values()), default=1)
         self.count = max(len(grid.columns), 1)
-        self.narrowest = max(_NARROWEST, max(_STEP, round(5.9 * longest + 3)) * self.count)
+        self.narrowest = max(_NARROWEST, max(_STEP, round(5.3 * longest + 3)) * self.count)
         self.width = max(self.narrowest, _WIDE)
         self.standalone = standalone
 

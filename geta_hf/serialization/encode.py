@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from geta_hf.errors import GETAError
 from geta_hf.quantization.blocks import is_half
 from geta_hf.quantization.fixed import FixedQuantizer
-from geta_hf.serialization.bitpack import MAX_BITS, MIN_BITS, ROWS_AT_ONCE, columns, largest_code, stream_length, unpack
+from geta_hf.serialization.bitpack import MAX_BITS, MIN_BITS, ROWS_AT_ONCE, columns, largest_code, stream_length
 from geta_hf.serialization.packed_layers import (
     BLOCKS,
     INPUT_SCALE,
     WEIGHT_SCALE,
+    WEIGHT_WIDTHS,
+    ChannelWidths,
     PackedLayer,
     PackedRows,
     become_packed,
@@ -72,6 +74,42 @@ def _to_bytes(rows: Tensor, bits: int) -> Tensor:
     return out
 
 
+def pack_weight(codes: Tensor, bits: int, widths: ChannelWidths | None = None) -> Tensor:
+    """Pack the codes of a weight: one stream, or one for each width, narrow ones first.
+
+    Args:
+        codes: integers in the weight's shape.
+        bits: of each code, where `widths` is None.
+        widths: of rows or columns. Default None.
+
+    Returns:
+        uint8, one-dimensional, on CPU.
+
+    Raises:
+        GETAError: as `pack`.
+    """
+    if widths is None:
+        return pack(codes, bits)
+    parts = [
+        pack(codes.index_select(widths.dim, widths.index(width).to(codes.device)), width) for width in widths.counts
+    ]
+    return torch.cat(parts)
+
+
+def _misfit(codes: Tensor, bits: int, widths: ChannelWidths | None) -> tuple[int, int] | None:
+    """Return the largest |n| that does not fit its width, with this width; None where all fit."""
+    if widths is None:
+        largest = _largest(codes)
+        return (largest, bits) if largest > largest_code(bits) else None
+    others = [dim for dim in range(codes.dim()) if dim != widths.dim]
+    most = torch.maximum(-codes.amin(others).long(), codes.amax(others).long()).cpu()
+    for width in widths.counts:
+        largest = int(most[widths.index(width)].max())
+        if largest > largest_code(width):
+            return largest, width
+    return None
+
+
 def pack_layer(
     name: str,
     layer: nn.Module,
@@ -80,11 +118,12 @@ def pack_layer(
     step_size: float | Tensor,
     input_quantizer: FixedQuantizer | None = None,
     tied: bool = False,
+    widths: ChannelWidths | None = None,
 ) -> None:
     """Turn a plain layer into a packed one, in place.
 
     Args:
-        name, layer, bits, tied: see `become_packed`.
+        name, layer, bits, tied, widths: see `become_packed`.
         codes: integers n, the shape of the layer's weight.
         step_size: d, a number or of shape (1,), (channels,) or (channels, blocks).
         input_quantizer: rounds the layer's input. Default None: the input stays in floating point.
@@ -92,14 +131,15 @@ def pack_layer(
     Raises:
         GETAError: the layer's class has no packed counterpart, or a code does not fit. The layer is not changed then.
     """
-    if (largest := _largest(codes)) > largest_code(bits):
+    if (misfit := _misfit(codes, bits, widths)) is not None:
+        largest, width = misfit
         raise GETAError(
-            f"{name}: code {largest} does not fit in {bits} bits, the largest is {largest_code(bits)}; its clipping "
+            f"{name}: code {largest} does not fit in {width} bits, the largest is {largest_code(width)}; its clipping "
             f"value, step size and bit width disagree, so set the step size again or give it more bits"
         )
     dtype = layer.get_parameter("weight").dtype
     device = layer.get_parameter("weight").device
-    packed = become_packed(name, layer, bits, tied)
+    packed = become_packed(name, layer, bits, tied, widths)
     # Accelerate's hooks keep a bound forward, which would still be that of the plain class.
     rebind_forward(packed)
     packed.input_quantizer = input_quantizer
@@ -124,7 +164,7 @@ def fill(layer: PackedLayer, codes: Tensor, dtype: torch.dtype) -> None:
     """
     weight = layer.stored(codes, dtype)
     # A weight in bf16 cannot hold codes of more than 8 bits exactly, so they are kept as they will be saved.
-    layer.stream = None if layer.holds(codes, weight) else pack(codes, layer.bits)
+    layer.stream = None if layer.holds(codes, weight) else pack_weight(codes, layer.bits, layer.widths)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.finish_loading()
 
@@ -147,11 +187,10 @@ def layer_codes(name: str, layer: PackedLayer, weight: Tensor | None = None) -> 
         codes = layer.read_back(weight)
     else:
         # The stream is the truth here. The weight is still compared below, since it may have been trained.
-        codes = unpack(layer.stream, layer.bits, weight.numel()).view(weight.shape).to(weight.device, torch.int32)
+        codes = layer.unpacked(layer.stream).to(weight.device, torch.int32)
     # The model may have been cast to half precision and back since it was loaded: that is no change of its codes.
-    if not any(_stands_for(layer, codes, weight, cast) for cast in _CASTS) or _largest(codes) > largest_code(
-        layer.bits
-    ):
+    same = any(_stands_for(layer, codes, weight, cast) for cast in _CASTS)
+    if not same or _misfit(codes, layer.bits, layer.widths) is not None:
         raise GETAError(
             f"{name}.weight was changed after it was decoded, by a merged adapter or by training, and its codes no "
             f"longer describe it; call model.dequantize() and save it as plain weights, or train before the export"
@@ -174,13 +213,17 @@ def packed_tensors(name: str, layer: PackedLayer, weight: Tensor | None = None) 
         name, layer, weight: see `layer_codes`.
 
     Returns:
-        `<name>.weight` (uint8 stream), `<name>.weight_scale` (fp32, or fp16 of blocks) and, where the input is rounded,
-        `<name>.input_scale` (fp32), on CPU.
+        `<name>.weight` (uint8 stream), `<name>.weight_scale` (fp32, or fp16 of blocks), where the input is rounded
+        `<name>.input_scale` (fp32), and where widths do not ascend along the weight `<name>.weight_widths` (int8), on
+        CPU.
 
     Raises:
         GETAError: as `layer_codes`.
     """
-    tensors = {"weight": pack(layer_codes(name, layer, weight), layer.bits), WEIGHT_SCALE: layer.step_size.cpu()}
+    stream = pack_weight(layer_codes(name, layer, weight), layer.bits, layer.widths)
+    tensors = {"weight": stream, WEIGHT_SCALE: layer.step_size.cpu()}
+    if layer.widths is not None and not layer.widths.is_sorted:
+        tensors[WEIGHT_WIDTHS] = layer.widths.bits
     if layer.input_quantizer is not None:
         tensors[INPUT_SCALE] = layer.input_quantizer.scale
     return {f"{name}.{leaf}": tensor for leaf, tensor in tensors.items()}
@@ -221,8 +264,20 @@ def weight_holders(model: nn.Module, layers: Iterable[str]) -> dict[str, list[tu
 
 
 def weight_bits(model: nn.Module) -> dict[str, int]:
-    """Return module path -> bit width of its packed weight."""
+    """Return module path -> bit width of its packed weight; the widest of several."""
     return {name: layer.bits for name, layer in packed_layers(model).items()}
+
+
+def unsigned_inputs(model: nn.Module) -> list[str]:
+    """Return the paths of the packed layers whose inputs are rounded to codes without a sign."""
+    inputs = {name: layer.input_quantizer for name, layer in packed_layers(model).items()}
+    return [name for name, quantizer in inputs.items() if quantizer is not None and quantizer.unsigned]
+
+
+def width_blocks(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return module path -> dim, widths and counts, for the packed layers whose rows or columns have widths."""
+    layers = packed_layers(model).items()
+    return {name: layer.widths.entry() for name, layer in layers if layer.widths is not None}
 
 
 def grid_of(model: nn.Module) -> str | None:

@@ -21,6 +21,9 @@ from geta_hf.utils.residence import visiting
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # Through tens of layers rounding may grow beyond this. In the next higher precision it is gone, and a wrong cut is not.
 WIDENED = {*module_state.HALVES, torch.float32}
+# What rounding in single precision may grow to. Beyond this the higher precision computes something else: quantized
+# weights take their place there, which hides a model that reads its weights past the quantizers.
+GROWN = 1e-3
 # Masked positions hold fillers such as the lowest float. They must match, but as part of the scale they would make the
 # tolerance infinite: a filler of 1e38 would allow any difference of the real logits.
 _FILLER = 1e4
@@ -158,7 +161,17 @@ def prove_alike(
         if first.dtype in module_state.HALVES:
             raise
         raise differs from error
+    if first.dtype not in module_state.HALVES:
+        check_same_function(outputs, expected, differs)
     return prove_equal(expected, computed, torch.float32, what)
+
+
+def check_same_function(outputs: Outputs, expected: Outputs, differs: GETAError) -> None:
+    """Raise `differs` where a model in single precision computes something else in double precision."""
+    try:
+        prove_equal(outputs, expected, torch.float32, "widened", tolerance=GROWN)
+    except GETAError as error:
+        raise differs from error
 
 
 @contextmanager
@@ -179,7 +192,14 @@ def widened(model: PreTrainedModel) -> Iterator[None]:
                 weight.data = data
 
 
-def prove_equal(reference: Outputs, found: Outputs, dtype: torch.dtype, what: str, least_scale: float = 1.0) -> float:
+def prove_equal(
+    reference: Outputs,
+    found: Outputs,
+    dtype: torch.dtype,
+    what: str,
+    least_scale: float = 1.0,
+    tolerance: float | None = None,
+) -> float:
     """Compare two models' outputs.
 
     Args:
@@ -188,6 +208,7 @@ def prove_equal(reference: Outputs, found: Outputs, dtype: torch.dtype, what: st
         dtype: the model's, which sets the tolerance.
         what: how to call the model under test in an error.
         least_scale: what an output's scale is taken as where all its values are smaller.
+        tolerance: share of the scale that is allowed. Default None: that of the dtype.
 
     Returns:
         The largest absolute difference.
@@ -204,7 +225,7 @@ def prove_equal(reference: Outputs, found: Outputs, dtype: torch.dtype, what: st
                 shape = None if actual is None else tuple(actual.shape)
                 raise GETAError(f"{where} has shape {shape}, the trained model's {tuple(expected.shape)}")
             difference = _difference(expected, actual)
-            allowed = TOLERANCE[dtype] * _scale(expected, least_scale)
+            allowed = (TOLERANCE[dtype] if tolerance is None else tolerance) * _scale(expected, least_scale)
             if not difference <= allowed:  # also true of NaN
                 raise GETAError(
                     f"{where} differs by {difference:.3g} from the trained model's; allowed is {allowed:.3g}"

@@ -16,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 
 from geta_hf.config import CompressionConfig
 from geta_hf.errors import GETAError
-from geta_hf.export.serving import serving_notes
 from geta_hf.methods.base import Method
 from geta_hf.qadg import PruningSpace
 from geta_hf.quantization import detach_quantizers, quantized_layers, select_layers
@@ -41,8 +40,7 @@ class _CoolDown(GETATrainer):
         super().__init__(*args, **kwargs)
 
     def _find_space(self, model: nn.Module) -> PruningSpace:
-        self._not_vanilla = None
-        self._serving = serving_notes(self.geta_config, model, self._known)
+        self._not_vanilla, self._serving = None, ()
         return self._known
 
     def _print_plan(self) -> None:
@@ -110,7 +108,7 @@ def recover(
             method=method,
             peft_config=lora,
             space=space,
-            train_dataset=list(batches),  # type: ignore[arg-type]
+            train_dataset=list(batches),
             data_collator=lambda rows: dict(rows[0]),
         )
         trainer.remove_callback(PrinterCallback)  # which prints where there is no bar

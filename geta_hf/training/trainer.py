@@ -32,6 +32,7 @@ from geta_hf.surgery.build_space import prepare_space
 from geta_hf.surgery.drop_layers import DroppedLayers, drop_layers, mean_loss
 from geta_hf.training.checkpoints import Progress, base_name, check_checkpoint, write_notes
 from geta_hf.training.complete import mark_complete, mark_unfinished, newest_to_resume
+from geta_hf.training.console import name_stages
 from geta_hf.training.distillation import Distiller, dense_copy
 from geta_hf.training.dtypes import DTypes, dtypes_of, unrounded, warn_of_other_dtypes
 from geta_hf.training.early_checks import (
@@ -57,7 +58,7 @@ from geta_hf.training.preparation import (
     without_untrained,
 )
 from geta_hf.training.processes import averages_gradients, by_first_process, decided_by_first_process
-from geta_hf.training.publishing import PublishingTrainer
+from geta_hf.training.publishing import PublishingTrainer, is_own_export
 from geta_hf.training.support import Launch, check_options, check_plain
 from geta_hf.utils.copies import copy_module
 from geta_hf.utils.model_io import to_device
@@ -137,15 +138,16 @@ class GETATrainer(PublishingTrainer):
         self.method: Method = make_method(self.geta_config) if method is None else method
         self.lora = self._check_model(model, peft_config)
         super().__init__(model=model, args=args, **kwargs)
+        name_stages(self.callback_handler.callbacks, lambda: self.method)
         share = self.method.held_out_share
         self.train_dataset, self._held_out = split_rows(self.train_dataset, share, self.args.seed)
         align_tokens(model, self.processing_class)
         launch = Launch.of(self.accelerator, self.model)
         check_length(self.args)
-        check_batch_norm(model, self.args)
         check_options(self.args, launch, self.optimizer, self.lr_scheduler, lora=self.lora is not None)
         # Kept, since later on not every process may draw from the loader, which all of them share.
         self._batch = self._choose_batch(model)
+        check_batch_norm(model, self.args, self._batch)
         self.method.check_stages(*planned_steps(self.args, self.get_train_dataloader))
         check_exports(model, self._batch, self._layers_to_quantize(model))
         teacher = self._choose_teacher(model, teacher)
@@ -156,6 +158,7 @@ class GETATrainer(PublishingTrainer):
             self.lora = self._replan_lora(model)
             self.space = self._find_space(model)
             self.distiller = self._make_distiller(model, teacher)
+            self.method.prepare(self.space)
             self.method.attach(model, self._sample_batches)
             check_ties(model)
             self._ledger = self._measure_sizes(model)
@@ -505,7 +508,8 @@ class GETATrainer(PublishingTrainer):
         """Log as Trainer does, with the metrics of the method next to the loss."""
         # Trainer has just waited for the device to read the loss, so reading these values costs no further wait.
         self._check_finite()
-        if self._wrapped and "loss" in logs:
+        # The summary at the end too: a run shorter than `logging_steps` has no other line.
+        if self._wrapped and ("loss" in logs or "train_loss" in logs):
             logs.update(self.compression_state())
         super().log(logs, start_time)
 
@@ -588,8 +592,9 @@ class GETATrainer(PublishingTrainer):
         """Write the small folder: zero groups sliced away, weights packed at their bits; tokenizer and card included.
 
         Args:
-            directory: must not exist unless `overwrite`.
-            overwrite: replace an existing model folder. Default: False.
+            directory: must not exist unless `overwrite`, or unless it is an earlier export within the `output_dir` of
+                this run, which is replaced.
+            overwrite: replace any existing model folder. Default: False.
 
         Returns:
             What was written; None on processes other than the first. All processes have to call it, and return once
@@ -601,6 +606,7 @@ class GETATrainer(PublishingTrainer):
         # Both exchange shards under FSDP2, so every process takes part.
         result = self.method.result()
         trained = self._gather_model()
+        overwrite = overwrite or is_own_export(Path(directory), Path(str(self.args.output_dir)))
 
         def write() -> ExportReport:
             # A callback may export while training goes on. DDP loses sight of parameters that are moved for a while.

@@ -27,9 +27,10 @@ def write_compressed_tensors(model: PreTrainedModel, folder: Path, batch: Mappin
     """Write a compressed model with its weights packed at their learned bits, in compressed-tensors' own format.
 
     Cuts go into config.json as in the vanilla format, so every layer must have kept equally many groups. Linear layers
-    of 2 to 8 bits are packed, each row of codes in whole 32-bit words. Wider ones, tied ones, those with blocks of 32
-    inputs of which the last is shorter, Conv1D, convolutions and embeddings (which transformers cannot load packed) are
-    stored dense, with their quantized values. Scales are stored
+    of 2 to 8 bits are packed, each row of codes in whole 32-bit words; where rows differ in width, at the widest. Wider
+    ones, tied ones, those with blocks of 32 inputs of which the last is shorter, those with a step size for each input,
+    Conv1D, convolutions and embeddings (which transformers cannot load packed) are stored dense, with their quantized
+    values. Scales are stored
     in the model's dtype, as the package computes in: below single precision that rounds every step size once more.
 
     Args:
@@ -130,7 +131,9 @@ def packable(model: PreTrainedModel) -> dict[str, PackedLayer]:
 
 
 def _fills(layer: PackedLayer) -> bool:
-    """Return whether a layer has no blocks of inputs, or only such of 32, as the package's groups are."""
+    """Return whether step sizes are those of rows, or of blocks of 32 inputs, as the package's groups are."""
+    if layer.scales_inputs:
+        return False
     return not layer.in_blocks or layer.dense_shape[1] % BLOCK == 0
 
 
