@@ -37,7 +37,7 @@ def read_budget(text: str, ledger: Ledger) -> Budget:
 
     Args:
         text: `B=3.2`, 3.2 bits stored for each weight of the original layers, step sizes counted; or `30%@8`, the size
-            of a file with 30 % of the prunable parameters removed and 8 bits for each of the rest.
+            of a file with 30 % of the prunable parameters removed and 8 bits (2 to 8) for each of the rest.
         ledger: sizes of the model, with its quantizers.
 
     Raises:
@@ -47,9 +47,13 @@ def read_budget(text: str, ledger: Ledger) -> Budget:
         if text.startswith("B="):
             return Budget(text, bytes_for(ledger, float(text[2:])))
         share, _, bits = text.partition("%@")
+        if not (0 <= float(share) < 100 and 2 <= int(bits) <= 8):
+            raise ValueError(text)
         return Budget(text, bytes_after(ledger, float(share) / 100, int(bits)), int(bits))
     except ValueError as error:
-        raise GETAError(f"budget {text!r} must be like B=3.2 (bits for each weight) or 30%@8 (removed@bits)") from error
+        raise GETAError(
+            f"budget {text!r} must be like B=3.2 (bits for each weight) or 30%@8 (removed@2 to 8)"
+        ) from error
 
 
 def bytes_for(ledger: Ledger, bits: float) -> int:

@@ -79,7 +79,7 @@ def test_budgets_are_what_they_are_called() -> None:
     assert bytes_after(LEDGER, 0.5, 8) == pytest.approx(LEDGER.stored_bytes(removed, 8), abs=8)
     assert read_budget("50%@8", LEDGER).bits == 8
     assert read_budget("B=3", LEDGER) == Budget("B=3", bytes_for(LEDGER, 3.0))
-    for text in ("3.2", "30%", "B=x", "a%@8"):
+    for text in ("3.2", "30%", "B=x", "B=nan", "a%@8", "130%@8", "30%@0"):
         with pytest.raises(GETAError, match=r"must be like B=3\.2"):
             read_budget(text, LEDGER)
 
