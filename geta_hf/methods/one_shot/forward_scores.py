@@ -71,12 +71,38 @@ def measure_forward(
             covariance = found[_owner(shared[name], name, own)].mean(name) if name in own else None
             importance = _importance(layer, covariance)
             rounding[places[name]] = rounding_losses({name: layer}, {f"{name}.weight": 2 * importance}, widths, grid)[0]
-            if covariance is None:  # nothing is known of what it reads, so its groups are kept
-                continue
-            lost = importance * layer.weight.float() ** 2  # type: ignore[operator]
-            for cut in cuts.get(f"{name}.weight", ()):
-                cut.sums(lost.device).add_to(removal, sum_others(lost, cut.dim).double().to(removal.device))
+            if covariance is not None:  # else nothing is known of what it reads, so its groups are kept
+                _add_lost(removal, layer, importance, cuts.get(f"{name}.weight", ()))
     return Losses(removal[:groups], rounding, widths)
+
+
+@torch.no_grad()
+def removal_by_inputs(
+    layers: Mapping[str, nn.Module],
+    covariances: Mapping[str, Tensor | None],
+    labels: Sequence[GroupLabels],
+    groups: int,
+) -> Tensor:
+    """Return what removing each group is expected to cost, as `measure_forward` does, from covariances at hand.
+
+    Args:
+        layers: those with quantizers, by path.
+        covariances: of each layer's inputs, shape (in, in); None where nothing reached it.
+        labels, groups: as in `measure_forward`.
+    """
+    removal = torch.zeros(groups + 1, dtype=torch.float64)
+    for name, layer in layers.items():
+        covariance = covariances.get(name)
+        cuts = [cut for cut in labels if cut.tensor == f"{name}.weight"]
+        if covariance is not None and cuts:
+            _add_lost(removal, layer, _importance(layer, covariance), cuts)
+    return removal[:groups]
+
+
+def _add_lost(removal: Tensor, layer: nn.Module, importance: Tensor, cuts: Iterable[GroupLabels]) -> None:
+    lost = importance * layer.weight.float() ** 2  # type: ignore[operator]
+    for cut in cuts:
+        cut.sums(lost.device).add_to(removal, sum_others(lost, cut.dim).double().to(removal.device))
 
 
 def _owner(first: str, name: str, layers: Mapping[str, nn.Module]) -> str:

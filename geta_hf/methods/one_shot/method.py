@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,7 +28,7 @@ from geta_hf.methods.one_shot.choice import (
 )
 from geta_hf.methods.one_shot.config import OneShotConfig
 from geta_hf.methods.one_shot.first_weights import FirstWeights
-from geta_hf.methods.one_shot.forward_scores import measure_forward
+from geta_hf.methods.one_shot.forward_scores import measure_forward, removal_by_inputs
 from geta_hf.methods.one_shot.gradients import logits_of, measure_gradients, predictions, sequences
 from geta_hf.methods.one_shot.layers import Grid, compress_layer, rounding_losses
 from geta_hf.methods.one_shot.memory import check_memory, foresee_memory
@@ -298,6 +299,10 @@ def _write_grids(model: nn.Module, grids: Mapping[str, Grid]) -> None:
             layer.weight_quantizer.set_order(grid.order)
 
 
+def _same(one: Candidate, other: Candidate) -> bool:
+    return torch.equal(one.removed, other.removed)
+
+
 def _best(trials: Sequence[Trial]) -> int:
     """Return the position of the trial of least loss."""
     return min(range(len(trials)), key=lambda place: trials[place].loss or 0.0)
@@ -350,8 +355,7 @@ class _Work:
         trials = self._try(candidates, reference)
         chosen = _best(trials)
         if found and len(trials) > 1:
-            share = trials[chosen].share
-            single = find_single_kinds(self.config, self.families, self.ledger, self._expected_losses(), share)
+            single = self._single_kinds(trials[chosen].share)
             candidates, trials = [*candidates, *single], [*trials, *self._measured_trials(single, reference)]
             chosen = _best(trials)
         grids = self._compress(candidates[chosen])
@@ -466,6 +470,18 @@ class _Work:
             self.restore()
             trials.append(self._trial(candidate, loss if math.isfinite(loss) else math.inf))
         return trials
+
+    def _single_kinds(self, share: float) -> list[Candidate]:
+        """Return splits that remove groups of one kind, by the scores of the config and by those of their inputs."""
+        losses = self._expected_losses()
+        found = find_single_kinds(self.config, self.families, self.ledger, losses, share)
+        if found and not self.config.frugal:
+            shapes = {name: tuple(tensor.shape) for name, tensor in self.named.items()}
+            read = find_group_labels(consumers(self.families), shapes)
+            removal = removal_by_inputs(self.layers, self._dense_covariances(), read, self.ledger.groups)
+            by_inputs = dataclasses.replace(losses, removal=self._keep_unreached(removal))
+            found += find_single_kinds(self.config, self.families, self.ledger, by_inputs, share)
+        return [one for place, one in enumerate(found) if not any(_same(one, other) for other in found[:place])]
 
     def _trial(self, candidate: Candidate, loss: float | None) -> Trial:
         weights = self.ledger.weights(candidate.removed)
