@@ -179,6 +179,21 @@ def config_of(cell: Cell, size: int | None) -> CompressionConfig | None:
     return GETAConfig.paper(**values) if cell.row.preset else GETAConfig(**values)
 
 
+def bytes_of_preset(finished: Mapping[tuple[Any, ...], Line], cell: Cell) -> int:
+    """Return the bytes at which the preset ended with the seed of a cell.
+
+    Raises:
+        GETAError: the preset's row is missing, since it failed or is not among the rows.
+    """
+    line = finished.get((PAPER, None, cell.seed))
+    if line is None:
+        raise GETAError(
+            f"{cell.row.name!r} takes the size of {PAPER!r}, which has no result with seed {cell.seed}: it failed, or "
+            f"is not among --rows; run it first"
+        )
+    return int(line["bytes"])
+
+
 def run(task: Task, folder: Path, work: Path, lengths: Lengths, cells: Sequence[Cell]) -> None:
     """Run the cells that `work/results.jsonl` lacks, and append each as it ends.
 
@@ -201,7 +216,7 @@ def run(task: Task, folder: Path, work: Path, lengths: Lengths, cells: Sequence[
     def measure(cell: Cell) -> Line:
         size = None
         if cell.row.at_paper:
-            size = finished[PAPER, None, cell.seed]["bytes"]
+            size = bytes_of_preset(finished, cell)
         if cell.row.sized and cell.bits is not None:
             size = bytes_at(task.load(folder), folder, cell.bits)
         set_seed(cell.seed)

@@ -149,7 +149,7 @@ def prepare(arguments: argparse.Namespace) -> Study:
         scored["same text"], blocks = blocks[: arguments.scored], blocks[arguments.scored :]
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     dense = {name: loss_of_each(model, part) for name, part in scored.items()}
-    space, _ = prepare_space(model, {"input_ids": blocks[:2]})
+    space, _ = prepare_space(model, {"input_ids": blocks[:2, :32]})
     return Study(arguments, model, blocks, scored, dense, space)
 
 

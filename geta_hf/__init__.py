@@ -1,6 +1,16 @@
 """GETA for Hugging Face: structured pruning and quantization learned together while a model is fine-tuned.
 
 Importing the package lets `AutoModelForX.from_pretrained` read folders that it exported.
+
+- Train and compress: `GETATrainer`, with `GETAConfig` or `SearchConfig`.
+- Compress without training: `compress`, with `OneShotConfig`.
+- Write and share: `export`, `convert`, `write_card`, `write_report`, `push_to_hub`.
+- Run fast: `prepare_for_inference`.
+- Score: `evaluate`, `perplexity`, `measure_costs`.
+- Look ahead: `PruningSpace`, `build_space`, `dry_run`, `plan_memory`, `Plan`.
+- Parts for a training loop of your own: `attach_quantizers`, `QASSO`, `Schedule`.
+
+What users can mend raises `GETAError`. From a terminal the same is `geta-hf --help`.
 """
 
 from geta_hf.compress import compress

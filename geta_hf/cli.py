@@ -33,6 +33,7 @@ from geta_hf.reporting.graph_page import gather, gather_unsupported, pattern, sp
 from geta_hf.reporting.html_report import write_report
 from geta_hf.reporting.hub import files_to_push, push_to_hub
 from geta_hf.serialization.validate import check_headers, check_readable
+from geta_hf.utils.quiet import quiet
 from geta_hf.utils.version import __version__
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -63,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        with quiet():
+            arguments.run(arguments)
     # What a user can mend is one line. Anything else is a fault of this package and keeps its traceback.
     except (GETAError, OSError) as error:
         print(f"geta-hf: {error}", file=sys.stderr)
@@ -115,6 +117,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--sequences", type=int, default=128, metavar="N", help="of calibration data; default: 128")
     command.add_argument("--sequence-length", type=int, metavar="N", help="tokens of each; default: 256")
+    command.add_argument(
+        "--no-gradients", dest="gradients", action="store_false", help="score by forward passes alone: less memory"
+    )
+    command.add_argument(
+        "--recover-steps", type=int, default=0, metavar="N", help="training steps towards the dense model; default: 0"
+    )
+    command.add_argument("--recover", default="full", choices=("full", "lora"), help="what they train; default: full")
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it is the folder of a model")
     command.set_defaults(run=run_compress)
     _add_measure(commands)
@@ -177,6 +186,10 @@ def inspect(arguments: argparse.Namespace) -> None:
     if arguments.html:
         write_page(flow, space, arguments.html, arguments.model)
         print(f"wrote {arguments.html}")
+    print(
+        "next: geta-hf train CONFIG.yaml, or without training geta-hf compress MODEL OUT --data FILE;\n"
+        "      then geta-hf export, for other programs"
+    )
 
 
 def _read_raw(model: nn.Module, graph: Graph) -> list[str]:
@@ -235,7 +248,17 @@ def run_compress(arguments: argparse.Namespace) -> None:
     Example:
         `geta-hf compress HuggingFaceTB/SmolLM2-135M small --data corpus.txt --target-bytes 60%`
     """
-    names = ("target_bops", "target_parameters", "mean_bits", "sequences", "sequence_length", "overwrite")
+    names = (
+        "target_bops",
+        "target_parameters",
+        "mean_bits",
+        "sequences",
+        "sequence_length",
+        "overwrite",
+        "gradients",
+        "recover_steps",
+        "recover",
+    )
     targets = None if arguments.targets is None else list(map(_size, arguments.targets))
     found: Any = compress(
         arguments.model,
@@ -289,6 +312,9 @@ def run_report(arguments: argparse.Namespace) -> None:
         `geta-hf report runs/phi2/export --dense microsoft/phi-2 --out report.html`
     """
     print(f"wrote {write_report(arguments.folder, arguments.out or Path('report.html'), arguments.dense)}")
+    formats = ", ".join(name for name in FORMATS if name != "geta")
+    print(f"next: geta-hf export {arguments.folder} OUT --format FORMAT, for other programs: {formats}")
+    print(f"      geta-hf push {arguments.folder} USER/NAME, to the Hub")
 
 
 def run_push(arguments: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import find_labels
@@ -31,6 +32,7 @@ from geta_hf.methods import OneShotConfig, OneShotMethod
 from geta_hf.methods.one_shot import Calibration, Measured, Outcome
 from geta_hf.methods.one_shot.choice import check_budget
 from geta_hf.methods.one_shot.gradients import sequences as rows_of
+from geta_hf.methods.one_shot.method import measure
 from geta_hf.qadg import PruningSpace
 from geta_hf.quantization import quantized_layers, select_layers
 from geta_hf.reporting.comparison import load_model
@@ -38,11 +40,16 @@ from geta_hf.reporting.model_card import write_card
 from geta_hf.serialization.atomic_folder import check_apart, check_target
 from geta_hf.surgery.build_space import prepare_space
 from geta_hf.training.checkpoints import base_name
+from geta_hf.training.distillation import dense_copy
 from geta_hf.training.early_checks import check_exports, check_is_model, check_model
 from geta_hf.training.example_inputs import find_left_out, inputs_of
 from geta_hf.training.float_layers import exclude_raw_reads
 from geta_hf.training.plan import make_ledger
 from geta_hf.training.preparation import align_tokens, empty_copy
+from geta_hf.training.recovery import RATES
+from geta_hf.training.recovery import recover as train
+from geta_hf.utils.model_io import float_tensors, loss_of
+from geta_hf.utils.module_state import eval_mode
 from geta_hf.utils.process_state import exclusive
 from geta_hf.utils.tables import format_table
 
@@ -50,6 +57,9 @@ logger = logging.getLogger(__name__)
 
 _HELD_BACK = 8
 """One of this many sequences is held back, to compare splits of the budget and to measure what the result loses."""
+
+_PROVED = 64
+"""Tokens of a sequence that the model is recorded and proved on, at most."""
 
 _SCORED = 2
 """One of this many of the other sequences is used for gradients, which cost three times a forward pass."""
@@ -100,6 +110,9 @@ class CompressReport:
         if len(self.outcome.trials) > 1:
             tried = ", ".join(f"{one.share:.0%} removed: {one.loss:.4f}" for one in self.outcome.trials)
             lines.append(f"splits of the budget tried, by their loss on held-back data: {tried}")
+        if self.outcome.loss_before_recovery is not None:
+            before = self.outcome.loss_before_recovery
+            lines.append(f"loss on held-back data: {before:.4f} compressed, {self.outcome.loss:.4f} after recovery")
         if self.outcome.unreached:
             names = ", ".join(self.outcome.unreached)
             lines.append(f"no calibration data reached these layers, which are rounded to nearest: {names}")
@@ -167,6 +180,10 @@ def compress(
     config: OneShotConfig | None = None,
     sequences: int = 128,
     sequence_length: int | None = None,
+    gradients: bool = True,
+    recover_steps: int = 0,
+    recover: str = "full",
+    learning_rate: float | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> CompressReport | list[CompressReport]:
@@ -196,6 +213,14 @@ def compress(
         config: limits and rules, such as `bits`, `exclude` or `keep`; targets above replace its own.
         sequences: how many at most. Default 128.
         sequence_length: tokens of each; by default 256, or what the model's positions allow.
+        gradients: score by gradients. False scores by forward passes alone (`saliency="activation"` of the config),
+            with one block at a time in memory on top of the weights: for models whose gradients do not fit. The dense
+            weights are kept in a temporary folder meanwhile. Default True.
+        recover_steps: optimizer steps that follow, towards the outputs of the dense model, on the calibration data.
+            Groups and widths stay as they are. Default 0. The config's `distill_logits` and `distill_hidden` say what
+            is compared; by default the logits, or the hidden states of a model without. The data needs labels.
+        recover: `full` trains all parameters, `lora` two small matrices for each linear layer (peft). Default `full`.
+        learning_rate: of these steps. Default 1e-4, and 1e-3 for LoRA.
         overwrite: replace an existing model folder.
         progress: show progress bars. Default True.
 
@@ -225,6 +250,9 @@ def compress(
     given = {"target_bops": target_bops, "target_parameters": target_parameters, "mean_bits": mean_bits}
     amounts = _check_targets(targets, {**given, "target_bytes": target_bytes})
     config = _with_targets(config, target_bops, target_parameters, mean_bits, amounts[0])
+    if not gradients:
+        config = dataclasses.replace(config, saliency="activation")
+    _check_recovery(recover_steps, recover, learning_rate, config)
     places = [place] if targets is None else [_folder_of(place, target) for target in targets]
     for folder in places:
         check_target(folder, overwrite)
@@ -244,7 +272,12 @@ def compress(
     with _tokens_restored(loaded, always=targets is not None):
         align_tokens(loaded, tokenizer)
         batches = make_batches(calibration_data, loaded, tokenizer, sequences=sequences, length=sequence_length)
+        recovery = None
+        if recover_steps:
+            config = _with_distillation(config, loaded, batches[0])
+            recovery = _Recovery(recover_steps, recover, learning_rate)
         job = _Job.prepare(loaded, tokenizer, config, batches, progress)
+        job.recovery = recovery
         job.measured.path = place.with_name(f"{place.name}.scores.safetensors")
         job.measured.several = targets is not None
         configs = [job.with_bytes(amount) for amount in amounts]
@@ -253,6 +286,15 @@ def compress(
             job.run(own, folder, overwrite, keep=targets is None) for own, folder in zip(configs, places, strict=True)
         ]
     return reports[0] if targets is None else reports
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recovery:
+    """The training that follows: optimizer steps, what is trained, and the learning rate, None for the usual one."""
+
+    steps: int
+    kind: str
+    learning_rate: float | None
 
 
 @dataclasses.dataclass
@@ -278,6 +320,7 @@ class _Job:
     start: float
     serving: tuple[str, ...] = ()
     measured: Measured = dataclasses.field(default_factory=Measured)
+    recovery: _Recovery | None = None
 
     @classmethod
     def prepare(
@@ -324,8 +367,11 @@ class _Job:
         method = OneShotMethod(config)
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         bar = partial(_bar, shown=self.progress)
+        teacher = None if self.recovery is None else dense_copy(self.model)
         outcome = method.compress(self.model, self.data, self.space, self.ledger, bar, self.measured)
         try:
+            if self.recovery is not None and teacher is not None:
+                outcome = self._recover(method, config, teacher, outcome, self.recovery)
             written = export(
                 self.model,
                 place,
@@ -339,18 +385,83 @@ class _Job:
                 overwrite=overwrite,
             )
         except BaseException:  # KeyboardInterrupt too
-            method.undo()
+            self._give_back(method, teacher)
             raise
         if keep:
             method.release()
         else:
-            method.undo()
+            self._give_back(method, teacher)
         seconds = time.perf_counter() - self.start
         self.start = time.perf_counter()
         causal = predicts_next(self.model)
         return _report(
             place, written, outcome, self.ledger, self.dense_bytes, parameters, causal, seconds, self.serving
         )
+
+    def _recover(
+        self, method: OneShotMethod, config: OneShotConfig, teacher: nn.Module, outcome: Outcome, recovery: _Recovery
+    ) -> Outcome:
+        """Train the compressed model towards the dense one; return the outcome with the loss that it then has."""
+        train(
+            self.model,
+            teacher,
+            method,
+            config,
+            self.space,
+            self.data.covariances,
+            recovery.steps,
+            kind=recovery.kind,
+            learning_rate=recovery.learning_rate,
+            progress=self.progress,
+        )
+        after, _ = measure(self.model, self.data.held_back)
+        if not math.isfinite(after):
+            raise GETAError(
+                f"the loss on held-back data is {after} after {recovery.steps} steps of recovery; lower learning_rate"
+            )
+        return dataclasses.replace(outcome, loss=after, loss_before_recovery=outcome.loss)
+
+    def _give_back(self, method: OneShotMethod, teacher: nn.Module | None) -> None:
+        """Make the model dense again, with what recovery has changed, too."""
+        method.undo()
+        if teacher is None:
+            return
+        first = dict(teacher.named_parameters())
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(first[name])
+
+
+def _check_recovery(steps: int, kind: str, learning_rate: float | None, config: OneShotConfig) -> None:
+    """Raise GETAError for steps or a kind of recovery that cannot be."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise GETAError(f"recover_steps = {steps!r} must be a number of steps, 0 or more")
+    if kind not in RATES:
+        raise GETAError(f"recover = {kind!r} must be {' or '.join(map(repr, RATES))}")
+    if learning_rate is not None and not (isinstance(learning_rate, int | float) and 0 < learning_rate < math.inf):
+        raise GETAError(f"learning_rate = {learning_rate!r} must be a positive number")
+    if not steps and (config.distill_logits or config.distill_hidden):
+        raise GETAError("distill_logits and distill_hidden are for recovery; give recover_steps, such as 100")
+
+
+def _with_distillation(config: OneShotConfig, model: PreTrainedModel, batch: Mapping[str, Any]) -> OneShotConfig:
+    """Return the config with a weight for what the dense model teaches.
+
+    Raises:
+        GETAError: the data has no labels, so that there is no loss.
+    """
+    with torch.no_grad(), eval_mode(model):
+        outputs = model(**batch)
+    if loss_of(outputs) is None:
+        raise GETAError(
+            f"recover_steps needs data with labels, and {type(model).__name__} gives no loss on this; pass batches "
+            f"with labels, or recover_steps=0"
+        )
+    if config.distill_logits or config.distill_hidden:
+        return config
+    if any("logits" in name for name in float_tensors(outputs)):
+        return dataclasses.replace(config, distill_logits=1.0)
+    return dataclasses.replace(config, distill_hidden=1.0)
 
 
 def _check_targets(targets: Sequence[int | str] | None, others: Mapping[str, Any]) -> list[int | str | None]:
@@ -474,10 +585,17 @@ def _load(model: Any, tokenizer: Any) -> tuple[Any, Any]:
 
 
 def _example(model: PreTrainedModel, batches: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what the model is recorded and proved on: the first two sequences, without labels."""
+    """Return what the model is recorded and proved on: the start of the first two sequences, without labels."""
     first = batches[0]
     if sum(1 for _ in rows_of([first])) > 1:
         first = {name: item[:2] for name, item in first.items()}
+    shapes = {tuple(getattr(item, "shape", ())) for item in first.values()}
+    if len(shapes) == 1 and len(shape := shapes.pop()) == 2 and shape[1] > _PROVED:
+        # Proofs take tens of forwards, and no operator depends on how many tokens there are.
+        short = {name: item[:, :_PROVED] for name, item in first.items()}
+        mask = short.get("attention_mask")
+        if mask is None or bool(mask.any(1).all()):
+            first = short
     return inputs_of(model, first, find_left_out(model, first, find_labels(type(model))))
 
 

@@ -297,13 +297,9 @@ def field_table(kind: type[CompressionConfig] | None = None) -> str:
     lines = [
         "# Configuration" if kind is GETAConfig else f"# Configuration: {kind.__name__}",
         "",
+        f"<!-- Generated from the declarations in geta_hf. After a change there, run: {REGENERATE} -->",
+        "",
         f"The fields of `{kind.__name__}`, {given}. A run saves them as `{CONFIG_NAME}`.",
-        "",
-        "This page is generated from the declarations in `geta_hf`. After a change there, run",
-        "",
-        "```bash",
-        REGENERATE,
-        "```",
     ]
     for section, settings in sections_of(kind).items():
         lines += ["", f"## {section}", ""]

@@ -46,6 +46,7 @@ def test_inspect_prints_families_and_coverage(folder: Path, capsys: pytest.Captu
     assert "no: " in " ".join(table["residual"])
     assert "13 families cover 100.0% of the matrix parameters; 6 prunable ones with 156 groups cover" in out
     assert "unsupported" not in out
+    assert out.splitlines()[-2].startswith("next: geta-hf train CONFIG.yaml")
     assert "wrote" not in out
 
 

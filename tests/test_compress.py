@@ -355,6 +355,72 @@ def test_a_failed_export_gives_the_model_back(tmp_path: Path, monkeypatch: pytes
     assert all(type(module).__module__.startswith(("torch.", "transformers.")) for module in model.modules())
 
 
+def recovered(kind: str, folder: Path) -> tuple[CompressReport, LlamaForCausalLM]:
+    model = tiny_llama()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    report = compress(
+        model, [TEXT], byte_tokenizer(), out=folder, target_parameters=0.3, mean_bits=4, recover_steps=6, recover=kind,
+        learning_rate=1e-3, config=OneShotConfig(grid="block32"), **SMALL,
+    )  # fmt: skip
+    return report, model
+
+
+@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
+def test_recovery_keeps_what_was_decided(kind: str, tmp_path: Path):
+    report, model = recovered(kind, tmp_path / "x")
+    before = report.outcome.loss_before_recovery
+    assert before is not None and report.outcome.loss < before and "after recovery" in str(report)
+    assert report.perplexity is not None
+    assert report.perplexity[1] == pytest.approx(math.exp(report.outcome.loss))
+    assert report.removed_groups == sum(all_ - kept for kept, all_ in report.export.kept.values()) > 0
+    assert report.export.bits == dict(report.outcome.result.weight_bits)
+    small = AutoModelForCausalLM.from_pretrained(report.path)
+    with torch.no_grad():
+        torch.testing.assert_close(small(input_ids=IDS[0]).logits, model(input_ids=IDS[0]).logits, rtol=1e-4, atol=1e-5)
+    layers = quantized_layers(model).values()
+    # Weights have moved, off their grids, and no matrix of LoRA remains.
+    assert not all(torch.equal(layer.quantized_weight(), layer.weight) for layer in layers)
+    assert all(layer.lora is None for layer in layers)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert "model.embed_tokens.weight" in frozen and "model.norm.weight" not in frozen
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_failure_after_recovery_gives_every_parameter_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = tiny_llama()
+    before = values(model)
+    monkeypatch.setattr(importlib.import_module("geta_hf.compress"), "export", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compress(
+            model,
+            [TEXT],
+            byte_tokenizer(),
+            out=tmp_path / "x",
+            mean_bits=4,
+            recover_steps=2,
+            learning_rate=0.1,
+            **SMALL,
+        )
+    assert is_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recover_steps": -1}, "recover_steps = -1 must be"),
+        ({"recover_steps": 2.5}, "recover_steps = 2.5 must be"),
+        ({"recover_steps": 2, "recover": "all"}, "recover = 'all' must be 'full' or 'lora'"),
+        ({"recover_steps": 2, "learning_rate": 0}, "learning_rate = 0 must be"),
+        ({"config": OneShotConfig(distill_logits=1)}, "are for recovery; give recover_steps"),
+        ({"recover_steps": 2}, "BertModel gives no loss on this; pass batches with labels"),
+    ],
+)
+def test_recovery_that_cannot_be_is_named(options, message: str, tmp_path: Path):
+    model, batches = bare_bert()
+    with pytest.raises(GETAError, match=message):
+        compress(model, batches, out=tmp_path / "x", mean_bits=4, progress=False, **options)
+
+
 @pytest.mark.parametrize("labelled", [True, False])
 def test_outputs_that_are_not_finite_are_named(labelled: bool, tmp_path: Path):
     model, batches = bert()

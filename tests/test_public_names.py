@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,11 @@ def test_every_listed_name_can_be_imported() -> None:
     assert issubclass(geta_hf.GETAError, Exception)
 
 
+def test_the_help_of_the_package_names_only_what_it_offers() -> None:
+    named = set(re.findall(r"`([a-zA-Z_]\w*)`", geta_hf.__doc__)) - {"AutoModelForX"}
+    assert len(named) > 15 and named <= set(geta_hf.__all__)
+
+
 RENAMED = {("PruningSpace", "frozen"): "unsupported"}
 """Arguments under another name, which nobody but the package gives; the attribute keeps the former name too."""
 
@@ -177,10 +183,13 @@ def resolve(dotted: str) -> Any:
     first, *rest = dotted.split(".")
     found = importlib.import_module(first)
     for place, part in enumerate(rest):
-        if not hasattr(found, part):
-            found = importlib.import_module(".".join([first, *rest[: place + 1]]))
+        # A function may have the name of its module, which is meant where the function has no such attribute.
+        for owner in (found, sys.modules.get(".".join([first, *rest[:place]]))):
+            if hasattr(owner, part):
+                found = getattr(owner, part)
+                break
         else:
-            found = getattr(found, part)
+            found = importlib.import_module(".".join([first, *rest[: place + 1]]))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -31,6 +32,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from benchmarks import inference, llm_scale, memory_plan, train_step
 from benchmarks.gpu import seven_tasks
 from benchmarks.gpu.figures import Figure
+from eval.compare import run as compare
+from eval.compare.table import texts_of
 from geta_hf.export.export import compress
 from geta_hf.export.formats.vllm import write_vllm
 from geta_hf.qadg import build_space
@@ -368,6 +371,48 @@ def run_scale(setup: Setup) -> list[Figure]:
     return [Figure(name, float(seconds), "s", note=f"peak {peak}") for name, seconds, peak in meter.rows]
 
 
+def run_compare(setup: Setup) -> list[Figure]:
+    """Compare methods at equal bytes on the first folder in LM, such as Phi-2: 30 % removed, 8 and 4 bits.
+
+    Cells are kept in OUT/compare, one line each: the part goes on from there, however often it is stopped. The seven
+    tasks are scored where lm-eval is installed.
+    """
+    with tempfile.TemporaryDirectory() as spare:
+        argv = _smoke_comparison(setup, Path(spare)) if setup.smoke else _comparison(setup)
+        lines = compare.run(compare.parser().parse_args([*argv, "--work", str(setup.out / "compare")]))
+    figures = []
+    for line in lines:
+        name = f"{line['method']}, {line['budget']}, {line['steps']} steps"
+        if "skipped" in line or "reason" in line:
+            figures.append(Figure(name, None, note=line.get("skipped") or line["reason"]))
+            continue
+        for text in texts_of([line]):
+            figures.append(Figure(f"{name}: {text}", statistics.fmean(line[text]["above"]), "nats above dense"))
+    return figures
+
+
+def _comparison(setup: Setup) -> list[str]:
+    data = setup.paths["DATA"]
+    texts = {"wikitext": data / "lm/wikitext-2/test.txt.gz", "gutenberg": data / "lm/gutenberg/austen-emma.txt.gz"}
+    argv = ["--model", str(setup.paths["LM"]).split(os.pathsep)[0]]
+    argv += ["--text", str(data / "lm/wikitext-2/valid.txt.gz")]
+    argv += ["--scored", *(f"{name}={path}" for name, path in texts.items())]
+    argv += ["--budgets", "30%@8", "30%@4", "--steps", "0", "100", "--blocks", "128", "--scored_blocks", "100"]
+    if importlib.util.find_spec("lm_eval") is not None:
+        argv += ["--tasks", "commonsense", "--data_dir", str(data / "lmeval"), "--limit", "1000"]
+    return argv
+
+
+def _smoke_comparison(setup: Setup, folder: Path) -> list[str]:
+    small = setup.out / "smoke_bytes"
+    if not small.exists():
+        _write_smoke_model(small)
+    (folder / "text.txt").write_text("Once upon a time there was a cat. " * 40, encoding="utf-8")
+    argv = ["--model", str(small), "--text", str(folder / "text.txt"), "--scored", f"text={folder / 'text.txt'}"]
+    sizes = ["--blocks", "8", "--length", "16", "--scored_blocks", "2", "--budgets", "30%@8", "--steps", "0", "2"]
+    return [*argv, *sizes, "--methods", "ours", "FLAP + GPTQ", "--no_export"]
+
+
 # --- vLLM -------------------------------------------------------------------------------------------------------------
 
 
@@ -440,5 +485,6 @@ PARTS: dict[str, Part] = {
     "squad_minilm": Part(partial(run_squad, model="minilm"), ("DATA", "MINILM")),
     "squad_bert": Part(partial(run_squad, model="bert"), ("DATA", "MINILM")),
     "seven_tasks": Part(run_seven_tasks, ("DATA", "LM")),
+    "compare": Part(run_compare, ("DATA", "LM")),
 }
 """Name -> part, in the order in which they run."""

@@ -18,7 +18,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -35,6 +35,7 @@ from eval.compare.table import render
 from eval.results_file import Line, append_result, read_results
 from geta_hf.errors import GETAError
 from geta_hf.evaluation import evaluate
+from geta_hf.evaluation.harness import default_device
 from geta_hf.evaluation.tasks import COMMONSENSE
 from geta_hf.evaluation.texts import read_text
 from geta_hf.export import export
@@ -75,7 +76,7 @@ class Study:
     def load(self) -> PreTrainedModel:
         """Return the dense model."""
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.options.model, dtype=torch.float32)
-        return model.eval()
+        return model.to(self.options.device).eval()  # type: ignore[arg-type]
 
     def dense_losses(self) -> dict[str, Tensor]:
         """Return the dense model's loss of each block, by the name of the text."""
@@ -89,7 +90,7 @@ class Study:
         if (draw, grid) not in self.jobs:
             generator = torch.Generator().manual_seed(draw)
             order = torch.randperm(len(self.calibration), generator=generator)
-            chosen = self.calibration[order[: self.options.blocks]]
+            chosen = self.calibration[order[: self.options.blocks]].to(self.options.device)
             # A quarter is held back, the same blocks for every method.
             split = 3 * len(chosen) // 4
             used = batches_of(chosen[:split])
@@ -107,6 +108,7 @@ class Study:
                 rows=self.options.rows,
                 learning_rate=self.options.learning_rate,
                 grid=grid,
+                tokenizer=self.tokenizer,
                 seed=draw,
             )
         return self.jobs[draw, grid]
@@ -146,18 +148,22 @@ def make_study(options: argparse.Namespace) -> Study:
         own = blocks_of(path, tokenizer, options.length, options.separator)
         # Spread evenly, since a book's start is not like the rest.
         number = min(options.scored_blocks, len(own))
-        scored[name] = own[torch.arange(number) * len(own) // number]
-    return Study(options, tokenizer, blocks[:count], blocks[count:], scored)
+        scored[name] = own[torch.arange(number) * len(own) // number].to(options.device)
+    return Study(options, tokenizer, blocks[:count], blocks[count:].to(options.device), scored)
 
 
-def cells_of(options: argparse.Namespace, methods: Sequence[str]) -> Iterator[Key]:
-    """Yield the cells in the order in which they are run: rows of one budget and draw together."""
+def cells_of(options: argparse.Namespace, methods: Mapping[str, Method]) -> Iterator[Key]:
+    """Yield the cells in the order in which they are run: rows of one budget and draw together.
+
+    Methods that train have none without steps.
+    """
     yield (DENSE, "", 0, 0, "")
     for draw in range(options.draws):
         for budget in options.budgets:
-            for method in methods:
+            for name, method in methods.items():
                 for steps in options.steps:
-                    yield (method, budget, steps, draw, options.grid)
+                    if steps or method.needs != "training":
+                        yield (name, budget, steps, draw, options.grid)
 
 
 def measure(study: Study, key: Key, method: Method | None) -> Line:
@@ -209,8 +215,7 @@ def _compress(study: Study, key: Key, method: Method, job: Job) -> tuple[Compres
     if steps and study.last is not None and study.last[0] == own and not study.last[1].trained:
         _, compressed, seconds = study.last
         study.last = None  # recovery changes it
-        if method.needs != "training":
-            return compressed, seconds
+        return compressed, seconds
     study.last = None
     start = time.perf_counter()
     compressed = method.run(job)
@@ -298,7 +303,7 @@ def run(options: argparse.Namespace) -> list[Line]:
     if others:
         raise GETAError(f"{options.work} holds results under other settings; give another --work")
     study = make_study(options)
-    for key in cells_of(options, chosen):
+    for key in cells_of(options, {name: known[name] for name in chosen}):
         if key in finished:
             continue
         line = measure(study, key, known.get(key[0]))
@@ -338,6 +343,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tasks", help="of lm-eval, such as commonsense")
     add("--data_dir", help="rows of these tasks as local files")
     add("--limit", type=int, help="questions of each task, from the first on; all by default")
+    add("--device", default=default_device(), help="where models run; by default an accelerator if there is one")
     add("--no_export", action="store_true", help="take the foreseen bytes, without writing and proving a folder")
     return made
 

@@ -22,8 +22,12 @@ from transformers import PreTrainedModel
 from geta_hf.errors import GETAError
 from geta_hf.quantization import quantized_layers
 from geta_hf.quantization.functional import FLOAT_BITS
+from geta_hf.quantization.layer_types import CONVOLUTIONS
 from geta_hf.utils.copies import copy_module
 from geta_hf.utils.module_state import eval_mode
+
+Image = tuple[int, int, int]
+"""Channels, height and width."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class LayerCost:
 
     Attributes:
         name: module path.
-        weights: remaining elements of its weight; for a linear layer, MACs for each token.
+        weights: remaining elements of its weight: MACs for each token, or for each place of a convolution's output.
         bits: width of the weight; 32 where it is float.
         input_bits: width of the layer's input; 32 where it is float.
     """
@@ -45,15 +49,17 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Costs:
-    """What one model costs for one sequence of `tokens` tokens.
+    """What one model costs for one sequence of `tokens` tokens, or for one image.
 
     Attributes:
+        tokens: of the sequence; 0 for an image.
         parameters: elements of all parameters, tied ones once.
         macs: multiply-accumulates of all matmuls of one forward pass.
         bops_linear: the paper's BOPs, over the layers in `layers`.
         bops_full: BOPs of every matmul and embedding look-up.
         mean_bits: mean width over the weights of `layers`.
         layers: the layers that are quantized, or would be.
+        image: channels, height and width of the image; None for a sequence.
 
     >>> from transformers import BertConfig, BertModel
     >>> from geta_hf import Costs, measure_costs
@@ -70,6 +76,12 @@ class Costs:
     bops_full: float
     mean_bits: float
     layers: tuple[LayerCost, ...]
+    image: Image | None = None
+
+    @property
+    def sample(self) -> str:
+        """What was counted, in words: `384 tokens`, or `image of 3 · 224 · 224`."""
+        return f"{self.tokens} tokens" if self.image is None else f"image of {' · '.join(map(str, self.image))}"
 
 
 def linear_bops(layers: Sequence[LayerCost], tokens: int = 1) -> float:
@@ -132,13 +144,24 @@ def _trained_bits(model: nn.Module) -> tuple[dict[str, float], dict[str, float]]
 
 
 @torch.no_grad()
-def measure_costs(model: PreTrainedModel, tokens: int = 384, names: Sequence[str] | None = None) -> Costs:
-    """Count one forward pass of a dense or reloaded model on one sequence.
+def measure_costs(
+    model: PreTrainedModel,
+    tokens: int = 384,
+    names: Sequence[str] | None = None,
+    *,
+    image: Image | None = None,
+) -> Costs:
+    """Count one forward pass of a dense or reloaded model on one sequence, or on one image.
+
+    A convolution multiplies each of its weights once for each place of its output, so kernel sizes, strides, groups and
+    the size of the image all count.
 
     Args:
-        model: a text model; it is not changed.
-        tokens: length of the sequence.
+        model: a text or vision model, on the meta device too; it is not changed.
+        tokens: length of the sequence. Default 384.
         names: for a dense model, the layers that the paper's definition counts, such as `select_layers` gives.
+        image: channels, height and width of one image, which is counted instead. Default None: `image_of` gives it for
+            a model whose main input is `pixel_values`.
 
     >>> from transformers import BertConfig, BertModel
     >>> from geta_hf import measure_costs
@@ -148,13 +171,14 @@ def measure_costs(model: PreTrainedModel, tokens: int = 384, names: Sequence[str
     True
     """
     layers = layer_costs(model, names)
+    image = image or image_of(model)
     # Fused attention kernels are not counted by torch, so count the same maths done eagerly.
     eager = copy_module(model).eval()
     eager.set_attn_implementation("eager")
     uses, _ = count_uses(eager, [layer.name for layer in layers])
     looked_up = _count_look_ups(eager)
     with FlopCounterMode(display=False) as counter:
-        eager(torch.zeros(1, tokens, dtype=torch.long, device=model.device))
+        eager(**one_sample(model, tokens, image))
     # torch counts a multiplication and an addition as two; a MAC is both.
     macs = counter.get_total_flops() // 2
     executed = {layer.name: layer.weights * uses[layer.name] for layer in layers}
@@ -162,7 +186,8 @@ def measure_costs(model: PreTrainedModel, tokens: int = 384, names: Sequence[str
     # What no quantizer covers: attention's products, the head, and look-ups, at 32 bits on both sides.
     rest = macs - sum(executed.values()) + sum(looked_up)
     return Costs(
-        tokens=tokens,
+        image=image,
+        tokens=0 if image else tokens,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         macs=macs,
         bops_linear=linear,
@@ -170,6 +195,28 @@ def measure_costs(model: PreTrainedModel, tokens: int = 384, names: Sequence[str
         mean_bits=mean_bits(layers) if layers else FLOAT_BITS,
         layers=layers,
     )
+
+
+def image_of(model: nn.Module, size: int | None = None) -> Image | None:
+    """Return channels, height and width of the images that a model is made for; None if it takes no single image.
+
+    Args:
+        model: any module.
+        size: pixels of a side. Default None: the config's `image_size`, or 224 where it has none.
+    """
+    config = getattr(model, "config", None)
+    if getattr(model, "main_input_name", None) != "pixel_values":
+        return None
+    side = size or getattr(config, "image_size", None) or 224
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    return int(getattr(config, "num_channels", 3)), int(height), int(width)
+
+
+def one_sample(model: PreTrainedModel, tokens: int, image: Image | None) -> dict[str, Tensor]:
+    """Return the inputs of one sequence, or of one image where it is given, on the model's device."""
+    if image is None:
+        return {model.main_input_name: torch.zeros(1, tokens, dtype=torch.long, device=model.device)}
+    return {"pixel_values": torch.zeros(1, *image, dtype=model.dtype, device=model.device)}
 
 
 def count_uses(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, int], list[RemovableHandle]]:
@@ -184,7 +231,7 @@ def count_uses(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, int], 
 
     def count(name: str, layer: nn.Module, output: Tensor) -> None:
         # Of outputs (batch, places..., features) every place used each weight once; convolutions have features second.
-        uses[name] += output.numel() // output.shape[1 if isinstance(layer, nn.Conv2d) else -1]
+        uses[name] += output.numel() // output.shape[1 if isinstance(layer, CONVOLUTIONS) else -1]
 
     return uses, [
         model.get_submodule(name).register_forward_hook(lambda m, _i, output, name=name: count(name, m, output))

@@ -43,6 +43,7 @@ from geta_hf.serialization.sizes import check_shards, tensor_bytes
 from geta_hf.surgery.other_paths import PathError
 from geta_hf.utils.copies import copy_module
 from geta_hf.utils.process_state import exclusive
+from geta_hf.utils.quiet import without_bars
 from geta_hf.utils.residence import parked
 
 __all__ = [
@@ -85,6 +86,7 @@ class ExportReport:
 
 
 @exclusive()
+@without_bars()
 def export(
     model: PreTrainedModel,
     directory: str | os.PathLike[str],

@@ -44,7 +44,7 @@ def find_kept(layer: nn.Module, cuts: Sequence[GroupLabels], removed: Tensor) ->
     """Return the rows and columns of a layer's weight that no removed group takes, on the weight's device.
 
     Args:
-        layer: a linear layer, a Conv1D or a Conv2d.
+        layer: a linear layer, a Conv1D or a convolution.
         cuts: the group of each index of its weight's cut dimensions.
         removed: bool, shape (groups,), on CPU.
     """

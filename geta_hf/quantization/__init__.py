@@ -19,12 +19,13 @@ from geta_hf.quantization.calibration import attach_input_quantizers
 from geta_hf.quantization.clipping import channel_clipping_values, clipping_value
 from geta_hf.quantization.fixed import FixedQuantizer
 from geta_hf.quantization.functional import bit_width, fake_quantize, integer_codes, quantize, step_size
-from geta_hf.quantization.layers import QuantConv1D, QuantConv2d, QuantizedLayer, QuantLinear
+from geta_hf.quantization.layers import QuantConv1D, QuantConv1d, QuantConv2d, QuantizedLayer, QuantLinear
 from geta_hf.quantization.quantizer import Quantizer, fixed_quantizer, freeze_quantizers
 
 __all__ = [
     "FixedQuantizer",
     "QuantConv1D",
+    "QuantConv1d",
     "QuantConv2d",
     "QuantLinear",
     "QuantizedLayer",

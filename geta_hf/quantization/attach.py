@@ -43,7 +43,8 @@ def select_layers(model: nn.Module, include: Sequence[str] | None = None, exclud
     """Return the layers to quantize, by name.
 
     By default these are every Linear, Conv1D and Conv2d inside the repeated blocks (`nn.ModuleList`) of the base model:
-    attention and MLP, but no embedding, pooler or task head, nor a layer whose weight is tied to one of these.
+    attention, MLP and convolutions, but no embedding, stem, pooler or task head, nor a layer whose weight is tied to
+    one of these. First and last layers, and nn.Conv1d, are quantized where `include` names them.
 
     Args:
         model: any module; a Hugging Face model's base model is searched for repeated blocks.
@@ -57,18 +58,20 @@ def select_layers(model: nn.Module, include: Sequence[str] | None = None, exclud
     layers: Layers = {name: module for name, module in model.named_modules() if isinstance(module, supported)}
     if not layers:
         raise GETAError(
-            f"{type(model).__name__} has no layer to quantize: it has no Linear, Conv1D or Conv2d, the only types that "
-            f"can be; such a model cannot be compressed"
+            f"{type(model).__name__} has no layer to quantize: it has no Linear, Conv1D, Conv1d or Conv2d, the only "
+            f"types that can be; such a model cannot be compressed"
         )
-    chosen = _in_blocks(model, layers) if include is None else matching(layers, include)
+    included = _in_blocks(model, layers) if include is None else matching(layers, include)
     excluded = matching(layers, exclude)
-    chosen = {name: module for name, module in chosen.items() if name not in excluded}
-    if not chosen:
-        raise GETAError(
-            f"{type(model).__name__} has no layer to quantize among {len(layers)} linear layers "
-            f"(include={include}, exclude={list(exclude)}); name some by `include`"
-        )
-    return chosen
+    chosen = {name: module for name, module in included.items() if name not in excluded}
+    if chosen:
+        return chosen
+    # Only what is at fault is named: an `exclude` that left nothing, and not one that had nothing to leave.
+    if included:
+        reason = f"exclude = {list(exclude)} leaves none of {len(included)}; exclude fewer"
+    else:
+        reason = f"none of {len(layers)} linear layers is in a list of repeated blocks; name some by `include`"
+    raise GETAError(f"{type(model).__name__} has no layer to quantize: {reason}")
 
 
 def _in_blocks(model: nn.Module, layers: Layers) -> Layers:
@@ -78,7 +81,10 @@ def _in_blocks(model: nn.Module, layers: Layers) -> Layers:
     for module in base.modules():
         if isinstance(module, nn.ModuleList):
             in_block.update(id(child) for child in module.modules())
-    chosen = {name: layer for name, layer in layers.items() if id(layer) in in_block}
+    # State-space models read the weight of their Conv1d by themselves, beside its forward, which quantizes it.
+    chosen = {
+        name: layer for name, layer in layers.items() if id(layer) in in_block and not isinstance(layer, nn.Conv1d)
+    }
     # A decoder that refines its predictions layer by layer has copies of the task head in its blocks.
     tied = _tied_to_others(model, chosen)
     return {name: layer for name, layer in chosen.items() if id(layer._parameters.get("weight")) not in tied}

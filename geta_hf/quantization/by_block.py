@@ -6,14 +6,16 @@ gave before, and the run ends with the block that is asked for.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from geta_hf.utils.model_io import config_value
+from geta_hf.utils.model_io import config_value, float_tensors
 from geta_hf.utils.module_state import eval_mode, running
 
 Batch = Mapping[str, Any]
@@ -121,11 +123,16 @@ class BlockRunner:
     Args:
         model: whose blocks are changed in between, by the caller.
         batches: on the model's device.
+
+    Attributes:
+        peak: the most bytes that were remembered of blocks at a time.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         self.model = model
         self.batches = batches
+        self.peak = 0
+        self._last: str | None = None
         # Path of a finished block -> for each batch what each of its calls gave.
         self._outputs: dict[str, list[list[Any]]] = {}
 
@@ -139,10 +146,50 @@ class BlockRunner:
         for _ in self._each(block, mask):
             pass
 
-    def finish(self, block: Block) -> None:
-        """Run every batch to the end of a block, and remember what it gives."""
+    def finish(self, block: Block, mask: list[Tensor | None] | None = None) -> None:
+        """Run every batch to the end of a block, and remember what it gives.
+
+        Args:
+            block: as in `run`.
+            mask: as in `run`. None where nothing is measured; a block without calls is not run then.
+        """
         if block.calls:
-            self._outputs[block.name] = list(self._each(block, [None]))
+            self._outputs[block.name] = list(self._each(block, [None] if mask is None else mask))
+        elif mask is not None:
+            self.run(block, mask)
+        self.peak = max(self.peak, self.held_bytes())
+
+    def forget(self, block: Block) -> None:
+        """Forget what the block before a finished one gave, unless it is still read, at the price of a forward.
+
+        Call it after `finish`, once no hook collects anything any more.
+        """
+        if self._last is not None and not self._is_read(self._last):
+            self._outputs[self._last] = [[_filled(given) for given in calls] for calls in self._outputs[self._last]]
+        self._last = block.name if block.calls else self._last
+
+    def _is_read(self, name: str) -> bool:
+        """Return whether what a finished block gave still has an effect on the model's outputs, by the first batch."""
+        kept = self._outputs[name]
+        self._outputs[name] = [[_filled(given) for given in calls] for calls in kept[:1]]
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(uncached(self.model))
+                stack.enter_context(eval_mode(self.model))
+                for other, outputs in self._outputs.items():
+                    stack.enter_context(_replaying(self.model.get_submodule(other), outputs, [0]))
+                outputs = self.model(**self.batches[0])
+            return any(bool(item.isnan().any()) for item in float_tensors(outputs).values())
+        finally:
+            self._outputs[name] = kept
+
+    def held_bytes(self) -> int:
+        """Return the bytes of what finished blocks gave and is remembered."""
+        storages = {}
+        for calls in self._outputs.values():
+            for tensor in tensors_of(calls):
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return sum(storages.values())
 
     def _each(self, block: Block, mask: list[Tensor | None]) -> Iterator[list[Any]]:
         """Run batch by batch; yield what each call of the block gave."""
@@ -168,6 +215,33 @@ class BlockRunner:
                 with suppress(_BlockDone):
                     self.model(**batch)
                 yield given
+
+
+def _filled(given: Any) -> Any:
+    """Return what a block gave with NaN in place of every number: of the same shapes, and of next to no memory."""
+    if isinstance(given, Tensor):
+        return given.new_full((), torch.nan).expand_as(given) if given.is_floating_point() else given
+    if isinstance(given, tuple) and hasattr(given, "_fields"):
+        return type(given)(*map(_filled, given))
+    if isinstance(given, tuple | list):
+        return type(given)(map(_filled, given))
+    if isinstance(given, dict):
+        copied = copy.copy(given)
+        for name, item in given.items():
+            copied[name] = _filled(item)
+        return copied
+    return given
+
+
+def tensors_of(given: Any) -> Iterator[Tensor]:
+    """Yield all tensors in nested lists, tuples and dicts."""
+    if isinstance(given, Tensor):
+        yield given
+    elif isinstance(given, Mapping):
+        yield from tensors_of(list(given.values()))
+    elif isinstance(given, tuple | list):
+        for item in given:
+            yield from tensors_of(item)
 
 
 @contextmanager

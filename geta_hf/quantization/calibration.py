@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from geta_hf.errors import GETAError
 from geta_hf.quantization.attach import matching, quantized_layers
@@ -85,7 +86,8 @@ def attach_input_quantizers(
     """Attach a learnable quantizer to the inputs of quantized layers, in place, with ranges found on real batches.
 
     The model runs the batches in evaluation mode, its weights quantized at their present bit widths; its training
-    flags, hooks and random state are restored afterwards. Every layer gets a quantizer of its own, even where weights
+    flags, hooks and random state are restored afterwards. Batch norm that has seen no batch yet, as in a model with
+    random weights, uses the statistics of each batch. Every layer gets a quantizer of its own, even where weights
     are tied. Training then needs memory for one more tensor per layer: the input before it was rounded, in addition to
     the rounded one that the layer itself saves for its backward pass (paper Sec. 3).
 
@@ -164,6 +166,7 @@ def _calibrate(
     ran = 0
     with ExitStack() as stack:
         stack.enter_context(eval_mode(model))
+        stack.enter_context(batch_statistics(model))
         for name, layer in layers.items():
             stack.enter_context(_watching(layer, ranges[name]))
         for batch in batches:
@@ -196,6 +199,33 @@ def _checked(name: str, found: _Range) -> _Range:
             f"no calibration batch reached {name} with anything but zeros; pass batches that do, or exclude the layer"
         )
     return found
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Let batch norm that has seen no batch normalize by each batch's own statistics for a while, and keep none.
+
+    Its running statistics are still mean 0 and variance 1. By these, the signal of a network with random weights fades
+    from layer to layer, and ranges found on it would clip everything once training normalizes.
+    """
+    unseen = [
+        (module, module.momentum, module.num_batches_tracked.clone())
+        for module in model.modules()
+        if isinstance(module, _BatchNorm)
+        and module.num_batches_tracked is not None
+        and not module.num_batches_tracked.is_meta
+        and not int(module.num_batches_tracked)
+    ]
+    try:
+        for module, _, _ in unseen:
+            module.training = True
+            module.momentum = 0.0  # nothing of a batch enters the running statistics
+        yield
+    finally:
+        for module, momentum, count in unseen:
+            module.training = False
+            module.momentum = momentum
+            module.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from geta_hf.errors import GETAError
 from geta_hf.quantization.by_block import Batch, counted_tokens, find_blocks, uncached
 from geta_hf.quantization.fixed import output_dim
+from geta_hf.quantization.layer_types import CONVOLUTIONS
 from geta_hf.utils.module_state import eval_mode
 
 _CHUNK = 1 << 24
@@ -25,7 +26,7 @@ def as_rows(layer: nn.Module, weight: Tensor) -> Tensor:
     """Return a weight with a row for each output, shape (out, inputs of one output); a view where there is one.
 
     Args:
-        layer: a linear layer, a Conv1D or a Conv2d.
+        layer: a linear layer, a Conv1D or a convolution.
         weight: of it, or a tensor of the same shape.
     """
     if output_dim(layer) == 1:
@@ -48,10 +49,10 @@ def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
     """Return what a layer multiplies its weight with, one row for each use of the weight, shape (uses, inputs).
 
     Args:
-        layer: a linear layer, a Conv1D or a Conv2d.
+        layer: a linear layer, a Conv1D or a convolution.
         x: its input.
     """
-    if not isinstance(layer, nn.Conv2d):
+    if not isinstance(layer, CONVOLUTIONS):
         return x.reshape(-1, x.shape[-1])
     if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
         # As the layer pads by itself before it convolves; these amounts are (left, right, top, bottom).
@@ -63,7 +64,13 @@ def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
         padding: Any = 0
     else:
         padding = layer.padding
-    patches = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
+    sizes = (layer.kernel_size, layer.dilation, padding, layer.stride)
+    if isinstance(layer, nn.Conv1d):
+        # A picture of one row, in which nothing is padded above and below.
+        x = x.unsqueeze(-2)
+        padding = (padding,) if isinstance(padding, int) else padding
+        sizes = ((1, *layer.kernel_size), (1, *layer.dilation), (0, *padding), (1, *layer.stride))
+    patches = F.unfold(x, *sizes)
     return patches.transpose(1, 2).reshape(-1, patches.shape[1])
 
 
@@ -127,7 +134,7 @@ def collecting(
     def watch(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
         x = x.detach()
-        if mask[0] is not None and x.shape[:2] == mask[0].shape and not isinstance(layer, nn.Conv2d):
+        if mask[0] is not None and x.shape[:2] == mask[0].shape and not isinstance(layer, CONVOLUTIONS):
             x = x[mask[0]]
         found[name].add(input_rows(layer, x))
 

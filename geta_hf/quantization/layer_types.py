@@ -12,8 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 from geta_hf.utils.process_state import random_state_kept
 
-PLAIN_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D, nn.Conv2d)
-"""The layer types whose weights can be quantized."""
+PLAIN_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d)
+"""The layer types whose weights can be quantized. Conv1D is transformers' linear layer, nn.Conv1d a convolution."""
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
 
 def base_type(layer: nn.Module) -> type[nn.Module] | None:

@@ -85,13 +85,16 @@ class QuantConv1D(QuantizedLayer, Conv1D):
         return self.weight_quantizer.linear(x, self.weight.t(), self.bias, self.lora)
 
 
-class QuantConv2d(QuantizedLayer, nn.Conv2d):
-    """nn.Conv2d on the quantized weight."""
+class _QuantConvolution(QuantizedLayer):
+    """What quantized convolutions share: batches of them have channels second, and others first."""
+
+    _conv_forward: Any  # each plain layer class has its own
+    bias: Any
 
     def forward(self, input: Tensor) -> Tensor:
         x = self.quantized_input(input)
         own = self.mixture
-        # The method of nn.Conv2d that takes the weight, with its padding modes.
+        # The method of the plain layer that takes the weight, with its padding modes.
         if own is None:
             return self._conv_forward(x, self.quantized_weight(), self.bias)
         out = self._conv_forward(
@@ -100,9 +103,18 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         return own.scaled_outputs(out, channel_dim=1)
 
 
+class QuantConv1d(_QuantConvolution, nn.Conv1d):
+    """nn.Conv1d on the quantized weight."""
+
+
+class QuantConv2d(_QuantConvolution, nn.Conv2d):
+    """nn.Conv2d on the quantized weight."""
+
+
 LAYER_TYPES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: QuantLinear,
     Conv1D: QuantConv1D,
+    nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
 }
 

@@ -51,6 +51,7 @@ from geta_hf.recipes.run import (
     Arguments,
     export,
     make_trainer,
+    print_closing,
     print_scores,
     run_command,
     save_results,
@@ -294,7 +295,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
     rows = Rows(chosen, processor, data, channels, training=True)
     test = Rows(held_out, processor, data, channels)
     check_runs(model, test)
-    check_batch_norm(model, training, len(rows))
+    check_batch_norm(model, training, rows=len(rows))
 
     averages = None if arguments.model.ema_decay is None else Averages(arguments.model.ema_decay)
     trainer = make_trainer(
@@ -334,6 +335,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
     if arguments.geta is not None:
         scored = card_result(data, scores, held_out, len(every_image))
         write_card(folder, task="image-classification", results={"compressed": [scored]})
+    print_closing(arguments, None, scores, ("accuracy",))
     return results
 
 

@@ -40,7 +40,16 @@ from geta_hf.recipes import loading, text_data
 from geta_hf.recipes.arguments import make_parser, parse_sections, print_help, read_values
 from geta_hf.recipes.documents import prepare_tokenizer
 from geta_hf.recipes.run import Arguments as SharedArguments
-from geta_hf.recipes.run import export, make_trainer, print_scores, run_command, save_results, train, wants_help
+from geta_hf.recipes.run import (
+    export,
+    make_trainer,
+    print_closing,
+    print_scores,
+    run_command,
+    save_results,
+    train,
+    wants_help,
+)
 from geta_hf.recipes.text_data import DataArguments
 from geta_hf.reporting.model_card import write_card
 from geta_hf.reporting.results import TaskResult
@@ -295,7 +304,8 @@ def run(arguments: Arguments) -> dict[str, Any]:
     model = load_model(arguments.model)
     before = None
     if test is not None and training.process_index == 0:
-        before = test.score(model, training.device)
+        held = test
+        before = arguments.timed("start", lambda: held.score(model, training.device))
 
     if training.include_num_input_tokens_seen == "no":
         training.include_num_input_tokens_seen = "all" if data.packs else "non_padding"
@@ -314,7 +324,8 @@ def run(arguments: Arguments) -> dict[str, Any]:
         return {}
     after = None
     if test is not None:
-        after = test.score(AutoModelForCausalLM.from_pretrained(folder), training.device)
+        held, small = test, AutoModelForCausalLM.from_pretrained(folder)
+        after = arguments.timed("exported", lambda: held.score(small, training.device))
     results = {
         "train_loss": outcome.training_loss,
         "steps": outcome.global_step,
@@ -327,6 +338,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
     results = save_results(arguments, results)
     if arguments.geta is not None:
         write_card(folder, results={} if test is None else _results(data, test, before, after))
+    print_closing(arguments, before, after or {}, ("perplexity",) if after else ())
     return results
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import (
     AutoModelForQuestionAnswering,
     DataCollatorWithPadding,
@@ -30,20 +31,19 @@ from geta_hf.errors import GETAError
 from geta_hf.evaluation import squad, squad_features
 from geta_hf.evaluation.squad_features import Question
 from geta_hf.recipes.arguments import make_parser, parse_sections, print_help, read_values
-from geta_hf.recipes.loading import check_folders, load_config, load_tokenizer
+from geta_hf.recipes.loading import check_folders, load_model, load_tokenizer
 from geta_hf.recipes.run import (
     Arguments,
-    export,
     make_trainer,
+    print_closing,
     print_scores,
     run_command,
     save_results,
-    train,
+    train_and_score,
     wants_help,
 )
 from geta_hf.reporting.model_card import write_card
 from geta_hf.reporting.results import TaskResult
-from geta_hf.utils.loading import one_line_errors
 
 
 @dataclass
@@ -127,15 +127,6 @@ def tokenize(
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model with a question answering head, and its tokenizer."""
-    name = arguments.model_name_or_path
-    load_config(name)  # first, because it refuses a quantized model before the weights are read
-    tokenizer = load_tokenizer(arguments.tokenizer_name_or_path or name)
-    with one_line_errors(f"the model {name} can't be loaded"):
-        return AutoModelForQuestionAnswering.from_pretrained(name), tokenizer
-
-
 def score(
     arguments: Arguments,
     model: PreTrainedModel,
@@ -189,7 +180,13 @@ def run(arguments: Arguments) -> dict[str, Any]:
     every_question = read_split(data, data.eval_file, data.eval_split)
     eval_questions = squad_features.sample(every_question, data.max_eval_questions, data.sample_seed)
     train_questions = load_split(data, data.train_file, data.train_split, data.max_train_questions)
-    model, tokenizer = load_model(arguments.model)
+    name = arguments.model.model_name_or_path
+    tokenizer = load_tokenizer(arguments.model.tokenizer_name_or_path or name)
+    model, trained = load_model(AutoModelForQuestionAnswering, name)
+    start = None
+    if trained and arguments.geta is not None and training.process_index == 0:
+        here = nn.Module.to(model, training.device)
+        start = arguments.timed("start", lambda: score(arguments, here, tokenizer, eval_questions))
     features = tokenize(data, tokenizer, train_questions, progress=not training.disable_tqdm)
 
     trainer = make_trainer(
@@ -199,28 +196,30 @@ def run(arguments: Arguments) -> dict[str, Any]:
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
     )
-    outcome, seconds = train(trainer)
-
-    before = None
-    complete = not trainer.is_fsdp_enabled  # under FSDP no process holds the full model that scoring needs
-    if data.evaluate_before_export and complete and trainer.is_world_process_zero():
-        before = score(arguments, trainer.accelerator.unwrap_model(trainer.model), tokenizer, eval_questions)
-    export(trainer, tokenizer, folder)
-    if not trainer.is_world_process_zero():
+    found = train_and_score(
+        arguments,
+        trainer,
+        tokenizer,
+        lambda one: score(arguments, one, tokenizer, eval_questions),
+        lambda path: squad.load_folder(path, training.device)[0],
+        data.evaluate_before_export,
+    )
+    if found is None:
         return {}
-    scores = score(arguments, *squad.load_folder(folder, training.device), eval_questions)
     results = {
-        **scores,
-        "before_export": before,
+        **found.scores,
+        "start": start,
+        "before_export": found.before_export,
         "train_questions": len(train_questions),
         "train_windows": len(features),
-        "train_loss": outcome.training_loss,
-        "steps": outcome.global_step,
-        "train_seconds": seconds,
+        **found.record,
     }
     results = save_results(arguments, results)
     if arguments.geta is not None:
-        write_card(folder, results={"compressed": [card_result(data, scores, len(every_question))]})
+        sides = {"dense": start, "compressed": found.scores}
+        scored = {side: [card_result(data, one, len(every_question))] for side, one in sides.items() if one is not None}
+        write_card(folder, results=scored)
+    print_closing(arguments, start, found.scores, ("em", "f1"))
     return results
 
 

@@ -15,7 +15,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from geta_hf.config import CONFIG_NAME, CompressionConfig, GETAConfig, read_config
-from geta_hf.costs.model_costs import Costs, bytes_on_disk, measure_costs
+from geta_hf.costs.model_costs import Costs, Image, bytes_on_disk, measure_costs, one_sample
 from geta_hf.errors import GETAError
 from geta_hf.export.export import STRUCTURE_NAME
 from geta_hf.quantization import select_layers
@@ -175,13 +175,16 @@ def _model_class(folder: Path) -> Any:
 
 
 @torch.no_grad()
-def measure_latency(models: Mapping[str, PreTrainedModel], tokens: int, repeats: int = 30) -> dict[str, float]:
-    """Measure a forward pass on one sequence.
+def measure_latency(
+    models: Mapping[str, PreTrainedModel], tokens: int, repeats: int = 30, *, image: Image | None = None
+) -> dict[str, float]:
+    """Measure a forward pass on one sequence, or on one image.
 
     Args:
         models: name -> model; they take turns, so that a change of the machine's load affects all alike.
         tokens: length of the sequence.
         repeats: passes that are timed, after three more to warm up.
+        image: channels, height and width of one image, which is run instead. Default None.
 
     Returns:
         Name -> median in milliseconds.
@@ -190,9 +193,9 @@ def measure_latency(models: Mapping[str, PreTrainedModel], tokens: int, repeats:
     # The first passes allocate memory and choose kernels.
     for turn in range(repeats + 3):
         for name, model in models.items():
-            ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
+            sample = one_sample(model, tokens, image)
             start = time.perf_counter()
-            model(ids)
+            model(**sample)
             if turn >= 3:
                 seconds[name].append(time.perf_counter() - start)
     return {name: 1000 * statistics.median(times) for name, times in seconds.items()}
@@ -211,7 +214,7 @@ def compare(
     Args:
         dense_dir: a plain model folder.
         compressed_dir: an exported folder of the same architecture.
-        tokens: sequence length of MACs, BOPs and latency.
+        tokens: sequence length of MACs, BOPs and latency; a vision model is measured on one image instead.
         metrics: {"dense": {"em": …}, "compressed": {"em": …}}, the first rows of the table.
         latency: time both models on the CPU, which says something only where the machine is free. Default True.
     """
@@ -222,7 +225,7 @@ def compare(
     sizes = {"dense": bytes_on_disk(dense_dir), "compressed": bytes_on_disk(compressed_dir)}
     measured = dict(metrics or {})
     if latency:
-        measured["latency_ms"] = measure_latency(models, tokens)
+        measured["latency_ms"] = measure_latency(models, tokens, image=costs["dense"].image)
     return format_table(("", "dense", "compressed"), table_rows(structure, costs, sizes, measured, by_layer=True))
 
 
@@ -327,16 +330,19 @@ def _share(name: str, new: float, old: float | None) -> tuple[str, str, str]:
 
 
 def _cost_rows(dense: Costs, compressed: Costs) -> list[tuple[str, str, str]]:
+    layers, others = ("linears", "attention, embeddings")
+    if dense.image:
+        layers, others = ("layers", "all other products")
     rows = [_share("parameters", compressed.parameters, dense.parameters)]
     if dense.macs:
-        rows.append(_share(f"MACs, {compressed.tokens} tokens", compressed.macs, dense.macs))
+        rows.append(_share(f"MACs, {compressed.sample}", compressed.macs, dense.macs))
     rows.append(("mean bits", f"{dense.mean_bits:.2f}", f"{compressed.mean_bits:.2f}"))
     if dense.macs and dense.bops_linear:
         # Two definitions that must not be mixed: the paper counts encoder linears only, by which its BERT baseline is
         # 13.57 T BOPs (84.9 M weights x 156 tokens x 32 x 32).
         paper = f"{compressed.bops_linear / dense.bops_linear:.2%}"
-        rows.append(("relative BOPs, paper (quantized linears)", "100.0%", paper))
+        rows.append((f"relative BOPs, paper (quantized {layers})", "100.0%", paper))
     if dense.macs:
         full = f"{compressed.bops_full / dense.bops_full:.2%}"
-        rows.append(("relative BOPs, full (+ attention, embeddings)", "100.0%", full))
+        rows.append((f"relative BOPs, full (+ {others})", "100.0%", full))
     return rows

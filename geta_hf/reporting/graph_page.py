@@ -27,13 +27,13 @@ from geta_hf.utils.files import write_whole
 SHOWN_ROWS, SHOWN_INDICES = 2, 6
 """Number of groups of a member, and of indices of each, that the page lists."""
 
-_NUMBER = re.compile(r"(?<![^.#])\d+(?![^.:#])")
+NUMBER = re.compile(r"(?<![^.#])\d+(?![^.:#])")
 _SCRIPTS = ("graph_page_layout.js", "graph_page_panel.js", "graph_page.js")
 
 
 def pattern(name: str) -> str:
     """Return a family's or module's name with every layer number as `*`: `model.layers.*.mlp:channels`."""
-    return _NUMBER.sub("*", name)
+    return NUMBER.sub("*", name)
 
 
 def span(names: Sequence[str]) -> str:
@@ -41,8 +41,8 @@ def span(names: Sequence[str]) -> str:
     if not names:
         return ""
     # One column for each place of a number in the pattern, filled in the order in which `sub` comes to them.
-    columns = iter(zip(*(map(int, _NUMBER.findall(name)) for name in names), strict=True))
-    return _NUMBER.sub(lambda _: _numbers(set(next(columns))), names[0])
+    columns = iter(zip(*(map(int, NUMBER.findall(name)) for name in names), strict=True))
+    return NUMBER.sub(lambda _: _numbers(set(next(columns))), names[0])
 
 
 def _numbers(found: set[int]) -> str:

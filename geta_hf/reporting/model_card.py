@@ -394,14 +394,22 @@ _COUNTED = (
     "the full count every matrix product and embedding."
 )
 
+_IMAGES = "quantized layers, the full count every convolution and matrix product"
+
 
 def how_counted(summary: FolderSummary) -> str:
     """Explain the figures of the table in a few sentences."""
+    counted = _COUNTED
+    costs = summary.costs.get("dense")
+    if costs is not None and costs.image is not None:
+        counted = _COUNTED.replace(
+            "quantized linear layers, the full count every matrix product and embedding", _IMAGES
+        )
     dropped = len(summary.structure.dropped)
     if not dropped:
-        return _COUNTED
+        return counted
     layers = "one layer that was" if dropped == 1 else f"{dropped} layers that were"
-    return f"{_COUNTED} Parameters, MACs and BOPs of the dense model exclude the {layers} removed entirely."
+    return f"{counted} Parameters, MACs and BOPs of the dense model exclude the {layers} removed entirely."
 
 
 _STEPS = {

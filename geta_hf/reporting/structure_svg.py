@@ -11,14 +11,12 @@ from itertools import takewhile
 from statistics import mean
 
 from geta_hf.reporting.comparison import Structure
-from geta_hf.reporting.graph_page import pattern
+from geta_hf.reporting.graph_page import NUMBER, pattern
 
 KEPT, BITS, INPUTS = "kept", "bits of weights", "bits of inputs"
 MANY_ROWS = 40
 """If a section has more rows, those that differ only in a number (experts, blocks of a stage) share one."""
 
-# A number that is a full part of a name, as in layers.3, and not one inside a word, as in conv2d.
-_NUMBER = re.compile(r"(?<![^.#])\d+(?![^.:#])")
 # XML has no escape for these: one of them makes the picture unreadable.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 _AXIS, _TITLE, _LABEL, _BAR, _CELL, _GAP, _LETTER = 34, 24, 15, 34, 22, 7, 6.3
@@ -27,9 +25,9 @@ _REPEAT = 12
 """With more rows than this, the axis is drawn again below them."""
 
 _MEANINGS = {
-    KEPT: "bar: share that is left of the dense model's",
-    BITS: "darker: more",
-    INPUTS: "darker: more",
+    KEPT: "bar: share of the dense model's groups",
+    BITS: "stronger color: more bits",
+    INPUTS: "stronger color: more bits",
 }
 _STYLE = """
 svg { --text: #1c2430; --quiet: #667085; --before: #d5dae3; --kept: #2f6fb5; --bits: #d9772b; --inputs: #2a9d6f; }
@@ -113,7 +111,7 @@ def _arranged(values: Mapping[str, object]) -> dict[str, dict[str, list[tuple[st
 
 
 def _split(name: str) -> tuple[str, str, str]:
-    found = _NUMBER.search(name)
+    found = NUMBER.search(name)
     return (name, "", "") if found is None else (name[: found.start()], found[0], name[found.end() :])
 
 
@@ -154,7 +152,7 @@ class _Columns:
         # As wide as the longest number needs, and wider where few layers leave room.
         longest = max((len(cell.text) for row in grid.rows for cell in row.cells.values()), default=1)
         self.count = max(len(grid.columns), 1)
-        self.narrowest = max(_NARROWEST, max(_STEP, round(5.9 * longest + 3)) * self.count)
+        self.narrowest = max(_NARROWEST, max(_STEP, round(5.3 * longest + 3)) * self.count)
         self.width = max(self.narrowest, _WIDE)
         self.standalone = standalone
 

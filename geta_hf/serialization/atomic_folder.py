@@ -105,6 +105,9 @@ def _check_place(target: Path) -> None:
 
 def _check_replaceable(folder: Path, name: Path) -> None:
     """Raise GETAError unless a folder, called `name` in errors, is a model folder that holds only known files."""
+    # Made in advance, by a user or a script; nothing can be lost.
+    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+        return
     # A mistyped path must not cost a home folder.
     if not (folder / "config.json").is_file():
         raise GETAError(

@@ -275,6 +275,10 @@ class PackedConv1D(PackedLayer, Conv1D):
     """transformers' Conv1D with a packed weight."""
 
 
+class PackedConv1d(PackedLayer, nn.Conv1d):
+    """nn.Conv1d with a packed weight."""
+
+
 class PackedConv2d(PackedLayer, nn.Conv2d):
     """nn.Conv2d with a packed weight."""
 
@@ -330,6 +334,7 @@ class PackedRows(PackedLayer, nn.Embedding):
 _PACKED: dict[type[nn.Module], type[PackedLayer]] = {
     nn.Linear: PackedLinear,
     Conv1D: PackedConv1D,
+    nn.Conv1d: PackedConv1d,
     nn.Conv2d: PackedConv2d,
     nn.Embedding: PackedEmbedding,
 }
@@ -356,7 +361,7 @@ def become_packed(
 
     Args:
         name: path of the layer, for errors.
-        layer: an nn.Linear, Conv1D, nn.Conv2d or nn.Embedding.
+        layer: an nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d or nn.Embedding.
         bits: 2 to 16.
         tied: whether another layer has the same weight, so that an embedding must decode all of it. Default False.
         widths: where rows or columns differ in width; `bits` is then the widest. Default None.

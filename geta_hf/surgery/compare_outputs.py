@@ -19,6 +19,11 @@ from geta_hf.utils.residence import visiting
 # Largest difference allowed, as a share of the largest logit (of 1 where logits are small): rounding differs with the
 # sizes of the matrices, and nothing else may. Models in double precision may compute a few steps in single.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Through tens of layers rounding may grow beyond this. In the next higher precision it is gone, and a wrong cut is not.
+WIDENED = {*module_state.HALVES, torch.float32}
+# What rounding in single precision may grow to. Beyond this the higher precision computes something else: quantized
+# weights take their place there, which hides a model that reads its weights past the quantizers.
+GROWN = 1e-3
 # Masked positions hold fillers such as the lowest float. They must match, but as part of the scale they would make the
 # tolerance infinite: a filler of 1e38 would allow any difference of the real logits.
 _FILLER = 1e4
@@ -120,10 +125,11 @@ def prove_alike(
     found: Outputs | None = None,
     device: torch.device | None = None,
 ) -> float:
-    """Compare two models by `prove_equal`, but do not let 16 bits alone decide.
+    """Compare two models by `prove_equal`, but do not let rounding alone decide.
 
-    Their rounding is coarse enough to send a token to another expert. What differs in 16 bits is therefore compared
-    again in single precision, with the same weights, where a wrong cut differs as well.
+    That of 16 bits is coarse enough to send a token to another expert, and that of single precision grows through tens
+    of layers. What differs is therefore compared again in the next higher precision, with the same weights, where a
+    wrong cut differs as well.
 
     Args:
         first: the reference, quantized or not.
@@ -131,7 +137,7 @@ def prove_alike(
         second, what: the model under test, and how to call it in an error.
         batch: keyword arguments of both.
         found: outputs of `second` on the batch, where they are at hand.
-        device: as in `attention_outputs`. Single precision takes twice the memory, so it runs where the models are.
+        device: as in `attention_outputs`. The higher precision takes twice the memory, so it runs where the models are.
 
     Returns:
         The largest absolute difference.
@@ -142,18 +148,35 @@ def prove_alike(
     try:
         found = attention_outputs(second, batch, device=device) if found is None else found
         return prove_equal(outputs, found, first.dtype, what)
-    except GETAError:
-        if first.dtype not in module_state.HALVES:
+    except GETAError as error:
+        if first.dtype not in WIDENED:
             raise
-    with widened(first):
-        expected = attention_outputs(first, batch)
-    with widened(second):
-        return prove_equal(expected, attention_outputs(second, batch), torch.float32, what)
+        differs = error
+    try:
+        with widened(first):
+            expected = attention_outputs(first, batch)
+        with widened(second):
+            computed = attention_outputs(second, batch)
+    except GETAError as error:  # packed layers, for one, may not compute in double precision
+        if first.dtype in module_state.HALVES:
+            raise
+        raise differs from error
+    if first.dtype not in module_state.HALVES:
+        check_same_function(outputs, expected, differs)
+    return prove_equal(expected, computed, torch.float32, what)
+
+
+def check_same_function(outputs: Outputs, expected: Outputs, differs: GETAError) -> None:
+    """Raise `differs` where a model in single precision computes something else in double precision."""
+    try:
+        prove_equal(outputs, expected, torch.float32, "widened", tolerance=GROWN)
+    except GETAError as error:
+        raise differs from error
 
 
 @contextmanager
 def widened(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model compute in single precision for a while, on the very weights that it computes with in 16 bits."""
+    """Let a model compute in the next higher precision for a while, on the very weights that it computes with now."""
     with torch.no_grad():
         # Rounded in 16 bits: rounding in single precision would give some weights another code.
         rounded = {layer.weight: layer.quantized_weight() for layer in quantized_layers(model).values()}
@@ -162,14 +185,21 @@ def widened(model: PreTrainedModel) -> Iterator[None]:
         try:
             for weight, value in rounded.items():
                 weight.data = value
-            with module_state.in_single_precision(model):
+            with module_state.in_next_precision(model):
                 yield
         finally:
             for weight, data in before.items():
                 weight.data = data
 
 
-def prove_equal(reference: Outputs, found: Outputs, dtype: torch.dtype, what: str, least_scale: float = 1.0) -> float:
+def prove_equal(
+    reference: Outputs,
+    found: Outputs,
+    dtype: torch.dtype,
+    what: str,
+    least_scale: float = 1.0,
+    tolerance: float | None = None,
+) -> float:
     """Compare two models' outputs.
 
     Args:
@@ -178,6 +208,7 @@ def prove_equal(reference: Outputs, found: Outputs, dtype: torch.dtype, what: st
         dtype: the model's, which sets the tolerance.
         what: how to call the model under test in an error.
         least_scale: what an output's scale is taken as where all its values are smaller.
+        tolerance: share of the scale that is allowed. Default None: that of the dtype.
 
     Returns:
         The largest absolute difference.
@@ -194,7 +225,7 @@ def prove_equal(reference: Outputs, found: Outputs, dtype: torch.dtype, what: st
                 shape = None if actual is None else tuple(actual.shape)
                 raise GETAError(f"{where} has shape {shape}, the trained model's {tuple(expected.shape)}")
             difference = _difference(expected, actual)
-            allowed = TOLERANCE[dtype] * _scale(expected, least_scale)
+            allowed = (TOLERANCE[dtype] if tolerance is None else tolerance) * _scale(expected, least_scale)
             if not difference <= allowed:  # also true of NaN
                 raise GETAError(
                     f"{where} differs by {difference:.3g} from the trained model's; allowed is {allowed:.3g}"

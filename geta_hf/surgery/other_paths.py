@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from geta_hf.errors import GETAError
 from geta_hf.qadg.tracing.record_forward import unchanged
-from geta_hf.surgery.compare_outputs import comparison_mode, prove_equal, widened
+from geta_hf.surgery.compare_outputs import GROWN, WIDENED, comparison_mode, prove_equal, widened
 from geta_hf.utils.model_io import Batch, float_tensors, to_device
 from geta_hf.utils.module_state import HALVES, devices_of
 from geta_hf.utils.process_state import random_state_kept
@@ -316,7 +316,9 @@ def compare_path(
     try:
         prove_equal({"own": reference}, {"own": found}, trained.dtype, "cut", scale)
     except GETAError as error:
-        if not _is_rounding(trained, cut, path, scale) and not _is_random(trained, path, reference, scale, device):
+        if not _is_rounding(trained, cut, path, reference, scale) and not _is_random(
+            trained, path, reference, scale, device
+        ):
             raise PathError(path, str(error)) from error
 
 
@@ -331,9 +333,11 @@ def _attempt(
     return None if any(bool(tensor.isnan().any()) for tensor in found.values()) else found
 
 
-def _is_rounding(trained: PreTrainedModel, cut: PreTrainedModel, path: OtherPath, scale: float) -> bool:
-    """Return whether the outputs of two models in 16 bits are equal in single precision."""
-    if trained.dtype not in HALVES:
+def _is_rounding(
+    trained: PreTrainedModel, cut: PreTrainedModel, path: OtherPath, outputs: dict[str, Tensor], scale: float
+) -> bool:
+    """Return whether the outputs of two models are equal in the next higher precision."""
+    if trained.dtype not in WIDENED:
         return False
     with widened(trained):
         reference = _attempt(trained, path)
@@ -342,6 +346,8 @@ def _is_rounding(trained: PreTrainedModel, cut: PreTrainedModel, path: OtherPath
     if reference is None or found is None:
         return False
     try:
+        if trained.dtype not in HALVES:
+            prove_equal({"own": outputs}, {"own": reference}, torch.float32, "widened", tolerance=GROWN)
         prove_equal({"own": reference}, {"own": found}, torch.float32, "cut", scale)
     except GETAError:
         return False

@@ -21,7 +21,7 @@ from geta_hf.errors import GETAError
 from geta_hf.qadg.group_types import Family
 from geta_hf.qadg.replay import Replay, ReplayError, double
 from geta_hf.qadg.space import PruningSpace, kept_indices
-from geta_hf.surgery.compare_outputs import Outputs, attention_outputs, comparison_mode, prove_equal
+from geta_hf.surgery.compare_outputs import WIDENED, Outputs, attention_outputs, comparison_mode, prove_equal
 from geta_hf.surgery.other_paths import OtherPath, PathError, compare_path, other_paths
 from geta_hf.surgery.record import Recordings, other_shape, record_path, record_sizes, stepping
 from geta_hf.surgery.size_equations import RefusalError
@@ -30,7 +30,7 @@ from geta_hf.surgery.slice import slice_model
 from geta_hf.surgery.solve_attributes import Values, solve
 from geta_hf.utils.copies import copy_module
 from geta_hf.utils.model_io import Batch, cast_floats
-from geta_hf.utils.module_state import HALVES, in_single_precision
+from geta_hf.utils.module_state import in_next_precision
 
 Removal = dict[str, Tensor]
 
@@ -148,12 +148,12 @@ class SurgeryTrial:
     def _check(self, removal: Removal, shown: Mapping[str, tuple[SizeTrace, ...]]) -> None:
         try:
             self._compare(removal, shown)
-        except PathError:  # which is compared in single precision already
+        except PathError:  # which is compared in higher precision already
             raise
         except GETAError:
-            if self.model.dtype not in HALVES:
+            if self.model.dtype not in WIDENED:
                 raise
-            with in_single_precision(self.model):  # what differs may be rounding alone
+            with in_next_precision(self.model):  # what differs may be rounding alone
                 self._compare(removal, shown)
 
     def _compare(self, removal: Removal, shown: Mapping[str, tuple[SizeTrace, ...]]) -> None:

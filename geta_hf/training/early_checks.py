@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel, TrainingArguments
 
 from geta_hf.errors import GETAError
@@ -99,26 +100,26 @@ def check_length(args: TrainingArguments) -> None:
         raise GETAError(f"num_train_epochs = {args.num_train_epochs} trains no step; set it above 0, or max_steps")
 
 
-def check_batch_norm(model: nn.Module, args: TrainingArguments, rows: int | None = None) -> None:
+def check_batch_norm(model: nn.Module, args: TrainingArguments, batch: Batch | None = None, rows: int = 0) -> None:
     """Raise GETAError where batch norm in training mode would see batches of one row, whose statistics say nothing.
 
     Args:
         model: any module.
         args: with the batch size.
+        batch: one of those that the data gives, if known: a collator may make several rows of one.
         rows: of the data, if known: the last batch may have a single row.
     """
-    found = next(
-        (name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)), None
-    )
+    found = next((name for name, module in model.named_modules() if isinstance(module, _BatchNorm)), None)
     if found is None:
         return
     size = args.train_batch_size
-    if size == 1:
+    several = any(isinstance(item, torch.Tensor) and item.shape[:1] > (1,) for item in (batch or {}).values())
+    if size == 1 and not several:
         raise GETAError(
             f"batch norm ({found}) needs batches of 2 rows or more, and per_device_train_batch_size is 1: "
             f"its statistics would be those of one row; raise it (gradient accumulation does not help)"
         )
-    if rows is not None and rows % size == 1 and not args.dataloader_drop_last and args.world_size == 1:
+    if size > 1 and rows % size == 1 and not args.dataloader_drop_last and args.world_size == 1:
         raise GETAError(
             f"batch norm ({found}) needs batches of 2 rows or more, and the last of {rows} rows in batches of {size} "
             f"has one; pass dataloader_drop_last, or choose another batch size"

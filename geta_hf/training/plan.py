@@ -16,12 +16,14 @@ from geta_hf.costs.ledger import LayerEntry, Ledger
 from geta_hf.costs.model_costs import forward_uses
 from geta_hf.costs.selection import Limits
 from geta_hf.costs.targets import BYTES, GROUPS, SplitBounds, Target, even_removal, solve_target, split_bounds
+from geta_hf.errors import GETAError
 from geta_hf.qadg import PruningSpace
 from geta_hf.qadg.group_labels import family_starts
 from geta_hf.qadg.missing_heads import missing_heads
 from geta_hf.quantization import quantized_layers
 from geta_hf.quantization.quantizer import BY_INPUT, UNSIGNED, Quantizer
 from geta_hf.reporting.graph_page import gather
+from geta_hf.serialization.bitpack import BYTE_BITS
 from geta_hf.serialization.embeddings import input_embedding
 from geta_hf.serialization.sizes import stored_names
 from geta_hf.utils.tables import format_table
@@ -72,6 +74,8 @@ class Plan:
         not_vanilla: why the result cannot be written in the format `vanilla`; empty if it can, None if not known.
         without_heads: a sentence for each kind of module that counts heads of which none is found, with the reason.
         serving: what the program that `serve` names asks of the result, in sentences.
+        embedding: bytes of the vocabulary's embedding in the export, and its bytes under `embedding_bits=8`; None where
+            that would not save a tenth of the export.
         bounds: between what training decides, where it splits a size between pruning and widths; the other figures are
             then those of an even split. None where they are planned.
 
@@ -104,6 +108,7 @@ class Plan:
     not_vanilla: str | None = None
     without_heads: tuple[str, ...] = ()
     bounds: SplitBounds | None = None
+    embedding: tuple[int, int] | None = None
     serving: tuple[str, ...] = ()
 
     @property
@@ -124,6 +129,12 @@ class Plan:
             f"mean bits: {bits}{inputs}; relative BOPs: {self.relative_bops:.2%}; "
             f"exported model: {self.bytes / 1e6:,.2f} MB",
         ]
+        if self.embedding is not None:
+            now, then = self.embedding
+            lines.append(
+                f"of that, {now / 1e6:,.2f} MB are the vocabulary's embedding; embedding_bits=8 stores it in "
+                f"{then / 1e6:,.2f} MB"
+            )
         if self.bounds is not None:
             ends = self.bounds
             lines.append(
@@ -175,6 +186,7 @@ def make_plan(
         target = replace(target, amount=ledger.groups - int(removal.sum()))
     removed = ledger.groups - int(target.amount) if target.unit == GROUPS else int(removal.sum())
     before = ledger.prunable_parameters(ledger.nothing)
+    stored = int(target.spent(BYTES, ledger, removal, target.bits))
     unquantized, share = ((), 0.0) if model is None else _unquantized(model)
     return Plan(
         rows=_rows(space, removal),
@@ -185,15 +197,32 @@ def make_plan(
         kept_parameters=ledger.prunable_parameters(removal) / max(before, 1),
         mean_bits=target.bits if target.budgets else None,
         relative_bops=ledger.relative_bops(removal, target.bits, target.input_bits),
-        bytes=int(target.spent(BYTES, ledger, removal, target.bits)),
+        bytes=stored,
         input_bits=None if config.activation_bits is None else target.input_bits,
         unquantized=unquantized,
         unquantized_share=share,
         left_float=left_float,
         untouched=space.untouched,
         without_heads=() if model is None else missing_heads(model, space),
+        embedding=None if model is None else _embedding_bytes(config, model, stored),
         bounds=split_bounds(target, config, families, ledger) if config.splits_in_training else None,
     )
+
+
+def _embedding_bytes(config: CompressionConfig, model: nn.Module, stored: int) -> tuple[int, int] | None:
+    """Return the bytes of the embedding as it is and at 8 bits, if that would save a tenth of `stored` bytes."""
+    if config.embedding_bits is not None or config.serve is not None:
+        return None
+    try:
+        _, layer = input_embedding(model, BYTE_BITS)
+    except GETAError:
+        return None
+    # One that shares its weight with a quantized layer is stored at that layer's width.
+    if any(other.weight is layer.weight for other in quantized_layers(model).values()):
+        return None
+    rows, columns = layer.weight.shape
+    now, then = rows * columns * layer.weight.element_size(), rows * (columns + 4)
+    return (now, then) if now - then >= stored / 10 else None
 
 
 def _unquantized(model: nn.Module) -> tuple[tuple[str, ...], float]:

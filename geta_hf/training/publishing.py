@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from geta_hf.errors import GETAError
 from geta_hf.export import ExportReport
+from geta_hf.export.folder_files import STRUCTURE_NAME
 from geta_hf.methods import Method
 from geta_hf.reporting.folder_summary import CARD_NAME, read_front
 from geta_hf.reporting.hub import upload
@@ -228,6 +229,12 @@ class PublishingTrainer(Trainer):
         )
         values = {"tag": _CHECKPOINT_TAG, "step": self.state.global_step, "state": state, "remedy": remedy}
         write_whole(path, _CHECKPOINT_CARD.format(**values))
+
+
+def is_own_export(folder: Path, output_dir: Path) -> bool:
+    """Return whether a folder is an export that an earlier run wrote within its own `output_dir`."""
+    inside = output_dir.resolve() in folder.resolve().parents
+    return inside and (folder / STRUCTURE_NAME).is_file()
 
 
 def _is_checkpoint_card(folder: Path) -> bool:

@@ -32,6 +32,7 @@ from geta_hf.surgery.build_space import prepare_space
 from geta_hf.surgery.drop_layers import DroppedLayers, drop_layers, mean_loss
 from geta_hf.training.checkpoints import Progress, base_name, check_checkpoint, write_notes
 from geta_hf.training.complete import mark_complete, mark_unfinished, newest_to_resume
+from geta_hf.training.console import name_stages
 from geta_hf.training.distillation import Distiller, dense_copy
 from geta_hf.training.dtypes import DTypes, dtypes_of, unrounded, warn_of_other_dtypes
 from geta_hf.training.early_checks import (
@@ -57,7 +58,7 @@ from geta_hf.training.preparation import (
     without_untrained,
 )
 from geta_hf.training.processes import averages_gradients, by_first_process, decided_by_first_process
-from geta_hf.training.publishing import PublishingTrainer
+from geta_hf.training.publishing import PublishingTrainer, is_own_export
 from geta_hf.training.support import Launch, check_follows, check_options, check_plain
 from geta_hf.utils.copies import copy_module
 from geta_hf.utils.model_io import to_device
@@ -84,6 +85,8 @@ class GETATrainer(PublishingTrainer):
             a copy of `model` as it is now, which takes the memory of its weights once more.
         peft_config: peft's LoraConfig. The model's weights are then frozen, without gradients or optimizer state of
             their size, and LoRA's matrices are trained; quantizers, scores and the export are of the merged weights.
+        method: one that has compressed this very model already, without its quantizers now, under `geta_config`; what
+            it decided is kept. By default a new one, as the config says.
 
     Attributes:
         method: the compression method.
@@ -125,25 +128,27 @@ class GETATrainer(PublishingTrainer):
         geta_config: CompressionConfig | None = None,
         teacher: nn.Module | None = None,
         peft_config: LoraConfig | None = None,
+        method: Method | None = None,
         **kwargs: Any,
     ) -> None:
         if model is None:
             raise GETAError("GETATrainer needs `model`; `model_init` would make models that no method has seen")
         given = geta_config or GETAConfig()
         self.geta_config = self.run_config = limit_config(given, model, kwargs.get("processing_class"))
-        self.method: Method = make_method(self.geta_config)
+        self.method: Method = make_method(self.geta_config) if method is None else method
         self.lora = self._check_model(model, peft_config)
         super().__init__(model=model, args=args, **kwargs)
+        name_stages(self.callback_handler.callbacks, lambda: self.method)
         share = self.method.held_out_share
         self.train_dataset, self._held_out = split_rows(self.train_dataset, share, self.args.seed)
         align_tokens(model, self.processing_class)
         launch = Launch.of(self.accelerator, self.model)
         check_length(self.args)
-        check_batch_norm(model, self.args)
         check_follows(self.method, launch)
         check_options(self.args, launch, self.optimizer, self.lr_scheduler, lora=self.lora is not None)
         # Kept, since later on not every process may draw from the loader, which all of them share.
         self._batch = self._choose_batch(model)
+        check_batch_norm(model, self.args, self._batch)
         self.method.check_stages(*planned_steps(self.args, self.get_train_dataloader))
         check_exports(model, self._batch, self._layers_to_quantize(model))
         teacher = self._choose_teacher(model, teacher)
@@ -260,7 +265,7 @@ class GETATrainer(PublishingTrainer):
         """Exclude layers whose weight the model reads itself, past the layer's forward and any quantizer."""
         known = self.run_config
         self.run_config = exclude_raw_reads(known, model, self._layers_to_quantize(model), self._batch)
-        if self.run_config is not known:
+        if self.run_config is not known and not self.method.finished:
             self.method = make_method(self.run_config)
 
     def _find_space(self, model: nn.Module) -> PruningSpace:
@@ -504,7 +509,8 @@ class GETATrainer(PublishingTrainer):
         """Log as Trainer does, with the metrics of the method next to the loss."""
         # Trainer has just waited for the device to read the loss, so reading these values costs no further wait.
         self._check_finite()
-        if self._wrapped and "loss" in logs:
+        # The summary at the end too: a run shorter than `logging_steps` has no other line.
+        if self._wrapped and ("loss" in logs or "train_loss" in logs):
             logs.update(self.compression_state())
         super().log(logs, start_time)
 
@@ -587,8 +593,9 @@ class GETATrainer(PublishingTrainer):
         """Write the small folder: zero groups sliced away, weights packed at their bits; tokenizer and card included.
 
         Args:
-            directory: must not exist unless `overwrite`.
-            overwrite: replace an existing model folder. Default: False.
+            directory: must not exist unless `overwrite`, or unless it is an earlier export within the `output_dir` of
+                this run, which is replaced.
+            overwrite: replace any existing model folder. Default: False.
 
         Returns:
             What was written; None on processes other than the first. All processes have to call it, and return once
@@ -600,6 +607,7 @@ class GETATrainer(PublishingTrainer):
         # Both exchange shards under FSDP2, so every process takes part.
         result = self.method.result()
         trained = self._gather_model()
+        overwrite = overwrite or is_own_export(Path(directory), Path(str(self.args.output_dir)))
 
         def write() -> ExportReport:
             # A callback may export while training goes on. DDP loses sight of parameters that are moved for a while.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,21 +56,30 @@ def running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def in_single_precision(module: nn.Module) -> Iterator[None]:
-    """Convert 16-bit weights and buffers to fp32, at twice their memory; the original tensors are restored afterwards.
+def in_next_precision(module: nn.Module) -> Iterator[None]:
+    """Convert what is in 16 bits to fp32, or where nothing is, what is in fp32 to fp64; it is restored afterwards.
+
+    Takes twice the memory of what is converted.
 
     Args:
         module: any module; changes to its converted tensors are lost.
     """
-    halves = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.dtype in HALVES]
-    before = [tensor.data for tensor in halves]
+    halves = any(tensor.dtype in HALVES for tensor in module.parameters())
+    with _converted(module, HALVES, torch.float32) if halves else _converted(module, {torch.float32}, torch.float64):
+        yield
+
+
+@contextmanager
+def _converted(module: nn.Module, dtypes: Collection[torch.dtype], to: torch.dtype) -> Iterator[None]:
+    narrow = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.dtype in dtypes]
+    before = [tensor.data for tensor in narrow]
     try:
-        for tensor in halves:
+        for tensor in narrow:
             # The data alone: the objects remain, so ties, hooks and an optimizer's references do too.
-            tensor.data = tensor.data.float()
+            tensor.data = tensor.data.to(to)
         yield
     finally:
-        for tensor, data in zip(halves, before, strict=True):
+        for tensor, data in zip(narrow, before, strict=True):
             tensor.data = data
 
 

@@ -97,7 +97,7 @@ def outcome(trainer: GETATrainer) -> dict[str, object]:
 
 
 def whole_run(folder: Path, rules: str, processes: int, fsdp: bool = False, **changes: object) -> dict[str, object]:
-    trainer = make(folder, rules, processes, fsdp, **changes)
+    trainer = make(folder / "run", rules, processes, fsdp, **changes)
     trainer.train()
     report = trainer.export_model(folder / "small")
     # In every process: the folder is there, and a failure of the first one is one of all.

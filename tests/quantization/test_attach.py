@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from geta_hf.errors import GETAError
 from geta_hf.quantization import (
     QuantConv1D,
+    QuantConv1d,
     QuantConv2d,
     QuantLinear,
     attach_quantizers,
@@ -55,16 +56,19 @@ def test_patterns_choose_and_refuse_to_match_nothing(bert) -> None:
     assert list(select_layers(bert, include=["qa_outputs"])) == ["qa_outputs"]
     with pytest.raises(GETAError, match="matches no linear layer"):
         select_layers(bert, exclude=["qurey"])
-    with pytest.raises(GETAError, match="no layer to quantize"):
+    with pytest.raises(GETAError, match=r"no layer to quantize: exclude = \['\.'\] leaves none of 12; exclude fewer"):
         select_layers(bert, exclude=["."])
+    # No pattern of the user's is at fault, so none is named.
+    with pytest.raises(GETAError, match="quantize: none of 1 linear layers is in a list of repeated blocks; name some"):
+        select_layers(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(GETAError, match=r"pattern '\(' is no regular expression .*; correct it"):
         select_layers(bert, include=["("])
 
 
 @pytest.mark.parametrize("include", [None, ["."]])
 def test_a_model_without_any_such_layer_is_refused_by_name(include: list[str] | None) -> None:
-    with pytest.raises(GETAError, match=r"Module has no layer to quantize: .* no Linear, Conv1D or Conv2d"):
-        select_layers(in_list(nn.Conv1d(2, 2, 3), nn.ConvTranspose1d(2, 2, 3)), include)
+    with pytest.raises(GETAError, match=r"Module has no layer to quantize: .* no Linear, Conv1D, Conv1d or Conv2d"):
+        select_layers(in_list(nn.Conv3d(2, 2, 3), nn.ConvTranspose1d(2, 2, 3)), include)
 
 
 def test_parameters_keep_identity_name_dtype_mode_and_requires_grad(bert) -> None:
@@ -160,6 +164,8 @@ def test_subclasses_keep_their_class_and_their_own_forward_is_refused() -> None:
         (nn.Linear(6, 4), (2, 6), QuantLinear),
         (Conv1D(4, 6), (2, 6), QuantConv1D),
         (nn.Conv2d(3, 4, 3, stride=2, padding=1, padding_mode="circular"), (2, 3, 8, 8), QuantConv2d),
+        (nn.Conv2d(6, 6, 3, groups=6), (2, 6, 5, 5), QuantConv2d),
+        (nn.Conv1d(3, 4, 5, stride=2, padding=2, padding_mode="reflect"), (2, 3, 9), QuantConv1d),
     ],
 )
 def test_each_layer_equals_the_plain_one_on_its_quantized_weight(layer, shape, kind) -> None:
@@ -167,7 +173,7 @@ def test_each_layer_equals_the_plain_one_on_its_quantized_weight(layer, shape, k
     nn.init.normal_(layer.weight)
     x = torch.randn(shape)
     plain = copy.deepcopy(layer)
-    attach_quantizers(in_list(layer), initial_bits=4, target_bits=4)
+    attach_quantizers(in_list(layer), include=["."], initial_bits=4, target_bits=4)
     assert type(layer) is kind
     plain.weight.data = layer.quantized_weight().detach()
     assert torch.equal(layer(x), plain(x))
@@ -239,6 +245,15 @@ def test_per_channel_gives_every_output_channel_its_own_start() -> None:
     for layer in model.layers:
         assert layer.weight_quantizer.t.shape == (1,)
         torch.testing.assert_close(layer.weight_quantizer.bits(), torch.full_like(layer.weight_quantizer.d, 5.0))
+
+
+def test_a_conv1d_is_quantized_where_it_is_named() -> None:
+    model = in_list(nn.Conv1d(4, 6, 3, groups=2), nn.Linear(6, 4))
+    assert list(select_layers(model)) == ["layers.1"]
+    assert list(select_layers(model, ["."])) == ["layers.0", "layers.1"]
+    attach_quantizers(model, include=["."], grid="channel", clipping="max")
+    conv = model.layers[0]
+    assert torch.equal(conv.weight_quantizer.q_m, conv.weight.abs().amax(dim=(1, 2)))
 
 
 def test_one_step_size_a_channel_is_closer_than_one_for_all() -> None:

@@ -150,9 +150,11 @@ def test_rows_times_inputs_are_the_outputs_of_every_kind_of_layer():
         (Conv1D(4, 9), x),
         (nn.Conv2d(6, 4, 3, stride=2, padding=1, bias=False), x),
         (nn.Conv2d(6, 4, (3, 1), dilation=2, padding="same", padding_mode="reflect", bias=False), x),
+        (nn.Conv1d(6, 4, 3, stride=2, padding=1, bias=False), x[:, :, 0]),
+        (nn.Conv1d(6, 4, 3, dilation=2, padding="same", padding_mode="reflect", bias=False), x[:, :, 0]),
     ):
         expected = layer(given)
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, nn.Conv1d | nn.Conv2d):
             expected = expected.flatten(2).transpose(1, 2)
         rows = as_rows(layer, layer.weight)
         torch.testing.assert_close(

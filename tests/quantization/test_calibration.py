@@ -107,6 +107,7 @@ def test_model_and_chance_are_as_before() -> None:
         (Conv1D(4, 6), (2, 6)),
         (nn.Conv2d(3, 4, 3, stride=2, padding=1, padding_mode="circular"), (2, 3, 8, 8)),
         (nn.Conv2d(4, 6, 3, groups=2, bias=False), (2, 4, 7, 7)),
+        (nn.Conv1d(4, 6, 3, groups=2, dilation=2), (2, 4, 9)),
     ],
 )
 def test_each_layer_is_the_plain_one_on_quantized_weight_and_input(layer, shape, per_channel, learn_t) -> None:
@@ -180,3 +181,26 @@ def test_bad_input_is_refused_and_changes_nothing() -> None:
     with pytest.raises(GETAError, match="call attach_quantizers first"):
         attach_input_quantizers(Chain(), batches)
     assert all(isinstance(layer, QuantLinear) for layer in quantized_layers(model).values())
+
+
+def test_batch_norm_that_has_seen_nothing_uses_the_statistics_of_each_batch() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 4, 5, 5)
+
+    def network() -> nn.Sequential:
+        model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+        model[0].weight.data *= 0.01  # a signal that only normalization makes large
+        return model
+
+    unseen, seen = network(), network()
+    seen[1].train()(seen[0](x))  # one batch of training
+    seen.eval()
+    for model in (unseen, seen):
+        before = copy.deepcopy(dict(model[1].named_buffers()))
+        training = [module.training for module in model.modules()]
+        attach_quantizers(model, include=["."], initial_bits=8)
+        attach_input_quantizers(model, [{"input": x}], clipping="max")
+        assert all(torch.equal(before[name], value) for name, value in model[1].named_buffers())
+        assert [module.training for module in (model, *model)] == training and model[1].momentum == 0.1
+    assert float(unseen[2].input_quantizer.q_m.detach()) > 2  # in training too this input has variance 1
+    assert 0.1 < float(seen[2].input_quantizer.q_m.detach()) < 2  # running statistics of one step, which are kept to

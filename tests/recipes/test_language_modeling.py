@@ -53,6 +53,15 @@ def test_shipped_configs_are_understood(name: str, tmp_path: Path) -> None:
     assert not arguments.data.packs and arguments.model.dtype == "float32" and arguments.lora is None
 
 
+def test_the_small_config_is_understood(tmp_path: Path) -> None:
+    arguments = recipe.parse_arguments([str(FOLDER / "smollm2.yaml"), "--output_dir", str(tmp_path)])
+    geta = arguments.geta
+    assert isinstance(geta, GETAConfig)
+    assert (geta.target_parameters, geta.mean_bits, geta.grid, geta.rounding) == (0.3, 8, "channel", "compensated")
+    assert geta.distill_logits == 1.0 and geta.compensate
+    assert arguments.data.packs and arguments.training.max_steps == 100 and not arguments.training.bf16
+
+
 def test_gradient_checkpointing_under_either_name(argv: list[str]) -> None:
     for name in ("gradient_checkpointing", "activation_checkpointing"):
         assert recipe.parse_arguments([*argv, f"--{name}"]).training.gradient_checkpointing

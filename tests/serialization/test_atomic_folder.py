@@ -76,6 +76,10 @@ def test_targets_that_may_not_be_written(tmp_path: Path) -> None:
         check_target(tmp_path / "model", overwrite=False)
     check_target(tmp_path / "model", overwrite=True)
     (tmp_path / "photos").mkdir()
+    check_target(tmp_path / "photos", overwrite=True)  # empty
+    with pytest.raises(GETAError, match="exists already"):
+        check_target(tmp_path / "photos", overwrite=False)
+    (tmp_path / "photos" / "one.jpg").write_text("a")
     with pytest.raises(GETAError, match=r"no config\.json"):
         check_target(tmp_path / "photos", overwrite=True)
 
@@ -384,3 +388,13 @@ def test_weights_are_readable_for_those_who_may_read_the_rest(tmp_path: Path) ->
     write_folder(tmp_path / "b", fill, overwrite=False)
     modes = {path.stat().st_mode for path in (tmp_path / "b").iterdir()}
     assert len(modes) == 1
+
+
+def test_an_empty_folder_that_was_made_in_advance_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    write_folder(tmp_path / "out", filler("new"), overwrite=True)
+    assert (tmp_path / "out" / "config.json").read_text() == "new"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    with pytest.raises(GETAError, match=r"no config\.json"):
+        check_target(tmp_path / "link", overwrite=True)

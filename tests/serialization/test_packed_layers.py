@@ -162,7 +162,7 @@ def test_code_beyond_its_bits_names_the_layer() -> None:
     assert type(layer) is nn.Linear
 
 
-@pytest.mark.parametrize("layer", [nn.EmbeddingBag(5, 6), nn.LayerNorm(5), nn.Conv1d(2, 3, 1)])
+@pytest.mark.parametrize("layer", [nn.EmbeddingBag(5, 6), nn.LayerNorm(5), nn.Conv3d(2, 3, 1)])
 def test_unsupported_class_is_refused(layer: nn.Module) -> None:
     with pytest.raises(GETAError, match=f"some.layer is a {type(layer).__name__}"):
         become_packed("some.layer", layer, 4)

@@ -8,7 +8,7 @@ import torch
 
 from geta_hf.errors import GETAError
 from geta_hf.qadg.space import kept_indices
-from geta_hf.surgery.compare_outputs import attention_outputs, prove_alike, prove_equal
+from geta_hf.surgery.compare_outputs import TOLERANCE, attention_outputs, prove_alike, prove_equal
 from geta_hf.surgery.record import record_sizes
 from geta_hf.surgery.slice import slice_model
 from geta_hf.surgery.solve_attributes import solve
@@ -128,3 +128,26 @@ def test_16_bits_alone_do_not_decide() -> None:
     with torch.no_grad():
         small.model.layers[1].self_attn.o_proj.weight.mul_(1.5)
     assert refused(alike) == 3
+
+
+def test_single_precision_alone_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding in fp32 grows through tens of layers; here as if no difference were allowed."""
+    first, batch = tiny_model().eval(), some_batch()
+    monkeypatch.setitem(TOLERANCE, torch.float32, 1e-9)
+    second = copy.deepcopy(first)
+    layer = second.base_model.encoder.layer[0]
+    order = torch.randperm(len(layer.intermediate.dense.bias), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():  # the same function, whose sums run in another order
+        for tensor in layer.intermediate.dense.parameters():
+            tensor.copy_(tensor[order])
+        layer.output.dense.weight.copy_(layer.output.dense.weight[:, order])
+    before = {name: tensor.clone() for name, tensor in first.state_dict().items()}
+    outputs = attention_outputs(first, batch)
+    with pytest.raises(GETAError, match="differs by"):
+        prove_equal(outputs, attention_outputs(second, batch), torch.float32, "cut")
+    assert prove_alike(first, outputs, second, batch, "cut") < 1e-9
+    assert all(torch.equal(tensor, before[name]) for name, tensor in first.state_dict().items())
+    with torch.no_grad():
+        layer.output.dense.weight.mul_(1.001)
+    with pytest.raises(GETAError, match="differs by"):
+        prove_alike(first, outputs, second, batch, "cut")

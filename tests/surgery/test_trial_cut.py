@@ -76,7 +76,7 @@ def test_rounding_in_16_bits_freezes_nothing(monkeypatch: pytest.MonkeyPatch) ->
     assert all(try_cuts(model, space, batch) is space for batch in batches)
     after = model.state_dict()
     assert all(value.dtype == after[name].dtype and torch.equal(value, after[name]) for name, value in before.items())
-    monkeypatch.setattr(gate, "in_single_precision", lambda _: nullcontext())
+    monkeypatch.setattr(gate, "in_next_precision", lambda _: nullcontext())
     assert not all(_rehearsed(model, space, batch) is space for batch in batches)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from transformers import BertForQuestionAnswering, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from geta_hf import GETAConfig
@@ -172,3 +173,26 @@ def test_a_size_out_of_reach_names_the_reachable_one(made) -> None:
     assert make_plan(GETAConfig(target_bytes=reachable), space, ledger).target.amount == reachable
     with pytest.raises(GETAError, match="can't be reached"):
         make_plan(GETAConfig(target_bytes=reachable - 1), space, ledger)
+
+
+def test_the_plan_says_what_the_embedding_would_save(bert, batch, tmp_path) -> None:
+    """Counted in the export: 4 bytes a value, or 1 and a step size for each row."""
+    space = build_space(bert, batch)
+    attach_quantizers(bert)
+    rows, columns = bert.get_input_embeddings().weight.shape
+    made = make_plan(GETAConfig(), space, make_ledger(bert, space), bert)
+    assert made.embedding == (4 * rows * columns, rows * (columns + 4))
+    assert f"{4 * rows * columns / 1e6:,.2f} MB are the vocabulary's embedding; embedding_bits=8 stores" in str(made)
+    rounded = make_plan(GETAConfig(embedding_bits=8), space, make_ledger(bert, space, embedding_bits=8), bert)
+    assert rounded.embedding is None and "embedding_bits" not in str(rounded)
+    saved = made.embedding[0] - made.embedding[1]
+    # The file's header names the step sizes and differs by a few bytes.
+    assert made.bytes - rounded.bytes == pytest.approx(saved, abs=300)
+
+
+def test_nothing_is_said_of_an_embedding_that_saves_little(bert, batch) -> None:
+    space = build_space(bert, batch)
+    attach_quantizers(bert)
+    small = nn.Embedding(2, 32)
+    bert.set_input_embeddings(small)
+    assert make_plan(GETAConfig(), space, make_ledger(bert, space), bert).embedding is None

@@ -14,6 +14,7 @@ from geta_hf.export.formats.experimental.executorch import write_executorch
 from geta_hf.export.formats.experimental.openvino import write_openvino
 from geta_hf.export.formats.geta import write_geta
 from geta_hf.export.formats.gguf import check_gguf, write_gguf
+from geta_hf.export.formats.mlx import check_mlx, write_mlx
 from geta_hf.export.formats.onnx import write_onnx
 from geta_hf.export.formats.vanilla import write_vanilla
 from geta_hf.export.formats.vllm import check_vllm, write_vllm
@@ -35,6 +36,7 @@ FORMATS: dict[str, Writer] = {
     "onnx": write_onnx,
     "gguf": write_gguf,
     "vllm": write_vllm,
+    "mlx": write_mlx,
     "openvino": write_openvino,
     "executorch": write_executorch,
 }
@@ -44,7 +46,7 @@ FORMATS: dict[str, Writer] = {
 WITH_TOKENIZER = {"gguf": check_gguf}
 """Formats whose file holds the tokenizer, each with what finds early why a model cannot be written."""
 
-CHECKS = {"vllm": check_vllm}
+CHECKS = {"vllm": check_vllm, "mlx": check_mlx}
 """The same of other formats."""
 
 

@@ -36,9 +36,11 @@ class OneShotConfig(CompressionConfig):
     saliency: str = setting(
         "mask_fisher",
         "What removing and rounding are expected to cost: `mask_fisher` is the mean of <g, change>² by gradients, over "
-        "the slices alone that read a group's output; `magnitude` is the squared change, without gradients.",
+        "the slices alone that read a group's output; `magnitude` is the squared change, without gradients; "
+        "`activation` is the share of a layer's output that is lost, by the mean squares of its inputs, for models "
+        "whose gradients do not fit: one block at a time is in memory on top of the weights.",
         section="Rules",
-        choices=("mask_fisher", "magnitude"),
+        choices=("mask_fisher", "magnitude", "activation"),
     )
     compensation: bool = setting(
         True,
@@ -63,6 +65,11 @@ class OneShotConfig(CompressionConfig):
         section="Rules",
     )
 
+    @property
+    def frugal(self) -> bool:
+        """Whether one block at a time is all that may be in memory on top of the weights."""
+        return self.saliency == "activation"
+
     def check_targets(self) -> None:
         """Raise GETAError for what compression without training does not do, too."""
         super().check_targets()
@@ -72,7 +79,7 @@ class OneShotConfig(CompressionConfig):
         self._check(
             self.activation_bits is None, "activation_bits", "None, since inputs are not rounded without training"
         )
-        self._check(not self.drop_layers, "drop_layers", "0, since no layers are dropped without training")
         self._check(
-            not self.distill_logits and not self.distill_hidden, "distill_logits", "0, since nothing is trained"
+            self.by_block or not self.frugal, "by_block", "True with saliency='activation', which keeps one block"
         )
+        self._check(not self.drop_layers, "drop_layers", "0, since no layers are dropped without training")

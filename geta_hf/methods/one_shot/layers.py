@@ -101,7 +101,7 @@ def compress_layer(
     Outputs that are to be removed keep their weights as they are: what reads them is compensated by their values.
 
     Args:
-        layer: a linear layer, a Conv1D or a Conv2d.
+        layer: a linear layer, a Conv1D or a convolution.
         covariance: of its inputs; None where it is not known, and nothing can be compensated.
         kept: what remains of its weight.
         bits: the width to round to.

@@ -19,15 +19,20 @@ from geta_hf.methods.base import Batches, CompressionResult, Method, Run
 from geta_hf.methods.compensation import Kept, find_kept
 from geta_hf.methods.one_shot.choice import Candidate, Losses, bits_per_weight, budget_of, find_candidates
 from geta_hf.methods.one_shot.config import OneShotConfig
+from geta_hf.methods.one_shot.first_weights import FirstWeights
+from geta_hf.methods.one_shot.forward_scores import measure_forward
 from geta_hf.methods.one_shot.gradients import logits_of, measure_gradients, predictions, sequences
 from geta_hf.methods.one_shot.layers import Grid, compress_layer, rounding_losses
+from geta_hf.methods.one_shot.memory import check_memory, foresee_memory
 from geta_hf.methods.one_shot.score_file import fingerprint, read_scores, write_scores
+from geta_hf.methods.parameter_groups import quantizer_parameters
 from geta_hf.methods.qasso.slices import build_slices, group_sums, zero_slices
 from geta_hf.qadg.group_labels import consumers, family_of_group, family_starts, find_group_labels
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.quantization import attach_quantizers, detach_quantizers, quantized_layers, select_layers
 from geta_hf.quantization.by_block import Batch, BlockRunner, find_blocks, uncached
 from geta_hf.quantization.covariances import collecting, has_covariance, measure_covariances
+from geta_hf.quantization.quantizer import freeze_quantizers
 from geta_hf.utils.model_io import float_tensors, loss_of
 from geta_hf.utils.module_state import eval_mode
 
@@ -87,6 +92,7 @@ class Outcome:
         has_labels: whether these are losses of labels; otherwise they are distances of outputs from the dense model's.
         bits_per_weight: what the budget leaves for each weight if no group is removed, step sizes counted.
         unreached: layers that no calibration data reached; they are rounded to nearest.
+        loss_before_recovery: where training followed, the loss without it; None where none did.
     """
 
     result: CompressionResult
@@ -97,6 +103,7 @@ class Outcome:
     has_labels: bool
     bits_per_weight: float
     unreached: tuple[str, ...]
+    loss_before_recovery: float | None = None
 
 
 @dataclass
@@ -152,13 +159,20 @@ class OneShotMethod(Method):
     stages = ("compression",)
     _result: CompressionResult | None = None
     _work: _Work | None = None
+    _grids: Mapping[str, Grid] | None = None
+    _removed: Tensor | None = None
+    _steps = 0
 
     def check(self, frozen_weights: bool) -> None:
-        """Raise GETAError: this method has no training."""
-        raise GETAError("OneShotConfig is for geta_hf.compress, which trains nothing; train with GETAConfig")
+        """Raise GETAError before `compress`: training decides nothing here, it only continues with a result."""
+        if not self.finished:
+            raise GETAError("OneShotConfig is for geta_hf.compress, which trains nothing; train with GETAConfig")
 
     def attach(self, model: nn.Module, batches: Batches | None) -> None:
-        """Put quantizers on the layers, in place; their grids are those of `compress`, or read from a checkpoint."""
+        """Put quantizers on the layers, in place; their grids are those of `compress`, or read from a checkpoint.
+
+        After `compress` they are frozen, since nothing about them is learned.
+        """
         attach_quantizers(
             model,
             include=self.config.include,
@@ -167,18 +181,38 @@ class OneShotMethod(Method):
             clipping="max",
             grid=self.config.grid,
         )
+        if self._grids is not None and batches is not None:
+            _write_grids(model, self._grids)
+            freeze_quantizers(model)
+            for parameter in quantizer_parameters(model).values():
+                parameter.requires_grad_(False)
 
     def wrap_optimizer(
         self, base: torch.optim.Optimizer, names: Mapping[Tensor, str], model: nn.Module, run: Run
     ) -> torch.optim.Optimizer:
-        """Raise GETAError: this method has no training."""
+        """Let an optimizer set removed groups to zero after each of its steps, which would bring them back.
+
+        Raises:
+            GETAError: before `compress`.
+        """
         self.check(frozen_weights=False)
-        raise AssertionError
+        assert self._removed is not None
+        named = dict(model.named_parameters(remove_duplicate=False))
+        labels = run.frozen.with_adapters([cut for cut in run.ledger.labels if cut.tensor in named])
+        slices = build_slices(labels, self._removed, family_of_group(run.space.trainable), named)
+
+        @torch.no_grad()
+        def keep_removed(*_: object) -> None:
+            zero_slices(slices, named)
+            self._steps += 1
+
+        base.register_step_post_hook(keep_removed)
+        return base
 
     @property
     def step_count(self) -> int:
-        """No optimizer steps are done."""
-        return 0
+        """The optimizer steps that followed `compress`."""
+        return self._steps
 
     @property
     def finished(self) -> bool:
@@ -221,9 +255,11 @@ class OneShotMethod(Method):
         measured.check(self.config)
         self._work = _Work(model, self.config, data, space, ledger, progress, measured)
         try:
-            outcome, grids = self._work.run(candidates)
+            outcome, grids, self._removed = self._work.run(candidates)
             self.attach(model, None)
-            _write_grids(model, grids)
+            names = {name: grids[id(layer.weight)] for name, layer in quantized_layers(model).items()}
+            _write_grids(model, names)
+            self._grids = names
         except BaseException:
             self.undo()
             raise
@@ -236,7 +272,7 @@ class OneShotMethod(Method):
             return
         detach_quantizers(self._work.model)
         self._work.restore()
-        self._result = None
+        self._result = self._grids = self._removed = None
         self.release()
 
     def release(self) -> None:
@@ -245,10 +281,10 @@ class OneShotMethod(Method):
 
 
 @torch.no_grad()
-def _write_grids(model: nn.Module, grids: Mapping[int, Grid]) -> None:
-    """Set (d, q_m) of every quantizer to the grid on which its weight already is."""
-    for layer in quantized_layers(model).values():
-        grid = grids[id(layer.weight)]
+def _write_grids(model: nn.Module, grids: Mapping[str, Grid]) -> None:
+    """Set (d, q_m) of every quantizer to the grid on which its weight already is, by the path of its layer."""
+    for name, layer in quantized_layers(model).items():
+        grid = grids[name]
         layer.weight_quantizer.q_m.copy_(grid.q_m)
         layer.weight_quantizer.d.copy_(grid.d)
         if grid.order is not None:
@@ -283,17 +319,18 @@ class _Work:
         self.every = every
         changed = {id(p): p for p in (self.named[cut.tensor] for cut in ledger.labels if cut.tensor in self.named)}
         changed |= {id(layer.weight): layer.weight for layer in self.layers.values()}  # type: ignore[misc]
-        self._originals = [(p, p.detach().clone()) for p in changed.values()]
+        self._originals = FirstWeights(changed.values(), on_disk=config.frugal)
         self.unreached: list[str] = []
 
     @torch.no_grad()
     def restore(self) -> None:
         """Give all weights their first values back."""
-        for parameter, original in self._originals:
-            parameter.copy_(original)
+        self._originals.restore()
 
-    def run(self, candidates: Sequence[Candidate] | None = None) -> tuple[Outcome, dict[int, Grid]]:
-        """Compress; return what was done, and the grid of each weight by the id of its parameter."""
+    def run(self, candidates: Sequence[Candidate] | None = None) -> tuple[Outcome, dict[int, Grid], Tensor]:
+        """Compress; return what was done, the grid of each weight by its id, and the removed groups."""
+        if self.config.frugal:
+            check_memory(foresee_memory(self.model, self.layers, self.data.covariances), self._device)
         before, reference = self._dense_loss()
         if candidates is None:
             candidates = find_candidates(self.config, self.families, self.ledger, self._expected_losses())
@@ -308,16 +345,24 @@ class _Work:
             weight_bits={name: bits[self.names[id(layer.weight)]] for name, layer in self.every.items()},
         )
         unit, amount = budget_of(self.config)
-        return Outcome(
-            result=result,
-            trials=tuple(trials),
-            chosen=chosen,
-            dense_loss=before,
-            loss=after,
-            has_labels=reference is None,
-            bits_per_weight=bits_per_weight(self.ledger, unit, amount),
-            unreached=tuple(dict.fromkeys(self.unreached)),
-        ), grids
+        return (
+            Outcome(
+                result=result,
+                trials=tuple(trials),
+                chosen=chosen,
+                dense_loss=before,
+                loss=after,
+                has_labels=reference is None,
+                bits_per_weight=bits_per_weight(self.ledger, unit, amount),
+                unreached=tuple(dict.fromkeys(self.unreached)),
+            ),
+            grids,
+            removed,
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.named.values())).device
 
     def _dense_loss(self) -> tuple[float, list[dict[str, Tensor]] | None]:
         if self.measured.dense_loss is None:
@@ -361,6 +406,10 @@ class _Work:
             return Losses(removal.double().cpu() / 2, rounding, widths)
         shapes = {name: tuple(tensor.shape) for name, tensor in self.named.items()}
         read = find_group_labels(consumers(self.families), shapes)
+        if self.config.frugal:
+            data, groups = self.data.covariances, self.ledger.groups
+            losses = measure_forward(self.model, self.layers, data, read, groups, widths, self.grid, self.progress)
+            return Losses(self._keep_unreached(losses.removal), losses.rounding, widths)
         weights = [f"{name}.weight" for name in self.layers]
         count = sum(1 for _ in sequences(self.data.scores))
         bar = self.progress(sequences(self.data.scores), "scores", count)
@@ -374,7 +423,7 @@ class _Work:
         for start, family in zip(family_starts(self.families), self.families, strict=True):
             own = removal[start : start + family.size]
             if not bool(own.any()):
-                logger.warning("no group of %s has a gradient on the calibration data, so all are kept", family.name)
+                logger.warning("the calibration data says nothing of the groups of %s, so all are kept", family.name)
                 own.fill_(1e30)
         return removal
 
@@ -385,10 +434,14 @@ class _Work:
         sizes = [self._trial(candidate, None) for candidate in candidates]
         if len(candidates) == 1:
             return sizes
-        covariances = self._dense_covariances()
+        # All covariances at once may take more than the weights.
+        covariances = None if self.config.frugal else self._dense_covariances()
         trials = []
         for candidate in self.progress(candidates, "splits", len(candidates)):
-            self._compress_at_once(candidate, covariances)
+            if covariances is None:
+                self._compress_by_block(candidate)
+            else:
+                self._compress_at_once(candidate, covariances)
             loss, _ = measure(self.model, self.data.held_back, reference)
             self.restore()
             trials.append(self._trial(candidate, loss if math.isfinite(loss) else math.inf))
@@ -455,6 +508,8 @@ class _Work:
             # Now that all that reads them is compensated by their values.
             self._zero(candidate.removed, f"{block.name}.")
             runner.finish(block)
+            if self.config.frugal:
+                runner.forget(block)
         self._zero(candidate.removed)
         return grids
 

@@ -38,6 +38,7 @@ from geta_hf.quantization import (
 from geta_hf.quantization.clipping import Histogram
 from geta_hf.quantization.fixed import output_dim
 from geta_hf.quantization.functional import FLOAT_BITS
+from geta_hf.quantization.layer_types import CONVOLUTIONS
 from geta_hf.quantization.mixture import Mixture, levels_of
 from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.utils.module_state import eval_mode
@@ -68,8 +69,8 @@ class SearchMethod(Method):
         self._positions: dict[str, tuple[int, int]] = {}
         self._mixtures: dict[str, list[Any]] = {}
         self._input_layers: dict[str, Any] = {}
-        self._input_levels: Tensor | None = None
-        self._unsigned_levels: Tensor | None = None
+        # Of inputs with a sign, and of those without.
+        self._input_levels: tuple[Tensor, Tensor] | None = None
         self._factors: list[KeepFactor] = []
         self._labels: list[Tensor] = []
         self._levels: Tensor | None = None
@@ -358,13 +359,14 @@ class SearchMethod(Method):
         """Let layers round their inputs to the mixture of their widths."""
         optimizer = self.optimizer
         assert optimizer is not None and optimizer.input_clips is not None
-        if self._input_levels is None or self._input_levels.device != shares.device:
-            self._input_levels = levels_of(self.config.input_widths, shares.device)
-            self._unsigned_levels = levels_of([width + 1 for width in self.config.input_widths], shares.device)
+        if self._input_levels is None or self._input_levels[0].device != shares.device:
+            signed = levels_of(self.config.input_widths, shares.device)
+            unsigned = levels_of([width + 1 for width in self.config.input_widths], shares.device)
+            self._input_levels = (signed, unsigned)
         for position, layer in enumerate(self._input_layers.values()):
             own = layer.input_quantizer
             clips = optimizer.input_clips[position] * own.q_m.detach()
-            levels = self._unsigned_levels if own.unsigned else self._input_levels
+            levels = self._input_levels[own.unsigned]
             layer.input_mixture = Mixture(shares[position].view(-1, 1, 1), clips.view(-1, 1, 1), levels)
 
     def extra_loss(self, model: nn.Module) -> Tensor | None:
@@ -518,15 +520,16 @@ def _along_weight(values: Tensor, dim: int | None, area: int) -> Tensor:
 def _sides(layer: nn.Module) -> Sides:
     outputs = output_dim(layer)
     # The columns of a grouped convolution are inputs of several groups at once.
-    grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
+    grouped = isinstance(layer, CONVOLUTIONS) and layer.groups > 1
     return Sides(outputs, None if grouped else 1 - outputs)
 
 
 def _shape_of(name: str, layer: Any, positions: tuple[int, int]) -> LayerShape:
     weight = layer.weight
     outputs = output_dim(layer)
-    kernel = (int(weight.shape[2]), int(weight.shape[3])) if weight.dim() == 4 else (1, 1)
-    depthwise = isinstance(layer, nn.Conv2d) and layer.groups > 1 and weight.shape[1] == 1
+    # That of a Conv1d is one row high; linear layers have none.
+    kernel: tuple[int, int] = (1, 1, *map(int, weight.shape[2:]))[-2:]  # type: ignore[assignment]
+    depthwise = isinstance(layer, CONVOLUTIONS) and layer.groups > 1 and weight.shape[1] == 1
     return LayerShape(name, weight.shape[outputs], weight.shape[1 - outputs], kernel, positions, depthwise)
 
 
@@ -535,8 +538,9 @@ def _output_sizes(model: nn.Module, batches: Batches) -> dict[str, tuple[int, in
     found: dict[str, tuple[int, int]] = {}
 
     def note(name: str, layer: nn.Module, output: Tensor) -> None:
-        if isinstance(layer, nn.Conv2d):
-            found[name] = (int(output.shape[-2]), int(output.shape[-1]))
+        if isinstance(layer, CONVOLUTIONS):
+            height = int(output.shape[-2]) if isinstance(layer, nn.Conv2d) else 1
+            found[name] = (height, int(output.shape[-1]))
         else:
             found[name] = (max(output.numel() // (output.shape[-1] * max(output.shape[0], 1)), 1), 1)
 

@@ -138,8 +138,8 @@ class Search(torch.optim.Optimizer):
             start = torch.tensor([width / widths[-1] for width in widths], device=device)
             self.input_logits = start.repeat(len(input_clips), 1).requires_grad_()
         self.choices = torch.optim.Adam(self._logits, lr=config.choice_rate(schedule.search))
-        names = ["search.widths", "search.keep", "search.inputs"]
-        self.choices.param_groups[0]["param_names"] = names[: len(self._logits)]
+        choices = ["search.widths", "search.keep", "search.inputs"]
+        self.choices.param_groups[0]["param_names"] = choices[: len(self._logits)]
         self._share_base()
         if (cost := self._cost_target()) is not None:
             if input_clips is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,19 @@ from tests.spaces import build_space
 pytest.importorskip("compressed_tensors")
 
 
-def cut(dense: PreTrainedModel, alike: bool, bits: tuple[int, ...] = (4, 3, 8, 2, 6, 5, 7), **options: Any) -> Any:
+def cut(
+    dense: PreTrainedModel,
+    alike: bool,
+    bits: tuple[int, ...] = (4, 3, 8, 2, 6, 5, 7),
+    keep: Sequence[str] = (),
+    **options: Any,
+) -> Any:
     """Half of the heads removed in every layer, and of the channels half, or another number in each."""
     space = build_space(dense, tiny.batch())
     removal = {}
     for family in space.prunable:
+        if family.kind in keep:
+            continue
         kept = family.size // 2
         if family.kind == "channels" and not alike and ".0." in family.name:
             kept = family.size * 2 // 3

@@ -160,13 +160,20 @@ class LayerSizes:
 
 def _sizes_of(model: PreTrainedModel) -> LayerSizes | None:
     """Return the sizes of a model that `DeciLMForCausalLM` computes; None of others."""
-    if per_layer_problem(model):
-        return None
+    return None if per_layer_problem(model) else sizes_of_llama(model)
+
+
+def sizes_of_llama(model: PreTrainedModel) -> LayerSizes:
+    """Return the sizes of a model whose modules have the names of a Llama's.
+
+    Raises:
+        GETAError: heads of several widths.
+    """
     config: Any = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads, kv_heads, channels = [], [], []
     layers: Any = model.base_model.layers
-    for layer in layers:
+    for number, layer in enumerate(layers):
         rows = {name: _shape(module) for name, module in layer.named_modules() if hasattr(module, "weight")}
         heads.append(rows["self_attn.o_proj"][1] // head_dim)
         kv_heads.append(rows["self_attn.k_proj"][0] // head_dim)
@@ -174,8 +181,8 @@ def _sizes_of(model: PreTrainedModel) -> LayerSizes | None:
         own = getattr(layer.self_attn, "head_dim", head_dim)
         if own != head_dim:
             raise GETAError(
-                f"layer {len(heads) - 1} has heads of {own} dims, of {head_dim} before the cut, and vLLM has one "
-                f"number for all; remove heads instead, or export in another format"
+                f"layer {number} has heads of {own} dims, of {head_dim} before the cut, and there is one number for "
+                f"all; remove heads instead, or export in the geta format"
             )
     return LayerSizes(head_dim, heads, kv_heads, channels)
 
