@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from geta_hf import GETAConfig, GETAError, GETATrainer, SearchConfig
+from geta_hf.utils.shards import from_first_process
 from tests.conftest import tiny_bert_config
 
 STEPS, GLOBAL_BATCH = 24, 8
@@ -124,8 +125,12 @@ def searched_run(folder: Path, rules: str, processes: int, fsdp: bool = False) -
     optimizer = trainer.method.optimizer
     weights = {name: value.clone() for name, value in trainer.accelerator.get_state_dict(trainer.model).items()}
     bits = optimizer.weight_bits if optimizer.entry_bits is None else optimizer.entry_bits.tolist()
-    logits = optimizer.width_logits.detach().clone()
-    return {"weights": weights, "gone": optimizer.removed, "bits": [*bits, *optimizer.input_bits], "logits": logits}
+    chosen = torch.tensor([*optimizer.removed.tolist(), *bits, *optimizer.input_bits])
+    assert torch.equal(from_first_process(chosen), chosen)
+    for name, value in weights.items():
+        assert torch.equal(from_first_process(value), value), name
+    logits = torch.cat([choices.detach().flatten() for choices in optimizer._logits])
+    return {"gone": int(optimizer.removed.sum()), "logits": logits}
 
 
 def stopped_run(folder: Path, rules: str, processes: int, fsdp: bool = False, stop: int = 9) -> dict[str, object]:

@@ -28,7 +28,7 @@ COSTS = ("none", "size", "bitops", "mpic_cycles", "mpic_energy", "ne16_cycles", 
 _DURATION = "steps, a share of training, or text such as '1.5 epochs'; not negative, and a share below 1"
 _MOST_BITS = 8
 _RATE, _HIGHEST_RATE = 0.05, 0.5
-_PATH = 5.0
+_PATH = 3.0
 
 
 @document_attributes
@@ -108,8 +108,8 @@ class SearchConfig(CompressionConfig):
     choice_learning_rate: float | None = setting(
         None,
         "Learning rate of Adam on the choices, which follows the run's learning rate scheduler. A logit moves by at "
-        "most this much a step. None is 0.05, and more for a search of fewer than 100 steps: 5 divided by its steps, "
-        "up to 0.5.",
+        "most this much a step. None is 0.05, and more for a search of fewer than 60 steps: 3 divided by its steps, up "
+        "to 0.5.",
         above(0),
         section="Search",
     )
@@ -242,11 +242,11 @@ class SearchConfig(CompressionConfig):
         """Return the learning rate of the choices in a search of so many steps.
 
         >>> SearchConfig().choice_rate(1000), SearchConfig().choice_rate(20)
-        (0.05, 0.25)
+        (0.05, 0.15)
         """
         if self.choice_learning_rate is not None:
             return self.choice_learning_rate
-        # A logit can then move by 5 in all: a group that remains with 90 % starts at 2.2.
+        # A logit can then move by 3 in all: a group that remains with 90 % starts at 2.2.
         return max(_RATE, min(_PATH / max(steps, 1), _HIGHEST_RATE))
 
     @property

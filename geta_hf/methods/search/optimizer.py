@@ -130,7 +130,8 @@ class Search(torch.optim.Optimizer):
         self.width_logits = start.repeat(self.width_choices.count, 1).requires_grad_()
         odds = config.initial_keep / (1 - config.initial_keep)
         self.keep_logits = torch.full((ledger.groups,), odds, device=device).log_().requires_grad_()
-        self.input_clips = input_clips
+        # Each process may have measured its inputs on batches of its own.
+        self.input_clips = None if input_clips is None else from_first_process(input_clips)
         self.input_logits: Tensor | None = None
         if input_clips is not None:
             widths = config.input_widths
