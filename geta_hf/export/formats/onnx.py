@@ -21,6 +21,7 @@ from geta_hf.export.formats.exported import (
     save,
     traceable,
 )
+from geta_hf.export.formats.onnx_convolutions import fold_batch_norm, multiply_integers
 
 if TYPE_CHECKING:
     from onnx_ir import Graph, Model, Node, Value
@@ -98,9 +99,13 @@ def _finished(program: Model, narrow: bool) -> Model:
     """Return the graph without what is of no use to a runtime, and with codes of 4 bits where `narrow`."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
-    for node, codes in _decoders(program.graph):
+    for node, _ in _decoders(program.graph):
         node.resize_inputs(2)  # zero is the default
-        if narrow:
+    fold_batch_norm(program.graph)
+    multiply_integers(program.graph)
+    RemoveUnusedNodesPass()(program)
+    if narrow:
+        for node, codes in _decoders(program.graph):
             _narrow(node, codes)
     ClearMetadataAndDocStringPass()(program)  # it names the files of the machine that traced it
     RemoveUnusedNodesPass()(program)

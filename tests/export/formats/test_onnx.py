@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForQuestionAnswering, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForQuestionAnswering,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from geta_hf.errors import GETAError
 from geta_hf.export import export
@@ -199,3 +206,39 @@ def test_rounded_inputs(learn_t: bool, tmp_path: Path) -> None:
     assert found["exact"] <= 1e-5
     kinds = Counter(node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node)
     assert bool(kinds["QuantizeLinear"]) != learn_t
+
+
+def conv_net() -> PreTrainedModel:
+    """Return a ResNet whose batch norm has seen data, with a stem of one channel for each place."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    model = ResNetForImageClassification(ResNetConfig(num_labels=3, **sizes))
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(**vit()[1])
+    return model.eval()
+
+
+@pytest.mark.parametrize("grid", ["layer", "channel"])
+def test_onnxruntime_multiplies_the_integers_of_convolutions(grid: str, tmp_path: Path) -> None:
+    batch = vit()[1]
+    small = compressed(conv_net(), batch, learn_t=False, grid=grid)
+    found = write(small, tmp_path / "out", batch)
+    assert found["exact"] <= 0.1
+    graph = onnx.load(tmp_path / "out" / "model.onnx").graph
+    kinds = Counter(node.op_type for node in graph.node)
+    narrow = [layer for layer in packed_layers(small).values() if layer.bits <= 8 and layer.input_quantizer.bits <= 8]
+    wide = sum(1 for module in small.modules() if isinstance(module, torch.nn.Conv2d)) - len(narrow)
+    assert kinds["ConvInteger"] == len(narrow) > 2 and kinds["BatchNormalization"] <= wide
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", options)
+    run = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node)
+    assert run["ConvInteger"] == len(narrow) and not run["BatchNormalization"], run
+    for rows in (1, 5):
+        given = torch.randn(rows, 3, 32, 32, generator=torch.Generator().manual_seed(rows))
+        with torch.no_grad():
+            expected = small(pixel_values=given).logits
+        logits = torch.from_numpy(session.run(None, {"pixel_values": given.numpy()})[0])
+        assert (logits - expected).abs().max() <= 0.1 * expected.abs().max()
