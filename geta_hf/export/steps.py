@@ -6,6 +6,7 @@ for the attributes with it, and the proof replays it where a norm runs over what
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ from geta_hf.surgery.verify import prove_replay
 from geta_hf.utils.copies import copy_module
 from geta_hf.utils.model_io import to_device
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class CutModel:
@@ -53,6 +56,23 @@ class CutModel:
 
     model: PreTrainedModel
     fixes: Fixes
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight as it is stored.
+
+    Attributes:
+        codes: integers n, in the weight's shape.
+        bits: their width.
+        step_size: what they are multiplied by.
+        four_levels: whether they are -3, -1, 1 and 3. Default False.
+    """
+
+    codes: Tensor
+    bits: int
+    step_size: Tensor
+    four_levels: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,17 +151,18 @@ def fill(cut_model: CutModel, plan: ExportPlan, embedding: RoundedEmbedding | No
     holders = weight_holders(model, names)
     # One weight at a time, since codes take four bytes each. One that is tied is read for all its layers first.
     for shared in _by_weight(model, names):
-        parts: dict[str, tuple[Tensor, int, Tensor, FixedQuantizer | None]] = {}
+        parts: dict[str, tuple[Packed, FixedQuantizer | None]] = {}
         for name in shared:
             layer = model.get_submodule(name)
             if embedding is not None and name == embedding.name:
                 # The cut has only taken columns of the embedding: its step sizes are those of the rows, which remain.
-                parts[name] = (embedding.codes(layer), embedding.bits, embedding.step_size, None)
+                parts[name] = Packed(embedding.codes(layer), embedding.bits, embedding.step_size), None
             else:
                 parts[name] = _packed(name, layer, *quantized[name], plan.result)
-        for name, part in parts.items():
+        for name, (part, inputs) in parts.items():
             layer = model.get_submodule(name)
-            pack_layer(name, layer, *part, tied=len(holders[name]) > 1)
+            tied = len(holders[name]) > 1
+            pack_layer(name, layer, part.codes, part.bits, part.step_size, inputs, tied, part.four_levels)
             # Other modules that share the weight would otherwise keep the dense tensor, and the file would hold both.
             for holder, leaf in holders[name]:
                 setattr(holder, leaf, layer.weight)
@@ -160,10 +181,21 @@ def _by_weight(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
 
 def _packed(
     name: str, layer: nn.Module, weight: Quantizer, inputs: Quantizer | None, result: CompressionResult
-) -> tuple[Tensor, int, Tensor, FixedQuantizer | None]:
-    """Return codes, bits and step size of a layer's weight, and what rounds its input."""
+) -> tuple[Packed, FixedQuantizer | None]:
+    """Return a layer's weight as it is stored, and what rounds its input."""
     fixed = None if inputs is None else fixed_quantizer(inputs, result.input_bits[name])
-    return weight.codes(layer.get_parameter("weight")), result.weight_bits[name], weight.d, fixed
+    codes = weight.codes(layer.get_parameter("weight"))
+    bits = result.weight_bits[name]
+    four_levels = weight.four_levels
+    if four_levels and not bool(codes.all()):
+        # Three bits hold 0 as well as -3, -1, 1 and 3, so that the folder computes what was trained.
+        logger.warning(
+            "%s has %d weights of exactly 0, which is none of its four levels; it is stored at 3 bits in place of 2",
+            name,
+            int((codes == 0).sum()),
+        )
+        bits, four_levels = bits + 1, False
+    return Packed(codes, bits, weight.step, four_levels), fixed
 
 
 def prove(model: PreTrainedModel, compressed: PreTrainedModel, plan: ExportPlan) -> Proof:

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from geta_hf.errors import GETAError
 from geta_hf.quantization.fixed import output_dim
 from geta_hf.quantization.maths import block_count
-from geta_hf.serialization.bitpack import stream_length, unpack
+from geta_hf.serialization.bitpack import stream_length
 from geta_hf.serialization.packed_layers import INPUT_SCALE, WEIGHT_SCALE, PackedLayer
 
 logger = logging.get_logger(__name__)
@@ -258,7 +258,7 @@ class Decode(ConversionOps):
             blocks = (channels, block_count(layer.dense_shape[1 - output_dim(layer)]))
         check_scale(f"{self.name}.{WEIGHT_SCALE}", scale, "each output channel", channels, blocks)
         try:
-            codes = unpack(stream, layer.bits, math.prod(layer.dense_shape)).view(layer.dense_shape)
+            codes = layer.unpacked(stream, math.prod(layer.dense_shape)).view(layer.dense_shape)
         except GETAError as error:
             raise GETAError(f"{self.name}.weight: {error}") from error
         # Only for a stream that was decoded: `_share_step_sizes` takes its presence as the mark of that.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from geta_hf.errors import GETAError
 from geta_hf.quantization.blocks import is_half
 from geta_hf.quantization.fixed import FixedQuantizer
-from geta_hf.serialization.bitpack import MAX_BITS, MIN_BITS, ROWS_AT_ONCE, columns, largest_code, stream_length, unpack
+from geta_hf.serialization.bitpack import MAX_BITS, MIN_BITS, ROWS_AT_ONCE, columns, largest_code, stream_length
 from geta_hf.serialization.packed_layers import (
     BLOCKS,
     INPUT_SCALE,
@@ -30,12 +30,13 @@ from geta_hf.utils.accelerate_hooks import offload, offloaded, rebind_forward
 _CASTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
+def pack(codes: Tensor, bits: int, four_levels: bool = False) -> Tensor:
     """Pack signed codes into the bit stream that `unpack` reads.
 
     Args:
-        codes: integers of any shape, |n| <= 2^(bits-1) - 1.
+        codes: integers of any shape, |n| <= 2^(bits-1) - 1; where there are four levels, -3, -1, 1 and 3.
         bits: 2 to 16.
+        four_levels: see `unpack`. Default False.
 
     Returns:
         uint8 of shape (ceil(numel * bits / 8),), on CPU.
@@ -46,8 +47,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if not isinstance(bits, int) or isinstance(bits, bool) or not MIN_BITS <= bits <= MAX_BITS:
         raise GETAError(f"bits is {bits!r}; a packed weight has an integer bit width from {MIN_BITS} to {MAX_BITS}")
     flat = codes.detach().reshape(-1).cpu()
-    if (largest := _largest(flat)) > largest_code(bits):
-        raise GETAError(f"code {largest} does not fit in {bits} bits, the largest is {largest_code(bits)}")
+    if (problem := misfit(flat, bits, four_levels)) is not None:
+        raise GETAError(problem)
+    if four_levels:
+        flat = (flat - 1).div(2, rounding_mode="floor")
     stream = torch.zeros(-(-flat.numel() // 8), bits, dtype=torch.uint8)
     for start in range(0, stream.shape[0], ROWS_AT_ONCE):
         part = flat[8 * start : 8 * (start + ROWS_AT_ONCE)].to(torch.int32) + 2 ** (bits - 1)
@@ -55,6 +58,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         rows = F.pad(part, (0, -part.numel() % 8)).view(-1, 8)
         stream[start : start + ROWS_AT_ONCE] = _to_bytes(rows, bits)
     return stream.view(-1)[: stream_length(flat.numel(), bits)].clone()
+
+
+def misfit(codes: Tensor, bits: int, four_levels: bool = False) -> str | None:
+    """Return why codes do not fit in a bit width; None where they do."""
+    if (largest := _largest(codes)) > largest_code(bits, four_levels):
+        return f"code {largest} does not fit in {bits} bits, the largest is {largest_code(bits, four_levels)}"
+    if four_levels and bool((codes % 2 == 0).any()):
+        return "the codes of four levels are -3, -1, 1 and 3, but there is an even one"
+    return None
 
 
 def _largest(codes: Tensor) -> int:
@@ -80,26 +92,27 @@ def pack_layer(
     step_size: float | Tensor,
     input_quantizer: FixedQuantizer | None = None,
     tied: bool = False,
+    four_levels: bool = False,
 ) -> None:
     """Turn a plain layer into a packed one, in place.
 
     Args:
-        name, layer, bits, tied: see `become_packed`.
+        name, layer, bits, tied, four_levels: see `become_packed`.
         codes: integers n, the shape of the layer's weight.
-        step_size: d, a number or of shape (1,), (channels,) or (channels, blocks).
+        step_size: what they are multiplied by, a number or of shape (1,), (channels,) or (channels, blocks).
         input_quantizer: rounds the layer's input. Default None: the input stays in floating point.
 
     Raises:
         GETAError: the layer's class has no packed counterpart, or a code does not fit. The layer is not changed then.
     """
-    if (largest := _largest(codes)) > largest_code(bits):
+    if (problem := misfit(codes, bits, four_levels)) is not None:
         raise GETAError(
-            f"{name}: code {largest} does not fit in {bits} bits, the largest is {largest_code(bits)}; its clipping "
-            f"value, step size and bit width disagree, so set the step size again or give it more bits"
+            f"{name}: {problem}; its clipping value, step size and bit width disagree, so set the step size again or "
+            f"give it more bits"
         )
     dtype = layer.get_parameter("weight").dtype
     device = layer.get_parameter("weight").device
-    packed = become_packed(name, layer, bits, tied)
+    packed = become_packed(name, layer, bits, tied, four_levels)
     # Accelerate's hooks keep a bound forward, which would still be that of the plain class.
     rebind_forward(packed)
     packed.input_quantizer = input_quantizer
@@ -124,7 +137,7 @@ def fill(layer: PackedLayer, codes: Tensor, dtype: torch.dtype) -> None:
     """
     weight = layer.stored(codes, dtype)
     # A weight in bf16 cannot hold codes of more than 8 bits exactly, so they are kept as they will be saved.
-    layer.stream = None if layer.holds(codes, weight) else pack(codes, layer.bits)
+    layer.stream = None if layer.holds(codes, weight) else pack(codes, layer.bits, layer.four_levels)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.finish_loading()
 
@@ -147,11 +160,10 @@ def layer_codes(name: str, layer: PackedLayer, weight: Tensor | None = None) -> 
         codes = layer.read_back(weight)
     else:
         # The stream is the truth here. The weight is still compared below, since it may have been trained.
-        codes = unpack(layer.stream, layer.bits, weight.numel()).view(weight.shape).to(weight.device, torch.int32)
+        codes = layer.unpacked(layer.stream, weight.numel()).view(weight.shape).to(weight.device, torch.int32)
     # The model may have been cast to half precision and back since it was loaded: that is no change of its codes.
-    if not any(_stands_for(layer, codes, weight, cast) for cast in _CASTS) or _largest(codes) > largest_code(
-        layer.bits
-    ):
+    fits = misfit(codes, layer.bits, layer.four_levels) is None
+    if not fits or not any(_stands_for(layer, codes, weight, cast) for cast in _CASTS):
         raise GETAError(
             f"{name}.weight was changed after it was decoded, by a merged adapter or by training, and its codes no "
             f"longer describe it; call model.dequantize() and save it as plain weights, or train before the export"
@@ -180,7 +192,8 @@ def packed_tensors(name: str, layer: PackedLayer, weight: Tensor | None = None) 
     Raises:
         GETAError: as `layer_codes`.
     """
-    tensors = {"weight": pack(layer_codes(name, layer, weight), layer.bits), WEIGHT_SCALE: layer.step_size.cpu()}
+    stream = pack(layer_codes(name, layer, weight), layer.bits, layer.four_levels)
+    tensors = {"weight": stream, WEIGHT_SCALE: layer.step_size.cpu()}
     if layer.input_quantizer is not None:
         tensors[INPUT_SCALE] = layer.input_quantizer.scale
     return {f"{name}.{leaf}": tensor for leaf, tensor in tensors.items()}
@@ -223,6 +236,11 @@ def weight_holders(model: nn.Module, layers: Iterable[str]) -> dict[str, list[tu
 def weight_bits(model: nn.Module) -> dict[str, int]:
     """Return module path -> bit width of its packed weight."""
     return {name: layer.bits for name, layer in packed_layers(model).items()}
+
+
+def four_level_layers(model: nn.Module) -> list[str]:
+    """Return the paths of the packed layers whose weight has four levels."""
+    return [name for name, layer in packed_layers(model).items() if layer.four_levels]
 
 
 def grid_of(model: nn.Module) -> str | None:

@@ -23,6 +23,7 @@ from geta_hf.errors import GETAError
 from geta_hf.serialization.checksums import checksums
 from geta_hf.serialization.encode import (
     activation_bits,
+    four_level_layers,
     grid_of,
     packed_tensors,
     unpack_layer,
@@ -148,6 +149,7 @@ def attach_quantizer(model: PreTrainedModel, fixes: Fixes) -> None:
             activation_bits=activation_bits(part),
             partial=bool(path),
             grid=grid_of(part),
+            four_levels=four_level_layers(part),
         )
         part.hf_quantizer = GETAHfQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
         # In the instance, since the class is transformers' own and other models of it are not packed.

@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from geta_hf.errors import GETAError
 from geta_hf.quantization.fixed import FixedQuantizer
-from geta_hf.serialization.bitpack import MAX_BITS, MIN_BITS
+from geta_hf.serialization.bitpack import FOUR_LEVEL_BITS, MAX_BITS, MIN_BITS
 from geta_hf.serialization.checksums import DIGITS, Verification
 from geta_hf.serialization.decode import Decode, Header, check_packed, check_plain, check_scale, read_headers
 from geta_hf.serialization.packed_layers import BLOCKS, INPUT_SCALE, LEAVES, PackedLayer, become_packed, packed_layers
@@ -49,7 +49,7 @@ QUANT_METHOD = "geta"
 FORMAT_VERSION = 1
 
 _WHERE = "quantization_config in config.json:"
-_LATER_KEYS = ("activation_bits", "partial", "checksums", "grid")
+_LATER_KEYS = ("activation_bits", "partial", "checksums", "grid", "four_levels")
 
 _BUFFER_BYTES = 2**27
 """Up to so many bytes of buffers that no folder holds are always allowed; beyond, four times the folder's tensors."""
@@ -71,6 +71,8 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
             were written before there were longer ones. Default None: none is known, and config.json has no such key.
         grid: `block32` where packed layers may have a step size for every 32 inputs of an output channel. Default None:
             none has, and config.json has no such key.
+        four_levels: paths of the packed layers of 2 bits whose weight has four levels. Default None: none has, and
+            config.json has no such key.
 
     Raises:
         GETAError: an unknown version or key, or a value that no export writes.
@@ -86,6 +88,7 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
         partial: bool = False,
         checksums: dict[str, str] | None = None,
         grid: str | None = None,
+        four_levels: list[str] | None = None,
         **unknown: Any,
     ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
@@ -95,6 +98,7 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
         self.partial = partial
         self.checksums = {} if checksums is None else checksums
         self.grid = grid
+        self.four_levels = [] if four_levels is None else four_levels
         if format_version != FORMAT_VERSION:
             raise GETAError(
                 f"{_WHERE} format_version is {format_version!r}, but this release of geta_hf reads {FORMAT_VERSION}; "
@@ -111,6 +115,7 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
         _check_checksums(self.checksums)
         check_widths("bits", self.bits)
         check_widths("activation_bits", self.activation_bits)
+        _check_four_levels(self.four_levels, self.bits)
         if lacking := sorted(set(self.activation_bits) - set(self.bits)):
             raise GETAError(f"{_WHERE} activation_bits names {lacking[0]!r}, which is not in bits; add it there too")
         self.fixes = no_fixes() if fixes is None else read_fixes(fixes, f"{_WHERE} fixes")
@@ -132,6 +137,17 @@ def _check_checksums(checksums: Any) -> None:
             raise GETAError(f"{_WHERE} checksums[{name!r}] is {str(value)[:80]!r}, not 8 or 16 hexadecimal digits")
 
 
+def _check_four_levels(layers: Any, bits: dict[str, int]) -> None:
+    if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
+        raise GETAError(f"{_WHERE} four_levels must be a list of module names, not {str(layers)[:80]!r}")
+    for name in layers:
+        if bits.get(name) != FOUR_LEVEL_BITS:
+            raise GETAError(
+                f"{_WHERE} four_levels names {name[:80]!r}, whose width in bits is {bits.get(name)}; only a layer of "
+                f"{FOUR_LEVEL_BITS} bits has four levels, so copy or export the folder again"
+            )
+
+
 def check_widths(key: str, widths: Any, where: str = _WHERE) -> None:
     """Check that a value maps names of modules to bit widths.
 
@@ -149,9 +165,9 @@ class GETALoader(HfQuantizer):
     """Shrink and prepare a freshly built model, then verify and decode what was loaded."""
 
     requires_calibration = True  # a dense model cannot be loaded into this format, only exported
-    revision = 4
+    revision = 5
     """Rises when folders get what earlier code refuses: 2 since they have checksums, 3 since these have 16 digits, 4
-    since there may be step sizes for blocks of inputs."""
+    since there may be step sizes for blocks of inputs, 5 since there may be four levels at 2 bits."""
 
     quantization_config: GETAQuantizationConfig
 
@@ -235,10 +251,12 @@ class GETALoader(HfQuantizer):
         apply_fixes(model, config.fixes)
         self._decoders: list[Decode] = []
         tied = tied_weights(model)
+        four_levels = set(config.four_levels)
         for name, bits in config.bits.items():
             if (path := find_module(model, name)) is None:
                 continue
-            layer = become_packed(path, model.get_submodule(path), bits, f"{path}.weight" in tied)
+            shared = f"{path}.weight" in tied
+            layer = become_packed(path, model.get_submodule(path), bits, shared, name in four_levels)
             self._reserve(name, _places(model, name), layer)
             for place in _places(model, name):
                 check_packed(place, layer, headers, config.grid == BLOCKS)

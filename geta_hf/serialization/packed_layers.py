@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from geta_hf.errors import GETAError
 from geta_hf.quantization.fixed import FixedQuantizer, InputQuantizedLayer, SinglePrecision, output_dim
 from geta_hf.quantization.maths import BLOCK
-from geta_hf.serialization.bitpack import BYTE_BITS
+from geta_hf.serialization.bitpack import BYTE_BITS, FOUR_LEVEL_BITS, unpack
 
 WEIGHT_SCALE, INPUT_SCALE = "weight_scale", "input_scale"
 LEAVES = ("weight", WEIGHT_SCALE, INPUT_SCALE)
@@ -42,18 +42,20 @@ class PackedLayer(InputQuantizedLayer):
     """Mixin of every packed layer.
 
     Attributes:
-        bits: bit width of each code.
-        step_size: d, fp32, shape (1,) or (channels,), or as stored, shape (channels, blocks); on CPU. A plain attribute
-            and no buffer, so that no cast of the layer reaches it.
+        bits: bit width of each code as it is stored.
+        four_levels: whether the codes are -3, -1, 1 and 3, of 2 bits each.
+        step_size: what codes are multiplied by, fp32, shape (1,) or (channels,), or as stored, shape (channels,
+            blocks); on CPU. A plain attribute and no buffer, so that no cast of the layer reaches it.
         input_quantizer: rounds the input as in training; None where the input stays in floating point.
         plain_class: class of the layer before it was packed.
         stream: the bit stream, where its codes could not be read back from the weight when it is saved; else None.
     """
 
-    OWN: tuple[str, ...] = ("bits", "step_size", "stream", "plain_class")
+    OWN: tuple[str, ...] = ("bits", "four_levels", "step_size", "stream", "plain_class")
 
     weight: Any  # each plain layer class declares its own type
     bits: int
+    four_levels: bool = False
     step_size: Tensor
     input_quantizer: FixedQuantizer | None
     plain_class: type[nn.Module]
@@ -64,7 +66,17 @@ class PackedLayer(InputQuantizedLayer):
         return super().forward(self.quantized_input(input))
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, bits={self.bits}".removeprefix(", ")
+        levels = ", four levels" if self.four_levels else ""
+        return f"{super().extra_repr()}, bits={self.bits}{levels}".removeprefix(", ")
+
+    @property
+    def integer_bits(self) -> int:
+        """Bit width of the smallest symmetric integer that holds the codes: 3 for those of four levels, else `bits`."""
+        return self.bits + 1 if self.four_levels else self.bits
+
+    def unpacked(self, stream: Tensor, numel: int) -> Tensor:
+        """Return the codes of a bit stream of this layer, as `bitpack.unpack` does."""
+        return unpack(stream, self.bits, numel, self.four_levels)
 
     @property
     def dense_shape(self) -> tuple[int, ...]:
@@ -244,7 +256,7 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
 
 
-def become_packed(name: str, layer: nn.Module, bits: int, tied: bool = False) -> PackedLayer:
+def become_packed(name: str, layer: nn.Module, bits: int, tied: bool = False, four_levels: bool = False) -> PackedLayer:
     """Switch a layer to its packed class, in place; its step size and its weight are still missing afterwards.
 
     Only the class changes, so the parameters keep their names and tying, and hooks remain.
@@ -254,10 +266,12 @@ def become_packed(name: str, layer: nn.Module, bits: int, tied: bool = False) ->
         layer: an nn.Linear, Conv1D, nn.Conv2d or nn.Embedding.
         bits: 2 to 16.
         tied: whether another layer has the same weight, so that an embedding must decode all of it. Default False.
+        four_levels: whether its codes are -3, -1, 1 and 3, at 2 bits. Default False.
 
     Raises:
         GETAError: the layer's class has no packed counterpart.
     """
+    assert not four_levels or bits == FOUR_LEVEL_BITS
     original: Any = type(layer)
     plain: Any = next((plain for plain in _PACKED if isinstance(layer, plain)), None)
     if isinstance(layer, PackedLayer) or plain is None:
@@ -270,6 +284,7 @@ def become_packed(name: str, layer: nn.Module, bits: int, tied: bool = False) ->
     packed: PackedLayer = layer  # type: ignore[assignment]
     packed.__dict__["plain_class"] = original
     packed.bits = bits
+    packed.four_levels = four_levels
     packed.input_quantizer = None
     packed.stream = None
     return packed

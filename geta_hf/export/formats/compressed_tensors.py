@@ -76,7 +76,10 @@ def _packable(model: PreTrainedModel) -> dict[str, PackedLayer]:
     return {
         name: layer
         for name, layer in packed_layers(model).items()
-        if isinstance(layer, nn.Linear) and layer.bits <= MAX_BITS and uses[id(layer.weight)] == 1 and _fills(layer)
+        if isinstance(layer, nn.Linear)
+        and layer.integer_bits <= MAX_BITS
+        and uses[id(layer.weight)] == 1
+        and _fills(layer)
     }
 
 
@@ -103,7 +106,7 @@ def _scheme(layer: PackedLayer, targets: list[str]) -> Any:
 
     strategy = _strategy(layer)
     group = {"group_size": BLOCK} if strategy == "group" else {}
-    weights = QuantizationArgs(num_bits=layer.bits, type="int", symmetric=True, strategy=strategy, **group)
+    weights = QuantizationArgs(num_bits=layer.integer_bits, type="int", symmetric=True, strategy=strategy, **group)
     return QuantizationScheme(targets=targets, weights=weights, format=_FORMAT)
 
 
@@ -121,7 +124,7 @@ def _quantization_config(layers: Mapping[str, PackedLayer], prefix: str) -> dict
 
     groups: dict[str, list[str]] = {}
     for name, layer in layers.items():
-        groups.setdefault(f"{layer.bits}_bits_per_{_strategy(layer)}", []).append(name)
+        groups.setdefault(f"{layer.integer_bits}_bits_per_{_strategy(layer)}", []).append(name)
     schemes = {
         group: _scheme(layers[names[0]], [_target(name, prefix) for name in names])
         for group, names in sorted(groups.items())
