@@ -1,9 +1,10 @@
-.PHONY: demo test test-slow test-versions test-kernels zoo quality style docs clean
+.PHONY: demo test test-slow test-versions test-kernels zoo quality style docs package test-pythons clean
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 DOCS_READY := .venv-docs/ready
+PACKAGE_READY := .venv-package/ready
 
 # The main job end to end on generated data: dense against compressed, no network, under 3 minutes on 2 cores.
 demo: $(READY)
@@ -42,6 +43,16 @@ docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 	@echo "open build/site/index.html"
 
+# Wheel and source distribution in dist/, whose metadata and long description are checked.
+package: $(PACKAGE_READY)
+	rm -rf dist
+	.venv-package/bin/python -m build --quiet
+	.venv-package/bin/python -m twine check --strict dist/*
+
+# The wheel in clean environments of every supported Python that this machine has; gigabytes and minutes each.
+test-pythons: package
+	OMP_NUM_THREADS=1 .venv-package/bin/nox
+
 quality: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,7 +64,7 @@ style: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-docs .venv-kernels build runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-docs .venv-kernels .venv-package build dist .nox runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt
@@ -66,4 +77,9 @@ $(DOCS_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/python -m pip install --quiet --constraint constraints.txt \
 		$$($(PYTHON) docs/site/packages.py)
+	touch $@
+
+$(PACKAGE_READY): constraints.txt
+	$(PYTHON) -m venv .venv-package
+	.venv-package/bin/python -m pip install --quiet --constraint constraints.txt build twine nox
 	touch $@

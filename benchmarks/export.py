@@ -61,7 +61,7 @@ from geta_hf import GETAConfig, GETATrainer, attach_quantizers, build_space, exp
 
 Batch = dict[str, torch.Tensor]
 
-MODELS = ("bert", "llama", "tiny")
+MODELS = ("bert", "llama", "llama-1b", "tiny")
 ROWS, TOKENS = 2, 64
 COUNTS = ("forwards", "recordings", "copies", "weight_copies", "built")
 FIGURES = ("seconds", "cpu_seconds", "peak_mib")
@@ -84,12 +84,14 @@ def options() -> argparse.Namespace:
 
 
 def make_model(name: str) -> PreTrainedModel:
-    """Return a model with random weights: BERT-base as a classifier, a Llama of 0.3 B, or a tiny one of either."""
+    """Return a model with random weights: BERT-base, a Llama of 0.3 B or 1 B, or a tiny one of either."""
     torch.manual_seed(0)
     if name == "bert":
         return BertForSequenceClassification(BertConfig())
     if name == "llama":
         return LlamaForCausalLM(llama_config(1024, 2816, layers=24, heads=16, kv_heads=8, vocabulary=32000))
+    if name == "llama-1b":
+        return LlamaForCausalLM(llama_config(2048, 5632, layers=22, heads=32, kv_heads=4, vocabulary=32000))
     if name == "tiny llama":
         return LlamaForCausalLM(llama_config(32, 48, layers=2, heads=4, kv_heads=2, vocabulary=128))
     config = BertConfig(
@@ -236,7 +238,7 @@ def run_once(name: str, trainer: bool) -> dict[str, Any]:
 
 def warm_up(name: str, trainer: bool) -> None:
     """Do the same with a tiny model, so that imports and whatever torch prepares once do not count."""
-    model = make_model("tiny llama" if name == "llama" else "tiny")
+    model = make_model("tiny llama" if name.startswith("llama") else "tiny")
     with tempfile.TemporaryDirectory() as folder:
         call, _ = prepare(model, make_batch(model), Path(folder), trainer)
         call()

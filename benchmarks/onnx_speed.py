@@ -1,4 +1,4 @@
-"""How fast onnxruntime runs a compressed encoder, by what it makes of the integer weights, against the dense one.
+"""How fast onnxruntime runs a compressed encoder, by what it makes of the integer weights, beside PyTorch and dense.
 
     python benchmarks/onnx_speed.py [--threads 1] [--repeats 20] [--batch 1 8] [--length 128 384]
 
@@ -11,18 +11,21 @@ the largest.
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import onnxruntime
 import torch
 from transformers import BertConfig, BertForQuestionAnswering, PreTrainedModel
 
-from geta_hf import attach_quantizers, build_space, export
+from geta_hf import attach_quantizers, build_space, export, prepare_for_inference
 from geta_hf.export.formats.onnx import write_onnx
 from geta_hf.quantization import quantized_layers, step_size
 from geta_hf.utils.tables import format_table
@@ -37,9 +40,10 @@ PATHS = {
     DENSE: ("dense", {}),
     "pruned fp32": ("weights", {"session.disable_quant_qdq": "1"}),
     "int8 weights": ("weights", {"session.qdq_matmulnbits_accuracy_level": "1"}),
-    "int8 weights, inputs rounded in blocks (as it comes)": ("weights", {}),
-    "dynamic int8": ("dynamic", {}),
+    "int8 weights, inputs rounded in blocks": ("weights", {}),
+    "dynamic int8 (as the file comes)": ("dynamic", {}),
 }
+TORCH = ("PyTorch, dense fp32", "PyTorch, compressed, int8")
 
 
 def options() -> argparse.Namespace:
@@ -82,8 +86,8 @@ def make_folders(home: Path) -> PreTrainedModel:
         (home / name).mkdir()
     write_onnx(model, home / "dense", sample)
     small = halved(model, home / "geta")
-    write_onnx(small, home / "weights", sample)
-    write_onnx(small, home / "dynamic", sample, dynamic_int8=True)
+    write_onnx(small, home / "weights", sample, dynamic_int8=False)
+    write_onnx(small, home / "dynamic", sample)
     return small
 
 
@@ -95,13 +99,18 @@ def open_session(folder: Path, entries: dict[str, str], threads: int) -> onnxrun
     return onnxruntime.InferenceSession(folder / "model.onnx", session_options, providers=["CPUExecutionProvider"])
 
 
-def medians(sessions: dict[str, onnxruntime.InferenceSession], batch: Batch, repeats: int) -> dict[str, float]:
+@torch.no_grad()
+def medians(
+    sessions: dict[str, onnxruntime.InferenceSession], models: dict[str, PreTrainedModel], batch: Batch, repeats: int
+) -> dict[str, float]:
     feeds = {name: tensor.numpy() for name, tensor in batch.items()}
-    times: dict[str, list[float]] = {name: [] for name in sessions}
+    calls: dict[str, Callable[[], object]] = {name: partial(one.run, None, feeds) for name, one in sessions.items()}
+    calls |= {name: partial(model, **batch) for name, model in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats + 1):
-        for name, session in sessions.items():
+        for name, call in calls.items():
             start = time.perf_counter()
-            session.run(None, feeds)
+            call()
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
@@ -124,13 +133,19 @@ def main() -> None:
         sessions = {
             name: open_session(Path(home, folder), entries, chosen.threads) for name, (folder, entries) in PATHS.items()
         }
+        torch.set_num_threads(chosen.threads)
+        torch.manual_seed(0)
+        models = {TORCH[0]: BertForQuestionAnswering(BertConfig(**SIZES)).eval()}
+        models[TORCH[1]] = copy.deepcopy(model)
+        prepare_for_inference(models[TORCH[1]], "int8")
         shapes = [(rows, length) for rows in chosen.batch for length in chosen.length]
-        columns = [medians(sessions, make_batch(*shape), chosen.repeats) for shape in shapes]
+        columns = [medians(sessions, models, make_batch(*shape), chosen.repeats) for shape in shapes]
         far = distances(sessions, make_batch(2, 128), model)
     header = ("onnxruntime", *(f"{rows} x {length}" for rows, length in shapes), "difference")
+    shares = dict(zip(sessions, far, strict=True))
     rows = [
         (name, *(f"{1e3 * times[name]:.1f} ms ({times[DENSE] / times[name]:.2f}x)" for times in columns), share)
-        for name, share in zip(sessions, far, strict=True)
+        for name, share in {**shares, **dict.fromkeys(models, "")}.items()
     ]
     print(format_table(header, rows))
     print(f"\nFolders: dense {sizes['dense'] / 1e6:.1f} MB, compressed {sizes['weights'] / 1e6:.1f} MB.")

@@ -1,7 +1,7 @@
 """What a training step under GETA costs relative to plain fine-tuning, by stage, in time and in peak memory.
 
     python benchmarks/train_step.py [--device cpu|cuda] [--size NAME ...] [--steps 12] [--paper]
-        [--cpu-time] [--no-memory] [--method geta|search]
+        [--cpu-time] [--no-memory] [--method geta|search] [--granularity layer|group|row]
 
 Time: both models take turns in one process on the same batches with the same fused AdamW; the table gives the median
 of the ratios, so that a noisy machine disturbs both alike. Memory: each runs alone in a process of its own, from
@@ -34,6 +34,7 @@ from geta_hf import QASSO, GETAConfig, Schedule, SearchConfig, attach_quantizers
 from geta_hf.costs.targets import solve_target
 from geta_hf.methods import Method, Run, make_method
 from geta_hf.methods.qasso.schedule import COOLDOWN, STAGES
+from geta_hf.methods.search.choices import GRANULARITIES
 from geta_hf.methods.search.schedule import STAGES as SEARCH_STAGES
 from geta_hf.quantization import freeze_quantizers, quantizer_prefixes
 from geta_hf.training.plan import make_ledger
@@ -82,6 +83,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--device", choices=DEFAULT_SIZES, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", nargs="+", choices=SIZES, help="default: those of the device")
     parser.add_argument("--steps", type=int, default=12, help="steps timed in each stage")
+    parser.add_argument("--granularity", choices=GRANULARITIES, default="layer", help="of the search")
     parser.add_argument("--method", choices=COMPARED, default="geta", help="what is compared with plain training")
     parser.add_argument("--paper", action="store_true", help="the paper's rules instead of the defaults")
     parser.add_argument("--cpu-time", action="store_true", help="of the process, for a machine others use too")
@@ -138,11 +140,15 @@ def geta_optimizer(model: nn.Module, batch: Batch, steps: int, paper: bool) -> Q
     return QASSO(plain_optimizer(list(names)), names, space, quantizer_prefixes(model), schedule, config)
 
 
-def search_optimizer(model: nn.Module, batch: Batch, steps: int) -> tuple[torch.optim.Optimizer, Method]:
+def search_optimizer(
+    model: nn.Module, batch: Batch, steps: int, granularity: str = "layer"
+) -> tuple[torch.optim.Optimizer, Method]:
     """The search around AdamW, with as many steps in every stage."""
     space = build_space(model, {"input_ids": batch["input_ids"][:2, :128].cpu()})
-    config = SearchConfig(bit_choices=[0, 2, 3, 4, 6], target_bops=3 / 32, warmup=steps, search=steps)
+    stages = {"warmup": steps, "search": steps}
+    config = SearchConfig(bit_choices=[0, 2, 3, 4, 6], target_bops=3 / 32, granularity=granularity, **stages)
     method = make_method(config)
+    method.prepare(space)
     method.attach(model, None)
     ledger = make_ledger(model, space)
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -155,7 +161,7 @@ def our_optimizer(
 ) -> tuple[torch.optim.Optimizer, Method | None]:
     """The optimizer of the chosen method, and the method where it takes part in the forward pass."""
     if chosen.method == "search":
-        return search_optimizer(model, batch, steps)
+        return search_optimizer(model, batch, steps, chosen.granularity)
     return geta_optimizer(model, batch, steps, chosen.paper), None
 
 
@@ -259,6 +265,7 @@ def run_alone(size: Size, chosen: argparse.Namespace) -> int:
 
 def peak_of(method: str, name: str, chosen: argparse.Namespace) -> int:
     command = [sys.executable, __file__, "--alone", method, "--size", name, "--device", chosen.device]
+    command += ["--granularity", chosen.granularity]
     done = subprocess.run(command + ["--paper"] * chosen.paper, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

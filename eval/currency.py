@@ -58,6 +58,7 @@ class Row:
         sized: take `target_bytes` from a number of bits for each original weight.
         by_bops: take `target_bops` from this number, with removed weights at 0 bits.
         search: by a SearchConfig in place of a GETAConfig.
+        uniform: all layers have the wanted width from the first step on, which has to be an integer.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Row:
     sized: bool = False
     by_bops: bool = False
     search: bool = False
+    uniform: bool = False
 
 
 TARGETS = (
@@ -91,10 +93,15 @@ _BY_ROW = {"per_channel": True}
 _SEARCH = {**_BY_ROW, "warmup": 0, "search": 0.66, "bit_choices": [0, 2, 3, 4, 6]}
 """Two thirds of the steps are the search's, as in its prototype."""
 
+_AT_ONCE = {"warmup": 0, "projection": 0, "joint": 0, "target_sparsity": 0.0}
+
 SEARCHES = (
+    Row("uniform, by row", {**_BY_ROW, **_AT_ONCE}, uniform=True),
     Row("widths alone, by row", {**_BY_ROW, "target_sparsity": 0.0}, by_bops=True),
     Row("early, by row", {**_BY_ROW, "split": "early"}, by_bops=True),
     Row("search", _SEARCH, by_bops=True, search=True),
+    Row("search, group", {**_SEARCH, "granularity": "group"}, by_bops=True, search=True),
+    Row("search, row", {**_SEARCH, "granularity": "row"}, by_bops=True, search=True),
     Row("search, widths 0 3 4", {**_SEARCH, "bit_choices": [0, 3, 4]}, by_bops=True, search=True),
     Row("search, widths 0 2 4 8", {**_SEARCH, "bit_choices": [0, 2, 4, 8]}, by_bops=True, search=True),
     Row(
@@ -164,6 +171,9 @@ def config_of(cell: Cell, size: int | None) -> CompressionConfig | None:
         values["bits"] = SIZED_BITS
     if cell.row.by_bops and cell.bits is not None:
         values["target_bops"] = cell.bits / 32  # inputs have 32 bits here and in the dense model
+    if cell.row.uniform and cell.bits is not None:
+        width = round(cell.bits)
+        values |= {"bits": (width, width), "initial_bits": width}
     if cell.row.search:
         return SearchConfig(**values)
     return GETAConfig.paper(**values) if cell.row.preset else GETAConfig(**values)

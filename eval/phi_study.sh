@@ -53,8 +53,8 @@ mkdir -p "$PHI"
     --texts "$DATA"/squad/train-v1.1.json.gz "$DATA"/lm/gutenberg/*.txt.gz "$DATA"/lm/tinystories/*.txt.gz
 compress "$PHI" --geta.include "['layers\\.', 'lm_head']"
 score "$PHI" --text "$PHI/held_out.txt" --block 256 | tee "$PHI/text.md"
-score "$PHI" --tasks blimp --data_dir "$DATA/lmeval" --limit "$PAIRS" --output "$PHI/blimp.json" | tee "$PHI/blimp.md"
-score "$PHI" --tasks commonsense --data_dir "$DATA/lmeval" --limit "$LIMIT" --output "$PHI/commonsense.json" \
+score "$PHI" --tasks blimp --data-dir "$DATA/lmeval" --limit "$PAIRS" --output "$PHI/blimp.json" | tee "$PHI/blimp.md"
+score "$PHI" --tasks commonsense --data-dir "$DATA/lmeval" --limit "$LIMIT" --output "$PHI/commonsense.json" \
     | tee "$PHI/commonsense.md"
 "$PYTHON" benchmarks/generation.py "$PHI"/{model,pruned{30,50}/export} | tee "$PHI/generation.md"
 

@@ -1,4 +1,4 @@
-"""Define the tasks on which rules are compared: question answering, and a small language model on plain text.
+"""Define the tasks on which rules are compared: question answering, images, and a small language model.
 
 A task has a dense model, training data and a score; `dense_model` trains the model once and stores it.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForQuestionAnswering,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -34,8 +35,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from geta_hf import GETAError
 from geta_hf.evaluation import squad
+from geta_hf.evaluation.image_classification import accuracies, collate_images, predict_classes
 from geta_hf.evaluation.squad_features import Question, load_questions, sample, training_features
 from geta_hf.evaluation.texts import perplexity_of_rows
+from geta_hf.recipes.image_classification import ModelArguments, channels_of, load_model, load_processor, make_config
+from geta_hf.recipes.image_data import DataArguments, Rows, check_classes, load_images, usable
 
 HEAD_DIM = 32
 SAVE_EVERY = 200  # steps of the dense training between checkpoints
@@ -66,8 +70,9 @@ class Task:
         dense: length of the dense training.
         settings: everything else that the dense model depends on, as plain data.
         scored: what the score depends on, as plain data.
-        tokenizer: saved with the dense model.
+        tokenizer: or image processor, saved with the dense model.
         arguments: further `TrainingArguments`.
+        calibration: examples for compression without training; empty where a task has none.
     """
 
     name: str
@@ -81,8 +86,9 @@ class Task:
     dense: Lengths
     settings: dict[str, Any]
     scored: dict[str, Any]
-    tokenizer: PreTrainedTokenizerBase | None = None
+    tokenizer: Any = None
     arguments: dict[str, Any] = field(default_factory=dict)
+    calibration: list[dict[str, Any]] = field(default_factory=list)
 
 
 def training_arguments(task: Task, folder: Path, lengths: Lengths, seed: int, **changes: Any) -> TrainingArguments:
@@ -241,6 +247,67 @@ def question_task(options: QuestionOptions, dense: Lengths, name: str) -> Task:
         scored=scored,
         tokenizer=tokenizer,
         arguments={"bf16": options.bf16, "train_sampling_strategy": "group_by_length"},
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """Choose the model and the images.
+
+    Attributes:
+        model: a folder or a Hub name, or the `model_type` and fields of a config that starts from random weights.
+        data: fields of the recipe's `DataArguments`: the source, samples, sizes and augmentation.
+        arguments: further `TrainingArguments` of all runs.
+        calibration: images of training that compression without training sees.
+    """
+
+    model: str | Mapping[str, Any]
+    data: Mapping[str, Any]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    calibration: int = 256
+
+
+def image_task(options: ImageOptions, dense: Lengths, name: str) -> Task:
+    """Make the task of image classification; the score is the accuracy in percent."""
+    from_name = isinstance(options.model, str)
+    choice = ModelArguments(options.model, new_head=True) if from_name else ModelArguments(None, dict(options.model))
+    data = DataArguments(**options.data)
+    every_image, images = load_images(data, "eval"), load_images(data, "train")
+    check_classes(images, every_image)
+    config = make_config(choice, max(images.classes, every_image.classes, key=len))
+    channels = channels_of(config)
+    known = usable(images.sample(data.max_train_images, data.sample_seed), data, channels)
+    held_out = usable(every_image.sample(data.max_eval_images, data.sample_seed), data, channels)
+    processor = load_processor(choice, data, config)
+    features = Rows(known, processor, data, channels, training=True)
+    test = Rows(held_out, processor, data, channels)
+    # Not augmented: ranges and gradients of the images as they will be read.
+    plain = Rows(known, processor, data, channels)
+    calibration = [plain[index] for index in range(min(options.calibration, len(plain)))]
+
+    def score(model: PreTrainedModel) -> dict[str, float]:
+        found, labels = predict_classes(model, test, collate_images, batch_size=100)
+        scores = accuracies(found, labels)
+        return {"accuracy": scores["accuracy"], "accuracy_stderr": scores["accuracy_stderr"]}
+
+    return Task(
+        name=name,
+        metrics=("accuracy",),
+        larger_is_better=True,
+        start=lambda: load_model(choice, config),
+        load=AutoModelForImageClassification.from_pretrained,
+        features=features,
+        collator=collate_images,
+        score=score,
+        dense=dense,
+        settings={"model": options.model, "images": len(known), **options.data, **options.arguments},
+        scored={"images": len(held_out)},
+        tokenizer=processor,
+        arguments={"remove_unused_columns": False, **options.arguments},
+        calibration=calibration,
     )
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from torch import Tensor, nn
 
 from geta_hf.compress import compress
@@ -26,10 +28,12 @@ from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs
 from geta_hf.qadg.tracing.graph import Graph
 from geta_hf.qadg.tracing.raw_reads import recorded_raw_reads
 from geta_hf.quantization import select_layers
+from geta_hf.recipes.train import train
 from geta_hf.reporting.graph_page import gather, gather_unsupported, pattern, span, write_page
 from geta_hf.reporting.html_report import write_report
 from geta_hf.reporting.hub import files_to_push, push_to_hub
 from geta_hf.serialization.validate import check_headers, check_readable
+from geta_hf.utils.version import __version__
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -67,8 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _versions() -> str:
+    return f"geta-hf {__version__} (torch {torch.__version__}, transformers {transformers.__version__})"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("geta-hf", description="Joint structured pruning and quantization.")
+    parser.add_argument("--version", action="version", version=_versions(), help="print the versions that run")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("inspect", help="list what can be removed from a model; no weights are read")
     command.add_argument("model", metavar="MODEL", help="a Hub name, a folder, or a config.json")
@@ -77,6 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--prune", action="append", default=[], metavar="WHAT", help=f"make prunable: {switch}")
     command.add_argument("--keep", action="append", default=[], metavar="WHAT", help=f"do not prune: {switch}")
     command.set_defaults(run=inspect)
+    # Its own help, and options of any name: no character marks an option for this parser.
+    command = commands.add_parser(
+        "train", help="fine-tune and compress, by a YAML file", add_help=False, prefix_chars="\0"
+    )
+    command.add_argument("words", nargs=argparse.REMAINDER)
+    command.set_defaults(run=run_train)
     command = commands.add_parser("export", help="write a run or an exported folder in a format")
     command.add_argument("source", metavar="SOURCE", help="a run, a checkpoint, or an exported folder")
     command.add_argument("target", metavar="OUT", help="the folder to write")
@@ -190,6 +205,21 @@ def run_export(arguments: argparse.Namespace) -> None:
     convert(arguments.source, arguments.target, **{name: getattr(arguments, name) for name in names})
     size = sum(path.stat().st_size for path in Path(arguments.target).rglob("*") if path.is_file())
     print(f"wrote {arguments.target}: {arguments.format} format, {size / 1e6:,.2f} MB")
+
+
+def run_train(arguments: argparse.Namespace) -> None:
+    """Run the recipe that a config names, and print its scores.
+
+    Args:
+        arguments: `words`, the config and the values that replace its own.
+
+    Raises:
+        GETAError: as `geta_hf.recipes.train.train` does.
+
+    Example:
+        `geta-hf train bert_squad --geta.target_sparsity 0.3`
+    """
+    train(arguments.words)
 
 
 def run_compress(arguments: argparse.Namespace) -> None:

@@ -289,7 +289,7 @@ class _Job:
         config = exclude_raw_reads(config, model, select_layers(model, config.include, config.exclude), batch)  # type: ignore[assignment]
         layers = select_layers(model, config.include, config.exclude)
         check_exports(model, batch, layers)
-        space, recordings = prepare_space(model, batch, prune=config.prune, keep=config.keep)
+        space, recordings = prepare_space(model, batch, prune=config.prune, keep=config.keep, required=False)
         space, _ = choose_counts(config, space, model, recordings)
         space = limit_families(config, space, model)
         serving = serving_notes(config, model, space)
@@ -448,6 +448,9 @@ def _with_targets(
         raise GETAError('compress needs a target, such as target_bytes="60%" or mean_bits=4')
     if not targets:
         assert config is not None
+        own = ("target_bops", "target_bytes", "target_parameters", "target_sparsity", "mean_bits")
+        if not any(getattr(config, name) for name in own):
+            raise GETAError('compress needs a target, and the config has none; give one such as target_bytes="60%"')
         return config
     if not {"target_bops", "target_bytes", "target_parameters"} & targets.keys():
         targets["target_sparsity"] = 0.0  # a mean width alone removes nothing

@@ -24,6 +24,7 @@ import yaml
 
 from geta_hf.errors import GETAError
 from geta_hf.utils.files import write_whole
+from geta_hf.utils.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -410,6 +411,9 @@ class CompressionConfig:
     method: ClassVar[str] = ""
     """The name of the method, as saved files carry it."""
 
+    default_sparsity: ClassVar[float] = 0.5
+    """What `target_sparsity` is where neither pruning nor a size has a target."""
+
     target_sparsity: float | None = setting(
         None,
         "Share of the prunable groups (heads, channels) to remove, met exactly: K = round(share · groups).",
@@ -578,7 +582,7 @@ class CompressionConfig:
             setattr(self, name, _normalize(value, one.hint))
         # Set here and not as the field's default, which a target of another kind could not tell from a user's wish.
         if not self.has_target:
-            self.target_sparsity = 0.5
+            self.target_sparsity = self.default_sparsity
         if self.bit_choices is not None:
             self.bit_choices = sorted(set(self.bit_choices))
         self._settle_grid()
@@ -720,7 +724,8 @@ class CompressionConfig:
         # An ignored key would run with a default in place of what was asked for.
         unknown = sorted(set(given) - set(settings))
         if unknown:
-            raise GETAError(f"unknown {cls.__name__} keys {unknown}; known are {sorted(settings)}")
+            hint = did_you_mean(unknown[0], settings)
+            raise GETAError(f"unknown {cls.__name__} keys {unknown}{hint}; known are {sorted(settings)}")
         return cls(**{name: _parse_number(value, settings[name].hint) for name, value in given.items()})
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -1042,7 +1047,8 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Compressi
     method = values.get("method", GETAConfig.method)
     if not isinstance(method, str) or method not in CONFIG_CLASSES:
         known = sorted(CONFIG_CLASSES)
-        raise GETAError(f"unknown method {method!r}; known are {known}. Import the module that declares it first")
+        hint = did_you_mean(str(method), known)
+        raise GETAError(f"unknown method {method!r}{hint}; known are {known}. Import the module that declares it first")
     return CONFIG_CLASSES[method].from_dict(values)
 
 

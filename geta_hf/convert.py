@@ -30,6 +30,7 @@ from geta_hf.qadg.group_types import Family
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.qadg.tracing.dummy_inputs import make_dummy_inputs
 from geta_hf.quantization import select_layers
+from geta_hf.quantization.quantizer import BY_INPUT, UNSIGNED
 from geta_hf.reporting.comparison import is_export, load_model
 from geta_hf.reporting.folder_summary import CARD_NAME, empty_model_of
 from geta_hf.reporting.model_card import write_card
@@ -207,7 +208,10 @@ def load_checkpoint(checkpoint: Path, config: CompressionConfig) -> PreTrainedMo
     if (lora := load_lora(checkpoint)) is not None:
         merge_stored(model, plan_lora(model, lora, select_layers(model, config.include, config.exclude)), stored)
     # After the merge, since peft looks for plain layers; the values of the quantizers come from the checkpoint below.
-    make_method(config).attach(model, None)  # ranges of inputs are read from the checkpoint
+    method = make_method(config)
+    method.by_input = _layers_with(stored, f".weight_quantizer.{BY_INPUT}")
+    method.unsigned = _layers_with(stored, f".input_quantizer.{UNSIGNED}")
+    method.attach(model, None)  # ranges of inputs are read from the checkpoint
     with torch.no_grad():
         for name, parameter in quantizer_parameters(model, trained=False).items():
             if name not in stored or stored[name].shape != parameter.shape:
@@ -216,6 +220,11 @@ def load_checkpoint(checkpoint: Path, config: CompressionConfig) -> PreTrainedMo
                 )
             parameter.copy_(stored[name])
     return model
+
+
+def _layers_with(stored: Mapping[str, Tensor], ending: str) -> list[str]:
+    """Return the layers of which a checkpoint has a buffer."""
+    return [name.removesuffix(ending) for name in stored if name.endswith(ending)]
 
 
 def _stored(checkpoint: Path) -> Mapping[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import shlex
 from pathlib import Path
@@ -280,6 +281,7 @@ def test_failures_leave_the_model_as_it_was(tmp_path: Path, monkeypatch: pytest.
     ("data", "options", "message"),
     [
         ([TEXT], {}, "needs a target"),
+        ([TEXT], {"config": OneShotConfig()}, "the config has none"),
         ([TEXT], {"target_bytes": "110%"}, "a share below 100%"),
         ([TEXT], {"target_bytes": "0%"}, "a share below 100%"),
         ([TEXT], {"config": GETAConfig(target_bytes=1)}, "config is a GETAConfig"),
@@ -316,6 +318,53 @@ def test_texts_need_a_tokenizer_of_the_same_vocabulary(tmp_path: Path):
     model, _ = gpt2()
     with pytest.raises(GETAError, match="has no row in the model's embedding"):
         compress(model, [TEXT], byte_tokenizer(), out=tmp_path / "x", target_bytes="60%")
+    model.resize_token_embeddings(400)
+    with pytest.raises(GETAError, match=r"has 257 tokens, but the model's embedding 400 rows"):
+        compress(model, [TEXT], byte_tokenizer(), out=tmp_path / "x", target_bytes="60%")
+    tokenizer = byte_tokenizer()
+    model.name_or_path = tokenizer.name_or_path = "where both come from"
+    assert len(make_batches([TEXT], model, tokenizer, sequences=4, length=16)) == 1
+
+
+def test_where_nothing_may_be_pruned_weights_are_rounded(tmp_path: Path):
+    model, batches = bare_bert()
+    config = OneShotConfig(target_bytes=1, keep=["heads", "channels"], bits=(3, 8))
+    with pytest.raises(GETAError, match=r"target_bytes = 2,000 can't be reached"):
+        compress(model, batches, out=tmp_path / "x", target_bytes=2000, config=config, progress=False)
+    with pytest.raises(GETAError, match=r"target_parameters = 0\.2"):
+        compress(model, batches, out=tmp_path / "x", target_parameters=0.2, config=config, progress=False)
+    report = compress(model, batches, out=tmp_path / "x", mean_bits=4, config=config, progress=False)
+    assert report.mean_bits == pytest.approx(4, abs=0.3) and report.removed_groups == 0
+    with torch.no_grad():
+        found = load_model(report.path)(**batches[0]).last_hidden_state
+        torch.testing.assert_close(found, model.eval()(**batches[0]).last_hidden_state, rtol=1e-4, atol=1e-5)
+
+
+def test_a_failed_export_gives_the_model_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, batches = bare_bert()
+    before = values(model)
+
+    def fail(*_: object, **__: object) -> None:
+        raise GETAError("the disk is full")
+
+    # By its module, since the name in the package is the function.
+    monkeypatch.setattr(importlib.import_module("geta_hf.compress"), "export", fail)
+    with pytest.raises(GETAError, match="the disk is full"):
+        compress(model, batches, out=tmp_path / "x", target_parameters=0.25, mean_bits=5, progress=False)
+    assert is_unchanged(model, before)
+    assert all(type(module).__module__.startswith(("torch.", "transformers.")) for module in model.modules())
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_outputs_that_are_not_finite_are_named(labelled: bool, tmp_path: Path):
+    model, batches = bert()
+    with torch.no_grad():
+        model.bert.encoder.layer[0].intermediate.dense.weight.mul_(1e30)
+        model.bert.encoder.layer[0].output.dense.weight.mul_(1e30)
+    if not labelled:
+        batches = [{"input_ids": batch["input_ids"]} for batch in batches]
+    with pytest.raises(GETAError, match="activations overflow: what BertForSequenceClassification computes"):
+        compress(model, batches, out=tmp_path / "x", mean_bits=5, progress=False)
 
 
 def test_special_tokens_are_restored_on_a_failure(tmp_path: Path):

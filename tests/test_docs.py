@@ -9,8 +9,11 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 
 from geta_hf.cli import _parser
+from geta_hf.export.formats import FORMATS
+from geta_hf.recipes import CONFIGS, RECIPES
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "geta_hf"
@@ -44,7 +47,7 @@ def test_every_path_exists(page: str) -> None:
     paths = {name for name in names_in(page) if re.fullmatch(r"[\w.*-]+(/[\w.*-]*)+|\w+\.py", name)}
     assert len(paths) > 5
     # What a command makes is named too.
-    assert {path for path in paths if not is_file(path)} <= {"build/site"}
+    assert {path for path in paths if not is_file(path)} <= {"build/site", "dist"}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -91,6 +94,15 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
         if wanted:
             headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.M)
             assert wanted in map(anchor, headings), f"{path}#{wanted}"
+
+
+def test_the_guide_lists_every_format_and_the_guides_every_recipe() -> None:
+    formats = (ROOT / "docs/guides/export.md").read_text(encoding="utf-8")
+    assert {name for name in FORMATS if f"`{name}`" not in formats} == {"geta"}
+    guides = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs/guides").glob("*.md"))
+    named = {path.stem for path in CONFIGS.glob("*.yaml") if f"geta-hf train {path.stem}" in guides}
+    kinds = {yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()).get("recipe") for name in named}
+    assert kinds >= set(RECIPES)
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -17,13 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForQuestionAnswering, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForQuestionAnswering,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from benchmarks import inference, llm_scale, memory_plan, train_step
 from benchmarks.gpu import seven_tasks
 from benchmarks.gpu.figures import Figure
+from geta_hf.export.export import compress
+from geta_hf.export.formats.vllm import write_vllm
+from geta_hf.qadg import build_space
+from geta_hf.quantization import attach_quantizers
 from geta_hf.recipes import demo_data, question_answering
+from geta_hf.surgery.verify import mask_groups
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEP, MEMORY, TOKENS = 1.05, 1.15, 2.5
@@ -296,7 +309,7 @@ def _language_model(setup: Setup, folder: str) -> tuple[PreTrainedModel, Any]:
 def _write_smoke_model(folder: Path) -> None:
     """Write a Llama of 1 layer whose tokens are characters."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     letters = {"<end>": 1, **{chr(code): code for code in range(32, 127)}}
     tokenizer = Tokenizer(models.BPE(vocab={"<unk>": 0, **letters}, merges=[], unk_token="<unk>"))
@@ -355,6 +368,64 @@ def run_scale(setup: Setup) -> list[Figure]:
     return [Figure(name, float(seconds), "s", note=f"peak {peak}") for name, seconds, peak in meter.rows]
 
 
+# --- vLLM -------------------------------------------------------------------------------------------------------------
+
+
+def run_vllm(setup: Setup) -> list[Figure]:
+    """Load a Llama whose layers differ, and one whose layers are alike, in vLLM, and compare log probabilities.
+
+    VLLM_PYTHON names the interpreter that has vLLM, where it is not this one.
+    """
+    python = os.environ.get("VLLM_PYTHON", sys.executable)
+    found = subprocess.run([python, "-c", "import vllm"], capture_output=True, text=True)
+    figures = []
+    for name, alike in (("layers that differ", False), ("layers alike", True)):
+        what = f"{name}: largest difference of a log probability from transformers"
+        with tempfile.TemporaryDirectory() as home:
+            folder = Path(home) / "model"
+            expected, prompts = _write_for_vllm(folder, alike, setup.smoke)
+            if found.returncode:
+                figures.append(Figure(what, None, note=f"written, but {python} has no vllm"))
+                continue
+            task, result = Path(home) / "task.json", Path(home) / "result.json"
+            task.write_text(json.dumps({"model": str(folder), "prompts": prompts}))
+            command = [python, str(ROOT / "benchmarks" / "gpu" / "run_vllm.py"), str(task), str(result)]
+            subprocess.run(command, check=True)
+            answer = json.loads(result.read_text())
+            gaps = [
+                abs(a - b)
+                for ours, theirs in zip(expected, answer["scored"], strict=True)
+                for a, b in zip(ours, theirs, strict=True)
+            ]
+            figures.append(Figure(what, max(gaps), "nats", most=0.1, note=f"vllm {answer['version']}"))
+    return figures
+
+
+@torch.no_grad()
+def _write_for_vllm(folder: Path, alike: bool, smoke: bool) -> tuple[list[list[float]], list[list[int]]]:
+    """Write a compressed Llama of random weights; return log probabilities of the tokens of prompts, and these."""
+    torch.manual_seed(0)
+    width, heads = (64, 4) if smoke else (1024, 16)
+    sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_attention_heads": heads, "vocab_size": 512}
+    config = LlamaConfig(**sizes, num_key_value_heads=heads // 2, num_hidden_layers=2, max_position_embeddings=256)
+    model = LlamaForCausalLM(config).eval()
+    batch = {"input_ids": torch.randint(0, 512, (2, 128))}
+    space = build_space(model, batch)
+    removal = {}
+    for place, family in enumerate(space.prunable):
+        differs = family.kind == "channels" and not alike and place % 2
+        kept = family.size // 4 if differs else family.size // 2
+        removal[family.name] = torch.arange(family.size) >= kept
+    mask_groups(model, space.families, removal)
+    attach_quantizers(model, initial_bits=4, grid="channel")
+    small = compress(model, space, removal, batch)
+    folder.mkdir()
+    write_vllm(small, folder, batch)
+    steps = small(**batch).logits.log_softmax(-1)[:, :-1]
+    scored = steps.gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
+    return scored.tolist(), batch["input_ids"].tolist()
+
+
 PARTS: dict[str, Part] = {
     "tests_quantization": Part(partial(run_tests, room="quantization", smoke="test_linear.py")),
     "tests_inference": Part(partial(run_tests, room="inference", smoke="test_gpu_layout.py")),
@@ -365,6 +436,7 @@ PARTS: dict[str, Part] = {
     "generation": Part(run_generation),
     "memory": Part(run_memory),
     "phi2": Part(run_scale),
+    "vllm": Part(run_vllm),
     "squad_minilm": Part(partial(run_squad, model="minilm"), ("DATA", "MINILM")),
     "squad_bert": Part(partial(run_squad, model="bert"), ("DATA", "MINILM")),
     "seven_tasks": Part(run_seven_tasks, ("DATA", "LM")),

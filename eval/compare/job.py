@@ -81,6 +81,7 @@ class Job:
         rows: blocks of a training step.
         learning_rate: its peak.
         grid: what has a step size of its own.
+        tokenizer: of the model, for packages that ask for one.
         seed: of everything random.
         memory: what methods keep from one budget to the next, such as scores, which do not depend on it.
     """
@@ -95,6 +96,7 @@ class Job:
     rows: int = 4
     learning_rate: float = 1e-4
     grid: str = "channel"
+    tokenizer: Any = None
     seed: int = 0
     memory: dict[str, Any] = field(default_factory=dict)
 

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from eval.compare import methods
 from eval.compare.job import Job, Trials
+from geta_hf.config import CompressionConfig
 from geta_hf.errors import GETAError
 from geta_hf.methods.base import CompressionResult
-from geta_hf.methods.one_shot import OneShotConfig
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Compressed:
     bytes: int
     removed: Tensor | None = None
     result: CompressionResult | None = None
-    config: OneShotConfig | None = None
+    config: CompressionConfig | None = None
     trials: Trials = ()
     tokens: int = 0
     trained: bool = False

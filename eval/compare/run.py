@@ -18,7 +18,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -107,6 +107,7 @@ class Study:
                 rows=self.options.rows,
                 learning_rate=self.options.learning_rate,
                 grid=grid,
+                tokenizer=self.tokenizer,
                 seed=draw,
             )
         return self.jobs[draw, grid]
@@ -150,14 +151,18 @@ def make_study(options: argparse.Namespace) -> Study:
     return Study(options, tokenizer, blocks[:count], blocks[count:], scored)
 
 
-def cells_of(options: argparse.Namespace, methods: Sequence[str]) -> Iterator[Key]:
-    """Yield the cells in the order in which they are run: rows of one budget and draw together."""
+def cells_of(options: argparse.Namespace, methods: Mapping[str, Method]) -> Iterator[Key]:
+    """Yield the cells in the order in which they are run: rows of one budget and draw together.
+
+    Methods that train have none without steps.
+    """
     yield (DENSE, "", 0, 0, "")
     for draw in range(options.draws):
         for budget in options.budgets:
-            for method in methods:
+            for name, method in methods.items():
                 for steps in options.steps:
-                    yield (method, budget, steps, draw, options.grid)
+                    if steps or method.needs != "training":
+                        yield (name, budget, steps, draw, options.grid)
 
 
 def measure(study: Study, key: Key, method: Method | None) -> Line:
@@ -209,8 +214,7 @@ def _compress(study: Study, key: Key, method: Method, job: Job) -> tuple[Compres
     if steps and study.last is not None and study.last[0] == own and not study.last[1].trained:
         _, compressed, seconds = study.last
         study.last = None  # recovery changes it
-        if method.needs != "training":
-            return compressed, seconds
+        return compressed, seconds
     study.last = None
     start = time.perf_counter()
     compressed = method.run(job)
@@ -298,7 +302,7 @@ def run(options: argparse.Namespace) -> list[Line]:
     if others:
         raise GETAError(f"{options.work} holds results under other settings; give another --work")
     study = make_study(options)
-    for key in cells_of(options, chosen):
+    for key in cells_of(options, {name: known[name] for name in chosen}):
         if key in finished:
             continue
         line = measure(study, key, known.get(key[0]))

@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, TrainingArguments, default_data_collator
 
 from eval.compare.job import Job
 from eval.compare.method import Compressed
-from eval.compare.scores import Choice
+from eval.compare.scores import CHOICES, Choice
+from geta_hf import GETATrainer
+from geta_hf.config import CompressionConfig
 from geta_hf.costs.ledger import Ledger
 from geta_hf.errors import GETAError
 from geta_hf.methods import OneShotConfig, OneShotMethod
+from geta_hf.methods.compensation import Compensation
 from geta_hf.methods.one_shot.choice import Candidate
 from geta_hf.methods.qasso.slices import build_slices, zero_slices
-from geta_hf.qadg.group_labels import GroupLabels, family_of_group, family_starts
+from geta_hf.qadg.group_labels import GroupLabels, family_of_group, family_starts, marked
 from geta_hf.qadg.group_types import Family
 from geta_hf.training.distillation import kl
 
-MOST_REMOVED = 0.7
+MOST_REMOVED = 0.5
 """No pair with a larger share is tried: what remains of a language model then says nothing about methods."""
+
+LOW_RANK_RATE = 10.0
+"""Factor of the learning rate for LoRA's matrices, as is usual."""
 
 # --- which groups ---------------------------------------------------------------------------------------------------
 
@@ -90,24 +100,16 @@ def find_pairs(job: Job, scores: Tensor, choice: Choice, widths: Sequence[int] =
     Raises:
         GETAError: no pair meets the budget.
     """
-    families = job.space.trainable
-    ladder: dict[int, Tensor] = {}
-
-    def at(step: int) -> Tensor:
-        if step not in ladder:
-            ladder[step] = remove_lowest(families, scores, step / 1000, choice)
-        return ladder[step]
-
     found = []
     for bits in widths if job.budget.bits is None else (job.budget.bits,):
 
-        def fits(step: int, bits: int = bits) -> bool:
-            return job.ledger.stored_bytes(at(step), bits) <= job.budget.bytes
+        def fits(removed: Tensor, bits: int = bits) -> bool:
+            return job.ledger.stored_bytes(removed, bits) <= job.budget.bytes
 
-        step = _first(fits, 1000)
-        if step is None or (share := share_of(at(step), job.ledger)) > MOST_REMOVED:
+        removed = least_removed(job.space.trainable, scores, choice, fits)
+        if removed is None or (share := share_of(removed, job.ledger)) > MOST_REMOVED:
             continue
-        found.append(Candidate(share, at(step), [bits] * len(job.ledger.layers)))
+        found.append(Candidate(share, removed, [bits] * len(job.ledger.layers)))
     # Of widths that all fit without pruning the largest is better than the others.
     unpruned = [one for one in found if not bool(one.removed.any())]
     found = [*unpruned[-1:], *(one for one in found if bool(one.removed.any()))]
@@ -116,19 +118,32 @@ def find_pairs(job: Job, scores: Tensor, choice: Choice, widths: Sequence[int] =
     return found
 
 
-def _first(fits: Callable[[int], bool], last: int) -> int | None:
-    """Return the first step from 0 to `last` that fits, given that all after it fit as well."""
-    if not fits(last):
-        return None
+def least_removed(
+    families: Sequence[Family], scores: Tensor, choice: Choice, fits: Callable[[Tensor], bool], steps: int = 1000
+) -> Tensor | None:
+    """Return the smallest removal that fits, of those that a choice makes at 0 / steps to steps / steps of the groups.
+
+    Args:
+        families, scores, choice: as in `remove_lowest`.
+        fits: whether a removal, bool, shape (groups,), is large enough; true for all that are larger than one that is.
+        steps: how finely shares are tried.
+
+    Returns:
+        None where even the largest does not fit.
+    """
     low = 0
-    high = last
+    high = steps
+    found = remove_lowest(families, scores, 1.0, choice)
+    if not fits(found):
+        return None
     while low < high:
         middle = (low + high) // 2
-        if fits(middle):
-            high = middle
+        removed = remove_lowest(families, scores, middle / steps, choice)
+        if fits(removed):
+            high, found = middle, removed
         else:
             low = middle + 1
-    return low
+    return found
 
 
 # --- pruning and rounding -------------------------------------------------------------------------------------------
@@ -183,6 +198,47 @@ def slices_of(job: Job, model: nn.Module, removed: Tensor) -> Callable[[], None]
     return zero
 
 
+def prune_then_round(job: Job, name: str, compensation: bool = True) -> Compressed:
+    """Try all pairs of one width and share within the budget by a score, and keep the best on held-back data.
+
+    The best pair is remembered: methods that train start from it, since training every pair would cost too much.
+
+    Args:
+        job: with budget and data.
+        name: of the score, in `CHOICES`.
+        compensation: least squares and GPTQ; otherwise zeros, and rounding to nearest.
+    """
+    choice = CHOICES[name]
+    scores = job.remember(name, lambda: choice.score(job.load(), job.space.trainable, job.data.scores))
+    compressed = round_with(job, find_pairs(job, scores, choice), compensation=compensation)
+    assert compressed.removed is not None and compressed.result is not None
+    widths = [compressed.result.weight_bits[entry.weight.removesuffix(".weight")] for entry in job.ledger.layers]
+    job.memory[_pair_name(job, name)] = Candidate(compressed.share, compressed.removed, widths)
+    return compressed
+
+
+def best_pair(job: Job, name: str) -> Candidate:
+    """Return the pair that `prune_then_round` keeps, from memory where it has run at this budget."""
+    if _pair_name(job, name) not in job.memory:
+        prune_then_round(job, name)
+    found: Candidate = job.memory[_pair_name(job, name)]
+    return found
+
+
+def _pair_name(job: Job, name: str) -> str:
+    return f"{name} at {job.budget.name}"
+
+
+def pruned_model(job: Job, removed: Tensor) -> PreTrainedModel:
+    """Return the dense model in float without some groups, what reads them refitted by least squares."""
+    model = job.load()
+    families = job.space.trainable
+    labels = [cut for cut in job.ledger.labels if cut.tensor in dict(model.named_parameters(remove_duplicate=False))]
+    Compensation(model, job.data.covariances).refit(labels, families, removed, job.ledger.nothing)
+    slices_of(job, model, removed)()
+    return model
+
+
 # --- training -------------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +265,7 @@ def train(
     trained: Sequence[nn.Parameter],
     *,
     teacher: nn.Module | None = None,
+    watch: Callable[[int], None] = lambda step: None,
     after: Callable[[], None] = lambda: None,
     rate: float = 1.0,
 ) -> None:
@@ -219,6 +276,7 @@ def train(
         model: left in eval mode.
         trained: parameters that learn; all others do not.
         teacher: whose predictions are learned; the next token where there is none.
+        watch: called before every step with its number, while gradients are there.
         after: called after every step.
         rate: factor of the learning rate, such as 10 for low-rank matrices.
     """
@@ -238,6 +296,7 @@ def train(
                 expected = teacher(input_ids=batch["input_ids"], use_cache=False).logits
             loss = kl(model(input_ids=batch["input_ids"], use_cache=False).logits, expected, None, 1.0)
         loss.backward()
+        watch(step)
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
@@ -276,21 +335,107 @@ class LowRank(nn.Module):
         return weight + self.mask * (self.scale * self.b @ self.a)
 
 
-def train_low_rank(job: Job, model: nn.Module, removed: Tensor, after: Callable[[int], None] | None = None) -> None:
-    """Recover a pruned float model by LoRA on every quantized layer, and merge; next-token loss, as LLM-Pruner does."""
-    ones = {entry.weight: model.get_parameter(entry.weight) for entry in job.ledger.layers}
-    masks = {name: torch.ones(tuple(weight.shape), dtype=torch.bool) for name, weight in ones.items()}
-    labels = [cut for cut in job.ledger.labels if cut.tensor in masks]
-    for cut in labels:
-        gone = torch.cat([removed, torch.zeros(1, dtype=torch.bool)])[cut.label]
-        masks[cut.tensor].movedim(cut.dim, 0)[gone] = False
-    generator = torch.random.get_rng_state()
+@contextmanager
+def low_rank(job: Job, model: nn.Module, removed: Tensor) -> Iterator[dict[str, LowRank]]:
+    """Put LoRA on every quantized layer, yield it by the name of the weight, and merge it in the end.
+
+    Args:
+        job: with the seed, from which the matrices start.
+        model: pruned, in float.
+        removed: bool, shape (groups,): what stays zero.
+    """
+    masks = remaining_elements(job, removed)
+    state = torch.random.get_rng_state()
     torch.manual_seed(job.seed)
-    added: list[LowRank] = []
-    for name, mask in masks.items():
-        added.append(LowRank(mask))
-        parametrize.register_parametrization(model.get_submodule(name.removesuffix(".weight")), "weight", added[-1])
-    torch.random.set_rng_state(generator)
-    train(job, model, [item for part in added for item in (part.a, part.b)], rate=10.0)
-    for name in masks:
-        parametrize.remove_parametrizations(model.get_submodule(name.removesuffix(".weight")), "weight")
+    added = {name: LowRank(mask) for name, mask in masks.items()}
+    torch.random.set_rng_state(state)
+    for name, part in added.items():
+        parametrize.register_parametrization(model.get_submodule(name.removesuffix(".weight")), "weight", part)
+    try:
+        yield added
+    finally:
+        for name in added:
+            parametrize.remove_parametrizations(model.get_submodule(name.removesuffix(".weight")), "weight")
+
+
+def remaining_elements(job: Job, removed: Tensor) -> dict[str, Tensor]:
+    """Return which elements of each quantized weight no removed group takes, bool, by the name of the weight."""
+    names = [entry.weight for entry in job.ledger.layers]
+    masks = {name: torch.ones(job.ledger.shapes[name], dtype=torch.bool) for name in names}
+    for cut in job.ledger.labels:
+        if cut.tensor in masks:
+            masks[cut.tensor].movedim(cut.dim, 0)[marked(cut.label, removed)] = False
+    return masks
+
+
+def train_low_rank(job: Job, model: nn.Module, removed: Tensor) -> None:
+    """Recover a pruned float model by LoRA on every quantized layer, and merge; next-token loss, as LLM-Pruner does."""
+    with low_rank(job, model, removed) as added:
+        train(job, model, [item for part in added.values() for item in (part.a, part.b)], rate=LOW_RANK_RATE)
+
+
+class Blocks(Dataset[dict[str, Tensor]]):
+    """Hold the batches of a job one after the other, for a `Trainer` that reads them in order.
+
+    Args:
+        job: with the steps.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.rows = torch.cat([job.batch(step)["input_ids"] for step in range(job.steps)])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> dict[str, Tensor]:
+        return {"input_ids": self.rows[place], "labels": self.rows[place]}
+
+
+def train_by_trainer(job: Job, config: CompressionConfig) -> Compressed:
+    """Train and compress with `GETATrainer` under a config, on the same batches as all others.
+
+    Args:
+        job: with the steps.
+        config: with the budget in it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=job.steps,
+            per_device_train_batch_size=job.rows,
+            learning_rate=job.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.1,
+            weight_decay=0.0,
+            adam_beta2=0.95,
+            train_sampling_strategy="sequential",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=not torch.accelerator.is_available(),
+            seed=job.seed,
+        )
+        trainer = GETATrainer(
+            model=job.load(),
+            args=arguments,
+            train_dataset=Blocks(job),
+            data_collator=default_data_collator,
+            geta_config=config,
+        )
+        trainer.train()
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+    result = trainer.method.result()
+    removed = torch.cat([result.removed[family.name].cpu() for family in job.space.trainable])
+    widths = torch.tensor([result.weight_bits[entry.weight.removesuffix(".weight")] for entry in job.ledger.layers])
+    weights = job.ledger.weights(removed)
+    return Compressed(
+        model=model,
+        share=share_of(removed, job.ledger),
+        mean_bits=float((weights * widths).sum() / weights.sum()),
+        bytes=job.ledger.stored_bytes(removed, widths),
+        removed=removed,
+        result=result,
+        config=config,
+        tokens=job.training_tokens(),
+        trained=True,
+    )

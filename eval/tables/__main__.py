@@ -2,6 +2,8 @@
 
     python -m eval.tables table5 --model M --train_file T --eval_file E --other_file O --work W
     python -m eval.tables table5 --model M --texts T --eval_texts E --other_texts O --work W
+    python -m eval.tables images --architecture cifar_resnet --data idx_dir=fashion-mnist --work W
+    python -m eval.tables table4 --model microsoft/resnet-50 --data dataset_name=ILSVRC/imagenet-1k --work W
     python -m eval.tables render --work W [--curve F1.svg]
 
 The first form asks questions about text (SQuAD), the second predicts the next token of plain text. `M` is a folder or a
@@ -17,14 +19,25 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from eval.results_file import read_results
-from eval.study_tasks import Lengths, QuestionOptions, Task, TextOptions, question_task, text_task
+from eval.study_tasks import (
+    ImageOptions,
+    Lengths,
+    QuestionOptions,
+    Task,
+    TextOptions,
+    image_task,
+    question_task,
+    text_task,
+)
 from eval.tables.cells import cells_of, run_table
 from eval.tables.curve import draw_curve
 from eval.tables.render import render
-from eval.tables.rows import TABLES
+from eval.tables.rows import IMAGES, TABLES
 from geta_hf import GETAError
+from geta_hf.recipes.arguments import apply_overrides
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,8 +47,28 @@ def _parser() -> argparse.ArgumentParser:
     printing.add_argument("--work", type=Path, required=True)
     printing.add_argument("--curve", type=Path, help="write joint against sequential as a picture, .svg or .png")
     for table in TABLES.values():
-        _add_table(commands.add_parser(table.name, help=table.title))
+        added = commands.add_parser(table.name, help=table.title)
+        if table.name in IMAGES:
+            _add_images(added)
+        else:
+            _add_table(added)
     return parser
+
+
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--work", type=Path, required=True, help="dense model and results.jsonl; a rerun continues there")
+    add("--name", default="images", help="of the study, in the results")
+    add("--model", help="folder or Hub name to train first")
+    add("--architecture", nargs="+", metavar="KEY=VALUE", help="instead: model_type=T and fields of its config")
+    add("--data", nargs="+", metavar="KEY=VALUE", required=True, help="fields of the recipe's DataArguments")
+    add("--training", nargs="+", metavar="KEY=VALUE", default=[], help="fields of TrainingArguments, for all runs")
+    add("--steps", type=int, default=10000, help="of every cell")
+    add("--batch_size", type=int, default=64)
+    add("--learning_rate", type=float, default=1e-3)
+    add("--dense_steps", type=int, default=50000, help="of the first training; 0 takes the model as it is")
+    add("--dense_learning_rate", type=float, default=1e-3)
+    _add_choice(parser)
 
 
 def _add_table(parser: argparse.ArgumentParser) -> None:
@@ -62,13 +95,38 @@ def _add_table(parser: argparse.ArgumentParser) -> None:
     add("--learning_rate", type=float, default=5e-5)
     add("--dense_steps", type=int, default=11000, help="of the first fine-tuning")
     add("--dense_learning_rate", type=float, default=5e-5)
+    _add_choice(parser)
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[0])
     add("--sparsity", type=float, nargs="+", help="some of the table's; all by default")
     add("--rows", nargs="+", help="some of the table's; all by default")
 
 
+def _image_options(args: argparse.Namespace) -> ImageOptions:
+    if (args.model is None) == (args.architecture is None):
+        raise GETAError("give one of --model and --architecture")
+    model = args.model or pairs(args.architecture, "--architecture")
+    return ImageOptions(model, pairs(args.data, "--data"), pairs(args.training, "--training"))
+
+
+def pairs(texts: Sequence[str], option: str) -> dict[str, Any]:
+    """Return `key=value` texts as a dict, values read as YAML. Raise GETAError for a text without `=`."""
+    values: dict[str, Any] = {}
+    for text in texts:
+        key, equals, _ = text.partition("=")
+        if not equals or not key:
+            raise GETAError(f"{option} {text!r}: expected key=value")
+        apply_overrides(values, [f"--{text}"])
+    return values
+
+
 def _task(args: argparse.Namespace) -> Task:
     dense = Lengths(args.dense_steps, args.batch_size, args.dense_learning_rate)
+    if args.command in IMAGES:
+        return image_task(_image_options(args), dense, args.name)
     asked = args.train_file is not None and args.eval_file is not None
     if asked == (args.texts is not None):
         raise GETAError("give --train_file and --eval_file for questions, or --texts for plain text")

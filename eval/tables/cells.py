@@ -16,8 +16,9 @@ from eval.results_file import Line, read_results, run_missing
 from eval.study_rules import kept_shares
 from eval.study_tasks import Lengths, Task, dense_model, training_arguments
 from eval.tables.rows import Row, Table, config_of
-from geta_hf import GETAError, GETATrainer
+from geta_hf import GETAError, GETATrainer, compress, measure_costs
 from geta_hf.config import CompressionConfig
+from geta_hf.methods import OneShotConfig
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,9 @@ def _run_cell(
         config = config_of(table, cell.row, float(cell.sparsity or 0), _figures(cell, finished))
     steps = max(round(lengths.steps * cell.row.steps), 1)
     own = Lengths(steps, lengths.batch_size, lengths.learning_rate)
+    if isinstance(config, OneShotConfig):
+        found = compress_cell(task, folder, config)
+        return {**found, "steps": 0, "seconds": round(time.perf_counter() - seconds, 1)}
     measured = train_cell(task, config, task.load(folder), folder.parent, own, cell.seed)
     return {**measured, "steps": steps, "seconds": round(time.perf_counter() - seconds, 1)}
 
@@ -145,7 +149,9 @@ def train_cell(
         lengths: of the training.
         seed: of the order of the data and of dropout.
     """
-    arguments = training_arguments(task, work / "cell", lengths, seed, include_num_input_tokens_seen="non_padding")
+    # Of images, rows are counted: they have no tokens.
+    seen = "no" if task.calibration else "non_padding"
+    arguments = training_arguments(task, work / "cell", lengths, seed, include_num_input_tokens_seen=seen)
     common: dict[str, Any] = {
         "model": model,
         "args": arguments,
@@ -167,7 +173,23 @@ def train_cell(
         found |= kept_shares(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), trainer.space)
         trainer.export_model(written)
     found |= {"bytes": stored_bytes(written), "tokens": int(trainer.state.num_input_tokens_seen)}
+    if task.calibration:
+        found["images"] = lengths.steps * lengths.batch_size
     found |= task.score(task.load(written))
+    shutil.rmtree(written)
+    return found
+
+
+def compress_cell(task: Task, folder: Path, config: OneShotConfig) -> Line:
+    """Compress the dense model in a folder without training, and score the exported folder."""
+    written = folder.parent / "cell_exported"
+    batches = [task.collator(task.calibration[start : start + 8]) for start in range(0, len(task.calibration), 8)]
+    report = compress(task.load(folder), batches, out=written, config=config, overwrite=True, progress=False)
+    model, dense = task.load(written), task.load(folder)
+    names = list(report.outcome.result.weight_bits)
+    relative = measure_costs(model).bops_linear / measure_costs(dense, names=names).bops_linear
+    found: Line = {"relative_bops": relative, "mean_bits": report.mean_bits, "tokens": 0}
+    found |= {"bytes": stored_bytes(written), **task.score(model)}
     shutil.rmtree(written)
     return found
 

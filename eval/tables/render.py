@@ -22,6 +22,7 @@ class Score:
         digits: after the point.
         lost: shown as a loss against dense too, in domain and on other text.
         larger_is_better: what a loss is.
+        elsewhere: whether text of another kind may be scored as well.
     """
 
     key: str
@@ -29,10 +30,32 @@ class Score:
     digits: int
     lost: bool = True
     larger_is_better: bool = True
+    elsewhere: bool = True
 
 
-SCORES = (Score("f1", "F1", 2), Score("em", "EM", 2, lost=False), Score("nats", "nats", 3, larger_is_better=False))
-COSTS = ("relative BOPs", "MB", "mean bits", "M tokens", "seeds")
+SCORES = (
+    Score("f1", "F1", 2),
+    Score("em", "EM", 2, lost=False),
+    Score("nats", "nats", 3, larger_is_better=False),
+    Score("accuracy", "accuracy", 2, elsewhere=False),
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A column of costs: its title, the key in a line of results, and how the mean over seeds is shown."""
+
+    title: str
+    key: str
+    show: Callable[[float], str]
+
+
+COSTS = (
+    Cost("relative BOPs", "relative_bops", "{:.2%}".format),
+    Cost("MB", "bytes", lambda value: f"{value / 1e6:.3g}" if value < 1e6 else f"{value / 1e6:.2f}"),
+    Cost("mean bits", "mean_bits", "{:.2f}".format),
+    Cost("M tokens", "tokens", lambda value: f"{value / 1e6:.1f}"),
+)
 
 
 def render(lines: Sequence[Line]) -> str:
@@ -50,13 +73,15 @@ def _section(table: Table, study: str, lines: Sequence[Line]) -> str:
     parts = [f"### {table.title} ({study})", _settings(settings)]
     plain = [line for line in lines if line["sparsity"] is None]
     scores = [score for score in SCORES if score.key in lines[0]]
-    header = ("row", *(score.title for score in scores), *(f"{title} lost" for title, _ in _lost(scores)), *COSTS)
-    parts.append(format_table(header, _rows(table, plain, plain, scores)))
+    header = ("row", *(score.title for score in scores), *(f"{title} lost" for title, _ in _lost(scores)))
+    costs = [cost for cost in COSTS if any(cost.key in line for line in lines)]
+    header += (*(cost.title for cost in costs), "seeds")
+    parts.append(format_table(header, _rows(table, plain, plain, scores, costs)))
     for sparsity in sorted({line["sparsity"] for line in lines if line["sparsity"] is not None}):
         cut = [line for line in lines if line["sparsity"] == sparsity]
         unit = "groups" if table.target == "target_sparsity" else "parameters"
         parts.append(f"**{sparsity:.0%} of the prunable {unit} removed**")
-        parts.append(format_table(header, _rows(table, cut, plain, scores)))
+        parts.append(format_table(header, _rows(table, cut, plain, scores, costs)))
     return "\n\n".join(parts)
 
 
@@ -64,12 +89,18 @@ def _lost(scores: Sequence[Score]) -> list[tuple[str, Score]]:
     """Return title and score of each column of losses: in domain, then on text of another kind."""
     own = [score for score in scores if score.lost]
     return [(score.title, score) for score in own] + [
-        (f"{score.title}, other text,", replace(score, key=f"other_{score.key}")) for score in own
+        (f"{score.title}, other text,", replace(score, key=f"other_{score.key}")) for score in own if score.elsewhere
     ]
 
 
 def _settings(settings: Line) -> str:
     scored, dense = settings["scored"], settings["dense"]
+    if "images" in scored:
+        return (
+            f"{settings['steps']:,} steps of {settings['batch_size']} images, of {dense['images']:,}, at a "
+            f"peak learning rate of {settings['learning_rate']:g}; accuracy in percent on {scored['images']:,} images. "
+            f"The dense model was trained for {dense['steps']:,} steps."
+        )
     asked = "questions" in scored
     things, other = ("questions", "other_questions") if asked else ("blocks", "other_blocks")
     text = (
@@ -83,24 +114,25 @@ def _settings(settings: Line) -> str:
     return f"{text}. The dense model was fine-tuned for {dense['steps']:,} steps."
 
 
-def _rows(table: Table, lines: Sequence[Line], plain: Sequence[Line], scores: Sequence[Score]) -> list[tuple[str, ...]]:
+def _rows(
+    table: Table, lines: Sequence[Line], plain: Sequence[Line], scores: Sequence[Score], costs: Sequence[Cost]
+) -> list[tuple[str, ...]]:
     found = []
     for row in table.rows:
         cell = [line for line in lines if line["row"] == row.name]
         if cell:
-            found.append(_row(row.name, cell, plain, scores))
+            found.append(_row(row.name, cell, plain, scores, costs))
     return found
 
 
-def _row(name: str, cell: Sequence[Line], plain: Sequence[Line], scores: Sequence[Score]) -> tuple[str, ...]:
+def _row(
+    name: str, cell: Sequence[Line], plain: Sequence[Line], scores: Sequence[Score], costs: Sequence[Cost]
+) -> tuple[str, ...]:
     return (
         name,
         *(spread([line[score.key] for line in cell], score.digits) for score in scores),
         *(_loss(cell, plain, score) for _, score in _lost(scores)),
-        _mean(cell, "relative_bops", "{:.2%}".format),
-        _mean(cell, "bytes", lambda value: f"{value / 1e6:.2f}"),
-        _mean(cell, "mean_bits", "{:.2f}".format),
-        _mean(cell, "tokens", lambda value: f"{value / 1e6:.1f}"),
+        *(_mean(cell, cost.key, cost.show) for cost in costs),
         str(len(cell)),
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from geta_hf import GETAConfig
 from geta_hf.config import CompressionConfig
-from geta_hf.methods import PostTrainingConfig
+from geta_hf.methods import OneShotConfig, PostTrainingConfig
 
 DENSE = "dense"
 CONTROL = "dense, trained on"
@@ -16,6 +16,8 @@ PAPER = "the paper's rules"
 SEQUENTIAL = "HESSO, then 8-bit rounding"
 GPTQ = "HESSO, then 8-bit GPTQ"
 TAUGHT = "defaults, with a teacher"
+UNTRAINED = "compressed without training"
+INPUTS = ", weights and inputs"
 OURS = "defaults"
 
 SCHEDULE: Mapping[str, Any] = {"warmup": 0.1, "projection": 0.1, "joint": 0.3, "pruning_periods": 10}
@@ -31,8 +33,9 @@ class Row:
 
     Attributes:
         name: as the table shows it.
-        kind: `dense` (the model as it starts), `control` (trained on without compression), `paper`, `ours`, or
-            `sequential` (pruned with float weights, rounded after the last step).
+        kind: `dense` (the model as it starts), `control` (trained on without compression), `paper`, `ours`,
+            `sequential` (pruned with float weights, rounded after the last step), or `one_shot` (compressed without
+            training to the relative BOPs of the row that `equals` names).
         changes: fields of the config that differ from the kind's own.
         equals: the field that is taken from another row's result, and the name of that row: `target_bops` is set to
             its relative BOPs and `target_bytes` to the bytes of its file, for the same sparsity and seed.
@@ -87,6 +90,10 @@ def config_of(table: Table, row: Row, sparsity: float, figures: Mapping[str, Any
         values[unit] = figures["relative_bops" if unit == "target_bops" else "bytes"]
     if row.kind == "paper":
         return GETAConfig.paper(**values)
+    if row.kind == "one_shot":
+        # How a size is split between pruning and widths is what this method decides by itself.
+        del values[table.target]
+        return OneShotConfig(**{name: value for name, value in values.items() if name not in SCHEDULE})
     if row.kind == "sequential":
         return PostTrainingConfig(**{**HESSO, **values, "bits": (8, 8)})
     return GETAConfig(**values)
@@ -128,6 +135,31 @@ def _grids() -> list[Row]:
             ]
     return rows
 
+
+def _images() -> list[Row]:
+    """Return what is compared on images, with weights alone and with weights and inputs quantized."""
+    rows = [Row(DENSE, "dense"), Row(CONTROL, "control"), Row(SEQUENTIAL, "sequential"), Row(PAPER, "paper")]
+    rows += [
+        Row(OURS, "ours"),
+        Row(f"{OURS}, at the BOPs of the paper's rules", "ours", {}, ("target_bops", PAPER)),
+        Row(UNTRAINED, "one_shot", {}, ("target_bops", OURS)),
+    ]
+    both = {"activation_bits": (4, 8)}
+    return [*rows, Row(PAPER + INPUTS, "paper", both), Row(OURS + INPUTS, "ours", both)]
+
+
+def _of_paper(changes: Mapping[str, Any]) -> list[Row]:
+    """Return the rows of one of the paper's tables of images."""
+    paper = Row(PAPER, "paper", changes)
+    return [
+        Row(CONTROL, "control"),
+        paper,
+        Row(f"{OURS}, at the BOPs of the paper's rules", "ours", changes, ("target_bops", PAPER)),
+    ]
+
+
+ALL_LAYERS: Mapping[str, Any] = {"include": ["."]}
+"""First and last layers are quantized too: the paper says of none that it stays in floating point."""
 
 CHANNELS_ALONE: Mapping[str, Any] = {"keep": ["heads"], "bits": (4, 8)}
 """The setting of Table 5: MLP channels are removed, and widths are learned inside 4 to 8 bits."""
@@ -227,6 +259,46 @@ TABLES = {
             {"bits": (3, 8), "mean_bits": 4.0},
         ),
         Table(
+            "images",
+            "Images: joint training, pruning and then rounding, and no training",
+            _images(),
+            "target_sparsity",
+            (0.5,),
+            {"bits": (4, 8)},
+        ),
+        Table(
+            "table2",
+            "Table 2: ResNet-20 on CIFAR-10, weights alone",
+            _of_paper({}),
+            "target_sparsity",
+            (0.35,),
+            {"bits": (4, 12), **ALL_LAYERS},
+        ),
+        Table(
+            "table3",
+            "Table 3: VGG7 on CIFAR-10, weights and inputs",
+            _of_paper({"activation_bits": (4, 12)}),
+            "target_sparsity",
+            (0.7,),
+            {"bits": (4, 12), **ALL_LAYERS},
+        ),
+        Table(
+            "table4",
+            "Table 4: ResNet-50 on ImageNet, weights alone",
+            _of_paper({}),
+            "target_sparsity",
+            (0.4, 0.5),
+            {"bits": (4, 12), **ALL_LAYERS},
+        ),
+        Table(
+            "table6",
+            "Table 6: vision transformers, weights alone",
+            _of_paper({}),
+            "target_sparsity",
+            (0.4,),
+            {"bits": (4, 12), **ALL_LAYERS},
+        ),
+        Table(
             "rounding",
             "What a step size is shared by, without pruning",
             [Row(CONTROL, "control"), *_grids()],
@@ -237,3 +309,6 @@ TABLES = {
     )
 }
 """The name of a table -> what it compares."""
+
+IMAGES = frozenset({"images", "table2", "table3", "table4", "table6"})
+"""The names of the tables whose task is image classification."""

@@ -84,12 +84,15 @@ class BitAllocation:
         clip_factors: float32, shape (layers,) or (entries,): what each q_m of weights is to be multiplied by.
         input_bits: integer width of each quantized input.
         input_clip_factors: float32, shape (inputs,): what each input's q_m is to be multiplied by.
+        entry_bits: int64, shape (entries,): the width of each entry of the weights' quantizers, where those of a layer
+            differ; `weight_bits` has the widest. Default None: they do not.
     """
 
     weight_bits: list[int]
     clip_factors: Tensor
     input_bits: list[int]
     input_clip_factors: Tensor
+    entry_bits: Tensor | None = None
 
 
 def allocate_bits(

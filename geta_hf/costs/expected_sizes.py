@@ -120,14 +120,14 @@ class ExpectedSizes:
         """Return the expected elements of every quantized weight, shape (layers,)."""
         return self.elements(keep)[self._layer]
 
-    def amount(self, unit: str, keep: Tensor, bits: Tensor, input_bits: float = FLOAT_BITS) -> Tensor:
+    def amount(self, unit: str, keep: Tensor, bits: Tensor, input_bits: Tensor | float = FLOAT_BITS) -> Tensor:
         """Return how much of a unit of `costs.targets` is expected to remain, 0-d.
 
         Args:
             unit: GROUPS, PARAMETERS, BOPS, BYTES or MEAN_BITS.
             keep: the probability that each group remains, shape (groups,).
             bits: the expected width of every quantized weight, shape (layers,).
-            input_bits: the width of the layers' inputs. Default: float.
+            input_bits: the width of the layers' inputs, or of each one's, shape (layers,). Default: float.
         """
         if unit == GROUPS:
             return keep.sum()
@@ -137,7 +137,7 @@ class ExpectedSizes:
             return self._bytes(keep, bits) + self._constant_bytes
         weights = self.weights(keep)
         if unit == BOPS:
-            return (weights * self._uses * bits).sum() * input_bits / (self._dense_macs * FLOAT_BITS**2)
+            return (weights * self._uses * bits * input_bits).sum() / (self._dense_macs * FLOAT_BITS**2)
         assert unit == MEAN_BITS
         return (weights * bits).sum() / weights.sum()
 

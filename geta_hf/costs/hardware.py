@@ -71,11 +71,13 @@ class Expected:
         outputs: shape (widths,): expected number of outputs at each width.
         inputs: 0-d: expected number of inputs of each output.
         widths: the widths of weights, without 0.
+        input_shares: width of the input -> its probability, where that is chosen too. Default None: a cost is told.
     """
 
     outputs: Tensor
     inputs: Tensor
     widths: Sequence[int]
+    input_shares: Mapping[int, Tensor] | None = None
 
 
 def size_bits(shape: LayerShape, expected: Expected) -> Tensor:

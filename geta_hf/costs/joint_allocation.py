@@ -36,6 +36,9 @@ _BISECTIONS = 80
 _NEARBY = (0.5, 0.8, 1.25, 2.0)
 """Prices from which a local search starts as well, as shares of the best one."""
 
+_FEW_STEPS = 300
+"""Up to so many steps of all ladders together, a start may be walked to the budget by one change at a time."""
+
 _TURNS = 20
 """How often families that share tensors are decided in turns, at most."""
 
@@ -424,9 +427,13 @@ class _Problem:
 
     # --- at a price ---------------------------------------------------------------------------------------------------
 
-    def cheapest(self, price: float, begin: Tensor) -> _State:
-        """Return what has the least loss + price · cost, families that share tensors in turns from `begin` on."""
-        option = (self.option_loss_each + price * self.option_cost).argmin(1)
+    def cheapest(self, price: float, begin: Tensor, option: Tensor | None = None) -> _State:
+        """Return what has the least loss + price · cost, families that share tensors in turns from `begin` on.
+
+        Where `option` is given, widths are these, and groups alone are decided.
+        """
+        if option is None:
+            option = (self.option_loss_each + price * self.option_cost).argmin(1)
         loss, cost = self.densities(option)
         density = loss + price * cost
         position = begin.clone()
@@ -512,35 +519,76 @@ def _solve(problem: _Problem, budget: float) -> JointAllocation:
 
 
 def _within(problem: _Problem, allowed: float, none: Tensor) -> _State:
-    """Return the best state found within an amount, by bisection of the price."""
-    low = 0.0
-    free = problem.cheapest(low, none)
+    """Return the best state found within an amount."""
+    free = problem.cheapest(0.0, none)
     if problem.value(free)[1] <= allowed:
         return free
-    high = _start_price(problem)
-    state = problem.cheapest(high, none)
+    state, over, price = _bisect(problem, allowed, free, none)
+    if problem.value(state)[1] > allowed:
+        state = problem.smallest()
+    # In a small model the last group is a large part of the budget, so that other starts end elsewhere.
+    others = [over, problem.smallest(), *(problem.cheapest(price * factor, none) for factor in _NEARBY)]
+    if int(problem.lengths.sum()) > _FEW_STEPS:
+        # In a large model only other widths lead elsewhere, and the walk would be long.
+        others = _with_other_widths(problem, others, state, allowed, none)
+    starts = [state, *others]
+    improved = [_improve(problem, _descend(problem, one, allowed), allowed) for one in starts]
+    return min(improved, key=lambda one: problem.value(one)[0])
+
+
+def _bisect(
+    problem: _Problem, allowed: float, free: _State, none: Tensor, option: Tensor | None = None
+) -> tuple[_State, _State, float]:
+    """Find the least price at which the cheapest state is within an amount.
+
+    Args:
+        problem: what is decided.
+        allowed: the amount.
+        free: the cheapest state at no price, which is not within it.
+        none: positions at which nothing is removed.
+        option: the widths, where groups alone are decided.
+
+    Returns:
+        The state at that price, the one just below it, which is not within the amount, and the price. Where no price
+        leads there, the first is not within it either.
+    """
+    low, high = 0.0, _start_price(problem)
+    state = problem.cheapest(high, none, option)
     for _ in range(200):
         if problem.value(state)[1] <= allowed:
             break
         low, high = high, high * 8
-        state = problem.cheapest(high, none)
+        state = problem.cheapest(high, none, option)
     over = free
     for _ in range(_BISECTIONS):
         # In log space once it is known which power of ten it is.
         middle = math.sqrt(low * high) if low > 0 else high / 64
-        found = problem.cheapest(middle, none)
+        found = problem.cheapest(middle, none, option)
         if problem.value(found)[1] <= allowed:
             high, state = middle, found
         else:
             low, over = middle, found
         if high <= low * (1 + 1e-9) or (low == 0.0 and high < 1e-300):
             break
-    if problem.value(state)[1] > allowed:
-        state = problem.smallest()
-    # In a small model the last group is a large part of the budget, so that other starts end elsewhere.
-    starts = [state, over, problem.smallest(), *(problem.cheapest(high * factor, none) for factor in _NEARBY)]
-    improved = [_improve(problem, _descend(problem, one, allowed), allowed) for one in starts]
-    return min(improved, key=lambda one: problem.value(one)[0])
+    return state, over, high
+
+
+def _with_other_widths(
+    problem: _Problem, starts: Sequence[_State], best: _State, allowed: float, none: Tensor
+) -> list[_State]:
+    """Return for the widths of each start, if they differ from the best state's, the best groups within an amount."""
+    found = []
+    known = [best.option]
+    for start in starts:
+        if any(torch.equal(start.option, option) for option in known):
+            continue
+        known.append(start.option)
+        most = _State(problem.lengths.clone(), start.option)
+        if problem.value(most)[1] <= allowed:
+            free = problem.cheapest(0.0, none, start.option)
+            within = problem.value(free)[1] <= allowed
+            found.append(free if within else _bisect(problem, allowed, free, none, start.option)[0])
+    return found
 
 
 def _start_price(problem: _Problem) -> float:

@@ -24,7 +24,7 @@ ROUNDING = 1e-9
 Entry = tuple[str, list[int], int]
 """A tensor in a file: its type, shape and bytes."""
 
-_KINDS = ("F32", "F16", "U8")
+_KINDS = ("F32", "F16", "I8", "U8")
 """Types of the tensors in a file in the order in which it holds them; unpacked ones count as F32."""
 
 
@@ -151,13 +151,24 @@ class Ledger:
         dense = ((self.weights(self.nothing) * uses).sum() + self.dropped) * FLOAT_BITS**2
         return float((self.weights(removed) * uses * bits * input_bits).sum() / dense)
 
-    def stored_bytes(self, removed: Tensor, bits: Tensor | float, quantized_inputs: bool = False) -> int:
+    def stored_bytes(
+        self,
+        removed: Tensor,
+        bits: Tensor | float,
+        quantized_inputs: bool = False,
+        channel_bits: Mapping[str, Tensor] | None = None,
+        sorted_weights: Collection[str] = (),
+    ) -> int:
         """Return the bytes of an export's safetensors file: packed codes, scales, all other tensors, and its header.
 
         Args:
             removed: bool, shape (groups,).
             bits: integers for an exact count; a real mean width gives the size to be expected.
             quantized_inputs: whether each layer stores the step size of its input, too.
+            channel_bits: name of a weight -> int64, the width of each index along its `channel_dim`, where they
+                differ. Default None: nowhere.
+            sorted_weights: those of them whose indices an export sorts by width; the others store a table of widths
+                where these do not ascend. Default none.
         """
         remaining = self.remaining_shapes(removed)
         widths = torch.as_tensor(bits, dtype=torch.float64).expand(len(self.layers)).tolist()
@@ -174,6 +185,16 @@ class Ledger:
                 sizes[name] = ("F32", shape, math.prod(shape) * self.item_bytes[name])
                 continue
             layer, width = packed[name]
+            own = None if channel_bits is None else self._remaining_bits(name, channel_bits, removed)
+            if own is not None:
+                length = _blocks_length(own, math.prod(shape) // max(len(own), 1))
+                if name not in sorted_weights and bool((own.diff() < 0).any()):
+                    sizes[f"{name}_widths"] = ("I8", [len(own)], len(own))
+                sizes[name] = ("U8", [length], length)
+                sizes[f"{name}_scale"] = layer.scales(shape)
+                if quantized_inputs:
+                    sizes[f"{name.removesuffix('weight')}input_scale"] = ("F32", [1], 4)
+                continue
             # A real mean width gives a real number of bits; an integer one makes this exact.
             length = math.ceil(math.prod(shape) * width / 8)
             # Codes are packed across rows, so that only a tensor's end is padded to a byte.
@@ -182,6 +203,17 @@ class Ledger:
             if quantized_inputs:
                 sizes[f"{name.removesuffix('weight')}input_scale"] = ("F32", [1], 4)
         return sum(size for _, _, size in sizes.values()) + _header_bytes(self._as_stored(sizes))
+
+    def _remaining_bits(self, name: str, bits: Mapping[str, Tensor], removed: Tensor) -> Tensor | None:
+        """Return the widths of the indices of a weight that remain; None where all are the same."""
+        own = bits.get(name)
+        if own is None:
+            return None
+        dim = next(layer.channel_dim for layer in self.layers if layer.weight == name)
+        for cut in self.labels:
+            if cut.tensor == name and cut.dim == dim:
+                own = own[~marked(cut.label, removed)]
+        return own
 
     def _as_stored(self, sizes: Mapping[str, Entry]) -> dict[str, Entry]:
         """Return the entries of a file's header; of split tensors with their shapes before any cut."""
@@ -192,6 +224,14 @@ class Ledger:
             for piece, full in pieces:
                 found[piece] = (kind, shape if len(pieces) == 1 else list(full), size // len(pieces))
         return found
+
+
+def _blocks_length(bits: Tensor, others: int) -> int:
+    """Return the bytes of a weight's stream whose indices have these widths, with so many elements each."""
+    widths, counts = bits.unique(return_counts=True)
+    return sum(
+        math.ceil(count * others * width / 8) for width, count in zip(widths.tolist(), counts.tolist(), strict=True)
+    )
 
 
 def _header_bytes(sizes: Mapping[str, Entry]) -> int:

@@ -25,6 +25,9 @@ from geta_hf.quantization.functional import FLOAT_BITS
 from geta_hf.utils.copies import copy_module
 from geta_hf.utils.module_state import eval_mode
 
+Image = tuple[int, int, int]
+"""Channels, height and width."""
+
 
 @dataclass(frozen=True)
 class LayerCost:
@@ -32,7 +35,7 @@ class LayerCost:
 
     Attributes:
         name: module path.
-        weights: remaining elements of its weight; for a linear layer, MACs for each token.
+        weights: remaining elements of its weight: MACs for each token, or for each place of a convolution's output.
         bits: width of the weight; 32 where it is float.
         input_bits: width of the layer's input; 32 where it is float.
     """
@@ -45,15 +48,17 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Costs:
-    """What one model costs for one sequence of `tokens` tokens.
+    """What one model costs for one sequence of `tokens` tokens, or for one image.
 
     Attributes:
+        tokens: of the sequence; 0 for an image.
         parameters: elements of all parameters, tied ones once.
         macs: multiply-accumulates of all matmuls of one forward pass.
         bops_linear: the paper's BOPs, over the layers in `layers`.
         bops_full: BOPs of every matmul and embedding look-up.
         mean_bits: mean width over the weights of `layers`.
         layers: the layers that are quantized, or would be.
+        image: channels, height and width of the image; None for a sequence.
 
     >>> from transformers import BertConfig, BertModel
     >>> from geta_hf import Costs, measure_costs
@@ -70,6 +75,12 @@ class Costs:
     bops_full: float
     mean_bits: float
     layers: tuple[LayerCost, ...]
+    image: Image | None = None
+
+    @property
+    def sample(self) -> str:
+        """What was counted, in words: `384 tokens`, or `image of 3 · 224 · 224`."""
+        return f"{self.tokens} tokens" if self.image is None else f"image of {' · '.join(map(str, self.image))}"
 
 
 def linear_bops(layers: Sequence[LayerCost], tokens: int = 1) -> float:
@@ -97,13 +108,30 @@ def layer_costs(model: nn.Module, names: Sequence[str] | None = None) -> tuple[L
     if not bits:
         stored: Any = getattr(getattr(model, "config", None), "quantization_config", None)
         exported = stored is not None and getattr(stored, "quant_method", None) == "geta"
-        bits = stored.bits if exported else dict.fromkeys(names or (), FLOAT_BITS)
+        bits = _stored_bits(stored) if exported else dict.fromkeys(names or (), FLOAT_BITS)
         inputs = stored.activation_bits if exported else {}
     return tuple(
         LayerCost(name, model.get_parameter(f"{name}.weight").numel(), width, inputs.get(name, FLOAT_BITS))
         for name, width in bits.items()
         if not isinstance(model.get_submodule(name), nn.Embedding)
     )
+
+
+def _stored_bits(stored: Any) -> dict[str, float]:
+    """Return the width of each packed weight; over its rows or columns the mean."""
+    # The configuration may be that of a folder's own code, which may know no blocks.
+    blocks = getattr(stored, "blocks", {})
+    return {name: mean_width(blocks[name]) if name in blocks else bits for name, bits in stored.bits.items()}
+
+
+def mean_width(block: Mapping[str, Any]) -> float:
+    """Return the mean width of a weight whose rows or columns differ, as `blocks` of a folder's configuration has them.
+
+    >>> mean_width({"dim": 0, "widths": [2, 4], "counts": [30, 10]})
+    2.5
+    """
+    counts = block["counts"]
+    return float(sum(width * count for width, count in zip(block["widths"], counts, strict=True)) / sum(counts))
 
 
 def _trained_bits(model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
@@ -115,13 +143,24 @@ def _trained_bits(model: nn.Module) -> tuple[dict[str, float], dict[str, float]]
 
 
 @torch.no_grad()
-def measure_costs(model: PreTrainedModel, tokens: int = 384, names: Sequence[str] | None = None) -> Costs:
-    """Count one forward pass of a dense or reloaded model on one sequence.
+def measure_costs(
+    model: PreTrainedModel,
+    tokens: int = 384,
+    names: Sequence[str] | None = None,
+    *,
+    image: Image | None = None,
+) -> Costs:
+    """Count one forward pass of a dense or reloaded model on one sequence, or on one image.
+
+    A convolution multiplies each of its weights once for each place of its output, so kernel sizes, strides, groups and
+    the size of the image all count.
 
     Args:
-        model: a text model; it is not changed.
-        tokens: length of the sequence.
+        model: a text or vision model, on the meta device too; it is not changed.
+        tokens: length of the sequence. Default 384.
         names: for a dense model, the layers that the paper's definition counts, such as `select_layers` gives.
+        image: channels, height and width of one image, which is counted instead. Default None: `image_of` gives it for
+            a model whose main input is `pixel_values`.
 
     >>> from transformers import BertConfig, BertModel
     >>> from geta_hf import measure_costs
@@ -131,13 +170,14 @@ def measure_costs(model: PreTrainedModel, tokens: int = 384, names: Sequence[str
     True
     """
     layers = layer_costs(model, names)
+    image = image or image_of(model)
     # Fused attention kernels are not counted by torch, so count the same maths done eagerly.
     eager = copy_module(model).eval()
     eager.set_attn_implementation("eager")
     uses, _ = count_uses(eager, [layer.name for layer in layers])
     looked_up = _count_look_ups(eager)
     with FlopCounterMode(display=False) as counter:
-        eager(torch.zeros(1, tokens, dtype=torch.long, device=model.device))
+        eager(**one_sample(model, tokens, image))
     # torch counts a multiplication and an addition as two; a MAC is both.
     macs = counter.get_total_flops() // 2
     executed = {layer.name: layer.weights * uses[layer.name] for layer in layers}
@@ -145,7 +185,8 @@ def measure_costs(model: PreTrainedModel, tokens: int = 384, names: Sequence[str
     # What no quantizer covers: attention's products, the head, and look-ups, at 32 bits on both sides.
     rest = macs - sum(executed.values()) + sum(looked_up)
     return Costs(
-        tokens=tokens,
+        image=image,
+        tokens=0 if image else tokens,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         macs=macs,
         bops_linear=linear,
@@ -153,6 +194,28 @@ def measure_costs(model: PreTrainedModel, tokens: int = 384, names: Sequence[str
         mean_bits=mean_bits(layers) if layers else FLOAT_BITS,
         layers=layers,
     )
+
+
+def image_of(model: nn.Module, size: int | None = None) -> Image | None:
+    """Return channels, height and width of the images that a model is made for; None if it takes no single image.
+
+    Args:
+        model: any module.
+        size: pixels of a side. Default None: the config's `image_size`, or 224 where it has none.
+    """
+    config = getattr(model, "config", None)
+    if getattr(model, "main_input_name", None) != "pixel_values":
+        return None
+    side = size or getattr(config, "image_size", None) or 224
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    return int(getattr(config, "num_channels", 3)), int(height), int(width)
+
+
+def one_sample(model: PreTrainedModel, tokens: int, image: Image | None) -> dict[str, Tensor]:
+    """Return the inputs of one sequence, or of one image where it is given, on the model's device."""
+    if image is None:
+        return {model.main_input_name: torch.zeros(1, tokens, dtype=torch.long, device=model.device)}
+    return {"pixel_values": torch.zeros(1, *image, dtype=model.dtype, device=model.device)}
 
 
 def count_uses(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, int], list[RemovableHandle]]:
@@ -167,7 +230,7 @@ def count_uses(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, int], 
 
     def count(name: str, layer: nn.Module, output: Tensor) -> None:
         # Of outputs (batch, places..., features) every place used each weight once; convolutions have features second.
-        uses[name] += output.numel() // output.shape[1 if isinstance(layer, nn.Conv2d) else -1]
+        uses[name] += output.numel() // output.shape[1 if isinstance(layer, nn.Conv1d | nn.Conv2d) else -1]
 
     return uses, [
         model.get_submodule(name).register_forward_hook(lambda m, _i, output, name=name: count(name, m, output))

@@ -6,7 +6,7 @@ come first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,8 +31,10 @@ class Quantizers:
         named: all trained parameters by name; their shapes give the number of entries of each quantizer.
         channel_dims: prefix -> the weight's dimension along which a quantizer of several entries runs.
         blocks: prefix -> the quantizer itself, where blocks of a channel's inputs have entries of their own.
+        unsigned: prefixes of quantizers without negative codes, whose grids have as many steps as those of a bit more.
 
     Attributes:
+        extra: fp32, shape (entries,): 1 for those, and 0 for all others.
         layer: int64, shape (entries,): the position in `prefixes` that an entry belongs to.
         weight_layers: how many of `prefixes` quantize weights.
         own_weights: the weight of each of these; of tied ones the first.
@@ -45,6 +47,7 @@ class Quantizers:
         named: Named,
         channel_dims: Mapping[str, int] | None = None,
         blocks: Mapping[str, Quantizer] | None = None,
+        unsigned: Collection[str] = (),
     ) -> None:
         self.weights = dict(weights)
         self.blocks = dict(blocks or {})
@@ -64,6 +67,8 @@ class Quantizers:
         self._entries = torch.tensor(sizes, dtype=torch.int64)
         self.layer = torch.repeat_interleave(torch.arange(len(sizes)), self._entries)
         self._sums = LabelSums(self.layer)
+        own = torch.tensor([float(prefix in unsigned) for prefix in self.prefixes])
+        self.extra = own[self.layer]
 
     @property
     def input_prefixes(self) -> list[str]:
@@ -85,6 +90,7 @@ class Quantizers:
         if self.layer.device != device:
             self._sums = LabelSums(self.layer, device)
             self.layer = self.layer.to(device)
+            self.extra = self.extra.to(device)
         self._entries = self._entries.to(device)
 
     def read(self, named: Named) -> Values:
@@ -215,4 +221,4 @@ class Quantizers:
 
     def bits(self, named: Named) -> Tensor:
         """Return the present width of every layer, real, shape (layers,); over channels the mean."""
-        return self.by_layer(bit_width(*self.read(named)))
+        return self.by_layer(bit_width(*self.read(named)) - self.extra)

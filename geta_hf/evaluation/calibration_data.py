@@ -31,6 +31,9 @@ _ROWS = 4
 _PIECE = 20_000
 """Characters that are tokenized at once, since tokenizers take long over one text of megabytes."""
 
+_LEAST_USED = 0.8
+"""Share of the embedding's rows that a tokenizer uses at least: rows are often rounded up, but not by a quarter."""
+
 _TEXT_COLUMNS = ("text", "content", "document", "sentence")
 
 Batch = Mapping[str, Any]
@@ -146,6 +149,7 @@ def _token_lists(first: Any, items: Iterator[Any], tokenizer: Any, model: PreTra
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise GETAError("texts need the model's tokenizer; pass tokenizer=AutoTokenizer.from_pretrained(...)")
     check_vocabulary(embedding_rows(model), tokenizer)
+    _check_same_vocabulary(model, tokenizer)
     for place, item in enumerate(items):
         text = item.get(column) if column is not None and isinstance(item, Mapping) else item
         if not isinstance(text, str):
@@ -155,6 +159,17 @@ def _token_lists(first: Any, items: Iterator[Any], tokenizer: Any, model: PreTra
         for start in range(0, len(text), _PIECE):
             ids: list[int] = tokenizer(text[start : start + _PIECE], verbose=False)["input_ids"]
             yield ids
+
+
+def _check_same_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise GETAError for a tokenizer that leaves much of an embedding unused, unless it lies beside the model."""
+    rows = embedding_rows(model)
+    beside = model.name_or_path and model.name_or_path == getattr(tokenizer, "name_or_path", "")
+    if len(tokenizer) < _LEAST_USED * rows and not beside:
+        raise GETAError(
+            f"the tokenizer has {len(tokenizer):,} tokens, but the model's embedding {rows:,} rows, so it is most "
+            f"likely that of another model; give the model's own, or tokenized batches"
+        )
 
 
 def _blocks(tokens: Iterator[list[int]], model: PreTrainedModel, sequences: int, length: int | None) -> Tensor:

@@ -21,6 +21,7 @@ from geta_hf.reporting.comparison import read_structure
 from geta_hf.reporting.model_card import write_card
 from geta_hf.reporting.results import TaskResult
 from geta_hf.utils.files import write_whole
+from geta_hf.utils.former_options import add_renamed
 
 _RUN_OPTIONS = ("data_dir", "num_fewshot", "limit", "batch_size")
 
@@ -38,7 +39,12 @@ def add_command(commands: Any) -> None:
     command.add_argument("--dense", metavar="DIR", help="the dense model, for the first column")
     tasks = "commonsense, blimp, lambada_openai or any of lm-eval's, separated by commas"
     command.add_argument("--tasks", metavar="NAMES", help=tasks)
-    command.add_argument("--data_dir", metavar="DIR", help="folder with the tasks' rows; no network is used then")
+    add_renamed(
+        command,
+        "--data-dir",
+        metavar="DIR",
+        help="folder with the tasks' rows; no network is used then",
+    )
     command.add_argument(
         "--text",
         action="append",
@@ -50,9 +56,21 @@ def add_command(commands: Any) -> None:
     command.add_argument(
         "--stride", type=int, metavar="N", help="tokens by which the window advances; default: half a window"
     )
-    command.add_argument("--num_fewshot", type=int, metavar="N", help="examples in the prompt")
+    add_renamed(
+        command,
+        "--num-fewshot",
+        type=int,
+        metavar="N",
+        help="examples in the prompt",
+    )
     command.add_argument("--limit", type=int, metavar="N", help="score only the first N questions of each task")
-    command.add_argument("--batch_size", default="auto", metavar="N", help="rows of a batch; default: auto")
+    add_renamed(
+        command,
+        "--batch-size",
+        default="auto",
+        metavar="N",
+        help="rows of a batch; default: auto",
+    )
     command.add_argument("--device", help="default: an accelerator if there is one, otherwise cpu")
     command.add_argument("--dtype", default="auto", help="dtype of the weights, such as bfloat16; default: auto")
     command.add_argument(

@@ -228,7 +228,7 @@ def _report(target: Path, model: PreTrainedModel, kept: dict[str, tuple[int, int
         path=target,
         tensor_bytes=tensor_bytes(target) if files else 0,
         file_bytes=sum(file.stat().st_size for file in files),
-        packed_bits=sum(layer.weight.numel() * layer.bits for layer in layers.values()),
+        packed_bits=round(sum(layer.weight.numel() * layer.mean_bits for layer in layers.values())),
         bits=weight_bits(model),
         activation_bits=activation_bits(model),
         kept=kept,

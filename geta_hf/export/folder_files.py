@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from geta_hf.config import CONFIG_NAME
 from geta_hf.export.untouched import UNTOUCHED_NAME
 from geta_hf.serialization.atomic_folder import FILES_NAME
-from geta_hf.serialization.encode import activation_bits, weight_bits
+from geta_hf.serialization.encode import activation_bits, weight_bits, width_blocks
 
 STRUCTURE_NAME = "geta_structure.json"
 PICTURE_NAME = "geta_structure.svg"
@@ -36,7 +36,10 @@ class SupportsSave(Protocol):
 def write_structure(folder: Path, model: PreTrainedModel, kept: Mapping[str, tuple[int, int]]) -> None:
     """Write `STRUCTURE_NAME` of a compressed model: family -> (groups kept, groups before), and the bits of layers."""
     structure = {"version": STRUCTURE_VERSION, "kept": kept, "bits": weight_bits(model)}
-    _write_json(folder / STRUCTURE_NAME, structure | {"activation_bits": activation_bits(model)})
+    structure |= {"activation_bits": activation_bits(model)}
+    if blocks := width_blocks(model):
+        structure["blocks"] = blocks
+    _write_json(folder / STRUCTURE_NAME, structure)
 
 
 def copy_beside(source: Path, target: Path, structure: bool) -> None:

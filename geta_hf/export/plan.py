@@ -17,6 +17,7 @@ from geta_hf.errors import GETAError
 from geta_hf.export.untouched import Untouched, untouched_of
 from geta_hf.methods.base import CompressionResult
 from geta_hf.qadg import PruningSpace, build_space, kept_indices, verify_space, zero_groups
+from geta_hf.qadg.group_types import Family
 from geta_hf.qadg.tracing.record_forward import check_same_path
 from geta_hf.quantization import quantized_layers, without_quantizers
 from geta_hf.serialization.bitpack import MAX_BITS, MIN_BITS
@@ -54,6 +55,7 @@ class ExportPlan:
         untouched: what compression leaves as it is, and why.
         device: where the proofs run, the trained model's own.
         paths: name of a path on which a first cut failed -> what was recorded on it.
+        families: the prunable ones.
     """
 
     batch: Mapping[str, Tensor]
@@ -66,6 +68,7 @@ class ExportPlan:
     untouched: Untouched
     device: torch.device
     paths: Mapping[str, tuple[SizeTrace, ...]] = field(default_factory=dict)
+    families: tuple[Family, ...] = ()
 
 
 def plan_export(
@@ -158,6 +161,7 @@ def plan_cut(
         recordings=recordings,
         untouched=untouched_of(space),
         device=model.device,
+        families=space.prunable,
     )
 
 
@@ -240,7 +244,7 @@ def read_result(model: nn.Module, space: PruningSpace) -> CompressionResult:
         if mask.all():
             mask[0] = False  # no layer can lose its last group
         removed[name] = mask
-    return CompressionResult(removed, *read_widths(model))
+    return CompressionResult(removed, *read_widths(model), channel_bits=read_channel_bits(model))
 
 
 def check_result(result: CompressionResult, model: nn.Module, space: PruningSpace) -> None:
@@ -281,36 +285,76 @@ def check_result(result: CompressionResult, model: nn.Module, space: PruningSpac
                     f"{ours.get(name, 'none')}; take the result after the widths were rounded, and attach no other "
                     f"quantizers"
                 )
+    _check_channel_bits(result, model)
+
+
+def _check_channel_bits(result: CompressionResult, model: nn.Module) -> None:
+    """Check that channels have the widths that a result gives them, and one width where it gives them none."""
+    for name, layer in quantized_layers(model).items():
+        ours = channel_bits(name, layer.weight_quantizer.bits()).flatten()
+        theirs = result.channel_bits.get(name, torch.full_like(ours, result.weight_bits[name]))
+        if theirs.shape != ours.shape or not torch.equal(theirs.cpu().long(), ours):
+            raise GETAError(
+                f"the result stores channels of {name} at {sorted(set(theirs.tolist()))} bits, but its quantizer has "
+                f"{sorted(set(ours.tolist()))}, or has them elsewhere; take the result after the widths were rounded"
+            )
 
 
 def read_widths(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the integer widths of the weights and of the rounded inputs, by module path.
+    """Return the integer widths of the weights, of several channels the widest, and of the rounded inputs, by path.
 
     Raises:
-        GETAError: as `integer_bits`.
+        GETAError: as `integer_bits`, or blocks of inputs of several widths.
     """
     weights, inputs = {}, {}
     for name, layer in quantized_layers(model).items():
-        weights[name] = integer_bits(name, layer.weight_quantizer.bits())
+        quantizer = layer.weight_quantizer
+        weights[name] = integer_bits(name, quantizer.bits())
+        if quantizer.order is not None and len(channel_bits(name, quantizer.bits()).unique()) > 1:
+            raise GETAError(
+                f"{name} has blocks of 32 inputs of several widths, but is stored at one; give all the same"
+            )
         if layer.input_quantizer is not None:
             inputs[name] = integer_bits(f"the input of {name}", layer.input_quantizer.bits())
     return weights, inputs
 
 
+def read_channel_bits(model: nn.Module) -> dict[str, Tensor]:
+    """Return the integer widths of each quantizer's entries, int64, by module path, where they differ."""
+    found = {}
+    for name, layer in quantized_layers(model).items():
+        bits = channel_bits(name, layer.weight_quantizer.bits()).flatten()
+        if len(bits.unique()) > 1:
+            found[name] = bits
+    return found
+
+
 def integer_bits(name: str, bits: Tensor) -> int:
-    """Return a learned bit width as the integer that it was rounded to.
+    """Return a learned bit width as the integer that it was rounded to; the widest of several channels.
 
     Args:
         name: path of the layer, for the error.
-        bits: shape (1,), or (channels,), which must agree: a layer is stored at one width.
+        bits: shape (1,) or (channels,).
 
     Raises:
-        GETAError: not within 1e-3 of an integer, not of 2 to 16, or not the same for all channels.
+        GETAError: as `channel_bits`.
     """
-    values = bits.unique().tolist()
+    return int(channel_bits(name, bits).max())
+
+
+def channel_bits(name: str, bits: Tensor) -> Tensor:
+    """Return learned bit widths as the integers that they were rounded to, int64, on CPU.
+
+    Args:
+        name: path of the layer, for the error.
+        bits: of any shape.
+
+    Raises:
+        GETAError: not within 1e-3 of an integer, or not of 2 to 16.
+    """
     # b = log2(q_m^t / d + 1) + 1 is computed from fp32 values, so a rounded width is an integer up to their precision
     # only.
-    for value in values:
+    for value in bits.unique().tolist():
         if not MIN_BITS - 1e-3 <= value <= MAX_BITS + 1e-3:
             raise GETAError(f"{name} has {value:.4g} bits; what is exported has {MIN_BITS} to {MAX_BITS}")
         if abs(value - round(value)) > 1e-3:
@@ -318,7 +362,4 @@ def integer_bits(name: str, bits: Tensor) -> int:
                 f"{name} has {value:.4f} bits, which is not an integer; the cool-down must round bits before an "
                 f"export. {_CHANGED}"
             )
-    widths = sorted(set(map(round, values)))
-    if len(widths) > 1:
-        raise GETAError(f"{name} has channels of {widths} bits, but a layer is stored at one width; give all the same")
-    return widths[0]
+    return bits.detach().cpu().round().long()

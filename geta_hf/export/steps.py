@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
 from geta_hf.export.formats import Writer
-from geta_hf.export.plan import ExportPlan
+from geta_hf.export.plan import ExportPlan, channel_bits
+from geta_hf.export.sorted_groups import sort_channels
 from geta_hf.methods.base import CompressionResult
 from geta_hf.qadg.tracing.raw_reads import find_raw_reads
 from geta_hf.quantization import (
@@ -30,10 +31,12 @@ from geta_hf.quantization import (
     quantized_layers,
     without_quantizers,
 )
+from geta_hf.quantization.fixed import output_dim
 from geta_hf.serialization.atomic_folder import write_folder
 from geta_hf.serialization.embeddings import RoundedEmbedding
 from geta_hf.serialization.encode import activation_bits, pack_layer, weight_holders
 from geta_hf.serialization.hf_quantizer import attach_quantizer
+from geta_hf.serialization.packed_layers import ChannelWidths
 from geta_hf.surgery.compare_outputs import Outputs, attention_outputs, prove_alike
 from geta_hf.surgery.fixes import Fixes
 from geta_hf.surgery.other_paths import compare_path, other_paths
@@ -56,23 +59,6 @@ class CutModel:
 
     model: PreTrainedModel
     fixes: Fixes
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A weight as it is stored.
-
-    Attributes:
-        codes: integers n, in the weight's shape.
-        bits: their width.
-        step_size: what they are multiplied by.
-        four_levels: whether they are -3, -1, 1 and 3. Default False.
-    """
-
-    codes: Tensor
-    bits: int
-    step_size: Tensor
-    four_levels: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,6 +90,7 @@ def cut(model: PreTrainedModel, plan: ExportPlan) -> CutModel:
     fixes = slice_model(compressed, plan.kept, plan.attributes)
     # A quantizer with a step size for each channel loses those of the removed channels, as the weight loses its rows.
     cut_quantizers(compressed, plan.kept)
+    sort_channels(compressed, plan.families, plan.result.removed, plan.kept, plan.batch, plan.device)
     return CutModel(compressed, fixes)
 
 
@@ -151,18 +138,28 @@ def fill(cut_model: CutModel, plan: ExportPlan, embedding: RoundedEmbedding | No
     holders = weight_holders(model, names)
     # One weight at a time, since codes take four bytes each. One that is tied is read for all its layers first.
     for shared in _by_weight(model, names):
-        parts: dict[str, tuple[Packed, FixedQuantizer | None]] = {}
+        parts: dict[str, _Part] = {}
         for name in shared:
             layer = model.get_submodule(name)
             if embedding is not None and name == embedding.name:
                 # The cut has only taken columns of the embedding: its step sizes are those of the rows, which remain.
-                parts[name] = Packed(embedding.codes(layer), embedding.bits, embedding.step_size), None
+                parts[name] = _Part(embedding.codes(layer), embedding.bits, embedding.step_size)
             else:
                 parts[name] = _packed(name, layer, *quantized[name], plan.result)
-        for name, (part, inputs) in parts.items():
+        for name, part in parts.items():
             layer = model.get_submodule(name)
             tied = len(holders[name]) > 1
-            pack_layer(name, layer, part.codes, part.bits, part.step_size, inputs, tied, part.four_levels)
+            pack_layer(
+                name,
+                layer,
+                part.codes,
+                part.bits,
+                part.step_size,
+                part.input_quantizer,
+                tied,
+                part.widths,
+                part.four_levels,
+            )
             # Other modules that share the weight would otherwise keep the dense tensor, and the file would hold both.
             for holder, leaf in holders[name]:
                 setattr(holder, leaf, layer.weight)
@@ -179,13 +176,26 @@ def _by_weight(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
     return list(lists.values())
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What a layer is packed from; see `pack_layer`."""
+
+    codes: Tensor
+    bits: int
+    step_size: Tensor
+    input_quantizer: FixedQuantizer | None = None
+    widths: ChannelWidths | None = None
+    four_levels: bool = False
+
+
 def _packed(
     name: str, layer: nn.Module, weight: Quantizer, inputs: Quantizer | None, result: CompressionResult
-) -> tuple[Packed, FixedQuantizer | None]:
-    """Return a layer's weight as it is stored, and what rounds its input."""
+) -> _Part:
+    """Return codes, bits and step size of a layer's weight, and what rounds its input."""
     fixed = None if inputs is None else fixed_quantizer(inputs, result.input_bits[name])
     codes = weight.codes(layer.get_parameter("weight"))
-    bits = result.weight_bits[name]
+    widths = _channel_widths(name, layer, weight)
+    bits = result.weight_bits[name] if widths is None else int(widths.bits.max())
     four_levels = weight.four_levels
     if four_levels and not bool(codes.all()):
         # Three bits hold 0 as well as -3, -1, 1 and 3, so that the folder computes what was trained.
@@ -195,7 +205,18 @@ def _packed(
             int((codes == 0).sum()),
         )
         bits, four_levels = bits + 1, False
-    return Packed(codes, bits, weight.step, four_levels), fixed
+    return _Part(codes, bits, weight.step, fixed, widths, four_levels)
+
+
+def _channel_widths(name: str, layer: nn.Module, quantizer: Quantizer) -> ChannelWidths | None:
+    """Return the widths of a layer's rows or columns after the cut; None for one width and step sizes of outputs."""
+    dim = quantizer.channel_dim
+    if dim is None or quantizer.order is not None:
+        return None
+    bits = channel_bits(name, quantizer.bits())
+    if dim == output_dim(layer) and len(set(bits.tolist())) == 1:
+        return None
+    return ChannelWidths(dim, bits.to(torch.int8))
 
 
 def prove(model: PreTrainedModel, compressed: PreTrainedModel, plan: ExportPlan) -> Proof:

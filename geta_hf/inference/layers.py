@@ -18,7 +18,7 @@ from geta_hf.errors import GETAError
 from geta_hf.inference.products import MOST_INPUTS, MULTIPLE, integer_product, on_gpu, round_rows, scaled
 from geta_hf.inference.weight_only import HALF_BITS, HAS_TRITON, pack_halves, unpack_halves, weight_only_linear
 from geta_hf.quantization.maths import integer_codes
-from geta_hf.serialization.bitpack import BYTE_BITS
+from geta_hf.serialization.bitpack import BYTE_BITS, largest_code
 from geta_hf.serialization.encode import fill, layer_codes
 from geta_hf.serialization.packed_layers import PackedConv1D, PackedLayer, PackedLinear
 from geta_hf.utils.accelerate_hooks import rebind_forward
@@ -45,7 +45,7 @@ class IntegerLayer(PackedLayer):
         halved: whether a byte of the weight holds two codes.
     """
 
-    ADDED = ("path", "for_gpu", "halved", "_dense_shape", "_totals")
+    ADDED = ("path", "for_gpu", "halved", "_dense_shape", "_totals", "_totals_of_widths")
     OWN = (*PackedLayer.OWN, *ADDED)
 
     bias: Any
@@ -55,6 +55,7 @@ class IntegerLayer(PackedLayer):
     like: Tensor  # empty; its type follows casts of the model
     _dense_shape: tuple[int, ...]
     _totals: Tensor  # of the codes of each output, int32
+    _totals_of_widths: dict[int, Tensor]  # the same of the inputs of each width, where inputs have step sizes
 
     @property
     def dense_shape(self) -> tuple[int, ...]:
@@ -86,20 +87,53 @@ class IntegerLayer(PackedLayer):
         outputs = self._rows_first(self._dense_shape)[0]
         step = self.step_size.to(rows.device)
         stored = self._transposed(self.weight)
-        # See FEW_ROWS: the number of rows decides whether reading the weight or multiplying takes the time.
-        few = on_gpu(rows) and rows.shape[0] <= FEW_ROWS
+        if self.scales_inputs:
+            return self._product_of_blocks(self.quantized_input(rows), stored, step, outputs)
+        if self.path == STATIC and not self._few(rows) and self.input_quantizer is not None:
+            weight = unpack_halves(stored) if self.halved else stored
+            own = self.input_quantizer
+            codes = integer_codes(own.entering(rows), own.d, own.q_m, own.t).to(torch.int8)
+            return scaled(integer_product(codes, weight, outputs), own.d, step, self.bias)
+        return self._product_of(self.quantized_input(rows), stored, step, outputs)
+
+    def _few(self, rows: Tensor) -> bool:
+        """Return whether reading the weight takes longer than multiplying, see `FEW_ROWS`."""
+        return on_gpu(rows) and rows.shape[0] <= FEW_ROWS
+
+    def _product_of(self, rows: Tensor, stored: Tensor, step: Tensor, outputs: int) -> Tensor:
+        """Return the product of float rows with the codes, decoded within it or after rounding the rows."""
+        few = self._few(rows)
         if few or self.path == WEIGHT_ONLY:
             fused = few and HAS_TRITON
-            return weight_only_linear(self.quantized_input(rows), stored, step, self.bias, outputs, self.halved, fused)
+            return weight_only_linear(rows, stored, step, self.bias, outputs, self.halved, fused)
         weight = unpack_halves(stored) if self.halved else stored
-        own = self.input_quantizer
-        if self.path == STATIC and own is not None:
-            codes = integer_codes(rows, own.d, own.q_m, own.t).to(torch.int8)
-            return scaled(integer_product(codes, weight, outputs), own.d, step, self.bias)
-        codes, input_step, zero = round_rows(self.quantized_input(rows))
+        codes, input_step, zero = round_rows(rows)
         # Σ (n_x + z) n_w = Σ n_x n_w + z Σ n_w, and the sums of the weight's codes never change.
         sums = integer_product(codes, weight, outputs).addcmul_(zero, self._totals.to(rows.device))
         return scaled(sums, input_step, step, self.bias)
+
+    def _product_of_blocks(self, rows: Tensor, stored: Tensor, step: Tensor, outputs: int) -> Tensor:
+        """Return x · (d ∘ n)ᵀ as (x ∘ d) · nᵀ, where d has a number for each input.
+
+        The step sizes of a narrow width are many times those of a wide one, so each width has a product of its own, in
+        which rows are rounded to their own range.
+        """
+        scaled_rows = rows.float() * step
+        one = step.new_ones(1)
+        if self._few(rows) or self.path == WEIGHT_ONLY:
+            return self._product_of(scaled_rows.to(rows.dtype), stored, one, outputs)
+        assert self.widths is not None
+        weight = unpack_halves(stored) if self.halved else stored
+        total = rows.new_zeros(rows.shape[0], outputs, dtype=torch.float32)
+        for width, sums_of_codes in self._totals_of_widths.items():
+            index = self.widths.index(width).to(rows.device)
+            codes, input_step, zero = round_rows(scaled_rows.index_select(1, index))
+            part = weight.index_select(1, index)
+            if len(index) == 1:  # with a single input the product on a CPU computes nothing
+                codes, part = F.pad(codes, (0, 1)), F.pad(part, (0, 1))
+            sums = integer_product(codes, part, outputs).addcmul_(zero, sums_of_codes.to(rows.device))
+            total += scaled(sums, input_step, one, None)
+        return total if self.bias is None else total + self.bias.float()
 
     def _rows_first(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return (out, in) of a weight's shape in the plain layer."""
@@ -122,6 +156,11 @@ class IntegerLayer(PackedLayer):
         rows = self._transposed(codes)
         # Computed before the padding and the packing, from the codes themselves.
         self._totals = rows.sum(1, dtype=torch.int32)
+        self._totals_of_widths = {}
+        if self.widths is not None and self.scales_inputs:
+            for width in self.widths.counts:
+                part = rows.index_select(1, self.widths.index(width).to(rows.device))
+                self._totals_of_widths[width] = part.sum(1, dtype=torch.int32)
         self.for_gpu = on_gpu(rows)
         self.halved = self.bits <= HALF_BITS and self.for_gpu
         if self.for_gpu:
@@ -153,8 +192,13 @@ def path_of(layer: PackedLayer) -> str:
 
 
 def is_exact(layer: PackedLayer) -> bool:
-    """Return whether integer products equal a layer's own forward: training rounded its input to at most 8 bits."""
-    return layer.input_quantizer is not None and layer.input_quantizer.bits <= BYTE_BITS
+    """Return whether integer products equal a layer's own forward: training rounded its input to at most 8 bits.
+
+    Step sizes of inputs would be factors of each addend, which has no integer product.
+    """
+    if layer.scales_inputs:
+        return False
+    return layer.input_quantizer is not None and layer.input_quantizer.largest_code <= largest_code(BYTE_BITS)
 
 
 def fits_integers(layer: PackedLayer) -> bool:

@@ -16,7 +16,7 @@ The type of the config chooses the method. Its class declares a name, by which s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -44,13 +44,16 @@ class CompressionResult:
     Attributes:
         removed: family name -> bool, shape (groups,), on CPU: True where a group is to be cut away. Every parameter
             slice of such a group is exactly zero in the model. Families that lose nothing may be left out.
-        weight_bits: module path of every quantized layer -> integer width of its weight in bits.
+        weight_bits: module path of every quantized layer -> integer width of its weight in bits, the widest of several.
         input_bits: module path -> integer width of the layer's input, for the layers that round it.
+        channel_bits: module path -> int64, the width of each entry of the weight's quantizer, on CPU; where they
+            differ.
     """
 
     removed: Mapping[str, Tensor]
     weight_bits: Mapping[str, int]
     input_bits: Mapping[str, int] = field(default_factory=dict)
+    channel_bits: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def removed_groups(self) -> int:
@@ -95,7 +98,7 @@ class StepMemory:
 class Method(ABC):
     """One way to compress a model while it is trained.
 
-    The calls come in this order: `check`, `attach`, `wrap_optimizer`; then for each step `before_backward`,
+    The calls come in this order: `check`, `prepare`, `attach`, `wrap_optimizer`; then for each step `before_backward`,
     `extra_loss` and the optimizer's own `step`, in which all that a method does per step happens, the first and the
     last one included; then `result`. Whatever a resumed run needs must be in the optimizer's `state_dict` or in the
     model's parameters.
@@ -106,6 +109,12 @@ class Method(ABC):
 
     stages: ClassVar[tuple[str, ...]] = ("training",)
     """The stages by name, in order; `metrics` logs the number of the present one, from 1."""
+
+    by_input: Collection[str] = ()
+    """Layers whose weights have a step size for each input, where a checkpoint says so and no space is at hand."""
+
+    unsigned: Collection[str] = ()
+    """Layers whose inputs have no negative codes, where a checkpoint says so and no data is at hand."""
 
     def __init__(self, config: CompressionConfig) -> None:
         self.config = config
@@ -128,6 +137,13 @@ class Method(ABC):
         Args:
             total_steps: optimizer steps of the run.
             steps_per_epoch: NaN where it is not known yet; stages in epochs are then not checked.
+        """
+
+    def prepare(self, space: PruningSpace) -> None:
+        """Take the pruning space of the model that `attach` gets next. By default it is not needed.
+
+        Args:
+            space: found before quantizers are attached.
         """
 
     @abstractmethod

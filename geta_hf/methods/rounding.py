@@ -91,10 +91,13 @@ def write_bits(quantizers: Quantizers, named: Named, chosen: BitAllocation) -> N
     device = q_m.device
     bits = torch.tensor([*chosen.weight_bits, *chosen.input_bits], dtype=torch.float32, device=device)
     q_m = q_m * entry_factors(quantizers, chosen).to(device)
-    levels = 2.0 ** (bits - 1) - 1
-    d = _half_steps(quantizers, q_m**t / levels[quantizers.layer])
+    of_entry = bits[quantizers.layer]
+    if chosen.entry_bits is not None:
+        of_entry[: len(chosen.entry_bits)] = chosen.entry_bits.to(of_entry)
+    levels = 2.0 ** (of_entry + quantizers.extra.to(device) - 1) - 1
+    d = _half_steps(quantizers, q_m**t / levels)
     # q_m follows d, so that the width remains an integer.
-    q_m = (d * levels[quantizers.layer]) ** (1 / t)
+    q_m = (d * levels) ** (1 / t)
     quantizers.write_clipping(q_m, named)
     quantizers.write_step_sizes(d, named)
 

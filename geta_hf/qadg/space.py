@@ -186,6 +186,7 @@ def build_space(
     prune: Sequence[str] = (),
     keep: Sequence[str] = (),
     flow: Flow | None = None,
+    required: bool = True,
 ) -> PruningSpace:
     """Find what may be removed from `model`: the quantization-aware dependency graph (paper Sec. 4, Alg. 1).
 
@@ -200,6 +201,7 @@ def build_space(
             `apply_policy`.
         keep: kinds, couplings or name patterns that are not pruned.
         flow: a propagated recording of this model on this batch that took the same path twice; recorded here when None.
+        required: whether it is an error if nothing may be pruned. Default True.
 
     Returns:
         Every family found, `prunable` set where the policy allows it and otherwise with the reason why not, the
@@ -214,7 +216,7 @@ def build_space(
         flow = record_and_propagate(model, batch, times=2)
     space = space_of(flow, prune, keep)
     # Here and not at the end of training, where a run that removed nothing would come as a surprise.
-    if not space.prunable:
+    if required and not space.prunable:
         raise GETAError(_nothing_prunable(type(model).__name__, space))
     return space
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -32,7 +32,7 @@ from geta_hf.utils.accelerate_hooks import rebind_forward
 
 logger = logging.getLogger(__name__)
 
-_OWN = ("weight_quantizer", "input_quantizer", "lora", "mixture")
+_OWN = ("weight_quantizer", "input_quantizer", "lora", "mixture", "input_mixture")
 """Attributes of a quantized layer that a plain one lacks."""
 
 Layers = dict[str, nn.Module]
@@ -116,6 +116,7 @@ def attach_quantizers(
     learn_t: bool = False,
     per_channel: bool = False,
     grid: str | None = None,
+    by_input: Collection[str] = (),
 ) -> Layers:
     """Attach a learnable weight quantizer to the selected layers, in place. Layers whose weights are tied share one.
 
@@ -131,6 +132,8 @@ def attach_quantizers(
         grid: what has a (d, q_m) of its own: a `layer`, a `channel` (of the outputs), or, with `block32`, every 32
             neighboring inputs of a channel; for convolutions `block32` means `channel`. t remains one for a layer.
             Default None, which is `layer`, or `channel` under `per_channel`.
+        by_input: names of layers that have a (d, q_m) for each input, and not for each output, under `grid="channel"`.
+            Default none.
 
     Returns:
         The quantized layers by name.
@@ -166,12 +169,15 @@ def attach_quantizers(
         if id(weight) not in by_weight:
             if not weight.is_meta and not bool(weight.any()):
                 zero.append(name)
-            dim = output_dim(layer)
             own = layer_grid(layer, grid)
+            dim = output_dim(layer)
+            turned = name in by_input and own == "channel"
+            if turned:
+                dim = 1 - dim
             q_m = _start(weight, target_bits, clipping, f"{name}.weight", dim, own)
             channel_dim = None if own == "layer" else dim
             inputs = weight.shape[1 - dim] if own == "block32" else None
-            by_weight[id(weight)] = Quantizer(q_m, initial_bits, learn_t, weight.device, channel_dim, inputs)
+            by_weight[id(weight)] = Quantizer(q_m, initial_bits, learn_t, weight.device, channel_dim, inputs, turned)
     if zero:
         logger.warning(
             "all weights are zero in %s: their quantizers start from the range that torch initializes such layers "

@@ -34,12 +34,14 @@ class _Range:
 
     def __init__(self) -> None:
         self.largest = self.top = 0.0
+        self.negative = False
         self.counts: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
         """Count the elements of one more tensor, of any shape."""
         rows = x.detach().reshape(1, -1)
         largest = float(largest_magnitudes(rows)) if rows.numel() else 0.0
+        self.negative = self.negative or bool((rows < 0).any())
         # max() would drop a NaN that comes second.
         self.largest = largest if math.isnan(largest) else max(self.largest, largest)
         if not 0.0 < self.largest < math.inf:
@@ -78,6 +80,7 @@ def attach_input_quantizers(
     learn_t: bool = False,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
+    unsigned: bool = False,
 ) -> dict[str, QuantizedLayer]:
     """Attach a learnable quantizer to the inputs of quantized layers, in place, with ranges found on real batches.
 
@@ -95,6 +98,8 @@ def attach_input_quantizers(
         learn_t: train the exponent t. Default False, which means t = 1.
         include: regular expressions searched in the names of quantized layers. Default None, which selects all.
         exclude: regular expressions for layers that are not selected after all. Default none.
+        unsigned: let inputs of which no batch has a negative value have no negative codes, but twice as many others.
+            Default False.
 
     Returns:
         The layers whose input is quantized now, by name.
@@ -120,10 +125,16 @@ def attach_input_quantizers(
     layers = _chosen(model, include, exclude)
     ranges = _calibrate(model, layers, batches)
     # After all batches, and for the width that the inputs will have: at 16 bits almost nothing would be clipped.
-    values = {name: _checked(name, found).clipping_value(target_bits, clipping) for name, found in ranges.items()}
+    # A grid without negative codes has as many steps as one of a bit more.
+    positive = {name: unsigned and not found.negative for name, found in ranges.items()}
+    values = {
+        name: _checked(name, found).clipping_value(target_bits + positive[name], clipping)
+        for name, found in ranges.items()
+    }
     # Only now that nothing can fail: a model must not end with half of its layers changed.
     for name, layer in layers.items():
-        layer.input_quantizer = Quantizer(values[name], initial_bits, learn_t, layer.weight.device)
+        device = layer.weight.device
+        layer.input_quantizer = Quantizer(values[name], initial_bits, learn_t, device, unsigned=positive[name])
         layer.input_quantizer.histogram = ranges[name].histogram(values[name])
         layer.input_quantizer.train(layer.training)
     return layers

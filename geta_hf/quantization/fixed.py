@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -61,24 +62,36 @@ class FixedQuantizer(SinglePrecision):
     Args:
         scale: as a file stores it: d, fp32, shape (1,), or d and a learned t, shape (2,).
         bits: bit width, 2 to 16.
+        unsigned: whether there are no negative codes, but twice as many others; what is negative becomes 0. Default
+            False.
     """
 
     d: Tensor
     q_m: Tensor
     t: Tensor | None
 
-    def __init__(self, scale: Tensor, bits: int) -> None:
+    def __init__(self, scale: Tensor, bits: int, unsigned: bool = False) -> None:
         super().__init__()
         self.bits = bits
+        self.unsigned = unsigned
         scale = scale.detach()
         d = scale[:1].clone()
         t = scale[1:].clone() if scale.numel() > 1 else None
         # From b = log2(q_m^t / d + 1) + 1, solved for q_m^t.
-        q_m = d * float(2 ** (bits - 1) - 1)
+        q_m = d * float(self.largest_code)
         if t is not None:
             q_m = q_m ** (1 / t)
         for name, value in {"d": d, "q_m": q_m, "t": t}.items():
             self.register_buffer(name, value, persistent=False)
+
+    @property
+    def largest_code(self) -> int:
+        """The largest integer n of the grid."""
+        return int(2**self.bits - 1 if self.unsigned else 2 ** (self.bits - 1) - 1)
+
+    def entering(self, x: Tensor) -> Tensor:
+        """Return what is rounded of x: all of it, or what is not negative."""
+        return F.relu(x) if self.unsigned else x
 
     @property
     def scale(self) -> Tensor:
@@ -87,10 +100,10 @@ class FixedQuantizer(SinglePrecision):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x^Q with a straight-through gradient for x; shape and dtype of x."""
-        return _StraightThrough.apply(x, self.d, self.q_m, self.t)
+        return _StraightThrough.apply(self.entering(x), self.d, self.q_m, self.t)
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}"
+        return f"bits={self.bits}{', unsigned' if self.unsigned else ''}"
 
 
 class InputQuantizedLayer(nn.Module):

@@ -32,17 +32,27 @@ class QuantizedLayer(InputQuantizedLayer):
         input_quantizer: the quantizer of the input; None where the input stays in floating point.
         lora: added to the weight before it is quantized; None where nothing is.
         mixture: of several widths, on which the layer computes while a search runs; None at any other time.
+        input_mixture: the same of its input, in place of what `input_quantizer` gives.
     """
 
     weight: Any  # each plain layer class declares its own type
     weight_quantizer: Quantizer
     lora: LowRank | None
     mixture: Mixture | None
+    input_mixture: Mixture | None
 
     @property
     def _untrained(self) -> list[Tensor]:
         """The quantizer's parameters, which have no part in a mixture."""
         return [value for value in self.weight_quantizer.parameters() if value.requires_grad]
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """Return x^Q of the input, or its mixture, differentiable; x itself where it stays in floating point."""
+        own = self.input_quantizer
+        if own is None or self.input_mixture is None:
+            return super().quantized_input(x)
+        untrained = [value for value in own.parameters() if value.requires_grad]
+        return mixed_weight(F.relu(x) if own.unsigned else x, self.input_mixture, untrained)
 
     def merged_weight(self) -> Tensor:
         """Return what is quantized, differentiable: the weight with what `lora` adds to it."""
@@ -162,6 +172,7 @@ def quantize_layer(layer: nn.Module, quantizer: Quantizer) -> None:
     layer.input_quantizer = None  # type: ignore[assignment]
     layer.lora = None  # type: ignore[assignment]
     layer.mixture = None  # type: ignore[assignment]
+    layer.input_mixture = None  # type: ignore[assignment]
 
 
 @torch.no_grad()
@@ -179,6 +190,6 @@ def dequantize_layer(layer: QuantizedLayer) -> None:
     """
     absorb(layer)
     # Their parameters would otherwise appear in the state dict of a plain layer.
-    del layer.weight_quantizer, layer.input_quantizer, layer.lora, layer.mixture
+    del layer.weight_quantizer, layer.input_quantizer, layer.lora, layer.mixture, layer.input_mixture
     layer.__class__ = layer.__dict__.pop("_plain_class")
     rebind_forward(layer)

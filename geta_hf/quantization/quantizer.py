@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geta_hf.errors import GETAError
@@ -19,6 +20,9 @@ from geta_hf.quantization.maths import block_count
 GRIDS = ("layer", "channel", "block32")
 """What has a step size of its own: a layer, an output channel, or 32 neighboring inputs of an output channel."""
 
+BY_INPUT, UNSIGNED = "by_input", "unsigned_codes"
+"""Names of buffers that some quantizers have: those with a step size for each input, those without negative codes."""
+
 
 class Quantizer(SinglePrecision):
     """Learnable (d, q_m, t), fp32 whatever the dtype of the tensor (paper Sec. 3).
@@ -28,6 +32,9 @@ class Quantizer(SinglePrecision):
 
     Attributes:
         channel_dim: the dim of the tensor that `d` and `q_m` run along; None for one pair for the entire tensor.
+        scales_inputs: whether `channel_dim` is that of a layer's inputs, and not of its outputs.
+        unsigned: whether there are no negative codes, as for what comes out of a ReLU: b bits then have 2^b - 1 steps
+            up to q_m, and what is negative becomes 0 (PACT, arXiv 1805.06085).
         order: int64, shape (inputs,), where there are blocks: the inputs in the order of their blocks; else None.
         four_levels: whether x^Q is one of -q_m, -q_m/3, q_m/3 and q_m (each to the power of t), which is the grid of a
             weight whose final width is 2; see `quantization.maths`. False at first; in checkpoints.
@@ -41,6 +48,8 @@ class Quantizer(SinglePrecision):
         device: of the parameters. Default None: that of `q_m`, or the default device.
         channel_dim: see above. Default None.
         inputs: of each output channel of a matrix, where each block of them has a (d, q_m). Default None.
+        by_input: whether `channel_dim` is that of a layer's inputs. Default False.
+        unsigned: see above. Default False.
     """
 
     order: Tensor | None
@@ -54,6 +63,8 @@ class Quantizer(SinglePrecision):
         device: torch.device | None = None,
         channel_dim: int | None = None,
         inputs: int | None = None,
+        by_input: bool = False,
+        unsigned: bool = False,
     ) -> None:
         super().__init__()
         self.learn_t = learn_t
@@ -69,11 +80,18 @@ class Quantizer(SinglePrecision):
         self.register_buffer("levels", torch.zeros(1, dtype=torch.uint8, device=start.device))
         self._natural = True
         self._four_levels = False
+        self.scales_inputs = by_input
+        if by_input:
+            # In checkpoints, where the shape of d tells nothing of a square weight.
+            self.register_buffer(BY_INPUT, torch.ones(1, dtype=torch.int8, device=start.device))
+        self.unsigned = unsigned
+        if unsigned:
+            self.register_buffer(UNSIGNED, torch.ones(1, dtype=torch.int8, device=start.device))
         self.q_m = nn.Parameter(start.clone())
         # A parameter even where it is not learned, so that checkpoints have the same names under every config.
         self.t = nn.Parameter(torch.ones(1, dtype=torch.float32, device=device), requires_grad=learn_t)
         # d is derived from the bits, since only q_m can be measured on the tensor.
-        self.d = nn.Parameter(functional.step_size(bits, self.q_m.detach(), self.t.detach()))
+        self.d = nn.Parameter(functional.step_size(bits + int(unsigned), self.q_m.detach(), self.t.detach()))
 
     @property
     def exponent(self) -> Tensor | None:
@@ -111,6 +129,8 @@ class Quantizer(SinglePrecision):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x^Q with straight-through gradients; shape and dtype of x."""
+        if self.unsigned:
+            x = F.relu(x)
         if self.order is None:
             return functional.fake_quantize(
                 x, *self.broadcast_over(x), self.exponent, self.frozen, four_levels=self._four_levels
@@ -142,7 +162,8 @@ class Quantizer(SinglePrecision):
         d: Tensor = self.d
         q_m: Tensor = self.q_m
         if self.order is None and self.channel_dim is not None:
-            d, q_m = d.view(-1, 1), q_m.view(-1, 1)
+            shape = (1, -1) if self.scales_inputs else (-1, 1)
+            d, q_m = d.view(shape), q_m.view(shape)
         return quantized_linear(
             x,
             weight,
@@ -160,7 +181,8 @@ class Quantizer(SinglePrecision):
     @torch.no_grad()
     def bits(self) -> Tensor:
         """Return the present bit width, a real number, in the shape of d."""
-        return functional.bit_width(self.d, self.q_m, self.t)
+        # Without a sign, a grid of as many steps takes a bit less.
+        return functional.bit_width(self.d, self.q_m, self.t) - int(self.unsigned)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
@@ -252,7 +274,7 @@ def fixed_quantizer(quantizer: Quantizer, bits: int) -> FixedQuantizer:
         bits: 2 to 16.
     """
     parts = (quantizer.d,) if quantizer.exponent is None else (quantizer.d, quantizer.t)
-    return FixedQuantizer(torch.cat(parts), bits)
+    return FixedQuantizer(torch.cat(parts), bits, quantizer.unsigned)
 
 
 def freeze_quantizers(model: nn.Module, frozen: bool = True) -> None:

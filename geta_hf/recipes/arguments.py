@@ -1,11 +1,11 @@
-"""What the recipes share: a YAML file and `--key value` after it, as the arguments of one run."""
+"""Read a YAML file and the `--key value` after it as the arguments of one run: what all recipes share."""
 
 from __future__ import annotations
 
 import json
 import re
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -15,25 +15,36 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from geta_hf import config
-from geta_hf.config import SECTIONS, CompressionConfig, GETAConfig, Setting, sections_of
+from geta_hf.config import SECTIONS, CompressionConfig, GETAConfig, Setting, sections_of, settings_of
 from geta_hf.errors import GETAError
 from geta_hf.recipes import CONFIGS
+from geta_hf.utils.suggestions import did_you_mean
 
 
-def read_values(argv: Sequence[str], parser: HfArgumentParser) -> tuple[dict[str, Any], CompressionConfig | None]:
-    """Read `[config.yaml] [--key value ...]`; a dotted key reaches into a section, a key alone means true.
+def read_values(
+    argv: Sequence[str], parser: HfArgumentParser, recipe: str
+) -> tuple[dict[str, Any], CompressionConfig | None]:
+    """Read `[CONFIG.yaml] [--key value ...]`; see `split_overrides` for the forms of a value.
 
     Values of the command line are read as YAML, except those of fields that hold text, which are taken literally.
+
+    Args:
+        argv: the words of the command line.
+        parser: of the recipe's arguments.
+        recipe: the recipe's name; a config that names another one is refused.
 
     Returns:
         All values but the `geta` section, and that as a config; None where it is missing or null.
 
     Raises:
-        GETAError: a missing file, a malformed argument, or an invalid `geta` section.
+        GETAError: a missing file, a malformed argument, another recipe's config, or an invalid `geta` section.
     """
-    argv = list(argv)
-    values = read_config(argv.pop(0)) if argv and not argv[0].startswith("--") else {}
-    apply_overrides(values, argv, text_fields(parser))
+    path, rest = split_config(argv)
+    values = read_config(path) if path is not None else {}
+    apply_overrides(values, rest, text_fields(parser))
+    named = values.pop("recipe", recipe)
+    if named != recipe:
+        raise GETAError(f"the config is for the recipe {named}, not {recipe}; run it by `geta-hf train`")
     geta = values.pop("geta", None)
     if not (geta is None or isinstance(geta, dict)):
         raise GETAError(f"geta: {geta!r} is neither a section with the fields of GETAConfig nor null")
@@ -42,7 +53,8 @@ def read_values(argv: Sequence[str], parser: HfArgumentParser) -> tuple[dict[str
 
 def make_parser(*kinds: type) -> HfArgumentParser:
     """Return a parser of a recipe's own dataclasses, followed by `TrainingArguments`."""
-    return HfArgumentParser(cast(Any, (*kinds, TrainingArguments)))
+    usage = "geta-hf train CONFIG.yaml [--key value ...]"
+    return HfArgumentParser(cast(Any, (*kinds, TrainingArguments)), usage=usage)
 
 
 def print_help(parser: HfArgumentParser) -> None:
@@ -79,11 +91,14 @@ def _wrapped(text: str, indent: int) -> list[str]:
 
 
 def parse_sections(parser: HfArgumentParser, values: dict[str, Any]) -> tuple[Any, ...]:
-    """The parser's dataclasses, filled from `values`.
+    """Return the parser's dataclasses, filled from `values`.
 
     Raises:
         GETAError: a key that none of them knows, or a value that they refuse.
     """
+    values = _without_negations(parser, values)
+    check_keys(parser, _renamed(values))
+    check_switches(parser, values)
     # YAML 1.1 reads the strategy `no` as false.
     values = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in _renamed(values).items()}
     values.setdefault("use_cpu", not torch.accelerator.is_available())  # without it, bf16 refuses a CPU
@@ -93,8 +108,33 @@ def parse_sections(parser: HfArgumentParser, values: dict[str, Any]) -> tuple[An
         raise GETAError(f"arguments of the recipe: {error}") from error
 
 
+def check_keys(parser: HfArgumentParser, values: Collection[str]) -> None:
+    """Raise GETAError for keys that no section of the run has, with the one that may be meant."""
+    known = {field.name for kind in parser.dataclass_types for field in fields(kind) if field.init}
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        sections = [f"geta.{name}" for kind in config.CONFIG_CLASSES.values() for name in settings_of(kind)]
+        hints = [f"{key}{did_you_mean(key, (*known, *sections))}" for key in unknown]
+        raise GETAError(f"the run has no argument {', '.join(hints)}; --help lists all")
+
+
+def check_switches(parser: HfArgumentParser, values: dict[str, Any]) -> None:
+    """Raise GETAError for text where a switch takes true or false, which would count as true."""
+    switches = {field.name for kind in parser.dataclass_types for field in fields(kind) if field.type is bool}
+    for name in switches & values.keys():
+        if not isinstance(values[name], bool | int):
+            raise GETAError(f"{name} = {values[name]!r} must be true or false; a key=value after it needs --")
+
+
+def _without_negations(parser: HfArgumentParser, values: dict[str, Any]) -> dict[str, Any]:
+    """Read `no_KEY: true`, which argparse offers for switches that are on by default, as `KEY: false`."""
+    switches = {f"no_{field.name}": field.name for kind in parser.dataclass_types for field in fields(kind)}
+    taken = {key for key, value in values.items() if key in switches and value is True}
+    return {switches[key] if key in taken else key: False if key in taken else value for key, value in values.items()}
+
+
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """Later versions of transformers call gradient checkpointing activation checkpointing; both names are taken."""
+    """Take both names of gradient checkpointing, which later versions of transformers call activation checkpointing."""
     old, new = "gradient_checkpointing", "activation_checkpointing"
     if new not in TrainingArguments.__dataclass_fields__:
         old, new = new, old
@@ -129,31 +169,60 @@ def find_config(path: str) -> Path:
 
 
 def text_fields(parser: HfArgumentParser) -> set[str]:
-    """The recipe's own fields that hold text and nothing else; some of Trainer's take a section or true as well."""
+    """Return the recipe's own fields that hold text and nothing else; Trainer's may take a section or true as well."""
     own = [field for kind in parser.dataclass_types if kind is not TrainingArguments for field in fields(kind)]
     return {field.name for field in own if field.type is str or set(get_args(field.type)) == {str, type(None)}}
 
 
-def apply_overrides(values: dict[str, Any], argv: Sequence[str], texts: Collection[str] = ()) -> None:
-    """Writes `--key value`, `--key=value`, `--section.key value` and `--flag` into `values`, read as YAML.
+def split_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the config file that a command line begins with, or None, and the words that follow."""
+    words = list(argv)
+    if not words or words[0].startswith("--") or ("=" in words[0] and not Path(words[0]).is_file()):
+        return None, words
+    return words[0], words[1:]
 
-    Args:
-        texts: keys whose values are taken as they stand, but for `null` and for quotes around the whole.
+
+def split_overrides(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield key and text of `--key value`, `--key=value`, `key=value` and `--flag`, which means true.
+
+    Dashes within a key are read as underscores. A dotted key, such as `--geta.bits`, reaches into a section.
+
+    Raises:
+        GETAError: a word that is none of these.
     """
     rest = list(argv)
     while rest:
-        key, equals, text = rest.pop(0).partition("=")
-        if not key.startswith("--") or len(key) == 2:
-            raise GETAError(f"{key!r}: expected --key value; only the first argument may be a config file")
+        word = rest.pop(0)
+        key, equals, text = word.partition("=")
+        name = key.removeprefix("--")
+        if not name or not (equals or key.startswith("--")):
+            raise GETAError(
+                f"{word!r}: expected --key value or key=value; only the first argument may be a config file"
+            )
         if not equals:
             text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        *sections, name = key[2:].split(".")
+        yield name.replace("-", "_"), text
+
+
+def apply_overrides(values: dict[str, Any], argv: Sequence[str], texts: Collection[str] = ()) -> None:
+    """Write what `split_overrides` finds into `values`, read as YAML.
+
+    Args:
+        values: of the config file; changed in place.
+        argv: the words of the command line after the config file.
+        texts: keys whose values are taken as they stand, but for `null` and for quotes around the whole.
+
+    Raises:
+        GETAError: a malformed argument, or a value that is no YAML.
+    """
+    for key, text in split_overrides(argv):
+        *sections, name = key.split(".")
         target = values
         for section in sections:
             if not isinstance(target.get(section), dict):
                 target[section] = {}
             target = target[section]
-        target[name] = _value(key, text, literal=not sections and name in texts)
+        target[name] = _value(f"--{key}", text, literal=not sections and name in texts)
 
 
 def _value(key: str, text: str, literal: bool) -> Any:

@@ -1,14 +1,14 @@
 """Fine-tune a causal language model and, with a `geta:` section, compress it at the same time.
 
-    accelerate launch recipes/language_modeling.py recipes/configs/phi2.yaml
-    accelerate launch recipes/language_modeling.py recipes/configs/phi2.yaml --plan_only --device_memory 80GB
-    accelerate launch recipes/language_modeling.py recipes/configs/phi2.yaml --train_file notes.txt.gz \
-        --response_column null --template null --geta.target_sparsity 0.5
-    accelerate launch recipes/language_modeling.py recipes/configs/phi2.yaml --geta null     # plain, dense
+    geta-hf train phi2
+    geta-hf train phi2 --plan_only --device_memory 80GB
+    geta-hf train phi2 --train_file notes.txt.gz --response_column null --template null --geta.target_sparsity 0.5
+    geta-hf train phi2 --geta null     # plain, dense
 
-The YAML file holds the fields of `ModelArguments`, `DataArguments` and Trainer's own `TrainingArguments`, `geta:` with
-the fields of `GETAConfig`, and, where full gradients do not fit, `lora:` with those of peft's `LoraConfig`.
-The model is written to `output_dir/export`, the results of the run to `output_dir/results.json`.
+On several GPUs it is `accelerate launch -m geta_hf train ...`. The YAML file holds the fields of `ModelArguments`,
+`DataArguments` and Trainer's own `TrainingArguments`, `geta:` with the fields of `GETAConfig`, and, where full
+gradients do not fit, `lora:` with those of peft's `LoraConfig`. The model is written to `output_dir/export`, the
+results of the run to `output_dir/results.json`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     Raises:
         GETAError: an unknown key, an invalid value, or options that exclude each other.
     """
-    values, geta = read_values(argv, _parser())
+    values, geta = read_values(argv, _parser(), "language_modeling")
     lora = values.pop("lora", None)
     model, data, training = parse_sections(_parser(), values)
     arguments = Arguments(model, data, training, geta, lora)

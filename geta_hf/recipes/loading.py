@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, TrainingArguments
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -26,6 +27,26 @@ def load_config(name: str) -> PreTrainedConfig:
         method = quantized["quant_method"] if isinstance(quantized, dict) else quantized.quant_method
         raise GETAError(f"{name} is quantized already ({method}); start from the dense model")
     return config
+
+
+def load_model(auto: Any, name: str, **options: Any) -> tuple[PreTrainedModel, bool]:
+    """Load the model to start from.
+
+    Args:
+        auto: such as `AutoModelForSequenceClassification`.
+        name: a folder, or a name on the Hub.
+        options: as for `from_pretrained`.
+
+    Returns:
+        The model, and whether it had all of its weights: a new head has none, and its scores would mean nothing.
+
+    Raises:
+        GETAError: it can't be loaded, or is quantized already.
+    """
+    load_config(name)  # first, because it refuses a quantized model before the weights are read
+    with one_line_errors(f"the model {name} can't be loaded"):
+        model, found = auto.from_pretrained(name, output_loading_info=True, **options)
+    return model, not found["missing_keys"] and not found["mismatched_keys"]
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -1,11 +1,12 @@
 """Fine-tune a question answering model on SQuAD and, with a `geta:` section, compress it at the same time.
 
-    accelerate launch recipes/question_answering.py recipes/configs/bert_squad.yaml
-    accelerate launch recipes/question_answering.py recipes/configs/bert_squad.yaml --geta.target_sparsity 0.3 --seed 1
-    accelerate launch recipes/question_answering.py recipes/configs/bert_squad.yaml --geta null      # plain, dense
+    geta-hf train bert_squad
+    geta-hf train bert_squad --geta.target_sparsity 0.3 --seed 1
+    geta-hf train bert_squad --geta null      # plain, dense
 
-The YAML file holds the fields of `ModelArguments`, `DataArguments` and Trainer's own `TrainingArguments`, and `geta:`
-with the fields of `GETAConfig`. The model is written to `output_dir/export`, the scores to `output_dir/results.json`.
+On several GPUs it is `accelerate launch -m geta_hf train ...`. The YAML file holds the fields of `ModelArguments`,
+`DataArguments` and Trainer's own `TrainingArguments`, and `geta:` with the fields of `GETAConfig`. The model is written
+to `output_dir/export`, the scores to `output_dir/results.json`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import (
     AutoModelForQuestionAnswering,
     DataCollatorWithPadding,
@@ -29,20 +31,18 @@ from geta_hf.errors import GETAError
 from geta_hf.evaluation import squad, squad_features
 from geta_hf.evaluation.squad_features import Question
 from geta_hf.recipes.arguments import make_parser, parse_sections, print_help, read_values
-from geta_hf.recipes.loading import check_folders, load_config, load_tokenizer
+from geta_hf.recipes.loading import check_folders, load_model, load_tokenizer
 from geta_hf.recipes.run import (
     Arguments,
-    export,
     make_trainer,
     print_scores,
     run_command,
     save_results,
-    train,
+    train_and_score,
     wants_help,
 )
 from geta_hf.reporting.model_card import write_card
 from geta_hf.reporting.results import TaskResult
-from geta_hf.utils.loading import one_line_errors
 
 
 @dataclass
@@ -80,7 +80,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     Raises:
         GETAError: a missing file, a malformed argument, or a key that is no field of any section.
     """
-    values, geta = read_values(argv, _parser())
+    values, geta = read_values(argv, _parser(), "question_answering")
     model, data, training = parse_sections(_parser(), values)
     check_folders(training)
     return Arguments(model, data, training, geta)
@@ -124,15 +124,6 @@ def tokenize(
 
 
 # --------------------------------------------------------------------------------------------------------- training
-
-
-def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model with a question answering head, and its tokenizer."""
-    name = arguments.model_name_or_path
-    load_config(name)  # first, because it refuses a quantized model before the weights are read
-    tokenizer = load_tokenizer(arguments.tokenizer_name_or_path or name)
-    with one_line_errors(f"the model {name} can't be loaded"):
-        return AutoModelForQuestionAnswering.from_pretrained(name), tokenizer
 
 
 def score(
@@ -188,7 +179,12 @@ def run(arguments: Arguments) -> dict[str, Any]:
     every_question = read_split(data, data.eval_file, data.eval_split)
     eval_questions = squad_features.sample(every_question, data.max_eval_questions, data.sample_seed)
     train_questions = load_split(data, data.train_file, data.train_split, data.max_train_questions)
-    model, tokenizer = load_model(arguments.model)
+    name = arguments.model.model_name_or_path
+    tokenizer = load_tokenizer(arguments.model.tokenizer_name_or_path or name)
+    model, trained = load_model(AutoModelForQuestionAnswering, name)
+    start = None
+    if trained and arguments.geta is not None and training.process_index == 0:
+        start = score(arguments, nn.Module.to(model, training.device), tokenizer, eval_questions)
     features = tokenize(data, tokenizer, train_questions, progress=not training.disable_tqdm)
 
     trainer = make_trainer(
@@ -198,28 +194,29 @@ def run(arguments: Arguments) -> dict[str, Any]:
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
     )
-    outcome, seconds = train(trainer)
-
-    before = None
-    complete = not trainer.is_fsdp_enabled  # under FSDP no process holds the full model that scoring needs
-    if data.evaluate_before_export and complete and trainer.is_world_process_zero():
-        before = score(arguments, trainer.accelerator.unwrap_model(trainer.model), tokenizer, eval_questions)
-    export(trainer, tokenizer, folder)
-    if not trainer.is_world_process_zero():
+    found = train_and_score(
+        arguments,
+        trainer,
+        tokenizer,
+        lambda one: score(arguments, one, tokenizer, eval_questions),
+        lambda path: squad.load_folder(path, training.device)[0],
+        data.evaluate_before_export,
+    )
+    if found is None:
         return {}
-    scores = score(arguments, *squad.load_folder(folder, training.device), eval_questions)
     results = {
-        **scores,
-        "before_export": before,
+        **found.scores,
+        "start": start,
+        "before_export": found.before_export,
         "train_questions": len(train_questions),
         "train_windows": len(features),
-        "train_loss": outcome.training_loss,
-        "steps": outcome.global_step,
-        "train_seconds": seconds,
+        **found.record,
     }
     results = save_results(arguments, results)
     if arguments.geta is not None:
-        write_card(folder, results={"compressed": [card_result(data, scores, len(every_question))]})
+        sides = {"dense": start, "compressed": found.scores}
+        scored = {side: [card_result(data, one, len(every_question))] for side, one in sides.items() if one is not None}
+        write_card(folder, results=scored)
     return results
 
 

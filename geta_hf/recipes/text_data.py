@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +11,11 @@ from transformers import DataCollatorForSeq2Seq, default_data_collator
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from geta_hf.errors import GETAError
+from geta_hf.evaluation.rows import read_rows
 from geta_hf.recipes.documents import DataArguments, asked_columns, cut, has_target, pack, tokenize
 from geta_hf.training.distillation import IGNORED
 
 _BATCH = 1000  # rows that are packed together
-_KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 # ------------------------------------------------------------------------------------------------------------- rows
@@ -28,20 +27,9 @@ def load_rows(data: DataArguments, file: str | None, split: str, limit: int | No
     Raises:
         GETAError: no data, an unknown kind of file, a missing split, or `datasets` is not installed.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise GETAError("reading data needs `pip install datasets`") from error
-    if file is None and data.dataset_name is None:
-        raise GETAError("no data: give dataset_name (such as `yahma/alpaca-cleaned`), or train_file")
-    try:
-        rows = _file(datasets, data, file) if file is not None else _split(datasets, data, split)
-    except GETAError:
-        raise
-    except (OSError, ValueError, RuntimeError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        # An unknown split, no network, an empty or a broken file: the cause says which.
-        reason = " ".join(str(error.__cause__ or error).split())[:500] or "it is empty"
-        raise GETAError(f"{file or data.dataset_name} can't be read: {reason}") from error
+    rows = read_rows(
+        file, data.dataset_name, data.dataset_config, split, streaming=data.streaming, sample_by=data.sample_by
+    )
     return first_rows(data, rows, limit)
 
 
@@ -50,30 +38,6 @@ def first_rows(data: DataArguments, rows: Any, limit: int | None) -> Any:
     if limit is None:
         return rows
     return rows.take(limit) if data.streaming else rows.select(range(min(limit, len(rows))))
-
-
-def _file(datasets: Any, data: DataArguments, file: str) -> Any:
-    path = Path(file)
-    plain = path.with_suffix("") if path.suffix == ".gz" else path
-    if not path.is_file():
-        raise GETAError(f"{path}: no such file")
-    if plain.suffix not in _KINDS:
-        raise GETAError(f"{path}: files are read as {', '.join(_KINDS)}, all but parquet also with .gz")
-    kind = _KINDS[plain.suffix]
-    options = {"sample_by": data.sample_by} if kind == "text" else {}
-    return datasets.load_dataset(kind, data_files=str(path), split="train", streaming=data.streaming, **options)
-
-
-def _split(datasets: Any, data: DataArguments, split: str) -> Any:
-    folder = Path(str(data.dataset_name))
-    if not (folder / "state.json").is_file() and not (folder / "dataset_dict.json").is_file():
-        return datasets.load_dataset(str(folder), data.dataset_config, split=split, streaming=data.streaming)
-    saved = datasets.load_from_disk(str(folder))
-    if isinstance(saved, datasets.DatasetDict):
-        if split not in saved:
-            raise GETAError(f"{folder} has no split {split!r}, only {', '.join(saved)}")
-        saved = saved[split]
-    return saved.to_iterable_dataset() if data.streaming else saved
 
 
 # -------------------------------------------------------------------------------------------------------- features

@@ -15,12 +15,12 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from geta_hf.config import CONFIG_NAME, CompressionConfig, GETAConfig, read_config
-from geta_hf.costs.model_costs import Costs, bytes_on_disk, measure_costs
+from geta_hf.costs.model_costs import Costs, Image, bytes_on_disk, measure_costs, one_sample
 from geta_hf.errors import GETAError
 from geta_hf.export.export import STRUCTURE_NAME
 from geta_hf.quantization import select_layers
 from geta_hf.serialization.hf_quantizer import QUANT_METHOD
-from geta_hf.serialization.loader import check_widths
+from geta_hf.serialization.loader import check_blocks, check_widths
 from geta_hf.serialization.validate import check_readable, read_json
 from geta_hf.utils.tables import format_table
 
@@ -35,15 +35,28 @@ class Structure:
 
     Attributes:
         kept: family -> (groups kept, groups before), in model order.
-        bits: module path -> bits of its packed weight, in model order.
+        bits: module path -> bits of its packed weight, the widest of several, in model order.
         activation_bits: module path -> bits of its input, for the layers that round it; in model order.
         dropped: paths in the dense model of entire layers that were removed before anything else.
+        blocks: module path -> `dim`, `widths` and `counts`, for the weights whose rows or columns have widths.
     """
 
     kept: dict[str, tuple[int, int]]
     bits: dict[str, int]
     activation_bits: dict[str, int] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
+    blocks: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def widths(self) -> dict[str, dict[int, int]]:
+        """Module path -> each width of its packed weight, ascending, and how many rows or columns have it.
+
+        A layer of one width has it once.
+        """
+        found = {name: {bits: 1} for name, bits in self.bits.items()}
+        for name, block in self.blocks.items():
+            found[name] = dict(zip(block["widths"], block["counts"], strict=True))
+        return found
 
     def of_kind(self, kind: str) -> list[tuple[int, int]]:
         """Return (kept, before) of every family of a kind, such as `heads`, in model order."""
@@ -70,7 +83,9 @@ def read_structure(folder: str | os.PathLike[str]) -> Structure:
     inputs = _read_widths(path, "activation_bits", stored.get("activation_bits", {}))
     # A number says how many were asked for, a list which ones were dropped; only the run's own config has the list.
     dropped = _run_config(folder).drop_layers
-    return Structure(kept, bits, inputs, tuple(dropped) if isinstance(dropped, list) else ())
+    blocks = stored.get("blocks", {})
+    check_blocks(blocks, bits, f"{path}:")
+    return Structure(kept, bits, inputs, tuple(dropped) if isinstance(dropped, list) else (), blocks)
 
 
 def export_inside(folder: Path) -> Path | None:
@@ -160,13 +175,16 @@ def _model_class(folder: Path) -> Any:
 
 
 @torch.no_grad()
-def measure_latency(models: Mapping[str, PreTrainedModel], tokens: int, repeats: int = 30) -> dict[str, float]:
-    """Measure a forward pass on one sequence.
+def measure_latency(
+    models: Mapping[str, PreTrainedModel], tokens: int, repeats: int = 30, *, image: Image | None = None
+) -> dict[str, float]:
+    """Measure a forward pass on one sequence, or on one image.
 
     Args:
         models: name -> model; they take turns, so that a change of the machine's load affects all alike.
         tokens: length of the sequence.
         repeats: passes that are timed, after three more to warm up.
+        image: channels, height and width of one image, which is run instead. Default None.
 
     Returns:
         Name -> median in milliseconds.
@@ -175,9 +193,9 @@ def measure_latency(models: Mapping[str, PreTrainedModel], tokens: int, repeats:
     # The first passes allocate memory and choose kernels.
     for turn in range(repeats + 3):
         for name, model in models.items():
-            ids = torch.ones(1, tokens, dtype=torch.long, device=model.device)
+            sample = one_sample(model, tokens, image)
             start = time.perf_counter()
-            model(ids)
+            model(**sample)
             if turn >= 3:
                 seconds[name].append(time.perf_counter() - start)
     return {name: 1000 * statistics.median(times) for name, times in seconds.items()}
@@ -189,21 +207,25 @@ def compare(
     *,
     tokens: int = 384,
     metrics: Metrics | None = None,
+    latency: bool = True,
 ) -> str:
     """Return a Markdown table that compares the compressed model with the dense one.
 
     Args:
         dense_dir: a plain model folder.
         compressed_dir: an exported folder of the same architecture.
-        tokens: sequence length of MACs, BOPs and latency.
+        tokens: sequence length of MACs, BOPs and latency; a vision model is measured on one image instead.
         metrics: {"dense": {"em": …}, "compressed": {"em": …}}, the first rows of the table.
+        latency: time both models on the CPU, which says something only where the machine is free. Default True.
     """
     structure = read_structure(compressed_dir)
     models = {"dense": load_model(dense_dir), "compressed": load_model(compressed_dir)}
     layers = {"dense": _dense_layers(models["dense"], compressed_dir, structure), "compressed": list(structure.bits)}
     costs = {name: measure_costs(model, tokens, layers[name]) for name, model in models.items()}
     sizes = {"dense": bytes_on_disk(dense_dir), "compressed": bytes_on_disk(compressed_dir)}
-    measured = {**(metrics or {}), "latency_ms": measure_latency(models, tokens)}
+    measured = dict(metrics or {})
+    if latency:
+        measured["latency_ms"] = measure_latency(models, tokens, image=costs["dense"].image)
     return format_table(("", "dense", "compressed"), table_rows(structure, costs, sizes, measured, by_layer=True))
 
 
@@ -245,14 +267,27 @@ def table_rows(
         rows.append(_share(size_name, sizes["compressed"], sizes.get("dense")))
     if times := metrics.get("latency_ms"):
         ratio = times["dense"] / times["compressed"]
-        rows.append(("CPU latency, ms", f"{times['dense']:.2f}", f"{times['compressed']:.2f} ({ratio:.2f}x faster)"))
+        words = f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
+        rows.append(("CPU latency, ms", f"{times['dense']:.2f}", f"{times['compressed']:.2f} ({words})"))
     return rows
 
 
 def _metric_rows(metrics: Metrics) -> list[tuple[str, str, str]]:
     dense, compressed = metrics.get("dense", {}), metrics.get("compressed", {})
     names = [name for name in dict.fromkeys((*dense, *compressed)) if name in compressed]
-    return [(name.upper(), f"{dense[name]:.2f}" if name in dense else "", f"{compressed[name]:.2f}") for name in names]
+    return [
+        (_SPELLINGS.get(name, name), _score(dense[name]) if name in dense else "", _score(compressed[name]))
+        for name in names
+    ]
+
+
+_SPELLINGS = {"em": "EM", "f1": "F1"}
+"""The name of a metric in files -> how people write it. All others are shown as they are named."""
+
+
+def _score(value: float) -> str:
+    # Shares, such as an accuracy of 0.874, lose too much in two digits.
+    return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
 
 
 def _kinds(structure: Structure) -> list[str]:
@@ -295,16 +330,19 @@ def _share(name: str, new: float, old: float | None) -> tuple[str, str, str]:
 
 
 def _cost_rows(dense: Costs, compressed: Costs) -> list[tuple[str, str, str]]:
+    layers, others = ("linears", "attention, embeddings")
+    if dense.image:
+        layers, others = ("layers", "all other products")
     rows = [_share("parameters", compressed.parameters, dense.parameters)]
     if dense.macs:
-        rows.append(_share(f"MACs, {compressed.tokens} tokens", compressed.macs, dense.macs))
+        rows.append(_share(f"MACs, {compressed.sample}", compressed.macs, dense.macs))
     rows.append(("mean bits", f"{dense.mean_bits:.2f}", f"{compressed.mean_bits:.2f}"))
     if dense.macs and dense.bops_linear:
         # Two definitions that must not be mixed: the paper counts encoder linears only, by which its BERT baseline is
         # 13.57 T BOPs (84.9 M weights x 156 tokens x 32 x 32).
         paper = f"{compressed.bops_linear / dense.bops_linear:.2%}"
-        rows.append(("relative BOPs, paper (quantized linears)", "100.0%", paper))
+        rows.append((f"relative BOPs, paper (quantized {layers})", "100.0%", paper))
     if dense.macs:
         full = f"{compressed.bops_full / dense.bops_full:.2%}"
-        rows.append(("relative BOPs, full (+ attention, embeddings)", "100.0%", full))
+        rows.append((f"relative BOPs, full (+ {others})", "100.0%", full))
     return rows

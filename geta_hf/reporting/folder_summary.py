@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from geta_hf.config import CONFIG_NAME
-from geta_hf.costs.model_costs import Costs, layer_costs, mean_bits, measure_costs
+from geta_hf.costs.model_costs import Costs, Image, image_of, layer_costs, mean_bits, measure_costs
 from geta_hf.errors import GETAError
 from geta_hf.export.folder_files import STRUCTURE_NAME
 from geta_hf.export.untouched import Untouched, read_untouched
@@ -46,6 +46,7 @@ _LONGEST_FRONT = 2**20
 PACKED, EMBEDDINGS, SCALES, REST = "packed weights", "embeddings", "step sizes", "everything else"
 
 _TOKENS = 384
+_PROCESSOR_NAME = "preprocessor_config.json"
 _TASKS = {
     "AutoModelForQuestionAnswering": "question-answering",
     "AutoModelForSequenceClassification": "text-classification",
@@ -141,7 +142,8 @@ class FolderSummary:
 def read_summary(folder: str | os.PathLike[str]) -> FolderSummary:
     """Summarize an exported folder. No weight is loaded and no code of the folder is run.
 
-    Costs are counted on empty models, dense and cut, for one sequence of 384 tokens or of the longest allowed length.
+    Costs are counted on empty models, dense and cut, for one sequence of 384 tokens or of the longest allowed length,
+    or for one image of the size that the folder's processor makes.
 
     Raises:
         GETAError: not an exported folder, or one of its files cannot be read.
@@ -321,13 +323,29 @@ def _costs(dense: PreTrainedModel, folder: Path, structure: Structure) -> dict[s
             f"{folder / STRUCTURE_NAME}: bits names the module {unknown[0]!r}, which {type(dense).__name__} does not "
             f"have; export the folder again"
         )
-    return {"dense": _counted(dense, tokens, names), "compressed": _counted(compressed, tokens, names)}
+    image = image_of(dense, _image_side(folder))
+    return {
+        "dense": _counted(dense, tokens, names, image),
+        "compressed": _counted(compressed, tokens, names, image),
+    }
 
 
-def _counted(model: PreTrainedModel, tokens: int, names: list[str]) -> Costs:
+def _image_side(folder: Path) -> int | None:
+    """Return the height of the images that the folder's processor makes; None where it does not say."""
+    path = folder / _PROCESSOR_NAME
+    values = read_json(path) if path.is_file() else {}
+    for name in ("crop_size", "size") if values.get("do_center_crop") else ("size",):
+        size = values.get(name)
+        found = (size.get("height") or size.get("shortest_edge")) if isinstance(size, dict) else size
+        if isinstance(found, int) and not isinstance(found, bool) and found > 0:
+            return found
+    return None
+
+
+def _counted(model: PreTrainedModel, tokens: int, names: list[str], image: Image | None) -> Costs:
     try:
-        return measure_costs(model, tokens, names)
-    except Exception:  # models that need more than token ids raise many kinds of errors
+        return measure_costs(model, tokens, names, image=image)
+    except Exception:  # models that need more than token ids or an image raise many kinds of errors
         layers = layer_costs(model, names)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         return Costs(tokens, parameters, 0, 0.0, 0.0, mean_bits(layers) if layers else FLOAT_BITS, layers)

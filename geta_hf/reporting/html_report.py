@@ -72,12 +72,13 @@ def write_report(
 
 
 def _latency(summary: FolderSummary, dense: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
-    """Measure both models on the sequence length of the MACs; return nothing for a model that needs other inputs."""
-    # MACs are 0 for a model that token ids alone cannot run, which then cannot be timed in this way either.
+    """Measure both models on what the MACs are of; return nothing for a model that needs other inputs."""
+    # MACs are 0 for a model that neither token ids nor an image alone can run, which can't be timed like that either.
     if not summary.costs or not summary.costs["dense"].macs:
         return {}
     models = {"dense": load_model(dense), "compressed": load_model(summary.folder)}
-    return {"latency_ms": measure_latency(models, summary.costs["dense"].tokens)}
+    costs = summary.costs["dense"]
+    return {"latency_ms": measure_latency(models, costs.tokens, image=costs.image)}
 
 
 def _filled(parts: Mapping[str, str]) -> str:

@@ -394,14 +394,22 @@ _COUNTED = (
     "the full count every matrix product and embedding."
 )
 
+_IMAGES = "quantized layers, the full count every convolution and matrix product"
+
 
 def how_counted(summary: FolderSummary) -> str:
     """Explain the figures of the table in a few sentences."""
+    counted = _COUNTED
+    costs = summary.costs.get("dense")
+    if costs is not None and costs.image is not None:
+        counted = _COUNTED.replace(
+            "quantized linear layers, the full count every matrix product and embedding", _IMAGES
+        )
     dropped = len(summary.structure.dropped)
     if not dropped:
-        return _COUNTED
+        return counted
     layers = "one layer that was" if dropped == 1 else f"{dropped} layers that were"
-    return f"{_COUNTED} Parameters, MACs and BOPs of the dense model exclude the {layers} removed entirely."
+    return f"{counted} Parameters, MACs and BOPs of the dense model exclude the {layers} removed entirely."
 
 
 _STEPS = {
@@ -419,11 +427,13 @@ def describe_folder(summary: FolderSummary, base_model: str | None) -> str:
     source = f" from {_cell(base_model)}" if base_model else ""
     pruned = f"{kept:,} of {before:,} groups of weights remain" if kept < before else "no group was removed"
     layers = f"{len(summary.structure.dropped)} layers were removed entirely, " if summary.structure.dropped else ""
-    widths = sorted(set(summary.structure.bits.values()))
+    widths = sorted({bits for found in summary.structure.widths.values() for bits in found})
     packed = ""
     if widths:
         bits = str(widths[0]) if len(widths) == 1 else f"{widths[0]} to {widths[-1]}"
         packed = f", and {len(summary.structure.bits)} layers are stored at {bits} bits{_STEPS[summary.grid]}"
+        if several := sum(len(found) > 1 for found in summary.structure.widths.values()):
+            packed += f", {several} of them with a width for each row or column"
     return (
         f"A {_cell(summary.architecture)}{source}, compressed with GETA (joint structured pruning and quantization "
         f"during fine-tuning): {layers}{pruned}{packed}."

@@ -23,8 +23,7 @@ from transformers.utils import logging
 from geta_hf.errors import GETAError
 from geta_hf.quantization.fixed import output_dim
 from geta_hf.quantization.maths import block_count
-from geta_hf.serialization.bitpack import stream_length
-from geta_hf.serialization.packed_layers import INPUT_SCALE, WEIGHT_SCALE, PackedLayer
+from geta_hf.serialization.packed_layers import INPUT_SCALE, WEIGHT_SCALE, WEIGHT_WIDTHS, ChannelWidths, PackedLayer
 
 logger = logging.get_logger(__name__)
 
@@ -121,12 +120,13 @@ def check_packed(name: str, layer: PackedLayer, headers: Mapping[str, Header], b
     if (found := headers.get(f"{name}.weight")) is None:
         return
     numel = math.prod(layer.dense_shape)
-    length = stream_length(numel, layer.bits)
+    length = layer.stream_length()
     if found.kind != "U8" or found.shape != (length,):
         raise GETAError(
-            f"{found.file}: {name}.weight: {numel} codes of {layer.bits} bits are a uint8 stream of {length} bytes, "
-            f"not {found.kind} of shape {found.shape}; export the folder again"
+            f"{found.file}: {name}.weight: {numel} codes of {_named_widths(layer)} bits are a uint8 stream of {length} "
+            f"bytes, not {found.kind} of shape {found.shape}; export the folder again"
         )
+    _check_widths(name, layer, headers.get(f"{name}.{WEIGHT_WIDTHS}"))
     # The sizes of scales are checked once they are loaded; another type would be cast without a word by then.
     for leaf in (WEIGHT_SCALE, INPUT_SCALE):
         if (scale := headers.get(f"{name}.{leaf}")) is not None and scale.kind not in _scale_kinds(leaf, blocks, scale):
@@ -134,6 +134,23 @@ def check_packed(name: str, layer: PackedLayer, headers: Mapping[str, Header], b
                 f"{scale.file}: {name}.{leaf} is {scale.kind} of shape {scale.shape}, not one float32, nor one for "
                 f"several channels; export the folder again"
             )
+
+
+def _check_widths(name: str, layer: PackedLayer, found: Header | None) -> None:
+    """Check the type and size of a tensor of widths, which only a layer of several widths may have."""
+    if found is None:
+        return
+    own = layer.widths
+    if own is None or found.kind != "I8" or found.shape != tuple(own.bits.shape):
+        channels = "none" if own is None else f"int8 of shape ({len(own.bits)},)"
+        raise GETAError(
+            f"{found.file}: {name}.{WEIGHT_WIDTHS} is {found.kind} of shape {found.shape}, not {channels}; export the "
+            f"folder again"
+        )
+
+
+def _named_widths(layer: PackedLayer) -> str:
+    return str(layer.bits) if layer.widths is None else " and ".join(map(str, layer.widths.counts))
 
 
 def _scale_kinds(leaf: str, blocks: bool, header: Header) -> tuple[str, ...]:
@@ -227,8 +244,9 @@ class Decode(ConversionOps):
         return self  # transformers copies a conversion for every tensor; a copy's `problem` would be lost
 
     def converter(self) -> WeightConverter:
-        """Return the conversion of the layer's two tensors in the folder into its weight, in transformers' terms."""
-        sources = [f"^(?:{self.pattern})\\.{leaf}$" for leaf in ("weight", WEIGHT_SCALE)]
+        """Return the conversion of the layer's tensors in the folder into its weight, in transformers' terms."""
+        leaves = ("weight", WEIGHT_SCALE) if self.layer.widths is None else ("weight", WEIGHT_SCALE, WEIGHT_WIDTHS)
+        sources = [f"^(?:{self.pattern})\\.{leaf}$" for leaf in leaves]
         return WeightConverter(sources, f"{self.name}.weight", [self])
 
     @torch.no_grad()
@@ -236,7 +254,7 @@ class Decode(ConversionOps):
         """Return the decoded weight under the model's name for it, `full_layer_name`; transformers calls this."""
         tensors = [part[0] if isinstance(part, list) else part for part in input_dict.values()]
         # By type, since transformers does not tell which tensor matched which pattern.
-        found = {"scale" if tensor.is_floating_point() else "stream": tensor for tensor in tensors}
+        found = {_part_of(tensor): tensor for tensor in tensors}
         try:
             weight = self._decoded(found)
         except GETAError as error:
@@ -247,18 +265,21 @@ class Decode(ConversionOps):
 
     def _decoded(self, found: Mapping[str, Tensor]) -> Tensor:
         layer = self.layer
-        if len(found) < 2:
+        if "scale" not in found or "stream" not in found:
             lacks = "weight" if "scale" in found else WEIGHT_SCALE
             raise GETAError(f"the folder has no tensor {self.name}.{lacks}; copy or export it again")
         stream = found["stream"]
         scale = found["scale"]
-        channels = layer.dense_shape[output_dim(layer)]
+        if layer.widths is not None and "widths" in found:
+            layer.widths = self._widths(layer.widths, found["widths"])
+        channels = layer.dense_shape[layer.scale_dim]
         blocks = None
         if self.blocks and len(layer.dense_shape) == 2 and not isinstance(layer, nn.Embedding):
             blocks = (channels, block_count(layer.dense_shape[1 - output_dim(layer)]))
-        check_scale(f"{self.name}.{WEIGHT_SCALE}", scale, "each output channel", channels, blocks)
+        several = "each input channel" if layer.scales_inputs else "each output channel"
+        check_scale(f"{self.name}.{WEIGHT_SCALE}", scale, several, channels, blocks)
         try:
-            codes = layer.unpacked(stream, math.prod(layer.dense_shape)).view(layer.dense_shape)
+            codes = layer.unpacked(stream)
         except GETAError as error:
             raise GETAError(f"{self.name}.weight: {error}") from error
         # Only for a stream that was decoded: `_share_step_sizes` takes its presence as the mark of that.
@@ -267,3 +288,19 @@ class Decode(ConversionOps):
         # Where codes cannot be read back from the weight, the stream itself has to be kept for saving.
         layer.stream = None if layer.holds(codes, weight) else stream.cpu().clone()
         return weight
+
+    def _widths(self, stated: ChannelWidths, bits: Tensor) -> ChannelWidths:
+        """Return the widths that a tensor gives to each index, which are as many as config.json states."""
+        found = ChannelWidths(stated.dim, bits.cpu().clone())
+        if bits.shape != stated.bits.shape or found.counts != stated.counts:
+            raise GETAError(
+                f"{self.name}.{WEIGHT_WIDTHS} has counts of widths {found.counts}, but config.json {stated.counts}; "
+                f"copy or export the folder again"
+            )
+        return found
+
+
+def _part_of(tensor: Tensor) -> str:
+    if tensor.is_floating_point():
+        return "scale"
+    return "widths" if tensor.dtype == torch.int8 else "stream"

@@ -20,6 +20,8 @@ from geta_hf.serialization.packed_layers import (
     BLOCKS,
     INPUT_SCALE,
     WEIGHT_SCALE,
+    WEIGHT_WIDTHS,
+    ChannelWidths,
     PackedLayer,
     PackedRows,
     become_packed,
@@ -47,9 +49,11 @@ def pack(codes: Tensor, bits: int, four_levels: bool = False) -> Tensor:
     if not isinstance(bits, int) or isinstance(bits, bool) or not MIN_BITS <= bits <= MAX_BITS:
         raise GETAError(f"bits is {bits!r}; a packed weight has an integer bit width from {MIN_BITS} to {MAX_BITS}")
     flat = codes.detach().reshape(-1).cpu()
-    if (problem := misfit(flat, bits, four_levels)) is not None:
-        raise GETAError(problem)
+    if (largest := _largest(flat)) > largest_code(bits, four_levels):
+        raise GETAError(f"code {largest} does not fit in {bits} bits, the largest is {largest_code(bits, four_levels)}")
     if four_levels:
+        if (even := _first_even(flat)) is not None:
+            raise GETAError(f"code {even} is none of four levels, which are -3, -1, 1 and 3")
         flat = (flat - 1).div(2, rounding_mode="floor")
     stream = torch.zeros(-(-flat.numel() // 8), bits, dtype=torch.uint8)
     for start in range(0, stream.shape[0], ROWS_AT_ONCE):
@@ -60,13 +64,10 @@ def pack(codes: Tensor, bits: int, four_levels: bool = False) -> Tensor:
     return stream.view(-1)[: stream_length(flat.numel(), bits)].clone()
 
 
-def misfit(codes: Tensor, bits: int, four_levels: bool = False) -> str | None:
-    """Return why codes do not fit in a bit width; None where they do."""
-    if (largest := _largest(codes)) > largest_code(bits, four_levels):
-        return f"code {largest} does not fit in {bits} bits, the largest is {largest_code(bits, four_levels)}"
-    if four_levels and bool((codes % 2 == 0).any()):
-        return "the codes of four levels are -3, -1, 1 and 3, but there is an even one"
-    return None
+def _first_even(codes: Tensor) -> int | None:
+    """Return an even code, which no grid of four levels has; None where there is none."""
+    even = codes[codes % 2 == 0]
+    return int(even[0]) if even.numel() else None
 
 
 def _largest(codes: Tensor) -> int:
@@ -84,6 +85,50 @@ def _to_bytes(rows: Tensor, bits: int) -> Tensor:
     return out
 
 
+def pack_weight(codes: Tensor, bits: int, widths: ChannelWidths | None = None, four_levels: bool = False) -> Tensor:
+    """Pack the codes of a weight: one stream, or one for each width, narrow ones first.
+
+    Args:
+        codes: integers in the weight's shape.
+        bits: of each code, where `widths` is None.
+        widths: of rows or columns. Default None.
+        four_levels: see `unpack`. Default False.
+
+    Returns:
+        uint8, one-dimensional, on CPU.
+
+    Raises:
+        GETAError: as `pack`.
+    """
+    if widths is None:
+        return pack(codes, bits, four_levels)
+    parts = [
+        pack(codes.index_select(widths.dim, widths.index(width).to(codes.device)), width) for width in widths.counts
+    ]
+    return torch.cat(parts)
+
+
+def _misfit(
+    codes: Tensor, bits: int, widths: ChannelWidths | None, four_levels: bool = False
+) -> tuple[int, int] | None:
+    """Return a code that does not fit its width, with this width; None where all fit."""
+    if four_levels:
+        if (even := _first_even(codes)) is not None:
+            return even, bits
+        largest = _largest(codes)
+        return (largest, bits) if largest > largest_code(bits, four_levels) else None
+    if widths is None:
+        largest = _largest(codes)
+        return (largest, bits) if largest > largest_code(bits) else None
+    others = [dim for dim in range(codes.dim()) if dim != widths.dim]
+    most = torch.maximum(-codes.amin(others).long(), codes.amax(others).long()).cpu()
+    for width in widths.counts:
+        largest = int(most[widths.index(width)].max())
+        if largest > largest_code(width):
+            return largest, width
+    return None
+
+
 def pack_layer(
     name: str,
     layer: nn.Module,
@@ -92,12 +137,13 @@ def pack_layer(
     step_size: float | Tensor,
     input_quantizer: FixedQuantizer | None = None,
     tied: bool = False,
+    widths: ChannelWidths | None = None,
     four_levels: bool = False,
 ) -> None:
     """Turn a plain layer into a packed one, in place.
 
     Args:
-        name, layer, bits, tied, four_levels: see `become_packed`.
+        name, layer, bits, tied, widths, four_levels: see `become_packed`.
         codes: integers n, the shape of the layer's weight.
         step_size: what they are multiplied by, a number or of shape (1,), (channels,) or (channels, blocks).
         input_quantizer: rounds the layer's input. Default None: the input stays in floating point.
@@ -105,14 +151,16 @@ def pack_layer(
     Raises:
         GETAError: the layer's class has no packed counterpart, or a code does not fit. The layer is not changed then.
     """
-    if (problem := misfit(codes, bits, four_levels)) is not None:
+    if (misfit := _misfit(codes, bits, widths, four_levels)) is not None:
+        largest, width = misfit
+        most = largest_code(width, four_levels)
         raise GETAError(
-            f"{name}: {problem}; its clipping value, step size and bit width disagree, so set the step size again or "
-            f"give it more bits"
+            f"{name}: code {largest} does not fit in {width} bits, the largest is {most}; its clipping value, step "
+            f"size and bit width disagree, so set the step size again or give it more bits"
         )
     dtype = layer.get_parameter("weight").dtype
     device = layer.get_parameter("weight").device
-    packed = become_packed(name, layer, bits, tied, four_levels)
+    packed = become_packed(name, layer, bits, tied, widths, four_levels)
     # Accelerate's hooks keep a bound forward, which would still be that of the plain class.
     rebind_forward(packed)
     packed.input_quantizer = input_quantizer
@@ -137,7 +185,9 @@ def fill(layer: PackedLayer, codes: Tensor, dtype: torch.dtype) -> None:
     """
     weight = layer.stored(codes, dtype)
     # A weight in bf16 cannot hold codes of more than 8 bits exactly, so they are kept as they will be saved.
-    layer.stream = None if layer.holds(codes, weight) else pack(codes, layer.bits, layer.four_levels)
+    layer.stream = (
+        None if layer.holds(codes, weight) else pack_weight(codes, layer.bits, layer.widths, layer.four_levels)
+    )
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.finish_loading()
 
@@ -160,10 +210,10 @@ def layer_codes(name: str, layer: PackedLayer, weight: Tensor | None = None) -> 
         codes = layer.read_back(weight)
     else:
         # The stream is the truth here. The weight is still compared below, since it may have been trained.
-        codes = layer.unpacked(layer.stream, weight.numel()).view(weight.shape).to(weight.device, torch.int32)
+        codes = layer.unpacked(layer.stream).to(weight.device, torch.int32)
     # The model may have been cast to half precision and back since it was loaded: that is no change of its codes.
-    fits = misfit(codes, layer.bits, layer.four_levels) is None
-    if not fits or not any(_stands_for(layer, codes, weight, cast) for cast in _CASTS):
+    same = any(_stands_for(layer, codes, weight, cast) for cast in _CASTS)
+    if not same or _misfit(codes, layer.bits, layer.widths, layer.four_levels) is not None:
         raise GETAError(
             f"{name}.weight was changed after it was decoded, by a merged adapter or by training, and its codes no "
             f"longer describe it; call model.dequantize() and save it as plain weights, or train before the export"
@@ -186,14 +236,17 @@ def packed_tensors(name: str, layer: PackedLayer, weight: Tensor | None = None) 
         name, layer, weight: see `layer_codes`.
 
     Returns:
-        `<name>.weight` (uint8 stream), `<name>.weight_scale` (fp32, or fp16 of blocks) and, where the input is rounded,
-        `<name>.input_scale` (fp32), on CPU.
+        `<name>.weight` (uint8 stream), `<name>.weight_scale` (fp32, or fp16 of blocks), where the input is rounded
+        `<name>.input_scale` (fp32), and where widths do not ascend along the weight `<name>.weight_widths` (int8), on
+        CPU.
 
     Raises:
         GETAError: as `layer_codes`.
     """
-    stream = pack(layer_codes(name, layer, weight), layer.bits, layer.four_levels)
+    stream = pack_weight(layer_codes(name, layer, weight), layer.bits, layer.widths, layer.four_levels)
     tensors = {"weight": stream, WEIGHT_SCALE: layer.step_size.cpu()}
+    if layer.widths is not None and not layer.widths.is_sorted:
+        tensors[WEIGHT_WIDTHS] = layer.widths.bits
     if layer.input_quantizer is not None:
         tensors[INPUT_SCALE] = layer.input_quantizer.scale
     return {f"{name}.{leaf}": tensor for leaf, tensor in tensors.items()}
@@ -234,13 +287,25 @@ def weight_holders(model: nn.Module, layers: Iterable[str]) -> dict[str, list[tu
 
 
 def weight_bits(model: nn.Module) -> dict[str, int]:
-    """Return module path -> bit width of its packed weight."""
+    """Return module path -> bit width of its packed weight; the widest of several."""
     return {name: layer.bits for name, layer in packed_layers(model).items()}
 
 
 def four_level_layers(model: nn.Module) -> list[str]:
     """Return the paths of the packed layers whose weight has four levels."""
     return [name for name, layer in packed_layers(model).items() if layer.four_levels]
+
+
+def unsigned_inputs(model: nn.Module) -> list[str]:
+    """Return the paths of the packed layers whose inputs are rounded to codes without a sign."""
+    inputs = {name: layer.input_quantizer for name, layer in packed_layers(model).items()}
+    return [name for name, quantizer in inputs.items() if quantizer is not None and quantizer.unsigned]
+
+
+def width_blocks(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return module path -> dim, widths and counts, for the packed layers whose rows or columns have widths."""
+    layers = packed_layers(model).items()
+    return {name: layer.widths.entry() for name, layer in layers if layer.widths is not None}
 
 
 def grid_of(model: nn.Module) -> str | None:

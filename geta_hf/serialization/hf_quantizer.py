@@ -27,8 +27,10 @@ from geta_hf.serialization.encode import (
     grid_of,
     packed_tensors,
     unpack_layer,
+    unsigned_inputs,
     weight_bits,
     weight_holders,
+    width_blocks,
 )
 from geta_hf.serialization.loader import (
     QUANT_METHOD,
@@ -149,7 +151,9 @@ def attach_quantizer(model: PreTrainedModel, fixes: Fixes) -> None:
             activation_bits=activation_bits(part),
             partial=bool(path),
             grid=grid_of(part),
-            four_levels=four_level_layers(part),
+            blocks=width_blocks(part) or None,
+            unsigned_inputs=unsigned_inputs(part) or None,
+            four_levels=four_level_layers(part) or None,
         )
         part.hf_quantizer = GETAHfQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
         # In the instance, since the class is transformers' own and other models of it are not packed.

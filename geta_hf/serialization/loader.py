@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer
@@ -29,7 +30,15 @@ from geta_hf.quantization.fixed import FixedQuantizer
 from geta_hf.serialization.bitpack import FOUR_LEVEL_BITS, MAX_BITS, MIN_BITS
 from geta_hf.serialization.checksums import DIGITS, Verification
 from geta_hf.serialization.decode import Decode, Header, check_packed, check_plain, check_scale, read_headers
-from geta_hf.serialization.packed_layers import BLOCKS, INPUT_SCALE, LEAVES, PackedLayer, become_packed, packed_layers
+from geta_hf.serialization.packed_layers import (
+    BLOCKS,
+    INPUT_SCALE,
+    LEAVES,
+    ChannelWidths,
+    PackedLayer,
+    become_packed,
+    packed_layers,
+)
 from geta_hf.serialization.static_cache import fit_static_caches
 from geta_hf.surgery.fixes import (
     Fixes,
@@ -46,10 +55,14 @@ from geta_hf.utils.config_limits import MANY_LAYERS, check_counts
 logger = logging.get_logger(__name__)
 
 QUANT_METHOD = "geta"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of folders with layers of several widths; all others are written as version 1, which earlier releases read."""
+
+_VERSIONS = (1, FORMAT_VERSION)
 
 _WHERE = "quantization_config in config.json:"
-_LATER_KEYS = ("activation_bits", "partial", "checksums", "grid", "four_levels")
+_LATER_KEYS = ("activation_bits", "partial", "checksums", "grid", "blocks", "unsigned_inputs", "four_levels")
+_BLOCK_KEYS = {"dim", "widths", "counts"}
 
 _BUFFER_BYTES = 2**27
 """Up to so many bytes of buffers that no folder holds are always allowed; beyond, four times the folder's tensors."""
@@ -61,7 +74,7 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
     Args:
         bits: module path -> bit width of its packed weight, 2 to 16. Default None: no layer is packed.
         fixes: the fix list. Default None: nothing was cut.
-        format_version: of the folder's layout.
+        format_version: of the folder's layout. Default None: 2 where there are `blocks`, else 1.
         quant_method: always `geta`; transformers passes it.
         activation_bits: module path -> bit width of its input, 2 to 16, for the packed layers that round it. Default
             None: no layer does, and config.json has no such key.
@@ -71,6 +84,11 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
             were written before there were longer ones. Default None: none is known, and config.json has no such key.
         grid: `block32` where packed layers may have a step size for every 32 inputs of an output channel. Default None:
             none has, and config.json has no such key.
+        blocks: module path -> `dim`, `widths` and `counts`: how many indices along a dim of its weight have each width,
+            where they differ, or where that dim is its inputs'. `bits` has the widest. Default None: no module does,
+            and config.json has no such key.
+        unsigned_inputs: modules whose rounded inputs have no negative codes. Default None: no module does, and
+            config.json has no such key.
         four_levels: paths of the packed layers of 2 bits whose weight has four levels. Default None: none has, and
             config.json has no such key.
 
@@ -82,28 +100,37 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
         self,
         bits: dict[str, int] | None = None,
         fixes: Fixes | None = None,
-        format_version: int = FORMAT_VERSION,
+        format_version: int | None = None,
         quant_method: str = QUANT_METHOD,
         activation_bits: dict[str, int] | None = None,
         partial: bool = False,
         checksums: dict[str, str] | None = None,
         grid: str | None = None,
+        blocks: dict[str, dict[str, Any]] | None = None,
+        unsigned_inputs: list[str] | None = None,
         four_levels: list[str] | None = None,
         **unknown: Any,
     ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
+        self.blocks = {} if blocks is None else blocks
+        self.unsigned_inputs = [] if unsigned_inputs is None else unsigned_inputs
+        self.four_levels = [] if four_levels is None else four_levels
+        if format_version is None:
+            format_version = FORMAT_VERSION if blocks or unsigned_inputs else 1
         self.format_version = format_version
         self.bits = {} if bits is None else bits
         self.activation_bits = {} if activation_bits is None else activation_bits
         self.partial = partial
         self.checksums = {} if checksums is None else checksums
         self.grid = grid
-        self.four_levels = [] if four_levels is None else four_levels
-        if format_version != FORMAT_VERSION:
+        if type(self.format_version) is not int or self.format_version not in _VERSIONS:
             raise GETAError(
-                f"{_WHERE} format_version is {format_version!r}, but this release of geta_hf reads {FORMAT_VERSION}; "
-                f"install the release that wrote the folder"
+                f"{_WHERE} format_version is {format_version!r}, but this release of geta_hf reads 1 and "
+                f"{FORMAT_VERSION}; install the release that wrote the folder"
             )
+        if (self.blocks or self.unsigned_inputs) and self.format_version == 1:
+            later = "blocks" if self.blocks else "unsigned_inputs"
+            raise GETAError(f"{_WHERE} {later} came with format_version 2, but this is 1; export the folder again")
         if unknown:
             raise GETAError(f"{_WHERE} unknown keys {sorted(unknown)}; install the release that wrote the folder")
         if not isinstance(partial, bool):
@@ -115,7 +142,9 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
         _check_checksums(self.checksums)
         check_widths("bits", self.bits)
         check_widths("activation_bits", self.activation_bits)
-        _check_four_levels(self.four_levels, self.bits)
+        _check_unsigned(self.unsigned_inputs, self.activation_bits)
+        check_blocks(self.blocks, self.bits)
+        _check_four_levels(self.four_levels, self.bits, self.blocks)
         if lacking := sorted(set(self.activation_bits) - set(self.bits)):
             raise GETAError(f"{_WHERE} activation_bits names {lacking[0]!r}, which is not in bits; add it there too")
         self.fixes = no_fixes() if fixes is None else read_fixes(fixes, f"{_WHERE} fixes")
@@ -129,23 +158,62 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
         return {k: v for k, v in super().to_dict().items() if v or k not in _LATER_KEYS}
 
 
+def _check_unsigned(names: Any, activation_bits: Mapping[str, int]) -> None:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise GETAError(f"{_WHERE} unsigned_inputs must be a list of module names, not {str(names)[:80]!r}")
+    if lacking := sorted(set(names) - set(activation_bits)):
+        raise GETAError(f"{_WHERE} unsigned_inputs names {lacking[0]!r}, which is not in activation_bits")
+
+
+def _check_four_levels(layers: Any, bits: Mapping[str, int], blocks: Mapping[str, Any]) -> None:
+    if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
+        raise GETAError(f"{_WHERE} four_levels must be a list of module names, not {str(layers)[:80]!r}")
+    for name in layers:
+        if bits.get(name) != FOUR_LEVEL_BITS or name in blocks:
+            raise GETAError(
+                f"{_WHERE} four_levels names {name[:80]!r}, whose width in bits is {bits.get(name)}; only a layer with "
+                f"{FOUR_LEVEL_BITS} bits throughout has four levels, so copy or export the folder again"
+            )
+
+
+def check_blocks(blocks: Any, bits: Mapping[str, int], where: str = _WHERE) -> None:
+    """Check that a value maps names of modules to the widths of their rows or columns.
+
+    Raises:
+        GETAError: `where` says in which file it is.
+    """
+    if not isinstance(blocks, dict):
+        raise GETAError(f"{where} blocks must be an object of module names, not {str(blocks)[:80]!r}")
+    for name, entry in blocks.items():
+        if not isinstance(entry, dict) or set(entry) != _BLOCK_KEYS or not _is_block(entry):
+            raise GETAError(
+                f"{where} blocks[{name!r}] is {str(entry)[:80]!r}, not a dim, ascending widths from {MIN_BITS} to "
+                f"{MAX_BITS}, and a positive count of each"
+            )
+        if bits.get(name) != entry["widths"][-1]:
+            raise GETAError(
+                f"{where} bits[{name!r}] is {bits.get(name)!r}, not the widest of blocks, {entry['widths'][-1]}; "
+                f"export the folder again"
+            )
+
+
+def _is_block(entry: Mapping[str, Any]) -> bool:
+    widths = entry["widths"]
+    counts = entry["counts"]
+    if not isinstance(widths, list) or not isinstance(counts, list) or not widths or len(widths) != len(counts):
+        return False
+    if any(type(value) is not int for value in (entry["dim"], *widths, *counts)):
+        return False
+    fits = entry["dim"] in (0, 1) and widths[0] >= MIN_BITS and widths[-1] <= MAX_BITS and min(counts) > 0
+    return fits and sorted(set(widths)) == widths
+
+
 def _check_checksums(checksums: Any) -> None:
     if not isinstance(checksums, dict):
         raise GETAError(f"{_WHERE} checksums must be an object of tensor names, not {str(checksums)[:80]!r}")
     for name, value in checksums.items():
         if not isinstance(value, str) or len(value) not in DIGITS:
             raise GETAError(f"{_WHERE} checksums[{name!r}] is {str(value)[:80]!r}, not 8 or 16 hexadecimal digits")
-
-
-def _check_four_levels(layers: Any, bits: dict[str, int]) -> None:
-    if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
-        raise GETAError(f"{_WHERE} four_levels must be a list of module names, not {str(layers)[:80]!r}")
-    for name in layers:
-        if bits.get(name) != FOUR_LEVEL_BITS:
-            raise GETAError(
-                f"{_WHERE} four_levels names {name[:80]!r}, whose width in bits is {bits.get(name)}; only a layer of "
-                f"{FOUR_LEVEL_BITS} bits has four levels, so copy or export the folder again"
-            )
 
 
 def check_widths(key: str, widths: Any, where: str = _WHERE) -> None:
@@ -165,9 +233,10 @@ class GETALoader(HfQuantizer):
     """Shrink and prepare a freshly built model, then verify and decode what was loaded."""
 
     requires_calibration = True  # a dense model cannot be loaded into this format, only exported
-    revision = 5
+    revision = 6
     """Rises when folders get what earlier code refuses: 2 since they have checksums, 3 since these have 16 digits, 4
-    since there may be step sizes for blocks of inputs, 5 since there may be four levels at 2 bits."""
+    since there may be step sizes for blocks of inputs, 5 since a layer may have several widths,
+    6 since there may be four levels at 2 bits."""
 
     quantization_config: GETAQuantizationConfig
 
@@ -255,8 +324,9 @@ class GETALoader(HfQuantizer):
         for name, bits in config.bits.items():
             if (path := find_module(model, name)) is None:
                 continue
-            shared = f"{path}.weight" in tied
-            layer = become_packed(path, model.get_submodule(path), bits, shared, name in four_levels)
+            module = model.get_submodule(path)
+            widths = _widths_of(name, module, config.blocks.get(name))
+            layer = become_packed(path, module, bits, f"{path}.weight" in tied, widths, name in four_levels)
             self._reserve(name, _places(model, name), layer)
             for place in _places(model, name):
                 check_packed(place, layer, headers, config.grid == BLOCKS)
@@ -332,7 +402,29 @@ class GETALoader(HfQuantizer):
         # The quantizer holds the scale from here on.
         del layer._buffers[INPUT_SCALE]
         place = next(place for place in _places(model, path) if place in bit_widths)
-        layer.input_quantizer = FixedQuantizer(scale, bit_widths[place])
+        unsigned = place in self.quantization_config.unsigned_inputs
+        layer.input_quantizer = FixedQuantizer(scale, bit_widths[place], unsigned)
+
+
+def _widths_of(name: str, layer: nn.Module, entry: Mapping[str, Any] | None) -> ChannelWidths | None:
+    """Return the widths of a layer's rows or columns, as if they ascended; a tensor may say otherwise later."""
+    if entry is None:
+        return None
+    weight = layer._parameters.get("weight")
+    dim = entry["dim"]
+    # Compared before anything of that size is made, since the counts may be a stranger's.
+    if (
+        weight is None
+        or weight.dim() < 2
+        or isinstance(layer, nn.Embedding)
+        or sum(entry["counts"]) != weight.shape[dim]
+    ):
+        shape = None if weight is None else tuple(weight.shape)
+        raise GETAError(
+            f"{_WHERE} blocks[{name!r}] has {sum(entry['counts'])} indices along dim {dim}, but the "
+            f"{type(layer).__name__} has a weight of shape {shape}; export the folder again"
+        )
+    return ChannelWidths.contiguous(dim, entry["widths"], entry["counts"])
 
 
 def _decodes(conversion: Any) -> bool:
@@ -352,7 +444,7 @@ def _share_step_sizes(model: PreTrainedModel) -> None:
         if "step_size" not in vars(layer):
             if (source := loaded.get(id(layer.weight))) is None:
                 raise GETAError("a packed layer is tied to a weight that the folder lacks; copy or export it again")
-            layer.step_size, layer.stream = source.step_size, source.stream
+            layer.step_size, layer.stream, layer.widths = source.step_size, source.stream, source.widths
 
 
 def _share_offloaded(model: PreTrainedModel) -> None:

@@ -2,9 +2,10 @@
 
 On disk `<module>.weight` is the bit stream, uint8 and one-dimensional, and `<module>.weight_scale` the step size d,
 fp32: shape (1,), or (channels,) with one for each output channel; or (channels, blocks) with one for each 32 inputs of
-an output channel, fp16 where that holds them exactly. The name `weight` is chosen on purpose: a reader that
-does not know the format finds a weight of the wrong size and fails, where under another name it would find none and
-load random weights without a word.
+an output channel, fp16 where that holds them exactly. A layer whose rows or columns differ in width has one for each of
+these, and its stream is that of one width after the other; see `ChannelWidths`. The name `weight` is chosen on
+purpose: a reader that does not know the format finds a weight of the wrong size and fails, where under another name it
+would find none and load random weights without a word.
 
 In memory the weight is decoded once, because unpacking in every forward pass takes many times as long as the product
 itself; the forward pass is then the original class's own. An embedding is different, since few of its rows are used at
@@ -14,7 +15,9 @@ a time: it keeps one byte per code and decodes the rows that are looked up. A la
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -25,10 +28,10 @@ from transformers.pytorch_utils import Conv1D
 from geta_hf.errors import GETAError
 from geta_hf.quantization.fixed import FixedQuantizer, InputQuantizedLayer, SinglePrecision, output_dim
 from geta_hf.quantization.maths import BLOCK
-from geta_hf.serialization.bitpack import BYTE_BITS, FOUR_LEVEL_BITS, unpack
+from geta_hf.serialization.bitpack import BYTE_BITS, FOUR_LEVEL_BITS, stream_length, unpack
 
-WEIGHT_SCALE, INPUT_SCALE = "weight_scale", "input_scale"
-LEAVES = ("weight", WEIGHT_SCALE, INPUT_SCALE)
+WEIGHT_SCALE, INPUT_SCALE, WEIGHT_WIDTHS = "weight_scale", "input_scale", "weight_widths"
+LEAVES = ("weight", WEIGHT_SCALE, INPUT_SCALE, WEIGHT_WIDTHS)
 """The tensors that a file holds of a packed layer, apart from its bias."""
 
 BLOCKS = "block32"
@@ -38,11 +41,82 @@ PIECE = 1 << 22
 """Elements that are decoded or compared at once: temporaries in fp32 are small next to the model, on a GPU as well."""
 
 
+@dataclass(frozen=True)
+class ChannelWidths:
+    """The width of each index along one dim of a weight, which has a step size of its own as well.
+
+    A file holds the codes of one width after the other, narrow ones first: of each width all indices in their order,
+    row-major, and padded to a byte.
+
+    Attributes:
+        dim: of the weight; that of its outputs or of its inputs.
+        bits: int8, shape (channels,), on CPU: the width of each index.
+    """
+
+    dim: int
+    bits: Tensor
+
+    @classmethod
+    def contiguous(cls, dim: int, widths: Sequence[int], counts: Sequence[int]) -> ChannelWidths:
+        """Return so many indices of each width, one width after the other."""
+        # On the CPU by name: a model is built where all new tensors are on meta.
+        values = torch.tensor(widths, dtype=torch.int8, device="cpu")
+        return cls(dim, torch.repeat_interleave(values, torch.tensor(counts, device="cpu")))
+
+    @property
+    def counts(self) -> dict[int, int]:
+        """How many indices have each width, ascending."""
+        widths, counts = self.bits.unique(return_counts=True)
+        return dict(zip(widths.tolist(), counts.tolist(), strict=True))
+
+    @property
+    def is_sorted(self) -> bool:
+        """Whether widths ascend along the dim, so that counts say all."""
+        return bool((self.bits.diff() >= 0).all())
+
+    @property
+    def mean(self) -> float:
+        """The mean width of an element."""
+        return float(self.bits.double().mean())
+
+    def index(self, width: int) -> Tensor:
+        """Return the indices of one width, int64, ascending."""
+        return torch.nonzero(self.bits == width).flatten()
+
+    def length(self, shape: Sequence[int]) -> int:
+        """Return the bytes of the stream of a weight of a shape."""
+        others = math.prod(shape) // max(shape[self.dim], 1)
+        return sum(stream_length(count * others, width) for width, count in self.counts.items())
+
+    def unpack(self, stream: Tensor, shape: Sequence[int]) -> Tensor:
+        """Decode a stream into codes, int8 or int16, of a shape; raise GETAError as `bitpack.unpack` does."""
+        if stream.dtype != torch.uint8 or tuple(stream.shape) != (self.length(shape),):
+            raise GETAError(
+                f"codes of {', '.join(map(str, self.counts))} bits in a weight of shape {tuple(shape)} are a uint8 "
+                f"stream of {self.length(shape)} bytes, not {stream.dtype} of shape {tuple(stream.shape)}"
+            )
+        wide = max(self.counts, default=0) > BYTE_BITS
+        codes = torch.zeros(*shape, dtype=torch.int16 if wide else torch.int8, device=stream.device)
+        start = 0
+        for width, count in self.counts.items():
+            part = [count if dim == self.dim else size for dim, size in enumerate(shape)]
+            end = start + stream_length(math.prod(part), width)
+            block = unpack(stream[start:end], width, math.prod(part)).view(part).to(codes.dtype)
+            codes.index_copy_(self.dim, self.index(width).to(stream.device), block)
+            start = end
+        return codes
+
+    def entry(self) -> dict[str, Any]:
+        """Return what a folder's configuration says of it; where it is not sorted, a tensor says the rest."""
+        return {"dim": self.dim, "widths": list(self.counts), "counts": list(self.counts.values())}
+
+
 class PackedLayer(InputQuantizedLayer):
     """Mixin of every packed layer.
 
     Attributes:
-        bits: bit width of each code as it is stored.
+        bits: bit width of each code, or the widest of several.
+        widths: where rows or columns have a width and a step size each; None where the layer has one width.
         four_levels: whether the codes are -3, -1, 1 and 3, of 2 bits each.
         step_size: what codes are multiplied by, fp32, shape (1,) or (channels,), or as stored, shape (channels,
             blocks); on CPU. A plain attribute and no buffer, so that no cast of the layer reaches it.
@@ -51,10 +125,11 @@ class PackedLayer(InputQuantizedLayer):
         stream: the bit stream, where its codes could not be read back from the weight when it is saved; else None.
     """
 
-    OWN: tuple[str, ...] = ("bits", "four_levels", "step_size", "stream", "plain_class")
+    OWN: tuple[str, ...] = ("bits", "widths", "four_levels", "step_size", "stream", "plain_class")
 
     weight: Any  # each plain layer class declares its own type
     bits: int
+    widths: ChannelWidths | None
     four_levels: bool = False
     step_size: Tensor
     input_quantizer: FixedQuantizer | None
@@ -66,17 +141,14 @@ class PackedLayer(InputQuantizedLayer):
         return super().forward(self.quantized_input(input))
 
     def extra_repr(self) -> str:
+        bits = self.bits if self.widths is None else self.widths.counts
         levels = ", four levels" if self.four_levels else ""
-        return f"{super().extra_repr()}, bits={self.bits}{levels}".removeprefix(", ")
+        return f"{super().extra_repr()}, bits={bits}{levels}".removeprefix(", ")
 
     @property
     def integer_bits(self) -> int:
         """Bit width of the smallest symmetric integer that holds the codes: 3 for those of four levels, else `bits`."""
         return self.bits + 1 if self.four_levels else self.bits
-
-    def unpacked(self, stream: Tensor, numel: int) -> Tensor:
-        """Return the codes of a bit stream of this layer, as `bitpack.unpack` does."""
-        return unpack(stream, self.bits, numel, self.four_levels)
 
     @property
     def dense_shape(self) -> tuple[int, ...]:
@@ -93,10 +165,37 @@ class PackedLayer(InputQuantizedLayer):
         """Whether each 32 inputs of an output channel have a step size of their own."""
         return self.step_size.dim() == 2
 
+    @property
+    def scale_dim(self) -> int:
+        """The dim of the weight that step sizes run along, where there are several and no blocks of 32 inputs."""
+        return output_dim(self) if self.widths is None else self.widths.dim
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether each input, and not each output, has a step size of its own."""
+        return self.widths is not None and self.widths.dim != output_dim(self)
+
+    @property
+    def mean_bits(self) -> float:
+        """The mean width of a code."""
+        return float(self.bits) if self.widths is None else self.widths.mean
+
+    def stream_length(self) -> int:
+        """Return the bytes of the weight's stream."""
+        if self.widths is not None:
+            return self.widths.length(self.dense_shape)
+        return stream_length(math.prod(self.dense_shape), self.bits)
+
+    def unpacked(self, stream: Tensor) -> Tensor:
+        """Decode the weight's stream into codes of its shape; raise GETAError as `bitpack.unpack` does."""
+        if self.widths is not None:
+            return self.widths.unpack(stream, self.dense_shape)
+        return unpack(stream, self.bits, math.prod(self.dense_shape), self.four_levels).view(self.dense_shape)
+
     def scale(self, device: torch.device) -> Tensor:
         """Return the step size on a device, in the shape that broadcasts over the weight; not of blocks."""
         shape = [1] * len(self.dense_shape)
-        shape[output_dim(self)] = -1
+        shape[self.scale_dim] = -1
         return self.step_size.to(device).view(shape)
 
     def decoded(self, codes: Tensor) -> Tensor:
@@ -256,7 +355,14 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
 
 
-def become_packed(name: str, layer: nn.Module, bits: int, tied: bool = False, four_levels: bool = False) -> PackedLayer:
+def become_packed(
+    name: str,
+    layer: nn.Module,
+    bits: int,
+    tied: bool = False,
+    widths: ChannelWidths | None = None,
+    four_levels: bool = False,
+) -> PackedLayer:
     """Switch a layer to its packed class, in place; its step size and its weight are still missing afterwards.
 
     Only the class changes, so the parameters keep their names and tying, and hooks remain.
@@ -266,12 +372,13 @@ def become_packed(name: str, layer: nn.Module, bits: int, tied: bool = False, fo
         layer: an nn.Linear, Conv1D, nn.Conv2d or nn.Embedding.
         bits: 2 to 16.
         tied: whether another layer has the same weight, so that an embedding must decode all of it. Default False.
+        widths: where rows or columns differ in width; `bits` is then the widest. Default None.
         four_levels: whether its codes are -3, -1, 1 and 3, at 2 bits. Default False.
 
     Raises:
         GETAError: the layer's class has no packed counterpart.
     """
-    assert not four_levels or bits == FOUR_LEVEL_BITS
+    assert not four_levels or (bits == FOUR_LEVEL_BITS and widths is None)
     original: Any = type(layer)
     plain: Any = next((plain for plain in _PACKED if isinstance(layer, plain)), None)
     if isinstance(layer, PackedLayer) or plain is None:
@@ -284,6 +391,7 @@ def become_packed(name: str, layer: nn.Module, bits: int, tied: bool = False, fo
     packed: PackedLayer = layer  # type: ignore[assignment]
     packed.__dict__["plain_class"] = original
     packed.bits = bits
+    packed.widths = widths
     packed.four_levels = four_levels
     packed.input_quantizer = None
     packed.stream = None

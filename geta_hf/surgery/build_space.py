@@ -77,6 +77,7 @@ def prepare_space(
     keep: Sequence[str] = (),
     narrow: Callable[[PruningSpace], PruningSpace] | None = None,
     labels: Mapping[str, Any] | None = None,
+    required: bool = True,
 ) -> tuple[PruningSpace, Recordings | None]:
     """Build a pruning space and make unprunable, by trial cuts, what the model's own code can't follow.
 
@@ -89,6 +90,7 @@ def prepare_space(
         narrow: what else is to become unprunable before anything is cut in trial, such as parameters that are not
             trained: takes the space and returns the narrower one.
         labels: entries that only training passes; with them cuts are compared in training mode as well.
+        required: whether it is an error if nothing may be pruned. Default True.
 
     Returns:
         The space, and what was recorded of the model; None for a model that surgery does not cut.
@@ -97,16 +99,16 @@ def prepare_space(
         GETAError: as `build_space` and `try_cuts`.
     """
     if not _can_be_cut(model):
-        space = qadg.build_space(model, batch, prune=prune, keep=keep)
+        space = qadg.build_space(model, batch, prune=prune, keep=keep, required=required)
         return space if narrow is None else narrow(space), None
     first = record_batch(model, batch)
     check_same_path(model, batch, first.graph)
-    space = qadg.build_space(model, batch, prune=prune, keep=keep, flow=first.flow)
+    space = qadg.build_space(model, batch, prune=prune, keep=keep, flow=first.flow, required=required)
     # Narrowed first, so that no time goes into cutting what will not be pruned anyway.
     if narrow is not None:
         space = narrow(space)
     recordings = record_sizes(model, batch, first)
-    return try_cuts(model, space, batch, recordings, labels), recordings
+    return try_cuts(model, space, batch, recordings, labels, required), recordings
 
 
 def _can_be_cut(model: nn.Module) -> TypeGuard[PreTrainedModel]:

@@ -64,6 +64,23 @@ def slice_model(model: nn.Module, kept: Kept, values: Mapping[Attribute, int] | 
     return fixes
 
 
+def reorder_model(model: nn.Module, order: Kept) -> None:
+    """Give indices of parameters and buffers another order, in place; no size changes.
+
+    Args:
+        model: a model with real tensors.
+        order: tensor name -> dim -> int64, all of its indices in their new order.
+
+    Raises:
+        GETAError: a name the model lacks, or two names of one tied tensor that disagree.
+    """
+    names = _tensor_names(model)
+    new = _cut_tensors(model, names, order, reordered=True)
+    for module in model.modules():
+        _replace(module, new)
+    _drop_derived(model)
+
+
 def _tensor_names(model: nn.Module) -> dict[str, Tensor]:
     """Return every parameter and buffer by each of its names, tied ones included."""
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
@@ -78,8 +95,10 @@ def _drop_derived(model: nn.Module) -> None:
                 value.clear()
 
 
-def _cut_tensors(model: nn.Module, names: Mapping[str, Tensor], kept: Kept) -> dict[int, Tensor]:
-    """Return the smaller tensor for the id of each one that changes.
+def _cut_tensors(
+    model: nn.Module, names: Mapping[str, Tensor], kept: Kept, reordered: bool = False
+) -> dict[int, Tensor]:
+    """Return the smaller tensor, or where `reordered` one of the same size, for the id of each one that changes.
 
     By id and not by name: a tied tensor is cut once, and its holders get the same new one, so that it stays tied.
     """
@@ -92,7 +111,7 @@ def _cut_tensors(model: nn.Module, names: Mapping[str, Tensor], kept: Kept) -> d
         if id(tensor) in cut and not torch.equal(cut[id(tensor)], smaller):
             raise GETAError(f"{name} is tied to a tensor that is cut at other indices")
         # With nothing removed, the tensor itself stays in place and takes no second copy's memory.
-        if smaller.shape != tensor.shape:
+        if reordered or smaller.shape != tensor.shape:
             cut.setdefault(id(tensor), smaller)
     return cut
 

@@ -25,6 +25,7 @@ def try_cuts(
     batch: Mapping[str, Tensor],
     recordings: Recordings | None = None,
     labels: Mapping[str, Tensor] | None = None,
+    required: bool = True,
 ) -> PruningSpace:
     """Cut a few groups of every prunable family away on a copy, both ends included, and compare with them zeroed.
 
@@ -34,6 +35,7 @@ def try_cuts(
         batch: inputs to compare on.
         recordings: of this very model on this batch, as `record_sizes` makes them; made here when None.
         labels: entries that only training passes, to compare in training mode as well.
+        required: whether it is an error if no prunable family remains. Default True.
 
     Returns:
         The space; families that the model cannot follow are no longer prunable, with the reason.
@@ -43,6 +45,8 @@ def try_cuts(
     """
     # Every trial costs a cut copy and several forwards. Most models pass the first one, with all families at once; only
     # a refusal is worth the search for the families that cause it.
+    if not space.prunable:
+        return space
     trial = SurgeryTrial(model, batch, space, recordings, labels)
     reason = _refusal(trial, space.prunable)
     if reason is None:
@@ -56,7 +60,7 @@ def try_cuts(
     if narrowed.prunable:
         # Together again: families that can each be cut alone may not be cut with one another.
         reason = _refusal(trial, narrowed.prunable)
-    if reason is not None:
+    if reason is not None and (required or narrowed.prunable):
         raise GETAError(f"nothing in {type(model).__name__} can be cut away: {reason}")
     for text in dict.fromkeys(refused.values()):
         logger.warning("number of families that are not pruned: %d; %s", list(refused.values()).count(text), text)

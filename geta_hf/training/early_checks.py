@@ -97,3 +97,29 @@ def check_length(args: TrainingArguments) -> None:
         )
     if args.max_steps < 0 and args.num_train_epochs <= 0:
         raise GETAError(f"num_train_epochs = {args.num_train_epochs} trains no step; set it above 0, or max_steps")
+
+
+def check_batch_norm(model: nn.Module, args: TrainingArguments, rows: int | None = None) -> None:
+    """Raise GETAError where batch norm in training mode would see batches of one row, whose statistics say nothing.
+
+    Args:
+        model: any module.
+        args: with the batch size.
+        rows: of the data, if known: the last batch may have a single row.
+    """
+    found = next(
+        (name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)), None
+    )
+    if found is None:
+        return
+    size = args.train_batch_size
+    if size == 1:
+        raise GETAError(
+            f"batch norm ({found}) needs batches of 2 rows or more, and per_device_train_batch_size is 1: "
+            f"its statistics would be those of one row; raise it (gradient accumulation does not help)"
+        )
+    if rows is not None and rows % size == 1 and not args.dataloader_drop_last and args.world_size == 1:
+        raise GETAError(
+            f"batch norm ({found}) needs batches of 2 rows or more, and the last of {rows} rows in batches of {size} "
+            f"has one; pass dataloader_drop_last, or choose another batch size"
+        )

@@ -444,6 +444,7 @@ def dry_run(
     layers = select_layers(empty, config.include, config.exclude)
     excluded = exclude_layers(config, recorded_raw_reads(flow.graph, empty, layers), layers)
     method = make_method(excluded)
+    method.prepare(space)
     method.attach(empty, None)
     ledger = make_ledger(empty, space, embedding_bits=config.embedding_bits)
     plan = replace(make_plan(config, space, ledger, empty, left_float(config, excluded)), serving=serving)

@@ -20,7 +20,7 @@ from geta_hf.qadg import PruningSpace
 from geta_hf.qadg.group_labels import family_starts
 from geta_hf.qadg.missing_heads import missing_heads
 from geta_hf.quantization import quantized_layers
-from geta_hf.quantization.quantizer import Quantizer
+from geta_hf.quantization.quantizer import BY_INPUT, UNSIGNED, Quantizer
 from geta_hf.reporting.graph_page import gather
 from geta_hf.serialization.embeddings import input_embedding
 from geta_hf.serialization.sizes import stored_names
@@ -244,7 +244,7 @@ def make_ledger(
         GETAError: an embedding that is to be rounded, of a model that has none.
     """
     quantizers = (n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Quantizer))
-    own = {f"{name}.{leaf}" for name in quantizers for leaf in ("d", "q_m", "t", "order", "levels")}
+    own = {f"{name}.{leaf}" for name in quantizers for leaf in ("d", "q_m", "t", "order", "levels", BY_INPUT, UNSIGNED)}
     shapes, item_bytes, seen = {}, {}, set()
     # keep_vars gives the tensors themselves: detached ones would be new objects, and tied weights would count twice.
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -34,7 +34,13 @@ from geta_hf.training.checkpoints import Progress, base_name, check_checkpoint, 
 from geta_hf.training.complete import mark_complete, mark_unfinished, newest_to_resume
 from geta_hf.training.distillation import Distiller, dense_copy
 from geta_hf.training.dtypes import DTypes, dtypes_of, unrounded, warn_of_other_dtypes
-from geta_hf.training.early_checks import check_exports, check_is_model, check_length, check_model
+from geta_hf.training.early_checks import (
+    check_batch_norm,
+    check_exports,
+    check_is_model,
+    check_length,
+    check_model,
+)
 from geta_hf.training.example_inputs import divides_by_count, find_left_out, inputs_of, labels_of
 from geta_hf.training.float_layers import check_first_gradients, exclude_raw_reads, left_float
 from geta_hf.training.held_out import held_out_batches, split_rows
@@ -133,6 +139,7 @@ class GETATrainer(PublishingTrainer):
         align_tokens(model, self.processing_class)
         launch = Launch.of(self.accelerator, self.model)
         check_length(self.args)
+        check_batch_norm(model, self.args)
         check_options(self.args, launch, self.optimizer, self.lr_scheduler, lora=self.lora is not None)
         # Kept, since later on not every process may draw from the loader, which all of them share.
         self._batch = self._choose_batch(model)
@@ -146,6 +153,7 @@ class GETATrainer(PublishingTrainer):
             self.lora = self._replan_lora(model)
             self.space = self._find_space(model)
             self.distiller = self._make_distiller(model, teacher)
+            self.method.prepare(self.space)
             self.method.attach(model, self._sample_batches)
             check_ties(model)
             self._ledger = self._measure_sizes(model)

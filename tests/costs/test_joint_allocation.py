@@ -8,6 +8,7 @@ from itertools import accumulate, product
 import pytest
 import torch
 
+from geta_hf.costs import joint_allocation
 from geta_hf.costs.joint_allocation import ExpectedLosses, JointAllocation, allocate_jointly
 from geta_hf.costs.ledger import LayerEntry, Ledger
 from geta_hf.costs.selection import Limits
@@ -174,3 +175,22 @@ def test_losses_that_cannot_be_compared_are_refused(
     losses = ExpectedLosses(removal, rounding, WIDTHS)
     with pytest.raises(GETAError, match=message):
         allocate_jointly(problem.families, Limits(), problem.ledger, losses, BYTES, 10**6)
+
+
+def test_a_large_model_takes_few_changes_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts far from the best state were walked to it group by group: minutes for 3 billion parameters."""
+    counted = []
+    moves = joint_allocation._moves
+    monkeypatch.setattr(joint_allocation, "_moves", lambda *given: counted.append(1) or moves(*given))
+    rows = torch.arange(20_000)[:, None]
+    family = Family("rows", "channels", (Member("a.weight", 0, rows),), True)
+    ledger = Ledger.of([family], {"a.weight": (20_000, 8)}, [LayerEntry("a.weight")], {"a.weight": 4})
+    removal = torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 3
+    losses = ExpectedLosses(removal, 500 * FALLING[None], WIDTHS)
+    size = ledger.stored_bytes(ledger.nothing, 8.0) // 3
+    found = allocate_jointly([family], Limits(), ledger, losses, BYTES, size)
+    assert size * 0.999 < found.spent <= size
+    # Walking took 5,548.
+    assert len(counted) < 300
+    # No group that remains is worth less than one that is removed.
+    assert float(removal[found.removed].max()) <= float(removal[~found.removed].min())

@@ -109,7 +109,7 @@ def test_pairs_meet_the_budget_with_the_least_removed(job: Job) -> None:
         assert 0 <= one.share <= shared.MOST_REMOVED
     unpruned = [one for one in found if not one.removed.any()]
     assert len(unpruned) <= 1
-    with pytest.raises(GETAError, match=r"B=0 can't be reached with at most 70%"):
+    with pytest.raises(GETAError, match=r"B=0 can't be reached with at most 50%"):
         shared.find_pairs(replace(job, budget=Budget("B=0", 10)), scores, ALIKE)
 
 

@@ -121,7 +121,7 @@ def test_only_the_four_codes_are_packed() -> None:
     stream = pack(codes, 2, four_levels=True)
     assert stream.tolist() == [0b11100100, 0b11]
     assert torch.equal(unpack(stream, 2, 5, four_levels=True).long(), codes)
-    for wrong, message in ((0, "an even one"), (2, "an even one"), (5, "code 5 does not fit")):
+    for wrong, message in ((0, "code 0 is none of"), (2, "code 2 is none of"), (5, "code 5 does not fit")):
         with pytest.raises(GETAError, match=message):
             pack(torch.tensor([1, wrong]), 2, four_levels=True)
 

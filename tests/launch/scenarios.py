@@ -20,11 +20,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from geta_hf import GETAConfig, GETAError, GETATrainer
+from geta_hf import GETAConfig, GETAError, GETATrainer, SearchConfig
 from tests.conftest import tiny_bert_config
 
 STEPS, GLOBAL_BATCH = 24, 8
 SMALL = {"warmup": 2, "projection": 4, "joint": 12, "projection_periods": 2, "pruning_periods": 3}
+SEARCH = {
+    "layer": SearchConfig(target_sparsity=0.5, mean_bits=5, bits=(3, 8), warmup=2, search=12, activation_bits=(4, 8)),
+    "group": SearchConfig(target_bops=0.06, bits=(2, 6), warmup=2, search=12, granularity="group"),
+}
 RULES = {"default": GETAConfig(**SMALL), "paper": GETAConfig.paper(**SMALL)}
 
 
@@ -66,7 +70,7 @@ def make(folder: Path, rules: str, processes: int, fsdp: bool = False, **changes
     }
     torch.manual_seed(0)
     model = BertForQuestionAnswering(tiny_bert_config())
-    return GETATrainer(model, TrainingArguments(**values), geta_config=RULES[rules], train_dataset=rows())
+    return GETATrainer(model, TrainingArguments(**values), geta_config=(RULES | SEARCH)[rules], train_dataset=rows())
 
 
 def classified_run(folder: Path, rules: str, processes: int, fsdp: bool = False) -> dict[str, object]:
@@ -110,6 +114,20 @@ def whole_run(folder: Path, rules: str, processes: int, fsdp: bool = False, **ch
     return found
 
 
+def searched_run(folder: Path, rules: str, processes: int, fsdp: bool = False) -> dict[str, object]:
+    """Search widths and groups; under FSDP return why that is refused."""
+    trainer = make(folder, rules, processes, fsdp)
+    try:
+        trainer.train()
+    except GETAError as error:
+        return {"refused": str(error)}
+    optimizer = trainer.method.optimizer
+    weights = {name: value.clone() for name, value in trainer.accelerator.get_state_dict(trainer.model).items()}
+    bits = optimizer.weight_bits if optimizer.entry_bits is None else optimizer.entry_bits.tolist()
+    logits = optimizer.width_logits.detach().clone()
+    return {"weights": weights, "gone": optimizer.removed, "bits": [*bits, *optimizer.input_bits], "logits": logits}
+
+
 def stopped_run(folder: Path, rules: str, processes: int, fsdp: bool = False, stop: int = 9) -> dict[str, object]:
     trainer = make(folder, rules, processes, fsdp)
     trainer.add_callback(Stop(stop))
@@ -145,7 +163,8 @@ def main(folder: Path, launch: str, names: list[str]) -> None:
         offer_fsdp_on_cpu()
     for name in names:
         kind, rules = name.split("-")
-        run = {"classified": classified_run, "whole": whole_run, "stopped": stopped_run, "resumed": resumed_run}[kind]
+        kinds = {"classified": classified_run, "whole": whole_run, "stopped": stopped_run, "resumed": resumed_run}
+        run = (kinds | {"searched": searched_run})[kind]
         found = run(folder / launch / name, rules, processes, fsdp)
         if state.process_index == 0:
             torch.save(found, folder / f"{launch}-{name}.pt")

@@ -14,7 +14,7 @@ from transformers import AutoModelForQuestionAnswering
 from geta_hf import GETAConfig
 from geta_hf.errors import GETAError
 from geta_hf.training.checkpoints import check_checkpoint, write_notes
-from tests.launch.scenarios import RULES, classified_run, main, make, outcome, whole_run
+from tests.launch.scenarios import RULES, SEARCH, classified_run, main, make, outcome, searched_run, whole_run
 
 NAMES = ["resumed-default", "whole-paper"]
 # The loss does not depend on these: their gradients are rounding errors, of which Adam makes whole steps.
@@ -78,6 +78,24 @@ def test_a_checkpoint_of_two_processes_is_resumed_by_one(launched, alone, tmp_pa
     found = outcome(again)
     assert torch.equal(found["gone"], alone["default"]["gone"])
     assert differences(found, alone["default"]) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_search_is_the_same_in_two_processes(tmp_path) -> None:
+    names = [f"searched-{rules}" for rules in SEARCH]
+    launch(tmp_path, "ddp", *names)
+    for name, rules in zip(names, SEARCH, strict=True):
+        found, wanted = torch.load(tmp_path / f"ddp-{name}.pt"), searched_run(tmp_path / rules, rules, 1)
+        torch.testing.assert_close(found["logits"], wanted["logits"], rtol=0, atol=2e-3)
+        assert torch.equal(found["gone"], wanted["gone"]) and found["bits"] == wanted["bits"]
+        assert differences(found, wanted) < 1e-3
+
+
+@pytest.mark.slow
+def test_a_search_is_refused_under_fsdp(tmp_path) -> None:
+    launch(tmp_path, "fsdp2", "searched-layer")
+    found = torch.load(tmp_path / "fsdp2-searched-layer.pt")
+    assert "is split over processes, which the search can't follow; train with DDP instead of FSDP" in found["refused"]
 
 
 @pytest.mark.slow

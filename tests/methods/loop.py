@@ -30,8 +30,13 @@ def prepare(
     method.check(frozen_weights=False)
     method.check_stages(steps, steps)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    method.prepare(space)
     method.attach(model, calibration)
-    layers = [LayerEntry(f"{name}.weight") for name in quantized_layers(model) if f"{name}.weight" in shapes]
+    layers = [
+        LayerEntry(f"{name}.weight", channel_dim=layer.weight_quantizer.channel_dim)
+        for name, layer in quantized_layers(model).items()
+        if f"{name}.weight" in shapes
+    ]
     ledger = Ledger.of(space.trainable, shapes, layers, dict.fromkeys(shapes, 4))
     target = solve_target(config, space.trainable, ledger)
     trained = [p for p in model.parameters() if p.requires_grad]

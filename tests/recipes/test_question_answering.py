@@ -56,11 +56,18 @@ def test_geta_null_is_dense_and_a_dotted_key_opens_the_section(config: str) -> N
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--learning_rat", "1"], "learning_rat"),
-        (["--geta.sparsety", "0.5"], "sparsety"),
+        (["--learning_rat", "1"], r"no argument learning_rat \(did you mean learning_rate\?\); --help lists all"),
+        (["target_sparsty=0.5"], r"no argument target_sparsty \(did you mean geta.target_sparsity\?\)"),
+        (["--bits", "[4, 8]"], r"no argument bits \(did you mean geta.bits\?\)"),
+        (["--geta.sparsety", "0.5"], r"\['sparsety'\]; known are"),
+        (["--geta.mean_bit", "5"], r"\['mean_bit'\] \(did you mean mean_bits\?\)"),
+        (["--recipe", "language_modeling"], "is for the recipe language_modeling, not question_answering"),
+        (["--", "1"], "expected --key value or key=value"),
+        (["--use_cpu", "seed=3"], "use_cpu = 'seed=3' must be true or false; a key=value after it needs --"),
+        (["=1"], "expected --key value or key=value"),
         (["--geta.bits", "[8, 4]"], "b_l <= b_u"),
         (["--geta", "yes"], "neither a section"),
-        (["stray"], "expected --key value"),
+        (["stray"], "expected --key value or key=value"),
         (["--eval_strategy", "sometimes"], "sometimes"),
     ],
 )

@@ -39,6 +39,7 @@ def test_structure_is_what_the_folder_holds(folders) -> None:
 
 def test_the_table_says_what_was_measured(folders) -> None:
     table = compare(*folders, tokens=16, metrics={"dense": {"em": 90.0}, "compressed": {"em": 88.5}})
+    assert "latency" in table and "latency" not in compare(*folders, tokens=16, latency=False)
     cells = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:4]] for row in table.splitlines()}
     assert cells["EM"] == ["90.00", "88.50"]
     assert cells["heads a layer"][0] == "4 4" and cells["mean bits"][0] == "32.00"
@@ -101,7 +102,11 @@ def test_what_was_not_measured_has_no_row() -> None:
         ("groups", "8", "4 (50.0%)"),
         ("bytes", "", "1,234"),
     ]
+    shares = {"dense": {"accuracy": 0.875}, "compressed": {"accuracy": 0.8594}}
+    assert table_rows(structure, {}, {}, shares)[0] == ("accuracy", "0.8750", "0.8594")
     times = {"latency_ms": {"dense": 3.0, "compressed": 2.0}}
     by_layer = table_rows(structure, {}, {}, times, by_layer=True)
     assert by_layer[0] == ("heads a layer", "4 4", "3 1")
     assert by_layer[-1] == ("CPU latency, ms", "3.00", "2.00 (1.50x faster)")
+    times = {"latency_ms": {"dense": 1.0, "compressed": 4.0}}
+    assert table_rows(structure, {}, {}, times)[-1][2] == "4.00 (4.00x slower)"

@@ -91,7 +91,7 @@ def test_a_dense_folder_is_measured_beside_it(folder: Path, tmp_path: Path) -> N
 
 def test_metrics_of_the_folder_are_read(folder: Path, tmp_path: Path) -> None:
     (folder / "geta_metrics.json").write_text('{"compressed": {"perplexity": 12.5}}')
-    assert {"PERPLEXITY", "12.50"} <= set(Page(write_report(folder, tmp_path / "report.html")).words)
+    assert {"perplexity", "12.50"} <= set(Page(write_report(folder, tmp_path / "report.html")).words)
 
 
 @pytest.mark.parametrize("name", ["<script>alert(1)</script>", "\"'&{{rows}}</title>", "a\x00\ud800", "x" * 500])

@@ -135,7 +135,7 @@ HUGE = 10**12
 FIXES = ("fixes", "shapes")
 DAMAGED: dict[str, tuple[Change, str]] = {
     # quantization_config
-    "version of tomorrow": (quantization("format_version", value=2), "format_version is 2"),
+    "version of tomorrow": (quantization("format_version", value=3), "format_version is 3"),
     "version that is text": (quantization("format_version", value="1"), "format_version is '1'"),
     "unknown key": (quantization("surprise", value=1), "unknown keys .*surprise"),
     "bits that are a list": (quantization("bits", value=[4]), "bits must be an object"),

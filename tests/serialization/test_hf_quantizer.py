@@ -320,7 +320,7 @@ def bits_of(value: Any, name: str = QUERY) -> Callable[[dict[str, Any]], Any]:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda config: config.update(format_version=2), "format_version is 2"),
+        (lambda config: config.update(format_version=3), "format_version is 3"),
         (lambda config: config.update(format_version="1"), "format_version is '1'"),
         (lambda config: config.update(partial=1), "partial is 1"),
         (lambda config: config.update(more=1), r"unknown keys \['more'\]"),

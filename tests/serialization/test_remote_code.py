@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForQuestionAnswering
 
 from geta_hf import export
-from geta_hf.quantization import attach_input_quantizers
+from geta_hf.quantization import attach_input_quantizers, quantized_layers, step_size
+from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.serialization.remote_code import CARRIED
 from geta_hf.surgery.trial_cut import try_cuts
 from tests.architectures import build
 from tests.elsewhere import run_elsewhere
+from tests.export.test_channel_widths import trained as several_widths
 from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
 from tests.spaces import build_space
 
@@ -70,6 +72,25 @@ def test_it_gives_the_same_outputs_and_refuses_to_be_saved(folder: Path) -> None
     assert torch.equal(expected.start_logits, found["start_logits"])
     assert torch.equal(expected.end_logits, found["end_logits"])
     assert not (folder.parent / "again").exists()
+
+
+def test_it_reads_rows_and_columns_of_several_widths(tmp_path: Path) -> None:
+    """Sorted channels, a table of heads' and of one layer's rows, and inputs that have no negative codes."""
+    model, space = several_widths(inputs=True)
+    layers = quantized_layers(model)
+    own = layers["bert.encoder.layer.1.intermediate.dense"].weight_quantizer
+    with torch.no_grad():
+        own.d.copy_(step_size(torch.arange(64) % 5 + 2.0, own.q_m, own.t))
+    layers["bert.encoder.layer.1.output.dense"].input_quantizer = Quantizer(2.0, 7, unsigned=True)
+    export(model, tmp_path / "out", space=space, batch=some_batch())
+    assert "geta_packed_layers.py" in {path.name for path in (tmp_path / "out").iterdir()}
+    save_file(some_batch(), tmp_path / "batch.safetensors")
+    run_elsewhere(RUN, tmp_path)
+    found = load_file(tmp_path / "found.safetensors")
+    reloaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out")
+    assert reloaded.config.quantization_config.unsigned_inputs
+    with torch.no_grad():
+        assert torch.equal(reloaded(**some_batch()).start_logits, found["start_logits"])
 
 
 def test_without_the_flag_it_is_a_loud_error(folder: Path) -> None:
@@ -170,6 +191,7 @@ def test_what_is_carried_imports_nothing_that_an_environment_may_lack(name: str)
         "re",
         "json",
         "collections",
+        "dataclasses",
         "functools",
         "itertools",
         "typing",

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForQuestionAnswering
+from transformers import AutoModelForQuestionAnswering, BertForQuestionAnswering
 
 from geta_hf import GETATrainer, SearchConfig, convert
 from geta_hf.config import read_config
 from geta_hf.errors import GETAError
 from geta_hf.methods import METHODS, PostTrainingConfig
 from geta_hf.qadg import zero_groups
+from tests.conftest import tiny_bert_config
 from tests.methods.test_toy_method import MagnitudeConfig, MagnitudeMethod
-from tests.training.test_trainer import SMALL, STEPS, rows, trainer
+from tests.training.test_trainer import SMALL, STEPS, arguments, rows, trainer
 
 pytestmark = pytest.mark.usefixtures("shared_spaces")
 
@@ -32,13 +33,17 @@ def entered() -> Iterator[None]:
 CONFIGS = {
     "magnitude": MagnitudeConfig(target_sparsity=0.5, bits=(5, 5), prune_at=10),
     "search": SearchConfig(target_sparsity=0.5, bits=(3, 8), mean_bits=5, warmup=4, search=12),
+    "groups": SearchConfig(target_sparsity=0.5, bits=(3, 8), mean_bits=5, warmup=4, search=12, granularity="group"),
     "post-training": PostTrainingConfig(target_sparsity=0.5, bits=(3, 8), mean_bits=5, **SMALL),
 }
 EVERY = 8
 """Steps between two checkpoints."""
 
 
-@pytest.fixture(scope="module", params=["magnitude", "post-training", pytest.param("search", marks=pytest.mark.slow)])
+_SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("search", "groups")]
+
+
+@pytest.fixture(scope="module", params=["magnitude", "post-training", *_SLOW])
 def config(request: pytest.FixtureRequest) -> Any:
     return CONFIGS[request.param]
 
@@ -102,6 +107,14 @@ def test_a_checkpoint_of_another_method_is_refused(tmp_path: Path) -> None:
     other = trainer(tmp_path / "other")
     with pytest.raises(GETAError, match="method: 'magnitude' there, 'qasso' here"):
         other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+
+
+def test_adapters_are_refused_before_the_model_is_touched(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["query"])
+    with pytest.raises(GETAError, match="SearchMethod needs trained weights; leave peft_config out"):
+        model = BertForQuestionAnswering(tiny_bert_config())
+        GETATrainer(model, arguments(tmp_path), geta_config=CONFIGS["search"], train_dataset=rows(), peft_config=lora)
 
 
 def test_export_before_the_method_has_finished_is_refused(tmp_path: Path) -> None:

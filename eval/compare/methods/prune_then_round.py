@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from eval.compare.job import Job
 from eval.compare.method import Compressed
-from eval.compare.scores import CHOICES
-from eval.compare.shared import find_pairs, round_with
+from eval.compare.shared import prune_then_round
 
 
 @dataclass(frozen=True)
@@ -33,13 +30,7 @@ class PruneThenRound:
 
     def run(self, job: Job) -> Compressed:
         """Compress."""
-        choice = CHOICES[self.score]
-
-        def measure() -> Tensor:
-            return choice.score(job.load(), job.space.trainable, job.data.scores)
-
-        scores = job.remember(self.score, measure)
-        return round_with(job, find_pairs(job, scores, choice), compensation=self.compensation)
+        return prune_then_round(job, self.score, self.compensation)
 
 
 METHODS = (

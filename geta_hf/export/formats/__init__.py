@@ -14,8 +14,10 @@ from geta_hf.export.formats.experimental.executorch import write_executorch
 from geta_hf.export.formats.experimental.openvino import write_openvino
 from geta_hf.export.formats.geta import write_geta
 from geta_hf.export.formats.gguf import check_gguf, write_gguf
+from geta_hf.export.formats.mlx import check_mlx, write_mlx
 from geta_hf.export.formats.onnx import write_onnx
 from geta_hf.export.formats.vanilla import write_vanilla
+from geta_hf.export.formats.vllm import check_vllm, write_vllm
 
 Writer = Callable[..., float | None]
 """Takes a compressed model, an empty folder and a batch to prove on; returns the largest difference, if it is absolute.
@@ -33,6 +35,8 @@ FORMATS: dict[str, Writer] = {
     "compressed-tensors": write_compressed_tensors,
     "onnx": write_onnx,
     "gguf": write_gguf,
+    "vllm": write_vllm,
+    "mlx": write_mlx,
     "openvino": write_openvino,
     "executorch": write_executorch,
 }
@@ -41,6 +45,9 @@ FORMATS: dict[str, Writer] = {
 
 WITH_TOKENIZER = {"gguf": check_gguf}
 """Formats whose file holds the tokenizer, each with what finds early why a model cannot be written."""
+
+CHECKS = {"vllm": check_vllm, "mlx": check_mlx}
+"""The same of other formats."""
 
 
 def writer(name: str, model: PreTrainedModel | None = None, processing_class: Any = None) -> Writer:
@@ -57,6 +64,8 @@ def writer(name: str, model: PreTrainedModel | None = None, processing_class: An
     """
     if name not in FORMATS:
         raise GETAError(f"there is no format {name!r}; choose {', '.join(FORMATS)}")
+    if name in CHECKS and model is not None:
+        CHECKS[name](model)
     if name not in WITH_TOKENIZER or model is None:
         return FORMATS[name]
     WITH_TOKENIZER[name](model, processing_class)

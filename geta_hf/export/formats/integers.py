@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from geta_hf.export.formats.plain import LEFT_OUT
 from geta_hf.quantization.blocks import join_blocks, split_blocks
-from geta_hf.quantization.fixed import FixedQuantizer, output_dim
+from geta_hf.quantization.fixed import FixedQuantizer
 from geta_hf.quantization.maths import quantize
 from geta_hf.serialization.bitpack import BYTE_BITS
 from geta_hf.serialization.encode import fill, layer_codes, weight_holders
@@ -84,7 +84,8 @@ def _store(name: str, layer: PackedLayer, operators: bool) -> None:
         codes, dim, scale = split_blocks(codes), 0, scale.float().flatten()
     else:
         # A Linear's are stored transposed: runtimes find integer kernels for a product only without a step between.
-        codes, dim = (codes.t(), 1) if isinstance(layer, nn.Linear) else (codes, output_dim(layer))
+        dim = layer.scale_dim
+        codes, dim = (codes.t(), 1 - dim) if isinstance(layer, nn.Linear) else (codes, dim)
     # A parameter in the instance would be exported next to the codes, at four times their size.
     layer.weight = None
     del layer.weight
@@ -167,7 +168,7 @@ class _Rounding(nn.Module):
 
     Args:
         fixed: the layer's quantizer.
-        operators: whether to use operators; a learned exponent and codes beyond a byte have none.
+        operators: whether to use operators; a learned exponent, codes beyond a byte and those without a sign have none.
     """
 
     def __init__(self, fixed: FixedQuantizer, operators: bool) -> None:
@@ -175,10 +176,13 @@ class _Rounding(nn.Module):
         self.d = fixed.d
         self.q_m = fixed.q_m
         self.t = fixed.t
-        self.operators = operators and fixed.bits <= BYTE_BITS
+        self.unsigned = fixed.unsigned
+        self.operators = operators and fixed.bits <= BYTE_BITS and not fixed.unsigned
         self.single, self.clipping = float(fixed.d), float(fixed.q_m)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.unsigned:
+            x = torch.relu(x)
         if self.t is not None:
             return quantize(x, self.d, self.q_m, self.t)
         # An int8 has one more value below zero than a code has, and narrower codes have fewer. The bounds are

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,26 +33,29 @@ _SMALL = 7
 
 
 def write_onnx(
-    model: PreTrainedModel, folder: Path, batch: Mapping[str, Tensor], *, dynamic_int8: bool = False
+    model: PreTrainedModel, folder: Path, batch: Mapping[str, Tensor], *, dynamic_int8: bool | None = None
 ) -> None:
     """Write a compressed model as model.onnx (with its weights in model.onnx.data), through transformers' exporter.
 
-    Weights of at most 8 bits are int8 initializers, of at most 4 bits int4, each with a DequantizeLinear at the learned
-    step size: they are exact. Inputs that the model rounds to at most 8 bits (t = 1) are QuantizeLinear and
-    DequantizeLinear pairs, which onnxruntime turns into integer kernels. All else is fp32. Batch size and length are
-    free; a generating model gives its logits, without a cache.
+    Weights of at most 8 bits are int8 initializers, of at most 4 bits int4, at the learned step size: they are exact.
+    Inputs that the model rounds to at most 8 bits (t = 1) are QuantizeLinear and DequantizeLinear pairs, which
+    onnxruntime turns into integer kernels. All else is fp32. Batch size and length are free; a generating model gives
+    its logits, without a cache.
 
-    onnxruntime rounds the inputs of the other layers to 8 bits too, block by block, unless the session option
-    `session.qdq_matmulnbits_accuracy_level` is "1", or `session.disable_quant_qdq` is "1", which decodes all weights as
-    it loads them. config.json says how much each differs from the model (`exported_as`).
+    The file as it is takes onnxruntime's fast paths on CPUs, which round the inputs of the other layers to 8 bits too:
+    products of weights of 5 to 8 bits are of integers, with one scale for the whole input found as it runs
+    (DynamicQuantizeLinear, MatMulInteger), and those of int4 are MatMulNBits, which rounds inputs in blocks. With
+    `dynamic_int8=False` no such operator is in the file; onnxruntime then still rounds inputs in blocks, unless the
+    session option `session.qdq_matmulnbits_accuracy_level` is "1", or `session.disable_quant_qdq` is "1", which decodes
+    all weights as it loads them. Either way the exact graph is proved first; config.json says how much outputs differ
+    (`exported_as`).
 
     Args:
         model: compressed, or plain; left unchanged.
         folder: an existing empty folder.
         batch: what to trace and prove on. It has only what inference takes: no labels.
-        dynamic_int8: multiply integers in every layer whose input the model does not round, with one scale for the
-            whole input found as it runs (DynamicQuantizeLinear, MatMulInteger). The fastest on CPUs, and not exact. On
-            a CPU without VNNI, sums of codes of 8 bits may saturate; 7 bits do not.
+        dynamic_int8: whether products are of integers: None, where weights have 5 to 8 bits; True, all (int4 is then
+            stored as int8); False, none. On a CPU without VNNI, sums of codes of 8 bits may saturate; 7 bits do not.
 
     Raises:
         GETAError: a package is missing, the exporter cannot write the model, or onnxruntime gives other outputs than
@@ -62,38 +66,41 @@ def write_onnx(
 
     case = traceable(model, batch, "operators")
     exported = export_program(case, "ONNX", OnnxConfig(dynamic=True, opset_version=OPSET))
-    program = _finished(exported.program, dynamic_int8)
-    exported.components["model"].program = program
-    save(exported, folder)
-    differences = _prove(folder, case, dynamic_int8)
-    describe(case, folder, "onnx", {"dynamic_int8": dynamic_int8, "difference": differences})
+    exact = exported.components["model"].program = _finished(exported.program, narrow=dynamic_int8 is not True)
+    if dynamic_int8 is False:
+        save(exported, folder)
+        exactly = _prove_exact(folder, case)
+    else:
+        # The exact graph is proved closely, in a place of its own, before its products round.
+        with tempfile.TemporaryDirectory() as draft:
+            save(exported, Path(draft))
+            exactly = _prove_exact(Path(draft), case)
+        exported.components["model"].program = _with_integer_products(exact)
+        save(exported, folder)
+    # With nothing set, as most users will run it: with the tolerance for rounded inputs.
+    usual = load(folder)
+    default = max(difference(usual, sample, ROUNDED, "ONNX model") for sample in case.samples)
+    facts = {"dynamic_int8": dynamic_int8 is not False, "difference": {"exact": exactly, "default": default}}
+    describe(case, folder, "onnx", facts)
 
 
-def _prove(folder: Path, case: Traceable, dynamic_int8: bool) -> dict[str, float]:
-    """Return the largest differences of the file's own arithmetic, and of onnxruntime with nothing set."""
+def _prove_exact(folder: Path, case: Traceable) -> float:
+    """Return the largest difference of the outputs where onnxruntime rounds no inputs of its own."""
     from onnxruntime import SessionOptions
 
     options = SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     exact = load(folder, session_options=options)
-    allowed = ROUNDED if dynamic_int8 else case.tolerance
-    own = max(difference(exact, sample, allowed, "ONNX model") for sample in case.samples)
-    # With nothing set, as most users will run it: checked as well, with the tolerance for rounded inputs.
-    usual = load(folder)
-    return {"exact": own, "default": max(difference(usual, sample, ROUNDED, "ONNX model") for sample in case.samples)}
+    return max(difference(exact, sample, case.tolerance, "ONNX model") for sample in case.samples)
 
 
-def _finished(program: Model, dynamic_int8: bool) -> Model:
-    """Return the graph with the integers as small as they can be, without what is of no use to a runtime."""
+def _finished(program: Model, narrow: bool) -> Model:
+    """Return the graph without what is of no use to a runtime, and with codes of 4 bits where `narrow`."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
-    for node, _ in _decoders(program.graph):
+    for node, codes in _decoders(program.graph):
         node.resize_inputs(2)  # zero is the default
-    if dynamic_int8:
-        # MatMulInteger takes int8 alone, so codes are narrowed to 4 bits only without it.
-        program = _with_integer_products(program)
-    else:
-        for node, codes in _decoders(program.graph):
+        if narrow:
             _narrow(node, codes)
     ClearMetadataAndDocStringPass()(program)  # it names the files of the machine that traced it
     RemoveUnusedNodesPass()(program)
@@ -127,7 +134,9 @@ def _multiplies_integers(node: Node) -> bool:
 
 
 def _with_integer_products(program: Model) -> Model:
-    """Rewrite every product of a float and decoded codes as one of integers."""
+    """Rewrite every product of a float and decoded codes of a byte as one of integers."""
+    import onnx_ir as ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
     from onnxscript.rewriter import pattern, rewrite
 
     def product(op: Any, x: Any, codes: Any, scale: Any) -> Any:
@@ -144,6 +153,10 @@ def _with_integer_products(program: Model) -> Model:
         # An input that the model rounds is decoded codes too: onnxruntime makes an exact integer product of that
         # pair, which another rounding would spoil.
         producer = x.producer()
-        return codes.is_initializer() and (producer is None or producer.op_type != "DequantizeLinear")
+        floats = producer is None or producer.op_type != "DequantizeLinear"
+        # MatMulInteger takes int8 alone.
+        return codes.is_initializer() and codes.dtype != ir.DataType.INT4 and floats
 
-    return rewrite(program, pattern_rewrite_rules=[pattern.RewriteRule(product, of_integers, is_float)])
+    program = rewrite(program, pattern_rewrite_rules=[pattern.RewriteRule(product, of_integers, is_float)])
+    RemoveUnusedNodesPass()(program)
+    return program

@@ -131,6 +131,12 @@ def check_budget(config: OneShotConfig, families: Sequence[Family], ledger: Ledg
         families: those that may lose groups.
         ledger: sizes of the model.
     """
+    for name in ("target_sparsity", "target_parameters"):
+        if getattr(config, name) and not families:
+            raise GETAError(
+                f"{name} = {getattr(config, name)} asks for less, but nothing in the model may be pruned; switch "
+                f"families on by `prune`, or give a size or mean_bits alone"
+            )
     if config.target_sparsity is not None or config.target_parameters is not None:
         solve_target(config, families, ledger)
         return

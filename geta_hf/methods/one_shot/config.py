@@ -14,6 +14,8 @@ from geta_hf.errors import GETAError
 class OneShotConfig(CompressionConfig):
     """The settings of compression without training, as `geta_hf.compress` does it.
 
+    Without a target for pruning or size no group is removed.
+
     Weights have a step size for each output channel by default (`grid`): below 8 bits one for a layer costs far more
     than it saves, where no training makes up for it.
 
@@ -27,6 +29,7 @@ class OneShotConfig(CompressionConfig):
     """
 
     method: ClassVar[str] = "one-shot"
+    default_sparsity: ClassVar[float] = 0.0
 
     bits: tuple[int, int] = (2, 8)
     per_channel: bool = True

@@ -154,6 +154,8 @@ def _drawn_loss(outputs: Mapping[str, Tensor], generator: torch.Generator) -> Te
     """Return -log p of labels drawn from p, or of what has no p the product with a random direction."""
     total: Tensor | None = None
     for name, item in logits_of(outputs).items():
+        if not bool(torch.isfinite(item).all()):
+            return item.float().sum() * torch.nan  # nothing can be drawn; the caller says what is wrong
         if "logits" in name and item.shape[-1] > 1:
             p = log_softmax(item.float().flatten(0, -2), dim=-1)
             drawn = torch.multinomial(p.detach().exp().cpu(), 1, generator=generator).to(p.device)

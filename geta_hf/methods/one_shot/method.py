@@ -321,7 +321,14 @@ class _Work:
 
     def _dense_loss(self) -> tuple[float, list[dict[str, Tensor]] | None]:
         if self.measured.dense_loss is None:
-            self.measured.dense_loss, self.measured.reference = measure(self.model, self.data.held_back)
+            loss, self.measured.reference = measure(self.model, self.data.held_back)
+            outputs = [item for batch in self.measured.reference or () for item in batch.values()]
+            if not math.isfinite(loss) or not all(bool(torch.isfinite(item).all()) for item in outputs):
+                raise GETAError(
+                    f"activations overflow: what {type(self.model).__name__} computes on the calibration data is not "
+                    f"finite; check the data, or load the model in float32 or bfloat16"
+                )
+            self.measured.dense_loss = loss
         return self.measured.dense_loss, self.measured.reference
 
     def _expected_losses(self) -> Losses:

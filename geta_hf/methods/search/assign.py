@@ -8,7 +8,7 @@ and widths spend what remains. Both spend a budget to the last step, so a target
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,14 +18,22 @@ from geta_hf.costs.bit_allocation import BitAllocation, BitChoices, LearnedBits,
 from geta_hf.costs.joint_allocation import ExpectedLosses, allocate_jointly
 from geta_hf.costs.ledger import Ledger
 from geta_hf.costs.selection import Limits, find_chunks
-from geta_hf.costs.sensitivity import RoundingErrors
+from geta_hf.costs.sensitivity import RoundingErrors, allocate, by_sensitivity
 from geta_hf.costs.targets import BOPS, BYTES, MEAN_BITS, Target, take_due
+from geta_hf.methods.search.choices import WidthChoices
 from geta_hf.methods.search.cost_target import CostTarget, Steps
 from geta_hf.qadg.group_types import Family
+from geta_hf.quantization.functional import FLOAT_BITS
 from geta_hf.utils.shards import from_first_process
 
 _PRICES = tuple(2.0**power for power in range(-6, 14))
 """How much more probable a group of average size may be than one of no size, and still be removed in place of it."""
+
+
+_HEADER = 100
+"""Bytes of a file's header for a tensor, its name not counted."""
+
+_ROUNDS = 6
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class Learned:
     """What a search ended with; float64, on CPU.
 
     Attributes:
-        widths: logits of the widths of each quantized weight, shape (layers, widths).
+        widths: logits of the widths of each choice, shape (choices, widths); by default a choice is that of a layer.
         keep: the log-odds that each group remains, shape (groups,).
     """
 
@@ -44,6 +52,46 @@ class Learned:
     def of(cls, widths: Tensor, keep: Tensor) -> Learned:
         """Return the logits of the first process on all of them: a last digit must not make them differ."""
         return cls(from_first_process(widths.detach()).cpu().double(), from_first_process(keep.detach()).cpu().double())
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is known of choices for rows or columns.
+
+    Attributes:
+        choices: what each entry of the weights' quantizers follows, on CPU.
+        spans: name of a weight -> its entries.
+        sorted: the weights whose entries an export sorts by width.
+    """
+
+    choices: WidthChoices
+    spans: Mapping[str, slice]
+    sorted: Collection[str]
+
+    def remaining(self, ledger: Ledger, removed: Tensor) -> Tensor:
+        """Return the remaining elements of each entry, float64, shape (entries,)."""
+        remains = torch.cat([~removed, torch.ones(1, dtype=torch.bool)])[self.choices.group].double()
+        entries = torch.zeros(len(ledger.layers), dtype=torch.float64).index_add_(0, self.choices.layer, remains)
+        return remains * (ledger.weights(removed) / entries.clamp_min(1))[self.choices.layer]
+
+    def overhead(self, ledger: Ledger, widths: int) -> int:
+        """Return the most bytes that a file takes for widths of rows on top of those for widths of layers."""
+        total = 0
+        for layer in ledger.layers:
+            entries = self.spans[layer.weight]
+            total += widths
+            if layer.weight not in self.sorted:
+                # The table, its name in the header, and its type, shape and place.
+                total += entries.stop - entries.start + len(layer.weight) + _HEADER
+        return total
+
+    def stored_bytes(self, ledger: Ledger, target: Target, removed: Tensor, bits: Tensor) -> int:
+        """Return the bytes of a file with these widths of entries, int64, shape (entries,)."""
+        layers = torch.zeros(len(ledger.layers), dtype=torch.float64)
+        layers.scatter_reduce_(0, self.choices.layer, bits.double(), "amax")
+        own = {weight: bits[span] for weight, span in self.spans.items() if span.stop - span.start > 1}
+        quantized_inputs = target.input_bits < FLOAT_BITS
+        return ledger.stored_bytes(removed, layers, quantized_inputs, own, self.sorted)
 
 
 @dataclass(frozen=True)
@@ -68,7 +116,9 @@ def assign(
     rounding: RoundingErrors,
     choices: BitChoices,
     present: LearnedBits,
+    input_factors: Tensor,
     cost: CostTarget | None = None,
+    rows: Rows | None = None,
 ) -> Assignment:
     """Choose groups and widths by what was learned, exactly within the targets.
 
@@ -80,11 +130,77 @@ def assign(
         learned: by the search.
         rounding: its clipping values at each of `choices.weights`; its errors have no part in the choice.
         choices: allowed widths.
-        present: the present widths of weights and inputs.
+        present: the present widths of weights, and the chosen ones of inputs.
+        input_factors: what each input's q_m is to be multiplied by, shape (inputs,).
         cost: what a hardware cost allows on top of the target; None where nothing limits it.
+        rows: where a choice is that of a group or a row; None where it is that of a layer. Not together with `cost`.
     """
-    if cost is None:
-        return _assign_sizes(families, limits, ledger, target, learned, rounding, choices, present)
+    own = present
+    if BOPS in (target.unit, *target.budgets):
+        ledger, target = _with_inputs(ledger, target, present)
+        own = LearnedBits(present.weights, torch.zeros(0, dtype=torch.float64), [-1] * len(ledger.layers))
+    if rows is not None:
+        found = _assign_rows(families, limits, ledger, target, learned, rounding, choices, own, rows)
+    elif cost is not None:
+        found = _assign_cost(families, limits, ledger, target, learned, rounding, choices, own, cost)
+    else:
+        found = _assign_sizes(families, limits, ledger, target, learned, rounding, choices, own)
+    inputs = [round(width) for width in present.inputs.tolist()]
+    return replace(found, bits=replace(found.bits, input_bits=inputs, input_clip_factors=input_factors))
+
+
+def _with_inputs(ledger: Ledger, target: Target, present: LearnedBits) -> tuple[Ledger, Target]:
+    """Return sizes and a target as of float inputs, in which a layer counts for less where its input is narrow."""
+    of_inputs = torch.cat([present.inputs.double(), torch.tensor([float(FLOAT_BITS)], dtype=torch.float64)])
+    shares = of_inputs[torch.tensor(present.input_of, dtype=torch.int64)] / FLOAT_BITS
+    layers = [
+        replace(layer, uses=layer.uses * share) for layer, share in zip(ledger.layers, shares.tolist(), strict=True)
+    ]
+    narrower = replace(ledger, layers=layers)
+    # BOPs are relative to the dense model's, whose uses are those of before.
+    factor = _dense_work(ledger) / _dense_work(narrower)
+    budgets = {unit: budget * (factor if unit == BOPS else 1.0) for unit, budget in target.budgets.items()}
+    amount = target.amount * (factor if target.unit == BOPS else 1.0)
+    return narrower, replace(target, amount=amount, budgets=budgets, input_bits=float(FLOAT_BITS))
+
+
+def _dense_work(ledger: Ledger) -> float:
+    uses = torch.tensor([layer.uses for layer in ledger.layers], dtype=torch.float64)
+    return float((ledger.weights(ledger.nothing) * uses).sum()) + ledger.dropped
+
+
+def likeliest_inputs(logits: Tensor, widths: Sequence[int], mean: float) -> Tensor:
+    """Return the likeliest widths of inputs whose plain mean is at most `mean`, and spends it; float64, (inputs,).
+
+    Args:
+        logits: float64, shape (inputs, widths).
+        widths: ascending.
+        mean: bits.
+
+    >>> likeliest_inputs(torch.tensor([[0.0, 9.0], [5.0, 0.0]]).double(), [4, 8], 6.0).tolist()
+    [8.0, 4.0]
+    """
+    values = torch.tensor([float(width) for width in widths], dtype=torch.float64)
+    worth = _worth_of_a_bit(Learned(logits, logits.new_zeros(0)), values)
+    losses = _unlikeliness(logits) + worth * (values[-1] - values)
+    costs = values.diff().expand(len(logits), -1)
+    priority = by_sensitivity(losses, torch.ones(len(logits), dtype=torch.float64), costs)
+    steps = allocate(priority, costs[None], [(mean - float(values[0])) * len(logits)])
+    return values[torch.tensor(steps, dtype=torch.int64)]
+
+
+def _assign_cost(
+    families: Sequence[Family],
+    limits: Limits,
+    ledger: Ledger,
+    target: Target,
+    learned: Learned,
+    rounding: RoundingErrors,
+    choices: BitChoices,
+    present: LearnedBits,
+    cost: CostTarget,
+) -> Assignment:
+    """Move the likeliest choice that other targets allow to one that a hardware cost allows."""
     if target.budgets:
         sized = _assign_sizes(families, limits, ledger, target, learned, rounding, choices, present)
         steps = torch.tensor([list(choices.weights).index(bits) for bits in sized.bits.weight_bits])
@@ -98,9 +214,7 @@ def assign(
     unlikely = _unlikeliness(learned.widths) * ledger.weights(start.removed)[:, None]
     found = cost.meet(start, unlikely, elements * learned.keep)
     bits = [int(choices.weights[step]) for step in found.steps.tolist()]
-    inputs = [round(width) for width in present.inputs.tolist()]
-    allocation = BitAllocation(bits, rounding.clips_at(found.steps.tolist()), inputs, torch.ones(len(inputs)))
-    return Assignment(found.removed, allocation)
+    return Assignment(found.removed, BitAllocation(bits, rounding.clips_at(found.steps.tolist()), [], torch.ones(0)))
 
 
 def _assign_sizes(
@@ -123,6 +237,105 @@ def _assign_sizes(
     own = errors if choices.needs_errors(target) else None
     bits = allocate_bits(present, own, weights, ledger, target, removed, choices)
     return Assignment(removed, bits)
+
+
+def _assign_rows(
+    families: Sequence[Family],
+    limits: Limits,
+    ledger: Ledger,
+    target: Target,
+    learned: Learned,
+    rounding: RoundingErrors,
+    choices: BitChoices,
+    present: LearnedBits,
+    rows: Rows,
+) -> Assignment:
+    """Choose groups as if each layer had the mean choice of its rows, then a width for each choice."""
+    table = rows.choices
+    unlikely = _unlikeliness(learned.widths)
+    counts = torch.bincount(table.layer, minlength=len(ledger.layers)).double()
+    sums = torch.zeros(len(ledger.layers), unlikely.shape[1], dtype=torch.float64)
+    of_layers = sums.index_add_(0, table.layer, unlikely[table.of_entry]) / counts[:, None]
+    by_layer = Learned(-of_layers, learned.keep)
+    sized = _assign_sizes(families, limits, ledger, target, by_layer, rounding, choices, present)
+    removed = sized.removed
+    steps = _spend(ledger, target, removed, unlikely, _worth_of_a_bit(learned, _tensor(choices)), choices, rows)
+    of_entry = steps[table.of_entry]
+    # What is removed is zero at every width.
+    of_entry[rows.remaining(ledger, removed) == 0] = 0
+    bits = torch.tensor(list(choices.weights), dtype=torch.int64)[of_entry]
+    widest = torch.zeros(len(ledger.layers), dtype=torch.int64).scatter_reduce_(0, table.layer, bits, "amax")
+    clips = rounding.clips[torch.arange(len(of_entry)), of_entry]
+    return Assignment(removed, BitAllocation(widest.tolist(), clips, [], torch.ones(0), bits))
+
+
+def _tensor(choices: BitChoices) -> Tensor:
+    return torch.tensor([float(width) for width in choices.weights], dtype=torch.float64)
+
+
+def _spend(
+    ledger: Ledger,
+    target: Target,
+    removed: Tensor,
+    unlikely: Tensor,
+    worth: float,
+    choices: BitChoices,
+    rows: Rows,
+) -> Tensor:
+    """Return the position of the width of each choice, int64, shape (choices,), which together spend the budgets.
+
+    Args:
+        ledger, target, removed, choices, rows: as in `assign`.
+        unlikely: nats that each width is less likely than the best one, shape (choices, widths).
+        worth: of a bit of an element, in nats; so high that the widest model would be the best of all.
+    """
+    table = rows.choices
+    widths = _tensor(choices)
+    elements = rows.remaining(ledger, removed)
+    weights = ledger.weights(removed)
+    uses = torch.tensor([layer.uses for layer in ledger.layers], dtype=torch.float64)
+    of_choice = torch.zeros(table.count, dtype=torch.float64).index_add_(0, table.of_entry, elements)
+    used = torch.nonzero(of_choice > 0).flatten()
+    narrowest = float(widths[0])
+    per_bit = []
+    room = []
+    for unit, budget in target.budgets.items():
+        if unit == BYTES:
+            of_layer = torch.full_like(weights, 1 / 8)
+            lowest = float(rows.stored_bytes(ledger, target, removed, torch.full_like(table.layer, round(narrowest))))
+        else:
+            of_layer = uses if unit == BOPS else torch.ones_like(weights)
+            lowest = target.spent(unit, ledger, removed, narrowest)
+            of_layer = of_layer * lowest / (narrowest * (weights * of_layer).sum())
+        cost = torch.zeros(table.count, dtype=torch.float64)
+        per_bit.append(cost.index_add_(0, table.of_entry, elements * of_layer[table.layer])[used])
+        room.append(budget - lowest)
+    costs = torch.stack(per_bit)[..., None] * widths.diff()
+    losses = (unlikely[used] + worth * (widths[-1] - widths)) * of_choice[used, None]
+    priority = by_sensitivity(losses, torch.ones(len(used), dtype=torch.float64), costs[0])
+
+    def at(budgets: Sequence[float]) -> Tensor:
+        found = torch.zeros(table.count, dtype=torch.int64)
+        found[used] = torch.tensor(allocate(priority, costs, budgets), dtype=torch.int64)
+        return found
+
+    if BYTES not in target.budgets:
+        return at(room)
+    number = list(target.budgets).index(BYTES)
+    budget = target.budgets[BYTES]
+    room[number] = max(room[number] - rows.overhead(ledger, len(widths)), 0.0)
+    found = torch.zeros(table.count, dtype=torch.int64)
+    # Bytes of blocks, tables and headers are known only of a choice, so what remains is spent once they are.
+    for _ in range(_ROUNDS):
+        tried = at(room)
+        bits = widths.long()[tried[table.of_entry]]
+        bits[elements == 0] = round(narrowest)
+        spare = budget - rows.stored_bytes(ledger, target, removed, bits)
+        if spare >= 0:
+            found = tried
+        climbed = widths[tried[used]] - narrowest
+        room[number] = float((climbed * per_bit[number]).sum()) + spare
+    return found
 
 
 def _unlikeliness(logits: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from geta_hf.config import (
 )
 from geta_hf.costs.hardware import MPIC_MACS
 from geta_hf.errors import GETAError
+from geta_hf.methods.search.choices import GRANULARITIES
 from geta_hf.methods.search.sampling import SAMPLING
 
 COSTS = ("none", "size", "bitops", "mpic_cycles", "mpic_energy", "ne16_cycles", "latency")
@@ -49,6 +50,9 @@ class SearchConfig(CompressionConfig):
 
     method: ClassVar[str] = "search"
 
+    wants_removal = False  # no annotation, so that it is no field
+    """Whether 0 is among `bit_choices`; of an instance, and not saved."""
+
     bits: tuple[int, int] = (2, 8)
     per_channel: bool = True
     warmup: Duration = setting(
@@ -64,6 +68,25 @@ class SearchConfig(CompressionConfig):
         Check(is_duration),
         section="Stages",
         expected=_DURATION,
+    )
+    granularity: str = setting(
+        "layer",
+        "What has a width of its own: each `layer`; each `group`, with all of its rows and columns (in a layer whose "
+        "columns alone belong to groups, a step size belongs to a column); or each output `row`.",
+        section="Search",
+        choices=GRANULARITIES,
+    )
+    activation_choices: list[int] | None = setting(
+        None,
+        "The only widths allowed of layers' inputs, such as [2, 4, 8], with the ends of `activation_bits`. None allows "
+        "every integer between them.",
+        section="Widths",
+    )
+    unsigned_inputs: bool = setting(
+        True,
+        "Inputs that are nowhere negative in calibration, such as those after a ReLU, have no negative codes but twice "
+        "as many others, as in PACT; what is negative later becomes 0.",
+        section="Quantizers",
     )
     sampling: str = setting(
         "softmax",
@@ -143,15 +166,23 @@ class SearchConfig(CompressionConfig):
         """Raise GETAError for widths above 8 bits, or without any but 0, which stands for removal."""
         if self.bit_choices is not None:
             nonzero = [width for width in self.bit_choices if width != 0]
+            self.wants_removal = len(nonzero) < len(self.bit_choices)
             self._check(bool(nonzero), "bit_choices", "widths of which at least one is not 0")
             # Removal is a choice of groups: of those alone that may be pruned, and as far as the targets ask for it.
             self.bit_choices = nonzero
         self._check(self.bits[1] <= _MOST_BITS, "bits", f"a pair (b_l, b_u) of integers in 2..{_MOST_BITS}, b_l <= b_u")
         super().check_widths()
-        if self.activation_bits is not None and self.activation_bits[0] != self.activation_bits[1]:
+        if self.activation_choices is not None:
+            self._check(self.activation_bits is not None, "activation_choices", "None where activation_bits is None")
+            lower, upper = self.activation_bits or (0, 0)
+            self.activation_choices = sorted(set(self.activation_choices))
+            own = self.activation_choices
+            fits = bool(own) and lower == own[0] and own[-1] == upper
+            self._check(fits, "activation_choices", f"widths from {lower} to {upper}, the ends of `activation_bits`")
+        if self.granularity != "layer" and self.grid != "channel":
             raise GETAError(
-                f"activation_bits = {self.activation_bits}: the search chooses no widths of inputs; give one width, "
-                f"such as ({self.activation_bits[1]}, {self.activation_bits[1]})"
+                f"granularity = {self.granularity!r} gives rows widths, but with grid = {str(self.grid)!r} they have "
+                f"no step sizes of their own; leave grid out, or set it to 'channel'"
             )
         if (self.cost == "latency") != (self.latency_table is not None):
             raise GETAError(
@@ -178,6 +209,11 @@ class SearchConfig(CompressionConfig):
             return
         if self.cost == "none":
             raise GETAError(f"target_cost = {self.target_cost} limits `cost`, which is none; choose one")
+        if self.granularity != "layer":
+            raise GETAError(
+                f"target_cost = {self.target_cost} is met by widths of layers, not by those of each "
+                f"{self.granularity}; leave granularity out, or give target_bops or target_bytes"
+            )
         others = [
             name for name in ("target_sparsity", "target_parameters", "mean_bits") if getattr(self, name) is not None
         ]
@@ -186,6 +222,11 @@ class SearchConfig(CompressionConfig):
                 f"target_cost = {self.target_cost} decides how much is pruned and how wide weights are, and so does "
                 f"{others[0]}; give one of them"
             )
+
+    @property
+    def input_widths(self) -> list[int]:
+        """The integer widths that a layer's input may end with, ascending; none where inputs are not quantized."""
+        return super().input_widths if self.activation_choices is None else self.activation_choices
 
     @property
     def has_target(self) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +14,15 @@ from torch import Tensor, nn
 from geta_hf.config import CompressionConfig
 from geta_hf.costs.expected_sizes import ExpectedSizes
 from geta_hf.costs.hardware import LatencyTable, LayerShape
+from geta_hf.costs.input_sensitivity import error_shares
 from geta_hf.costs.targets import BOPS
 from geta_hf.errors import GETAError
 from geta_hf.methods.base import Batches, CompressionResult, Method, Run, StepMemory
 from geta_hf.methods.parameter_groups import add_quantizer_group, check_names, quantizer_parameters
+from geta_hf.methods.search.choices import find_by_input
 from geta_hf.methods.search.config import SearchConfig
 from geta_hf.methods.search.keep_factors import KeepFactor, Sides, place_factors
-from geta_hf.methods.search.objective import HardwareCost, Objective, layer_cost
+from geta_hf.methods.search.objective import HardwareCost, InputChoices, Objective, layer_cost
 from geta_hf.methods.search.optimizer import CHOICES, Search, Shares
 from geta_hf.methods.search.schedule import FINETUNING, SEARCH, STAGES, SearchSchedule
 from geta_hf.qadg import PruningSpace
@@ -31,6 +35,7 @@ from geta_hf.quantization import (
     quantizer_prefixes,
     select_layers,
 )
+from geta_hf.quantization.clipping import Histogram
 from geta_hf.quantization.fixed import output_dim
 from geta_hf.quantization.functional import FLOAT_BITS
 from geta_hf.quantization.mixture import Mixture, levels_of
@@ -61,9 +66,13 @@ class SearchMethod(Method):
         self._table = None if config.latency_table is None else LatencyTable.load(config.latency_table)
         self._positions: dict[str, tuple[int, int]] = {}
         self._mixtures: dict[str, list[Any]] = {}
+        self._input_layers: dict[str, Any] = {}
+        # Of inputs with a sign, and of those without.
+        self._input_levels: tuple[Tensor, Tensor] | None = None
         self._factors: list[KeepFactor] = []
         self._labels: list[Tensor] = []
         self._levels: Tensor | None = None
+        self._space: PruningSpace | None = None
         self._stage: str | None = None
 
     # --- before training ----------------------------------------------------------------------------------------------
@@ -94,21 +103,52 @@ class SearchMethod(Method):
             target_bits=config.bits[1],
             clipping=config.clipping,
             per_channel=config.per_channel,
+            by_input=self._find_by_input(model),
         )
         if config.activation_bits is not None:
-            self._attach_inputs(model, batches, config.activation_bits[0])
+            self._attach_inputs(model, batches, config.input_widths[-1])
         freeze_quantizers(model)
         if batches is not None and config.cost != "none":
             self._positions = _output_sizes(model, batches)
 
+    def prepare(self, space: PruningSpace) -> None:
+        """Take the groups, whose columns have widths of their own where the config says so."""
+        self._space = space
+
+    def _find_by_input(self, model: nn.Module) -> list[str]:
+        """Return the layers that have a step size for each input: those whose inputs alone belong to groups."""
+        if self.config.granularity != "group":
+            return []
+        if self._space is None:
+            return list(self.by_input)
+        layers = select_layers(model, self.config.include, self.config.exclude)
+        dims = {f"{name}.weight": output_dim(layer) for name, layer in layers.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        families = self._space.trainable
+        members = [
+            replace(family, members=tuple(member for member in family.members if member.tensor in shapes))
+            for family in families
+        ]
+        found = find_by_input([family for family in members if family.members], shapes, dims)
+        # A depthwise or grouped convolution has no column for each input.
+        grouped = {f"{name}.weight" for name, layer in layers.items() if getattr(layer, "groups", 1) > 1}
+        return [name.removesuffix(".weight") for name in found - grouped]
+
     def _attach_inputs(self, model: nn.Module, batches: Batches | None, bits: int) -> None:
         if batches is not None:
             given = batches(self.config.calibration_batches)
-            attach_input_quantizers(model, given, initial_bits=bits, target_bits=bits, clipping=self.config.clipping)
+            attach_input_quantizers(
+                model,
+                given,
+                initial_bits=bits,
+                target_bits=bits,
+                clipping=self.config.clipping,
+                unsigned=self.config.unsigned_inputs,
+            )
             return
-        for layer in quantized_layers(model).values():
+        for name, layer in quantized_layers(model).items():
             start = torch.ones(1, device=layer.weight.device)  # the shapes are all that is asked for
-            layer.input_quantizer = Quantizer(start, bits, device=start.device)
+            layer.input_quantizer = Quantizer(start, bits, device=start.device, unsigned=name in self.unsigned)
 
     def memory(self, model: nn.Module, space: PruningSpace, removed_groups: int) -> StepMemory:
         """Count the choices with Adam's state, the clipping values, and the histogram of one weight at a time."""
@@ -116,7 +156,12 @@ class SearchMethod(Method):
         entries = sum(layer.weight_quantizer.d.numel() for layer in layers.values())
         groups = sum(family.size for family in space.trainable)
         widths = len(self.config.widths)
-        kept = 4 * (entries * widths + 4 * (len(layers) * widths + groups))
+        choices = {"layer": len(layers), "group": len(layers) + groups, "row": entries}[self.config.granularity]
+        of_inputs = len(layers) * len(self.config.input_widths) if len(self.config.input_widths) > 1 else 0
+        # A logit has its gradient and Adam's two moments with it; a table says which choice each entry follows.
+        kept = 4 * (entries * widths + 4 * (choices * widths + groups + of_inputs))
+        if self.config.granularity != "layer":
+            kept += 3 * 8 * entries
         return StepMemory(kept, max((layer.weight.numel() * 16 for layer in layers.values()), default=0))
 
     # --- in training --------------------------------------------------------------------------------------------------
@@ -133,6 +178,11 @@ class SearchMethod(Method):
         check_names(base, names)
         add_quantizer_group(base, quantizer_parameters(model), config.quantizer_learning_rate)
         families = run.space.trainable
+        if config.wants_removal and not families:
+            raise GETAError(
+                "bit_choices has 0, which removes groups, but no family may be pruned; leave 0 out, or name families "
+                "by prune"
+            )
         prefixes = quantizer_prefixes(model)
         layers = quantized_layers(model)
         first = {prefix: weight for weight, prefix in reversed(list(prefixes.items()))}
@@ -150,6 +200,9 @@ class SearchMethod(Method):
             if layer.weight_quantizer.channel_dim is not None
         }
         inputs = list(input_quantizer_prefixes(model).values())
+        self._input_layers = {prefix: layers[name] for name, prefix in input_quantizer_prefixes(model).items()}
+        places = {name: position for position, name in enumerate(input_quantizer_prefixes(model))}
+        own_inputs = [places.get(layer.weight.removesuffix(".weight"), -1) for layer in run.ledger.layers]
         sizes = ExpectedSizes(families, run.ledger, bool(inputs))
         self.optimizer = Search(
             base,
@@ -168,14 +221,44 @@ class SearchMethod(Method):
                 self._hardware(model, run),
                 config.cost_weight,
                 config.target_cost,
+                self._input_choices(own_inputs, run),
             ),
             outside,
             inputs,
             channel_dims,
+            self._input_clips(model, inputs),
+            [prefix for prefix in inputs if model.get_submodule(prefix).unsigned],
         )
         self._stage = None
         self.optimizer.register_step_post_hook(lambda *_: self._show_likeliest())
         return self.optimizer
+
+    def _input_choices(self, inputs: Sequence[int], run: Run) -> InputChoices | None:
+        """Return the choices of widths of inputs; None where all have one.
+
+        Args:
+            inputs: for each quantized weight the position of its layer's input; -1 where it is float.
+            run: with the target.
+        """
+        widths = self.config.input_widths
+        if len(widths) < 2:
+            return None
+        mean = None if self.config.wanted_mean_input_bits is None else run.target.input_bits
+        values = torch.tensor([float(width) for width in widths])
+        return InputChoices(values, torch.tensor(list(inputs), dtype=torch.int64), mean)
+
+    def _input_clips(self, model: nn.Module, prefixes: Sequence[str]) -> Tensor | None:
+        """Return the clipping values of inputs at each width, relative to the present ones, shape (inputs, widths)."""
+        widths = self.config.input_widths
+        if len(widths) < 2:
+            return None
+        clips = torch.ones(len(prefixes), len(widths))
+        for position, prefix in enumerate(prefixes):
+            own: Any = model.get_submodule(prefix)
+            if isinstance(own.histogram, Histogram):
+                steps = [width + own.unsigned for width in widths]
+                clips[position] = error_shares(own.histogram, steps, self.config.clipping == "mse")[1]
+        return clips
 
     def _hardware(self, model: nn.Module, run: Run) -> HardwareCost | None:
         if self.config.cost == "none":
@@ -184,7 +267,7 @@ class SearchMethod(Method):
             self._table.check(self._shapes_of(model), self.config.widths)
         shapes = {f"{shape.name}.weight": shape for shape in self._shapes_of(model)}
         own = [shapes[layer.weight] for layer in run.ledger.layers]
-        input_bits = FLOAT_BITS if self.config.activation_bits is None else self.config.activation_bits[0]
+        input_bits = FLOAT_BITS if self.config.activation_bits is None else self.config.input_widths[-1]
         dims = {f"{name}.weight": output_dim(layer) for name, layer in quantized_layers(model).items()}
         cost = layer_cost(self.config.cost, input_bits, self._table)
         return HardwareCost(cost, own, dims)
@@ -232,6 +315,8 @@ class SearchMethod(Method):
         for layers in self._mixtures.values():
             for layer in layers:
                 layer.mixture = None
+        for layer in self._input_layers.values():
+            layer.input_mixture = None
 
     def _show(self, shares: Shares) -> None:
         optimizer = self.optimizer
@@ -240,25 +325,47 @@ class SearchMethod(Method):
         if self._levels is None or self._levels.device != device:
             self._levels = levels_of(self.config.widths, device)
             self._labels = [factor.label.to(device) for factor in self._factors]
+        if shares.inputs is not None:
+            self._show_inputs(shares.inputs)
         # One entry more, for indices that belong to no group and remain.
         keep = torch.cat([shares.keep, shares.keep.new_ones(1)])
         factors: dict[tuple[str, bool], Tensor] = {}
         for factor, label in zip(self._factors, self._labels, strict=True):
             factors[factor.weight, factor.outputs] = keep[label]
         table = optimizer.quantizers
+        choices = optimizer.width_choices
         for number, weight in enumerate(table.own_weights):
             prefix = table.weights[weight]
-            clips = optimizer.clips[table.spans[prefix]].t()
-            clips = clips[:, None, :] if table.channel_dims.get(prefix) == 1 else clips[:, :, None]
+            span = table.spans[prefix]
+            areas = self._mixtures[weight][0].weight[0, 0].numel()
+            along = partial(_along_weight, dim=table.channel_dims.get(prefix), area=areas)
+            if choices.by_layer:
+                own = shares.widths[number].view(-1, 1, 1)
+            else:
+                own = along(shares.widths[choices.of_entry[span]])
             mixture = Mixture(
-                shares.widths[number].view(-1, 1, 1),
-                clips,
+                own,
+                along(optimizer.clips[span]),
                 self._levels,
                 factors.get((weight, False)),
                 factors.get((weight, True)),
             )
             for layer in self._mixtures[weight]:
                 layer.mixture = mixture
+
+    def _show_inputs(self, shares: Tensor) -> None:
+        """Let layers round their inputs to the mixture of their widths."""
+        optimizer = self.optimizer
+        assert optimizer is not None and optimizer.input_clips is not None
+        if self._input_levels is None or self._input_levels[0].device != shares.device:
+            signed = levels_of(self.config.input_widths, shares.device)
+            unsigned = levels_of([width + 1 for width in self.config.input_widths], shares.device)
+            self._input_levels = (signed, unsigned)
+        for position, layer in enumerate(self._input_layers.values()):
+            own = layer.input_quantizer
+            clips = optimizer.input_clips[position] * own.q_m.detach()
+            levels = self._input_levels[own.unsigned]
+            layer.input_mixture = Mixture(shares[position].view(-1, 1, 1), clips.view(-1, 1, 1), levels)
 
     def extra_loss(self, model: nn.Module) -> Tensor | None:
         """Return what the choices are charged for, 0-d; None outside of the search."""
@@ -312,36 +419,37 @@ class SearchMethod(Method):
         if optimizer is None:
             raise GETAError("training has not started, so there is no compression state")
         objective = optimizer.objective
-        shares = optimizer.expected()
-        keep, bits = shares.keep, objective.bits(shares.widths)
+        expected = optimizer.expected()
+        keep, shares = expected.keep, expected.widths
         if optimizer.finished:
             keep = (~optimizer.removed).float().to(keep.device)
-            bits = torch.tensor(optimizer.weight_bits, dtype=torch.float32, device=keep.device)
+            shares = optimizer.chosen_widths()
+        shares = optimizer.width_choices.by_weight(keep, shares)
+        objective.input_shares = expected.inputs if not optimizer.finished else optimizer.chosen_inputs()
+        bits = objective.bits(shares)
+        used = self._used_widths(shares)
         weights = objective.sizes.weights(keep)
         found = {
             "stage": STAGES.index(self.stage) + 1,
             "sparsity": round(1 - float(keep.sum()) / max(len(keep), 1), 4),
             "mean_bits": round(float((weights * bits).sum() / weights.sum()), 3),
-            "min_bits": round(float(bits.min()), 3),
-            "max_bits": round(float(bits.max()), 3),
-            "relative_bops": round(float(objective.sizes.amount(BOPS, keep, bits, objective.input_bits)), 5),
+            "min_bits": used[0] if optimizer.finished else round(float(bits.min()), 3),
+            "max_bits": used[1] if optimizer.finished else round(float(bits.max()), 3),
+            "relative_bops": round(float(objective.sizes.amount(BOPS, keep, bits, objective.bits_of_inputs())), 5),
         }
         if objective.hardware is not None:
-            found["relative_cost"] = round(float(objective.hardware_cost(keep, self._widths_of(shares))), 5)
+            found["relative_cost"] = round(float(objective.hardware_cost(keep, shares)), 5)
+        if objective.inputs is not None and objective.input_shares is not None:
+            found["mean_input_bits"] = round(float((objective.input_shares @ objective.inputs.widths).mean()), 3)
         if not optimizer.finished:
-            found["excess"] = round(float(objective.excess(keep, shares.widths).sum()), 4)
+            found["excess"] = round(float(objective.excess(keep, shares).sum()), 4)
             found["temperature"] = round(optimizer.temperature, 4)
         return found
 
-    def _widths_of(self, shares: Shares) -> Tensor:
-        """Return the probability of each width, or what was chosen once that is fixed, shape (layers, widths)."""
-        optimizer = self.optimizer
-        assert optimizer is not None
-        if not optimizer.finished:
-            return shares.widths
-        steps = [self.config.widths.index(bits) for bits in optimizer.weight_bits]
-        chosen = torch.tensor(steps, device=shares.widths.device)
-        return torch.nn.functional.one_hot(chosen, len(self.config.widths)).float()
+    def _used_widths(self, shares: Tensor) -> tuple[float, float]:
+        """Return the narrowest and the widest width that any row or column has a share of."""
+        used = torch.nonzero(shares.sum(0) > 0).flatten().tolist()
+        return float(self.config.widths[used[0]]), float(self.config.widths[used[-1]])
 
     # --- after training -----------------------------------------------------------------------------------------------
 
@@ -367,13 +475,19 @@ class SearchMethod(Method):
         optimizer = self._finished_optimizer()
         table = optimizer.quantizers
         bits = dict(zip(table.prefixes, optimizer.weight_bits, strict=False))
-        inputs = self.config.activation_bits
+        channels = {}
+        for weight, prefix in table.weights.items():
+            own = None if optimizer.entry_bits is None else optimizer.entry_bits[table.spans[prefix]]
+            if own is not None and len(own.unique()) > 1:
+                channels[weight.removesuffix(".weight")] = own.clone()
         return CompressionResult(
             removed=optimizer.masks(),
             weight_bits={weight.removesuffix(".weight"): bits[prefix] for weight, prefix in table.weights.items()},
             input_bits={
-                prefix.removesuffix(".input_quantizer"): inputs[0] for prefix in table.input_prefixes if inputs
+                prefix.removesuffix(".input_quantizer"): width
+                for prefix, width in zip(table.input_prefixes, optimizer.input_bits, strict=True)
             },
+            channel_bits=channels,
         )
 
     def _finished_optimizer(self) -> Search:
@@ -385,6 +499,20 @@ class SearchMethod(Method):
                 f"is true"
             )
         return optimizer
+
+
+def _along_weight(values: Tensor, dim: int | None, area: int) -> Tensor:
+    """Return values of the entries of a quantizer, (entries, widths), in a shape that broadcasts over a flat weight.
+
+    Args:
+        values: see above.
+        dim: of the weight that entries run along; None for one entry.
+        area: the number of elements of a kernel, which are columns of the flat weight.
+    """
+    if dim != 1:
+        return values.t()[:, :, None]
+    columns = values.t()[:, None, :]
+    return columns.repeat_interleave(area, 2) if area > 1 else columns
 
 
 def _sides(layer: nn.Module) -> Sides:

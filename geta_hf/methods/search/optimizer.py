@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from geta_hf.methods.qasso.checks import check_base, check_covered
 from geta_hf.methods.qasso.equations import relative_step
 from geta_hf.methods.qasso.slices import Slice, build_slices, group_sums, zero_moments, zero_slices
 from geta_hf.methods.rounding import write_bits
-from geta_hf.methods.search.assign import Assignment, Learned, assign
+from geta_hf.methods.search.assign import Assignment, Learned, Rows, assign, likeliest_inputs
+from geta_hf.methods.search.choices import WidthChoices, sorted_weights
 from geta_hf.methods.search.config import SearchConfig
 from geta_hf.methods.search.cost_target import CostTarget
 from geta_hf.methods.search.objective import Objective
@@ -31,7 +32,7 @@ from geta_hf.methods.search.schedule import FINETUNING, SEARCH, SearchSchedule
 from geta_hf.qadg.group_labels import GroupLabels, family_of_group, family_starts
 from geta_hf.qadg.group_types import Family
 from geta_hf.quantization.functional import step_size
-from geta_hf.utils.shards import shard_of
+from geta_hf.utils.shards import from_first_process, shard_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +50,14 @@ class Shares:
     """The probabilities of one pass.
 
     Attributes:
-        widths: of each width of each quantized weight, fp32, shape (layers, widths).
+        widths: of each width of each choice, fp32, shape (choices, widths).
         keep: that each group remains, fp32, shape (groups,).
+        inputs: of each width of each layer's input, fp32, shape (inputs, widths); None where there is one for all.
     """
 
     widths: Tensor
     keep: Tensor
+    inputs: Tensor | None = None
 
 
 class Search(torch.optim.Optimizer):
@@ -72,10 +75,15 @@ class Search(torch.optim.Optimizer):
         outside: slices that no factor multiplies.
         input_quantizers: prefixes of the quantizers of layers' inputs.
         channel_dims: prefix -> the weight's dimension along which its quantizer has a step size each.
+        input_clips: clipping values of inputs at each width that they may have, relative to the present ones, shape
+            (inputs, widths); None where all have one width.
+        unsigned: prefixes of the quantizers of inputs without negative codes.
 
     Attributes:
         removed: bool, shape (groups,), on CPU: groups that are exactly zero for good.
-        weight_bits: the widths of the quantized weights once they are chosen; before, empty.
+        weight_bits: the widths of the quantized weights once they are chosen, the widest of several; before, empty.
+        entry_bits: int64, shape (entries,), on CPU: the width of each row or column, where those of a weight differ.
+        input_bits: the widths of the quantized inputs once they are chosen.
         clips: clipping values of each quantizer at each width, shape (entries, widths); None before the search.
 
     Raises:
@@ -96,6 +104,8 @@ class Search(torch.optim.Optimizer):
         outside: Sequence[GroupLabels] = (),
         input_quantizers: Sequence[str] = (),
         channel_dims: Mapping[str, int] | None = None,
+        input_clips: Tensor | None = None,
+        unsigned: Collection[str] = (),
     ) -> None:
         super().__init__(base.param_groups, {})
         self.base = base
@@ -111,28 +121,47 @@ class Search(torch.optim.Optimizer):
         check_base(base, named)
         check_covered(named, self.families, quantizers, input_quantizers)
         self._check_complete(named)
-        self.quantizers = Quantizers(quantizers, input_quantizers, named, channel_dims)
+        self.quantizers = Quantizers(quantizers, input_quantizers, named, channel_dims, unsigned=unsigned)
+        self.width_choices = WidthChoices.of(config.granularity, self.quantizers, ledger)
         device = next(iter(named.values())).device
         self.widths = list(config.widths)
         # As in the paper's code: the widest width is the likeliest at first.
         start = torch.tensor([width / self.widths[-1] for width in self.widths], device=device)
-        self.width_logits = start.repeat(self.quantizers.weight_layers, 1).requires_grad_()
+        self.width_logits = start.repeat(self.width_choices.count, 1).requires_grad_()
         odds = config.initial_keep / (1 - config.initial_keep)
         self.keep_logits = torch.full((ledger.groups,), odds, device=device).log_().requires_grad_()
-        self.choices = torch.optim.Adam([self.width_logits, self.keep_logits], lr=config.choice_rate(schedule.search))
-        self.choices.param_groups[0]["param_names"] = ["search.widths", "search.keep"]
+        self.input_clips = input_clips
+        self.input_logits: Tensor | None = None
+        if input_clips is not None:
+            widths = config.input_widths
+            start = torch.tensor([width / widths[-1] for width in widths], device=device)
+            self.input_logits = start.repeat(len(input_clips), 1).requires_grad_()
+        self.choices = torch.optim.Adam(self._logits, lr=config.choice_rate(schedule.search))
+        choices = ["search.widths", "search.keep", "search.inputs"]
+        self.choices.param_groups[0]["param_names"] = choices[: len(self._logits)]
         self._share_base()
         if (cost := self._cost_target()) is not None:
+            if input_clips is not None:
+                objective.input_shares = one_hot(torch.zeros(len(input_clips), len(config.input_widths)))
             cost.check()
         self.step_count = 0
         self.removed = ledger.nothing
         self.weight_bits: list[int] = []
+        self.entry_bits: Tensor | None = None
+        # Until widths are chosen, the widest one, with which inputs are rounded in the warm-up.
+        self.input_bits: list[int] = config.input_widths[-1:] * len(self.quantizers.input_prefixes)
         self.clips: Tensor | None = None
         self.shares: Shares | None = None
         self._outside = list(outside)
         self._family = family_of_group(self.families)
         self._slices: list[Slice] | None = None
         self._entry_bits: Tensor | None = None  # the width of each quantizer's entry, once it is fixed
+
+    @property
+    def _logits(self) -> list[Tensor]:
+        """The logits of all choices."""
+        logits = [self.width_logits, self.keep_logits]
+        return logits if self.input_logits is None else [*logits, self.input_logits]
 
     @staticmethod
     def _check_complete(named: Named) -> None:
@@ -196,6 +225,9 @@ class Search(torch.optim.Optimizer):
             _passed_on(sample(self.width_logits, self.temperature, self.config.sampling), self.width_logits),
             _passed_on(sample(self._keep_options, self.temperature, self.config.sampling)[:, 1], self.keep_logits),
         )
+        if self.input_logits is not None:
+            inputs = sample(self.input_logits, self.temperature, self.config.sampling)
+            self.shares = replace(self.shares, inputs=_passed_on(inputs, self.input_logits))
         return self.shares
 
     @property
@@ -207,20 +239,43 @@ class Search(torch.optim.Optimizer):
         """Return the likeliest choice, without gradients."""
         self._follow_device()
         self._measure_clips()
-        return Shares(one_hot(self.width_logits), (self.keep_logits.detach() > 0).float())
+        inputs = None if self.input_logits is None else one_hot(self.input_logits)
+        return Shares(one_hot(self.width_logits), (self.keep_logits.detach() > 0).float(), inputs)
 
     def expected(self) -> Shares:
         """Return the present probabilities, without noise and gradients."""
         self._follow_device()
         widths = sample(self.width_logits.detach(), self.temperature)
-        return Shares(widths, sample(self._keep_options.detach(), self.temperature)[:, 1])
+        inputs = None if self.input_logits is None else sample(self.input_logits.detach(), self.temperature)
+        return Shares(widths, sample(self._keep_options.detach(), self.temperature)[:, 1], inputs)
+
+    def chosen_inputs(self) -> Tensor | None:
+        """Return the widths of inputs that are fixed as shares, shape (inputs, widths); None where there is one."""
+        if self.input_logits is None:
+            return None
+        steps = torch.searchsorted(torch.tensor(self.config.input_widths), torch.tensor(self.input_bits))
+        shares = torch.nn.functional.one_hot(steps, self.input_logits.shape[1])
+        return shares.float().to(self.input_logits.device)
+
+    def chosen_widths(self) -> Tensor:
+        """Return the widths that are fixed as shares of the choices, shape (choices, widths)."""
+        bits = torch.tensor(self.weight_bits, dtype=torch.int64)
+        choices = self.width_choices
+        if not choices.by_layer:
+            entries = bits[choices.layer.cpu()] if self.entry_bits is None else self.entry_bits
+            bits = torch.full((choices.count,), self.widths[0])
+            bits[choices.of_entry.cpu()] = entries
+        steps = torch.searchsorted(torch.tensor(self.widths), bits)
+        return torch.nn.functional.one_hot(steps, len(self.widths)).float().to(self.width_logits.device)
 
     def loss(self) -> Tensor | None:
         """Return what is added to the loss, 0-d; None where choices are not trained."""
         if self.trains == WEIGHTS or self.shares is None:
             return None
         ramp = price_at(self._searched, self.schedule.search, 1.0)
-        return self.objective.loss(self.shares.keep, self.shares.widths, ramp)
+        shares = self.width_choices.by_weight(self.shares.keep, self.shares.widths)
+        self.objective.input_shares = self.shares.inputs
+        return self.objective.loss(self.shares.keep, shares, ramp)
 
     def _measure_clips(self) -> None:
         """Search clipping values for every width, once, when the search starts; waits for the device."""
@@ -277,7 +332,7 @@ class Search(torch.optim.Optimizer):
             own = inner * keep * (1 - keep) / self.temperature
         else:
             own = None
-        for logits in (self.width_logits, self.keep_logits):
+        for logits in self._logits:
             if logits.grad is not None:
                 _average_over_processes(logits.grad)
         if own is not None and self.keep_logits.grad is not None:
@@ -314,10 +369,11 @@ class Search(torch.optim.Optimizer):
         """Set each d to the step size of its width."""
         _, q_m, t = self.quantizers.read(named)
         if self._entry_bits is None or self._entry_bits.device != q_m.device:
-            inputs = [float((self.config.activation_bits or (0, 0))[0])] * len(self.quantizers.input_prefixes)
-            bits = torch.tensor([*map(float, self.weight_bits), *inputs], device=q_m.device)
+            bits = torch.tensor([*map(float, self.weight_bits), *map(float, self.input_bits)], device=q_m.device)
             self._entry_bits = bits[self.quantizers.layer]
-        self.quantizers.write_step_sizes(step_size(self._entry_bits, q_m, t), named)
+            if self.entry_bits is not None:
+                self._entry_bits[: len(self.entry_bits)] = self.entry_bits.to(self._entry_bits)
+        self.quantizers.write_step_sizes(step_size(self._entry_bits + self.quantizers.extra, q_m, t), named)
 
     def _quantizer_names(self, named: Named) -> list[str]:
         return [name for leaf in ("d", "q_m", "t") for name in self.quantizers.names[leaf] if name in named]
@@ -330,6 +386,8 @@ class Search(torch.optim.Optimizer):
         found = self._assignment(named)
         write_bits(self.quantizers, named, found.bits)
         self.weight_bits = list(found.bits.weight_bits)
+        self.entry_bits = found.bits.entry_bits
+        self.input_bits = list(found.bits.input_bits)
         self.removed = found.removed
         self._slices = None
         slices = self._removed_slices(named)
@@ -341,6 +399,7 @@ class Search(torch.optim.Optimizer):
     def _assignment(self, named: Named) -> Assignment:
         bits = self.quantizers.bits(named).cpu().double()
         count = self.quantizers.weight_layers
+        inputs = self._chosen_inputs(bits[count:])
         return assign(
             self.families,
             Limits.of(self.config),
@@ -349,9 +408,38 @@ class Search(torch.optim.Optimizer):
             Learned.of(self.width_logits, self.keep_logits),
             self._rounding_errors(named),
             BitChoices(self.widths, self.config.input_widths or self.widths),
-            LearnedBits(bits[:count], bits[count:], self.quantizers.input_positions()),
+            LearnedBits(bits[:count], inputs, self.quantizers.input_positions()),
+            self._input_factors(inputs),
             self._cost_target(),
+            self._rows(),
         )
+
+    def _rows(self) -> Rows | None:
+        """Return what is needed to choose a width for each row or column; None where each layer has one choice."""
+        if self.width_choices.by_layer:
+            return None
+        self.width_choices.to(torch.device("cpu"))
+        weights = dict(zip(self.quantizers.own_weights, self.quantizers.prefixes, strict=False))
+        spans = {weight: self.quantizers.spans[prefix] for weight, prefix in weights.items()}
+        return Rows(self.width_choices, spans, sorted_weights(self.families, self.width_choices, self.quantizers))
+
+    def _chosen_inputs(self, present: Tensor) -> Tensor:
+        """Return the widths of inputs, float64, shape (inputs,): the likeliest ones of the planned mean at most."""
+        if self.input_logits is None:
+            return present
+        logits = from_first_process(self.input_logits.detach()).cpu().double()
+        bits = likeliest_inputs(logits, self.config.input_widths, self.target.input_bits)
+        steps = torch.searchsorted(torch.tensor(self.config.input_widths, dtype=torch.float64), bits)
+        self.objective.to(torch.device("cpu"))
+        self.objective.input_shares = torch.nn.functional.one_hot(steps, logits.shape[1]).float()
+        return bits
+
+    def _input_factors(self, bits: Tensor) -> Tensor:
+        """Return what each input's q_m is to be multiplied by for its width, shape (inputs,)."""
+        if self.input_clips is None:
+            return torch.ones(len(bits))
+        steps = torch.searchsorted(torch.tensor(self.config.input_widths, dtype=torch.float64), bits)
+        return self.input_clips.cpu()[torch.arange(len(bits)), steps]
 
     def _cost_target(self) -> CostTarget | None:
         """Return what a hardware cost allows, on CPU; None where nothing limits it."""
@@ -384,7 +472,7 @@ class Search(torch.optim.Optimizer):
 
     def check_finite(self) -> None:
         """Raise GETAError where a choice became NaN or infinite; waits for the device."""
-        for what, logits in (("widths", self.width_logits), ("groups", self.keep_logits)):
+        for what, logits in zip(("widths", "groups", "widths of inputs"), self._logits, strict=False):
             if not bool(torch.isfinite(logits).all()):
                 raise GETAError(
                     f"the search's choice of {what} was NaN or infinite by step {self.step_count}. Lower "
@@ -403,7 +491,8 @@ class Search(torch.optim.Optimizer):
         device = next(iter(self.base.param_groups[0]["params"])).device
         self.quantizers.to(device)
         self.objective.to(device)
-        for logits in (self.width_logits, self.keep_logits):
+        self.width_choices.to(device)
+        for logits in self._logits:
             if logits.device != device:
                 logits.data = logits.data.to(device)
                 for name, value in self.choices.state.get(logits, {}).items():
@@ -411,6 +500,8 @@ class Search(torch.optim.Optimizer):
                         self.choices.state[logits][name] = value.to(device)
         if self.clips is not None:
             self.clips = self.clips.to(device)
+        if self.input_clips is not None:
+            self.input_clips = self.input_clips.to(device)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -421,9 +512,12 @@ class Search(torch.optim.Optimizer):
             "step": self.step_count,
             "widths": self.width_logits.detach().clone(),
             "keep": self.keep_logits.detach().clone(),
+            "inputs": None if self.input_logits is None else self.input_logits.detach().clone(),
+            "input_bits": list(self.input_bits),
             "choices": self.choices.state_dict(),
             "removed": self.removed.clone(),
             "weight_bits": list(self.weight_bits),
+            "entry_bits": None if self.entry_bits is None else self.entry_bits.clone(),
             "clips": None if self.clips is None else self.clips.clone(),
         }
         return {**self.base.state_dict(), _KEY: own}
@@ -440,19 +534,24 @@ class Search(torch.optim.Optimizer):
                 f"the optimizer state has stages {own['schedule']}, this run {ours} (warm-up, search, total steps); "
                 f"resume with the same length of training and the same stages"
             )
-        for name, mine in (("widths", self.width_logits), ("keep", self.keep_logits)):
-            if own[name].shape != mine.shape:
+        for name, mine in zip(("widths", "keep", "inputs"), self._logits, strict=False):
+            theirs = own.get(name)
+            if theirs is None or theirs.shape != mine.shape:
                 raise GETAError(
-                    f"the optimizer state has choices of {name} of shape {tuple(own[name].shape)}, not "
-                    f"{tuple(mine.shape)}: it is of another model or config"
+                    f"the optimizer state has choices of {name} of shape "
+                    f"{None if theirs is None else tuple(theirs.shape)}, not {tuple(mine.shape)}: it is of another "
+                    f"model or config"
                 )
-            mine.detach().copy_(own[name])
+            mine.detach().copy_(theirs)
+        self.input_bits = list(own.get("input_bits", self.input_bits))
         self.base.load_state_dict({name: value for name, value in state_dict.items() if name != _KEY})
         self.choices.load_state_dict(own["choices"])
         self._share_base()
         self.step_count = own["step"]
         self.removed = own["removed"].cpu()
         self.weight_bits = list(own["weight_bits"])
+        entries = own.get("entry_bits")  # checkpoints of before have none
+        self.entry_bits = None if entries is None else entries.cpu()
         self._entry_bits = None
         clips = own["clips"]
         self.clips = None if clips is None else clips.to(self.width_logits.device)

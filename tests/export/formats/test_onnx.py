@@ -28,9 +28,11 @@ pytest.importorskip("onnxscript")
 BITS_OF_TYPE = {3: 8, 22: 4}  # TensorProto.INT8, INT4
 
 
-def write(model: PreTrainedModel, folder: Path, batch: dict[str, Tensor], **kwargs: Any) -> dict[str, float]:
+def write(
+    model: PreTrainedModel, folder: Path, batch: dict[str, Tensor], dynamic_int8: bool | None = False
+) -> dict[str, float]:
     folder.mkdir()
-    write_onnx(model, folder, batch, **kwargs)
+    write_onnx(model, folder, batch, dynamic_int8=dynamic_int8)
     return json.loads((folder / "config.json").read_text())["exported_as"]["difference"]
 
 
@@ -129,6 +131,24 @@ def test_dynamic_products_are_of_integers(written: tuple[PreTrainedModel, Path],
     assert 1e-6 < found["default"] <= 0.02
     kinds = Counter(node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node)
     assert kinds["MatMulInteger"] == kinds["DynamicQuantizeLinear"] == 8 and not kinds["DequantizeLinear"]
+
+
+def test_as_it_comes_the_file_takes_the_fast_path_of_each_width(
+    written: tuple[PreTrainedModel, Path], tmp_path: Path
+) -> None:
+    model, _ = written
+    found = write(model, tmp_path / "out", some_batch(), dynamic_int8=None)
+    # The exact graph was proved before its products rounded.
+    assert found["exact"] <= 1e-6 < found["default"] <= 0.02
+    graph = onnx.load(tmp_path / "out" / "model.onnx").graph
+    kinds = Counter(node.op_type for node in graph.node)
+    narrow = sum(layer.bits <= 4 for layer in packed_layers(model).values())
+    assert narrow and kinds["DequantizeLinear"] == narrow and kinds["MatMulInteger"] == 8 - narrow
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")  # with nothing set
+    outputs = session.run(None, {name: tensor.numpy() for name, tensor in some_batch().items()})
+    with torch.no_grad():
+        expected = model(**some_batch()).start_logits
+    assert (torch.from_numpy(outputs[0]) - expected).abs().max() <= found["default"] * expected.abs().max() + 1e-6
 
 
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

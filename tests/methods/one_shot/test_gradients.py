@@ -92,6 +92,9 @@ def test_losses_that_are_not_finite_or_do_not_depend_on_layers_are_errors():
         model.down.bias.fill_(float("nan"))
     with pytest.raises(GETAError, match="the loss of Small on the calibration data is nan"):
         measure_gradients(model, data(), READ, 3, ["down.weight"])
+    # No label can be drawn of such outputs.
+    with pytest.raises(GETAError, match="the loss of Small on the calibration data is nan"):
+        measure_gradients(model, data(labelled=False), READ, 3, ["down.weight"])
     model = Small()
     with torch.no_grad():
         model.mask = torch.zeros(6)

@@ -35,7 +35,8 @@ def choose(found: Learned, **targets: object) -> Assignment:
     target = solve_target(config, FAMILIES, LEDGER)
     rounding = RoundingErrors(torch.zeros(4, 3, dtype=torch.float64), torch.arange(12.0).view(4, 3), torch.ones(4) > 0)
     present = LearnedBits(torch.full((4,), 16.0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64), [-1] * 4)
-    return assign(FAMILIES, Limits(), LEDGER, target, found, rounding, BitChoices(WIDTHS, WIDTHS), present)
+    choices = BitChoices(WIDTHS, WIDTHS)
+    return assign(FAMILIES, Limits(), LEDGER, target, found, rounding, choices, present, torch.ones(0))
 
 
 def elements_of(removed: torch.Tensor) -> int:

@@ -98,6 +98,80 @@ def test_inputs_have_one_width_which_bops_count(targets: dict[str, Any]) -> None
     assert 0.85 * 0.015 < spent <= 0.015 if "target_bops" in targets else found.removed_groups == 3
 
 
+def choosing_inputs(**changes: Any) -> SearchConfig:
+    values: dict[str, Any] = {"bits": (2, 6), "warmup": 2, "search": 10, "activation_bits": (4, 8)}
+    return SearchConfig(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [{"target_bops": 0.015}, {"target_bops": 0.015, "target_sparsity": 0.3}, {"target_sparsity": 0.3, "mean_bits": 4}],
+)
+def test_widths_of_inputs_are_chosen_too(targets: dict[str, Any]) -> None:
+    model, method, optimizer = prepare(choosing_inputs(activation_choices=[4, 5, 8], **targets))
+    generator = torch.Generator().manual_seed(2)
+    optimizer.input_logits.data.add_(torch.randn(4, 3, generator=generator))
+    train(model, method, optimizer)
+    found = method.result()
+    assert set(found.input_bits) == set(found.weight_bits) and len(set(found.input_bits.values())) > 1
+    layers = quantized_layers(model)
+    for name, layer in layers.items():
+        assert layer.input_mixture is None
+        assert float(layer.input_quantizer.bits()) == pytest.approx(found.input_bits[name], abs=1e-3)
+    bits = torch.tensor([found.weight_bits[name] for name in layers], dtype=torch.float64)
+    inputs = torch.tensor([found.input_bits[name] for name in layers], dtype=torch.float64)
+    assert float(inputs.mean()) <= optimizer.target.input_bits + 1e-9
+    spent = optimizer.ledger.relative_bops(optimizer.removed, bits, inputs)
+    assert method.metrics()["relative_bops"] == pytest.approx(spent, abs=1e-4)
+    if "target_bops" in targets:
+        assert 0.8 * 0.015 < spent <= 0.015
+    else:
+        assert optimizer.target.input_bits == 6 and found.removed_groups == 3
+
+
+def test_gradients_of_widths_of_inputs_are_those_of_finite_differences() -> None:
+    model, method, optimizer = prepare(choosing_inputs(target_bops=0.01, warmup=0))
+    x, y = batch_at(0)
+
+    def value() -> torch.Tensor:
+        method.before_backward(model)
+        return (model(x) - y).square().mean() + method.extra_loss(model)
+
+    value().backward()
+    logits = optimizer.input_logits
+    found = logits.grad.clone()
+    # Of the last layer, whose output no other input is rounded from: rounding has no slope that differences could show.
+    for place in [(3, 0), (3, 4)]:
+        ends = []
+        for change in (1e-2, -1e-2):
+            with torch.no_grad():
+                logits[place] += change
+            ends.append(float(value().detach()))
+            with torch.no_grad():
+                logits[place] -= change
+        assert float(found[place]) == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=0.02, abs=1e-4)
+    # Without any widths of weights in play, a layer computes on the mixture of its inputs.
+    layer = quantized_layers(model)["layers.0"]
+    own = layer.input_mixture
+    rounded = [torch.round(x.clamp(-c, c) / (c / n)) * (c / n) for c, n in zip(own.clips, own.levels, strict=True)]
+    wanted = sum(share * value for share, value in zip(own.shares, rounded, strict=True))
+    torch.testing.assert_close(layer.quantized_input(x), wanted.view_as(x))
+    assert bool((own.clips.flatten().diff() >= 0).all())  # narrow widths clip more
+
+
+def test_a_run_with_widths_of_inputs_is_resumed() -> None:
+    config = choosing_inputs(target_bops=0.015)
+    full, method, optimizer = prepare(config)
+    train(full, method, optimizer, steps=6)
+    state = copy.deepcopy({"model": full.state_dict(), "optimizer": optimizer.state_dict()})
+    train(full, method, optimizer)
+    fresh, method, optimizer = prepare(config)
+    fresh.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    train(fresh, method, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), full.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("stop", [pytest.param(1, marks=slow), 6, pytest.param(14, marks=slow)])
 def test_a_resumed_loop_ends_the_same(stop: int) -> None:
     config = config_of(sampling="softmax")
@@ -290,7 +364,11 @@ def test_a_choice_that_is_not_finite_is_an_error() -> None:
         ({"temperature": 0.0}, r"SearchConfig.temperature = 0.0 must be a number in \(1e-30"),
         ({"final_temperature": 1e-40}, r"SearchConfig.final_temperature = 1e-40 must be"),
         ({"temperature": 0.01}, r"final_temperature = 0.05 is above temperature = 0.01"),
-        ({"activation_bits": (4, 8)}, r"activation_bits = \(4, 8\): the search chooses no widths of inputs"),
+        ({"activation_choices": [8]}, r"activation_choices = \[8\] must be None where activation_bits is None"),
+        (
+            {"activation_bits": (4, 8), "activation_choices": [4, 6]},
+            r"activation_choices = \[4, 6\] must be widths from 4",
+        ),
         ({"cost": "latency"}, r"a table is given with cost='latency'"),
         ({"cost": "mpic_cycles"}, r"cost = 'mpic_cycles' knows widths of \[2, 4, 8\] bits alone, not 3"),
         ({"sampling": "best"}, r"SearchConfig.sampling = 'best' must be one of softmax"),
@@ -327,6 +405,15 @@ def test_a_table_without_the_shapes_is_refused_before_the_model_changes(tmp_path
     with pytest.raises(GETAError, match=r"layers.0: the latency table has no layer of 12 outputs and 8 inputs"):
         prepare(config, model)
     assert not quantized_layers(model)
+
+
+def test_removal_without_a_family_to_prune_is_refused() -> None:
+    targets: dict[str, Any] = {"target_sparsity": 0.0, "mean_bits": 4}
+    nothing = PruningSpace(families=tuple(replace(family, prunable=False) for family in toy_space().families))
+    with pytest.raises(GETAError, match="bit_choices has 0, which removes groups, but no family may be pruned"):
+        prepare(config_of(bit_choices=[0, 2, 6], **targets), space=nothing)
+    _, method, _ = prepare(config_of(bit_choices=[2, 6], **targets), space=nothing)
+    assert method.config.widths == [2, 6]
 
 
 def test_frozen_weights_are_refused() -> None:

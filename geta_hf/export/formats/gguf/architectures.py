@@ -262,8 +262,8 @@ def _values(tensor: Tensor, packed: tuple[str, PackedLayer] | None) -> Values:
     # One step size for each row is that of a linear layer's output, or of a row of an embedding.
     codes = layer_codes(name, layer).cpu()
     floats = layer.decoded(codes)
-    if layer.bits > BYTE_BITS:
-        return Values(floats)
+    if layer.bits > BYTE_BITS or layer.scales_inputs:
+        return Values(floats)  # a block of the file has its step size for 32 inputs of one row
     return Values(floats, codes.to(torch.int8), layer.step_size.float(), layer.bits, layer.four_levels)
 
 

@@ -24,6 +24,9 @@ _BLOCK, _LARGE_BLOCK = 32, 256
 _LARGE = {2: "Q2_K", 3: "Q3_K", 6: "Q6_K"}
 """Bit widths for which blocks of 256 are smaller than those of 32. At 4 and 5 bits they are not."""
 
+TERNARY = "TQ2_0"
+"""The smallest type for 2 bits, whose three codes it holds exactly; GPUs have no kernels for it."""
+
 _SMALL = {2: "Q4_0", 3: "Q4_0", 4: "Q4_0", 5: "Q5_0", 6: "Q8_0", 7: "Q8_0", 8: "Q8_0"}
 
 
@@ -57,16 +60,20 @@ class Values:
         )
 
 
-def choose_type(values: Values) -> str:
+def choose_type(values: Values, ternary: bool = False) -> str:
     """Return the smallest type that holds the values: exactly, or up to the half precision of a step size.
 
     Codes in rows that are no multiple of 32 long have no block type. They are stored as F16, like other floats.
+
+    Args:
+        values: what to store.
+        ternary: whether 2 bits may be `TERNARY`. Default False.
     """
     if values.codes is not None and values.step_size is not None and _fits_half(values.step_size):
         columns = values.codes.shape[1]
         # The larger blocks have one step size for 256 columns.
         if columns % _LARGE_BLOCK == 0 and values.bits in _LARGE and values.step_size.dim() == 1:
-            return _LARGE[values.bits]
+            return TERNARY if ternary and values.bits == 2 and not values.four_levels else _LARGE[values.bits]
         if columns % _BLOCK == 0:
             return _SMALL[values.bits]
     floats = values.floats
@@ -96,7 +103,7 @@ def encode(values: Values, kind: str) -> Bytes:
         return values.floats.to(_FLOATS[kind]).contiguous().view(torch.uint8).numpy()
     assert values.codes is not None and values.step_size is not None
     codes = values.codes.contiguous().numpy()
-    size = _LARGE_BLOCK if kind.endswith("K") else _BLOCK
+    size = _LARGE_BLOCK if kind.endswith("K") or kind == TERNARY else _BLOCK
     blocks = codes.reshape(codes.shape[0], -1, size)
     # One step size for all blocks of a row, or for each, as bytes in front of or behind each block.
     step = values.step_size.half().numpy()
@@ -171,4 +178,8 @@ def _q6_k(blocks: Codes, steps: Bytes) -> Bytes:
     return np.concatenate([low, _quarters((unsigned >> 4).astype(np.uint8)), _constant(blocks, 1, 16), steps], -1)
 
 
-_PACK = {"Q4_0": _q4_0, "Q5_0": _q5_0, "Q8_0": _q8_0, "Q2_K": _q2_k, "Q3_K": _q3_k, "Q6_K": _q6_k}
+def _tq2_0(blocks: Codes, steps: Bytes) -> Bytes:
+    return np.concatenate([_quarters(_unsigned(blocks, 1)), steps], -1)
+
+
+_PACK = {"Q4_0": _q4_0, "Q5_0": _q5_0, "Q8_0": _q8_0, "Q2_K": _q2_k, "Q3_K": _q3_k, "Q6_K": _q6_k, TERNARY: _tq2_0}

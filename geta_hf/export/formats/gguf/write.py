@@ -33,6 +33,7 @@ def write_gguf(
     *,
     processing_class: Any = None,
     float32: bool = False,
+    ternary: bool = False,
 ) -> None:
     """Write a compressed model as model.gguf, which llama.cpp and Ollama run as it is.
 
@@ -53,12 +54,14 @@ def write_gguf(
         batch: what to prove on, with `input_ids`.
         processing_class: the tokenizer, which the file holds.
         float32: store every tensor as F32, to compare.
+        ternary: store 2 bits in rows of a multiple of 256 as TQ2_0, 2.06 bits for each weight in place of Q2_K's 2.63.
+            It is as exact, and for CPUs: other backends of llama.cpp have no kernels for it.
 
     Raises:
         GETAError: as `check_gguf`, or the file holds other values, or llama.cpp gives other probabilities.
     """
     layout, vocabulary = _described(model, processing_class)
-    types = _write(model, layout, vocabulary, folder / FILE_NAME, float32)
+    types = _write(model, layout, vocabulary, folder / FILE_NAME, float32, ternary)
     decoded = prove_decoded(folder / FILE_NAME, tensors(model, layout))
 
     def write_floats(path: Path) -> None:
@@ -113,7 +116,14 @@ def _tokenizer(processing_class: Any) -> PreTrainedTokenizerBase | None:
     return getattr(processing_class, "tokenizer", processing_class)
 
 
-def _write(model: PreTrainedModel, layout: Layout, vocabulary: Vocabulary, path: Path, float32: bool) -> dict[str, str]:
+def _write(
+    model: PreTrainedModel,
+    layout: Layout,
+    vocabulary: Vocabulary,
+    path: Path,
+    float32: bool,
+    ternary: bool = False,
+) -> dict[str, str]:
     """Write the file; return the type of every tensor."""
     import gguf
 
@@ -124,7 +134,7 @@ def _write(model: PreTrainedModel, layout: Layout, vocabulary: Vocabulary, path:
     # is in memory at a time.
     for name, values_of in tensors(model, layout):
         values = values_of()
-        kind = "F32" if float32 else choose_type(values)
+        kind = "F32" if float32 else choose_type(values, ternary)
         shape = _byte_shape(tuple(values.floats.shape), kind)
         types[name] = kind
         sizes[kind] += values.floats.numel()

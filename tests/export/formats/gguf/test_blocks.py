@@ -57,6 +57,17 @@ def test_four_levels_are_held_exactly_in_the_type_of_two_bits(columns: int, kind
         assert torch.equal(decoded(moved, kind), values.floats[[2, 0, 1]])
 
 
+@pytest.mark.parametrize("step", [0.25, torch.tensor([0.5, 0.25, 3.0])])
+def test_ternary_blocks_hold_two_bits_exactly(step: float | torch.Tensor) -> None:
+    values = some_values(2, 512, step)
+    assert (choose_type(values), choose_type(values, ternary=True)) == ("Q2_K", "TQ2_0")
+    assert torch.equal(decoded(values, "TQ2_0"), values.floats)
+    assert encode(values, "TQ2_0").nbytes < encode(values, "Q2_K").nbytes
+    # Only 2 bits have three codes, and only 256 columns with one step size fill a block.
+    others = (some_values(3, 512, 0.25), some_values(2, 64, 0.25))
+    assert [choose_type(one, ternary=True) for one in others] == ["Q3_K", "Q4_0"]
+
+
 @pytest.mark.parametrize(("bits", "columns"), [(4, 64), (2, 256), (3, 256), (6, 256), (8, 32)])
 def test_every_row_can_have_a_step_size_of_its_own(bits: int, columns: int) -> None:
     values = some_values(bits, columns, torch.tensor([0.5, 0.25, 3.0]))

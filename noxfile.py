@@ -1,0 +1,31 @@
+"""Install the built wheel into clean environments of every supported Python, and use it there: `make test-pythons`.
+
+Interpreters that this machine lacks are skipped, and named. `make test-versions` runs the ends of transformers' range.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.options.error_on_missing_interpreters = False
+TESTS = ("tests/test_readme.py", "tests/test_config.py", "tests/test_cli.py", "tests/export/test_reload.py")
+
+
+@nox.session(python=["3.10", "3.11", "3.12", "3.13"])
+def wheel(session: nox.Session) -> None:
+    """Run a choice of the tests against the wheel alone, away from the checkout."""
+    (built,) = Path("dist").glob("*.whl")
+    session.install(f"{built}[peft]", "pytest", "pillow", env={"PIP_NO_CACHE_DIR": "1"})
+    away = Path(session.create_tmp()).resolve()
+    # Without the package beside them, so that the tests import what was installed.
+    for name in ("tests", "docs"):
+        shutil.copytree(name, away / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("README.md", "pyproject.toml", "mkdocs.yml"):
+        shutil.copy(name, away)
+    session.chdir(away)
+    session.run("python", "-c", "import geta_hf, pathlib; print(pathlib.Path(geta_hf.__file__).parent)")
+    session.run("geta-hf", "--help", silent=True)
+    session.run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", *TESTS)

@@ -1,0 +1,12 @@
+"""Launch `geta_hf.recipes.image_classification`: `accelerate launch recipes/image_classification.py CONFIG.yaml`."""
+
+import sys
+from pathlib import Path
+
+# Imported rather than run as `__main__`, so that worker processes find the recipe's classes by their own module.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from geta_hf.recipes.image_classification import main
+from geta_hf.recipes.run import run_command
+
+if __name__ == "__main__":
+    run_command(main)
