@@ -33,6 +33,9 @@ TINY = 1e-12
 FLOAT_BITS = 32
 """The bit width that a float value counts with wherever bits are counted."""
 
+FOUR_LEVEL_BITS = 2
+"""The bit width at which a weight may have four levels."""
+
 BLOCK = 32
 """Neighboring inputs of an output channel that share a step size on the grid `block32`; the last ones may be fewer."""
 
@@ -72,6 +75,12 @@ def nearest_odd(value: Tensor) -> Tensor:
     """Return the nearest of -3, -1, 1 and 3, the code of a grid of four levels; 0 for exactly 0 and NaN for NaN."""
     # By arithmetic alone, which distributed tensors have as well. To torch the sign of NaN is 0, so NaN is added.
     return torch.sign(value) * (1.0 + 2.0 * (value.abs() >= 2)) + 0.0 * value
+
+
+def leave_zero(weight: Tensor) -> None:
+    """Set what is exactly zero to a positive number next to it, in place, since four levels have no zero."""
+    # Far above where a processor takes numbers for zero, and far below every level.
+    weight.masked_fill_(weight == 0, max(torch.finfo(weight.dtype).tiny, 1e-20))
 
 
 def four_level_step(d: Tensor) -> Tensor:

@@ -27,10 +27,6 @@ ROWS_AT_ONCE = 1 << 13
 """Rows of eight codes processed at once: temporaries remain small and in the processor's cache."""
 
 
-FOUR_LEVEL_BITS = 2
-"""The bit width at which there may be four levels."""
-
-
 def largest_code(bits: int, four_levels: bool = False) -> int:
     """Return the largest |n| that `bits` bits hold: 2^(bits-1) - 1, or 3 where there are four levels."""
     return 3 if four_levels else 2 ** (bits - 1) - 1

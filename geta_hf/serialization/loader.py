@@ -27,7 +27,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from geta_hf.errors import GETAError
 from geta_hf.quantization.fixed import FixedQuantizer
-from geta_hf.serialization.bitpack import FOUR_LEVEL_BITS, MAX_BITS, MIN_BITS
+from geta_hf.quantization.maths import FOUR_LEVEL_BITS
+from geta_hf.serialization.bitpack import MAX_BITS, MIN_BITS
 from geta_hf.serialization.checksums import DIGITS, Verification
 from geta_hf.serialization.decode import Decode, Header, check_packed, check_plain, check_scale, read_headers
 from geta_hf.serialization.packed_layers import (

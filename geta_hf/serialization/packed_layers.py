@@ -27,8 +27,8 @@ from transformers.pytorch_utils import Conv1D
 
 from geta_hf.errors import GETAError
 from geta_hf.quantization.fixed import FixedQuantizer, InputQuantizedLayer, SinglePrecision, output_dim
-from geta_hf.quantization.maths import BLOCK
-from geta_hf.serialization.bitpack import BYTE_BITS, FOUR_LEVEL_BITS, stream_length, unpack
+from geta_hf.quantization.maths import BLOCK, FOUR_LEVEL_BITS
+from geta_hf.serialization.bitpack import BYTE_BITS, stream_length, unpack
 
 WEIGHT_SCALE, INPUT_SCALE, WEIGHT_WIDTHS = "weight_scale", "input_scale", "weight_widths"
 LEAVES = ("weight", WEIGHT_SCALE, INPUT_SCALE, WEIGHT_WIDTHS)
