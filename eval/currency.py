@@ -95,10 +95,16 @@ _SEARCH = {**_BY_ROW, "warmup": 0, "search": 0.66, "bit_choices": [0, 2, 3, 4, 6
 
 _AT_ONCE = {"warmup": 0, "projection": 0, "joint": 0, "target_sparsity": 0.0}
 
+_THREE_LEVELS = {"four_levels": False}
+"""At 2 bits."""
+
 SEARCHES = (
     Row("uniform, by row", {**_BY_ROW, **_AT_ONCE}, uniform=True),
     Row("widths alone, by row", {**_BY_ROW, "target_sparsity": 0.0}, by_bops=True),
     Row("early, by row", {**_BY_ROW, "split": "early"}, by_bops=True),
+    Row("uniform, three levels, by row", {**_BY_ROW, **_AT_ONCE, **_THREE_LEVELS}, uniform=True),
+    Row("widths alone, three levels, by row", {**_BY_ROW, **_THREE_LEVELS, "target_sparsity": 0.0}, by_bops=True),
+    Row("early, three levels, by row", {**_BY_ROW, **_THREE_LEVELS, "split": "early"}, by_bops=True),
     Row("search", _SEARCH, by_bops=True, search=True),
     Row("search, group", {**_SEARCH, "granularity": "group"}, by_bops=True, search=True),
     Row("search, row", {**_SEARCH, "granularity": "row"}, by_bops=True, search=True),

@@ -743,6 +743,13 @@ class CompressionConfig:
         return cls.from_dict(_read_mapping(path))
 
 
+FOUR_LEVELS_HELP = (
+    "Give a weight whose final width is 2 bits the four levels -q, -q/3, q/3 and q (SEQ, arXiv 2502.02631) in place of "
+    "-q, 0 and q, where it loses less on them."
+)
+"""What the field `four_levels` means, in every method that has it."""
+
+
 @document_attributes
 @dataclass
 class GETAConfig(CompressionConfig):
@@ -858,6 +865,7 @@ class GETAConfig(CompressionConfig):
         section="Rules",
         choices=("nearest", "compensated"),
     )
+    four_levels: bool = setting(True, FOUR_LEVELS_HELP, section="Quantizers")
     learn_exponent: bool = setting(False, "Train t of weights; otherwise t = 1.", section="Quantizers")
     learn_activation_exponent: bool = setting(
         False, "Train t of activations; otherwise t = 1, which inference kernels expect.", section="Quantizers"
@@ -993,6 +1001,7 @@ class GETAConfig(CompressionConfig):
             "clipping": "max",
             "learn_exponent": True,
             "learn_activation_exponent": True,
+            "four_levels": False,
         }
         config = cls(**{**rules, **changes})
         if "projection_periods" not in changes and "bit_reduction" not in changes:

@@ -36,15 +36,23 @@ class BitChoices:
         by_sensitivity: spend the budget where the expected loss falls most; otherwise move the learned widths together
             until they meet it.
         search_clipping: let clipping values follow the widths; otherwise they are kept.
+        four_levels: whether weights of 2 bits get four levels.
     """
 
     weights: Sequence[int]
     inputs: Sequence[int]
     by_sensitivity: bool = True
     search_clipping: bool = True
+    four_levels: bool = False
 
     @classmethod
-    def of(cls, config: CompressionConfig, by_sensitivity: bool = True, search_clipping: bool = True) -> BitChoices:
+    def of(
+        cls,
+        config: CompressionConfig,
+        by_sensitivity: bool = True,
+        search_clipping: bool = True,
+        four_levels: bool = False,
+    ) -> BitChoices:
         """Return the choices that a config allows, none of them above the upper bound at the end of training."""
         # A `bit_reduction` of the user's own may end between two integers.
         highest = math.floor(config.final_upper_bits + 1e-6)
@@ -53,6 +61,7 @@ class BitChoices:
             inputs=config.input_widths or list(range(config.bits[0], config.bits[1] + 1)),
             by_sensitivity=by_sensitivity,
             search_clipping=search_clipping,
+            four_levels=four_levels,
         )
 
     def needs_errors(self, target: Target) -> bool:

@@ -31,6 +31,7 @@ class Quantizers:
         named: all trained parameters by name; their shapes give the number of entries of each quantizer.
         channel_dims: prefix -> the weight's dimension along which a quantizer of several entries runs.
         blocks: prefix -> the quantizer itself, where blocks of a channel's inputs have entries of their own.
+        modules: prefix -> the quantizer of a weight itself, where it may get four levels at 2 bits. Default None: none.
         unsigned: prefixes of quantizers without negative codes, whose grids have as many steps as those of a bit more.
 
     Attributes:
@@ -48,9 +49,11 @@ class Quantizers:
         channel_dims: Mapping[str, int] | None = None,
         blocks: Mapping[str, Quantizer] | None = None,
         unsigned: Collection[str] = (),
+        modules: Mapping[str, Quantizer] | None = None,
     ) -> None:
         self.weights = dict(weights)
         self.blocks = dict(blocks or {})
+        self.modules = dict(modules or {})
         self.channel_dims = dict(channel_dims or {})
         # Tied weights share a prefix, and must not be listed, or counted, twice.
         of_weights = list(dict.fromkeys(weights.values()))
@@ -74,6 +77,11 @@ class Quantizers:
     def input_prefixes(self) -> list[str]:
         """The prefixes of the quantizers of layers' inputs."""
         return self.prefixes[self.weight_layers :]
+
+    def may_have_four_levels(self, prefix: str) -> bool:
+        """Return whether a quantizer may get four levels: one of a weight that is known, without sizes of inputs."""
+        own = self.modules.get(prefix)
+        return own is not None and not own.scales_inputs and not own.unsigned
 
     def position(self, weight: str) -> int:
         """Return the position in `prefixes` of a weight's quantizer; -1 where it has none."""

@@ -29,6 +29,7 @@ from geta_hf.quantization.clipping import (
     squared_error,
 )
 from geta_hf.quantization.functional import clip_power
+from geta_hf.quantization.maths import FOUR_LEVEL_BITS
 from geta_hf.utils.process_state import full_precision
 from geta_hf.utils.shards import Shard, add_up, largest_of, local, shard_of
 
@@ -46,12 +47,15 @@ class RoundingErrors:
             layer has one, or one for each output channel or block.
         known: bool, shape (layers,): False for weights that are not trained; their errors are 0 and their clips 1.
         layer: int64, shape (entries,): the layer of each entry. Default None: every layer has one entry.
+        four_levels: bool, shape (layers,): where 2 bits are those of four levels, since these cost less. Default None:
+            nowhere.
     """
 
     errors: Tensor
     clips: Tensor
     known: Tensor
     layer: Tensor | None = None
+    four_levels: Tensor | None = None
 
     def clips_at(self, steps: Sequence[int]) -> Tensor:
         """Return the clipping values at one width of each layer, by its place among the widths, shape (entries,)."""
@@ -67,6 +71,7 @@ def measure_errors(
     weight_of: Callable[[str], Tensor | None],
     widths: Sequence[int],
     search: bool,
+    four_levels: bool = False,
 ) -> RoundingErrors:
     """Measure `rounding_errors` of every quantized weight; waits for the device.
 
@@ -77,28 +82,45 @@ def measure_errors(
             other, so that a merged weight exists only for as long as it is measured.
         widths: integer widths, ascending.
         search: look for the best clipping values at each width; otherwise the present ones are kept.
+        four_levels: whether 2 bits may have four levels. Those layers get them for which these cost less: where many
+            weights are next to zero, three are better. Default False.
     """
     _, q_m, t = quantizer_values
     layer = quantizers.layer[quantizers.layer < quantizers.weight_layers].cpu()
     errors = torch.zeros(quantizers.weight_layers, len(widths), dtype=torch.float64)
     clips = torch.ones(len(layer), len(widths))
-    known = torch.zeros(quantizers.weight_layers, dtype=torch.bool)
+    known, four = torch.zeros(2, quantizers.weight_layers, dtype=torch.bool)
     for position, name in enumerate(quantizers.own_weights):
         weight = weight_of(name)
         if weight is None:
             continue
         prefix = quantizers.weights[name]
-        if prefix in quantizers.blocks:
-            found = _errors_of_blocks(weight, quantizers, prefix, (q_m, t), widths, search)
-            errors[position], clips[quantizers.spans[prefix]] = found
-            known[position] = True
-            continue
-        clip = quantizers.along(prefix, q_m, weight.dim())
-        power = quantizers.along(prefix, t, weight.dim())
-        found = rounding_errors(local(weight), clip, power, widths, search, shard_of(weight))
-        errors[position], clips[quantizers.spans[prefix]] = found
+        span = quantizers.spans[prefix]
+        errors[position], clips[span] = _errors_of(weight, quantizers, prefix, (q_m, t), widths, search)
         known[position] = True
-    return RoundingErrors(errors, clips, known, layer)
+        if four_levels and FOUR_LEVEL_BITS in widths and quantizers.may_have_four_levels(prefix):
+            place = list(widths).index(FOUR_LEVEL_BITS)
+            error, clip = _errors_of(weight, quantizers, prefix, (q_m, t), [FOUR_LEVEL_BITS], search, True)
+            if float(error) < float(errors[position, place]):
+                errors[position, place], clips[span, place] = error[0], clip[:, 0]
+                four[position] = True
+    return RoundingErrors(errors, clips, known, layer, four)
+
+
+def _errors_of(
+    weight: Tensor,
+    quantizers: Quantizers,
+    prefix: str,
+    present: tuple[Tensor, Tensor],
+    widths: Sequence[int],
+    search: bool,
+    four_levels: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return what `rounding_errors` does, of one weight on its own grid; arguments as in `_errors_of_blocks`."""
+    if prefix in quantizers.blocks:
+        return _errors_of_blocks(weight, quantizers, prefix, present, widths, search, four_levels)
+    clip, power = (quantizers.along(prefix, value, weight.dim()) for value in present)
+    return rounding_errors(local(weight), clip, power, widths, search, shard_of(weight), four_levels)
 
 
 def _errors_of_blocks(
@@ -108,6 +130,7 @@ def _errors_of_blocks(
     present: tuple[Tensor, Tensor],
     widths: Sequence[int],
     search: bool,
+    four_levels: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return what `rounding_errors` does, of a weight whose every 32 inputs have a clipping value.
 
@@ -118,6 +141,7 @@ def _errors_of_blocks(
         present: flat (q_m, t) of all entries.
         widths: integer widths, ascending.
         search: look for the best clipping values at each width.
+        four_levels: whether 2 bits have four levels. Default False.
     """
     own = quantizers.blocks[prefix]
     clip = quantizers.block_table(prefix, present[0])[0]
@@ -139,12 +163,12 @@ def _errors_of_blocks(
         # What is zero has no range, and keeps the clipping value that it has.
         empty = largest < smallest_range(rows.dtype)
         largest = torch.where(empty, 0.0, largest)
-        relative, shares = search_elements(rows, largest, widths)
+        relative, shares = search_elements(rows, largest, widths, four_levels=four_levels)
         found = torch.where(empty[:, None], 1.0, shares * (largest / q_m)[:, None])
         unit = largest
     else:
         power = quantizers.block_table(prefix, present[1])[0][outputs].reshape(-1)
-        relative = _block_errors(rows, q_m, power, widths)
+        relative = _block_errors(rows, q_m, power, widths, four_levels)
         found = torch.ones_like(relative)
         unit = q_m**power
     # In double precision, which holds the squares of 1e-20 and 1e20.
@@ -156,7 +180,7 @@ def _errors_of_blocks(
     return total, factors.flatten(0, 1).cpu()
 
 
-def _block_errors(rows: Tensor, q_m: Tensor, power: Tensor, widths: Sequence[int]) -> Tensor:
+def _block_errors(rows: Tensor, q_m: Tensor, power: Tensor, widths: Sequence[int], four_levels: bool) -> Tensor:
     """Return the errors of rounding rows on their present grids, relative to q_m^t squared, shape (rows, widths)."""
     errors = torch.zeros(len(rows), len(widths), device=rows.device)
     for start in range(0, len(rows), _ROWS):
@@ -165,12 +189,19 @@ def _block_errors(rows: Tensor, q_m: Tensor, power: Tensor, widths: Sequence[int
         # (|x| / q_m)^t on a grid that ends at 1 is |x|^t on one that ends at q_m^t.
         magnitude = magnitude ** power[part, None]
         for column, bits in enumerate(widths):
-            errors[part, column] = element_errors(magnitude, torch.ones_like(magnitude[:, :1]), bits)
+            one = torch.ones_like(magnitude[:, :1])
+            errors[part, column] = element_errors(magnitude, one, bits, four_levels=four_levels)
     return errors
 
 
 def rounding_errors(
-    values: Tensor, clip: Tensor, power: Tensor, widths: Sequence[int], search: bool, shard: Shard | None = None
+    values: Tensor,
+    clip: Tensor,
+    power: Tensor,
+    widths: Sequence[int],
+    search: bool,
+    shard: Shard | None = None,
+    four_levels: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the squared rounding error of a layer at every width, and the clipping values that give it.
 
@@ -182,6 +213,7 @@ def rounding_errors(
         widths: integer widths, ascending.
         search: look for the best clipping values, at t = 1; otherwise the present ones are kept.
         shard: how the layer is split over processes.
+        four_levels: whether 2 bits have four levels. Default False.
 
     Returns:
         The sum of errors, float64, shape (widths,), and the clipping values relative to the present ones, float32,
@@ -189,18 +221,20 @@ def rounding_errors(
     """
     values = values.detach()
     if search:
-        return _errors_of_best(values, clip, widths, shard)
-    return _errors_of_present(values, clip, power, widths, shard), torch.ones(clip.numel(), len(widths))
+        return _errors_of_best(values, clip, widths, shard, four_levels)
+    return _errors_of_present(values, clip, power, widths, shard, four_levels), torch.ones(clip.numel(), len(widths))
 
 
-def _errors_of_best(values: Tensor, clip: Tensor, widths: Sequence[int], shard: Shard | None) -> tuple[Tensor, Tensor]:
+def _errors_of_best(
+    values: Tensor, clip: Tensor, widths: Sequence[int], shard: Shard | None, four_levels: bool
+) -> tuple[Tensor, Tensor]:
     """Return what `rounding_errors` does, of a search in every entry."""
     rows, held, within = _rows_of_entries(values, clip, shard)
     largest = largest_of(largest_magnitudes(rows), within)
     # What is zero has no range, and keeps the clipping value that it has.
     empty = largest < smallest_range(rows.dtype)
     largest = torch.where(empty, 0.0, largest)
-    errors, shares = search_rows(rows, largest, widths, lambda counts: add_up(counts, within))
+    errors, shares = search_rows(rows, largest, widths, lambda counts: add_up(counts, within), four_levels)
     # In double precision, which holds the squares of 1e-20 and 1e20.
     total = (errors.cpu().double() * largest.cpu().double()[:, None] ** 2).sum(0)
     present = clip.flatten()[held]
@@ -213,7 +247,7 @@ def _errors_of_best(values: Tensor, clip: Tensor, widths: Sequence[int], shard: 
 
 
 def _errors_of_present(
-    values: Tensor, clip: Tensor, power: Tensor, widths: Sequence[int], shard: Shard | None
+    values: Tensor, clip: Tensor, power: Tensor, widths: Sequence[int], shard: Shard | None, four_levels: bool
 ) -> Tensor:
     """Return the errors that `rounding_errors` does, under the present clipping values."""
     rows, held, _ = _rows_of_entries(values, clip, shard)
@@ -237,7 +271,7 @@ def _errors_of_present(
     end = float(top)
     if end == 0:  # zeros alone
         return torch.zeros(len(widths), dtype=torch.float64)
-    errors = [float(squared_error(counts, 1 / end, bits)) for bits in widths]
+    errors = [float(squared_error(counts, 1 / end, bits, four_levels=four_levels)) for bits in widths]
     return torch.tensor(errors, dtype=torch.float64) * (end * unit) ** 2
 
 

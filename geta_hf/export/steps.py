@@ -6,6 +6,7 @@ for the attributes with it, and the proof replays it where a norm runs over what
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ from geta_hf.surgery.slice import slice_model
 from geta_hf.surgery.verify import prove_replay
 from geta_hf.utils.copies import copy_module
 from geta_hf.utils.model_io import to_device
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,17 @@ def fill(cut_model: CutModel, plan: ExportPlan, embedding: RoundedEmbedding | No
         for name, part in parts.items():
             layer = model.get_submodule(name)
             tied = len(holders[name]) > 1
-            pack_layer(name, layer, part.codes, part.bits, part.step_size, part.input_quantizer, tied, part.widths)
+            pack_layer(
+                name,
+                layer,
+                part.codes,
+                part.bits,
+                part.step_size,
+                part.input_quantizer,
+                tied,
+                part.widths,
+                part.four_levels,
+            )
             # Other modules that share the weight would otherwise keep the dense tensor, and the file would hold both.
             for holder, leaf in holders[name]:
                 setattr(holder, leaf, layer.weight)
@@ -172,6 +185,7 @@ class _Part:
     step_size: Tensor
     input_quantizer: FixedQuantizer | None = None
     widths: ChannelWidths | None = None
+    four_levels: bool = False
 
 
 def _packed(
@@ -182,7 +196,16 @@ def _packed(
     codes = weight.codes(layer.get_parameter("weight"))
     widths = _channel_widths(name, layer, weight)
     bits = result.weight_bits[name] if widths is None else int(widths.bits.max())
-    return _Part(codes, bits, weight.d, fixed, widths)
+    four_levels = weight.four_levels
+    if four_levels and not bool(codes.all()):
+        # Three bits hold 0 as well as -3, -1, 1 and 3, so that the folder computes what was trained.
+        logger.warning(
+            "%s has %d weights of exactly 0, which is none of its four levels; it is stored at 3 bits in place of 2",
+            name,
+            int((codes == 0).sum()),
+        )
+        bits, four_levels = bits + 1, False
+    return _Part(codes, bits, weight.step, fixed, widths, four_levels)
 
 
 def _channel_widths(name: str, layer: nn.Module, quantizer: Quantizer) -> ChannelWidths | None:

@@ -114,7 +114,9 @@ class Compensation:
             rows = _rows(layer)
             d, q_m = (_over_rows(layer, value) for value in layer.weight_quantizer.broadcast_over(layer.weight))
             inner, d, q_m = (value[kept.rows][:, kept.columns] for value in (rows, d, q_m))
-            rounded = round_compensated(inner, covariance[kept.columns][:, kept.columns], d, q_m)
+            four_levels = layer.weight_quantizer.four_levels
+            sigma = covariance[kept.columns][:, kept.columns]
+            rounded = round_compensated(inner, sigma, d, q_m, four_levels=four_levels)
             change = torch.zeros_like(rows)
             change[kept.rows.nonzero(), kept.columns.nonzero().t()] = rounded - inner
             _add(layer, change)

@@ -7,6 +7,7 @@ stage ends, and a method that rounds after training when training ends.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from geta_hf.costs.quantizer_table import Named, Quantizers
 from geta_hf.costs.sensitivity import measure_errors
 from geta_hf.costs.targets import Target
 from geta_hf.quantization.blocks import half_steps
+from geta_hf.quantization.maths import FOUR_LEVEL_BITS
 from geta_hf.utils.shards import from_first_process
 
 
@@ -48,7 +50,9 @@ def round_bits(
     values = quantizers.read(named)
     rounding = None  # a pass over all weights, which is saved where nothing depends on it
     if choices.needs_errors(target):
-        rounding = measure_errors(quantizers, values, weight_of, choices.weights, choices.search_clipping)
+        rounding = measure_errors(
+            quantizers, values, weight_of, choices.weights, choices.search_clipping, choices.four_levels
+        )
     chosen = allocate_bits(
         _learned_bits(quantizers, named),
         rounding,
@@ -59,9 +63,46 @@ def round_bits(
         choices,
         inputs,
     )
+    four_levels = None
+    if choices.four_levels and FOUR_LEVEL_BITS in chosen.weight_bits:
+        chosen, four_levels = _fit_four_levels(quantizers, named, weight_of, chosen, choices.search_clipping)
     chosen = _of_first_process(chosen)
-    write_bits(quantizers, named, chosen)
+    write_bits(quantizers, named, chosen, four_levels)
     return chosen
+
+
+def _fit_four_levels(
+    quantizers: Quantizers,
+    named: Named,
+    weight_of: Callable[[str], Tensor | None],
+    chosen: BitAllocation,
+    search: bool,
+) -> tuple[BitAllocation, Tensor]:
+    """Find the layers of 2 bits that lose less on four levels than on three.
+
+    Args:
+        quantizers, named, weight_of, chosen: as in `round_bits`.
+        search: look for the clipping values of least error; otherwise the present ones are kept.
+
+    Returns:
+        The choice, with clipping values for the grid that each such layer gets, and which layers get four levels, bool,
+        shape (weight layers,).
+    """
+    pairs = zip(quantizers.own_weights, chosen.weight_bits, strict=True)
+    wanted = {name for name, bits in pairs if bits == FOUR_LEVEL_BITS}
+    values = quantizers.read(named)
+    found = measure_errors(
+        quantizers, values, lambda name: weight_of(name) if name in wanted else None, [FOUR_LEVEL_BITS], search, True
+    )
+    assert found.layer is not None and found.four_levels is not None
+    four_levels = from_first_process(found.four_levels.to(torch.int64)).bool()
+    if not search:
+        return chosen, four_levels
+    before = chosen.clip_factors
+    if len(before) != len(found.layer):
+        before = before[found.layer]
+    factors = torch.where(found.known[found.layer], found.clips[:, 0], before)
+    return replace(chosen, clip_factors=factors), four_levels
 
 
 def _learned_bits(quantizers: Quantizers, named: Named) -> LearnedBits:
@@ -82,8 +123,11 @@ def _of_first_process(chosen: BitAllocation) -> BitAllocation:
     return BitAllocation(bits[:count], clips[:factors], bits[count:], clips[factors:])
 
 
-def write_bits(quantizers: Quantizers, named: Named, chosen: BitAllocation) -> None:
+def write_bits(quantizers: Quantizers, named: Named, chosen: BitAllocation, four_levels: Tensor | None = None) -> None:
     """Scale each q_m by its factor, then set d to the step size of the chosen width, in place.
+
+    Weights of 2 bits get four levels where `four_levels`, bool, shape (weight layers,), says so; all others have whole
+    steps.
 
     Step sizes of weights are put on the grid of fp16, so that formats with such scales hold the very same values.
     """
@@ -95,11 +139,24 @@ def write_bits(quantizers: Quantizers, named: Named, chosen: BitAllocation) -> N
     if chosen.entry_bits is not None:
         of_entry[: len(chosen.entry_bits)] = chosen.entry_bits.to(of_entry)
     levels = 2.0 ** (of_entry + quantizers.extra.to(device) - 1) - 1
-    d = _half_steps(quantizers, q_m**t / levels)
+    four = _set_four_levels(quantizers, chosen, four_levels).to(device)[quantizers.layer]
+    # With four levels the step that is stored is a third of d.
+    parts = torch.where(four, 3.0, 1.0)
+    d = _half_steps(quantizers, q_m**t / (levels * parts)) * parts
     # q_m follows d, so that the width remains an integer.
     q_m = (d * levels) ** (1 / t)
     quantizers.write_clipping(q_m, named)
     quantizers.write_step_sizes(d, named)
+
+
+def _set_four_levels(quantizers: Quantizers, chosen: BitAllocation, wanted: Tensor | None) -> Tensor:
+    """Let quantizers have four levels or whole steps; return which have four, bool, shape (quantizers,)."""
+    found = torch.zeros(len(quantizers.prefixes), dtype=torch.bool)
+    if wanted is not None and chosen.entry_bits is None:
+        found[: len(wanted)] = wanted & (torch.tensor(chosen.weight_bits) == FOUR_LEVEL_BITS)
+    for prefix, own in quantizers.modules.items():
+        own.set_four_levels(bool(found[quantizers.prefixes.index(prefix)]))
+    return found
 
 
 def _half_steps(quantizers: Quantizers, d: Tensor) -> Tensor:

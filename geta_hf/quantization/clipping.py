@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from geta_hf.errors import GETAError
 from geta_hf.quantization.blocks import LARGEST_HALF, split_blocks
+from geta_hf.quantization.maths import FOUR_LEVEL_BITS, quantize_four_levels
 from geta_hf.utils.process_state import full_precision
 
 METHODS = ("mse", "max")
@@ -36,6 +38,8 @@ _CHUNK = 1 << 20
 _ELEMENTS = 1 << 16
 
 Pair = tuple[Tensor, Tensor]
+_ErrorsOf = Callable[[Tensor, Tensor], Tensor]
+"""Magnitudes and a clipping value of every row -> the error of every row."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,11 @@ def bin_positions(magnitude: Tensor, largest: Tensor) -> Tensor:
 
 
 def search_rows(
-    rows: Tensor, largest: Tensor, widths: Sequence[int], combine: Callable[[Tensor], Tensor] | None = None
+    rows: Tensor,
+    largest: Tensor,
+    widths: Sequence[int],
+    combine: Callable[[Tensor], Tensor] | None = None,
+    four_levels: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Find the clipping value of least squared error of every row, at every width; see `search_clipping`.
 
@@ -229,6 +237,7 @@ def search_rows(
         largest: shape (rows,), at least the row's max|x|; 0 where a row has no range.
         widths: bit widths.
         combine: adds up histograms over processes that hold parts of the same rows. Default None.
+        four_levels: whether 2 bits have four levels. Default False.
 
     Returns:
         Errors relative to largest², and clipping values relative to largest: fp32, shape (rows, widths) each.
@@ -239,12 +248,16 @@ def search_rows(
         counts = count_magnitudes(rows[part], largest[part])
         if combine is not None:
             counts = combine(counts)
-        errors[part], shares[part] = search_clipping(counts, widths)
+        errors[part], shares[part] = search_clipping(counts, widths, four_levels)
     return errors, shares
 
 
 def search_elements(
-    rows: Tensor, largest: Tensor, widths: Sequence[int], importance: Tensor | None = None
+    rows: Tensor,
+    largest: Tensor,
+    widths: Sequence[int],
+    importance: Tensor | None = None,
+    four_levels: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Find what `search_rows` finds, from the elements themselves in place of histograms.
 
@@ -257,6 +270,7 @@ def search_elements(
         widths: bit widths.
         importance: how much the error of each element counts, not negative, broadcastable against `rows`. Default None:
             all alike.
+        four_levels: whether 2 bits have four levels. Default False.
 
     Returns:
         Errors relative to largest², and clipping values relative to largest: fp32, shape (rows, widths) each.
@@ -272,45 +286,42 @@ def search_elements(
         if importance is not None:
             weights = importance[part] if len(importance) == len(rows) else importance
         for column, bits in enumerate(widths):
-            errors[part, column], shares[part, column] = _search_elements(magnitude, bits, weights)
+            errors_of = partial(element_errors, bits=bits, weights=weights, four_levels=four_levels)
+            errors[part, column], shares[part, column] = _search_elements(magnitude, weights, errors_of)
     return errors, shares
 
 
-def _search_elements(magnitude: Tensor, bits: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+def _search_elements(magnitude: Tensor, weights: Tensor | None, errors_of: _ErrorsOf) -> tuple[Tensor, Tensor]:
     """Return the least error of every row and its clipping value, shape (rows,) each; magnitudes are at most 1."""
-    best = element_errors(magnitude, torch.ones_like(magnitude[:, :1]), bits, weights)
+    best = errors_of(magnitude, torch.ones_like(magnitude[:, :1]))
     shift = torch.zeros_like(best)
     for candidate in range(_COARSE, BINS, _COARSE):
         clip = torch.full_like(shift, 2.0 ** (-candidate / PER_OCTAVE))[:, None]
         # What clipping alone costs only rises from here on.
         if bool((_sum_squares(magnitude.sub(clip).clamp_min_(0.0), weights) >= best).all()):
             break
-        best, shift = _better(magnitude, clip, candidate, bits, weights, best, shift)
+        best, shift = _better(magnitude, clip, candidate, errors_of, best, shift)
     first = shift
     for offset in range(-_COARSE + _FINE, _COARSE, _FINE):
         if offset:
             around = (first + offset).clamp_min(0)
             clip = torch.exp2(-around / PER_OCTAVE)[:, None]
-            best, shift = _better(magnitude, clip, around, bits, weights, best, shift)
+            best, shift = _better(magnitude, clip, around, errors_of, best, shift)
     return best, torch.exp2(-shift / PER_OCTAVE)
 
 
 def _better(
-    magnitude: Tensor,
-    clip: Tensor,
-    candidate: Tensor | int,
-    bits: int,
-    weights: Tensor | None,
-    best: Tensor,
-    shift: Tensor,
+    magnitude: Tensor, clip: Tensor, candidate: Tensor | int, errors_of: _ErrorsOf, best: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the least error and its shift in every row, after one more candidate."""
-    error = element_errors(magnitude, clip, bits, weights)
+    error = errors_of(magnitude, clip)
     wins = error < best
     return torch.where(wins, error, best), torch.where(wins, candidate, shift)
 
 
-def element_errors(magnitude: Tensor, clip: Tensor, bits: int, weights: Tensor | None = None) -> Tensor:
+def element_errors(
+    magnitude: Tensor, clip: Tensor, bits: int, weights: Tensor | None = None, four_levels: bool = False
+) -> Tensor:
     """Return the squared error of rounding every row, shape (rows,).
 
     Args:
@@ -318,7 +329,10 @@ def element_errors(magnitude: Tensor, clip: Tensor, bits: int, weights: Tensor |
         clip: the clipping value of every row, shape (rows, 1).
         bits: the bit width.
         weights: how much each element counts, broadcastable against `magnitude`. Default None: all alike.
+        four_levels: whether 2 bits have four levels, of which an exact zero has none and costs nothing. Default False.
     """
+    if four_levels and bits == FOUR_LEVEL_BITS:
+        return _sum_squares(quantize_four_levels(magnitude, clip, clip).sub_(magnitude), weights)
     step = clip / (2.0 ** (bits - 1) - 1)
     rounded = torch.minimum(magnitude, clip).div_(step).round_().mul_(step)
     return _sum_squares(rounded.sub_(magnitude), weights)
@@ -330,7 +344,7 @@ def _sum_squares(values: Tensor, weights: Tensor | None) -> Tensor:
     return (squares if weights is None else squares.mul_(weights)).sum(1)
 
 
-def search_clipping(counts: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor]:
+def search_clipping(counts: Tensor, widths: Sequence[int], four_levels: bool = False) -> tuple[Tensor, Tensor]:
     """Find the clipping values under which magnitudes are rounded with the least squared error, at t = 1.
 
     Candidates reach from the end of the histogram down to where none can be the best any more, so no share of the
@@ -339,6 +353,7 @@ def search_clipping(counts: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tens
     Args:
         counts: how much each bin weighs, fp32, shape (..., BINS), as `count_magnitudes` gives it.
         widths: bit widths.
+        four_levels: whether 2 bits have four levels, of which zeros have none and cost nothing. Default False.
 
     Returns:
         The least error of each width, in the unit of the squared end of the histogram, and its clipping value, in the
@@ -346,17 +361,19 @@ def search_clipping(counts: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tens
     """
     rows = counts.reshape(-1, BINS)
     lowest = _lowest_shift(rows)
-    found = [_search(rows, bits, lowest) for bits in widths]
+    found = [_search(rows, bits, lowest, four_levels and bits == FOUR_LEVEL_BITS) for bits in widths]
     shape = (*counts.shape[:-1], len(widths))
     errors = torch.stack([error for error, _ in found], dim=1)
     clips = torch.exp2(-torch.stack([shift for _, shift in found], dim=1) / PER_OCTAVE)
     return errors.view(shape), clips.view(shape)
 
 
-def _search(rows: Tensor, bits: int, lowest: int) -> tuple[Tensor, Tensor]:
+def _search(rows: Tensor, bits: int, lowest: int, four_levels: bool) -> tuple[Tensor, Tensor]:
     """Return the least error of every row and how many bins below the end its clipping value is, shape (rows,) each."""
     # Bins at every distance from a candidate that either pass can ask for.
-    costs = _mean_errors(_edges(-lowest - _COARSE, BINS), bits).float().to(rows.device)
+    costs = _mean_errors(_edges(-lowest - _COARSE, BINS), bits, four_levels=four_levels).float().to(rows.device)
+    if four_levels:
+        rows = _without_zeros(rows)
     error, first = _best_shift(rows, costs, range(0, lowest + 1, _COARSE))
     shift = first.clone()
     for coarse in first.unique().tolist():
@@ -367,7 +384,7 @@ def _search(rows: Tensor, bits: int, lowest: int) -> tuple[Tensor, Tensor]:
     return error, shift
 
 
-def squared_error(counts: Tensor, clip: float, bits: int, clipped: bool = True) -> Tensor:
+def squared_error(counts: Tensor, clip: float, bits: int, clipped: bool = True, four_levels: bool = False) -> Tensor:
     """Return the squared error of a histogram under one clipping value, fp32, shape (...).
 
     Args:
@@ -375,10 +392,21 @@ def squared_error(counts: Tensor, clip: float, bits: int, clipped: bool = True) 
         clip: in the unit of the end of the histogram, above 0.
         bits: the bit width.
         clipped: count what lies beyond the clipping value; False counts rounding alone.
+        four_levels: as in `search_clipping`. Default False.
     """
-    errors = _mean_errors(_edges(0, BINS) / clip, bits, clipped) * clip**2
+    four_levels = four_levels and bits == FOUR_LEVEL_BITS
+    errors = _mean_errors(_edges(0, BINS) / clip, bits, clipped, four_levels) * clip**2
+    if four_levels:
+        counts = _without_zeros(counts)
     with full_precision():
         return counts @ errors.float().to(counts.device)
+
+
+def _without_zeros(counts: Tensor) -> Tensor:
+    """Return histograms without their last bin, which holds the zeros."""
+    counts = counts.clone()
+    counts[..., -1] = 0.0
+    return counts
 
 
 def _best_shift(rows: Tensor, costs: Tensor, shifts: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -425,7 +453,7 @@ def _edges(first: int, last: int) -> Tensor:
     return torch.exp2(-torch.arange(first, last + 1, dtype=torch.float64) / PER_OCTAVE)
 
 
-def _mean_errors(edges: Tensor, bits: int, clipped: bool = True) -> Tensor:
+def _mean_errors(edges: Tensor, bits: int, clipped: bool = True, four_levels: bool = False) -> Tensor:
     """Return the mean of (x^Q - x)² over each bin, for a clipping value of 1; float64, shape (bins,).
 
     With x spread evenly within a bin, so that widths whose steps are narrower than a bin get their error too.
@@ -434,11 +462,20 @@ def _mean_errors(edges: Tensor, bits: int, clipped: bool = True) -> Tensor:
         edges: of the bins, descending, float64, shape (bins + 1,).
         bits: the bit width.
         clipped: see `squared_error`.
+        four_levels: whether the levels are a third and 1.
     """
-    step = 1.0 / (2.0 ** (bits - 1) - 1)
-    inside = edges.clamp(max=1.0) / step
-    nearest = inside.round()
-    # The integral of (x^Q - x)² from 0: a twelfth of step³ for each step, and a cubic within the present one.
-    rounding = step**3 * (nearest / 12 + (inside - nearest) ** 3 / 3)
+    inside = edges.clamp(max=1.0)
+    # The integral of (x^Q - x)² from 0 to each edge.
+    if four_levels:
+        # Two thirds of 1/3³ up to 2/3, where the level changes, and a cubic around the present one.
+        upper = inside >= 2 / 3
+        level = torch.where(upper, 1.0, 1 / 3)
+        rounding = torch.where(upper, 3.0, 1.0) / 81 + (inside - level) ** 3 / 3
+    else:
+        # A twelfth of step³ for each step, and a cubic within the present one.
+        step = 1.0 / (2.0 ** (bits - 1) - 1)
+        inside = inside / step
+        nearest = inside.round()
+        rounding = step**3 * (nearest / 12 + (inside - nearest) ** 3 / 3)
     integral = rounding + (edges - 1.0).clamp_min(0) ** 3 / 3 if clipped else rounding
     return (integral[:-1] - integral[1:]) / (edges[:-1] - edges[1:])

@@ -6,11 +6,13 @@ the covariance of its inputs, Σ = E[x xᵀ] (not centered, and in any scale). T
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from geta_hf.errors import GETAError
-from geta_hf.quantization.maths import quantize
+from geta_hf.quantization.maths import quantize, quantize_four_levels
 
 DAMPING = 0.01
 """Share of the mean of Σ's diagonal that is added to the diagonal, as in GPTQ."""
@@ -40,6 +42,7 @@ def round_compensated(
     by_activation: bool = True,
     damping: float = DAMPING,
     block: int = 128,
+    four_levels: bool = False,
 ) -> Tensor:
     """Return a weight on its grid, rounded with compensation of errors.
 
@@ -56,6 +59,7 @@ def round_compensated(
         by_activation: round the inputs of the largest mean square first; otherwise in their natural order.
         damping: share of the mean of Σ's diagonal that is added to it. Default 0.01.
         block: columns whose errors are spread over all later blocks at once; changes speed only. Default 128.
+        four_levels: round to four levels, of which an exact zero of the weight has none. Default False.
 
     Returns:
         The rounded weight d · n, shape and dtype of `weight`.
@@ -65,22 +69,25 @@ def round_compensated(
     """
     original = (weight if channel_dim == 0 else weight.t()).float()
     d, q_m = (value.to(original) if value.dim() == 2 else value.reshape(-1, 1).to(original) for value in (d, q_m))
+    to_grid = quantize_four_levels if four_levels else quantize
     # Where the largest inputs come last, nothing remains that could take their errors.
     natural = torch.arange(original.shape[1], device=original.device)
     order = torch.argsort(covariance.diagonal(), descending=True, stable=True) if by_activation else natural
     factor = _inverse_factor(covariance[order][:, order], damping).to(original)
     rounded = torch.empty_like(original)
     rounded[:, order] = _round_columns(
-        original[:, order].clone(), factor, _columns(d, order), _columns(q_m, order), block
+        original[:, order].clone(), factor, _columns(d, order), _columns(q_m, order), block, to_grid
     )
-    nearest = quantize(original, d, q_m)
+    nearest = to_grid(original, d, q_m)
     sigma = covariance.to(original)
     better = output_error(original - nearest, sigma) < output_error(original - rounded, sigma)
     rounded[better] = nearest[better]
     return (rounded if channel_dim == 0 else rounded.t()).to(weight.dtype).contiguous()
 
 
-def _round_columns(work: Tensor, factor: Tensor, d: Tensor, q_m: Tensor, block: int) -> Tensor:
+def _round_columns(
+    work: Tensor, factor: Tensor, d: Tensor, q_m: Tensor, block: int, to_grid: Callable[..., Tensor]
+) -> Tensor:
     """Round the columns of `work` in their order; changes it. `factor` is the upper factor of Σ^-1."""
     rounded = torch.empty_like(work)
     columns = work.shape[1]
@@ -90,7 +97,7 @@ def _round_columns(work: Tensor, factor: Tensor, d: Tensor, q_m: Tensor, block: 
         for column in range(start, end):
             value = work[:, column : column + 1]
             here = slice(column, column + 1)
-            rounded[:, here] = quantize(value, _columns(d, here), _columns(q_m, here))
+            rounded[:, here] = to_grid(value, _columns(d, here), _columns(q_m, here))
             error = (value - rounded[:, here]) / factor[column, column]
             work[:, column:end] -= error @ factor[here, column:end]
             errors[:, column - start : column - start + 1] = error

@@ -5,6 +5,7 @@ Notation and shapes are those of `geta_hf.quantization.maths`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,23 +18,32 @@ from geta_hf.quantization.maths import (
     TINY,
     bit_width,
     clip_power,
+    four_level_codes,
+    four_level_step,
     integer_codes,
+    nearest_odd,
     quantize,
+    quantize_four_levels,
     step_size,
     straight_through,
 )
 
 __all__ = [
     "EAGER",
+    "EAGER_FOUR_LEVELS",
     "FLOAT_BITS",
     "TINY",
     "bit_width",
     "clip_power",
     "fake_quantize",
+    "four_level_codes",
+    "four_level_gradients",
+    "four_level_step",
     "gradients",
     "gradients_or_zeros",
     "integer_codes",
     "quantize",
+    "quantize_four_levels",
     "step_size",
     "straight_through",
 ]
@@ -59,11 +69,29 @@ def gradients(
         Gradients of the shapes of x, d, q_m and t, summed over the dims that d and q_m are broadcast along; the last is
         None when t is None. NaN in x or `grad` makes that of d NaN, which is how a bad step is noticed.
     """
+    return _gradients(grad, x, d, q_m, t, torch.round)
+
+
+def four_level_gradients(
+    grad: Tensor, x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return what `gradients` does, of `quantize_four_levels`.
+
+    Its ∂x^Q/∂d is (x^Q - sgn(x) z) / d, as that of the grid of whole steps; the others are the same.
+    """
+    of_x, of_step, of_q, of_t = _gradients(grad, x, four_level_step(d), q_m, t, nearest_odd)
+    return of_x, of_step / 3, of_q, of_t
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None, rounded: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return the gradients for one way to round z / d."""
     g = grad.float()
     signed_z = clip_power(x.float(), q_m, t)
     # sgn(x) (round(z/d) - z/d) is round(s) - s of the signed value, since rounding half to even is symmetric.
     scaled = signed_z / d
-    grad_d = _sum_of_product(g, torch.round(scaled).sub_(scaled), d)
+    grad_d = _sum_of_product(g, rounded(scaled).sub_(scaled), d)
     grad_x = straight_through(grad, x, q_m)
     # g - grad_x is g outside and 0 inside, where signed_z is ±q_m^t; no mask or sign has to be computed again.
     outside = _sum_of_product(g - grad_x, signed_z, q_m) / q_m
@@ -92,11 +120,12 @@ def gradients_or_zeros(
 
 
 EAGER = Kernel("eager", quantize, gradients, straight_through)
+EAGER_FOUR_LEVELS = Kernel("eager", quantize_four_levels, four_level_gradients, straight_through, four_levels=True)
 
 
-def choose_kernel(x: Tensor, blocks: bool, order: Tensor | None) -> Kernel:
+def choose_kernel(x: Tensor, blocks: bool, order: Tensor | None, four_levels: bool = False) -> Kernel:
     """Return the fastest kernel for x; where `blocks` holds, for the grid `block32` with the inputs in this order."""
-    kernel = choose(x, EAGER)
+    kernel = choose(x, EAGER_FOUR_LEVELS if four_levels else EAGER)
     return in_blocks(kernel, order) if blocks else kernel
 
 
@@ -113,10 +142,11 @@ class _FakeQuantize(torch.autograd.Function):
         frozen: bool,
         blocks: bool,
         order: Tensor | None,
+        four_levels: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, d, q_m, t)
         # Chosen once: backward must use the kernel of its forward, even after a `using` around the forward has ended.
-        ctx.frozen, ctx.kernel = frozen, choose_kernel(x, blocks, order)
+        ctx.frozen, ctx.kernel = frozen, choose_kernel(x, blocks, order, four_levels)
         # `data` is a new tensor on the same memory. A kernel may return a view, which autograd would let nobody modify
         # in place, or what a cast without effect returned, the very tensor that it was given: torch 2.11 then loses
         # all gradients of this function under torch.compile.
@@ -125,7 +155,7 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, d, q_m, t = ctx.saved_tensors
-        return *gradients_or_zeros(ctx.kernel, ctx.frozen, grads[0], x, d, q_m, t), None, None, None
+        return *gradients_or_zeros(ctx.kernel, ctx.frozen, grads[0], x, d, q_m, t), None, None, None, None
 
 
 def fake_quantize(
@@ -137,6 +167,7 @@ def fake_quantize(
     *,
     blocks: bool = False,
     order: Tensor | None = None,
+    four_levels: bool = False,
 ) -> Tensor:
     """Return `quantize(x, d, q_m, t)` with the straight-through gradients of `gradients`.
 
@@ -147,8 +178,9 @@ def fake_quantize(
         frozen: d, q_m and t get no update (cool-down): their gradients are zeros and cost nothing. Default False.
         blocks: x is a weight of shape (out, in) on the grid `block32`, and d and q_m are (out, blocks). Default False.
         order: of the inputs in these blocks, int64, shape (in,). Default None: the natural one.
+        four_levels: round as `quantize_four_levels` does, at 2 bits. Default False.
 
     Returns:
         x^Q, shape and dtype of x.
     """
-    return _FakeQuantize.apply(x, d, q_m, t, frozen, blocks, order)
+    return _FakeQuantize.apply(x, d, q_m, t, frozen, blocks, order, four_levels)

@@ -35,9 +35,10 @@ class _QuantizedLinear(torch.autograd.Function):
         scale: float,
         blocks: bool,
         order: Tensor | None,
+        four_levels: bool,
     ) -> Tensor:
         # Chosen once, so that backward recomputes the very values of forward.
-        kernel = choose_kernel(weight, blocks, order)
+        kernel = choose_kernel(weight, blocks, order, four_levels)
         out = F.linear(x, kernel.quantize(_merged(weight, a, b, scale), d, q_m, t), bias)
         # Under autocast the product is taken in another dtype than x has; so are those of backward.
         ctx.save_for_backward(x.to(out.dtype), weight, d, q_m, t, a, b)
@@ -67,7 +68,7 @@ class _QuantizedLinear(torch.autograd.Function):
                 of_weight = of_quantizer[0].float()
                 grad_a = ctx.scale * (b.t() @ of_weight)
                 grad_b = ctx.scale * (of_weight @ a.t())
-        return grad_x, of_quantizer[0], grad_bias, *of_quantizer[1:], None, grad_a, grad_b, None, None, None
+        return grad_x, of_quantizer[0], grad_bias, *of_quantizer[1:], None, grad_a, grad_b, None, None, None, None
 
 
 def _merged(weight: Tensor, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
@@ -86,6 +87,7 @@ def quantized_linear(
     *,
     blocks: bool = False,
     order: Tensor | None = None,
+    four_levels: bool = False,
 ) -> Tensor:
     """Return F.linear(x, fake_quantize(weight, d, q_m, t, frozen), bias), recomputing x^Q in backward.
 
@@ -95,7 +97,7 @@ def quantized_linear(
         x: (…, in).
         weight: (out, in); a transposed view is accepted.
         bias: (out,) or None.
-        d, q_m, t, frozen, blocks, order: as in `fake_quantize`.
+        d, q_m, t, frozen, blocks, order, four_levels: as in `fake_quantize`.
         low_rank: added to the weight before it is quantized; recomputed in backward as well. Default None.
 
     Returns:
@@ -108,5 +110,6 @@ def quantized_linear(
     # What reads the operators (torch.compile, tracing) or stands in for data must see ordinary ones.
     if must_stay_plain(x, weight):
         merged = _merged(weight, a, b, scale)
-        return F.linear(x, fake_quantize(merged, d, q_m, t, frozen, blocks=blocks, order=order), bias)
-    return _QuantizedLinear.apply(x, weight, bias, d, q_m, t, frozen, a, b, scale, blocks, order)
+        rounded = fake_quantize(merged, d, q_m, t, frozen, blocks=blocks, order=order, four_levels=four_levels)
+        return F.linear(x, rounded, bias)
+    return _QuantizedLinear.apply(x, weight, bias, d, q_m, t, frozen, a, b, scale, blocks, order, four_levels)

@@ -36,6 +36,8 @@ class Quantizer(SinglePrecision):
         unsigned: whether there are no negative codes, as for what comes out of a ReLU: b bits then have 2^b - 1 steps
             up to q_m, and what is negative becomes 0 (PACT, arXiv 1805.06085).
         order: int64, shape (inputs,), where there are blocks: the inputs in the order of their blocks; else None.
+        four_levels: whether x^Q is one of -q_m, -q_m/3, q_m/3 and q_m (each to the power of t), which is the grid of a
+            weight whose final width is 2; see `quantization.maths`. False at first; in checkpoints.
         frozen: whether (d, q_m, t) get no update, so that no gradient is computed for them; False at first.
         histogram: of the magnitudes that calibration met, relative to q_m at that time; None where it was not run.
 
@@ -51,6 +53,7 @@ class Quantizer(SinglePrecision):
     """
 
     order: Tensor | None
+    levels: Tensor
 
     def __init__(
         self,
@@ -73,7 +76,10 @@ class Quantizer(SinglePrecision):
         start = start.reshape(-1) if inputs is None else start.reshape(-1, block_count(inputs))
         # In checkpoints, since blocks are formed over what remains when groups are removed.
         self.register_buffer("order", None if inputs is None else torch.arange(inputs, device=start.device))
+        # In checkpoints: a width of 2 that is still learned does not tell which grid it is.
+        self.register_buffer("levels", torch.zeros(1, dtype=torch.uint8, device=start.device))
         self._natural = True
+        self._four_levels = False
         self.scales_inputs = by_input
         if by_input:
             # In checkpoints, where the shape of d tells nothing of a square weight.
@@ -93,6 +99,22 @@ class Quantizer(SinglePrecision):
         return self.t if self.learn_t else None
 
     @property
+    def four_levels(self) -> bool:
+        """Whether the grid has four levels."""
+        # Known without a look at the device.
+        return self._four_levels
+
+    def set_four_levels(self, four_levels: bool = True) -> None:
+        """Let the grid have four levels, or whole steps of d again; d and q_m must be those of 2 bits."""
+        self.levels.fill_(int(four_levels))
+        self._four_levels = four_levels
+
+    @property
+    def step(self) -> Tensor:
+        """What `codes` are multiplied by, in the shape of d: d itself, or a third of it where there are four levels."""
+        return functional.four_level_step(self.d) if self._four_levels else self.d
+
+    @property
     def grid(self) -> str:
         """What has a step size of its own, one of `GRIDS`."""
         if self.order is not None:
@@ -110,9 +132,18 @@ class Quantizer(SinglePrecision):
         if self.unsigned:
             x = F.relu(x)
         if self.order is None:
-            return functional.fake_quantize(x, *self.broadcast_over(x), self.exponent, self.frozen)
+            return functional.fake_quantize(
+                x, *self.broadcast_over(x), self.exponent, self.frozen, four_levels=self._four_levels
+            )
         rows = functional.fake_quantize(
-            self._rows(x), self.d, self.q_m, self.exponent, self.frozen, blocks=True, order=self.block_order
+            self._rows(x),
+            self.d,
+            self.q_m,
+            self.exponent,
+            self.frozen,
+            blocks=True,
+            order=self.block_order,
+            four_levels=self._four_levels,
         )
         return self._rows(rows)
 
@@ -144,6 +175,7 @@ class Quantizer(SinglePrecision):
             low_rank,
             blocks=self.order is not None,
             order=self.block_order,
+            four_levels=self._four_levels,
         )
 
     @torch.no_grad()
@@ -154,11 +186,12 @@ class Quantizer(SinglePrecision):
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
-        """Return the integers n with x^Q = d · n, int32, in the shape of x."""
+        """Return the integers n with x^Q = step · n, int32, in the shape of x; see `step`."""
+        codes_of = functional.four_level_codes if self._four_levels else functional.integer_codes
         if self.order is None:
-            return functional.integer_codes(x, *self.broadcast_over(x), self.exponent)
+            return codes_of(x, *self.broadcast_over(x), self.exponent)
         rows = self._rows(x)
-        codes = functional.integer_codes(
+        codes = codes_of(
             split_blocks(rows, self.block_order), self.d.reshape(-1, 1), self.q_m.reshape(-1, 1), self.exponent
         )
         return self._rows(join_blocks(codes, rows.shape[1], self.block_order)).contiguous()
@@ -184,9 +217,13 @@ class Quantizer(SinglePrecision):
         if self.order is not None and not self.order.is_meta:
             self._natural = torch.equal(self.order, torch.arange(len(self.order), device=self.order.device))
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Checkpoints of before there were four levels.
+        state_dict.setdefault(f"{prefix}levels", torch.zeros_like(self.levels))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._note_order()
+        if not self.levels.is_meta:
+            self._four_levels = bool(self.levels)
 
     def keep_inputs(self, index: Tensor) -> None:
         """Keep only the inputs of `index`, int64, ascending, shape (kept,), in place; their blocks must be formed.
@@ -225,7 +262,8 @@ class Quantizer(SinglePrecision):
     def extra_repr(self) -> str:
         channels = "" if self.channel_dim is None else f", channels={self.d.shape[0]}"
         blocks = "" if self.order is None else f", blocks={self.d.shape[1]}"
-        return f"learn_t={self.learn_t}{channels}{blocks}"
+        levels = ", four levels" if self._four_levels else ""
+        return f"learn_t={self.learn_t}{channels}{blocks}{levels}"
 
 
 def fixed_quantizer(quantizer: Quantizer, bits: int) -> FixedQuantizer:

@@ -4,6 +4,9 @@ Code n of b bits is stored as the unsigned number n + 2^(b-1), least significant
 gaps. Eight codes fill exactly b bytes, so a stream is processed as rows of b bytes (eight codes each), one column of
 all rows at a time, and no bit is handled alone. The unsigned 0 never occurs (|n| <= 2^(b-1) - 1), which is how a stream
 that was overwritten with zeros is noticed.
+
+A weight of 2 bits may have four levels instead, whose codes n are -3, -1, 1 and 3: these are stored as (n + 3) / 2, so
+that every unsigned number occurs.
 """
 
 from __future__ import annotations
@@ -24,9 +27,9 @@ ROWS_AT_ONCE = 1 << 13
 """Rows of eight codes processed at once: temporaries remain small and in the processor's cache."""
 
 
-def largest_code(bits: int) -> int:
-    """Return the largest |n| that `bits` bits hold, 2^(bits-1) - 1."""
-    return 2 ** (bits - 1) - 1
+def largest_code(bits: int, four_levels: bool = False) -> int:
+    """Return the largest |n| that `bits` bits hold: 2^(bits-1) - 1, or 3 where there are four levels."""
+    return 3 if four_levels else 2 ** (bits - 1) - 1
 
 
 def stream_length(numel: int, bits: int) -> int:
@@ -41,13 +44,14 @@ def columns(bits: int) -> Iterator[tuple[int, int, int, int]]:
         yield j, first, shift, (shift + bits + 7) // 8
 
 
-def unpack(stream: Tensor, bits: int, numel: int) -> Tensor:
+def unpack(stream: Tensor, bits: int, numel: int, four_levels: bool = False) -> Tensor:
     """Decode a stream into its codes.
 
     Args:
         stream: uint8 of shape (ceil(numel * bits / 8),), on any device.
         bits: 2 to 16.
         numel: number of codes.
+        four_levels: whether they are -3, -1, 1 and 3, at 2 bits. Default False.
 
     Returns:
         Codes n, int8 up to 8 bits and int16 beyond, of shape (numel,), on the stream's device.
@@ -68,6 +72,8 @@ def unpack(stream: Tensor, bits: int, numel: int) -> Tensor:
         if missing := -part.numel() % bits:
             part = torch.cat((part, part.new_zeros(missing)))
         codes[start : start + 8 * ROWS_AT_ONCE] = _to_codes(part.view(-1, bits), bits).view(-1)[: numel - start]
+    if four_levels:
+        return codes.mul_(2).add_(1)
     # Only the unsigned 0 gives this code, and no export writes it.
     if numel and int(codes.min()) < -largest_code(bits):
         raise GETAError(f"the {bits}-bit stream holds a code that is never written; the data is damaged")

@@ -32,12 +32,13 @@ from geta_hf.utils.accelerate_hooks import offload, offloaded, rebind_forward
 _CASTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
+def pack(codes: Tensor, bits: int, four_levels: bool = False) -> Tensor:
     """Pack signed codes into the bit stream that `unpack` reads.
 
     Args:
-        codes: integers of any shape, |n| <= 2^(bits-1) - 1.
+        codes: integers of any shape, |n| <= 2^(bits-1) - 1; where there are four levels, -3, -1, 1 and 3.
         bits: 2 to 16.
+        four_levels: see `unpack`. Default False.
 
     Returns:
         uint8 of shape (ceil(numel * bits / 8),), on CPU.
@@ -48,8 +49,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if not isinstance(bits, int) or isinstance(bits, bool) or not MIN_BITS <= bits <= MAX_BITS:
         raise GETAError(f"bits is {bits!r}; a packed weight has an integer bit width from {MIN_BITS} to {MAX_BITS}")
     flat = codes.detach().reshape(-1).cpu()
-    if (largest := _largest(flat)) > largest_code(bits):
-        raise GETAError(f"code {largest} does not fit in {bits} bits, the largest is {largest_code(bits)}")
+    if (largest := _largest(flat)) > largest_code(bits, four_levels):
+        raise GETAError(f"code {largest} does not fit in {bits} bits, the largest is {largest_code(bits, four_levels)}")
+    if four_levels:
+        if (even := _first_even(flat)) is not None:
+            raise GETAError(f"code {even} is none of four levels, which are -3, -1, 1 and 3")
+        flat = (flat - 1).div(2, rounding_mode="floor")
     stream = torch.zeros(-(-flat.numel() // 8), bits, dtype=torch.uint8)
     for start in range(0, stream.shape[0], ROWS_AT_ONCE):
         part = flat[8 * start : 8 * (start + ROWS_AT_ONCE)].to(torch.int32) + 2 ** (bits - 1)
@@ -57,6 +62,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         rows = F.pad(part, (0, -part.numel() % 8)).view(-1, 8)
         stream[start : start + ROWS_AT_ONCE] = _to_bytes(rows, bits)
     return stream.view(-1)[: stream_length(flat.numel(), bits)].clone()
+
+
+def _first_even(codes: Tensor) -> int | None:
+    """Return an even code, which no grid of four levels has; None where there is none."""
+    even = codes[codes % 2 == 0]
+    return int(even[0]) if even.numel() else None
 
 
 def _largest(codes: Tensor) -> int:
@@ -74,13 +85,14 @@ def _to_bytes(rows: Tensor, bits: int) -> Tensor:
     return out
 
 
-def pack_weight(codes: Tensor, bits: int, widths: ChannelWidths | None = None) -> Tensor:
+def pack_weight(codes: Tensor, bits: int, widths: ChannelWidths | None = None, four_levels: bool = False) -> Tensor:
     """Pack the codes of a weight: one stream, or one for each width, narrow ones first.
 
     Args:
         codes: integers in the weight's shape.
         bits: of each code, where `widths` is None.
         widths: of rows or columns. Default None.
+        four_levels: see `unpack`. Default False.
 
     Returns:
         uint8, one-dimensional, on CPU.
@@ -89,15 +101,22 @@ def pack_weight(codes: Tensor, bits: int, widths: ChannelWidths | None = None) -
         GETAError: as `pack`.
     """
     if widths is None:
-        return pack(codes, bits)
+        return pack(codes, bits, four_levels)
     parts = [
         pack(codes.index_select(widths.dim, widths.index(width).to(codes.device)), width) for width in widths.counts
     ]
     return torch.cat(parts)
 
 
-def _misfit(codes: Tensor, bits: int, widths: ChannelWidths | None) -> tuple[int, int] | None:
-    """Return the largest |n| that does not fit its width, with this width; None where all fit."""
+def _misfit(
+    codes: Tensor, bits: int, widths: ChannelWidths | None, four_levels: bool = False
+) -> tuple[int, int] | None:
+    """Return a code that does not fit its width, with this width; None where all fit."""
+    if four_levels:
+        if (even := _first_even(codes)) is not None:
+            return even, bits
+        largest = _largest(codes)
+        return (largest, bits) if largest > largest_code(bits, four_levels) else None
     if widths is None:
         largest = _largest(codes)
         return (largest, bits) if largest > largest_code(bits) else None
@@ -119,27 +138,29 @@ def pack_layer(
     input_quantizer: FixedQuantizer | None = None,
     tied: bool = False,
     widths: ChannelWidths | None = None,
+    four_levels: bool = False,
 ) -> None:
     """Turn a plain layer into a packed one, in place.
 
     Args:
-        name, layer, bits, tied, widths: see `become_packed`.
+        name, layer, bits, tied, widths, four_levels: see `become_packed`.
         codes: integers n, the shape of the layer's weight.
-        step_size: d, a number or of shape (1,), (channels,) or (channels, blocks).
+        step_size: what they are multiplied by, a number or of shape (1,), (channels,) or (channels, blocks).
         input_quantizer: rounds the layer's input. Default None: the input stays in floating point.
 
     Raises:
         GETAError: the layer's class has no packed counterpart, or a code does not fit. The layer is not changed then.
     """
-    if (misfit := _misfit(codes, bits, widths)) is not None:
+    if (misfit := _misfit(codes, bits, widths, four_levels)) is not None:
         largest, width = misfit
+        most = largest_code(width, four_levels)
         raise GETAError(
-            f"{name}: code {largest} does not fit in {width} bits, the largest is {largest_code(width)}; its clipping "
-            f"value, step size and bit width disagree, so set the step size again or give it more bits"
+            f"{name}: code {largest} does not fit in {width} bits, the largest is {most}; its clipping value, step "
+            f"size and bit width disagree, so set the step size again or give it more bits"
         )
     dtype = layer.get_parameter("weight").dtype
     device = layer.get_parameter("weight").device
-    packed = become_packed(name, layer, bits, tied, widths)
+    packed = become_packed(name, layer, bits, tied, widths, four_levels)
     # Accelerate's hooks keep a bound forward, which would still be that of the plain class.
     rebind_forward(packed)
     packed.input_quantizer = input_quantizer
@@ -164,7 +185,9 @@ def fill(layer: PackedLayer, codes: Tensor, dtype: torch.dtype) -> None:
     """
     weight = layer.stored(codes, dtype)
     # A weight in bf16 cannot hold codes of more than 8 bits exactly, so they are kept as they will be saved.
-    layer.stream = None if layer.holds(codes, weight) else pack_weight(codes, layer.bits, layer.widths)
+    layer.stream = (
+        None if layer.holds(codes, weight) else pack_weight(codes, layer.bits, layer.widths, layer.four_levels)
+    )
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.finish_loading()
 
@@ -190,7 +213,7 @@ def layer_codes(name: str, layer: PackedLayer, weight: Tensor | None = None) -> 
         codes = layer.unpacked(layer.stream).to(weight.device, torch.int32)
     # The model may have been cast to half precision and back since it was loaded: that is no change of its codes.
     same = any(_stands_for(layer, codes, weight, cast) for cast in _CASTS)
-    if not same or _misfit(codes, layer.bits, layer.widths) is not None:
+    if not same or _misfit(codes, layer.bits, layer.widths, layer.four_levels) is not None:
         raise GETAError(
             f"{name}.weight was changed after it was decoded, by a merged adapter or by training, and its codes no "
             f"longer describe it; call model.dequantize() and save it as plain weights, or train before the export"
@@ -220,7 +243,7 @@ def packed_tensors(name: str, layer: PackedLayer, weight: Tensor | None = None) 
     Raises:
         GETAError: as `layer_codes`.
     """
-    stream = pack_weight(layer_codes(name, layer, weight), layer.bits, layer.widths)
+    stream = pack_weight(layer_codes(name, layer, weight), layer.bits, layer.widths, layer.four_levels)
     tensors = {"weight": stream, WEIGHT_SCALE: layer.step_size.cpu()}
     if layer.widths is not None and not layer.widths.is_sorted:
         tensors[WEIGHT_WIDTHS] = layer.widths.bits
@@ -266,6 +289,11 @@ def weight_holders(model: nn.Module, layers: Iterable[str]) -> dict[str, list[tu
 def weight_bits(model: nn.Module) -> dict[str, int]:
     """Return module path -> bit width of its packed weight; the widest of several."""
     return {name: layer.bits for name, layer in packed_layers(model).items()}
+
+
+def four_level_layers(model: nn.Module) -> list[str]:
+    """Return the paths of the packed layers whose weight has four levels."""
+    return [name for name, layer in packed_layers(model).items() if layer.four_levels]
 
 
 def unsigned_inputs(model: nn.Module) -> list[str]:

@@ -23,6 +23,7 @@ from geta_hf.errors import GETAError
 from geta_hf.serialization.checksums import checksums
 from geta_hf.serialization.encode import (
     activation_bits,
+    four_level_layers,
     grid_of,
     packed_tensors,
     unpack_layer,
@@ -152,6 +153,7 @@ def attach_quantizer(model: PreTrainedModel, fixes: Fixes) -> None:
             grid=grid_of(part),
             blocks=width_blocks(part) or None,
             unsigned_inputs=unsigned_inputs(part) or None,
+            four_levels=four_level_layers(part) or None,
         )
         part.hf_quantizer = GETAHfQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
         # In the instance, since the class is transformers' own and other models of it are not packed.

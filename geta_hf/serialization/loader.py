@@ -27,6 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from geta_hf.errors import GETAError
 from geta_hf.quantization.fixed import FixedQuantizer
+from geta_hf.quantization.maths import FOUR_LEVEL_BITS
 from geta_hf.serialization.bitpack import MAX_BITS, MIN_BITS
 from geta_hf.serialization.checksums import DIGITS, Verification
 from geta_hf.serialization.decode import Decode, Header, check_packed, check_plain, check_scale, read_headers
@@ -61,7 +62,7 @@ FORMAT_VERSION = 2
 _VERSIONS = (1, FORMAT_VERSION)
 
 _WHERE = "quantization_config in config.json:"
-_LATER_KEYS = ("activation_bits", "partial", "checksums", "grid", "blocks", "unsigned_inputs")
+_LATER_KEYS = ("activation_bits", "partial", "checksums", "grid", "blocks", "unsigned_inputs", "four_levels")
 _BLOCK_KEYS = {"dim", "widths", "counts"}
 
 _BUFFER_BYTES = 2**27
@@ -89,6 +90,8 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
             and config.json has no such key.
         unsigned_inputs: modules whose rounded inputs have no negative codes. Default None: no module does, and
             config.json has no such key.
+        four_levels: paths of the packed layers of 2 bits whose weight has four levels. Default None: none has, and
+            config.json has no such key.
 
     Raises:
         GETAError: an unknown version or key, or a value that no export writes.
@@ -106,11 +109,13 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
         grid: str | None = None,
         blocks: dict[str, dict[str, Any]] | None = None,
         unsigned_inputs: list[str] | None = None,
+        four_levels: list[str] | None = None,
         **unknown: Any,
     ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
         self.blocks = {} if blocks is None else blocks
         self.unsigned_inputs = [] if unsigned_inputs is None else unsigned_inputs
+        self.four_levels = [] if four_levels is None else four_levels
         if format_version is None:
             format_version = FORMAT_VERSION if blocks or unsigned_inputs else 1
         self.format_version = format_version
@@ -140,6 +145,7 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
         check_widths("activation_bits", self.activation_bits)
         _check_unsigned(self.unsigned_inputs, self.activation_bits)
         check_blocks(self.blocks, self.bits)
+        _check_four_levels(self.four_levels, self.bits, self.blocks)
         if lacking := sorted(set(self.activation_bits) - set(self.bits)):
             raise GETAError(f"{_WHERE} activation_bits names {lacking[0]!r}, which is not in bits; add it there too")
         self.fixes = no_fixes() if fixes is None else read_fixes(fixes, f"{_WHERE} fixes")
@@ -158,6 +164,17 @@ def _check_unsigned(names: Any, activation_bits: Mapping[str, int]) -> None:
         raise GETAError(f"{_WHERE} unsigned_inputs must be a list of module names, not {str(names)[:80]!r}")
     if lacking := sorted(set(names) - set(activation_bits)):
         raise GETAError(f"{_WHERE} unsigned_inputs names {lacking[0]!r}, which is not in activation_bits")
+
+
+def _check_four_levels(layers: Any, bits: Mapping[str, int], blocks: Mapping[str, Any]) -> None:
+    if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
+        raise GETAError(f"{_WHERE} four_levels must be a list of module names, not {str(layers)[:80]!r}")
+    for name in layers:
+        if bits.get(name) != FOUR_LEVEL_BITS or name in blocks:
+            raise GETAError(
+                f"{_WHERE} four_levels names {name[:80]!r}, whose width in bits is {bits.get(name)}; only a layer with "
+                f"{FOUR_LEVEL_BITS} bits throughout has four levels, so copy or export the folder again"
+            )
 
 
 def check_blocks(blocks: Any, bits: Mapping[str, int], where: str = _WHERE) -> None:
@@ -217,9 +234,10 @@ class GETALoader(HfQuantizer):
     """Shrink and prepare a freshly built model, then verify and decode what was loaded."""
 
     requires_calibration = True  # a dense model cannot be loaded into this format, only exported
-    revision = 5
+    revision = 6
     """Rises when folders get what earlier code refuses: 2 since they have checksums, 3 since these have 16 digits, 4
-    since there may be step sizes for blocks of inputs, 5 since a layer may have several widths."""
+    since there may be step sizes for blocks of inputs, 5 since a layer may have several widths,
+    6 since there may be four levels at 2 bits."""
 
     quantization_config: GETAQuantizationConfig
 
@@ -303,12 +321,13 @@ class GETALoader(HfQuantizer):
         apply_fixes(model, config.fixes)
         self._decoders: list[Decode] = []
         tied = tied_weights(model)
+        four_levels = set(config.four_levels)
         for name, bits in config.bits.items():
             if (path := find_module(model, name)) is None:
                 continue
             module = model.get_submodule(path)
             widths = _widths_of(name, module, config.blocks.get(name))
-            layer = become_packed(path, module, bits, f"{path}.weight" in tied, widths)
+            layer = become_packed(path, module, bits, f"{path}.weight" in tied, widths, name in four_levels)
             self._reserve(name, _places(model, name), layer)
             for place in _places(model, name):
                 check_packed(place, layer, headers, config.grid == BLOCKS)

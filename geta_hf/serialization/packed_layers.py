@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from geta_hf.errors import GETAError
 from geta_hf.quantization.fixed import FixedQuantizer, InputQuantizedLayer, SinglePrecision, output_dim
-from geta_hf.quantization.maths import BLOCK
+from geta_hf.quantization.maths import BLOCK, FOUR_LEVEL_BITS
 from geta_hf.serialization.bitpack import BYTE_BITS, stream_length, unpack
 
 WEIGHT_SCALE, INPUT_SCALE, WEIGHT_WIDTHS = "weight_scale", "input_scale", "weight_widths"
@@ -117,18 +117,20 @@ class PackedLayer(InputQuantizedLayer):
     Attributes:
         bits: bit width of each code, or the widest of several.
         widths: where rows or columns have a width and a step size each; None where the layer has one width.
-        step_size: d, fp32, shape (1,) or (channels,), or as stored, shape (channels, blocks); on CPU. A plain attribute
-            and no buffer, so that no cast of the layer reaches it.
+        four_levels: whether the codes are -3, -1, 1 and 3, of 2 bits each.
+        step_size: what codes are multiplied by, fp32, shape (1,) or (channels,), or as stored, shape (channels,
+            blocks); on CPU. A plain attribute and no buffer, so that no cast of the layer reaches it.
         input_quantizer: rounds the input as in training; None where the input stays in floating point.
         plain_class: class of the layer before it was packed.
         stream: the bit stream, where its codes could not be read back from the weight when it is saved; else None.
     """
 
-    OWN: tuple[str, ...] = ("bits", "widths", "step_size", "stream", "plain_class")
+    OWN: tuple[str, ...] = ("bits", "widths", "four_levels", "step_size", "stream", "plain_class")
 
     weight: Any  # each plain layer class declares its own type
     bits: int
     widths: ChannelWidths | None
+    four_levels: bool = False
     step_size: Tensor
     input_quantizer: FixedQuantizer | None
     plain_class: type[nn.Module]
@@ -140,7 +142,13 @@ class PackedLayer(InputQuantizedLayer):
 
     def extra_repr(self) -> str:
         bits = self.bits if self.widths is None else self.widths.counts
-        return f"{super().extra_repr()}, bits={bits}".removeprefix(", ")
+        levels = ", four levels" if self.four_levels else ""
+        return f"{super().extra_repr()}, bits={bits}{levels}".removeprefix(", ")
+
+    @property
+    def integer_bits(self) -> int:
+        """Bit width of the smallest symmetric integer that holds the codes: 3 for those of four levels, else `bits`."""
+        return self.bits + 1 if self.four_levels else self.bits
 
     @property
     def dense_shape(self) -> tuple[int, ...]:
@@ -182,7 +190,7 @@ class PackedLayer(InputQuantizedLayer):
         """Decode the weight's stream into codes of its shape; raise GETAError as `bitpack.unpack` does."""
         if self.widths is not None:
             return self.widths.unpack(stream, self.dense_shape)
-        return unpack(stream, self.bits, math.prod(self.dense_shape)).view(self.dense_shape)
+        return unpack(stream, self.bits, math.prod(self.dense_shape), self.four_levels).view(self.dense_shape)
 
     def scale(self, device: torch.device) -> Tensor:
         """Return the step size on a device, in the shape that broadcasts over the weight; not of blocks."""
@@ -353,7 +361,12 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
 
 
 def become_packed(
-    name: str, layer: nn.Module, bits: int, tied: bool = False, widths: ChannelWidths | None = None
+    name: str,
+    layer: nn.Module,
+    bits: int,
+    tied: bool = False,
+    widths: ChannelWidths | None = None,
+    four_levels: bool = False,
 ) -> PackedLayer:
     """Switch a layer to its packed class, in place; its step size and its weight are still missing afterwards.
 
@@ -365,10 +378,12 @@ def become_packed(
         bits: 2 to 16.
         tied: whether another layer has the same weight, so that an embedding must decode all of it. Default False.
         widths: where rows or columns differ in width; `bits` is then the widest. Default None.
+        four_levels: whether its codes are -3, -1, 1 and 3, at 2 bits. Default False.
 
     Raises:
         GETAError: the layer's class has no packed counterpart.
     """
+    assert not four_levels or (bits == FOUR_LEVEL_BITS and widths is None)
     original: Any = type(layer)
     plain: Any = next((plain for plain in _PACKED if isinstance(layer, plain)), None)
     if isinstance(layer, PackedLayer) or plain is None:
@@ -382,6 +397,7 @@ def become_packed(
     packed.__dict__["plain_class"] = original
     packed.bits = bits
     packed.widths = widths
+    packed.four_levels = four_levels
     packed.input_quantizer = None
     packed.stream = None
     return packed

@@ -273,7 +273,7 @@ def make_ledger(
         GETAError: an embedding that is to be rounded, of a model that has none.
     """
     quantizers = (n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Quantizer))
-    own = {f"{name}.{leaf}" for name in quantizers for leaf in ("d", "q_m", "t", "order", BY_INPUT, UNSIGNED)}
+    own = {f"{name}.{leaf}" for name in quantizers for leaf in ("d", "q_m", "t", "order", "levels", BY_INPUT, UNSIGNED)}
     shapes, item_bytes, seen = {}, {}, set()
     # keep_vars gives the tensors themselves: detached ones would be new objects, and tied weights would count twice.
     for name, tensor in model.state_dict(keep_vars=True).items():

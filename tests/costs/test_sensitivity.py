@@ -190,7 +190,9 @@ def test_histograms_are_those_of_a_weighted_bincount_without_its_use(
     seen = []
     measure = sensitivity.squared_error
     monkeypatch.setattr(
-        sensitivity, "squared_error", lambda counts, *rest: seen.append(counts) or measure(counts, *rest)
+        sensitivity,
+        "squared_error",
+        lambda counts, *rest, **named: seen.append(counts) or measure(counts, *rest, **named),
     )
     bincount = torch.bincount
 

@@ -100,7 +100,10 @@ def train_by_hand(
         form_all_blocks(model, kept_indices(space, zero_groups(model, space)))
     for place, layer in enumerate(quantized_layers(model).values()):
         quantizer = layer.weight_quantizer
-        quantizer.d.copy_(step_size(2 + (5 * place) % 15, quantizer.q_m, quantizer.t))
+        bits = 2 + (5 * place) % 15
+        quantizer.d.copy_(step_size(bits, quantizer.q_m, quantizer.t))
+        # Layers of 2 bits have three and four levels by turns.
+        quantizer.set_four_levels(bits == 2 and place % 2 == 1)
     return kept
 
 

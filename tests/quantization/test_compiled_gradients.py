@@ -25,9 +25,9 @@ ONE = torch.ones(1)
 STEP = (0.3 * ONE, ONE)
 
 EXAMPLES: dict[str, tuple[Any, ...]] = {
-    "_FakeQuantize": (X, *STEP, None, False, False, None),
+    "_FakeQuantize": (X, *STEP, None, False, False, None, False),
     "_StraightThrough": (X, *STEP, None),
-    "_QuantizedLinear": (X, X, None, *STEP, None, False, None, None, 1.0, False, None),
+    "_QuantizedLinear": (X, X, None, *STEP, None, False, None, None, 1.0, False, None, False),
     "_MixedWeight": (X, torch.full((2, 1, 1), 0.5), torch.ones(2, 1, 1), torch.tensor([1.0, 7.0])),
     "_MixedLinear": (
         *(X, X, None),
@@ -95,6 +95,7 @@ def test_compiled_gradients_are_those_of_eager(dtype: torch.dtype) -> None:
         (fake_quantize, [X.to(dtype), *STEP]),
         (fake_quantize, [X.to(dtype), *STEP, 1.2 * ONE]),
         (lambda x, d, q_m: fake_quantize(x, d, q_m, None, True), [X.to(dtype), *STEP]),
+        (lambda x, d, q_m: fake_quantize(x, d, q_m, four_levels=True), [X.to(dtype), *STEP]),
         (lambda x, d, q_m: fake_quantize(x, d[:, None], q_m[:, None]), [X.to(dtype), *(s.expand(3) for s in STEP)]),
         (fixed, [X.to(dtype)]),
         (bent, [X.to(dtype)]),

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from geta_hf.quantization.functional import EAGER, fake_quantize
-from geta_hf.quantization.kernels import choose, using
+from geta_hf.quantization.functional import EAGER, EAGER_FOUR_LEVELS, fake_quantize
+from geta_hf.quantization.kernels import Kernel, choose, using
 from tests.quantization.kernel_cases import (
     DTYPES,
     LAYOUTS,
@@ -28,10 +28,10 @@ runs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="n
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
-def kernel_and(case: Case) -> tuple:
+def kernel_and(case: Case, eager: Kernel = EAGER) -> tuple:
     case = Case(*(None if value is None else value.to(DEVICE) for value in vars(case).values()))
     with using("triton"):
-        return choose(case.x, EAGER), case
+        return choose(case.x, eager), case
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests below run by themselves")
@@ -65,9 +65,19 @@ def test_large_quotients_are_rounded_right(bits: float) -> None:
 
 
 @runs_kernels
+@pytest.mark.parametrize("nonlinear", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_triton_rounds_to_four_levels(layout: tuple, dtype: torch.dtype, nonlinear: bool) -> None:
+    kernel, case = kernel_and(make_case(layout, dtype, nonlinear, bits=2), EAGER_FOUR_LEVELS)
+    assert_kernel_is_exact(kernel, case, eager=EAGER_FOUR_LEVELS)
+
+
+@runs_kernels
 def test_triton_notices_nan() -> None:
     assert_nan_is_noticed(*kernel_and(make_case()))
     assert_nan_is_noticed(*kernel_and(make_case(LAYOUTS[2], nonlinear=True)))
+    assert_nan_is_noticed(*kernel_and(make_case(bits=2), EAGER_FOUR_LEVELS))
 
 
 @runs_kernels
@@ -121,7 +131,7 @@ def test_positions_in_a_tensor_of_2_to_the_31_elements_do_not_overflow(cols: int
 
     x, scale = torch.zeros(16), torch.ones(1)
     with compiled_for(90) as found:
-        _forward[(1,)](x, scale, scale, scale, x, 1, cols, False, True, 1, 2048, enable_fp_fusion=False)
+        _forward[(1,)](x, scale, scale, scale, x, 1, cols, False, True, False, 1, 2048, enable_fp_fusion=False)
     # A comparison of positions with the size in 32 bits would let those that overflowed pass as negative ones.
     assert "setp.lt.s64" in found[0].ptx
 

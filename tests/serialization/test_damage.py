@@ -22,6 +22,7 @@ from tests.export.tiny_encoders import some_batch, tiny_model, train_by_hand
 from tests.spaces import build_space
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
+DENSE = "bert.encoder.layer.0.attention.output.dense"
 WORDS = "bert.embeddings.word_embeddings"
 NORM = "bert.embeddings.LayerNorm.weight"
 MEGABYTES = 300
@@ -144,6 +145,8 @@ DAMAGED: dict[str, tuple[Change, str]] = {
     "bits that are huge": (quantization("bits", QUERY, value=HUGE), rf"bits\['{QUERY}'\] is {HUGE}"),
     "bits that are a fraction": (quantization("bits", QUERY, value=4.5), rf"bits\['{QUERY}'\] is 4\.5"),
     "bits that are wrong": (quantization("bits", QUERY, value=9), rf"{QUERY}\.weight: .* of 9 bits are a uint8 stream"),
+    "bits of four levels": (quantization("bits", DENSE, value=9), f"four_levels names '{DENSE}', whose .* is 9"),
+    "four levels of nobody": (quantization("four_levels", value=["nobody"]), "four_levels names 'nobody'"),
     "bits of an unknown module": (quantization("bits", "bert.nobody", value=4), "bert.nobody.*absent"),
     "bits of a norm": (quantization("bits", "bert.embeddings.LayerNorm", value=4), "LayerNorm is a LayerNorm"),
     "bits of the whole model": (quantization("bits", "", value=4), "the model is a BertForQuestionAnswering"),

@@ -73,8 +73,8 @@ class Packing:
 def own_packing(layer: PackedLayer) -> Packing:
     """Return the packing that is a layer's own: at its learned bits, with the scales that it has."""
     if layer.in_blocks:
-        return Packing(layer.bits, "group")
-    return Packing(layer.bits, "tensor" if layer.step_size.numel() == 1 else "channel")
+        return Packing(layer.integer_bits, "group")
+    return Packing(layer.integer_bits, "tensor" if layer.step_size.numel() == 1 else "channel")
 
 
 def save_packed(
@@ -126,7 +126,10 @@ def packable(model: PreTrainedModel) -> dict[str, PackedLayer]:
     return {
         name: layer
         for name, layer in packed_layers(model).items()
-        if isinstance(layer, nn.Linear) and layer.bits <= MAX_BITS and uses[id(layer.weight)] == 1 and _fills(layer)
+        if isinstance(layer, nn.Linear)
+        and layer.integer_bits <= MAX_BITS
+        and uses[id(layer.weight)] == 1
+        and _fills(layer)
     }
 
 

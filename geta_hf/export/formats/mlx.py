@@ -260,7 +260,7 @@ def _pack(name: str, layer: PackedLayer, shape: tuple[int, ...], dtype: torch.dt
     """Return a weight packed; None where MLX has no place for its codes."""
     rows, columns = shape
     group_size = 32 if layer.in_blocks else next((size for size in _GROUPS if columns % size == 0), 0)
-    bits = next((width for width in WIDTHS if width >= layer.bits), 0)
+    bits = next((width for width in WIDTHS if width >= layer.integer_bits), 0)
     steps = layer.step_size.detach().float().cpu()
     if not bits or not group_size or columns % group_size or not isinstance(layer, nn.Linear | nn.Embedding):
         return None
@@ -268,7 +268,7 @@ def _pack(name: str, layer: PackedLayer, shape: tuple[int, ...], dtype: torch.dt
     scales = steps if steps.dim() == 2 else steps.view(-1, 1).expand(layer.dense_shape[0], columns // group_size)
     # Of zeros that fill up, any scale is right.
     scales = _fill(scales.contiguous(), (rows, columns // group_size), 1.0).to(dtype)
-    # A power of two times a scale has no rounding error.
+    # A power of two times a scale has no rounding error. That of four levels would be 3, so their codes take 3 bits.
     return Packed(_words(codes + 2 ** (bits - 1), bits), scales, -(2 ** (bits - 1)) * scales, bits, group_size)
 
 

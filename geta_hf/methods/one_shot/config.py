@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from geta_hf.config import CompressionConfig, above, document_attributes, setting
+from geta_hf.config import FOUR_LEVELS_HELP, CompressionConfig, above, document_attributes, setting
 from geta_hf.errors import GETAError
 
 
@@ -48,6 +48,7 @@ class OneShotConfig(CompressionConfig):
         "rounded to nearest.",
         section="Rules",
     )
+    four_levels: bool = setting(True, FOUR_LEVELS_HELP, section="Quantizers")
     damping: float = setting(
         0.01,
         "Share of the mean square of a layer's inputs that is added to the diagonal of their covariance.",

@@ -14,8 +14,8 @@ from geta_hf.quantization.blocks import block_of_input, half_steps, remaining_fi
 from geta_hf.quantization.clipping import largest_magnitudes, search_elements, search_rows
 from geta_hf.quantization.covariances import as_rows
 from geta_hf.quantization.error_compensation import compensate_removed_inputs, round_compensated
-from geta_hf.quantization.functional import quantize, step_size
-from geta_hf.quantization.maths import block_count
+from geta_hf.quantization.functional import quantize, quantize_four_levels, step_size
+from geta_hf.quantization.maths import FOUR_LEVEL_BITS, block_count, leave_zero
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,19 @@ class Grid:
         q_m: clipping value, in the shape of d.
         bits: integer width.
         order: int64, shape (in,): the inputs in the order of their blocks. Default None: there are none.
+        four_levels: whether it has four levels, at 2 bits. Default False.
     """
 
     d: Tensor
     q_m: Tensor
     bits: int
     order: Tensor | None = None
+    four_levels: bool = False
 
 
-def fit_grid(rows: Tensor, bits: int, grid: str = "channel", importance: Tensor | None = None) -> Grid:
+def fit_grid(
+    rows: Tensor, bits: int, grid: str = "channel", importance: Tensor | None = None, four_levels: bool = False
+) -> Grid:
     """Return the grid on which rows are rounded with the least squared error, its steps on the grid of fp16.
 
     Args:
@@ -43,7 +47,18 @@ def fit_grid(rows: Tensor, bits: int, grid: str = "channel", importance: Tensor 
         bits: the width.
         grid: what has a grid of its own: a `layer`, a `channel` or a `block32`. What is zero has that of the largest.
         importance: how much the error of each column counts, shape (in,). Default: all alike.
+        four_levels: whether 2 bits may have four levels, which they get where these cost less. Default False.
     """
+    if not four_levels or bits != FOUR_LEVEL_BITS:
+        return _fit(rows, bits, grid, importance, False)
+    three, four = (_fit(rows, bits, grid, importance, own) for own in (False, True))
+    weights = 1.0 if importance is None else importance
+    lost = [float((weights * (round_on(rows, own) - rows).square()).sum()) for own in (three, four)]
+    return four if lost[1] < lost[0] else three
+
+
+def _fit(rows: Tensor, bits: int, grid: str, importance: Tensor | None, four_levels: bool) -> Grid:
+    """Do as `fit_grid` does, for one of the two grids of 2 bits."""
     if grid == "layer":
         parts, weights = rows.reshape(1, -1), None if importance is None else importance.repeat(len(rows))[None]
     elif grid == "channel":
@@ -56,24 +71,27 @@ def fit_grid(rows: Tensor, bits: int, grid: str = "channel", importance: Tensor 
     most = float(largest.max()) if largest.numel() else 0.0
     largest = torch.where(largest > 0, largest, most or 1.0)
     if grid == "block32" or weights is not None:
-        shares = search_elements(parts, largest, [bits], weights)[1]
+        shares = search_elements(parts, largest, [bits], weights, four_levels)[1]
     else:
-        shares = search_rows(parts, largest, [bits])[1]
-    return _grid_of(largest * shares[:, 0], bits, grid, len(rows))
+        shares = search_rows(parts, largest, [bits], four_levels=four_levels)[1]
+    return _grid_of(largest * shares[:, 0], bits, grid, len(rows), four_levels)
 
 
-def _grid_of(q_m: Tensor, bits: int, grid: str, outputs: int) -> Grid:
+def _grid_of(q_m: Tensor, bits: int, grid: str, outputs: int, four_levels: bool) -> Grid:
     """Return the grid of some clipping values, with steps on the grid of fp16."""
     one = torch.ones(1, device=q_m.device)
-    d = half_steps(step_size(bits, q_m, one), small=grid == "block32")
+    # With four levels the step that is stored is a third of d.
+    parts = 3.0 if four_levels else 1.0
+    d = half_steps(step_size(bits, q_m, one) / parts, small=grid == "block32") * parts
     if grid == "block32":
         d = d.view(outputs, -1)
-    return Grid(d, d * float(2 ** (bits - 1) - 1), bits)
+    return Grid(d, d * float(2 ** (bits - 1) - 1), bits, four_levels=four_levels)
 
 
 def round_on(rows: Tensor, grid: Grid) -> Tensor:
     """Return rows of shape (out, in), rounded to nearest on their grid."""
-    return quantize(rows, *_along(rows, grid))
+    to_grid = quantize_four_levels if grid.four_levels else quantize
+    return to_grid(rows, *_along(rows, grid))
 
 
 def _along(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -95,6 +113,7 @@ def compress_layer(
     damping: float = 0.01,
     by_activation: bool = True,
     compensate: bool = True,
+    four_levels: bool = False,
 ) -> Grid:
     """Remove inputs of a layer and round it, in place, each with compensation on the covariance of its inputs.
 
@@ -108,6 +127,7 @@ def compress_layer(
         grid: what has a step size of its own, as in `attach_quantizers`.
         damping, by_activation: see `round_compensated`.
         compensate: False removes and rounds to nearest alone.
+        four_levels: whether 2 bits have four levels. Default False.
 
     Returns:
         The grid; channels that are to be removed have the mean of the others. Blocks are those of the inputs that
@@ -123,12 +143,16 @@ def compress_layer(
     inner = changed[kept.rows][:, kept.columns]
     sigma = None if covariance is None else covariance[kept.columns][:, kept.columns]
     own = layer_grid(layer, grid)
-    fitted = fit_grid(inner, bits, own, None if sigma is None else sigma.diagonal())
+    fitted = fit_grid(inner, bits, own, None if sigma is None else sigma.diagonal(), four_levels)
+    if fitted.four_levels:
+        leave_zero(inner)
     if sigma is None:
         rounded = round_on(inner, fitted)
     else:
         d, q_m = (fitted.d, fitted.q_m) if fitted.d.dim() == 1 else _along(inner, fitted)
-        rounded = round_compensated(inner, sigma, d, q_m, by_activation=by_activation, damping=damping)
+        rounded = round_compensated(
+            inner, sigma, d, q_m, by_activation=by_activation, damping=damping, four_levels=fitted.four_levels
+        )
     result = rows.clone()
     within = result[kept.rows]
     within[:, kept.columns] = rounded
@@ -144,7 +168,7 @@ def _of_full_weight(grid: Grid, kept: Kept, kind: str) -> Grid:
     if kind == "block32":
         shape.append(block_count(len(kept.columns)))
     q_m = torch.full(shape, float(grid.q_m.mean()), device=grid.q_m.device)
-    full = _grid_of(q_m.flatten(), grid.bits, kind, len(kept.rows))
+    full = _grid_of(q_m.flatten(), grid.bits, kind, len(kept.rows), grid.four_levels)
     remaining = torch.nonzero(kept.rows).flatten()
     for own, found in ((full.d, grid.d), (full.q_m, grid.q_m)):
         part = own if kind == "channel" else own[:, : grid.d.shape[1]]
@@ -154,7 +178,11 @@ def _of_full_weight(grid: Grid, kept: Kept, kind: str) -> Grid:
 
 @torch.no_grad()
 def rounding_losses(
-    layers: Mapping[str, nn.Module], squares: Mapping[str, Tensor], widths: Sequence[int], grid: str
+    layers: Mapping[str, nn.Module],
+    squares: Mapping[str, Tensor],
+    widths: Sequence[int],
+    grid: str,
+    four_levels: bool = False,
 ) -> Tensor:
     """Return what rounding each weight to nearest is expected to cost, ½ Σ E[g²] (x^Q - x)², float64, (layers, widths).
 
@@ -163,12 +191,14 @@ def rounding_losses(
         squares: name of a weight -> E[g²] of each element.
         widths: integer widths.
         grid: what has a step size of its own, as in `attach_quantizers`.
+        four_levels: whether 2 bits have four levels. Default False.
     """
     found = torch.zeros(len(layers), len(widths), dtype=torch.float64)
     for place, (name, layer) in enumerate(layers.items()):
         rows = as_rows(layer, layer.weight).float()  # type: ignore[arg-type]
         curvature = as_rows(layer, squares[f"{name}.weight"])
         for column, bits in enumerate(widths):
-            change = round_on(rows, fit_grid(rows, bits, layer_grid(layer, grid))) - rows
+            own = fit_grid(rows, bits, layer_grid(layer, grid), four_levels=four_levels)
+            change = round_on(rows, own) - rows
             found[place, column] = float((curvature * change**2).sum()) / 2
     return found

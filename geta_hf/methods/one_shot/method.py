@@ -151,6 +151,7 @@ def score_settings(config: OneShotConfig) -> tuple[Any, ...]:
         config.saliency,
         list(config.widths),
         config.grid,
+        config.four_levels,
         [list(config.include or ()), list(config.exclude or ())],
         [list(config.prune or ()), list(config.keep or ())],
     )
@@ -297,6 +298,7 @@ def _write_grids(model: nn.Module, grids: Mapping[str, Grid]) -> None:
         layer.weight_quantizer.d.copy_(grid.d)
         if grid.order is not None:
             layer.weight_quantizer.set_order(grid.order)
+        layer.weight_quantizer.set_four_levels(grid.four_levels)
 
 
 def _same(one: Candidate, other: Candidate) -> bool:
@@ -424,7 +426,7 @@ class _Work:
         if self.config.saliency == "magnitude":
             removal = group_sums(self.ledger.labels, self.named, self.ledger.groups, lambda x, _: x * x)
             alike = {f"{name}.weight": torch.ones(layer.weight.shape) for name, layer in self.layers.items()}  # type: ignore[arg-type]
-            rounding = rounding_losses(self.layers, alike, widths, self.grid)
+            rounding = rounding_losses(self.layers, alike, widths, self.grid, self.config.four_levels)
             return Losses(removal.double().cpu() / 2, rounding, widths)
         shapes = {name: tuple(tensor.shape) for name, tensor in self.named.items()}
         read = find_group_labels(consumers(self.families), shapes)
@@ -436,7 +438,7 @@ class _Work:
         count = sum(1 for _ in sequences(self.data.scores))
         bar = self.progress(sequences(self.data.scores), "scores", count)
         found = measure_gradients(self.model, self.data.scores, read, self.ledger.groups, weights, bar)
-        rounding = rounding_losses(self.layers, found.squares, widths, self.grid)
+        rounding = rounding_losses(self.layers, found.squares, widths, self.grid, self.config.four_levels)
         return Losses(self._keep_unreached(found.groups), rounding, widths)
 
     def _keep_unreached(self, removal: Tensor) -> Tensor:
@@ -562,6 +564,7 @@ class _Work:
             damping=self.config.damping,
             by_activation=self.config.by_activation,
             compensate=self.config.compensation,
+            four_levels=self.config.four_levels,
         )
 
     def _kept(self, layer: nn.Module, removed: Tensor) -> Kept:

@@ -180,6 +180,7 @@ class QASSOMethod(Method):
             ledger=run.ledger,
             channel_dims=_channel_dims(model),
             blocks=_blocks(model),
+            modules=_weight_quantizers(model),
             frozen=run.frozen,
             target=run.target,
             compensation=self._compensation,
@@ -338,6 +339,10 @@ def _channel_dims(model: nn.Module) -> dict[str, int]:
 
 def _blocks(model: nn.Module) -> dict[str, Quantizer]:
     """Return prefix -> the quantizer, of each with a step size for each block of inputs."""
-    layers = quantized_layers(model).items()
-    quantizers = {f"{name}.weight_quantizer": layer.weight_quantizer for name, layer in layers}
+    quantizers = _weight_quantizers(model)
     return {prefix: quantizer for prefix, quantizer in quantizers.items() if quantizer.order is not None}
+
+
+def _weight_quantizers(model: nn.Module) -> dict[str, Quantizer]:
+    """Return prefix -> the quantizer of each weight."""
+    return {f"{name}.weight_quantizer": layer.weight_quantizer for name, layer in quantized_layers(model).items()}

@@ -65,6 +65,7 @@ from geta_hf.qadg.group_types import Family
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.quantization.clipping import Histogram
 from geta_hf.quantization.functional import FLOAT_BITS
+from geta_hf.quantization.maths import leave_zero
 from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.utils.shards import from_first_process, local
 
@@ -84,7 +85,7 @@ def bit_choices(config: GETAConfig) -> BitChoices:
     """Return the final widths that a config allows, and its rule."""
     # A search looks for q_m at t = 1. Under the paper's q_m = max|W| there is nothing to search for.
     search = config.clipping == "mse" and not config.learn_exponent
-    return BitChoices.of(config, config.bit_rule == "sensitivity", search)
+    return BitChoices.of(config, config.bit_rule == "sensitivity", search, config.four_levels)
 
 
 def _shaped(parts: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
@@ -106,6 +107,7 @@ class QASSO(torch.optim.Optimizer):
         ledger: sizes of the full model; by default of what is in `base`, which is enough for all targets but bytes.
         channel_dims: prefix -> the weight's dimension along which its quantizer has a step size each.
         blocks: prefix -> the quantizer itself, where each block of inputs has a step size.
+        modules: prefix -> the quantizer of a weight itself, which may get four levels. Default None: none may.
         compensation: the model and its calibration data, for `compensate` and `rounding`; None does without.
         frozen: what is cut or quantized, but not trained; see `qasso.frozen`.
         target: that of the plan; by default the config's targets are solved here.
@@ -155,6 +157,7 @@ class QASSO(torch.optim.Optimizer):
         ledger: Ledger | None = None,
         channel_dims: Mapping[str, int] | None = None,
         blocks: Mapping[str, Quantizer] | None = None,
+        modules: Mapping[str, Quantizer] | None = None,
         frozen: FrozenWeights | None = None,
         target: Target | None = None,
         goal: Target | None = None,
@@ -183,7 +186,7 @@ class QASSO(torch.optim.Optimizer):
         named = self._named()
         check_base(base, named)
         check_covered(named, self.families, quantizers, input_quantizers)
-        self.quantizers = Quantizers(quantizers, input_quantizers, named, channel_dims, blocks)
+        self.quantizers = Quantizers(quantizers, input_quantizers, named, channel_dims, blocks, modules=modules)
         self._histograms = [(histograms or {}).get(prefix) for prefix in self.quantizers.input_prefixes]
         self.ledger = ledger or Ledger.of_tensors(self.families, named, self.quantizers.own_weights)
         self.target: Target = target or goal or solve_target(config, self.families, self.ledger)
@@ -201,6 +204,7 @@ class QASSO(torch.optim.Optimizer):
         self._redundant: RedundantSlices | None = None
         self._removed: list[Slice] = []
         self._final_quantizers: Named = {}
+        self._final_levels: dict[str, bool] = {}
         self._resumed = False
 
     def _scored_slices(self, named: Named) -> Sequence[GroupLabels]:
@@ -363,6 +367,7 @@ class QASSO(torch.optim.Optimizer):
         for parameter in self._trained_quantizers(named):
             parameter.grad = None  # a base optimizer skips what has no gradient
         self.base.step()
+        self._leave_zero(named)
         zero_slices(self._removed, named)
 
     # --- lines 6, 7, 14 and 15: the base step, and Algorithm 3 --------------------------------------------------------
@@ -580,6 +585,7 @@ class QASSO(torch.optim.Optimizer):
             lambda name: self.frozen.merged(name, named) if name in named else None,
             choices.weights,
             choices.search_clipping,
+            choices.four_levels,
         )
         split = decide_split(
             self.families,
@@ -678,9 +684,19 @@ class QASSO(torch.optim.Optimizer):
             choices,
             inputs,
         )
+        self._leave_zero(named)
+        self._index_slices(named)  # lists the removed ones, which are to remain zero
+        zero_slices(self._removed, named)
         if self._compensation is not None and (rounding or self.config.rounding) == "compensated":
             self._compensation.round(self.quantizers.own_weights, self.ledger.labels, self.removed_mask)
         self._note_final_quantizers(named)
+
+    def _leave_zero(self, named: Named) -> None:
+        """Move weights of four levels that are exactly zero off it, next to where they are: zero is none of these."""
+        for prefix, weight in zip(self.quantizers.prefixes, self.quantizers.own_weights, strict=False):
+            own = self.quantizers.modules.get(prefix)
+            if own is not None and own.four_levels and weight in named and weight not in self.frozen.names:
+                leave_zero(local(named[weight].detach()))
 
     def _form_blocks(self, named: Named) -> None:
         """Form blocks of 32 over the inputs that remain of each weight; nothing changes where they are so already."""
@@ -705,6 +721,7 @@ class QASSO(torch.optim.Optimizer):
     def _note_final_quantizers(self, named: Named) -> None:
         names = [name for leaf in ("d", "q_m", "t") for name in self.quantizers.names[leaf] if name in named]
         self._final_quantizers = {name: local(named[name].detach()).clone() for name in names}
+        self._final_levels = {prefix: own.four_levels for prefix, own in self.quantizers.modules.items()}
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -720,6 +737,8 @@ class QASSO(torch.optim.Optimizer):
         self._form_blocks(named)
         for name, value in self._final_quantizers.items():
             local(named[name].detach()).copy_(value)
+        for prefix, four_levels in self._final_levels.items():
+            self.quantizers.modules[prefix].set_four_levels(four_levels)
 
     # --- guards -------------------------------------------------------------------------------------------------------
 

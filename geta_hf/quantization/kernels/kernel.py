@@ -19,9 +19,11 @@ class Kernel:
         quantize: (x, d, q_m, t) -> x^Q.
         gradients: (grad, x, d, q_m, t) -> gradients of x, d, q_m and t.
         straight_through: (grad, x, q_m) -> gradient of x.
+        four_levels: whether these are those of the grid of four levels. Default False.
     """
 
     name: str
     quantize: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
     gradients: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Gradients]
     straight_through: Callable[[Tensor, Tensor, Tensor], Tensor]
+    four_levels: bool = False

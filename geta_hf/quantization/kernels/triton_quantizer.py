@@ -63,6 +63,17 @@ def _round(value: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _nearest(value: tl.tensor, FOUR: tl.constexpr) -> tl.tensor:
+    """Round half to even; where FOUR holds, to the nearest of -3, -1, 1 and 3, and an exact 0 to 0."""
+    if FOUR:
+        magnitude = tl.abs(value)
+        odd = tl.where(magnitude >= 2.0, 3.0, tl.where(magnitude > 0.0, 1.0, magnitude))  # the last one keeps NaN
+        return tl.where(value < 0, -odd, odd)
+    else:
+        return _round(value)
+
+
+@triton.jit
 def _forward(
     x: tl.tensor,
     d: tl.tensor,
@@ -73,6 +84,7 @@ def _forward(
     cols: tl.tensor,
     NONLINEAR: tl.constexpr,
     BY_ROW: tl.constexpr,
+    FOUR: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
 ) -> None:
@@ -80,7 +92,7 @@ def _forward(
     offset, mask = i.to(tl.int64)[:, None] * cols + j[None, :], (i < rows)[:, None] & (j < cols)[None, :]
     step, clip = _of_channels(d, i, j, rows, cols, BY_ROW), _of_channels(q_m, i, j, rows, cols, BY_ROW)
     signed_z, _ = _signed_z(tl.load(x + offset, mask, 0.0).to(tl.float32), clip, tl.load(t), NONLINEAR)
-    tl.store(out + offset, (_round(tl.div_rn(signed_z, step)) * step).to(out.dtype.element_ty), mask)
+    tl.store(out + offset, (_nearest(tl.div_rn(signed_z, step), FOUR) * step).to(out.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -97,6 +109,7 @@ def _backward(
     SUMS: tl.constexpr,
     NONLINEAR: tl.constexpr,
     BY_ROW: tl.constexpr,
+    FOUR: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
 ) -> None:
@@ -118,7 +131,7 @@ def _backward(
         channels = rows if BY_ROW else cols
         channel = i if BY_ROW else j
         place = partial + (right if BY_ROW else down) * channels + channel
-        tl.store(place, tl.sum(g * (_round(scaled) - scaled), axis), channel < channels)
+        tl.store(place, tl.sum(g * (_nearest(scaled, FOUR) - scaled), axis), channel < channels)
         tl.store(place + tiles * channels, tl.sum(of_q, axis), channel < channels)
         if NONLINEAR:
             tl.store(place + 2 * tiles * channels, tl.sum(g * signed_z * log, axis), channel < channels)
@@ -176,19 +189,23 @@ def _layout(x: Tensor, *values: Tensor) -> _Layout | None:
 
 def triton_kernel(eager: Kernel) -> Kernel:
     """Return the Triton kernel, with `eager` for what it does not cover: empty tensors, channels of an inner dim."""
+    four_levels = eager.four_levels
+
+    def steps_of(d: Tensor) -> Tensor:
+        return d / 3 if four_levels else d
 
     def quantize(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None) -> Tensor:
         layout = _layout(x, d, q_m)
         if layout is None:
             return eager.quantize(x, d, q_m, t)
-        x, step, clip = x.detach().contiguous(), layout.spread(d), layout.spread(q_m)
+        x, step, clip = x.detach().contiguous(), layout.spread(steps_of(d)), layout.spread(q_m)
         out = torch.empty_like(x)
         with torch.cuda.device_of(x):
             # Without fusion below: a fused multiply-add rounds once less than the pure functions, and a value near a
             # tie would get another code.
             _forward[(layout.tiles[0] * layout.tiles[1],)](
                 *(x, step, clip, step if t is None else t.detach(), out, layout.rows, layout.cols),
-                *(t is not None, layout.by_row, *layout.tile),
+                *(t is not None, layout.by_row, four_levels, *layout.tile),
                 enable_fp_fusion=False,
             )
         return out
@@ -199,10 +216,12 @@ def triton_kernel(eager: Kernel) -> Kernel:
             return eager.gradients(grad, x, d, q_m, t)
         kinds = 2 if t is None else 3
         partial = torch.empty(kinds, layout.reduced, layout.channels, dtype=torch.float32, device=x.device)
-        grad_x = _run_backward(layout, grad, x, layout.spread(d), layout.spread(q_m), t, partial)
+        step, clip = layout.spread(steps_of(d)), layout.spread(q_m)
+        grad_x = _run_backward(layout, grad, x, step, clip, t, partial, four_levels)
         sums = partial.sum(1)
+        of_d = sums[0] / 3 if four_levels else sums[0]
         grad_t = None if t is None else sums[2].sum_to_size(1)
-        return grad_x, _shaped(sums[0], d), _shaped(sums[1], q_m), grad_t
+        return grad_x, _shaped(of_d, d), _shaped(sums[1], q_m), grad_t
 
     def straight_through(grad: Tensor, x: Tensor, q_m: Tensor) -> Tensor:
         layout = _layout(x, q_m)
@@ -211,11 +230,18 @@ def triton_kernel(eager: Kernel) -> Kernel:
         clip = layout.spread(q_m)
         return _run_backward(layout, grad, x, clip, clip, None, None)
 
-    return Kernel("triton", quantize, gradients, straight_through)
+    return Kernel("triton", quantize, gradients, straight_through, four_levels)
 
 
 def _run_backward(
-    layout: _Layout, grad: Tensor, x: Tensor, step: Tensor, clip: Tensor, t: Tensor | None, partial: Tensor | None
+    layout: _Layout,
+    grad: Tensor,
+    x: Tensor,
+    step: Tensor,
+    clip: Tensor,
+    t: Tensor | None,
+    partial: Tensor | None,
+    four_levels: bool = False,
 ) -> Tensor:
     """Return the gradient of x; `partial`, where given, is filled with the sums of each tile."""
     grad, x = grad.contiguous(), x.detach().contiguous()
@@ -224,7 +250,7 @@ def _run_backward(
         _backward[(layout.tiles[0] * layout.tiles[1],)](
             # Triton needs some pointer where there are no sums; nothing is written to it.
             *(grad, x, step, clip, exponent, grad_x, clip if partial is None else partial, layout.rows, layout.cols),
-            *(partial is not None, t is not None, layout.by_row, *layout.tile),
+            *(partial is not None, t is not None, layout.by_row, four_levels, *layout.tile),
             enable_fp_fusion=False,
         )
     return grad_x

@@ -28,11 +28,15 @@ def cut(
     bits: tuple[int, ...] | None = (4, 3, 8, 2, 6, 5, 7),
     per_channel: bool = False,
     grid: str | None = None,
+    four_levels: bool = False,
 ) -> PreTrainedModel:
-    """Half the groups of these kinds set to zero in the model, and the compressed copy; `bits` by turns, or none."""
+    """Half the groups of these kinds set to zero in the model, and the compressed copy; `bits` by turns, or none.
+
+    With `four_levels` the layers of 2 bits have four.
+    """
     space = build_space(model, batch)
     families = [family for family in space.prunable if family.kind in kinds]
-    return compressed(model, batch, space, {f.name: halved(f) for f in families}, bits, per_channel, grid)
+    return compressed(model, batch, space, {f.name: halved(f) for f in families}, bits, per_channel, grid, four_levels)
 
 
 def halved(family: Family) -> Tensor:
@@ -48,6 +52,7 @@ def compressed(
     bits: tuple[int, ...] | None = (4,),
     per_channel: bool = False,
     grid: str | None = None,
+    four_levels: bool = False,
 ) -> PreTrainedModel:
     mask_groups(model, space.families, removal)
     if bits is not None:
@@ -55,7 +60,13 @@ def compressed(
         form_all_blocks(model, kept_indices(space, removal))
         for place, layer in enumerate(quantized_layers(model).values()):
             quantizer = layer.weight_quantizer
-            quantizer.d.copy_(step_size(float(bits[place % len(bits)]), quantizer.q_m, quantizer.t))
+            width = bits[place % len(bits)]
+            quantizer.d.copy_(step_size(float(width), quantizer.q_m, quantizer.t))
+            if four_levels and width == 2:
+                # As a method does: the third that is stored is a number of fp16.
+                quantizer.d.copy_((quantizer.d / 3).half().float() * 3)
+                quantizer.q_m.copy_(quantizer.d)
+                quantizer.set_four_levels()
     return compress(model, space, removal, batch)
 
 

@@ -264,7 +264,7 @@ def _values(tensor: Tensor, packed: tuple[str, PackedLayer] | None) -> Values:
     floats = layer.decoded(codes)
     if layer.bits > BYTE_BITS or layer.scales_inputs:
         return Values(floats)  # a block of the file has its step size for 32 inputs of one row
-    return Values(floats, codes.to(torch.int8), layer.step_size.float(), layer.bits)
+    return Values(floats, codes.to(torch.int8), layer.step_size.float(), layer.bits, layer.four_levels)
 
 
 def _ordered(name: str, values: Values, layout: Layout) -> Values:

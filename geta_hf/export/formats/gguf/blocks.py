@@ -39,12 +39,14 @@ class Values:
         codes: int8 of the same shape (rows, columns); None where the values are not codes of at most 8 bits.
         step_size: fp32, shape (1,), (rows,) or (rows, blocks of 32 columns), where there are codes.
         bits: bit width of the codes; 0 without.
+        four_levels: whether the codes are -3, -1, 1 and 3, at 2 bits. Default False.
     """
 
     floats: Tensor
     codes: Tensor | None = None
     step_size: Tensor | None = None
     bits: int = 0
+    four_levels: bool = False
 
     def rows(self, order: Tensor) -> Values:
         """Return the values with the rows in another order."""
@@ -54,6 +56,7 @@ class Values:
             None if self.codes is None else self.codes[order],
             step[order] if step is not None and step.numel() > 1 else step,
             self.bits,
+            self.four_levels,
         )
 
 
@@ -70,7 +73,7 @@ def choose_type(values: Values, ternary: bool = False) -> str:
         columns = values.codes.shape[1]
         # The larger blocks have one step size for 256 columns.
         if columns % _LARGE_BLOCK == 0 and values.bits in _LARGE and values.step_size.dim() == 1:
-            return TERNARY if ternary and values.bits == 2 else _LARGE[values.bits]
+            return TERNARY if ternary and values.bits == 2 and not values.four_levels else _LARGE[values.bits]
         if columns % _BLOCK == 0:
             return _SMALL[values.bits]
     floats = values.floats
@@ -106,7 +109,8 @@ def encode(values: Values, kind: str) -> Bytes:
     step = values.step_size.half().numpy()
     step = step[:, :, None] if step.ndim == 2 else step.reshape(-1, 1, 1)
     steps = np.ascontiguousarray(np.broadcast_to(step, (*blocks.shape[:2], 1))).view(np.uint8)
-    packed: Bytes = _PACK[kind](blocks, steps)
+    pack = _q2_k_of_four_levels if values.four_levels and kind == "Q2_K" else _PACK[kind]
+    packed: Bytes = pack(blocks, steps)
     return packed.reshape(codes.shape[0], -1)
 
 
@@ -151,6 +155,12 @@ def _q8_0(blocks: Codes, steps: Bytes) -> Bytes:
 def _q2_k(blocks: Codes, steps: Bytes) -> Bytes:
     # Values are d * q - d with q = n + 1: the factor and the offset of all 16 parts are 1.
     return np.concatenate([_constant(blocks, 0x11, 16), _quarters(_unsigned(blocks, 1)), steps, steps], -1)
+
+
+def _q2_k_of_four_levels(blocks: Codes, steps: Bytes) -> Bytes:
+    # Values are 2 d * q - 3 d with q = (n + 3) / 2: the factor of all 16 parts is 2, and their offset 3.
+    quarters = _quarters((_unsigned(blocks, 3) >> 1).astype(np.uint8))
+    return np.concatenate([_constant(blocks, 0x32, 16), quarters, steps, steps], -1)
 
 
 def _q3_k(blocks: Codes, steps: Bytes) -> Bytes:

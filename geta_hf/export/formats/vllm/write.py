@@ -127,7 +127,7 @@ def _joined(name: str) -> list[str]:
 def _alike(layers: Mapping[str, PackedLayer]) -> dict[str, Packing]:
     packings = {}
     for name, layer in layers.items():
-        bits = max(layers[part].bits for part in _joined(name))
+        bits = max(layers[part].integer_bits for part in _joined(name))
         container = next(width for width in _CONTAINERS if bits <= width)
         # vLLM has no scale for an entire tensor; one for each channel says the same.
         strategy = "group" if own_packing(layer).strategy == "group" else "channel"

@@ -44,6 +44,19 @@ def test_every_bit_width_has_a_type_that_holds_its_codes_exactly(bits: int, colu
     assert torch.equal(decoded(values, kind), values.floats)
 
 
+@pytest.mark.parametrize(("columns", "kind"), [(64, "Q4_0"), (512, "Q2_K"), (44, "F16")])
+def test_four_levels_are_held_exactly_in_the_type_of_two_bits(columns: int, kind: str) -> None:
+    torch.manual_seed(0)
+    codes = 2 * torch.randint(-2, 2, (3, columns), dtype=torch.int8) + 1
+    steps = torch.tensor([0.0123, 0.25, 3.0]).half().float()
+    values = Values(codes.float() * steps[:, None], codes, steps, 2, four_levels=True)
+    assert choose_type(values) == kind
+    if kind != "F16":
+        assert torch.equal(decoded(values, kind), values.floats)
+        moved = values.rows(torch.tensor([2, 0, 1]))
+        assert torch.equal(decoded(moved, kind), values.floats[[2, 0, 1]])
+
+
 @pytest.mark.parametrize("step", [0.25, torch.tensor([0.5, 0.25, 3.0])])
 def test_ternary_blocks_hold_two_bits_exactly(step: float | torch.Tensor) -> None:
     values = some_values(2, 512, step)
