@@ -154,8 +154,10 @@ def _set_four_levels(quantizers: Quantizers, chosen: BitAllocation, wanted: Tens
     found = torch.zeros(len(quantizers.prefixes), dtype=torch.bool)
     if wanted is not None and chosen.entry_bits is None:
         found[: len(wanted)] = wanted & (torch.tensor(chosen.weight_bits) == FOUR_LEVEL_BITS)
-    for prefix, own in quantizers.modules.items():
-        own.set_four_levels(bool(found[quantizers.prefixes.index(prefix)]))
+    # Layers with tied weights share one quantizer, which is named by the first of them.
+    for prefix, four in zip(quantizers.prefixes, found.tolist(), strict=True):
+        if prefix in quantizers.modules:
+            quantizers.modules[prefix].set_four_levels(four)
     return found
 
 

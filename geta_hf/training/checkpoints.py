@@ -177,6 +177,9 @@ def _check_config(folder: Path, config: CompressionConfig) -> None:
     if theirs.get("activation_bits") is None and ours.get("activation_bits") is None:
         # It says nothing where inputs are not quantized, and the paper's rules set it only since this version.
         names = [name for name in names if name != "learn_activation_exponent"]
+    if "four_levels" not in json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")):
+        # Written before there was a choice, so what this run says holds from now on.
+        names = [name for name in names if name != "four_levels"]
     # Of both configs: an older checkpoint lacks settings that are new, and the other way round.
     changed = {name: (theirs.get(name), ours.get(name)) for name in names if theirs.get(name) != ours.get(name)}
     if changed:
