@@ -103,22 +103,29 @@ def test_quantizers_have_a_group_of_their_own_and_none_of_their_gradients_are_co
     assert frozen == {step: {step >= 44} for step in range(STEPS)}
 
 
-@pytest.mark.parametrize("stop", [9, 20, 50])
-def test_a_resumed_loop_ends_the_same(stop: int) -> None:
-    whole, method, optimizer = prepare(small_config())
+@pytest.mark.parametrize(
+    ("stop", "changes"),
+    [(9, {}), (20, {}), (50, {}), (20, {"bits": (2, 8), "mean_bits": 2}), (50, {"bits": (2, 8), "mean_bits": 2})],
+)
+def test_a_resumed_loop_ends_the_same(stop: int, changes: dict) -> None:
+    config = small_config(**changes, grid="channel")
+    whole, method, optimizer = prepare(config)
     train(whole, method, optimizer)
-    model, method, optimizer = prepare(small_config())
+    # Of 2 bits, and on four levels, which are not whole steps.
+    assert any(layer.weight_quantizer.four_levels for layer in quantized_layers(whole).values()) == bool(changes)
+    model, method, optimizer = prepare(config)
     train(model, method, optimizer, steps=stop)
     saved = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, saved)
     saved.seek(0)
     state = torch.load(saved, weights_only=True)
-    fresh, method, optimizer = prepare(small_config())
+    fresh, method, optimizer = prepare(config)
     fresh.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     train(fresh, method, optimizer)
     assert method.step_count == STEPS
-    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), whole.parameters(), strict=True))
+    ended = whole.state_dict()
+    assert all(torch.equal(value, ended[name]) for name, value in fresh.state_dict().items())
 
 
 def test_what_cannot_work_is_refused_before_training() -> None:
