@@ -20,6 +20,7 @@ from geta_hf import write_card, write_report
 from geta_hf.export.export import PICTURE_NAME
 from geta_hf.recipes import CONFIGS, demo_data, question_answering
 from geta_hf.reporting.comparison import compare
+from geta_hf.utils.quiet import quiet
 
 CONFIG = CONFIGS / "demo.yaml"
 COMPRESSED_EPOCHS = 3
@@ -57,4 +58,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo"))
+    with quiet():
+        main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo"))
