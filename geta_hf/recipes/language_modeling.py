@@ -54,6 +54,7 @@ from geta_hf.recipes.text_data import DataArguments
 from geta_hf.reporting.model_card import write_card
 from geta_hf.reporting.results import TaskResult
 from geta_hf.training.memory import DryRun, MemoryPlan, dry_run
+from geta_hf.utils.free_memory import free_memory as free_on
 from geta_hf.utils.loading import one_line_errors
 
 logger = logging.get_logger(__name__)
@@ -181,13 +182,7 @@ def free_memory(arguments: Arguments) -> int | None:
     """Return the bytes that the run may use: `device_memory`, or what is free on its device; None if unknown."""
     if arguments.model.device_memory is not None:
         return parse_bytes(arguments.model.device_memory)
-    device = arguments.training.device
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    status = Path("/proc/meminfo")
-    if device.type != "cpu" or not status.is_file():
-        return None
-    return 1024 * int(status.read_text(encoding="utf-8").partition("MemAvailable:")[2].split()[0])
+    return free_on(arguments.training.device)
 
 
 def fit(found: DryRun, free: int | None) -> str:

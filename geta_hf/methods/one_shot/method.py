@@ -35,7 +35,7 @@ from geta_hf.methods.one_shot.memory import check_memory, foresee_memory
 from geta_hf.methods.one_shot.score_file import fingerprint, read_scores, write_scores
 from geta_hf.methods.parameter_groups import quantizer_parameters
 from geta_hf.methods.qasso.slices import build_slices, group_sums, zero_slices
-from geta_hf.qadg.group_labels import consumers, family_of_group, family_starts, find_group_labels
+from geta_hf.qadg.group_labels import GroupLabels, consumers, family_of_group, family_starts, find_group_labels
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.quantization import attach_quantizers, detach_quantizers, quantized_layers, select_layers
 from geta_hf.quantization.by_block import Batch, BlockRunner, find_blocks, uncached
@@ -428,8 +428,7 @@ class _Work:
             alike = {f"{name}.weight": torch.ones(layer.weight.shape) for name, layer in self.layers.items()}  # type: ignore[arg-type]
             rounding = rounding_losses(self.layers, alike, widths, self.grid, self.config.four_levels)
             return Losses(removal.double().cpu() / 2, rounding, widths)
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.named.items()}
-        read = find_group_labels(consumers(self.families), shapes)
+        read = self._readers()
         if self.config.frugal:
             data, groups = self.data.covariances, self.ledger.groups
             losses = measure_forward(self.model, self.layers, data, read, groups, widths, self.grid, self.progress)
@@ -440,6 +439,11 @@ class _Work:
         found = measure_gradients(self.model, self.data.scores, read, self.ledger.groups, weights, bar)
         rounding = rounding_losses(self.layers, found.squares, widths, self.grid, self.config.four_levels)
         return Losses(self._keep_unreached(found.groups), rounding, widths)
+
+    def _readers(self) -> tuple[GroupLabels, ...]:
+        """Return the slices that read each group's output."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.named.items()}
+        return find_group_labels(consumers(self.families), shapes)
 
     def _keep_unreached(self, removal: Tensor) -> Tensor:
         """Return the losses of groups, very large for families that no gradient reached: nothing is known of them."""
@@ -478,9 +482,7 @@ class _Work:
         losses = self._expected_losses()
         found = find_single_kinds(self.config, self.families, self.ledger, losses, share)
         if found and not self.config.frugal:
-            shapes = {name: tuple(tensor.shape) for name, tensor in self.named.items()}
-            read = find_group_labels(consumers(self.families), shapes)
-            removal = removal_by_inputs(self.layers, self._dense_covariances(), read, self.ledger.groups)
+            removal = removal_by_inputs(self.layers, self._dense_covariances(), self._readers(), self.ledger.groups)
             by_inputs = dataclasses.replace(losses, removal=self._keep_unreached(removal))
             found += find_single_kinds(self.config, self.families, self.ledger, by_inputs, share)
         return [one for place, one in enumerate(found) if not any(_same(one, other) for other in found[:place])]
@@ -495,8 +497,11 @@ class _Work:
 
     def _compress(self, candidate: Candidate) -> dict[int, Grid]:
         if self.config.by_block:
+            self._forget_covariances()
             return self._compress_by_block(candidate)
-        return self._compress_at_once(candidate, self._dense_covariances())
+        covariances = self._dense_covariances()
+        self._forget_covariances()
+        return self._compress_at_once(candidate, covariances)
 
     def _dense_covariances(self) -> dict[str, Tensor | None]:
         """Return the covariance of every layer's input in the dense model, which the model has to be now."""
@@ -507,9 +512,14 @@ class _Work:
         bar = lambda items: self.progress(items, "covariances", len(batches))  # noqa: E731
         for part in measure_covariances(self.model, self.layers, batches, progress=bar):
             found |= part
-        if self.measured.several:
-            self.measured.covariances = found
+        # The trials of one budget share them; the run of a budget ends with `_forget_covariances`.
+        self.measured.covariances = found
         return found
+
+    def _forget_covariances(self) -> None:
+        """Free what only further trials, or further budgets, need."""
+        if not self.measured.several:
+            self.measured.covariances = None
 
     @staticmethod
     def _with_covariance(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
