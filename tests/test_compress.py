@@ -386,6 +386,23 @@ def test_recovery_keeps_what_was_decided(kind: str, tmp_path: Path):
     assert not any(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_recovery_starts_next_to_the_dense_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """At a learning rate of next to nothing the result is that of no recovery, from weights off the grid's middles."""
+    options = {"target_parameters": 0.3, "mean_bits": 3, **SMALL}
+    model, dense = tiny_llama(), tiny_llama()
+    plain = compress(model, [TEXT], byte_tokenizer(), out=tmp_path / "a", **options)
+    moved = tiny_llama()
+    compress(moved, [TEXT], byte_tokenizer(), out=tmp_path / "b", recover_steps=1, learning_rate=1e-12, **options)
+    for name, layer in quantized_layers(moved).items():
+        other = model.get_submodule(name)
+        assert torch.equal(layer.quantized_weight(), other.quantized_weight()), name
+        first = dense.get_submodule(name).weight
+        kept = other.weight != 0
+        assert ((layer.weight - first).abs() <= (other.weight - first).abs() + 1e-6)[kept].all(), name
+        assert (layer.weight - first).abs().sum() < (other.weight - first).abs().sum()
+    assert plain.removed_groups
+
+
 def test_a_failure_after_recovery_gives_every_parameter_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = tiny_llama()
     before = values(model)

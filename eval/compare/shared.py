@@ -28,6 +28,8 @@ from geta_hf.methods.one_shot.choice import Candidate
 from geta_hf.methods.qasso.slices import build_slices, zero_slices
 from geta_hf.qadg.group_labels import GroupLabels, family_of_group, family_starts, marked
 from geta_hf.qadg.group_types import Family
+from geta_hf.quantization import quantized_layers
+from geta_hf.quantization.error_compensation import within_bins
 from geta_hf.training.distillation import kl
 
 MOST_REMOVED = 0.5
@@ -255,8 +257,22 @@ def recover(job: Job, compressed: Compressed) -> None:
         if "weight_quantizer" not in name and parameter.is_floating_point()
     ]
     zero = (lambda: None) if compressed.removed is None else slices_of(job, model, compressed.removed)
-    train(job, model, trained, teacher=job.load(), after=zero)
+    teacher = job.load()
+    leave_middles(model, teacher)
+    zero()
+    train(job, model, trained, teacher=teacher, after=zero)
     compressed.tokens += job.training_tokens()
+
+
+@torch.no_grad()
+def leave_middles(model: nn.Module, first: nn.Module) -> None:
+    """Move rounded weights as near to their first values as they are rounded alike, in place, as `compress` does."""
+    for name, layer in quantized_layers(model).items():
+        own = layer.weight_quantizer
+        wish = first.get_submodule(name).weight
+        layer.weight.copy_(
+            within_bins(wish, layer.weight, *own.broadcast_over(layer.weight), four_levels=own.four_levels)
+        )
 
 
 def train(

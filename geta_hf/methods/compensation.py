@@ -16,7 +16,11 @@ from torch import Tensor, nn
 from geta_hf.qadg.group_labels import GroupLabels, marked
 from geta_hf.qadg.group_types import Family
 from geta_hf.quantization.covariances import as_rows, covariance_bytes, like_weight, measure_covariances
-from geta_hf.quantization.error_compensation import compensate_removed_inputs, round_compensated
+from geta_hf.quantization.error_compensation import (
+    compensate_removed_inputs,
+    round_compensated,
+    within_bins,
+)
 from geta_hf.quantization.fixed import output_dim
 from geta_hf.quantization.layer_types import base_type
 from geta_hf.quantization.layers import QuantizedLayer
@@ -101,7 +105,9 @@ class Compensation:
 
     @torch.no_grad()
     def round(self, weights: Collection[str], labels: Sequence[GroupLabels], gone: Tensor) -> None:
-        """Round weights on the grids of their quantizers with compensation of errors; in place.
+        """Move weights to where their quantizers round them with compensation of errors; in place.
+
+        They stay as near to where they were as this allows, so that training goes on from there.
 
         Args:
             weights: names of quantized weights.
@@ -117,6 +123,8 @@ class Compensation:
             four_levels = layer.weight_quantizer.four_levels
             sigma = covariance[kept.columns][:, kept.columns]
             rounded = round_compensated(inner, sigma, d, q_m, four_levels=four_levels)
+            if layer.weight.dtype == torch.float32:  # others are too coarse to add a part of a step to
+                rounded = within_bins(inner, rounded, d, q_m, four_levels=four_levels)
             change = torch.zeros_like(rows)
             change[kept.rows.nonzero(), kept.columns.nonzero().t()] = rounded - inner
             _add(layer, change)

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from geta_hf.errors import GETAError
-from geta_hf.quantization.maths import quantize, quantize_four_levels
+from geta_hf.quantization.maths import four_level_step, quantize, quantize_four_levels
 
 DAMPING = 0.01
 """Share of the mean of Σ's diagonal that is added to the diagonal, as in GPTQ."""
+
+_REACH = 0.49
+"""How far from a level of the grid `within_bins` goes, in distances of two levels; at 0.5 the other one is as near."""
 
 _ATTEMPTS = 6
 """How often the damping is multiplied by 10 where Σ is still not positive definite."""
@@ -83,6 +86,32 @@ def round_compensated(
     better = output_error(original - nearest, sigma) < output_error(original - rounded, sigma)
     rounded[better] = nearest[better]
     return (rounded if channel_dim == 0 else rounded.t()).to(weight.dtype).contiguous()
+
+
+@torch.no_grad()
+def within_bins(wish: Tensor, rounded: Tensor, d: Tensor, q_m: Tensor, *, four_levels: bool = False) -> Tensor:
+    """Return the values nearest to a wish that are rounded to nearest as `rounded`, for training to start from.
+
+    In the middle of what is rounded alike a weight needs many steps before it is rounded otherwise; next to where it
+    was before rounding it needs few, and nothing changes until then.
+
+    Args:
+        wish: what the values were before rounding, any shape.
+        rounded: on the grid, in the shape of `wish`.
+        d, q_m: step size and clipping value, in a shape that broadcasts over it.
+        four_levels: whether the grid has four levels. Default False.
+
+    Returns:
+        In the shape and dtype of `rounded`, which is returned as it is where the dtype is too coarse.
+    """
+    to_grid = quantize_four_levels if four_levels else quantize
+    distance = 2 * four_level_step(d) if four_levels else d
+    level = rounded.float()
+    # Beyond q_m no gradient would come back.
+    low = torch.maximum(level - _REACH * distance, -q_m)
+    high = torch.minimum(level + _REACH * distance, q_m)
+    found = torch.minimum(torch.maximum(wish.float(), low), high).to(rounded.dtype)
+    return torch.where(to_grid(found, d, q_m) == to_grid(rounded, d, q_m), found, rounded)
 
 
 def _round_columns(

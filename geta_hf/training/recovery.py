@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from geta_hf.config import CompressionConfig
 from geta_hf.errors import GETAError
 from geta_hf.export.serving import serving_notes
-from geta_hf.methods.base import Method
+from geta_hf.methods import OneShotMethod
 from geta_hf.qadg import PruningSpace
 from geta_hf.quantization import detach_quantizers, quantized_layers, select_layers
 from geta_hf.quantization.layers import absorb
@@ -52,7 +52,7 @@ class _CoolDown(GETATrainer):
 def recover(
     model: PreTrainedModel,
     teacher: nn.Module,
-    method: Method,
+    method: OneShotMethod,
     config: CompressionConfig,
     space: PruningSpace,
     batches: Sequence[Mapping[str, Any]],
@@ -79,6 +79,7 @@ def recover(
     Raises:
         GETAError: as `GETATrainer` does.
     """
+    method.leave_middles(teacher)
     detach_quantizers(model)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     lora = _lora(model, config) if kind == "lora" else None

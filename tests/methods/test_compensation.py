@@ -135,12 +135,15 @@ def test_rounding_on_the_quantizers_grid_loses_less_than_nearest(kind: str, grid
     hidden = torch.relu(model.blocks[0](x)).detach()
     nearest = quantize(expected, *layer.weight_quantizer.broadcast_over(expected))
     Compensation(model, [{"x": x}]).round(["blocks.1.weight"], labels, gone)
-    found = layer.weight.detach()
-    torch.testing.assert_close(found, quantize(found, *layer.weight_quantizer.broadcast_over(found)))
+    moved = layer.weight.detach()
+    found = quantize(moved, *layer.weight_quantizer.broadcast_over(moved))
+    # As near to where they were as they are rounded so, and hence few of them on their grid.
+    assert ((moved - expected).abs() <= (found - expected).abs() + 1e-6).all()
+    assert (moved == found).float().mean() < 0.3
     wide = [w if kind == "conv1d" else w.t() for w in (expected, nearest, found)]
     errors = [(hidden @ (w - wide[0])).square().sum() for w in wide[1:]]
     assert errors[1] < errors[0]
-    assert not found.select(0 if kind == "conv1d" else 1, 2).any()
+    assert not moved.select(0 if kind == "conv1d" else 1, 2).any()
 
 
 @pytest.fixture(scope="module")
@@ -174,16 +177,18 @@ def test_a_run_resumes_bit_for_bit(compensated: tuple[nn.Module, QASSO, list[int
         assert torch.equal(value, again.state_dict()[name]), name
 
 
-def test_weights_are_on_their_grid_when_widths_are_final() -> None:
-    """Rounded with compensation they differ from what rounding to nearest gives, and still are codes times d."""
+def test_weights_are_rounded_with_compensation_when_widths_are_final() -> None:
+    """They are rounded otherwise than to nearest, and stay as near to where they were as that allows."""
     config = config_of(rounding="compensated")
     model, _ = run(config, steps=44)
     plain, _ = run(replace(config, rounding="nearest"), steps=44)
     differ = False
     for layer, other in zip(quantized_layers(model).values(), quantized_layers(plain).values(), strict=True):
-        torch.testing.assert_close(layer.weight, layer.quantized_weight())
+        rounded = layer.quantized_weight()
+        # Moved only as far as the rounding asks for.
+        assert ((layer.weight - other.weight).abs() <= (rounded - other.weight).abs() + 1e-6).all()
         torch.testing.assert_close(layer.weight_quantizer.d, other.weight_quantizer.d)
-        differ |= not torch.allclose(layer.weight, other.quantized_weight())
+        differ |= not torch.allclose(rounded, other.quantized_weight())
     assert differ
 
 
@@ -207,7 +212,8 @@ def test_rounding_after_training_is_compensated_once(monkeypatch: pytest.MonkeyP
     model, _ = run(PostTrainingConfig(**values))
     assert len(calls) == 1
     for layer in quantized_layers(model).values():
-        torch.testing.assert_close(layer.weight, layer.quantized_weight())
+        d, _ = layer.weight_quantizer.broadcast_over(layer.weight)
+        assert ((layer.weight - layer.quantized_weight()).abs() <= 0.5 * d).all()
 
 
 def test_covariances_are_measured_in_parts_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,13 @@ import torch
 from torch import Tensor
 
 from geta_hf.errors import GETAError
-from geta_hf.quantization.error_compensation import compensate_removed_inputs, output_error, round_compensated
-from geta_hf.quantization.functional import quantize, step_size
+from geta_hf.quantization.error_compensation import (
+    compensate_removed_inputs,
+    output_error,
+    round_compensated,
+    within_bins,
+)
+from geta_hf.quantization.functional import quantize, quantize_four_levels, step_size
 
 ROWS, COLUMNS = 6, 12
 
@@ -178,3 +183,38 @@ def test_a_covariance_of_low_rank_is_damped_until_it_can_be_used():
     weight, d, q_m = layer(6, 4, True)
     found = round_compensated(weight, x.t() @ x, d, q_m, damping=0.0)
     assert bool(torch.isfinite(found).all())
+
+
+@pytest.mark.parametrize("four_levels", [False, True])
+def test_values_within_bins_are_the_nearest_that_are_rounded_alike(four_levels: bool):
+    """Against a search over a fine line of candidates."""
+    to_grid = quantize_four_levels if four_levels else quantize
+    weight, d, q_m = layer(3, 2, per_channel=True)
+    d, q_m = d[:, None], q_m[:, None]
+    # What GPTQ does: some weights are rounded otherwise than to nearest.
+    rounded = to_grid(weight + 0.8 * d * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)), d, q_m)
+    found = within_bins(weight, rounded, d, q_m, four_levels=four_levels)
+    assert torch.equal(to_grid(found, d, q_m), rounded)
+    assert not torch.equal(found, rounded)
+    line = torch.linspace(-1, 1, 4001) * q_m.max()
+    for place in torch.cartesian_prod(torch.arange(ROWS), torch.arange(COLUMNS)).tolist():
+        row, column = place
+        own = line[line.abs() <= q_m[row]]
+        alike = own[to_grid(own[None], d[row], q_m[row])[0] == rounded[row, column]]
+        best = (alike - weight[row, column]).abs().min()
+        # A hundredth of the distance to the next level is left.
+        assert (found[row, column] - weight[row, column]).abs() <= best + 0.021 * d[row]
+
+
+def test_a_zero_of_four_levels_stays_where_it_is():
+    d = torch.ones(1)
+    weight = torch.tensor([0.4, 0.0])
+    found = within_bins(weight, torch.tensor([1 / 3, 0.0]), d, d, four_levels=True)
+    torch.testing.assert_close(found, weight)
+
+
+def test_where_the_dtype_is_too_coarse_values_stay_on_the_grid():
+    d, q_m = torch.tensor([0.001]), torch.tensor([0.127])
+    rounded = (torch.arange(-127, 128) * d).bfloat16()
+    found = within_bins(rounded.float() + 0.9 * d, rounded, d, q_m)
+    assert torch.equal(quantize(found, d, q_m), quantize(rounded, d, q_m))
