@@ -293,7 +293,7 @@ class OneShotMethod(Method):
         for name, layer in quantized_layers(self._work.model).items():
             own = layer.weight_quantizer
             d, q_m = own.broadcast_over(layer.weight)
-            wish = first.get_submodule(name).weight
+            wish: Tensor = first.get_submodule(name).weight  # type: ignore[assignment]
             layer.weight.copy_(within_bins(wish, layer.weight, d, q_m, four_levels=own.four_levels))
         self._work.zero(self._removed)
 
