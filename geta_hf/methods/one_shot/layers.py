@@ -15,7 +15,7 @@ from geta_hf.quantization.clipping import largest_magnitudes, search_elements, s
 from geta_hf.quantization.covariances import as_rows
 from geta_hf.quantization.error_compensation import compensate_removed_inputs, round_compensated
 from geta_hf.quantization.functional import quantize, quantize_four_levels, step_size
-from geta_hf.quantization.maths import FOUR_LEVEL_BITS, block_count, leave_zero
+from geta_hf.quantization.maths import FOUR_LEVEL_BITS, block_count, four_level_step, leave_zero
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,22 @@ def _along(rows: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         return grid.d[:, None], grid.q_m[:, None]
     block = block_of_input(rows.shape[1], None, rows.device)
     return grid.d[:, block], grid.q_m[:, block]
+
+
+def codes_on(rows: Tensor, grid: Grid) -> Tensor:
+    """Return the integers of rows that are on their grid already, int8, shape (out, in); its width is 8 at most."""
+    return torch.round(rows / _steps(rows, grid)).to(torch.int8)
+
+
+def values_of(codes: Tensor, grid: Grid) -> Tensor:
+    """Return the rows of some integers, fp32: to the bit those that `codes_on` was given."""
+    return codes.float() * _steps(codes, grid)
+
+
+def _steps(rows: Tensor, grid: Grid) -> Tensor:
+    """Return what codes are multiplied by, in a shape that broadcasts over rows."""
+    d, _ = _along(rows, grid)
+    return four_level_step(d) if grid.four_levels else d
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from geta_hf.methods.one_shot.config import OneShotConfig
 from geta_hf.methods.one_shot.first_weights import FirstWeights
 from geta_hf.methods.one_shot.forward_scores import measure_forward, removal_by_inputs
 from geta_hf.methods.one_shot.gradients import logits_of, measure_gradients, predictions, sequences
-from geta_hf.methods.one_shot.layers import Grid, compress_layer, rounding_losses
+from geta_hf.methods.one_shot.layers import Grid, codes_on, compress_layer, rounding_losses, values_of
 from geta_hf.methods.one_shot.memory import check_memory, foresee_memory
 from geta_hf.methods.one_shot.score_file import fingerprint, read_scores, write_scores
 from geta_hf.methods.parameter_groups import quantizer_parameters
@@ -38,8 +38,9 @@ from geta_hf.methods.qasso.slices import build_slices, group_sums, zero_slices
 from geta_hf.qadg.group_labels import GroupLabels, consumers, family_of_group, family_starts, find_group_labels
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.quantization import attach_quantizers, detach_quantizers, quantized_layers, select_layers
+from geta_hf.quantization.attach import layer_grid
 from geta_hf.quantization.by_block import Batch, BlockRunner, find_blocks, uncached
-from geta_hf.quantization.covariances import collecting, has_covariance, measure_covariances
+from geta_hf.quantization.covariances import as_rows, collecting, has_covariance, measure_covariances
 from geta_hf.quantization.error_compensation import within_bins
 from geta_hf.quantization.quantizer import freeze_quantizers
 from geta_hf.utils.model_io import float_tensors, loss_of
@@ -49,6 +50,10 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """Wrap an iterable in a progress bar: takes it, what is being done, and how many items there are."""
+
+
+MOST_CODED_BITS = 8
+"""The widest weights whose codes are kept from one trial to the next."""
 
 
 def no_progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
@@ -362,6 +367,8 @@ class _Work:
         changed |= {id(layer.weight): layer.weight for layer in self.layers.values()}  # type: ignore[misc]
         self._originals = FirstWeights(changed.values(), on_disk=config.frugal)
         self.unreached: list[str] = []
+        # Path and width of a weight -> its codes and grid, a byte for each weight, while trials last.
+        self._rounded: dict[tuple[str, int], tuple[Tensor, Grid]] = {}
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -382,6 +389,7 @@ class _Work:
             single = self._single_kinds(trials[chosen].share)
             candidates, trials = [*candidates, *single], [*trials, *self._measured_trials(single, reference)]
             chosen = _best(trials)
+        self._rounded.clear()
         grids = self._compress(candidates[chosen])
         after, _ = measure(self.model, self.data.held_back, reference)
         removed = candidates[chosen].removed
@@ -493,11 +501,33 @@ class _Work:
             if covariances is None:
                 self._compress_by_block(candidate)
             else:
-                self._compress_at_once(candidate, covariances)
+                self._round_for_trial(candidate, covariances)
             loss, _ = measure(self.model, self.data.held_back, reference)
             self.restore()
             trials.append(self._trial(candidate, loss if math.isfinite(loss) else math.inf))
         return trials
+
+    @torch.no_grad()
+    def _round_for_trial(self, candidate: Candidate, covariances: Mapping[str, Tensor | None]) -> None:
+        """Compress as `_compress_at_once` does, in place, without doing again what an earlier trial has done.
+
+        Rows of a weight are rounded each by itself. So one that loses none of its inputs is the same in all trials that
+        give it the same width, but for the rows that are set to zero.
+        """
+        bits = dict(zip(self.layers, candidate.weight_bits, strict=True))
+        for name, layer in self.layers.items():
+            kept = self._kept(layer, candidate.removed)
+            key = (name, bits[name])
+            if layer_grid(layer, self.grid) == "layer" or not bool(kept.columns.all()) or bits[name] > MOST_CODED_BITS:
+                self._compress_layer(name, covariances[name], bits[name], candidate.removed)
+                continue
+            rows = as_rows(layer, layer.weight)  # type: ignore[arg-type]
+            if key not in self._rounded:
+                grid = self._compress_layer(name, covariances[name], bits[name], torch.zeros_like(candidate.removed))
+                self._rounded[key] = (codes_on(rows.float(), grid), grid)
+            else:
+                rows.copy_(values_of(*self._rounded[key]))
+        self.zero(candidate.removed)
 
     def _single_kinds(self, share: float) -> list[Candidate]:
         """Return splits that remove groups of one kind, by the scores of the config and by those of their inputs."""

@@ -11,7 +11,8 @@ from geta_hf.costs.targets import BYTES
 from geta_hf.errors import GETAError
 from geta_hf.methods import OneShotConfig, OneShotMethod
 from geta_hf.methods.one_shot import Calibration
-from geta_hf.methods.one_shot.choice import Losses, bits_per_weight, find_candidates, find_single_kinds
+from geta_hf.methods.one_shot import method as one_shot
+from geta_hf.methods.one_shot.choice import Candidate, Losses, bits_per_weight, find_candidates, find_single_kinds
 from geta_hf.qadg import build_space
 from geta_hf.qadg.group_types import Family, Member
 from geta_hf.quantization import quantized_layers
@@ -135,3 +136,41 @@ def test_layers_that_no_data_reaches_are_named_and_a_failure_restores_the_model(
     layer = quantized_layers(model)["model.layers.0.spare"]
     torch.testing.assert_close(layer.quantized_weight(), layer.weight)
     assert method.finished and method.result() is outcome.result
+
+
+@pytest.mark.parametrize("grid", ["layer", "channel", "block32"])
+def test_trials_that_share_rounded_weights_measure_the_same(grid: str, monkeypatch: pytest.MonkeyPatch):
+    """Against every trial by itself; widths of 2 have four levels, and 9 to 16 are not kept."""
+    model = tiny_llama()
+    ids = torch.randint(0, 257, (6, 2, 8), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": rows, "labels": rows} for rows in ids]
+    space = build_space(model, {"input_ids": ids[0]})
+    method = OneShotMethod(OneShotConfig(target_bytes=1, grid=grid, bits=(2, 16)))
+    empty = empty_copy(model)
+    method.attach(empty, None)
+    ledger = make_ledger(empty, space)
+    places = torch.cat([torch.arange(family.size) for family in space.trainable])
+    removed, other = (places % 3 == 1), (places % 3 == 2)
+    count = len(ledger.layers)
+    mixed = [(2, 3, 12)[place % 3] for place in range(count)]
+    tried = [
+        Candidate(0.0, torch.zeros_like(removed), [3] * count),
+        Candidate(0.3, removed, [3] * count),
+        Candidate(0.3, removed, mixed),
+        Candidate(0.3, other, mixed),
+    ]
+    rounded = []
+    original = one_shot.compress_layer
+    monkeypatch.setattr(one_shot, "compress_layer", lambda *args, **own: (rounded.append(1), original(*args, **own))[1])
+    data = Calibration(batches[:3], batches[:4], batches[4:])
+    together = method.compress(model, data, space, ledger, candidates=tried).trials
+    first = len(rounded)
+    method.undo()
+    alone = []
+    for candidate in tried:
+        # The same one twice, since a single candidate is not measured.
+        alone.append(method.compress(model, data, space, ledger, candidates=[candidate, candidate]).trials[0])
+        method.undo()
+    assert [one.loss for one in together] == pytest.approx([one.loss for one in alone], rel=1e-5)
+    # The last one is compressed once more, block by block.
+    assert first == 5 * count if grid == "layer" else first < 4 * count
