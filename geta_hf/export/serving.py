@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -25,6 +25,12 @@ LLAMA_CPP, VLLM = "llama.cpp", "vllm"
 
 _BLOCK = 32
 """llama.cpp's blocks of weights have 32 neighboring inputs."""
+
+_SUPER_BLOCK = 256
+"""The length of blocks with further widths, which no grid of 32 inputs fits."""
+
+_WIDTHS, _WIDTHS_OF_SUPER_BLOCKS = (4, 5, 8), (2, 3, 4, 5, 6, 8)
+"""The widths for which llama.cpp has blocks of 32, and of 256 as well."""
 
 _TILES = (128, 64, 32, 16, 8)
 """Multiples that suit GPU kernels, the best first."""
@@ -82,7 +88,34 @@ def limit_config(config: _Config, model: nn.Module, processing_class: Any = None
         return config
     limits = find_limits(config.serve, model, processing_class)
     multiple = math.lcm(config.multiple_of, limits.multiple)
-    return dataclasses.replace(config, uniform=config.uniform or limits.uniform, multiple_of=multiple)
+    changes: dict[str, Any] = {"uniform": config.uniform or limits.uniform, "multiple_of": multiple}
+    widths = _useful_widths(config, model)
+    if widths is not None:
+        _check_mean(config, widths)
+        changes["bit_choices"] = widths
+    return dataclasses.replace(config, **changes)
+
+
+def _useful_widths(config: CompressionConfig, model: nn.Module) -> list[int] | None:
+    """Return the widths that make a GGUF file smaller than the next larger one does; None where the user chose some.
+
+    Blocks of a narrower width do not exist for all rows: 2 and 3 bits are then stored as 4, and 6 and 7 as 8.
+    """
+    if config.serve != LLAMA_CPP or config.bit_choices is not None:
+        return None
+    hidden = getattr(model.config.get_text_config(), "hidden_size", 0)  # type: ignore[union-attr]
+    coarse = config.grid == "block32" or hidden % _SUPER_BLOCK
+    widths = [width for width in config.widths if width in (_WIDTHS if coarse else _WIDTHS_OF_SUPER_BLOCKS)]
+    return widths if widths and len(widths) < len(config.widths) else None
+
+
+def _check_mean(config: CompressionConfig, widths: Sequence[int]) -> None:
+    """Raise GETAError for a mean width that these widths can't have."""
+    if config.mean_bits is not None and not widths[0] <= config.mean_bits <= widths[-1]:
+        raise GETAError(
+            f"serve = {config.serve!r} and mean_bits = {config.mean_bits}: a GGUF file of this model has places for "
+            f"{', '.join(map(str, widths))} bits; choose a mean between them, or set bit_choices"
+        )
 
 
 def find_limits(serve: str, model: nn.Module, processing_class: Any = None) -> ServingLimits:
@@ -178,6 +211,7 @@ def serving_notes(config: CompressionConfig, model: nn.Module, space: PruningSpa
     kept = sorted({family.reason for family in space.families if family.reason and _is_ours(family, limits, config)})
     notes = [*limits.notes, *(f"not pruned: {reason}" for reason in kept)]
     if config.serve == LLAMA_CPP:
+        notes.append(f"widths: {', '.join(map(str, config.widths))} bits")
         notes += _float_rows(config, model)
     return tuple(notes)
 

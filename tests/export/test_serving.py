@@ -244,3 +244,24 @@ def test_files_of_runs_without_it_are_as_before(tmp_path: Path) -> None:
     assert "serve" not in GETAConfig().to_dict() and GETAConfig(serve="vllm").to_dict()["serve"] == "vllm"
     GETAConfig(serve="vllm").save(tmp_path / "geta_config.json")
     assert read_config(tmp_path / "geta_config.json").serve == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("hidden", "grid", "expected"),
+    [(64, "channel", [4, 5, 8]), (256, "block32", [4, 5, 8]), (256, "channel", [2, 3, 4, 5, 6, 8])],
+)
+def test_widths_without_blocks_of_their_own_are_left_out(hidden: int, grid: str, expected: list[int]):
+    """In a GGUF file they would take as much as the next larger one, and round more."""
+    model = tiny.model("Llama", hidden_size=hidden)
+    config = limit_config(OneShotConfig(serve="llama.cpp", grid=grid, target_bytes=10_000_000), model)
+    assert config.widths == expected
+    assert f"widths: {', '.join(map(str, expected))} bits" in serving_notes(config, model, build_space(model, tiny.batch()))
+    chosen = OneShotConfig(serve="llama.cpp", grid=grid, target_bytes=10_000_000, bit_choices=[3, 7])
+    assert limit_config(chosen, model).widths == [3, 7]
+    assert limit_config(replace(chosen, serve="vllm"), model).widths == [3, 7]
+
+
+def test_a_mean_width_without_a_place_is_refused():
+    config = OneShotConfig(serve="llama.cpp", grid="block32", mean_bits=3)
+    with pytest.raises(GETAError, match=r"has places for 4, 5, 8 bits; choose a mean between them, or set bit_choices"):
+        limit_config(config, tiny.model("Llama"))
