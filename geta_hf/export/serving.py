@@ -103,8 +103,9 @@ def _useful_widths(config: CompressionConfig, model: nn.Module) -> list[int] | N
     """
     if config.serve != LLAMA_CPP or config.bit_choices is not None:
         return None
-    hidden = getattr(model.config.get_text_config(), "hidden_size", 0)  # type: ignore[union-attr]
-    coarse = config.grid == "block32" or hidden % _SUPER_BLOCK
+    assert isinstance(model, PreTrainedModel)  # find_limits has refused all others
+    hidden: int = getattr(model.config.get_text_config(), "hidden_size", 0)
+    coarse = config.grid == "block32" or hidden % _SUPER_BLOCK != 0
     widths = [width for width in config.widths if width in (_WIDTHS if coarse else _WIDTHS_OF_SUPER_BLOCKS)]
     return widths if widths and len(widths) < len(config.widths) else None
 
