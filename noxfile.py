@@ -1,6 +1,8 @@
 """Install the built wheel into clean environments of every supported Python, and use it there: `make test-pythons`.
 
-Interpreters that this machine lacks are skipped, and named. `make test-versions` runs the ends of transformers' range.
+Interpreters that this machine lacks are skipped, and named. With pyenv they have to be chosen first, since its commands
+fail otherwise: `PYENV_VERSION=3.10.13:3.11.7:3.12.1:3.13.0 make test-pythons`, by the versions that it has.
+`make test-versions` runs the ends of transformers' range.
 """
 
 from __future__ import annotations

@@ -297,7 +297,7 @@ def image_task(options: ImageOptions, dense: Lengths, name: str) -> Task:
         name=name,
         metrics=("accuracy",),
         larger_is_better=True,
-        start=lambda: load_model(choice, config),
+        start=lambda: load_model(choice, config)[0],
         load=AutoModelForImageClassification.from_pretrained,
         features=features,
         collator=collate_images,

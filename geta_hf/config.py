@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 CONFIG_NAME = "geta_config.json"
 
 Duration = int | float | str
+"""The length of a stage; see `is_duration`."""
+
+Pair = tuple[int, int] | list[int]
+Integers = list[int] | tuple[int, ...]
+Texts = list[str] | tuple[str, ...]
+"""What YAML and JSON write as lists may be given as tuples too, and pairs as lists. The first of each is what a config
+holds: `_normalize` converts the others."""
 
 SECTIONS = {
     "Targets": "Set how much to prune with `target_sparsity` or `target_parameters`, the size of the model with "
@@ -203,7 +210,7 @@ def _has_one_type(value: Any, hint: Any) -> bool:
     if origin in (list, tuple):
         if not isinstance(value, list | tuple):
             return False
-        if origin is tuple and len(value) != len(items):
+        if _has_length(hint) and len(value) != len(items):
             return False
         return all(_has_type(item, items[0]) for item in value)
     if hint is float:
@@ -214,26 +221,31 @@ def _has_one_type(value: Any, hint: Any) -> bool:
     return isinstance(value, origin or hint)
 
 
+def _has_length(hint: Any) -> bool:
+    """Return whether a hint is of a tuple of some length, such as `tuple[int, int]`, and not of any."""
+    return get_origin(hint) is tuple and Ellipsis not in get_args(hint)
+
+
 def _is_finite(value: int | float) -> bool:
     # isfinite raises for an integer too large for a float.
     return isinstance(value, int) or math.isfinite(value)
 
 
 def _type_name(hint: Any) -> str:
-    return " or ".join(_one_type_name(arm) for arm in _arms(hint) if arm is not NoneType)
+    # A list and a tuple of the same are one thing to a reader.
+    return " or ".join(dict.fromkeys(_one_type_name(arm) for arm in _arms(hint) if arm is not NoneType))
 
 
 def _one_type_name(hint: Any) -> str:
     origin, items = get_origin(hint), get_args(hint)
-    if origin is list:
-        return f"a list of {_NAMES[items[0]][1]}"
-    if origin is tuple:
-        return f"a list of {len(items)} {_NAMES[items[0]][1]}"
+    if origin in (list, tuple):
+        count = f"{len(items)} " if _has_length(hint) else ""
+        return f"a list of {count}{_NAMES[items[0]][1]}"
     return _NAMES[hint][0] if hint in _NAMES else f"a {(origin or hint).__name__}"
 
 
 def _normalize(value: Any, hint: Any) -> Any:
-    """Convert between list and tuple, as the annotation has it."""
+    """Convert between list and tuple, as the annotation names them first."""
     if isinstance(value, list | tuple):
         for arm in _arms(hint):
             if get_origin(arm) in (list, tuple):
@@ -325,8 +337,9 @@ _SIZES = ("target_bops", "target_bytes")
 _PAIR = "a pair (b_l, b_u) of integers in 2..16, b_l <= b_u"
 
 
-def _is_pair_of_widths(pair: tuple[int, int]) -> bool:
-    return 2 <= pair[0] <= pair[1] <= 16
+def _is_pair_of_widths(pair: Pair) -> bool:
+    # As a list it may have any length, as far as its type says.
+    return len(pair) == 2 and 2 <= pair[0] <= pair[1] <= 16
 
 
 def _is_minimum(value: float) -> bool:
@@ -359,7 +372,7 @@ def is_duration(value: Duration) -> bool:
     return value >= 0 if isinstance(value, int) else 0 <= value < 1
 
 
-def _are_patterns(values: list[str]) -> bool:
+def _are_patterns(values: Texts) -> bool:
     try:
         for value in values:
             re.compile(value)
@@ -368,7 +381,7 @@ def _are_patterns(values: list[str]) -> bool:
     return True
 
 
-def _is_depth(value: int | list[str]) -> bool:
+def _is_depth(value: int | Texts) -> bool:
     return not isinstance(value, int) or value >= 0
 
 
@@ -416,7 +429,7 @@ class CompressionConfig:
         between(0, 1),
         section="Targets",
     )
-    bits: tuple[int, int] = setting(
+    bits: Pair = setting(
         (4, 8),
         "The bounds within which the width of every quantized weight must end.",
         Check(_is_pair_of_widths),
@@ -442,10 +455,10 @@ class CompressionConfig:
         "middle of `bits` if there is no size target.",
         section="Targets",
     )
-    bit_choices: list[int] | None = setting(
+    bit_choices: Integers | None = setting(
         None, "The only widths allowed, such as [4, 8], inside `bits`. None allows every integer.", section="Widths"
     )
-    activation_bits: tuple[int, int] | None = setting(
+    activation_bits: Pair | None = setting(
         None,
         "The bounds for the inputs of the layers, calibrated on `calibration_batches`. `target_bops` decides where in "
         "them each input ends, together with the weights' widths. Without it sensitivity decides, with the middle of "
@@ -522,7 +535,7 @@ class CompressionConfig:
     distill_temperature: float = setting(
         2.0, "Temperature that softens both distributions.", above(0), section="Distillation"
     )
-    include: list[str] | None = setting(
+    include: Texts | None = setting(
         None,
         "Regular expressions over module names: the layers to quantize. None selects the attention and MLP layers of "
         "the repeated blocks.",
@@ -530,14 +543,14 @@ class CompressionConfig:
         section="Selection",
         expected="a list of regular expressions",
     )
-    exclude: list[str] = setting(
+    exclude: Texts = setting(
         [],
         "Regular expressions over module names: layers not to quantize.",
         Check(_are_patterns),
         section="Selection",
         expected="a list of regular expressions",
     )
-    drop_layers: int | list[str] = setting(
+    drop_layers: int | Texts = setting(
         0,
         "Entire layers to remove first: their number, or their paths (`model.layers.3`). A number chooses them one by "
         "one, each time the layer without which the loss on `calibration_batches` is lowest. The saved config names "
@@ -546,14 +559,14 @@ class CompressionConfig:
         section="Selection",
         expected="a number of layers, or a list of their paths",
     )
-    prune: list[str] = setting(
+    prune: Texts = setting(
         [],
         "Families to make prunable in addition to heads and channels: kinds (`residual`), couplings (`norm`) or "
         "patterns of names (`*.layers.0.*`); see `geta_hf.qadg.apply_policy`.",
         section="Selection",
         expected="a list of kinds, couplings or patterns",
     )
-    keep: list[str] = setting(
+    keep: Texts = setting(
         [],
         "Families not to prune, named in the same way; overrides `prune`.",
         section="Selection",
@@ -650,7 +663,7 @@ class CompressionConfig:
     def widths(self) -> list[int]:
         """The integer widths that a layer may end with, ascending."""
         if self.bit_choices is not None:
-            return self.bit_choices
+            return list(self.bit_choices)
         return list(range(self.bits[0], self.bits[1] + 1))
 
     @property

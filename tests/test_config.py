@@ -6,7 +6,8 @@ import doctest
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from types import UnionType
+from typing import ClassVar, Union, get_args, get_origin
 
 import pytest
 
@@ -119,7 +120,7 @@ def test_what_is_left_out_is_decided_here() -> None:
 
 
 def test_tuples_and_numbers_written_as_text_are_taken() -> None:
-    config = GETAConfig(bits=[4, 8], include=("query",), exclude=("key",))  # type: ignore[arg-type]
+    config = GETAConfig(bits=[4, 8], include=("query",), exclude=("key",))
     assert GETAConfig.from_dict(config.to_dict()) == config and config.exclude == ["key"]
     assert GETAConfig.from_dict({"epsilon": "1e-9"}).epsilon == 1e-9  # as YAML 1.1 reads it
     assert GETAConfig.from_dict({"warmup": "1e1 steps"}).warmup == "1e1 steps"  # a length may be text
@@ -127,6 +128,39 @@ def test_tuples_and_numbers_written_as_text_are_taken() -> None:
         GETAConfig.from_dict({"saliency": "1e3"})
     with pytest.raises(GETAError, match="multiple_of = '4' must be an integer"):
         GETAConfig.from_dict({"multiple_of": "4"})
+
+
+@pytest.mark.parametrize("kind", [CompressionConfig, *CONFIG_CLASSES.values()])
+def test_types_say_what_is_accepted(kind: type[CompressionConfig]) -> None:
+    """Of values as YAML and Python write them, those and no others that the annotation allows; checks narrow it."""
+    samples = (None, True, 3, 0.5, "3", "name", [4, 8], (4, 8), ["name"], ("name",), [0.5], (0.5,), [None], {"a": 1})
+    for name, one in settings_of(kind).items():
+        unchecked = replace(one, check=None, choices=())
+        accepted = [value for value in samples if unchecked.accepts(value)]
+        assert accepted == [value for value in samples if allowed_by(one.hint, value)], name
+
+
+def allowed_by(hint: object, value: object) -> bool:
+    """Read an annotation as a type checker does, by which every int is a float, and no bool a number."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(allowed_by(arm, value) for arm in get_args(hint))
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(allowed_by(get_args(hint)[0], item) for item in value)
+    if get_origin(hint) is tuple:
+        kinds = get_args(hint)
+        kinds = kinds[:1] * len(value) if Ellipsis in kinds and isinstance(value, tuple) else kinds
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(allowed_by, kinds, value))
+    return type(value) in ((int, float) if hint is float else (hint,))
+
+
+def test_a_pair_has_two_widths_as_a_list_too() -> None:
+    assert GETAConfig(bits=[4, 8]).bits == (4, 8) and OneShotConfig(bits=[2, 4]).bits == (2, 4)
+    for pair in ([4], [4, 6, 8], []):
+        with pytest.raises(GETAError, match=r"bits = .* must be a pair"):
+            GETAConfig(bits=pair)
+        with pytest.raises(GETAError, match=r"activation_bits = .* must be a pair"):
+            GETAConfig(activation_bits=pair)
+    assert settings_of(GETAConfig)["bit_choices"].allowed == "a list of integers"
 
 
 def test_the_bounds_of_a_closed_range_are_allowed() -> None:

@@ -6,6 +6,7 @@ import ast
 import re
 import shlex
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,13 @@ def test_commands_of_pages_are_understood(page: Path) -> None:
         words = shlex.split("".join(line), comments=True)
         if "..." not in words:
             parser.parse_args(words)
+
+
+def test_the_drawn_graph_is_that_of_today(tmp_path: Path) -> None:
+    """The site is built without PyTorch, so the page is kept; `docs/site/draw_graph.py` draws it again."""
+    drawer = spec_from_file_location("draw_graph", ROOT / "docs" / "site" / "draw_graph.py")
+    assert drawer is not None and drawer.loader is not None
+    module = module_from_spec(drawer)
+    drawer.loader.exec_module(module)
+    module.draw(tmp_path / "graph.html")
+    assert (tmp_path / "graph.html").read_text(encoding="utf-8") == module.PAGE.read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ import json
 import re
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -19,6 +19,17 @@ from geta_hf.config import SECTIONS, CompressionConfig, GETAConfig, Setting, sec
 from geta_hf.errors import GETAError
 from geta_hf.recipes import CONFIGS
 from geta_hf.utils.suggestions import did_you_mean
+
+MEASURE_SPEED = "time the dense and the exported model at the end, for a few seconds"
+
+
+@dataclass
+class ModelArguments:
+    """Choose the model to start from."""
+
+    model_name_or_path: str = field(metadata={"help": "name of a model on the Hub, or a local folder"})
+    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "default: the model's own"})
+    measure_speed: bool = field(default=True, metadata={"help": MEASURE_SPEED})
 
 
 def read_values(

@@ -6,17 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from geta_hf.recipes.speed import Speed
+from geta_hf.reporting.comparison import spelled
 
 _WEIGHTS = ("*.safetensors",)
 _CLEAR = 1.0
 """Seconds that scoring must take at least for two durations to be compared."""
-
-
-def model_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's parameters and buffers, shared ones once: about what its file takes."""
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def closing(
@@ -27,8 +22,9 @@ def closing(
     scores: Mapping[str, Any],
     metrics: Sequence[str],
     seconds: Mapping[str, float],
+    speeds: Sequence[Speed] = (),
 ) -> str:
-    """Return the last lines of a run: sizes, scores, the folder and the next command.
+    """Return the last lines of a run: sizes, speed, scores, the folder and the next command.
 
     Args:
         folder: the exported model.
@@ -38,18 +34,19 @@ def closing(
         scores: of the exported model.
         metrics: the names of the scores to show.
         seconds: how long scoring took, of the model at the `start` and of the `exported` one.
+        speeds: of both models; where there are none, the durations of scoring are compared.
     """
     size = sum(path.stat().st_size for pattern in _WEIGHTS for path in folder.glob(pattern))
     sizes = f"{size / 1e6:,.1f} MB"
     if dense_bytes is not None and compressed:
         sizes = f"{dense_bytes / 1e6:,.1f} → {sizes}"
-    parts = [sizes]
+    parts = [sizes, *map(str, speeds)]
     before, after = seconds.get("start", 0.0), seconds.get("exported", 0.0)
-    if compressed and min(before, after) >= _CLEAR:
+    if compressed and not speeds and min(before, after) >= _CLEAR:
         parts.append(f"scored in {before:.1f} → {after:.1f} s ({before / after:.1f}x as fast)")
     for name in metrics:
         known = f"{start[name]:.2f} → " if start is not None and name in start else ""
-        parts.append(f"{name} {known}{scores[name]:.2f}")
+        parts.append(f"{spelled(name)} {known}{scores[name]:.2f}")
     following = f"geta-hf report {folder}"
     if not compressed:
         following = f"geta-hf train CONFIG.yaml --model_name_or_path {folder}, with a `geta` section"

@@ -1,8 +1,8 @@
 """Train an image classification model and, with a `geta:` section, compress it at the same time.
 
-    accelerate launch recipes/image_classification.py recipes/configs/vit.yaml
-    accelerate launch recipes/image_classification.py recipes/configs/resnet.yaml --train_dir train --eval_dir val
-    accelerate launch recipes/image_classification.py recipes/configs/resnet20.yaml --idx_dir fashion-mnist --geta null
+    geta-hf train vit
+    geta-hf train resnet --train_dir train --eval_dir val
+    geta-hf train resnet20 --idx_dir fashion-mnist --geta null
 
 The YAML file holds the fields of `ModelArguments`, `DataArguments` and Trainer's own `TrainingArguments`, and `geta:`
 with the fields of `GETAConfig`. The model is written to `output_dir/export`, the scores to `output_dir/results.json`.
@@ -11,10 +11,8 @@ Label smoothing is Trainer's `label_smoothing_factor`.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,14 +29,13 @@ from transformers import (
     set_seed,
 )
 
-from geta_hf import GETAError, write_card
+from geta_hf import GETAError
 from geta_hf.evaluation.image_classification import accuracies, collate_images, predict_classes
 from geta_hf.recipes import cifar_models  # noqa: F401 - registers its models
-from geta_hf.recipes.arguments import make_parser, parse_sections, print_help, read_values
+from geta_hf.recipes.arguments import MEASURE_SPEED, make_parser, parse_sections, read_values
 from geta_hf.recipes.averages import Averages
 from geta_hf.recipes.image_data import (
     DataArguments,
-    Images,
     Rows,
     check_classes,
     image_side,
@@ -47,18 +44,8 @@ from geta_hf.recipes.image_data import (
     usable,
 )
 from geta_hf.recipes.loading import check_folders, load_config
-from geta_hf.recipes.run import (
-    Arguments,
-    export,
-    make_trainer,
-    print_closing,
-    print_scores,
-    run_command,
-    save_results,
-    train,
-    wants_help,
-)
-from geta_hf.reporting.results import TaskResult
+from geta_hf.recipes.run import Arguments, Scoring, finish, launch, make_trainer, run_command, score_start, scored_data
+from geta_hf.recipes.speed import looking
 from geta_hf.training.early_checks import check_batch_norm
 from geta_hf.utils.loading import one_line_errors
 
@@ -80,6 +67,7 @@ class ModelArguments:
     ema_decay: float | None = field(
         default=None, metadata={"help": "end with a moving average of the weights of this decay, such as 0.999"}
     )
+    measure_speed: bool = field(default=True, metadata={"help": MEASURE_SPEED})
 
     def __post_init__(self) -> None:
         if (self.model_name_or_path is None) == (self.architecture is None):
@@ -145,16 +133,21 @@ def make_config(arguments: ModelArguments, classes: Sequence[str]) -> PreTrained
     return config
 
 
-def load_model(arguments: ModelArguments, config: PreTrainedConfig) -> PreTrainedModel:
-    """Load the model with a head for the config's labels; with `architecture`, make it with random weights."""
+def load_model(arguments: ModelArguments, config: PreTrainedConfig) -> tuple[PreTrainedModel, bool]:
+    """Load the model with a head for the config's labels; with `architecture`, make it with random weights.
+
+    Returns:
+        The model, and whether it had all of its weights: the scores of a new head would mean nothing.
+    """
     if arguments.architecture is not None:
         with one_line_errors(f"no image classification model of type {config.model_type!r} can be made"):
-            return AutoModelForImageClassification.from_config(config)
+            return AutoModelForImageClassification.from_config(config), False
     name = str(arguments.model_name_or_path)
     with one_line_errors(f"the model {name} can't be loaded"):
-        return AutoModelForImageClassification.from_pretrained(
-            name, config=config, ignore_mismatched_sizes=arguments.new_head
+        model, found = AutoModelForImageClassification.from_pretrained(
+            name, config=config, ignore_mismatched_sizes=arguments.new_head, output_loading_info=True
         )
+    return model, not found["missing_keys"] and not found["mismatched_keys"]
 
 
 def load_processor(arguments: ModelArguments, data: DataArguments, config: PreTrainedConfig) -> Any:
@@ -253,27 +246,6 @@ def score(arguments: Arguments, model: PreTrainedModel, rows: Rows) -> dict[str,
     return {**accuracies(found, labels), "images": len(labels)}
 
 
-def card_result(data: DataArguments, scores: Mapping[str, float | int], images: Images, total: int) -> TaskResult:
-    """Return the scores with the data that they are of, for the model card.
-
-    Args:
-        data: the run's.
-        scores: of `score`.
-        images: that were scored.
-        total: number of images of which a sample may have been drawn.
-    """
-    names = [name for name in scores if f"{name}_stderr" in scores]
-    local = data.is_local
-    return TaskResult(
-        Path(images.source).name if local else str(data.dataset_name),
-        {name: scores[name] for name in names},
-        {name: scores[f"{name}_stderr"] for name in names},
-        split=None if local else data.eval_split,
-        samples=int(scores["images"]),
-        total=total,
-    )
-
-
 def run(arguments: Arguments) -> dict[str, Any]:
     """Train, export, score the exported model, and write `results.json`.
 
@@ -281,7 +253,6 @@ def run(arguments: Arguments) -> dict[str, Any]:
         The contents of `results.json`; an empty dict on all processes but the first.
     """
     data, training = arguments.data, arguments.training
-    folder = arguments.output / "export"
     set_seed(training.seed)
     every_image = load_images(data, "eval")
     images = load_images(data, "train")
@@ -291,12 +262,24 @@ def run(arguments: Arguments) -> dict[str, Any]:
     channels = channels_of(config)
     chosen = usable(images.sample(data.max_train_images, data.sample_seed), data, channels)
     held_out = usable(every_image.sample(data.max_eval_images, data.sample_seed), data, channels)
-    model, processor = load_model(arguments.model, config), load_processor(arguments.model, data, config)
+    model, trained = load_model(arguments.model, config)
+    processor = load_processor(arguments.model, data, config)
     rows = Rows(chosen, processor, data, channels, training=True)
     test = Rows(held_out, processor, data, channels)
     check_runs(model, test)
     check_batch_norm(model, training, rows=len(rows))
 
+    side = image_side(processor)
+    scoring = Scoring(
+        lambda one: score(arguments, one, test),
+        AutoModelForImageClassification.from_pretrained,
+        *scored_data(data.dataset_name, held_out.source if data.is_local else None, data.eval_split),
+        total=len(every_image),
+        works=(looking((channels, *side)),),
+        metrics=("accuracy",),
+        count="images",
+    )
+    start = score_start(arguments, model, trained, scoring)
     averages = None if arguments.model.ema_decay is None else Averages(arguments.model.ema_decay)
     trainer = make_trainer(
         arguments,
@@ -311,44 +294,14 @@ def run(arguments: Arguments) -> dict[str, Any]:
     )
     if averages is not None:
         averages.trainer = trainer
-    outcome, seconds = train(trainer)
-
-    before = None
-    complete = not trainer.is_fsdp_enabled  # under FSDP no process holds the full model that scoring needs
-    if complete and trainer.is_world_process_zero():
-        before = score(arguments, trainer.accelerator.unwrap_model(trainer.model), test)
-    export(trainer, processor, folder)
-    if not trainer.is_world_process_zero():
-        return {}
-    exported = AutoModelForImageClassification.from_pretrained(folder).to(training.device)
-    scores = score(arguments, exported, test)
-    results = {
-        **scores,
-        "before_export": before,
-        "train_images": len(rows),
-        "image_size": list(image_side(processor)),
-        "train_loss": outcome.training_loss,
-        "steps": outcome.global_step,
-        "train_seconds": seconds,
-    }
-    results = save_results(arguments, results)
-    if arguments.geta is not None:
-        scored = card_result(data, scores, held_out, len(every_image))
-        write_card(folder, task="image-classification", results={"compressed": [scored]})
-    print_closing(arguments, None, scores, ("accuracy",))
-    return results
+    facts = {"train_images": len(rows), "image_size": list(side)}
+    return finish(arguments, trainer, processor, scoring, start=start, task="image-classification", facts=facts)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the recipe, from the command line or from Python: `main(["config.yaml", "--seed", "1"])`."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if wants_help(argv):
-        print(__doc__)
-        print_help(_parser())
-        return {}
-    results = run(parse_arguments(argv))
-    print_scores(results, ("accuracy", "images", "train_seconds"))
-    return results
+    shown = ("accuracy", "images", "train_seconds")
+    return launch(argv, __doc__, _parser(), lambda words: run(parse_arguments(words)), shown)
 
 
 if __name__ == "__main__":

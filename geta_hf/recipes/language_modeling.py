@@ -14,7 +14,6 @@ results of the run to `output_dir/results.json`.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -37,19 +36,21 @@ from geta_hf.errors import GETAError, MemoryUnknown
 from geta_hf.evaluation.causal_lm import check_causal, check_vocabulary, positions
 from geta_hf.evaluation.texts import perplexity_of_rows
 from geta_hf.recipes import loading, text_data
-from geta_hf.recipes.arguments import make_parser, parse_sections, print_help, read_values
+from geta_hf.recipes.arguments import ModelArguments as SharedModelArguments
+from geta_hf.recipes.arguments import make_parser, parse_sections, read_values
 from geta_hf.recipes.documents import prepare_tokenizer
 from geta_hf.recipes.run import Arguments as SharedArguments
 from geta_hf.recipes.run import (
     export,
+    launch,
     make_trainer,
     print_closing,
-    print_scores,
     run_command,
     save_results,
+    time_export,
     train,
-    wants_help,
 )
+from geta_hf.recipes.speed import reading, writing
 from geta_hf.recipes.text_data import DataArguments
 from geta_hf.reporting.model_card import write_card
 from geta_hf.reporting.results import TaskResult
@@ -62,11 +63,9 @@ _UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(SharedModelArguments):
     """Choose the model to start from, and the memory in which it has to fit."""
 
-    model_name_or_path: str = field(metadata={"help": "name of a model on the Hub, or a local folder"})
-    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "default: the model's own"})
     dtype: str = field(default="float32", metadata={"help": "dtype of the weights in training: float32 or bfloat16"})
     plan_only: bool = field(
         default=False,
@@ -317,10 +316,13 @@ def run(arguments: Arguments) -> dict[str, Any]:
     export(trainer, tokenizer, folder)
     if not trainer.is_world_process_zero():
         return {}
+    small = AutoModelForCausalLM.from_pretrained(folder)
+    nn.Module.to(small, training.device)
     after = None
     if test is not None:
-        held, small = test, AutoModelForCausalLM.from_pretrained(folder)
+        held = test
         after = arguments.timed("exported", lambda: held.score(small, training.device))
+    speeds = time_export(arguments, small, (reading(data.block_size, model.config), writing(model.config)))
     results = {
         "train_loss": outcome.training_loss,
         "steps": outcome.global_step,
@@ -328,12 +330,13 @@ def run(arguments: Arguments) -> dict[str, Any]:
         "train_seconds": seconds,
         "before": before,
         "after": after,
+        "speed": [asdict(one) for one in speeds],
         "memory_foreseen": None if estimate is None else asdict(estimate) | {"peak": estimate.peak},
     }
     results = save_results(arguments, results)
     if arguments.geta is not None:
         write_card(folder, results={} if test is None else _results(data, test, before, after))
-    print_closing(arguments, before, after or {}, ("perplexity",) if after else ())
+    print_closing(arguments, before, after or {}, ("perplexity",) if after else (), speeds)
     return results
 
 
@@ -359,18 +362,15 @@ def _results(
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the recipe, from the command line or from Python: `main(["config.yaml", "--seed", "1"])`."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if wants_help(argv):
-        print(__doc__)
-        print_help(_parser())
-        return {}
+    return launch(argv, __doc__, _parser(), _run, ("train_loss", "tokens", "before", "after", "train_seconds"))
+
+
+def _run(argv: Sequence[str]) -> dict[str, Any]:
     arguments = parse_arguments(argv)
     if arguments.model.plan_only:
         print(verdict(arguments))
         return {}
-    results = run(arguments)
-    print_scores(results, ("train_loss", "tokens", "before", "after", "train_seconds"))
-    return results
+    return run(arguments)
 
 
 if __name__ == "__main__":

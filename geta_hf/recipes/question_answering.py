@@ -11,13 +11,10 @@ to `output_dir/export`, the scores to `output_dir/results.json`.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import (
     AutoModelForQuestionAnswering,
     DataCollatorWithPadding,
@@ -30,28 +27,20 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from geta_hf.errors import GETAError
 from geta_hf.evaluation import squad, squad_features
 from geta_hf.evaluation.squad_features import Question
-from geta_hf.recipes.arguments import make_parser, parse_sections, print_help, read_values
-from geta_hf.recipes.loading import check_folders, load_model, load_tokenizer
+from geta_hf.recipes.arguments import ModelArguments, make_parser
+from geta_hf.recipes.loading import load_model, load_tokenizer
 from geta_hf.recipes.run import (
     Arguments,
+    Scoring,
+    finish,
+    launch,
     make_trainer,
-    print_closing,
-    print_scores,
+    read_arguments,
     run_command,
-    save_results,
-    train_and_score,
-    wants_help,
+    score_start,
+    scored_data,
 )
-from geta_hf.reporting.model_card import write_card
-from geta_hf.reporting.results import TaskResult
-
-
-@dataclass
-class ModelArguments:
-    """Choose the model to start from."""
-
-    model_name_or_path: str = field(metadata={"help": "name of a model on the Hub, or a local folder"})
-    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "default: the model's own"})
+from geta_hf.recipes.speed import reading
 
 
 @dataclass
@@ -76,15 +65,8 @@ class DataArguments:
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Read `[config.yaml] [--key value ...]`; a dotted key sets a field of a section, a key without a value means true.
-
-    Raises:
-        GETAError: a missing file, a malformed argument, or a key that is no field of any section.
-    """
-    values, geta = read_values(argv, _parser(), "question_answering")
-    model, data, training = parse_sections(_parser(), values)
-    check_folders(training)
-    return Arguments(model, data, training, geta)
+    """Read the run's arguments, as `geta_hf.recipes.run.read_arguments` documents."""
+    return read_arguments(argv, _parser(), "question_answering")
 
 
 def _parser() -> HfArgumentParser:
@@ -148,26 +130,6 @@ def score(
     return {**squad.score(predictions, questions), **{f"{name}_stderr": error for name, error in errors.items()}}
 
 
-def card_result(data: DataArguments, scores: Mapping[str, float | int], total: int) -> TaskResult:
-    """Return the scores with the data that they are of, for the model card.
-
-    Args:
-        data: the run's.
-        scores: of `score`.
-        total: number of questions of which a sample may have been drawn.
-    """
-    names = ("em", "f1")
-    local = data.eval_file is not None
-    return TaskResult(
-        Path(str(data.eval_file)).name if local else str(data.dataset_name),
-        {name: scores[name] for name in names},
-        {name: scores[f"{name}_stderr"] for name in names if f"{name}_stderr" in scores},
-        split=None if local else data.eval_split,
-        samples=int(scores["questions"]),
-        total=max(total, int(scores["questions"])),
-    )
-
-
 def run(arguments: Arguments) -> dict[str, Any]:
     """Train, export, score the exported model, and write `results.json`.
 
@@ -175,7 +137,6 @@ def run(arguments: Arguments) -> dict[str, Any]:
         The contents of `results.json`; an empty dict on all processes but the first.
     """
     data, training = arguments.data, arguments.training
-    folder = arguments.output / "export"
     set_seed(training.seed)
     every_question = read_split(data, data.eval_file, data.eval_split)
     eval_questions = squad_features.sample(every_question, data.max_eval_questions, data.sample_seed)
@@ -183,12 +144,17 @@ def run(arguments: Arguments) -> dict[str, Any]:
     name = arguments.model.model_name_or_path
     tokenizer = load_tokenizer(arguments.model.tokenizer_name_or_path or name)
     model, trained = load_model(AutoModelForQuestionAnswering, name)
-    start = None
-    if trained and arguments.geta is not None and training.process_index == 0:
-        here = nn.Module.to(model, training.device)
-        start = arguments.timed("start", lambda: score(arguments, here, tokenizer, eval_questions))
+    scoring = Scoring(
+        lambda one: score(arguments, one, tokenizer, eval_questions),
+        lambda path: squad.load_folder(path, training.device)[0],
+        *scored_data(data.dataset_name, data.eval_file, data.eval_split),
+        total=len(every_question),
+        works=(reading(data.eval_max_length, model.config),),
+        metrics=("em", "f1"),
+        count="questions",
+    )
+    start = score_start(arguments, model, trained, scoring)
     features = tokenize(data, tokenizer, train_questions, progress=not training.disable_tqdm)
-
     trainer = make_trainer(
         arguments,
         model=model,
@@ -196,43 +162,22 @@ def run(arguments: Arguments) -> dict[str, Any]:
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
     )
-    found = train_and_score(
+    return finish(
         arguments,
         trainer,
         tokenizer,
-        lambda one: score(arguments, one, tokenizer, eval_questions),
-        lambda path: squad.load_folder(path, training.device)[0],
-        data.evaluate_before_export,
+        scoring,
+        start=start,
+        before_export=data.evaluate_before_export,
+        facts={"train_questions": len(train_questions), "train_windows": len(features)},
     )
-    if found is None:
-        return {}
-    results = {
-        **found.scores,
-        "start": start,
-        "before_export": found.before_export,
-        "train_questions": len(train_questions),
-        "train_windows": len(features),
-        **found.record,
-    }
-    results = save_results(arguments, results)
-    if arguments.geta is not None:
-        sides = {"dense": start, "compressed": found.scores}
-        scored = {side: [card_result(data, one, len(every_question))] for side, one in sides.items() if one is not None}
-        write_card(folder, results=scored)
-    print_closing(arguments, start, found.scores, ("em", "f1"))
-    return results
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the recipe, from the command line or from Python: `main(["config.yaml", "--seed", "1"])`."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if wants_help(argv):
-        print(__doc__)
-        print_help(_parser())
-        return {}
-    results = run(parse_arguments(argv))
-    print_scores(results, ("em", "f1", "questions", "train_seconds"))
-    return results
+    return launch(
+        argv, __doc__, _parser(), lambda words: run(parse_arguments(words)), ("em", "f1", "questions", "train_seconds")
+    )
 
 
 if __name__ == "__main__":

@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from geta_hf.config import CompressionConfig
 from geta_hf.errors import GETAError
 from geta_hf.evaluation.metrics import Scores, metric_names, task_result
-from geta_hf.recipes.closing import closing, model_bytes
+from geta_hf.recipes.arguments import parse_sections, print_help, read_values
+from geta_hf.recipes.closing import closing
+from geta_hf.recipes.loading import check_folders
+from geta_hf.recipes.speed import DenseModel, Speed, Work, measure_speeds
 from geta_hf.reporting.model_card import write_card
+from geta_hf.reporting.results import TaskResult
 from geta_hf.training.trainer import GETATrainer
 from geta_hf.utils.quiet import quiet
 
@@ -34,7 +38,7 @@ class Arguments:
         data: the recipe's `DataArguments`.
         training: Trainer's own arguments.
         geta: how to compress; None trains the dense model.
-        dense_bytes: of the model that the run starts from; None before it is loaded.
+        dense: the model that the run starts from; None before it is loaded.
         seconds: how long scoring took, of the model at the `start` and of the `exported` one.
     """
 
@@ -42,7 +46,7 @@ class Arguments:
     data: Any
     training: TrainingArguments
     geta: CompressionConfig | None
-    dense_bytes: int | None = field(default=None, init=False)
+    dense: DenseModel | None = field(default=None, init=False)
     seconds: dict[str, float] = field(default_factory=dict, init=False)
 
     @property
@@ -67,6 +71,23 @@ class Arguments:
         }
 
 
+def read_arguments(argv: Sequence[str], parser: HfArgumentParser, recipe: str) -> Arguments:
+    """Read the arguments of a run whose only sections are the recipe's own and `geta`.
+
+    Args:
+        argv: `[CONFIG.yaml] [--key value ...]`, as `geta_hf.recipes.arguments.read_values` documents.
+        parser: of the recipe's `ModelArguments` and `DataArguments`.
+        recipe: its name.
+
+    Raises:
+        GETAError: a missing file, a malformed argument, or a key that is no field of any section.
+    """
+    values, geta = read_values(argv, parser, recipe)
+    model, data, training = parse_sections(parser, values)
+    check_folders(training)
+    return Arguments(model, data, training, geta)
+
+
 def make_trainer(arguments: Arguments, *, peft_config: Any = None, **options: Any) -> Trainer:
     """Make a GETATrainer if there is a `geta` section, otherwise a Trainer.
 
@@ -76,7 +97,7 @@ def make_trainer(arguments: Arguments, *, peft_config: Any = None, **options: An
         options: further arguments of Trainer: the model, the data, the tokenizer.
     """
     options["args"] = arguments.training
-    arguments.dense_bytes = model_bytes(options["model"])
+    arguments.dense = DenseModel.of(options["model"])
     if arguments.geta is None:
         return Trainer(**options)
     return GETATrainer(geta_config=arguments.geta, peft_config=peft_config, **options)
@@ -90,50 +111,128 @@ def train(trainer: Trainer) -> tuple[TrainOutput, float]:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """Hold how a run ended, on its first process.
+class Scoring:
+    """Say how the models of a run are scored and timed, and on what.
 
     Attributes:
-        scores: of the exported model.
-        before_export: of the trained model; None where it was not scored.
-        record: what `results.json` has of training.
+        score: scores a model on its device.
+        load: loads an exported folder.
+        data: the name of the data.
+        split: of the data set; None for a file.
+        total: number of rows of which a sample may have been drawn.
+        works: what models are timed at.
+        metrics: names of the scores for the card and the last lines. Default: all but counts and standard errors.
+        count: name of the number of samples among the scores. Default `samples`.
     """
 
-    scores: Scores
-    before_export: Scores | None
-    record: dict[str, Any]
+    score: Callable[[PreTrainedModel], Scores]
+    load: Callable[[Path], PreTrainedModel]
+    data: str
+    split: str | None
+    total: int
+    works: Sequence[Work] = ()
+    metrics: Sequence[str] = ()
+    count: str = "samples"
+
+    def names(self, scores: Scores) -> Sequence[str]:
+        """Return the names of the scores to show."""
+        return self.metrics or metric_names(scores)
+
+    def card_result(self, scores: Scores) -> TaskResult:
+        """Return scores with the data that they are of, as the model card shows them."""
+        names = self.names(scores)
+        kept = {name: value for name, value in scores.items() if name.removesuffix("_stderr") in names}
+        return task_result({**kept, "samples": scores[self.count]}, self.data, self.split, self.total)
 
 
-def train_and_score(
+def scored_data(dataset: str | None, file: str | None, split: str | None) -> tuple[str, str | None]:
+    """Return the name and the split of the data that is scored: a local file has no split.
+
+    Args:
+        dataset: name of the data set, or of a task.
+        file: scored instead of a split of it.
+        split: of the data set.
+    """
+    return (Path(file).name, None) if file is not None else (str(dataset), split)
+
+
+def score_start(arguments: Arguments, model: PreTrainedModel, trained: bool, scoring: Scoring) -> Scores | None:
+    """Return the scores of the model that a compressed run starts from; None on all processes but the first.
+
+    Args:
+        arguments: of the run.
+        model: moved to the device of the run.
+        trained: None is returned where it is False: the scores of a new head would mean nothing.
+        scoring: of the recipe.
+    """
+    if not trained or arguments.geta is None or arguments.training.process_index != 0:
+        return None
+    nn.Module.to(model, arguments.training.device)
+    return arguments.timed("start", lambda: scoring.score(model))
+
+
+def finish(
     arguments: Arguments,
     trainer: Trainer,
     processing: Any,
-    score: Callable[[PreTrainedModel], Scores],
-    load: Callable[[Path], PreTrainedModel],
-    before_export: bool,
-) -> Trained | None:
-    """Train, export, and score the exported model; None on all processes but the first.
+    scoring: Scoring,
+    *,
+    start: Scores | None = None,
+    before_export: bool = True,
+    task: str | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train, export, score and time the exported model, write `results.json` and the card, and print the last lines.
 
     Args:
         arguments: of the run.
         trainer: of `make_trainer`.
         processing: the tokenizer or image processor, saved with the model.
-        score: scores a model on its device.
-        load: loads an exported folder.
+        scoring: of the recipe.
+        start: of `score_start`.
         before_export: score the trained model as well. Under FSDP it is not, since no process holds all of it.
+        task: the Hub's tag of a pipeline, for the card. Default: that of the architecture.
+        facts: what else `results.json` has.
+
+    Returns:
+        The contents of `results.json`; an empty dict on all processes but the first.
     """
     outcome, seconds = train(trainer)
     before = None
     if before_export and not trainer.is_fsdp_enabled and trainer.is_world_process_zero():
-        before = score(trainer.accelerator.unwrap_model(trainer.model))
+        before = scoring.score(trainer.accelerator.unwrap_model(trainer.model))
     folder = arguments.output / "export"
     export(trainer, processing, folder)
     if not trainer.is_world_process_zero():
-        return None
-    model = load(folder)
+        return {}
+    model = scoring.load(folder)
     nn.Module.to(model, arguments.training.device)
-    record = {"train_loss": outcome.training_loss, "steps": outcome.global_step, "train_seconds": seconds}
-    return Trained(arguments.timed("exported", lambda: score(model.eval())), before, record)
+    scores = arguments.timed("exported", lambda: scoring.score(model.eval()))
+    speeds = time_export(arguments, model, scoring.works)
+    results = {
+        **scores,
+        "start": start,
+        "before_export": before,
+        **(facts or {}),
+        "train_loss": outcome.training_loss,
+        "steps": outcome.global_step,
+        "train_seconds": seconds,
+        "speed": [asdict(one) for one in speeds],
+    }
+    results = save_results(arguments, results)
+    if arguments.geta is not None:
+        sides = {"dense": start, "compressed": scores}
+        cards = {side: [scoring.card_result(one)] for side, one in sides.items() if one is not None}
+        write_card(folder, task=task, results=cards)
+    print_closing(arguments, start, scores, scoring.names(scores), speeds)
+    return results
+
+
+def time_export(arguments: Arguments, model: PreTrainedModel, works: Sequence[Work]) -> list[Speed]:
+    """Return the speed of the exported model beside the one before; nothing for a dense run, or if not asked for."""
+    if arguments.geta is None or arguments.dense is None or not arguments.model.measure_speed:
+        return []
+    return measure_speeds(arguments.dense, model, works)
 
 
 def export(trainer: Trainer, processing: Any, folder: Path) -> None:
@@ -159,28 +258,12 @@ def save_results(arguments: Arguments, results: dict[str, Any]) -> dict[str, Any
     return results
 
 
-def write_scores(
-    arguments: Arguments, data: str, split: str | None, total: int, start: Scores | None, scores: Scores
-) -> None:
-    """Write the scores into the card of the exported model; nothing without `geta`, where the folder has no card.
-
-    Args:
-        arguments: of the run.
-        data: the name of the data that was scored.
-        split: of the data set; None for a file.
-        total: number of rows of which a sample may have been drawn.
-        start: scores of the model that the run started from; None where it was not scored.
-        scores: of the exported model.
-    """
-    if arguments.geta is None:
-        return
-    sides = {"dense": start, "compressed": scores}
-    results = {side: [task_result(one, data, split, total)] for side, one in sides.items() if one is not None}
-    write_card(arguments.output / "export", results=results)
-
-
 def print_closing(
-    arguments: Arguments, start: Mapping[str, Any] | None, scores: Mapping[str, Any], metrics: Sequence[str] = ()
+    arguments: Arguments,
+    start: Mapping[str, Any] | None,
+    scores: Mapping[str, Any],
+    metrics: Sequence[str],
+    speeds: Sequence[Speed],
 ) -> None:
     """Print what the run brought, and what to do next; see `closing`.
 
@@ -188,12 +271,41 @@ def print_closing(
         arguments: of the run.
         start: scores of the model that the run started from; None where it was not scored.
         scores: of the exported model.
-        metrics: the names of the scores to show; by default all but counts and standard errors.
+        metrics: the names of the scores to show.
+        speeds: of `time_export`.
     """
-    names = metrics or metric_names(dict(scores))
     folder = arguments.output / "export"
-    compressed = arguments.geta is not None
-    print(closing(folder, compressed, arguments.dense_bytes, start, scores, names, arguments.seconds))
+    size = None if arguments.dense is None else arguments.dense.nbytes
+    print(closing(folder, arguments.geta is not None, size, start, scores, metrics, arguments.seconds, speeds))
+
+
+def launch(
+    argv: Sequence[str] | None,
+    text: str | None,
+    parser: HfArgumentParser,
+    run: Callable[[list[str]], dict[str, Any]],
+    shown: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Run a recipe and print its results as one line, or print its help.
+
+    Args:
+        argv: words of the command line; by default this program's.
+        text: what the help begins with, the docstring of the recipe.
+        parser: of the recipe's arguments.
+        run: takes the words, and returns the results.
+        shown: names of the results to print; see `print_scores`.
+
+    Returns:
+        The results; an empty dict after help, and on all processes but the first.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if wants_help(words):
+        print(text)
+        print_help(parser)
+        return {}
+    results = run(words)
+    print_scores(results, shown)
+    return results
 
 
 def wants_help(argv: Sequence[str]) -> bool:

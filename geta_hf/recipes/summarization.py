@@ -10,13 +10,10 @@ fields of `ModelArguments`, `DataArguments` and Trainer's own `TrainingArguments
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import (
     AutoModelForSeq2SeqLM,
     DataCollatorForSeq2Seq,
@@ -30,20 +27,20 @@ from geta_hf.errors import GETAError
 from geta_hf.evaluation.metrics import Metric, Scores, load_metric
 from geta_hf.evaluation.rows import random_rows, read_rows, text_column
 from geta_hf.evaluation.summaries import write_texts
-from geta_hf.recipes.arguments import make_parser, parse_sections, print_help, read_values
-from geta_hf.recipes.loading import check_folders, load_model, load_tokenizer
+from geta_hf.recipes.arguments import ModelArguments, make_parser
+from geta_hf.recipes.loading import load_model, load_tokenizer
 from geta_hf.recipes.run import (
     Arguments,
+    Scoring,
+    finish,
+    launch,
     make_trainer,
-    print_closing,
-    print_scores,
+    read_arguments,
     run_command,
-    save_results,
-    train_and_score,
-    wants_help,
-    write_scores,
+    score_start,
+    scored_data,
 )
-from geta_hf.recipes.text_classification import ModelArguments
+from geta_hf.recipes.speed import writing
 
 
 @dataclass
@@ -76,15 +73,8 @@ class DataArguments:
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Read the run's arguments, in the form that `geta_hf.recipes.arguments.read_values` documents.
-
-    Raises:
-        GETAError: a missing file, a malformed argument, or a key that is no field of any section.
-    """
-    values, geta = read_values(argv, _parser(), "summarization")
-    model, data, training = parse_sections(_parser(), values)
-    check_folders(training)
-    return Arguments(model, data, training, geta)
+    """Read the run's arguments, as `geta_hf.recipes.run.read_arguments` documents."""
+    return read_arguments(argv, _parser(), "summarization")
 
 
 def _parser() -> HfArgumentParser:
@@ -161,10 +151,14 @@ def run(arguments: Arguments) -> dict[str, Any]:
     model, trained = load_model(AutoModelForSeq2SeqLM, name)
     if tokenizer.pad_token_id is None:
         raise GETAError(f"the tokenizer of {name} has no padding token, which batches of texts need")
-    start = None
-    if trained and arguments.geta is not None and training.process_index == 0:
-        here = nn.Module.to(model, training.device)
-        start = arguments.timed("start", lambda: score(arguments, here, tokenizer, test, metric))
+    scoring = Scoring(
+        lambda one: score(arguments, one, tokenizer, test, metric),
+        AutoModelForSeq2SeqLM.from_pretrained,
+        *scored_data(data.dataset_name, data.eval_file, data.eval_split),
+        total=test.total,
+        works=(writing(model.config),),
+    )
+    start = score_start(arguments, model, trained, scoring)
     trainer = make_trainer(
         arguments,
         model=model,
@@ -173,40 +167,20 @@ def run(arguments: Arguments) -> dict[str, Any]:
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         processing_class=tokenizer,
     )
-    found = train_and_score(
+    return finish(
         arguments,
         trainer,
         tokenizer,
-        lambda one: score(arguments, one, tokenizer, test, metric),
-        AutoModelForSeq2SeqLM.from_pretrained,
-        data.evaluate_before_export,
+        scoring,
+        start=start,
+        before_export=data.evaluate_before_export,
+        facts={"train_rows": len(train.sources)},
     )
-    if found is None:
-        return {}
-    results = {
-        **found.scores,
-        "start": start,
-        "before_export": found.before_export,
-        "train_rows": len(train.sources),
-        **found.record,
-    }
-    local = Path(data.eval_file).name if data.eval_file else None
-    place = (local or str(data.dataset_name), None if local else data.eval_split, test.total)
-    write_scores(arguments, *place, start, found.scores)
-    print_closing(arguments, start, found.scores)
-    return save_results(arguments, results)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the recipe, from the command line or from Python: `main(["config.yaml", "--seed", "1"])`."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if wants_help(argv):
-        print(__doc__)
-        print_help(_parser())
-        return {}
-    results = run(parse_arguments(argv))
-    print_scores(results)
-    return results
+    return launch(argv, __doc__, _parser(), lambda words: run(parse_arguments(words)))
 
 
 if __name__ == "__main__":

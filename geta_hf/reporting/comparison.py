@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import os
 import statistics
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from geta_hf.config import CONFIG_NAME, CompressionConfig, GETAConfig, read_config
-from geta_hf.costs.model_costs import Costs, Image, bytes_on_disk, measure_costs, one_sample
+from geta_hf.costs.model_costs import Costs, bytes_on_disk, measure_costs
 from geta_hf.errors import GETAError
 from geta_hf.export.export import STRUCTURE_NAME
 from geta_hf.quantization import select_layers
+from geta_hf.reporting.latency import measure_latency
 from geta_hf.serialization.hf_quantizer import QUANT_METHOD
 from geta_hf.serialization.loader import check_blocks, check_widths
 from geta_hf.serialization.validate import check_readable, read_json
@@ -174,33 +173,6 @@ def _model_class(folder: Path) -> Any:
     raise GETAError(f"{folder}: transformers has no class {names[0]}")
 
 
-@torch.no_grad()
-def measure_latency(
-    models: Mapping[str, PreTrainedModel], tokens: int, repeats: int = 30, *, image: Image | None = None
-) -> dict[str, float]:
-    """Measure a forward pass on one sequence, or on one image.
-
-    Args:
-        models: name -> model; they take turns, so that a change of the machine's load affects all alike.
-        tokens: length of the sequence.
-        repeats: passes that are timed, after three more to warm up.
-        image: channels, height and width of one image, which is run instead. Default None.
-
-    Returns:
-        Name -> median in milliseconds.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    # The first passes allocate memory and choose kernels.
-    for turn in range(repeats + 3):
-        for name, model in models.items():
-            sample = one_sample(model, tokens, image)
-            start = time.perf_counter()
-            model(**sample)
-            if turn >= 3:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: 1000 * statistics.median(times) for name, times in seconds.items()}
-
-
 def compare(
     dense_dir: str | os.PathLike[str],
     compressed_dir: str | os.PathLike[str],
@@ -275,14 +247,15 @@ def table_rows(
 def _metric_rows(metrics: Metrics) -> list[tuple[str, str, str]]:
     dense, compressed = metrics.get("dense", {}), metrics.get("compressed", {})
     names = [name for name in dict.fromkeys((*dense, *compressed)) if name in compressed]
-    return [
-        (_SPELLINGS.get(name, name), _score(dense[name]) if name in dense else "", _score(compressed[name]))
-        for name in names
-    ]
+    return [(spelled(name), _score(dense[name]) if name in dense else "", _score(compressed[name])) for name in names]
 
 
 _SPELLINGS = {"em": "EM", "f1": "F1"}
-"""The name of a metric in files -> how people write it. All others are shown as they are named."""
+
+
+def spelled(metric: str) -> str:
+    """Return how people write the name that a metric has in files. Most are shown as they are named."""
+    return _SPELLINGS.get(metric, metric)
 
 
 def _score(value: float) -> str:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from geta_hf.errors import GETAError
-from geta_hf.reporting.comparison import Metrics, load_model, measure_latency, table_rows
+from geta_hf.reporting.comparison import Metrics, load_model, table_rows
 from geta_hf.reporting.folder_summary import FolderSummary, check_metrics, read_summary
+from geta_hf.reporting.latency import measure_latency
 from geta_hf.reporting.model_card import Way, how_counted, table_of, ways_to_load
 from geta_hf.reporting.structure_svg import draw, layer_grid, printable
 from geta_hf.serialization.sizes import tensor_bytes

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageClassification, TrainingArguments, pipeline
+from transformers import AutoModelForImageClassification, TrainingArguments, ViTImageProcessor, pipeline
 
 from geta_hf import GETAError
 from geta_hf.evaluation.image_classification import accuracies, collate_images
 from geta_hf.recipes import image_classification as recipe
 from geta_hf.recipes.averages import Averages, averaged
 from geta_hf.recipes.cifar_models import CifarResNetConfig, CifarResNetForImageClassification
+from geta_hf.reporting.results import read_results
 from tests.recipes.pictures import CLASSES, SIDE, picture, write_folder, write_idx
 
 CONFIGS = Path(recipe.__file__).parent / "configs"
@@ -46,7 +47,7 @@ def test_a_compressed_run_from_end_to_end(compressed: tuple[dict[str, Any], Path
     assert (results["images"], results["train_images"], results["steps"]) == (8, 16, 40)
     assert results["image_size"] == [SIDE, SIDE]
     # The folder scores what the trained model scored: averages, removed groups and widths are all in it.
-    assert results["before_export"]["accuracy"] == results["accuracy"]
+    assert results["before_export"]["accuracy"] == results["accuracy"] and results["start"] is None
     assert results["accuracy"] > 80
     card = (output / "export" / "README.md").read_text()
     assert "pipeline_tag: image-classification" in card and "accuracy" in card
@@ -95,7 +96,25 @@ def test_a_head_for_another_number_of_labels(trained_folder: Path, capfd: pytest
     model.new_head = True
     config = recipe.make_config(model, CLASSES)
     assert config.id2label == {0: "level", 1: "upright"} and config.label2id == {"level": 0, "upright": 1}
-    assert recipe.load_model(model, config).classifier[1].out_features == 2
+    loaded, trained = recipe.load_model(model, config)
+    assert loaded.classifier[1].out_features == 2 and not trained
+
+
+def test_a_trained_start_is_scored_and_timed(
+    folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its head fits the data, so the run can say what compression cost."""
+    config = CifarResNetConfig(num_labels=2, depths=[1], hidden_sizes=[8], embedding_size=8)
+    CifarResNetForImageClassification(config).save_pretrained(tmp_path / "m")
+    ViTImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(tmp_path / "m")
+    words = ["--model_name_or_path", str(tmp_path / "m"), "--output_dir", str(tmp_path / "out"), "--max_steps", "8"]
+    results = recipe.main([*words, *QUICK, *folders, "--geta.target_sparsity", "0.25"])
+    assert results["start"]["images"] == 8
+    (speed,) = results["speed"]
+    assert speed["work"] == f"an image of {SIDE}x{SIDE}"
+    assert f"accuracy {results['start']['accuracy']:.2f} → {results['accuracy']:.2f}" in capsys.readouterr().out
+    scored = read_results(tmp_path / "out" / "export")
+    assert scored["dense"][0].metrics == {"accuracy": results["start"]["accuracy"]}
 
 
 @pytest.mark.parametrize(

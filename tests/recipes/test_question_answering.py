@@ -125,10 +125,13 @@ def test_dense_run_from_end_to_end(tmp_path: Path) -> None:
     AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out" / "export")
 
 
-def test_compressed_run_removes_half_of_the_groups(tmp_path: Path) -> None:
+def test_compressed_run_removes_half_of_the_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = arguments_for(tmp_path, "--max_steps", "40", "--geta.target_sparsity", "0.5", "--geta.bits", "[4, 8]")
     results = bert_squad.main(argv)
     assert results["em"] == results["before_export"]["em"]
+    (speed,) = results["speed"]
+    assert speed["work"] == "128 tokens" and speed["dense"] > 0 and speed["compressed"] > 0
+    assert f" ({speed['work']} in " in capsys.readouterr().out.splitlines()[-4]
     assert results["config"]["geta"] == GETAConfig(target_sparsity=0.5, bits=(4, 8)).to_dict()
     reloaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out" / "export")
     dense = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "model")
@@ -139,13 +142,3 @@ def test_compressed_run_removes_half_of_the_groups(tmp_path: Path) -> None:
 def test_a_value_that_is_no_yaml_is_named() -> None:
     with pytest.raises(GETAError, match=r'--geta\.include \["layers\\\.", "head"\]: not YAML'):
         apply_overrides({}, ["--geta.include", '["layers\\.", "head"]'])
-
-
-def test_the_card_names_the_data_that_was_scored() -> None:
-    scores = {"em": 50.0, "f1": 60.0, "questions": 40, "em_stderr": 8.0, "f1_stderr": 7.0}
-    data = bert_squad.DataArguments(dataset_name="squad", eval_file="/home/me/dev.json.gz")
-    one = bert_squad.card_result(data, scores, 100)
-    assert (one.data, one.split, one.size) == ("dev.json.gz", None, "sample of 40 of 100")
-    assert one.metrics == {"em": 50.0, "f1": 60.0} and one.stderr == {"em": 8.0, "f1": 7.0}
-    one = bert_squad.card_result(bert_squad.DataArguments(dataset_name="squad"), scores, 40)
-    assert (one.data, one.split, one.size) == ("squad", "validation", "40")

@@ -5,15 +5,24 @@ from __future__ import annotations
 import logging as standard_logging
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from geta_hf import GETAError
 from geta_hf.methods.qasso.schedule import STAGES
-from geta_hf.training.console import EveryStage, StagePrinter, StageProgress, with_stage_name
+from geta_hf.training.console import (
+    EveryStage,
+    NotebookColumns,
+    StagePrinter,
+    StageProgress,
+    name_stages,
+    with_stage_name,
+)
 from geta_hf.utils.quiet import quiet, without_bars
 from tests.training.test_trainer import trainer
 
@@ -46,6 +55,40 @@ def test_the_bar_shows_the_name_too(tmp_path: Path) -> None:
     assert StageProgress in kinds and ProgressCallback not in kinds
     assert with_stage_name(made.method, {"stage": 3, "loss": 1.0}) == {"stage": STAGES[2], "loss": 1.0}
     assert with_stage_name(made.method, {"eval_loss": 1.0}) == {"eval_loss": 1.0}
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps", "epoch"])
+def test_the_table_in_a_notebook_has_the_columns_of_the_method(
+    short: Any, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook = pytest.importorskip("transformers.utils.notebook")
+    monkeypatch.setattr(notebook.disp, "display", lambda *_, **__: SimpleNamespace(update=lambda _: None))
+    table = notebook.NotebookProgressCallback()
+    callbacks = [table]
+    name_stages(callbacks, lambda: short.method)
+    args = SimpleNamespace(eval_strategy=IntervalStrategy(strategy))
+    state = SimpleNamespace(max_steps=8, log_history=[])
+    table.on_train_begin(args, state, None)
+    for step, epoch in ((4, 1.0), (8, 2.0)):
+        state.global_step, state.epoch = step, epoch
+        logs = {"loss": 1.5, **short.compression_state()}
+        state.log_history.append(logs)
+        for callback in callbacks:
+            callback.on_log(args, state, None, logs=logs)
+        if strategy != "no":
+            for callback in callbacks:
+                callback.on_evaluate(args, state, None, metrics={"eval_loss": 2.5})
+    head, *rows = table.training_tracker.inner_table
+    assert {"Stage", "Sparsity", "Mean Bits", "Relative BOPs"} <= set(head) and len(rows) == 2
+    last = dict(zip(head, rows[-1], strict=True))
+    assert (last["Training Loss"], last["Stage"], last["Sparsity"]) == (1.5, "cool-down", 0.5)
+    assert rows[-1][0] == (2 if strategy == "epoch" else 8)
+    assert strategy == "no" or last["Validation Loss"] == 2.5
+
+
+def test_an_evaluation_alone_has_no_row_to_complete(short: Any) -> None:
+    column = NotebookColumns(SimpleNamespace(training_tracker=None), lambda: short.method)
+    column.on_evaluate(short.args, short.state, None)
 
 
 def test_the_runs_own_export_is_replaced_and_no_other(short: Any, tmp_path: Path) -> None:

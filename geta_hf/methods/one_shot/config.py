@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from geta_hf.config import FOUR_LEVELS_HELP, CompressionConfig, above, document_attributes, setting
+from geta_hf.config import FOUR_LEVELS_HELP, CompressionConfig, Pair, above, document_attributes, setting
 from geta_hf.errors import GETAError
 
 
@@ -31,7 +31,7 @@ class OneShotConfig(CompressionConfig):
     method: ClassVar[str] = "one-shot"
     default_sparsity: ClassVar[float] = 0.0
 
-    bits: tuple[int, int] = (2, 8)
+    bits: Pair = (2, 8)
     per_channel: bool = True
     saliency: str = setting(
         "mask_fisher",

@@ -9,6 +9,8 @@ from geta_hf.config import (
     Check,
     CompressionConfig,
     Duration,
+    Integers,
+    Pair,
     above,
     at_least,
     between,
@@ -53,7 +55,7 @@ class SearchConfig(CompressionConfig):
     wants_removal = False  # no annotation, so that it is no field
     """Whether 0 is among `bit_choices`; of an instance, and not saved."""
 
-    bits: tuple[int, int] = (2, 8)
+    bits: Pair = (2, 8)
     per_channel: bool = True
     warmup: Duration = setting(
         0.1,
@@ -76,7 +78,7 @@ class SearchConfig(CompressionConfig):
         section="Search",
         choices=GRANULARITIES,
     )
-    activation_choices: list[int] | None = setting(
+    activation_choices: Integers | None = setting(
         None,
         "The only widths allowed of layers' inputs, such as [2, 4, 8], with the ends of `activation_bits`. None allows "
         "every integer between them.",
@@ -226,7 +228,7 @@ class SearchConfig(CompressionConfig):
     @property
     def input_widths(self) -> list[int]:
         """The integer widths that a layer's input may end with, ascending; none where inputs are not quantized."""
-        return super().input_widths if self.activation_choices is None else self.activation_choices
+        return super().input_widths if self.activation_choices is None else list(self.activation_choices)
 
     @property
     def has_target(self) -> bool:
