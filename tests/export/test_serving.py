@@ -255,7 +255,9 @@ def test_widths_without_blocks_of_their_own_are_left_out(hidden: int, grid: str,
     model = tiny.model("Llama", hidden_size=hidden)
     config = limit_config(OneShotConfig(serve="llama.cpp", grid=grid, target_bytes=10_000_000), model)
     assert config.widths == expected
-    assert f"widths: {', '.join(map(str, expected))} bits" in serving_notes(config, model, build_space(model, tiny.batch()))
+    assert f"widths: {', '.join(map(str, expected))} bits" in serving_notes(
+        config, model, build_space(model, tiny.batch())
+    )
     chosen = OneShotConfig(serve="llama.cpp", grid=grid, target_bytes=10_000_000, bit_choices=[3, 7])
     assert limit_config(chosen, model).widths == [3, 7]
     assert limit_config(replace(chosen, serve="vllm"), model).widths == [3, 7]
