@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -109,11 +110,8 @@ def plans_noted() -> Iterator[list[MemoryPlan]]:
         plans.append(foresee(*args))
         return plans[-1]
 
-    method.foresee_memory = note
-    try:
+    with mock.patch.object(method, "foresee_memory", note):
         yield plans
-    finally:
-        method.foresee_memory = foresee
 
 
 def run_once(name: str, target: str, sequences: int, length: int) -> dict[str, Any]:
