@@ -34,6 +34,7 @@ from geta_hf.cli import main
 from geta_hf.compress import CompressReport, bytes_of
 from geta_hf.config import read_config
 from geta_hf.evaluation.calibration_data import make_batches
+from geta_hf.export.formats import geta
 from geta_hf.methods import make_method
 from geta_hf.methods.one_shot import method
 from geta_hf.quantization import quantized_layers
@@ -556,3 +557,22 @@ def test_the_command_writes_a_folder(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.count("next: geta-hf eval") == 2
     assert {path.name for path in tmp_path.glob("small-*")} == {"small-60", "small-70"}
     assert main(["compress", str(tmp_path / "dense"), str(tmp_path / "small"), *options]) == 2
+
+
+def test_an_export_takes_no_second_copy_of_weights_on_their_grids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = tiny_llama().to(torch.bfloat16)
+    places: list[dict[str, int]] = []
+    real = geta.prove_alike
+
+    def note(first: nn.Module, outputs: Any, second: nn.Module, *args: Any, **kwargs: Any) -> float:
+        for each in (first, second):
+            places.append({name: parameter.data_ptr() for name, parameter in each.named_parameters()})
+        return real(first, outputs, second, *args, **kwargs)
+
+    monkeypatch.setattr(geta, "prove_alike", note)
+    batches = [{"input_ids": rows, "labels": rows} for rows in IDS]
+    report = compress(model, batches, out=tmp_path / "x", mean_bits=4, gradients=False, progress=False)
+    assert not report.removed_groups
+    layers = [f"{name}.weight" for name in quantized_layers(model)]
+    held = {name: model.get_parameter(name).data_ptr() for name in layers}
+    assert all({name: found[name] for name in layers} == held for found in places) and len(places) == 2

@@ -158,14 +158,16 @@ def pack_layer(
             f"{name}: code {largest} does not fit in {width} bits, the largest is {most}; its clipping value, step "
             f"size and bit width disagree, so set the step size again or give it more bits"
         )
-    dtype = layer.get_parameter("weight").dtype
-    device = layer.get_parameter("weight").device
+    before = layer.get_parameter("weight")
     packed = become_packed(name, layer, bits, tied, widths, four_levels)
     # Accelerate's hooks keep a bound forward, which would still be that of the plain class.
     rebind_forward(packed)
     packed.input_quantizer = input_quantizer
     packed.step_size = _as_stored(torch.as_tensor(step_size, dtype=torch.float32).detach().cpu())
-    fill(packed, codes.to(device), dtype)
+    fill(packed, codes.to(before.device), before.dtype)
+    # One that was on its grid already, as after compression without training, is not held twice.
+    if packed.weight.dtype == before.dtype and torch.equal(packed.weight, before):
+        packed.weight = nn.Parameter(before.detach(), requires_grad=False)
 
 
 def _as_stored(step_size: Tensor) -> Tensor:

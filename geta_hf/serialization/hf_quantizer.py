@@ -5,15 +5,17 @@ Importing this module registers the quantizer, so `AutoModelForX.from_pretrained
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightConverter, revert_weight_conversion
+from transformers.core_model_loading import ConversionOps, PrefixChange, WeightConverter, revert_weight_conversion
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -51,10 +53,56 @@ __all__ = [
     "apply_fixes",
     "attach_quantizer",
     "has_quantizer",
+    "sharing_weights",
     "tied_weights",
 ]
 
 logger = logging.get_logger(__name__)
+
+_TWIN: ContextVar[PreTrainedModel | None] = ContextVar("_TWIN", default=None)
+"""The model of `sharing_weights`, within it."""
+
+
+@contextmanager
+def sharing_weights(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model that is loaded meanwhile take the memory of another one's weights, where both are equal.
+
+    Every weight is read from its file, decoded and compared, and then dropped, so that a folder can be loaded beside
+    the model that it was written from without taking that model's memory again.
+
+    Args:
+        model: of the same class, on the CPU. Weights that differ are left to each model.
+    """
+    token = _TWIN.set(model)
+    try:
+        yield
+    finally:
+        _TWIN.reset(token)
+
+
+class _Share(ConversionOps):
+    """Return another model's weight in place of an equal one; the last step of a conversion of `transformers`."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        self.weights = weights
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Share:
+        return self  # transformers copies a conversion for every tensor, which would copy the weights
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the tensors by name, as they are or shared."""
+        return {name: _shared(self.weights.get(name), tensor) for name, tensor in input_dict.items()}
+
+
+def _shared(own: Tensor | None, loaded: Tensor) -> Tensor:
+    """Return `own` where a tensor equals it, else the tensor."""
+    if own is None or own.dtype != loaded.dtype or own.device != loaded.device or not torch.equal(own, loaded):
+        return loaded
+    return own.detach()
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters(remove_duplicate=False))
 
 
 class GETAHfQuantizer(GETALoader):
@@ -63,8 +111,21 @@ class GETAHfQuantizer(GETALoader):
     def is_serializable(self) -> bool:
         return True
 
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        conversions = super().get_weight_conversions()
+        if (twin := _TWIN.get()) is not None:
+            weights = _weights(twin)
+            for conversion in conversions:
+                conversion.operations.append(_Share(weights))
+        return conversions
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         super()._process_model_after_weight_loading(model, **kwargs)
+        if (twin := _TWIN.get()) is not None:
+            # Packed weights have been shared one by one, as they were decoded; these are the others.
+            weights = _weights(twin)
+            for name, parameter in model.named_parameters():
+                parameter.data = _shared(weights.get(name), parameter.data)
         # Saved again by `save_pretrained`, a folder would otherwise name code that it does not hold.
         if not model.is_custom_code():
             vars(model.config).pop("auto_map", None)

@@ -23,8 +23,9 @@ from transformers import (
 
 from geta_hf import attach_quantizers, export
 from geta_hf.errors import GETAError
+from geta_hf.export.formats import geta
 from geta_hf.serialization import hf_quantizer
-from geta_hf.serialization.hf_quantizer import GETAHfQuantizer, GETAQuantizationConfig
+from geta_hf.serialization.hf_quantizer import GETAHfQuantizer, GETAQuantizationConfig, sharing_weights
 from geta_hf.serialization.packed_layers import PackedLinear, packed_layers
 from geta_hf.serialization.remote_code import save_compressed
 from tests.architectures import build
@@ -53,6 +54,39 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -
     tensors = load_file(file)
     edit(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def places_of(model: PreTrainedModel) -> dict[str, int]:
+    return {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+
+
+def test_a_model_shares_the_weights_of_another_one_where_they_are_equal(exported: Path) -> None:
+    first = load(exported)
+    scale = f"{QUERY}.weight_scale"
+    edit_config(exported, lambda config: config.pop("checksums"))
+    edit_tensors(exported, lambda tensors: tensors.update({NORM: tensors[NORM] + 1, scale: tensors[scale] * 2}))
+    with sharing_weights(first):
+        second = load(exported)
+    own, other = places_of(first), places_of(second)
+    assert {name for name in own if own[name] != other[name]} == {NORM, f"{QUERY}.weight"}
+    assert torch.equal(second.get_parameter(NORM), first.get_parameter(NORM) + 1)
+    assert not set(own.values()) & set(places_of(load(exported)).values())
+
+
+def test_an_export_holds_the_reloaded_weights_once(
+    trained: tuple[PreTrainedModel, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    real = geta.prove_alike
+
+    def note(first: PreTrainedModel, outputs: Any, second: PreTrainedModel, *args: Any, **kwargs: Any) -> float:
+        seen.append(places_of(first) == places_of(second))
+        return real(first, outputs, second, *args, **kwargs)
+
+    monkeypatch.setattr(geta, "prove_alike", note)
+    model, space = trained
+    export(model, tmp_path / "out", space=space, batch=some_batch())
+    assert seen == [True]
 
 
 def test_auto_class_loads_a_smaller_model_with_dense_frozen_weights(exported: Path) -> None:

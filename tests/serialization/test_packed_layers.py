@@ -125,6 +125,19 @@ def test_decodes_to_the_declared_dtype() -> None:
     assert torch.equal(layer.weight, layer.decoded(layer_codes("layer", layer)).bfloat16())
 
 
+def test_a_weight_that_is_on_its_grid_is_not_held_twice() -> None:
+    layer, other = nn.Linear(6, 5), nn.Linear(6, 5)
+    codes = torch.randint(-15, 16, (5, 6))
+    with torch.no_grad():
+        layer.weight.copy_(codes * STEP)
+        other.weight.copy_(codes * STEP + 1e-3)
+    places = [layer.weight.data_ptr(), other.weight.data_ptr()]
+    for each in (layer, other):
+        pack_layer("layer", each, codes, BITS, STEP)
+    assert layer.weight.data_ptr() == places[0] and other.weight.data_ptr() != places[1]
+    assert torch.equal(layer.weight, other.weight) and not layer.weight.requires_grad
+
+
 @pytest.mark.parametrize("value", [1e-4, STEP * (largest_code(BITS) + 1)])
 def test_weight_changed_after_decoding_cannot_be_saved(value: float) -> None:
     """A value between two steps, and a step that the bit width does not have."""

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from geta_hf.export.folder_files import write_structure
 from geta_hf.export.formats.layer_sizes import write_layer_sizes
+from geta_hf.serialization.hf_quantizer import sharing_weights
 from geta_hf.serialization.remote_code import save_compressed
 from geta_hf.serialization.sizes import shard_options
 from geta_hf.surgery.compare_outputs import Outputs, attention_outputs, prove_alike
@@ -49,6 +50,8 @@ def write_geta(
     if kept is not None:
         write_structure(folder, model, kept)
     # In the same dtype and on the same device: other ones round differently, which is no fault of the folder.
-    reloaded = type(model).from_pretrained(folder, dtype=model.dtype)
+    # What is equal bit by bit is held once, so that a proof takes no second model's memory.
+    with sharing_weights(model):
+        reloaded = type(model).from_pretrained(folder, dtype=model.dtype)
     reloaded.to(model.device)  # type: ignore[arg-type]
     return prove_alike(model, expected, reloaded, batch, "reloaded", device=device)

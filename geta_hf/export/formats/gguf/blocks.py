@@ -25,7 +25,7 @@ _LARGE = {2: "Q2_K", 3: "Q3_K", 6: "Q6_K"}
 """Bit widths for which blocks of 256 are smaller than those of 32. At 4 and 5 bits they are not."""
 
 TERNARY = "TQ2_0"
-"""The smallest type for 2 bits, whose three codes it holds exactly; GPUs have no kernels for it."""
+"""The smallest type for 2 bits, whose three codes it holds exactly; CUDA has no kernels for it."""
 
 _SMALL = {2: "Q4_0", 3: "Q4_0", 4: "Q4_0", 5: "Q5_0", 6: "Q8_0", 7: "Q8_0", 8: "Q8_0"}
 

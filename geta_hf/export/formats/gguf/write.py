@@ -55,7 +55,7 @@ def write_gguf(
         processing_class: the tokenizer, which the file holds.
         float32: store every tensor as F32, to compare.
         ternary: store 2 bits in rows of a multiple of 256 as TQ2_0, 2.06 bits for each weight in place of Q2_K's 2.63.
-            It is as exact, and for CPUs: other backends of llama.cpp have no kernels for it.
+            It is as exact, but not all of llama.cpp's backends have kernels for it: CUDA has none.
 
     Raises:
         GETAError: as `check_gguf`, or the file holds other values, or llama.cpp gives other probabilities.
