@@ -144,7 +144,7 @@ class Search(torch.optim.Optimizer):
         if (cost := self._cost_target()) is not None:
             if input_clips is not None:
                 objective.input_shares = one_hot(torch.zeros(len(input_clips), len(config.input_widths)))
-            cost.check()
+            cost.check(narrower=bool(target.budgets))
         self.step_count = 0
         self.removed = ledger.nothing
         self.weight_bits: list[int] = []
@@ -447,7 +447,8 @@ class Search(torch.optim.Optimizer):
         if self.objective.target_cost is None:
             return None
         self.objective.to(torch.device("cpu"))
-        return CostTarget(self.families, Limits.of(self.config), self.ledger, self.objective)
+        self.width_choices.to(torch.device("cpu"))
+        return CostTarget(self.families, Limits.of(self.config), self.ledger, self.objective, self.width_choices)
 
     def _removed_slices(self, named: Named) -> list[Slice]:
         if self._slices is None:
