@@ -19,6 +19,9 @@ from geta_hf.qadg.group_labels import family_of_group
 from geta_hf.qadg.group_types import Family
 from geta_hf.quantization.functional import FLOAT_BITS
 
+_WHOLE = 1e-2
+"""How far from an integer a number of rows may be, and still count as it: its product with a share is rounded."""
+
 
 class ExpectedSizes:
     """The ledger's sizes as a few matrices, so that one step of a search takes a few operators.
@@ -109,7 +112,7 @@ class ExpectedSizes:
             keep: the probability that each group remains, shape (groups,).
         """
         by_family = keep.new_zeros(self._families).index_add(0, self._family, keep)
-        return self._fixed + self._per_group @ by_family
+        return self._fixed.to(keep.dtype) + self._per_group.to(keep.dtype) @ by_family
 
     def elements(self, keep: Tensor) -> Tensor:
         """Return the expected elements of every tensor of the ledger, shape (tensors,)."""
@@ -151,6 +154,8 @@ class ExpectedSizes:
     ) -> list[Expected]:
         """Return what is expected of each quantized weight, as hardware costs take it.
 
+        Widths share the outputs of a weight, or its inputs where these have the step sizes.
+
         Args:
             keep: the probability that each group remains, shape (groups,).
             shares: the probability of each width, shape (layers, widths).
@@ -158,13 +163,36 @@ class ExpectedSizes:
             output_dims: weight name -> the dim of its outputs; 0 where it is not named. Inputs are the dim 1, or 0.
         """
         remaining = self.remaining(keep)
-        found = []
-        for number, layer in enumerate(self.ledger.layers):
-            output_dim = output_dims.get(layer.weight, 0)
-            sides = []
-            for dim in (output_dim, 1 - output_dim):
-                slot = self.slot_of.get((layer.weight, dim))
-                size = torch.full_like(remaining[:0].sum(), float(self.ledger.shapes[layer.weight][dim]))
-                sides.append(size if slot is None else remaining[slot])
-            found.append(Expected(sides[0] * shares[number], sides[1], widths))
-        return found
+        parted, others = [], []
+        by_input = []
+        for layer in self.ledger.layers:
+            outputs = output_dims.get(layer.weight, 0)
+            by_input.append(layer.channel_dim == 1 - outputs)
+            dim = 1 - outputs if by_input[-1] else outputs
+            parted.append(self._side(layer.weight, dim, remaining))
+            others.append(self._side(layer.weight, 1 - dim, remaining))
+        if not parted:
+            return []
+        at_width = _whole(torch.stack(parted)[:, None] * shares)
+        at_all = _whole(torch.stack(others))
+        return [
+            Expected(rest.expand(len(widths)), own, widths) if columns else Expected(own, rest, widths)
+            for own, rest, columns in zip(at_width, at_all, by_input, strict=True)
+        ]
+
+    def _side(self, weight: str, dim: int, remaining: Tensor) -> Tensor:
+        """Return the expected size of a dim of a weight, 0-d."""
+        slot = self.slot_of.get((weight, dim))
+        if slot is None:
+            return remaining.new_full((), float(self.ledger.shapes[weight][dim]))
+        return remaining[slot]
+
+
+def _whole(numbers: Tensor) -> Tensor:
+    """Return numbers that are next to an integer as that integer, with the gradient of the numbers themselves.
+
+    Tiles are counted in full, so a rounding error above 32 outputs would be one more of them.
+    """
+    exact = numbers.detach()
+    missing = exact.round() - exact
+    return numbers + torch.where(missing.abs() < _WHOLE, missing, 0.0)

@@ -69,7 +69,8 @@ class Expected:
 
     Attributes:
         outputs: shape (widths,): expected number of outputs at each width.
-        inputs: 0-d: expected number of inputs of each output.
+        inputs: expected number of inputs of each output, 0-d; or of those at each width, shape (widths,), where a width
+            belongs to a column.
         widths: the widths of weights, without 0.
         input_shares: width of the input -> its probability, where that is chosen too. Default None: a cost is told.
     """
@@ -79,18 +80,21 @@ class Expected:
     widths: Sequence[int]
     input_shares: Mapping[int, Tensor] | None = None
 
+    def inputs_at(self, number: int) -> Tensor:
+        """Return the expected number of inputs that are read at the width of this position, 0-d."""
+        return self.inputs[number] if self.inputs.dim() else self.inputs
+
 
 def size_bits(shape: LayerShape, expected: Expected) -> Tensor:
-    """Return the bits of the weight, 0-d: area · inputs · Σ outputs_p · p.
+    """Return the bits of the weight, 0-d: area · Σ inputs_p · outputs_p · p.
 
     >>> import torch
     >>> half = Expected(torch.tensor([8.0]), torch.tensor(4.0), [8])  # of a 3x3 convolution from 8 to 16 channels
     >>> float(size_bits(LayerShape("conv", 16, 8, kernel=(3, 3)), half))
     2304.0
     """
-    by_width = zip(expected.widths, expected.outputs, strict=True)
-    bits = torch.stack([width * outputs for width, outputs in by_width]).sum()
-    return shape.area * expected.inputs * bits
+    by_width = zip(expected.widths, expected.inputs * expected.outputs, strict=True)
+    return shape.area * torch.stack([width * elements for width, elements in by_width]).sum()
 
 
 def bit_operations(shape: LayerShape, expected: Expected, input_bits: Tensor | float) -> Tensor:
@@ -179,7 +183,7 @@ class LatencyTable:
         for number, width in enumerate(expected.widths):
             times, outputs, inputs = self._on_device(measured, width, total)
             along = _interpolate(outputs, times, expected.outputs[number])
-            total = total + _interpolate(inputs, along, expected.inputs)
+            total = total + _interpolate(inputs, along, expected.inputs_at(number))
         return total
 
     def _on_device(self, measured: MeasuredShape, width: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,11 +37,14 @@ def ne16_cycles(shape: LayerShape, expected: Expected) -> Tensor:
     ones = shape.area - _SIDE**2 * threes
     total = expected.outputs.new_zeros(())
     for number, width in enumerate(expected.widths):
-        outputs = expected.outputs[number]
+        outputs, inputs = expected.outputs[number], expected.inputs_at(number)
+        cycles = torch.zeros_like(total)
         if threes:
-            total = total + threes * _pass_cycles(shape, outputs, expected.inputs, width, three=True)
+            cycles = cycles + threes * _pass_cycles(shape, outputs, inputs, width, three=True)
         if ones:
-            total = total + ones * _pass_cycles(shape, outputs, expected.inputs, width, three=False)
+            cycles = cycles + ones * _pass_cycles(shape, outputs, inputs, width, three=False)
+        # Where a width belongs to a column, there is no pass for one that no column has.
+        total = total + torch.where(inputs > 0, cycles, 0.0)
     return total
 
 

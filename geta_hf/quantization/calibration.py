@@ -25,6 +25,7 @@ from geta_hf.quantization.clipping import (
 from geta_hf.quantization.layers import QuantizedLayer
 from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.utils.module_state import eval_mode
+from geta_hf.utils.shards import over_processes
 
 
 class _Range:
@@ -47,16 +48,21 @@ class _Range:
         self.largest = largest if math.isnan(largest) else max(self.largest, largest)
         if not 0.0 < self.largest < math.inf:
             return
-        self.top = self.top or largest
+        # A power of 2, so that the bins of all processes are the same ones.
+        self.top = self.top or 2.0 ** math.ceil(math.log2(largest))
         # Doubling the range moves every bin by exactly one octave, so no count has to be guessed.
+        self.widen(largest)
+        counts = count_magnitudes(rows, torch.tensor([self.top], device=rows.device))
+        self.counts = counts if self.counts is None else self.counts + counts
+
+    def widen(self, largest: float) -> None:
+        """Double the range until it reaches to a magnitude."""
         while self.top < largest:
             self.top *= 2
             if self.counts is not None:
                 beyond = self.counts[:, BINS - PER_OCTAVE :].sum(dim=1)
                 self.counts = torch.cat([self.counts.new_zeros(1, PER_OCTAVE), self.counts[:, :-PER_OCTAVE]], dim=1)
                 self.counts[:, -1] += beyond
-        counts = count_magnitudes(rows, torch.tensor([self.top], device=rows.device))
-        self.counts = counts if self.counts is None else self.counts + counts
 
     def clipping_value(self, bits: int, method: str) -> float:
         """Return q_m: the largest magnitude (`max`), or that of least squared error at `bits` bits (`mse`)."""
@@ -88,8 +94,10 @@ def attach_input_quantizers(
     The model runs the batches in evaluation mode, its weights quantized at their present bit widths; its training
     flags, hooks and random state are restored afterwards. Batch norm that has seen no batch yet, as in a model with
     random weights, uses the statistics of each batch. Every layer gets a quantizer of its own, even where weights
-    are tied. Training then needs memory for one more tensor per layer: the input before it was rounded, in addition to
-    the rounded one that the layer itself saves for its backward pass (paper Sec. 3).
+    are tied. Where several processes train, each runs batches of its own, and ranges are those of all of them.
+
+    Training then needs memory for one more tensor per layer: the input before it was rounded, in addition to the
+    rounded one that the layer itself saves for its backward pass (paper Sec. 3).
 
     Args:
         model: with weight quantizers attached by `attach_quantizers`.
@@ -126,6 +134,7 @@ def attach_input_quantizers(
     check_clipping(clipping)
     layers = _chosen(model, include, exclude)
     ranges = _calibrate(model, layers, batches)
+    _merge(list(ranges.values()))
     # After all batches, and for the width that the inputs will have: at 16 bits almost nothing would be clipped.
     # A grid without negative codes has as many steps as one of a bit more.
     positive = {name: unsigned and not found.negative for name, found in ranges.items()}
@@ -175,6 +184,26 @@ def _calibrate(
     if not ran:
         raise GETAError("no batch to find the range of activations on; pass at least one in batches")
     return ranges
+
+
+def _merge(ranges: Sequence[_Range]) -> None:
+    """Add what other processes counted, in place: each has batches of its own, and all must get the same quantizers."""
+    # A NaN may be lost in a maximum; an infinite range is refused in the same way.
+    own = [(math.inf if math.isnan(one.largest) else one.largest, one.top, float(one.negative)) for one in ranges]
+    shared = over_processes(torch.tensor(own, dtype=torch.float64), largest=True).tolist()
+    counts = torch.zeros(len(ranges), BINS)
+    for position, (one, (largest, top, negative)) in enumerate(zip(ranges, shared, strict=True)):
+        one.largest = one.largest if math.isnan(one.largest) else largest
+        one.negative = bool(negative)
+        one.top = one.top or top
+        one.widen(top)
+        if one.counts is not None:
+            counts[position] = one.counts[0].cpu()
+    counts = over_processes(counts)
+    for one, total in zip(ranges, counts, strict=True):
+        if bool(total.any()):
+            device = total.device if one.counts is None else one.counts.device
+            one.counts = total[None].to(device)
 
 
 def _run(model: nn.Module, batch: Mapping[str, Any]) -> None:

@@ -89,6 +89,22 @@ def largest_of(value: Tensor, shard: Shard | None) -> Tensor:
     return value
 
 
+def over_processes(vector: Tensor, largest: bool = False) -> Tensor:
+    """Return the sum of a vector over all processes, or the largest of each element; itself where there is one process.
+
+    All processes have to call this.
+
+    Args:
+        vector: of the same shape in every process, finite or infinite.
+        largest: take the maximum in place of the sum. Default False.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return vector
+    shared = _sendable(vector).clone()
+    dist.all_reduce(shared, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+    return shared.to(vector.device)
+
+
 def from_first_process(vector: Tensor) -> Tensor:
     """Return the first process's values in every process.
 
@@ -100,8 +116,12 @@ def from_first_process(vector: Tensor) -> Tensor:
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return vector
-    # NCCL sends from GPUs only, gloo from the CPU.
-    device = None if dist.get_backend() == "gloo" else torch.accelerator.current_accelerator()
-    shared = vector.to(device or "cpu")
+    shared = _sendable(vector)
     dist.broadcast(shared, src=0)
     return shared.to(vector.device)
+
+
+def _sendable(vector: Tensor) -> Tensor:
+    """Return a vector where processes exchange it from: NCCL sends from GPUs only, gloo from the CPU."""
+    device = None if dist.get_backend() == "gloo" else torch.accelerator.current_accelerator()
+    return vector.to(device or "cpu")

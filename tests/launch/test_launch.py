@@ -88,8 +88,11 @@ def test_a_search_is_the_same_in_two_processes(tmp_path) -> None:
         found, wanted = torch.load(tmp_path / f"ddp-{name}.pt"), searched_run(tmp_path / rules, rules, 1)
         # Where groups are alike, the last digits decide which of them go. That processes agree is seen in
         # `searched_run`.
-        # Adam makes complete steps of gradients that are next to nothing, so a few choices may move the other way.
-        assert float(((found["logits"] - wanted["logits"]).abs() < 5e-2).float().mean()) > 0.9
+        # Adam makes complete steps of gradients that are next to nothing, so a few choices may move the other way. With
+        # float inputs, as under `group`, the largest difference seen is 0.004.
+        difference = (found["logits"] - wanted["logits"]).abs()
+        assert float((difference < 5e-2).float().mean()) > 0.9
+        assert float(difference.max()) < 1e-2 or rules == "layer"
         assert found["gone"] == wanted["gone"] or rules == "group"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from geta_hf.quantization import (
     QuantLinear,
     attach_input_quantizers,
     attach_quantizers,
+    calibration,
     clipping_value,
     detach_quantizers,
     float_inputs,
@@ -75,6 +78,39 @@ def test_a_histogram_that_grew_finds_what_all_at_once_would(bits: int) -> None:
     assert grown.counts.sum() == whole.numel()
     assert grown.clipping_value(bits, "max") == whole.abs().max().item()
     assert grown.clipping_value(bits, "mse") == pytest.approx(clipping_value(whole, bits), rel=0.03)
+
+
+def test_ranges_are_those_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads stand for two processes, one of which has seen no negative value, and in one layer nothing at all."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [0.01 * torch.randn(3000, generator=generator).abs(), torch.randn(5000, generator=generator)]
+    both, barrier, sent = threading.Barrier(2), threading.Barrier(2), {}
+
+    def exchange(vector: torch.Tensor, largest: bool = False) -> torch.Tensor:
+        sent[threading.get_ident()] = vector
+        both.wait()
+        values = torch.stack(list(sent.values()))
+        barrier.wait()
+        return values.amax(0) if largest else values.sum(0)
+
+    def process(number: int) -> list[_Range]:
+        ranges = [_Range(), _Range()]
+        ranges[0].add(parts[number])
+        if number:
+            ranges[1].add(parts[number])
+        calibration._merge(ranges)
+        return ranges
+
+    monkeypatch.setattr(calibration, "over_processes", exchange)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(process, range(2))
+    alone = _Range()
+    for part in parts:
+        alone.add(part)
+    for found in (first[0], second[0]):
+        assert (found.largest, found.top, found.negative) == (alone.largest, alone.top, True)
+        assert torch.equal(found.counts, alone.counts)
+    assert torch.equal(first[1].counts, second[1].counts) and first[1].largest == second[1].largest
 
 
 def test_model_and_chance_are_as_before() -> None:

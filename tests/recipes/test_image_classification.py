@@ -17,7 +17,7 @@ from geta_hf.reporting.results import read_results
 from tests.recipes.pictures import CLASSES, SIDE, picture, write_folder, write_idx
 
 CONFIGS = Path(recipe.__file__).parent / "configs"
-SHIPPED = ("deit", "mobilenet_v2", "pvt_v2", "resnet", "resnet20", "swin", "vgg7", "vit")
+SHIPPED = ("deit", "mobilenet_v2", "pvt_v2", "resnet", "resnet8", "resnet20", "swin", "vgg7", "vit")
 TINY = ["--architecture.model_type", "cifar_resnet", "--architecture.depths", "[1, 1]"]
 TINY += ["--architecture.hidden_sizes", "[8, 16]", "--architecture.embedding_size", "8"]
 TINY += ["--architecture.image_size", str(SIDE)]

@@ -74,6 +74,11 @@ class Rows:
         entries = torch.zeros(len(ledger.layers), dtype=torch.float64).index_add_(0, self.choices.layer, remains)
         return remains * (ledger.weights(removed) / entries.clamp_min(1))[self.choices.layer]
 
+    def of_choices(self, ledger: Ledger, removed: Tensor) -> Tensor:
+        """Return the remaining elements of each choice, float64, shape (choices,)."""
+        total = torch.zeros(self.choices.count, dtype=torch.float64)
+        return total.index_add_(0, self.choices.of_entry, self.remaining(ledger, removed))
+
     def overhead(self, ledger: Ledger, widths: int) -> int:
         """Return the most bytes that a file takes for widths of rows on top of those for widths of layers."""
         total = 0
@@ -133,16 +138,16 @@ def assign(
         present: the present widths of weights, and the chosen ones of inputs.
         input_factors: what each input's q_m is to be multiplied by, shape (inputs,).
         cost: what a hardware cost allows on top of the target; None where nothing limits it.
-        rows: where a choice is that of a group or a row; None where it is that of a layer. Not together with `cost`.
+        rows: where a choice is that of a group or a row; None where it is that of a layer.
     """
     own = present
     if BOPS in (target.unit, *target.budgets):
         ledger, target = _with_inputs(ledger, target, present)
         own = LearnedBits(present.weights, torch.zeros(0, dtype=torch.float64), [-1] * len(ledger.layers))
-    if rows is not None:
+    if cost is not None:
+        found = _assign_cost(families, limits, ledger, target, learned, rounding, choices, own, cost, rows)
+    elif rows is not None:
         found = _assign_rows(families, limits, ledger, target, learned, rounding, choices, own, rows)
-    elif cost is not None:
-        found = _assign_cost(families, limits, ledger, target, learned, rounding, choices, own, cost)
     else:
         found = _assign_sizes(families, limits, ledger, target, learned, rounding, choices, own)
     inputs = [round(width) for width in present.inputs.tolist()]
@@ -200,20 +205,30 @@ def _assign_cost(
     choices: BitChoices,
     present: LearnedBits,
     cost: CostTarget,
+    rows: Rows | None,
 ) -> Assignment:
     """Move the likeliest choice that other targets allow to one that a hardware cost allows."""
-    if target.budgets:
-        sized = _assign_sizes(families, limits, ledger, target, learned, rounding, choices, present)
-        steps = torch.tensor([list(choices.weights).index(bits) for bits in sized.bits.weight_bits])
-        start = Steps(sized.removed, steps)
+    if target.budgets and rows is not None:
+        sized = (families, limits, ledger, target, learned, rounding, choices, present, rows)
+        start = _steps_of_rows(*sized)
+        if BYTES in target.budgets and not cost.allows(start):
+            # Narrower rows of a weight that has one width so far bring a table of widths with them.
+            start = _steps_of_rows(*sized, reserve=rows.overhead(ledger, len(choices.weights)))
+    elif target.budgets:
+        by_size = _assign_sizes(families, limits, ledger, target, learned, rounding, choices, present)
+        steps = torch.tensor([list(choices.weights).index(bits) for bits in by_size.bits.weight_bits])
+        start = Steps(by_size.removed, steps)
     else:
         chunks = find_chunks(families, learned.keep, ledger.nothing, limits)
         removed = ledger.nothing
         removed[chunks.first(int((chunks.scores < 0).sum()))] = True
         start = Steps(removed, learned.widths.argmax(1))
     elements = _of_groups(ledger, dict.fromkeys(ledger.shapes, 1.0))
-    unlikely = _unlikeliness(learned.widths) * ledger.weights(start.removed)[:, None]
-    found = cost.meet(start, unlikely, elements * learned.keep)
+    weights = ledger.weights(start.removed) if rows is None else rows.of_choices(ledger, start.removed)
+    unlikely = _unlikeliness(learned.widths) * weights[:, None]
+    found = cost.meet(start, unlikely, elements * learned.keep, narrower=bool(target.budgets))
+    if rows is not None:
+        return _with_rows(found, ledger, rounding, choices, rows)
     bits = [int(choices.weights[step]) for step in found.steps.tolist()]
     return Assignment(found.removed, BitAllocation(bits, rounding.clips_at(found.steps.tolist()), [], torch.ones(0)))
 
@@ -251,7 +266,28 @@ def _assign_rows(
     present: LearnedBits,
     rows: Rows,
 ) -> Assignment:
-    """Choose groups as if each layer had the mean choice of its rows, then a width for each choice."""
+    found = _steps_of_rows(families, limits, ledger, target, learned, rounding, choices, present, rows)
+    return _with_rows(found, ledger, rounding, choices, rows)
+
+
+def _steps_of_rows(
+    families: Sequence[Family],
+    limits: Limits,
+    ledger: Ledger,
+    target: Target,
+    learned: Learned,
+    rounding: RoundingErrors,
+    choices: BitChoices,
+    present: LearnedBits,
+    rows: Rows,
+    reserve: int = 0,
+) -> Steps:
+    """Choose groups as if each layer had the mean choice of its rows, then a width for each choice.
+
+    Args:
+        families, limits, ledger, target, learned, rounding, choices, present, rows: as in `assign`.
+        reserve: bytes of a budget that widths must not spend. Default 0.
+    """
     table = rows.choices
     unlikely = _unlikeliness(learned.widths)
     counts = torch.bincount(table.layer, minlength=len(ledger.layers)).double()
@@ -260,8 +296,16 @@ def _assign_rows(
     by_layer = Learned(-of_layers, learned.keep)
     sized = _assign_sizes(families, limits, ledger, target, by_layer, rounding, choices, present)
     removed = sized.removed
-    steps = _spend(ledger, target, removed, unlikely, _worth_of_a_bit(learned, _tensor(choices)), choices, rows)
-    of_entry = steps[table.of_entry]
+    worth = _worth_of_a_bit(learned, _tensor(choices))
+    steps = _spend(ledger, target, removed, unlikely, worth, choices, rows, reserve)
+    return Steps(removed, steps)
+
+
+def _with_rows(found: Steps, ledger: Ledger, rounding: RoundingErrors, choices: BitChoices, rows: Rows) -> Assignment:
+    """Return what a choice of groups and rows says of each entry."""
+    table = rows.choices
+    removed = found.removed
+    of_entry = found.steps[table.of_entry]
     # What is removed is zero at every width.
     of_entry[rows.remaining(ledger, removed) == 0] = 0
     bits = torch.tensor(list(choices.weights), dtype=torch.int64)[of_entry]
@@ -282,11 +326,12 @@ def _spend(
     worth: float,
     choices: BitChoices,
     rows: Rows,
+    reserve: int = 0,
 ) -> Tensor:
     """Return the position of the width of each choice, int64, shape (choices,), which together spend the budgets.
 
     Args:
-        ledger, target, removed, choices, rows: as in `assign`.
+        ledger, target, removed, choices, rows, reserve: as in `_steps_of_rows`.
         unlikely: nats that each width is less likely than the best one, shape (choices, widths).
         worth: of a bit of an element, in nats; so high that the widest model would be the best of all.
     """
@@ -295,7 +340,7 @@ def _spend(
     elements = rows.remaining(ledger, removed)
     weights = ledger.weights(removed)
     uses = torch.tensor([layer.uses for layer in ledger.layers], dtype=torch.float64)
-    of_choice = torch.zeros(table.count, dtype=torch.float64).index_add_(0, table.of_entry, elements)
+    of_choice = rows.of_choices(ledger, removed)
     used = torch.nonzero(of_choice > 0).flatten()
     narrowest = float(widths[0])
     per_bit = []
@@ -323,7 +368,8 @@ def _spend(
     if BYTES not in target.budgets:
         return at(room)
     number = list(target.budgets).index(BYTES)
-    budget = target.budgets[BYTES]
+    budget = target.budgets[BYTES] - reserve
+    room[number] -= reserve
     room[number] = max(room[number] - rows.overhead(ledger, len(widths)), 0.0)
     found = torch.zeros(table.count, dtype=torch.int64)
     # Bytes of blocks, tables and headers are known only of a choice, so what remains is spent once they are.

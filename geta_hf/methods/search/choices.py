@@ -88,6 +88,24 @@ class WidthChoices:
         sums = shares.new_zeros(self._layers, shares.shape[1])
         return sums.index_add(0, self.layer, remains[:, None] * shares[self.of_entry]) / total[:, None]
 
+    def spread(self, keep: Tensor, of_layers: Tensor) -> Tensor:
+        """Return what each choice has of an amount of each layer, by its share of what remains of them.
+
+        Args:
+            keep: the probability that each group remains, shape (groups,).
+            of_layers: of each layer at each width, shape (layers, widths).
+
+        Returns:
+            Shape (choices, widths).
+        """
+        if self.by_layer:
+            return of_layers
+        remains = torch.cat([keep, keep.new_ones(1)])[self.group]
+        total = keep.new_zeros(self._layers).index_add(0, self.layer, remains).clamp_min(1e-6)
+        share = remains / total[self.layer]
+        found = of_layers.new_zeros(self.count, of_layers.shape[1])
+        return found.index_add(0, self.of_entry, share[:, None] * of_layers[self.layer])
+
     @property
     def _layers(self) -> int:
         # A weight has an entry at least, and layers are numbered in order.

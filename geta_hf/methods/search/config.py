@@ -211,11 +211,6 @@ class SearchConfig(CompressionConfig):
             return
         if self.cost == "none":
             raise GETAError(f"target_cost = {self.target_cost} limits `cost`, which is none; choose one")
-        if self.granularity != "layer":
-            raise GETAError(
-                f"target_cost = {self.target_cost} is met by widths of layers, not by those of each "
-                f"{self.granularity}; leave granularity out, or give target_bops or target_bytes"
-            )
         others = [
             name for name in ("target_sparsity", "target_parameters", "mean_bits") if getattr(self, name) is not None
         ]

@@ -2,7 +2,8 @@
 
 The cost of a layer is no sum over groups: it depends on the product of outputs and inputs, and is measured, or counted
 in tiles. So groups are priced by the slope of the cost at the full model, widths by the cost of their layer at what
-remains, and the price is raised until the cost itself, counted exactly, is met.
+remains, of which rows or columns with a choice of their own have their share. The price is raised until the cost
+itself, counted exactly, is met, and what one price more takes too much is given back by its worth.
 """
 
 from __future__ import annotations
@@ -17,10 +18,15 @@ from geta_hf.costs.ledger import ROUNDING, Ledger
 from geta_hf.costs.selection import Limits, find_chunks
 from geta_hf.costs.targets import most_removed
 from geta_hf.errors import GETAError
+from geta_hf.methods.search.choices import WidthChoices
 from geta_hf.methods.search.objective import Objective
 from geta_hf.qadg.group_types import Family
 
-_HALVINGS = 60
+_HALVINGS = 40
+_HIGHEST = 1e30
+
+_PASSED = 16
+"""How many changes that do not fit are passed over before the next width is tried."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Steps:
 
     Attributes:
         removed: bool, shape (groups,).
-        steps: int64, shape (layers,): the position of each weight's width.
+        steps: int64, shape (choices,): the position of the width of each choice.
     """
 
     removed: Tensor
@@ -44,44 +50,70 @@ class CostTarget:
         limits: what they keep.
         ledger: sizes of the model.
         objective: with the cost, and the most of it that may remain.
+        choices: what rows and columns follow which choice.
     """
 
-    def __init__(self, families: Sequence[Family], limits: Limits, ledger: Ledger, objective: Objective) -> None:
+    def __init__(
+        self,
+        families: Sequence[Family],
+        limits: Limits,
+        ledger: Ledger,
+        objective: Objective,
+        choices: WidthChoices,
+    ) -> None:
         assert objective.target_cost is not None
         self.families = families
         self.limits = limits
         self.ledger = ledger
         self.objective = objective
+        self.choices = choices
         self.budget = objective.target_cost
 
     def cost(self, choice: Steps) -> float:
         """Return the cost of a choice, relative to the full model at the widest width."""
         with torch.no_grad():
-            return float(self.objective.hardware_cost((~choice.removed).float(), self._shares(choice.steps)))
+            keep = (~choice.removed).double()
+            return float(self.objective.hardware_cost(keep, self._shares(keep, choice.steps)))
 
-    def check(self) -> None:
-        """Raise GETAError where even the cheapest model is above the target."""
-        removed = most_removed(self.families, self.limits)
-        cheapest = Steps(removed, self._of_widths(removed).argmin(1))
-        if (least := self.cost(cheapest)) > self.budget * (1 + ROUNDING):
+    def allows(self, choice: Steps) -> bool:
+        """Return whether a choice costs no more than the target."""
+        return self.cost(choice) <= self.budget * (1 + ROUNDING)
+
+    def check(self, narrower: bool = False) -> None:
+        """Raise GETAError where even the cheapest model is above the target.
+
+        Args:
+            narrower: whether a size is limited too, for which the cheapest model has to have the narrowest widths.
+        """
+        cheapest = self._cheapest(narrower)
+        if not self.allows(cheapest):
+            width = "narrowest" if narrower else "cheapest"
             raise GETAError(
                 f"target_cost = {self.budget:g} can't be reached: with families at their least and every weight at its "
-                f"cheapest width the cost is {least:.4g} of the full model's; raise it, or lower min_kept or the widths"
+                f"{width} width the cost is {self.cost(cheapest):.4g} of the full model's; raise it, or lower min_kept "
+                f"or the widths"
             )
 
-    def meet(self, start: Steps, widths: Tensor, keep: Tensor) -> Steps:
-        """Return a choice that the cost allows: the given one where it does, else one with more removed or narrower.
+    def _cheapest(self, narrower: bool) -> Steps:
+        removed = most_removed(self.families, self.limits)
+        costs = self._of_widths(removed)
+        return Steps(removed, torch.zeros(len(costs), dtype=torch.int64) if narrower else costs.argmin(1))
+
+    def meet(self, start: Steps, widths: Tensor, keep: Tensor, narrower: bool = False) -> Steps:
+        """Return a choice that the cost allows: the given one where it does, else one moved as little as it asks for.
 
         Args:
             start: the likeliest choice that other targets allow.
-            widths: nats that each width of each weight is less likely than the best one, shape (layers, widths).
+            widths: nats that each width of each choice is less likely than the best one, shape (choices, widths).
             keep: nats by which it is likelier that each group remains than that it is removed, shape (groups,).
+            narrower: only narrower widths than those of `start`: sizes that other targets limit then do not rise.
         """
-        if self.cost(start) <= self.budget:
+        if self.allows(start):
             return start
-        # Only narrower than before: sizes that other targets limit then do not rise.
-        beyond = torch.arange(widths.shape[1]) > start.steps[:, None]
-        widths = (widths - widths.gather(1, start.steps[:, None])).masked_fill(beyond, torch.inf)
+        widths = widths - widths.gather(1, start.steps[:, None])
+        if narrower:
+            beyond = torch.arange(widths.shape[1]) > start.steps[:, None]
+            widths = widths.masked_fill(beyond, torch.inf)
         saved = self._slope(start).clamp_min(1e-30)
         chunks = find_chunks(self.families, keep / saved, start.removed, self.limits)
 
@@ -91,33 +123,67 @@ class CostTarget:
             return Steps(removed, (widths + price * self._of_widths(removed)).argmin(1))
 
         high = 1.0
-        while self.cost(at(high)) > self.budget and high < 1e30:
+        while not self.allows(at(high)) and high < _HIGHEST:
             high *= 4
+        if not self.allows(at(high)):
+            # Costs that are no sum over rows may rise where their share of a layer falls.
+            return self._cheapest(narrower)
         low = 0.0
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            if self.cost(at(middle)) <= self.budget:
+            if self.allows(at(middle)):
                 high = middle
             else:
                 low = middle
-        return self._refined(at(high), at(low), start, widths, keep)
+        return self._refined(at(high), at(low), widths, keep)
 
-    def _refined(self, found: Steps, before: Steps, start: Steps, widths: Tensor, keep: Tensor) -> Steps:
+    def _refined(self, found: Steps, before: Steps, widths: Tensor, keep: Tensor) -> Steps:
         """Take back what the budget has room for: one price moves many groups where they are alike."""
         extra = torch.nonzero(found.removed & ~before.removed).flatten()
         # The likeliest first; in halves, since one more group of a family needs as many of it as before.
         extra = extra[keep[extra].argsort(descending=True, stable=True)]
         if not self.limits.uniform and self.limits.multiple_of == 1:
             found = self._with_groups(found, extra)
-        for number in (widths.gather(1, found.steps[:, None])[:, 0]).argsort(descending=True).tolist():
-            for wider in range(int(start.steps[number]), int(found.steps[number]), -1):
-                steps = found.steps.clone()
-                steps[number] = wider
-                raised = Steps(found.removed, steps)
-                if widths[number, wider] < widths[number, found.steps[number]] and self.cost(raised) <= self.budget:
-                    found = raised
-                    break
+        # Twice for each width: what a small change of one choice leaves may be room for another one.
+        for _ in range(2 * widths.shape[1]):
+            likelier = self._with_widths(found, widths)
+            if torch.equal(likelier.steps, found.steps):
+                break
+            found = likelier
         return found
+
+    def _with_widths(self, found: Steps, widths: Tensor) -> Steps:
+        """Return a choice with likelier widths where the budget has room for them, the most gain for its cost first."""
+        present = widths.gather(1, found.steps[:, None])
+        gains = present - widths
+        costs = self._of_widths(found.removed)
+        more = costs - costs.gather(1, found.steps[:, None])
+        # Of each choice the best move for what it costs; one that costs nothing is the best of all.
+        worth = torch.where(gains > 0, gains / more.clamp_min(1e-30), -torch.inf)
+        best, target = worth.max(1)
+        movers = torch.nonzero(best > 0).flatten()
+        movers = movers[best[movers].argsort(descending=True, stable=True)]
+        for _ in range(_PASSED):
+            if not len(movers):
+                break
+            fitting = self._most(found, movers, target)
+            chosen = movers[:fitting]
+            found = Steps(found.removed, found.steps.index_copy(0, chosen, target[chosen]))
+            movers = movers[fitting + 1 :]
+        return found
+
+    def _most(self, found: Steps, movers: Tensor, target: Tensor) -> int:
+        """Return how many of `movers`, from the first on, may move to the widths of `target` together."""
+        low = 0
+        high = len(movers) + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            own = movers[:middle]
+            if self.allows(Steps(found.removed, found.steps.index_copy(0, own, target[own]))):
+                low = middle
+            else:
+                high = middle
+        return low
 
     def _with_groups(self, found: Steps, extra: Tensor) -> Steps:
         """Return a choice with as many groups back as the budget allows, the first ones of `extra`."""
@@ -125,7 +191,7 @@ class CostTarget:
         high = len(extra) + 1
         while high - low > 1:
             middle = (low + high) // 2
-            if self.cost(self._without(found, extra[:middle])) <= self.budget:
+            if self.allows(self._without(found, extra[:middle])):
                 low = middle
             else:
                 high = middle
@@ -139,14 +205,16 @@ class CostTarget:
 
     def _slope(self, choice: Steps) -> Tensor:
         """Return how much the cost falls with each group of a choice, relative, float64, shape (groups,)."""
-        keep = (~choice.removed).float().requires_grad_()
+        keep = (~choice.removed).double().requires_grad_()
         with torch.enable_grad():
-            (slope,) = torch.autograd.grad(self.objective.hardware_cost(keep, self._shares(choice.steps)), keep)
-        return slope.double()
+            cost = self.objective.hardware_cost(keep, self._shares(keep, choice.steps))
+            (slope,) = torch.autograd.grad(cost, keep)
+        return slope
 
     def _of_widths(self, removed: Tensor) -> Tensor:
-        """Return the relative cost of each weight at each width, float64, shape (layers, widths)."""
-        return torch.stack([self.cost_of_layers(removed, step) for step in range(len(self.objective.widths))], 1)
+        """Return the relative cost of each choice at each width, float64, shape (choices, widths)."""
+        costs = [self.cost_of_layers(removed, step) for step in range(len(self.objective.widths))]
+        return self.choices.spread((~removed).double(), torch.stack(costs, 1))
 
     @torch.no_grad()
     def cost_of_layers(self, removed: Tensor, step: int) -> Tensor:
@@ -156,10 +224,12 @@ class CostTarget:
             removed: bool, shape (groups,).
             step: the position of the width.
         """
-        keep = (~removed).float()
-        steps = torch.full((len(self.ledger.layers),), step)
-        costs = self.objective.layer_costs(keep, self._shares(steps)).double()
-        return costs / self.objective.full_cost(keep)
+        keep = (~removed).double()
+        shares = keep.new_zeros(len(self.ledger.layers), len(self.objective.widths))
+        shares[:, step] = 1
+        return self.objective.layer_costs(keep, shares) / self.objective.full_cost(keep)
 
-    def _shares(self, steps: Tensor) -> Tensor:
-        return torch.nn.functional.one_hot(steps, len(self.objective.widths)).float()
+    def _shares(self, keep: Tensor, steps: Tensor) -> Tensor:
+        """Return the share of each width in what remains of each weight, shape (layers, widths)."""
+        chosen = torch.nn.functional.one_hot(steps, len(self.objective.widths)).double()
+        return self.choices.by_weight(keep, chosen)

@@ -335,18 +335,14 @@ class SearchMethod(Method):
         for factor, label in zip(self._factors, self._labels, strict=True):
             factors[factor.weight, factor.outputs] = keep[label]
         table = optimizer.quantizers
-        choices = optimizer.width_choices
-        for number, weight in enumerate(table.own_weights):
+        by_weight = _by_weight(shares, [table.spans[table.weights[weight]] for weight in table.own_weights])
+        for weight, own_shares in zip(table.own_weights, by_weight, strict=True):
             prefix = table.weights[weight]
             span = table.spans[prefix]
             areas = self._mixtures[weight][0].weight[0, 0].numel()
             along = partial(_along_weight, dim=table.channel_dims.get(prefix), area=areas)
-            if choices.by_layer:
-                own = shares.widths[number].view(-1, 1, 1)
-            else:
-                own = along(shares.widths[choices.of_entry[span]])
             mixture = Mixture(
-                own,
+                own_shares.view(-1, 1, 1) if shares.entries is None else along(own_shares),
                 along(optimizer.clips[span]),
                 self._levels,
                 factors.get((weight, False)),
@@ -503,6 +499,19 @@ class SearchMethod(Method):
         return optimizer
 
 
+def _by_weight(shares: Shares, spans: Sequence[slice]) -> Sequence[Tensor]:
+    """Return the shares of each weight, shape (widths,), or of each of its rows or columns, shape (entries, widths).
+
+    Args:
+        shares: of one pass.
+        spans: of each weight among all entries, one after the other.
+    """
+    if shares.entries is None:
+        return shares.widths[: len(spans)].unbind()
+    # By one operator, whose gradient is one table of all entries and not one for each weight.
+    return shares.entries.split([span.stop - span.start for span in spans])
+
+
 def _along_weight(values: Tensor, dim: int | None, area: int) -> Tensor:
     """Return values of the entries of a quantizer, (entries, widths), in a shape that broadcasts over a flat weight.
 
@@ -511,9 +520,11 @@ def _along_weight(values: Tensor, dim: int | None, area: int) -> Tensor:
         dim: of the weight that entries run along; None for one entry.
         area: the number of elements of a kernel, which are columns of the flat weight.
     """
+    # In order: a kernel reads the values of columns along with the weight's, some at once.
+    by_width = values.t().contiguous()
     if dim != 1:
-        return values.t()[:, :, None]
-    columns = values.t()[:, None, :]
+        return by_width[:, :, None]
+    columns = by_width[:, None, :]
     return columns.repeat_interleave(area, 2) if area > 1 else columns
 
 

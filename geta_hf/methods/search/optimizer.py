@@ -53,11 +53,14 @@ class Shares:
         widths: of each width of each choice, fp32, shape (choices, widths).
         keep: that each group remains, fp32, shape (groups,).
         inputs: of each width of each layer's input, fp32, shape (inputs, widths); None where there is one for all.
+        entries: those of `widths` that each row or column follows, shape (entries, widths); None where each layer has
+            one choice.
     """
 
     widths: Tensor
     keep: Tensor
     inputs: Tensor | None = None
+    entries: Tensor | None = None
 
 
 class Search(torch.optim.Optimizer):
@@ -144,7 +147,7 @@ class Search(torch.optim.Optimizer):
         if (cost := self._cost_target()) is not None:
             if input_clips is not None:
                 objective.input_shares = one_hot(torch.zeros(len(input_clips), len(config.input_widths)))
-            cost.check()
+            cost.check(narrower=bool(target.budgets))
         self.step_count = 0
         self.removed = ledger.nothing
         self.weight_bits: list[int] = []
@@ -222,10 +225,15 @@ class Search(torch.optim.Optimizer):
         """Draw shares for one forward pass; their gradients go on to the choices by themselves."""
         self._follow_device()
         self._measure_clips()
+        widths = sample(self.width_logits, self.temperature, self.config.sampling)
         self.shares = Shares(
-            _passed_on(sample(self.width_logits, self.temperature, self.config.sampling), self.width_logits),
+            _passed_on(widths, self.width_logits),
             _passed_on(sample(self._keep_options, self.temperature, self.config.sampling)[:, 1], self.keep_logits),
         )
+        if not self.width_choices.by_layer:
+            # Once for all layers: the gradient of each layer's own selection would be a table of all choices.
+            entries = _passed_on(widths[self.width_choices.of_entry], self.width_logits)
+            self.shares = replace(self.shares, entries=entries)
         if self.input_logits is not None:
             inputs = sample(self.input_logits, self.temperature, self.config.sampling)
             self.shares = replace(self.shares, inputs=_passed_on(inputs, self.input_logits))
@@ -241,7 +249,9 @@ class Search(torch.optim.Optimizer):
         self._follow_device()
         self._measure_clips()
         inputs = None if self.input_logits is None else one_hot(self.input_logits)
-        return Shares(one_hot(self.width_logits), (self.keep_logits.detach() > 0).float(), inputs)
+        widths = one_hot(self.width_logits)
+        entries = None if self.width_choices.by_layer else widths[self.width_choices.of_entry]
+        return Shares(widths, (self.keep_logits.detach() > 0).float(), inputs, entries)
 
     def expected(self) -> Shares:
         """Return the present probabilities, without noise and gradients."""
@@ -447,7 +457,8 @@ class Search(torch.optim.Optimizer):
         if self.objective.target_cost is None:
             return None
         self.objective.to(torch.device("cpu"))
-        return CostTarget(self.families, Limits.of(self.config), self.ledger, self.objective)
+        self.width_choices.to(torch.device("cpu"))
+        return CostTarget(self.families, Limits.of(self.config), self.ledger, self.objective, self.width_choices)
 
     def _removed_slices(self, named: Named) -> list[Slice]:
         if self._slices is None:

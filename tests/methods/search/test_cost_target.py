@@ -12,11 +12,12 @@ import torch
 from geta_hf import SearchConfig
 from geta_hf.config import read_config
 from geta_hf.costs.expected_sizes import ExpectedSizes
-from geta_hf.costs.hardware import LatencyTable, LayerShape, MeasuredShape
+from geta_hf.costs.hardware import Expected, LatencyTable, LayerShape, MeasuredShape
 from geta_hf.costs.ledger import LayerEntry, Ledger
 from geta_hf.costs.selection import Limits
 from geta_hf.costs.targets import solve_target
 from geta_hf.errors import GETAError
+from geta_hf.methods.search.choices import WidthChoices
 from geta_hf.methods.search.cost_target import CostTarget, Steps
 from geta_hf.methods.search.objective import HardwareCost, Objective, layer_cost
 from geta_hf.quantization import quantized_layers
@@ -64,6 +65,84 @@ def test_a_latency_is_met_and_spent(targets: dict[str, Any], tmp_path: Path) -> 
         assert optimizer.ledger.relative_bops(optimizer.removed, torch.tensor(bits, dtype=torch.float64)) <= 0.08
 
 
+def scatter(optimizer: Any) -> None:
+    """Give all choices logits of their own, so that widths differ."""
+    generator = torch.Generator().manual_seed(3)
+    optimizer.width_logits.data.add_(0.2 * torch.randn(optimizer.width_logits.shape, generator=generator))
+    optimizer.keep_logits.data.add_(torch.randn(optimizer.keep_logits.shape, generator=generator))
+
+
+def cost_of_model(cost: str, method: Any, model: torch.nn.Module) -> float:
+    """Count what is left of the toy by hand: outputs and inputs of each product of one width."""
+    found = method.result()
+    heads = 3 * int((~found.removed["layers:heads"]).sum())
+    channels = int((~found.removed["layers:channels"]).sum())
+    total = 0.0
+    for number, layer in enumerate(quantized_layers(model).values()):
+        inner = (heads, heads, channels, channels)[number]
+        widths = layer.weight_quantizer.bits().round().long()
+        removed = (layer.weight == 0).all(1 - layer.weight_quantizer.channel_dim)
+        by_column = layer.weight_quantizer.channel_dim == 1
+        for width in WIDTHS:
+            count = int(((widths == width) & ~removed).sum())
+            other = inner if number % 2 and not by_column else 8
+            outputs, inputs = (other, count) if by_column else (count, other)
+            shape = LayerShape(f"layers.{number}", *SHAPES[number])
+            alone = Expected(torch.tensor([float(outputs)]), torch.tensor(float(inputs)), [width])
+            total += float(layer_cost(cost, 8, table())(shape, alone))
+    return total
+
+
+FULL = {"bitops": 8 * 6 * 288.0, "size": 6 * 288.0}
+
+
+@pytest.mark.parametrize("granularity", ["group", "row"])
+@pytest.mark.parametrize(
+    ("cost", "targets"),
+    [
+        ("size", {}),
+        ("bitops", {}),
+        ("latency", {}),
+        ("ne16_cycles", {}),
+        ("size", {"target_bops": 0.08}),
+        ("latency", {"target_bytes": 1700}),
+    ],
+)
+def test_a_cost_of_rows_and_groups_is_met_and_spent(
+    granularity: str, cost: str, targets: dict[str, Any], tmp_path: Path
+) -> None:
+    table().save(tmp_path / "table.json")
+    share = 0.94 if cost == "ne16_cycles" else 0.6
+    path = str(tmp_path / "table.json") if cost == "latency" else None
+    config = SearchConfig(
+        bits=(2, 6),
+        bit_choices=WIDTHS,
+        warmup=1,
+        search=7,
+        granularity=granularity,
+        cost=cost,
+        latency_table=path,
+        target_cost=share,
+        activation_bits=(8, 8),
+        choice_learning_rate=1e-6,  # what is not met by itself
+        **targets,
+    )
+    model, method, optimizer = loop.prepare(config, steps=12)
+    scatter(optimizer)
+    loop.train(model, method, optimizer, steps=12)
+    spent = cost_of_model(cost, method, model) / optimizer.objective.full_cost(torch.zeros(10))
+    assert method.metrics()["relative_cost"] == pytest.approx(spent, abs=1e-4)
+    assert spent <= share + 1e-9
+    # A table has an overhead for each product, and tiles are counted in full.
+    if not targets and cost in FULL:
+        assert spent > 0.95 * share
+        assert optimizer.objective.full_cost(torch.zeros(10)) == pytest.approx(FULL[cost])
+    if "target_bytes" in targets:
+        rows = optimizer._rows()
+        own = (optimizer.ledger, optimizer.target, optimizer.removed, optimizer.entry_bits)
+        assert rows.stored_bytes(*own) <= targets["target_bytes"]
+
+
 def cost_target(cost: str, target: float) -> CostTarget:
     space = toy_space()
     shapes = {name: tuple(p.shape) for name, p in Toy().named_parameters()}
@@ -73,7 +152,9 @@ def cost_target(cost: str, target: float) -> CostTarget:
     own = HardwareCost(layer_cost(cost, 8, table()), [LayerShape(f"layers.{n}", *SHAPES[n]) for n in range(4)], {})
     goal = solve_target(config, space.trainable, ledger)
     objective = Objective(ExpectedSizes(space.trainable, ledger), goal, WIDTHS, 1.0, own, 1.0, target)
-    return CostTarget(space.trainable, Limits(), ledger, objective)
+    layers = torch.arange(4)
+    choices = WidthChoices(4, layers, layers, torch.full((4,), ledger.groups), by_layer=True)
+    return CostTarget(space.trainable, Limits(), ledger, objective, choices)
 
 
 @pytest.mark.parametrize(("cost", "share"), [("bitops", 0.6), ("latency", 0.6), ("ne16_cycles", 0.94)])

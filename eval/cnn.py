@@ -1,0 +1,304 @@
+"""Trace accuracy over the size of a small convolutional network: uniform widths, searches, and QASSO.
+
+    python -m eval.cnn run --data idx_dir=fashion-mnist --work W
+    python -m eval.cnn render --work W [--curve F.svg]
+
+The network is ResNet-8 (16, 32 and 64 channels, one block each) unless `--architecture` names another. It is trained
+dense once and kept in `W`; every cell starts from there and takes the same number of steps, weights of all layers but
+the last and 8-bit inputs being quantized. The score is that of the exported folder. There are three kinds of rows:
+
+- `w8a8`, `w4a8`, `w3a8`, `w2a8`: one width for all weights from the first step on, nothing removed.
+- `search, λ`: the search with widths of rows out of 0, 2, 4 and 8 and λ times its relative size in the loss, as in the
+  paper (arXiv 2407.01054): whatever size comes out.
+- `at the bytes of` a uniform row: the search with widths of layers, groups and rows, and QASSO, to that stated size.
+
+A finished cell is one line of `W/results.jsonl`; an interrupted command goes on where it stopped, and commands with
+other `--rows` share a folder one after another. Seeds are the outer loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from transformers import set_seed
+
+from eval.results_file import Line, read_results, run_missing
+from eval.study_table import spread
+from eval.study_tasks import ImageOptions, Lengths, Task, dense_model, image_task
+from eval.tables.__main__ import pairs
+from eval.tables.cells import stored_bytes, train_cell
+from geta_hf import GETAConfig, GETAError, SearchConfig
+from geta_hf.config import CompressionConfig
+from geta_hf.utils.tables import format_table
+
+RESNET_8: Mapping[str, Any] = {"model_type": "cifar_resnet", "depths": [1, 1, 1], "num_channels": 1, "image_size": 28}
+
+SHARED: Mapping[str, Any] = {
+    "per_channel": True,
+    "include": ["."],
+    "exclude": ["classifier"],
+    "activation_bits": (8, 8),
+}
+"""Of every compressed cell. As in the paper, the last layer is not quantized."""
+
+_AT_ONCE: Mapping[str, Any] = {"warmup": 0, "projection": 0, "joint": 0, "target_sparsity": 0.0}
+_SEARCH: Mapping[str, Any] = {"warmup": 0, "search": 0.66}
+_WIDTHS = [0, 2, 3, 4, 6, 8]
+_PAPER_WIDTHS = [0, 2, 4, 8]
+
+DENSE, CONTROL = "dense", "dense, trained on"
+BY_WEIGHT, QASSO = "search, λ", "QASSO"
+UNIFORM = {8: "w8a8", 4: "w4a8", 3: "w3a8", 2: "w2a8"}
+SEARCHES = {f"search, {granularity}": granularity for granularity in ("layer", "group", "row")}
+ROWS = (DENSE, CONTROL, *UNIFORM.values(), BY_WEIGHT, *SEARCHES, QASSO)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure.
+
+    Attributes:
+        row: one of ROWS.
+        weight: λ of a row that has no stated size; None otherwise.
+        width: of the uniform row whose bytes are the target; None where none is stated.
+        seed: of the order of the data and of the search's noise.
+    """
+
+    row: str
+    weight: float | None
+    width: int | None
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, float | None, int | None, int]:
+        """What names the cell in the results."""
+        return (self.row, self.weight, self.width, self.seed)
+
+
+def cells_of(
+    seeds: Sequence[int], weights: Sequence[float], widths: Sequence[int], names: Sequence[str] | None = None
+) -> list[Cell]:
+    """Return all cells in the order in which they are run.
+
+    Args:
+        seeds: one run of every cell for each.
+        weights: each λ of the sweep.
+        widths: of uniform rows whose bytes the others are to meet.
+        names: some of ROWS; None for all.
+
+    Raises:
+        GETAError: an unknown row, or a width that no uniform row has.
+    """
+    unknown = sorted(set(names or ()) - set(ROWS))
+    if unknown:
+        raise GETAError(f"there are no rows {unknown}; there are {list(ROWS)}")
+    if unknown_widths := sorted(set(widths) - set(UNIFORM)):
+        raise GETAError(f"no uniform row has {unknown_widths[0]} bits; sizes are those of {list(UNIFORM)} bits")
+    found = []
+    for seed in seeds:
+        if seed == seeds[0]:
+            # No seed changes the model that everything starts from.
+            found.append(Cell(DENSE, None, None, seed))
+        found += [Cell(row, None, None, seed) for row in (CONTROL, *UNIFORM.values())]
+        found += [Cell(BY_WEIGHT, weight, None, seed) for weight in weights]
+        for width in widths:
+            found += [Cell(row, None, width, seed) for row in (*SEARCHES, QASSO)]
+    return [cell for cell in found if names is None or cell.row in names]
+
+
+def config_of(cell: Cell, size: int | None = None) -> CompressionConfig | None:
+    """Return the config of a cell; None for a model that is trained without compression.
+
+    Args:
+        cell: one that is trained.
+        size: the bytes of its file where it has a stated size.
+    """
+    if cell.row in (DENSE, CONTROL):
+        return None
+    for width, name in UNIFORM.items():
+        if cell.row == name:
+            return GETAConfig(**SHARED, **_AT_ONCE, bits=(width, width), initial_bits=8)
+    if cell.row == QASSO:
+        return GETAConfig(**SHARED, bits=(2, 8), split="early", target_bytes=size)
+    if cell.row == BY_WEIGHT:
+        # λ alone decides: the limit is that of nearly the full model.
+        limits: dict[str, Any] = {"cost": "size", "cost_weight": cell.weight, "target_cost": 0.999}
+        return SearchConfig(**SHARED, **_SEARCH, **limits, granularity="row", bit_choices=_PAPER_WIDTHS)
+    granularity = SEARCHES[cell.row]
+    return SearchConfig(**SHARED, **_SEARCH, granularity=granularity, bit_choices=_WIDTHS, target_bytes=size)
+
+
+def bytes_at(finished: Mapping[tuple[Any, ...], Line], cell: Cell) -> int | None:
+    """Return the bytes that a cell is to meet; None where it has no stated size.
+
+    Raises:
+        GETAError: the uniform row is missing, since it failed or is not among the rows.
+    """
+    if cell.width is None:
+        return None
+    other = UNIFORM[cell.width]
+    line = finished.get((other, None, None, cell.seed))
+    if line is None:
+        raise GETAError(
+            f"{cell.row!r} takes the size of {other!r}, which has no result with seed {cell.seed}: it failed, or is "
+            f"not among --rows; run it first"
+        )
+    return int(line["bytes"])
+
+
+def run(task: Task, work: Path, lengths: Lengths, cells: Sequence[Cell]) -> None:
+    """Run the cells that `work/results.jsonl` lacks, and append each as it ends.
+
+    Args:
+        task: the network, its images and the score.
+        work: holds the dense model and the results.
+        lengths: of every cell.
+        cells: those to run.
+
+    Raises:
+        GETAError: results under other settings.
+    """
+    dense = {**task.settings, **vars(task.dense)}
+    settings = json.loads(json.dumps({**vars(lengths), "dense": dense, "scored": task.scored}))
+    done = read_results(work)
+    if any(line["settings"] != settings for line in done):
+        raise GETAError(f"{work} holds results under other settings; give another --work")
+    finished = {(line["row"], line["weight"], line["width"], line["seed"]): line for line in done}
+    folder = dense_model(task, work)
+
+    def measure(cell: Cell) -> Line:
+        line: Line = {"study": task.name, "row": cell.row, "weight": cell.weight, "width": cell.width}
+        line |= {"seed": cell.seed, "settings": settings}
+        set_seed(cell.seed)
+        if cell.row == DENSE:
+            return line | {**task.score(task.load(folder)), "bytes": stored_bytes(folder), "relative_bops": 1.0}
+        size = bytes_at(finished, cell)
+        begin = time.perf_counter()
+        measured = train_cell(task, config_of(cell, size), task.load(folder), work, lengths, cell.seed)
+        return line | {"target_bytes": size, "seconds": round(time.perf_counter() - begin, 1), **measured}
+
+    run_missing(work, [(cell.key, cell) for cell in cells], finished, measure)
+
+
+def render(lines: Sequence[Line]) -> str:
+    """Return the results as a Markdown table, the largest file first: means over seeds with their deviation."""
+    if not lines:
+        return "no results"
+    settings = lines[0]["settings"]
+    head = (
+        f"{settings['steps']:,} steps of {settings['batch_size']} images; accuracy in percent on "
+        f"{settings['scored']['images']:,} images. The dense model was trained for "
+        f"{settings['dense']['steps']:,} steps."
+    )
+    header = ("row", "at the bytes of", "seeds", "accuracy", "kB", "mean bits", "parameters kept", "relative BOPs")
+    keys = dict.fromkeys((line["row"], line["weight"], line["width"]) for line in lines)
+    own = {key: [line for line in lines if (line["row"], line["weight"], line["width"]) == key] for key in keys}
+    ordered = sorted(own.items(), key=lambda item: -mean(line["bytes"] for line in item[1]))
+    return f"{head}\n\n{format_table(header, [_figures(key, cell) for key, cell in ordered])}"
+
+
+def _figures(key: tuple[str, float | None, int | None], lines: Sequence[Line]) -> tuple[str, ...]:
+    row, weight, width = key
+    texts = [row if weight is None else f"{row} = {weight:g}", "" if width is None else UNIFORM[width]]
+    texts += [str(len(lines)), spread([line["accuracy"] for line in lines], 2)]
+    texts.append(f"{mean(line['bytes'] for line in lines) / 1000:.1f}")
+    for name, form in (("mean_bits", ".2f"), ("kept_parameters", ".1%"), ("relative_bops", ".2%")):
+        values = [line[name] for line in lines if name in line]
+        texts.append(f"{mean(values):{form}}" if values else "")
+    return tuple(texts)
+
+
+def draw_curve(lines: Sequence[Line], path: Path) -> None:
+    """Draw accuracy over the size of the file: one curve for each kind of row, means over seeds.
+
+    Args:
+        lines: results of one work folder.
+        path: picture to write; its ending says the format.
+
+    Raises:
+        GETAError: matplotlib is missing, or there is nothing to draw.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise GETAError("a curve is drawn by matplotlib, which is missing; run `pip install matplotlib`") from error
+    curves = curve_points(lines)
+    if not curves:
+        raise GETAError("there is no compressed result to draw yet")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, points in curves.items():
+        axes.plot([size for size, _ in points], [score for _, score in points], marker="o", label=name)
+    axes.set_xlabel("kB of weights")
+    axes.set_ylabel("accuracy, %")
+    axes.set_xscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path)
+
+
+def curve_points(lines: Sequence[Line]) -> dict[str, list[tuple[float, float]]]:
+    """Return (kB, accuracy) of each point of each curve by ascending size: means over seeds."""
+    points: dict[str, dict[Any, list[Line]]] = {}
+    for line in lines:
+        if line["row"] in (DENSE, CONTROL):
+            continue
+        uniform = line["row"] in UNIFORM.values()
+        place = line["row"] if uniform else (line["weight"], line["width"])
+        points.setdefault("uniform" if uniform else line["row"], {}).setdefault(place, []).append(line)
+    return {
+        name: sorted(
+            (mean(line["bytes"] for line in cell) / 1000, mean(line["accuracy"] for line in cell))
+            for cell in cells.values()
+        )
+        for name, cells in points.items()
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command that the module's docstring describes."""
+    parser = argparse.ArgumentParser(prog="python -m eval.cnn", description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    printing = commands.add_parser("render", help="print the table as Markdown")
+    printing.add_argument("--work", type=Path, required=True)
+    printing.add_argument("--curve", type=Path, help="write accuracy over size as a picture, .svg or .png")
+    add = commands.add_parser("run", help="measure what is missing").add_argument
+    add("--work", type=Path, required=True, help="dense model and results.jsonl; a rerun continues there")
+    add("--name", default="ResNet-8", help="of the study, in the results")
+    add("--data", nargs="+", metavar="KEY=VALUE", required=True, help="fields of the recipe's DataArguments")
+    add("--architecture", nargs="+", metavar="KEY=VALUE", help="model_type=T and fields of its config")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--weights", type=float, nargs="+", default=[0.1, 0.3, 1.0, 3.0, 10.0], help="each λ of the sweep")
+    add("--widths", type=int, nargs="+", default=[4, 3, 2], help="sizes: the bytes of these uniform rows")
+    add("--rows", nargs="+", help=f"some of {', '.join(ROWS)}; all by default")
+    add("--steps", type=int, default=4000, help="of every cell")
+    add("--batch_size", type=int, default=64)
+    add("--learning_rate", type=float, default=1e-3)
+    add("--dense_steps", type=int, default=8000, help="of the first training")
+    args = parser.parse_args(argv)
+    if args.command == "run":
+        # Before the data is read and anything trained: a misspelled row costs nothing.
+        cells = cells_of(args.seeds, args.weights, args.widths, args.rows)
+        model = RESNET_8 if args.architecture is None else pairs(args.architecture, "--architecture")
+        options = ImageOptions(model, pairs(args.data, "--data"))
+        task = image_task(options, Lengths(args.dense_steps, args.batch_size, args.learning_rate), args.name)
+        run(task, args.work, Lengths(args.steps, args.batch_size, args.learning_rate), cells)
+    lines = read_results(args.work)
+    print(render(lines))
+    if args.command == "render" and args.curve is not None:
+        draw_curve(lines, args.curve)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except GETAError as error:
+        sys.exit(f"error: {error}")
