@@ -35,6 +35,7 @@ from geta_hf.methods.one_shot.gradients import sequences as rows_of
 from geta_hf.methods.one_shot.method import measure
 from geta_hf.qadg import PruningSpace
 from geta_hf.quantization import quantized_layers, select_layers
+from geta_hf.quantization.experts import experts_apart
 from geta_hf.reporting.comparison import load_model
 from geta_hf.reporting.model_card import write_card
 from geta_hf.serialization.atomic_folder import check_apart, check_target
@@ -268,24 +269,27 @@ def compress(
     config = limit_config(config, loaded, tokenizer)
     if quantized_layers(loaded):
         raise GETAError(f"{type(loaded).__name__} has quantizers already, so it was compressed; load the dense model")
-    check_model(loaded, select_layers(loaded, config.include, config.exclude))
-    _check_loaded(loaded)
-    with _tokens_restored(loaded, always=targets is not None):
-        align_tokens(loaded, tokenizer)
-        batches = make_batches(calibration_data, loaded, tokenizer, sequences=sequences, length=sequence_length)
-        recovery = None
-        if recover_steps:
-            config = _with_distillation(config, loaded, batches[0])
-            recovery = _Recovery(recover_steps, recover, learning_rate)
-        job = _Job.prepare(loaded, tokenizer, config, batches, progress)
-        job.recovery = recovery
-        job.measured.path = place.with_name(f"{place.name}.scores.safetensors")
-        job.measured.several = targets is not None
-        configs = [job.with_bytes(amount) for amount in amounts]
-        job.check_reachable(configs)
-        reports = [
-            job.run(own, folder, overwrite, keep=targets is None) for own, folder in zip(configs, places, strict=True)
-        ]
+    # Experts that share one tensor are no layers that could be rounded.
+    with experts_apart(loaded, always=targets is not None):
+        check_model(loaded, select_layers(loaded, config.include, config.exclude))
+        _check_loaded(loaded)
+        with _tokens_restored(loaded, always=targets is not None):
+            align_tokens(loaded, tokenizer)
+            batches = make_batches(calibration_data, loaded, tokenizer, sequences=sequences, length=sequence_length)
+            recovery = None
+            if recover_steps:
+                config = _with_distillation(config, loaded, batches[0])
+                recovery = _Recovery(recover_steps, recover, learning_rate)
+            job = _Job.prepare(loaded, tokenizer, config, batches, progress)
+            job.recovery = recovery
+            job.measured.path = place.with_name(f"{place.name}.scores.safetensors")
+            job.measured.several = targets is not None
+            configs = [job.with_bytes(amount) for amount in amounts]
+            job.check_reachable(configs)
+            reports = [
+                job.run(own, folder, overwrite, keep=targets is None)
+                for own, folder in zip(configs, places, strict=True)
+            ]
     return reports[0] if targets is None else reports
 
 
