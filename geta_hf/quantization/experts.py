@@ -103,7 +103,7 @@ class UnstackedExperts(nn.Module):
 
         Args:
             hidden_states, top_k_weights: as in `forward`.
-            order: int64, shape (tokens · k,): the choices, those of the first expert first.
+            order: int64, shape (choices,): places among the tokens · k choices, those of the first expert first.
             counts: how many choices each expert has.
         """
         k = top_k_weights.shape[-1]
@@ -114,15 +114,17 @@ class UnstackedExperts(nn.Module):
             for expert, part in zip(self.experts, parts, strict=True)
             if self.training or part.shape[0]
         ]
+        if not found:
+            return torch.zeros_like(hidden_states)
         weighted = torch.cat(found) * top_k_weights.reshape(-1)[order, None]
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
-        return weighted[back].view(*top_k_weights.shape, -1).sum(dim=1).to(hidden_states.dtype)
+        every = weighted.new_zeros(top_k_weights.numel(), weighted.shape[-1]).index_copy(0, order, weighted)
+        return every.view(*top_k_weights.shape, -1).sum(dim=1).to(hidden_states.dtype)
 
     def _routes(self, top_k_index: Tensor) -> tuple[Tensor, list[int]]:
         chosen = top_k_index.reshape(-1)
-        order = torch.argsort(chosen, stable=True)
-        return order, torch.bincount(chosen, minlength=len(self.experts)).tolist()
+        # Whatever lies behind the experts, as some models' choice of none does, adds nothing.
+        counts = torch.bincount(chosen, minlength=len(self.experts))[: len(self.experts)].tolist()
+        return torch.argsort(chosen, stable=True)[: sum(counts)], counts
 
     def _even_routes(self, top_k_index: Tensor) -> tuple[Tensor, list[int]]:
         total, number = top_k_index.numel(), len(self.experts)

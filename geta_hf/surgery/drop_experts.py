@@ -44,12 +44,16 @@ class DroppedExperts:
         kept: path of every module of experts -> the dense places of those that remain.
         scores: path of every module of experts -> the score of each; empty where they were named.
         unreached: paths of experts that no token of the calibration data reached.
+        parameters: elements of all parameters that are gone.
+        bytes: their bytes.
     """
 
     removed: tuple[str, ...] = ()
     kept: dict[str, tuple[int, ...]] = field(default_factory=dict)
     scores: dict[str, tuple[float, ...]] = field(default_factory=dict)
     unreached: tuple[str, ...] = ()
+    parameters: int = 0
+    bytes: int = 0
     _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     def __str__(self) -> str:
@@ -118,14 +122,22 @@ def drop_experts(
     )
     cut = _plan(model, dropped.kept)
     expected = _masked_outputs(model, cut.dims, dropped.kept, inputs)
+    before = _size(model)
     try:
         _cut(model, cut, dropped)
+        dropped.parameters, dropped.bytes = (old - new for old, new in zip(before, _size(model), strict=True))
         prove_equal(expected, attention_outputs(model, inputs), model.dtype, "smaller")
     # An interrupt too must not leave a model whose experts and configuration disagree.
     except BaseException:
         dropped.restore()
         raise
     return dropped
+
+
+def _size(model: nn.Module) -> tuple[int, int]:
+    """Return the elements and the bytes of all parameters."""
+    parameters = list(model.parameters())
+    return sum(parameter.numel() for parameter in parameters), sum(parameter.nbytes for parameter in parameters)
 
 
 def check_drop_experts(model: PreTrainedModel, wanted: int | Sequence[str]) -> None:

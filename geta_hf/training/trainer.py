@@ -282,7 +282,8 @@ class GETATrainer(PublishingTrainer):
     def _drop_experts(self, model: nn.Module) -> DroppedExperts:
         """Remove the experts that the config asks for: those it names, or those that add least."""
         wanted = self.geta_config.drop_experts
-        if not wanted:
+        # A method that has finished had the model without them.
+        if not wanted or self.method.finished:
             return DroppedExperts()
         named = not isinstance(wanted, int)
         batches = [] if named else self._first_batches(self.geta_config.calibration_batches)

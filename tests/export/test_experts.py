@@ -108,16 +108,20 @@ def test_experts_that_no_token_reaches_are_kept_and_named(tmp_path: Path) -> Non
 
 
 def test_several_sizes_leave_a_mixture_as_it_was(tmp_path: Path) -> None:
+    """With an expert of each layer removed first; sizes are shares of the model that had it."""
     model, batch = made("qwen3_moe")
     expected = model(**batch).logits
-    reports = compress(
-        model,
-        rows(model)[:0] or [{"input_ids": row["input_ids"][None]} for row in rows(model)],
-        out=tmp_path / "small",
-        targets=["60%", "40%"],
-        progress=False,
-    )
+    batches = [{"input_ids": row["input_ids"][None]} for row in rows(model)]
+    dense = sum(parameter.nbytes for parameter in model.parameters())
+    config = OneShotConfig(target_bytes=1, drop_experts=1)
+    reports = compress(model, batches, out=tmp_path / "small", targets=["60%", "40%"], config=config, progress=False)
     assert stacked_experts(model) and torch.equal(model(**batch).logits, expected)
-    for report in reports:
+    assert model.config.num_experts == 4
+    for report, share in zip(reports, (0.6, 0.4), strict=True):
         again = AutoModelForCausalLM.from_pretrained(report.path)
-        assert len(unstacked_experts(again)) == 2
+        assert again.config.num_experts == 3 and len(report.dropped_experts) == 2
+        assert all(len(module.experts) == 3 for module in unstacked_experts(again).values())
+        assert f"experts removed: {report.dropped_experts[0]}" in str(report)
+        assert dense < report.dense_bytes < 1.3 * dense
+        assert report.export.file_bytes <= share * report.dense_bytes
+        assert report.dense_parameters == sum(parameter.numel() for parameter in model.parameters())

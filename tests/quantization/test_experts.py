@@ -123,3 +123,17 @@ def test_after_a_failure_they_are_together_again() -> None:
     with experts_apart(untouched):
         pass
     assert unstacked_experts(untouched)
+
+
+@torch.no_grad()
+def test_choices_behind_the_experts_add_nothing() -> None:
+    model, _ = made("mixtral")
+    unstack_experts(model)
+    module = next(iter(unstacked_experts(model).values()))
+    hidden, weights = torch.randn(3, model.config.hidden_size), torch.rand(3, 2)
+    chosen = torch.tensor([[0, 4], [4, 4], [1, 0]])
+    found = module(hidden, chosen, weights)
+    alone = [module(hidden, torch.full((3, 1), place), torch.ones(3, 1)) for place in range(2)]
+    assert torch.allclose(found[0], weights[0, 0] * alone[0][0], atol=1e-6) and not found[1].any()
+    assert torch.allclose(found[2], weights[2, 0] * alone[1][2] + weights[2, 1] * alone[0][2], atol=1e-6)
+    assert not module(hidden, torch.full((3, 2), 4), weights).any()

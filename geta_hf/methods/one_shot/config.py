@@ -84,4 +84,3 @@ class OneShotConfig(CompressionConfig):
             self.by_block or not self.frugal, "by_block", "True with saliency='activation', which keeps one block"
         )
         self._check(not self.drop_layers, "drop_layers", "0, since no layers are dropped without training")
-        self._check(not self.drop_experts, "drop_experts", "0, since no experts are dropped without training")
