@@ -252,7 +252,7 @@ def restack_experts(model: nn.Module, weight_of: Callable[[Any], Tensor] = _dens
     """
     found = unstacked_experts(model)
     for path, module in found.items():
-        sizes = {tuple(tuple(layer.weight.shape) for layer in expert.values()) for expert in module.experts}
+        sizes = {tuple(_dense(layer).shape for layer in expert.values()) for expert in module.experts}
         if len(sizes) > 1:
             raise GETAError(
                 f"the experts of {path} kept different numbers of channels, which one tensor for all of them can't "
