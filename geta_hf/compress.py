@@ -10,7 +10,7 @@ import re
 import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -35,10 +35,12 @@ from geta_hf.methods.one_shot.gradients import sequences as rows_of
 from geta_hf.methods.one_shot.method import measure
 from geta_hf.qadg import PruningSpace
 from geta_hf.quantization import quantized_layers, select_layers
+from geta_hf.quantization.experts import experts_apart
 from geta_hf.reporting.comparison import load_model
 from geta_hf.reporting.model_card import write_card
 from geta_hf.serialization.atomic_folder import check_apart, check_target
 from geta_hf.surgery.build_space import prepare_space
+from geta_hf.surgery.drop_experts import DroppedExperts, drop_experts
 from geta_hf.training.checkpoints import base_name
 from geta_hf.training.distillation import dense_copy
 from geta_hf.training.early_checks import check_exports, check_is_model, check_model
@@ -80,6 +82,7 @@ class CompressReport:
         seconds: how long it took.
         next_command: what to run next.
         serving: what the program that `serve` names asked of the result, in sentences.
+        dropped_experts: paths of the experts that were removed first; the dense model had them.
     """
 
     path: Path
@@ -93,6 +96,7 @@ class CompressReport:
     seconds: float
     next_command: str
     serving: tuple[str, ...] = ()
+    dropped_experts: tuple[str, ...] = ()
 
     @property
     def removed_groups(self) -> int:
@@ -105,6 +109,11 @@ class CompressReport:
         rows.append(("mean bits", "", f"{self.mean_bits:.2f}"))
         rows.append(("bytes of weights", f"{self.dense_bytes:,}", _share(self.export.file_bytes, self.dense_bytes)))
         lines = [format_table(("", "dense", "compressed"), rows)]
+        if self.dropped_experts:
+            names = ", ".join(self.dropped_experts)
+            lines.append(f"experts removed: {names}")
+            if not self.outcome.has_labels:
+                lines.append("the distance of outputs is that from the model without these experts")
         if not self.removed_groups:
             lines.append("no group was removed: the budget is met by rounding alone")
         if len(self.outcome.trials) > 1:
@@ -268,24 +277,32 @@ def compress(
     config = limit_config(config, loaded, tokenizer)
     if quantized_layers(loaded):
         raise GETAError(f"{type(loaded).__name__} has quantizers already, so it was compressed; load the dense model")
-    check_model(loaded, select_layers(loaded, config.include, config.exclude))
-    _check_loaded(loaded)
-    with _tokens_restored(loaded, always=targets is not None):
-        align_tokens(loaded, tokenizer)
-        batches = make_batches(calibration_data, loaded, tokenizer, sequences=sequences, length=sequence_length)
-        recovery = None
-        if recover_steps:
-            config = _with_distillation(config, loaded, batches[0])
-            recovery = _Recovery(recover_steps, recover, learning_rate)
-        job = _Job.prepare(loaded, tokenizer, config, batches, progress)
-        job.recovery = recovery
-        job.measured.path = place.with_name(f"{place.name}.scores.safetensors")
-        job.measured.several = targets is not None
-        configs = [job.with_bytes(amount) for amount in amounts]
-        job.check_reachable(configs)
-        reports = [
-            job.run(own, folder, overwrite, keep=targets is None) for own, folder in zip(configs, places, strict=True)
-        ]
+    # Experts that share one tensor are no layers that could be rounded.
+    with experts_apart(loaded, always=targets is not None):
+        check_model(loaded, select_layers(loaded, config.include, config.exclude))
+        _check_loaded(loaded)
+        with ExitStack() as stack:
+            stack.enter_context(_tokens_restored(loaded, always=targets is not None))
+            align_tokens(loaded, tokenizer)
+            batches = make_batches(calibration_data, loaded, tokenizer, sequences=sequences, length=sequence_length)
+            dense_loss = measure(loaded, _split(batches).held_back)[0] if config.drop_experts else None
+            dropped = stack.enter_context(_without_experts(loaded, config, batches, always=targets is not None))
+            if dropped.removed:
+                config = dataclasses.replace(config, drop_experts=list(dropped.removed))
+            recovery = None
+            if recover_steps:
+                config = _with_distillation(config, loaded, batches[0])
+                recovery = _Recovery(recover_steps, recover, learning_rate)
+            job = _Job.prepare(loaded, tokenizer, config, batches, progress)
+            job.recovery, job.dropped, job.dense_loss = recovery, dropped, dense_loss
+            job.measured.path = place.with_name(f"{place.name}.scores.safetensors")
+            job.measured.several = targets is not None
+            configs = [job.with_bytes(amount) for amount in amounts]
+            job.check_reachable(configs)
+            reports = [
+                job.run(own, folder, overwrite, keep=targets is None)
+                for own, folder in zip(configs, places, strict=True)
+            ]
     return reports[0] if targets is None else reports
 
 
@@ -308,6 +325,8 @@ class _Job:
         measured: shared by the budgets.
         start: when the present budget began, in seconds.
         serving: what the program that `serve` names asks of the result.
+        dropped: the experts that were removed first.
+        dense_loss: on the held-back data, before that; None where none were.
     """
 
     model: PreTrainedModel
@@ -322,6 +341,8 @@ class _Job:
     serving: tuple[str, ...] = ()
     measured: Measured = dataclasses.field(default_factory=Measured)
     recovery: _Recovery | None = None
+    dropped: DroppedExperts = dataclasses.field(default_factory=DroppedExperts)
+    dense_loss: float | None = None
 
     @classmethod
     def prepare(
@@ -343,7 +364,8 @@ class _Job:
     @property
     def dense_bytes(self) -> int:
         """The size of model.safetensors if the dense model were saved."""
-        return dataclasses.replace(self.ledger, layers=(), row_bits={}).stored_bytes(self.ledger.nothing, 0)
+        remaining = dataclasses.replace(self.ledger, layers=(), row_bits={}).stored_bytes(self.ledger.nothing, 0)
+        return remaining + self.dropped.bytes
 
     def with_bytes(self, amount: int | str | None) -> OneShotConfig:
         """Return the config with a size in bytes, where one is given."""
@@ -395,9 +417,13 @@ class _Job:
         seconds = time.perf_counter() - self.start
         self.start = time.perf_counter()
         causal = predicts_next(self.model)
-        return _report(
+        if self.dense_loss is not None and outcome.has_labels:
+            outcome = dataclasses.replace(outcome, dense_loss=self.dense_loss)
+        report = _report(
             place, written, outcome, self.ledger, self.dense_bytes, parameters, causal, seconds, self.serving
         )
+        dense = report.dense_parameters + self.dropped.parameters
+        return dataclasses.replace(report, dense_parameters=dense, dropped_experts=self.dropped.removed)
 
     def _recover(
         self, method: OneShotMethod, config: OneShotConfig, teacher: nn.Module, outcome: Outcome, recovery: _Recovery
@@ -501,6 +527,23 @@ def _check_loaded(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise GETAError(f"{name} is on the meta device, without values; load the model on one device, in full")
+
+
+@contextmanager
+def _without_experts(
+    model: PreTrainedModel, config: OneShotConfig, batches: list[dict[str, Any]], always: bool
+) -> Iterator[DroppedExperts]:
+    """Remove the experts that the config asks for; on a failure, or always, the model has them again at the end."""
+    dropped = DroppedExperts()
+    if config.drop_experts:
+        dropped = drop_experts(model, config.drop_experts, _example(model, batches), batches, config.expert_score)
+    try:
+        yield dropped
+    except BaseException:
+        dropped.restore()
+        raise
+    if always:
+        dropped.restore()
 
 
 @contextmanager

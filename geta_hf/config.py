@@ -559,6 +559,22 @@ class CompressionConfig:
         section="Selection",
         expected="a number of layers, or a list of their paths",
     )
+    drop_experts: int | Texts = setting(
+        0,
+        "Entire experts of a mixture to remove first: how many of each layer, or their paths "
+        "(`model.layers.3.mlp.experts.5`), equally many of each layer. A number removes those of the least "
+        "`expert_score` on `calibration_batches`. The saved config names their paths.",
+        Check(_is_depth),
+        section="Selection",
+        expected="a number of experts, or a list of their paths",
+    )
+    expert_score: str = setting(
+        "routed_norm",
+        "What `drop_experts` keeps experts for: router weight times norm of the output, summed over tokens "
+        "(`routed_norm`), their number of tokens, or the norm of their weights.",
+        section="Selection",
+        choices=("routed_norm", "tokens", "magnitude"),
+    )
     prune: Texts = setting(
         [],
         "Families to make prunable in addition to heads and channels: kinds (`residual`), couplings (`norm`) or "
@@ -713,6 +729,10 @@ class CompressionConfig:
         # Earlier versions read configs that ask for no program.
         if self.serve is None:
             del plain["serve"]
+        # And those of models without experts.
+        if not self.drop_experts:
+            del plain["drop_experts"]
+            del plain["expert_score"]
         return {"method": self.method, **plain}
 
     @classmethod

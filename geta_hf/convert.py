@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -30,17 +31,21 @@ from geta_hf.qadg.group_types import Family
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.qadg.tracing.dummy_inputs import make_dummy_inputs
 from geta_hf.quantization import select_layers
+from geta_hf.quantization.layers import LAYER_TYPES
 from geta_hf.quantization.quantizer import BY_INPUT, UNSIGNED
 from geta_hf.reporting.comparison import is_export, load_model
 from geta_hf.reporting.folder_summary import CARD_NAME, empty_model_of
 from geta_hf.reporting.model_card import write_card
 from geta_hf.serialization.atomic_folder import check_apart, check_target, write_folder
-from geta_hf.serialization.sizes import check_shards
+from geta_hf.serialization.sizes import check_shards, stored_names
 from geta_hf.serialization.validate import check_links
 from geta_hf.training.checkpoints import Progress, base_name, is_finished, read_progress, stored_headers
 from geta_hf.training.complete import newest_to_export
 from geta_hf.training.lora import load_lora, merge_stored, plan_lora
 from geta_hf.utils.process_state import exclusive
+
+_OWN_LEAF = re.compile(r"\.(?=weight_quantizer\.|input_quantizer\.|lora\.)")
+"""Splits the name of a tensor of a quantizer, or of LoRA, behind the path of its layer."""
 
 
 def convert(
@@ -204,7 +209,7 @@ def load_checkpoint(checkpoint: Path, config: CompressionConfig) -> PreTrainedMo
     stored_headers(checkpoint)  # which finds what is damaged
     with _quiet():  # transformers would list every quantizer as unexpected
         model = load_model(checkpoint)
-    stored = _stored(checkpoint)
+    stored = _as_in_model(_stored(checkpoint), model)
     if (lora := load_lora(checkpoint)) is not None:
         merge_stored(model, plan_lora(model, lora, select_layers(model, config.include, config.exclude)), stored)
     # After the merge, since peft looks for plain layers; the values of the quantizers come from the checkpoint below.
@@ -225,6 +230,18 @@ def load_checkpoint(checkpoint: Path, config: CompressionConfig) -> PreTrainedMo
 def _layers_with(stored: Mapping[str, Tensor], ending: str) -> list[str]:
     """Return the layers of which a checkpoint has a buffer."""
     return [name.removesuffix(ending) for name in stored if name.endswith(ending)]
+
+
+def _as_in_model(stored: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return tensors of quantizers and of LoRA under the model's own names, where transformers renames modules."""
+    paths = {f"{path}.d": path for path, module in model.named_modules() if isinstance(module, tuple(LAYER_TYPES))}
+    pieces = stored_names(model, dict.fromkeys(paths, (1,)))
+    renamed = {found[0][0].removesuffix(".d"): paths[name] for name, found in pieces.items()}
+    found = {}
+    for name, tensor in stored.items():
+        path, *leaf = _OWN_LEAF.split(name, maxsplit=1)
+        found[".".join((renamed.get(path, path), *leaf))] = tensor
+    return found
 
 
 def _stored(checkpoint: Path) -> Mapping[str, Tensor]:

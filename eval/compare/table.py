@@ -1,6 +1,6 @@
 """Render a comparison as Markdown: a table for each budget, and the loss over bytes and over tokens.
 
-python -m eval.compare.table --work runs/compare
+python -m eval.compare.table --work runs/compare --curve curve.svg
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
+from eval.compare.curve import draw_curves
 from eval.results_file import Line, read_results
 from geta_hf.utils.tables import format_table
 
@@ -30,7 +31,7 @@ def render(lines: Sequence[Line]) -> str:
         parts.append(_table(own, dense))
         skipped = {line["method"]: line["skipped"] for line in own if "skipped" in line}
         parts += [f"Skipped: {name} ({why})." for name, why in skipped.items()]
-    parts.append(_over_bytes(lines))
+    parts += [_over_bytes(lines), _over_tokens(lines)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -183,11 +184,40 @@ def _over_bytes(lines: Sequence[Line]) -> str:
     return f"Nats above dense on {text}, over bytes of the folder:\n\n{format_table(header, rows)}"
 
 
+def _over_tokens(lines: Sequence[Line]) -> str:
+    """Return the loss on the first text of every method over the tokens that it used, within each budget."""
+    done = [line for line in lines if "above" in line.get(next(iter(texts_of(lines)), ""), {}) and line["budget"]]
+    columns = sorted({round(line["tokens"] / 1e3) for line in done if line.get("tokens") is not None})
+    if len(columns) < 2:
+        return ""
+    text = texts_of(lines)[0]
+    rows = []
+    for budget, grid, method in dict.fromkeys((line["budget"], line["grid"], line["method"]) for line in done):
+        own = [line for line in done if (line["budget"], line["grid"], line["method"]) == (budget, grid, method)]
+        row = [budget, grid, method]
+        for column in columns:
+            cell = [fmean(line[text]["above"]) for line in own if _thousands(line) == column]
+            row.append(f"{fmean(cell):.3f}" if cell else "")
+        rows.append(tuple(row))
+    header = ("budget", "grid", "method", *(f"{column} k tokens" for column in columns))
+    return f"Nats above dense on {text}, over tokens used:\n\n{format_table(header, rows)}"
+
+
+def _thousands(line: Line) -> int | None:
+    return None if line.get("tokens") is None else round(line["tokens"] / 1e3)
+
+
 def main() -> None:
     """Print the tables of a folder of results."""
     made = argparse.ArgumentParser("python -m eval.compare.table", description="tables of a comparison, as Markdown")
     made.add_argument("--work", required=True, type=Path, nargs="+", help="folders of results, rendered together")
-    print(render([line for folder in made.parse_args().work for line in read_results(folder)]))
+    made.add_argument("--curve", type=Path, help="draw losses over bytes and over tokens into this picture")
+    arguments = made.parse_args()
+    lines = [line for folder in arguments.work for line in read_results(folder)]
+    print(render(lines))
+    if arguments.curve is not None:
+        found = _latest(lines)
+        draw_curves(found, arguments.curve, next(iter(texts_of(found)), ""))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
 from geta_hf.quantization import quantized_layers
+from geta_hf.quantization.experts import routed_evenly, unstack_experts
 from geta_hf.quantization.functional import FLOAT_BITS
 from geta_hf.quantization.layer_types import CONVOLUTIONS
 from geta_hf.utils.copies import copy_module
@@ -175,9 +176,12 @@ def measure_costs(
     # Fused attention kernels are not counted by torch, so count the same maths done eagerly.
     eager = copy_module(model).eval()
     eager.set_attn_implementation("eager")
+    # Nor are the products of stacked experts.
+    unstack_experts(eager)
     uses, _ = count_uses(eager, [layer.name for layer in layers])
     looked_up = _count_look_ups(eager)
-    with FlopCounterMode(display=False) as counter:
+    # One sample may reach few of the experts; of all data each token is one for k of them.
+    with FlopCounterMode(display=False) as counter, routed_evenly(eager):
         eager(**one_sample(model, tokens, image))
     # torch counts a multiplication and an addition as two; a MAC is both.
     macs = counter.get_total_flops() // 2
@@ -240,10 +244,13 @@ def count_uses(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, int], 
 
 
 def forward_uses(model: nn.Module, names: Iterable[str], batch: Mapping[str, Any]) -> dict[str, int]:
-    """Return how often each named layer's weight is used in one forward pass on a batch, as `count_uses` counts."""
+    """Return how often each named layer's weight is used in one forward pass on a batch, as `count_uses` counts.
+
+    Experts that are apart share the tokens evenly, k of them for each token.
+    """
     uses, hooks = count_uses(model, names)
     try:
-        with eval_mode(model):
+        with eval_mode(model), routed_evenly(model):
             model(**batch)
     finally:
         for hook in hooks:

@@ -17,6 +17,7 @@ from geta_hf.costs.model_costs import Costs, bytes_on_disk, measure_costs
 from geta_hf.errors import GETAError
 from geta_hf.export.export import STRUCTURE_NAME
 from geta_hf.quantization import select_layers
+from geta_hf.quantization.experts import apart_class
 from geta_hf.reporting.latency import measure_latency
 from geta_hf.serialization.hf_quantizer import QUANT_METHOD
 from geta_hf.serialization.loader import check_blocks, check_widths
@@ -137,7 +138,7 @@ def load_model(folder: str | os.PathLike[str]) -> PreTrainedModel:
     model_class = _model_class(Path(folder))
     try:
         # Without the answer False, transformers would ask whether code of the folder may run.
-        return model_class.from_pretrained(folder, trust_remote_code=False).eval()
+        model = apart_class(model_class).from_pretrained(folder, trust_remote_code=False)
     except GETAError:
         raise
     # A damaged config may fail anywhere in the code of the model's class.
@@ -146,6 +147,9 @@ def load_model(folder: str | os.PathLike[str]) -> PreTrainedModel:
         raise GETAError(
             f"{folder} can't be loaded ({type(error).__name__}: {reason}); copy or export it again"
         ) from error
+    # Only its construction was another one.
+    model.__class__ = model_class
+    return model.eval()
 
 
 def _model_class(folder: Path) -> Any:

@@ -26,6 +26,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from geta_hf.errors import GETAError
+from geta_hf.quantization.experts import is_unstacked, unstack_experts
 from geta_hf.quantization.fixed import FixedQuantizer
 from geta_hf.quantization.maths import FOUR_LEVEL_BITS
 from geta_hf.serialization.bitpack import MAX_BITS, MIN_BITS
@@ -234,10 +235,10 @@ class GETALoader(HfQuantizer):
     """Shrink and prepare a freshly built model, then verify and decode what was loaded."""
 
     requires_calibration = True  # a dense model cannot be loaded into this format, only exported
-    revision = 6
+    revision = 7
     """Rises when folders get what earlier code refuses: 2 since they have checksums, 3 since these have 16 digits, 4
     since there may be step sizes for blocks of inputs, 5 since a layer may have several widths,
-    6 since there may be four levels at 2 bits."""
+    6 since there may be four levels at 2 bits, 7 since each expert of a mixture may have layers of its own."""
 
     quantization_config: GETAQuantizationConfig
 
@@ -318,6 +319,8 @@ class GETALoader(HfQuantizer):
         config = self.quantization_config
         # Before anything else: every later step may then rely on a header that is true to its file.
         headers = read_headers(files, model.config.name_or_path or "")
+        if is_unstacked(model.config):
+            unstack_experts(model)
         apply_fixes(model, config.fixes)
         self._decoders: list[Decode] = []
         tied = tied_weights(model)

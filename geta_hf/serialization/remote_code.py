@@ -32,6 +32,7 @@ CARRIED = (
     "geta_hf.utils.config_limits",
     "geta_hf.quantization.maths",
     "geta_hf.quantization.fixed",
+    "geta_hf.quantization.experts",
     "geta_hf.serialization.bitpack",
     "geta_hf.serialization.packed_layers",
     "geta_hf.serialization.checksums",

@@ -45,7 +45,7 @@ def shorter_changes(model: PreTrainedModel, kept: Kept) -> list[Change]:
     for place, twin in short.named_modules():
         origin = dense.get_submodule(_before(place, kept))
         _check_alike(origin, twin, place)
-        changes += _differences(origin, twin, place)
+        changes += differences(origin, twin, place)
     return changes
 
 
@@ -92,12 +92,22 @@ def _check_alike(origin: nn.Module, twin: nn.Module, place: str) -> None:
         )
 
 
-def _differences(origin: Any, twin: Any, place: str, path: Path = ()) -> Iterator[Change]:
-    """Yield what differs because of the places: integers and lists are taken over, anything else is refused."""
+def differences(origin: Any, twin: Any, place: str, path: Path = ()) -> Iterator[Change]:
+    """Yield what differs between a module and its smaller twin: integers and lists are taken over.
+
+    Args:
+        origin: the module, or a configuration within it.
+        twin: what another configuration builds in its place.
+        place: path of the module.
+        path: the way from the module to the configuration.
+
+    Raises:
+        GETAError: anything else differs.
+    """
     for name, value in vars(twin).items():
         before = vars(origin).get(name)
         if isinstance(value, PreTrainedConfig) and isinstance(before, PreTrainedConfig):
-            yield from _differences(before, value, place, (*path, name))
+            yield from differences(before, value, place, (*path, name))
         elif _plain(value) and _plain(before) and value != before:
             # Integers follow the place, as `layer_idx` does, by which a cache finds its keys. A float or a string (a
             # layer's dropout, its kind of attention) says that the layer that remains is built as another one.

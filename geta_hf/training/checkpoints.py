@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +41,23 @@ class Progress:
     finished: bool
     removed_groups: int
     base_model: str | None = None
+
+
+@contextmanager
+def own_names(model: nn.Module) -> Iterator[None]:
+    """Let `save_pretrained` write tensors under the model's own names for a while, without transformers' renaming.
+
+    Trainer resumes by the names that are in the file, and would go on without those that it does not find.
+    """
+    before = vars(model).get("_weight_conversions")
+    vars(model)["_weight_conversions"] = []
+    try:
+        yield
+    finally:
+        if before is None:
+            del vars(model)["_weight_conversions"]
+        else:
+            vars(model)["_weight_conversions"] = before
 
 
 def write_notes(

@@ -31,7 +31,9 @@ from geta_hf.qadg.propagation.propagate import record_and_propagate
 from geta_hf.qadg.tracing.dummy_inputs import empty_model, make_dummy_inputs
 from geta_hf.qadg.tracing.raw_reads import recorded_raw_reads
 from geta_hf.quantization import detach_quantizers, quantized_layers, select_layers
+from geta_hf.quantization.experts import unstack_experts
 from geta_hf.quantization.kernels import outlined
+from geta_hf.surgery.drop_experts import check_drop_experts
 from geta_hf.surgery.drop_layers import check_drop
 from geta_hf.training.distillation import Distiller
 from geta_hf.training.fake_tensors import OUTLINE, Live, outline_of, outlines, without_data
@@ -126,6 +128,8 @@ def _plan_memory(
     temporary = max(temporary, own.temporary)
     if config is not None and config.drop_layers:
         notes = (*notes, "of the full model, though drop_layers will remove layers before training")
+    if config is not None and config.drop_experts:
+        notes = (*notes, "of the full model, though drop_experts will remove experts before training")
     copies = _trial_cut_memory(model, batch, space)
     before = Moment(backward.weights, teacher=backward.teacher, activations=copies) if copies else Moment()
     return MemoryPlan(
@@ -429,12 +433,15 @@ def dry_run(
     parameters = sum(parameter.numel() for parameter in empty.parameters())
     if config is None:
         return DryRun(parameters, None, None, plan_memory(empty, batch, args, device=device))
+    unstack_experts(empty)
     config = limit_config(config, empty)
     _check_stages(make_method(config), args, steps)
     # Recording computes masks and positions from real values, and of `batch` only the shapes count.
     example = make_dummy_inputs(empty)
     if config.drop_layers:
         check_drop(empty, config.drop_layers, example)
+    if config.drop_experts:
+        check_drop_experts(empty, config.drop_experts)
     flow = record_and_propagate(empty, example, times=2)
     space = build_space(empty, example, prune=config.prune, keep=config.keep, flow=flow)
     space = space if peft_config is not None else without_untrained(space, empty)

@@ -26,12 +26,14 @@ from geta_hf.methods.frozen_weights import FrozenWeights
 from geta_hf.methods.parameter_groups import quantizer_parameters
 from geta_hf.qadg import PruningSpace
 from geta_hf.quantization import detach_quantizers, select_layers
+from geta_hf.quantization.experts import experts_apart
 from geta_hf.reporting.comparison import Structure
 from geta_hf.reporting.model_card import write_card
 from geta_hf.serialization.tied_weights import check_ties
 from geta_hf.surgery.build_space import prepare_space
+from geta_hf.surgery.drop_experts import DroppedExperts, drop_experts
 from geta_hf.surgery.drop_layers import DroppedLayers, drop_layers, mean_loss
-from geta_hf.training.checkpoints import Progress, base_name, check_checkpoint, write_notes
+from geta_hf.training.checkpoints import Progress, base_name, check_checkpoint, own_names, write_notes
 from geta_hf.training.complete import mark_complete, mark_unfinished, newest_to_resume
 from geta_hf.training.console import name_stages
 from geta_hf.training.distillation import Distiller, dense_copy
@@ -93,8 +95,9 @@ class GETATrainer(PublishingTrainer):
     Attributes:
         method: the compression method.
         dropped: the layers that the model lost under `drop_layers`.
-        run_config: `geta_config` with the paths of the dropped layers in place of their number, and with the layers
-            excluded whose weight the model reads itself; checkpoints and the export hold this one.
+        dropped_experts: the experts that it lost under `drop_experts`.
+        run_config: `geta_config` with the paths of the dropped layers and experts in place of their number, and with
+            the layers excluded whose weight the model reads itself; checkpoints and the export hold this one.
         space: the pruning space.
         plan: what the run is to end with; printed when the trainer is made.
 
@@ -138,56 +141,57 @@ class GETATrainer(PublishingTrainer):
         given = geta_config or GETAConfig()
         self.geta_config = self.run_config = limit_config(given, model, kwargs.get("processing_class"))
         self.method: Method = make_method(self.geta_config) if method is None else method
-        self.lora = self._check_model(model, peft_config)
-        super().__init__(model=model, args=args, **kwargs)
-        callbacks = self.callback_handler.callbacks
-        name_stages(callbacks, lambda: self.method)
-        callbacks.insert(0, StructurePicture(callbacks, self._decided_structure))
-        share = self.method.held_out_share
-        self.train_dataset, self._held_out = split_rows(self.train_dataset, share, self.args.seed)
-        align_tokens(model, self.processing_class)
-        launch = Launch.of(self.accelerator, self.model)
-        check_length(self.args)
-        check_follows(self.method, launch)
-        check_options(self.args, launch, self.optimizer, self.lr_scheduler, lora=self.lora is not None)
-        # Kept, since later on not every process may draw from the loader, which all of them share.
-        self._batch = self._choose_batch(model)
-        check_batch_norm(model, self.args, self._batch)
-        self.method.check_stages(*planned_steps(self.args, self.get_train_dataloader))
-        check_exports(model, self._batch, self._layers_to_quantize(model))
-        teacher = self._choose_teacher(model, teacher)
-        self.dropped = self._drop_layers(model)
-        self.run_config = self._resolve_config()
-        try:
-            self._leave_float(model)
-            self.lora = self._replan_lora(model)
-            self.space = self._find_space(model)
-            self.distiller = self._make_distiller(model, teacher)
-            self.method.prepare(self.space)
-            self.method.attach(model, self._sample_batches)
-            check_ties(model)
-            self._ledger = self._measure_sizes(model)
-            self.plan: Plan = make_plan(
-                self.geta_config, self.space, self._ledger, model, left_float(self.geta_config, self.run_config)
-            )
-            self.plan = dataclasses.replace(self.plan, not_vanilla=self._not_vanilla, serving=self._serving)
-            if self.lora is not None:
-                # Last, since the matrices are merged before an export: no size and no bit width counts them.
-                attach_lora(model, self.lora)
-            self._terms = LossTerms(self.distiller, self.method, self.accelerator.autocast)
-            self.compute_loss = self._terms.around(self.compute_loss, lambda: self._plain_model, self._loss_scale)  # type: ignore[method-assign]
-        except BaseException:
-            detach_quantizers(model)  # so that the same model can be tried again under another config
-            self.dropped.restore()
-            raise
-        # Until here a failure gives the layers back; from here on they only take memory.
-        self.dropped.release()
-        # Training will turn the model's parameters into shards; an export fills this copy, whose shapes are complete.
-        self._skeleton = empty_copy(model) if self.is_fsdp_enabled else None
-        self._bad_loss = torch.zeros((), dtype=torch.bool, device=self.args.device)
-        self._wrapped = self._gradients_checked = False
-        self._dtypes: DTypes = {}
-        self._print_plan()
+        # Experts that share one tensor are no layers that could be quantized.
+        with experts_apart(model):
+            self.lora = self._check_model(model, peft_config)
+            super().__init__(model=model, args=args, **kwargs)
+            callbacks = self.callback_handler.callbacks
+            name_stages(callbacks, lambda: self.method)
+            callbacks.insert(0, StructurePicture(callbacks, self._decided_structure))
+            share = self.method.held_out_share
+            self.train_dataset, self._held_out = split_rows(self.train_dataset, share, self.args.seed)
+            align_tokens(model, self.processing_class)
+            launch = Launch.of(self.accelerator, self.model)
+            check_length(self.args)
+            check_follows(self.method, launch)
+            check_options(self.args, launch, self.optimizer, self.lr_scheduler, lora=self.lora is not None)
+            # Kept, since later on not every process may draw from the loader, which all of them share.
+            self._batch = self._choose_batch(model)
+            check_batch_norm(model, self.args, self._batch)
+            self.method.check_stages(*planned_steps(self.args, self.get_train_dataloader))
+            check_exports(model, self._batch, self._layers_to_quantize(model))
+            teacher = self._choose_teacher(model, teacher)
+            self._drop(model)
+            try:
+                self._leave_float(model)
+                self.lora = self._replan_lora(model)
+                self.space = self._find_space(model)
+                self.distiller = self._make_distiller(model, teacher)
+                self.method.prepare(self.space)
+                self.method.attach(model, self._sample_batches)
+                check_ties(model)
+                self._ledger = self._measure_sizes(model)
+                self.plan: Plan = make_plan(
+                    self.geta_config, self.space, self._ledger, model, left_float(self.geta_config, self.run_config)
+                )
+                self.plan = dataclasses.replace(self.plan, not_vanilla=self._not_vanilla, serving=self._serving)
+                if self.lora is not None:
+                    # Last, since the matrices are merged before an export: no size and no bit width counts them.
+                    attach_lora(model, self.lora)
+                self._terms = LossTerms(self.distiller, self.method, self.accelerator.autocast)
+                self.compute_loss = self._terms.around(self.compute_loss, lambda: self._plain_model, self._loss_scale)  # type: ignore[method-assign]
+            except BaseException:
+                self._restore(model)
+                raise
+            # Until here a failure gives the layers back; from here on they only take memory.
+            self.dropped.release()
+            self.dropped_experts.release()
+            # Training will turn the model's parameters into shards; an export fills this copy, whose shapes are whole.
+            self._skeleton = empty_copy(model) if self.is_fsdp_enabled else None
+            self._bad_loss = torch.zeros((), dtype=torch.bool, device=self.args.device)
+            self._wrapped = self._gradients_checked = False
+            self._dtypes: DTypes = {}
+            self._print_plan()
 
     @property
     def qasso(self) -> Any:
@@ -244,6 +248,22 @@ class GETATrainer(PublishingTrainer):
             kept=self.dropped.kept,
         )
 
+    def _drop(self, model: nn.Module) -> None:
+        """Remove the layers and experts that the config asks for, and note which."""
+        self.dropped = self._drop_layers(model)
+        try:
+            self.dropped_experts = self._drop_experts(model)
+        except BaseException:
+            self.dropped.restore()
+            raise
+        self.run_config = self._resolve_config()
+
+    def _restore(self, model: nn.Module) -> None:
+        """Make a model what it was, so that it can be tried again under another config."""
+        detach_quantizers(model)
+        self.dropped_experts.restore()
+        self.dropped.restore()
+
     def _drop_layers(self, model: nn.Module) -> DroppedLayers:
         """Remove the layers that the config asks for: those it names, or those that the loss misses least."""
         wanted = self.geta_config.drop_layers
@@ -259,11 +279,28 @@ class GETATrainer(PublishingTrainer):
 
         return drop_layers(model, wanted, self._batch, loss, self._layers_to_quantize(model))
 
+    def _drop_experts(self, model: nn.Module) -> DroppedExperts:
+        """Remove the experts that the config asks for: those it names, or those that add least."""
+        wanted = self.geta_config.drop_experts
+        # A method that has finished had the model without them.
+        if not wanted or self.method.finished:
+            return DroppedExperts()
+        named = not isinstance(wanted, int)
+        batches = [] if named else self._first_batches(self.geta_config.calibration_batches)
+        return drop_experts(
+            model,
+            wanted,
+            self._batch,
+            batches,
+            self.geta_config.expert_score,
+            lambda total: self.accelerator.reduce(total, "sum"),  # every process has batches of its own
+        )
+
     def _resolve_config(self) -> CompressionConfig:
-        """Return the config with the paths of dropped layers, by which a resumed run drops the same ones."""
-        if not self.dropped.removed:
-            return self.geta_config
-        return dataclasses.replace(self.geta_config, drop_layers=list(self.dropped.removed))
+        """Return the config with the paths of dropped layers and experts, by which a resumed run drops the same."""
+        named = {"drop_layers": self.dropped.removed, "drop_experts": self.dropped_experts.removed}
+        changes: dict[str, Any] = {name: list(paths) for name, paths in named.items() if paths}
+        return dataclasses.replace(self.geta_config, **changes) if changes else self.geta_config
 
     def _leave_float(self, model: nn.Module) -> None:
         """Exclude layers whose weight the model reads itself, past the layer's forward and any quantizer."""
@@ -349,8 +386,9 @@ class GETATrainer(PublishingTrainer):
     def _print_plan(self) -> None:
         if not self.is_world_process_zero():
             return
-        if self.dropped.removed:
-            print(self.dropped)
+        for dropped in (self.dropped, self.dropped_experts):
+            if dropped.removed:
+                print(dropped)
         print(self.plan)
 
     # --- optimizer ----------------------------------------------------------------------------------------------------
@@ -537,7 +575,8 @@ class GETATrainer(PublishingTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # Before anything is written: a bad checkpoint could push the last good one out (save_total_limit).
         self._check_finite()
-        super()._save(output_dir, state_dict)
+        with own_names(self._plain_model):
+            super()._save(output_dir, state_dict)
         progress = self._describe_progress()
         if not self.args.should_save:
             return

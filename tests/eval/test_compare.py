@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from eval.compare import job as jobs
 from eval.compare import run as compare
-from eval.compare import shared
+from eval.compare import shared, table
+from eval.compare.curve import draw_curves, points_over
 from eval.compare.job import Budget, Job, batches_of, bytes_after, bytes_for, read_budget
 from eval.compare.method import load_methods, missing_packages
 from eval.compare.scores import CHOICES, Choice
 from eval.compare.table import render
-from eval.results_file import read_results
+from eval.results_file import append_result, read_results
 from geta_hf import GETAError
 from geta_hf.costs.ledger import LayerEntry, Ledger
 from geta_hf.methods import OneShotConfig, OneShotMethod
@@ -244,6 +245,25 @@ def test_tables_pair_errors_and_name_what_is_missing() -> None:
     assert "Skipped: gone (spam not installed)." in text
     (far,) = [line for line in text.splitlines() if line.startswith("| far")]
     assert "out of reach" in far
+
+
+def test_losses_are_shown_over_bytes_and_over_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = [{**line, "steps": 40, "tokens": 44_000, "a": {"above": [0.1, 0.1]}} for line in LINES if "share" in line]
+    lines = [*LINES, *trained]
+    (row,) = [line for line in render(lines).splitlines() if line.startswith("| B=3 ") and " other" in line]
+    assert [cell.strip() for cell in row.split("|")[4:6]] == ["0.500", "0.100"]
+    assert "| 4 k tokens | 44 k tokens |" in render(lines) and "over tokens" not in render(LINES)
+    own = [line for line in lines if line["method"] == "other"]
+    assert points_over(own, "a", "tokens") == [(4000, pytest.approx(0.5)), (44_000, pytest.approx(0.1))]
+    pytest.importorskip("matplotlib")
+    for line in lines:
+        append_result(tmp_path, line)
+    picture = tmp_path / "curve.svg"
+    monkeypatch.setattr("sys.argv", ["table", "--work", str(tmp_path), "--curve", str(picture)])
+    table.main()
+    assert b"<path" in picture.read_bytes()
+    with pytest.raises(GETAError, match="no method has a score on a"):
+        draw_curves(LINES[:1], picture, "a")
 
 
 def options(work: Path, text: Path, *more: str) -> argparse.Namespace:

@@ -101,8 +101,9 @@ def test_experts_of_a_mixture_are_foreseen_in_every_dtype(batch, tmp_path, dtype
 
 def test_a_dry_run_of_a_mixture_plans_its_experts(batch, tmp_path) -> None:
     found = dry_run(mixtral(), batch, arguments(tmp_path), GETAConfig())
-    assert ("channels", 2, 64) in [(row.kind, row.families, row.groups) for row in found.plan.rows]
-    assert "not quantized" in str(found) and "model.layers.*.mlp.experts" in str(found)
+    assert ("channels", 4 * 2, 64) in [(row.kind, row.families, row.groups) for row in found.plan.rows]
+    # Each expert is quantized; the router is no linear layer.
+    assert "not quantized" in str(found) and "(model.layers.*.mlp.gate)" in str(found)
 
 
 @pytest.mark.parametrize("half", [False, True])

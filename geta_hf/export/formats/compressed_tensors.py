@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from geta_hf.errors import GETAError
 from geta_hf.export.formats.vanilla import write_plain
+from geta_hf.quantization.experts import unstacked_experts
 from geta_hf.quantization.maths import BLOCK
 from geta_hf.serialization.encode import layer_codes
 from geta_hf.serialization.packed_layers import PackedLayer, packed_layers
@@ -123,10 +124,13 @@ def packable(model: PreTrainedModel) -> dict[str, PackedLayer]:
     """Return the layers whose weights the format can hold, by module path."""
     # A tied weight must exist under its dense name: the other module reads it from there.
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    # Experts are stored stacked, without packing.
+    experts = tuple(f"{name}." for name in unstacked_experts(model))
     return {
         name: layer
         for name, layer in packed_layers(model).items()
         if isinstance(layer, nn.Linear)
+        and not name.startswith(experts)
         and layer.integer_bits <= MAX_BITS
         and uses[id(layer.weight)] == 1
         and _fills(layer)

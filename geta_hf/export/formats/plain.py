@@ -17,11 +17,13 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from geta_hf.errors import GETAError
+from geta_hf.quantization.experts import MARK, restack_experts, unstacked_experts
 from geta_hf.serialization.encode import dense_weight
 from geta_hf.serialization.hf_quantizer import GETAQuantizationConfig
-from geta_hf.serialization.packed_layers import packed_layers
+from geta_hf.serialization.packed_layers import PackedLayer, packed_layers
 from geta_hf.surgery.config_view import is_config
 from geta_hf.surgery.fixes import read_attribute
+from geta_hf.utils.copies import copy_module
 
 Place = tuple[str | int, ...]
 """The way to one number in config.json: keys of objects, places in lists."""
@@ -38,6 +40,7 @@ LEFT_OUT = (
     "per_layer_config",
     "allow_global_per_layer_attribute_access",
     "_heterogeneity_spec",
+    MARK,
 )
 """Keys of config.json, and attributes of a configuration, of our own format; no other format repeats them."""
 
@@ -60,9 +63,19 @@ def plain_models(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     Raises:
         GETAError: no configuration gives the tensors their shapes; the message says why.
     """
+    model = _stacked(model)
     search = ConfigSearch(model)
     for changes in search.solutions():
         yield _filled(search.build(changes), model)
+
+
+def _stacked(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model whose experts are in stacked tensors, which is what its class builds from an ordinary config."""
+    if not unstacked_experts(model):
+        return model
+    copied = copy_module(model, {id(parameter): parameter for parameter in model.parameters()})
+    restack_experts(copied, lambda layer: dense_weight(layer) if isinstance(layer, PackedLayer) else layer.weight)
+    return copied
 
 
 def _filled(plain: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
@@ -272,7 +285,9 @@ def _fixed_attributes(model: PreTrainedModel) -> list[tuple[str, str]]:
     """Return module path and name of every attribute that surgery changed."""
     quantization = getattr(model.config, "quantization_config", None)
     attributes = quantization.fixes["attrs"] if isinstance(quantization, GETAQuantizationConfig) else {}
-    return [(path, name) for path, names in attributes.items() for name in names]
+    # Those of layers of experts are gone where these are stacked.
+    present = dict(model.named_modules())
+    return [(path, name) for path, names in attributes.items() if path in present for name in names]
 
 
 def _attribute_sizes(model: nn.Module, attributes: list[tuple[str, str]]) -> Sizes:

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from geta_hf.errors import GETAError
 from geta_hf.export.formats.plain import plain_models
+from geta_hf.quantization.experts import stacked_experts, unstacked_experts
 from geta_hf.serialization.encode import activation_bits
 from geta_hf.surgery.compare_outputs import attention_outputs, prove_alike
 from geta_hf.surgery.verify import check_generation
@@ -86,12 +87,27 @@ def write_plain(
 
 def _settle_experts(plain: PreTrainedModel, model: PreTrainedModel) -> None:
     """Let config.json say that experts run one by one, where their remaining rows do not suit the fused kernel."""
-    if model.config._experts_implementation == "eager" and model._can_set_experts_implementation():
+    # Experts that were apart run one by one in this model, whatever their sizes.
+    if unstacked_experts(model) and any(_unaligned(stack) for stack in _stacks(plain)):
+        eager = True
+    else:
+        eager = model.config._experts_implementation == "eager"
+    if eager and model._can_set_experts_implementation():
         plain.config.experts_implementation = "eager"
         logger.warning(
             "config.json says experts_implementation = eager, which is slower: the fused kernel needs rows of a "
             "multiple of 16 bytes, which the cut experts do not have; train with multiple_of = 8 to use it"
         )
+
+
+def _stacks(model: PreTrainedModel) -> list[Tensor]:
+    """Return the tensors of stacked experts."""
+    modules = stacked_experts(model).values()
+    return [tensor for module in modules for tensor in module._parameters.values() if tensor.dim() == 3]
+
+
+def _unaligned(stack: Tensor) -> bool:
+    return any(size * stack.element_size() % 16 for size in stack.shape[1:])
 
 
 @torch.no_grad()

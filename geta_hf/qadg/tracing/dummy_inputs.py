@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput
 
 from geta_hf.errors import GETAError
 from geta_hf.qadg.tracing.record_forward import record_forward
+from geta_hf.quantization.experts import is_unstacked, unstack_experts
 from geta_hf.utils.config_limits import check_counts
 from geta_hf.utils.process_state import exclusive
 
@@ -102,6 +103,8 @@ def build_empty(model_class: type[PreTrainedModel], config: PreTrainedConfig, **
     try:
         with exclusive(), _Sized(), _without_weights():
             model = model_class._from_config(config, **options)
+            if is_unstacked(config):
+                unstack_experts(model)
     except GETAError:
         raise
     # A configuration that is damaged may fail anywhere in the code of its class.
