@@ -239,7 +239,7 @@ def _as_in_model(stored: Mapping[str, Tensor], model: PreTrainedModel) -> dict[s
     renamed = {found[0][0].removesuffix(".d"): paths[name] for name, found in pieces.items()}
     found = {}
     for name, tensor in stored.items():
-        path, *leaf = _OWN_LEAF.split(name, maxsplit=1)
+        path, *leaf = [part for part in _OWN_LEAF.split(name, maxsplit=1) if part is not None]
         found[".".join((renamed.get(path, path), *leaf))] = tensor
     return found
 

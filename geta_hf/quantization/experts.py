@@ -216,7 +216,7 @@ def _unstack(module: Any) -> None:
         }
         module.add_module(str(place), nn.ModuleDict(layers).train(module.training))
     original = type(module)
-    module.__class__ = _unstacked_class(original)
+    module.__class__ = _unstacked_class(original)  # type: ignore[arg-type]  # a class can be hashed
     module.up_name = up_name
     module.plain_class = original
     module.routing = None
@@ -276,7 +276,7 @@ def _restack(module: UnstackedExperts, weight_of: Callable[[Any], Tensor]) -> No
             module.register_parameter(f"{name}{_BIAS}", nn.Parameter(biases, layers[0].bias.requires_grad))
     for name in [name for name in module._modules if name.isdecimal()]:
         del module._modules[name]
-    module.__class__ = module.plain_class
+    module.__class__ = module.plain_class  # type: ignore[assignment]  # plain again from here on
     for name in ("up_name", "plain_class", "routing", "_is_hf_initialized"):
         del module.__dict__[name]
 
