@@ -101,7 +101,11 @@ def open_session(folder: Path, entries: dict[str, str], threads: int) -> onnxrun
 
 @torch.no_grad()
 def medians(
-    sessions: dict[str, onnxruntime.InferenceSession], models: dict[str, PreTrainedModel], batch: Batch, repeats: int
+    sessions: dict[str, onnxruntime.InferenceSession],
+    models: dict[str, PreTrainedModel],
+    batch: Batch,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     feeds = {name: tensor.numpy() for name, tensor in batch.items()}
     calls: dict[str, Callable[[], object]] = {name: partial(one.run, None, feeds) for name, one in sessions.items()}
@@ -109,9 +113,9 @@ def medians(
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats + 1):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 

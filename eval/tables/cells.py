@@ -212,12 +212,14 @@ def time_images(task: Task, folder: Path, dense: Path, *, compressed: bool) -> L
         compressed: the folder is an export, whose layers take their fastest path first.
 
     Returns:
-        Medians in milliseconds: `ms`, and `dense_ms` on the same machine at the same time. Empty for other tasks.
+        Medians in milliseconds of the processor's time, summed over threads, which other programs on the machine change
+        little: `ms`, and `dense_ms` beside it. Empty for other tasks.
     """
     if not task.calibration:
         return {}
     models = {"ms": task.load(folder).eval(), "dense_ms": task.load(dense).eval()}
     if compressed:
         prepare_for_inference(models["ms"], batch=task.collator(task.calibration[:1]))
-    found = measure_latency(models, 0, image=measure_costs(models["dense_ms"]).image)
+    image = measure_costs(models["dense_ms"]).image
+    found = measure_latency(models, 0, image=image, clock=time.process_time)
     return {name: round(value, 2) for name, value in found.items()}
