@@ -33,6 +33,7 @@ from geta_hf.reporting.graph_page import gather, gather_unsupported, pattern, sp
 from geta_hf.reporting.html_report import write_report
 from geta_hf.reporting.hub import files_to_push, push_to_hub
 from geta_hf.serialization.validate import check_headers, check_readable
+from geta_hf.surgery.trial_cut import try_cuts
 from geta_hf.utils.quiet import quiet
 from geta_hf.utils.version import __version__
 
@@ -177,7 +178,8 @@ def inspect(arguments: argparse.Namespace) -> None:
         check_headers(model, Path(arguments.model))
     batch = make_dummy_inputs(model)
     flow = record_and_propagate(model, batch)
-    space = space_of(flow, arguments.prune, arguments.keep)
+    # As the trainer will: what the model's own code can't follow is not listed as prunable.
+    space = try_cuts(model, space_of(flow, arguments.prune, arguments.keep), batch, required=False)
     seconds = time.perf_counter() - start
     sections = [_headline(model, batch, len(flow.graph.nodes)), family_table(space.families), *_remarks(model, space)]
     if raw := _read_raw(model, flow.graph):

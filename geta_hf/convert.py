@@ -239,8 +239,9 @@ def _as_in_model(stored: Mapping[str, Tensor], model: PreTrainedModel) -> dict[s
     renamed = {found[0][0].removesuffix(".d"): paths[name] for name, found in pieces.items()}
     found = {}
     for name, tensor in stored.items():
-        path, *leaf = [part for part in _OWN_LEAF.split(name, maxsplit=1) if part is not None]
-        found[".".join((renamed.get(path, path), *leaf))] = tensor
+        leaf = _OWN_LEAF.search(name)
+        end = len(name) if leaf is None else leaf.start()
+        found[renamed.get(name[:end], name[:end]) + name[end:]] = tensor
     return found
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig
+from transformers import BertConfig, PvtV2Config
 
 from geta_hf import cli
 from geta_hf.cli import family_table, main
 from geta_hf.qadg.group_types import Family, Member
+from tests.architectures import ARCHITECTURES
 from tests.conftest import tiny_bert_config
 from tests.qadg.models import Block
 
@@ -55,6 +56,18 @@ def test_inspect_reads_a_config_file_and_writes_a_page(folder: Path, capsys: pyt
     assert main(["inspect", str(folder / "config.json"), "--html", str(page)]) == 0
     assert f"wrote {page}" in capsys.readouterr().out
     assert "bert.encoder.layer.{0..2}:channels" in page.read_text()
+
+
+def test_heads_that_the_trainer_will_refuse_are_not_listed_as_prunable(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    architecture = ARCHITECTURES["pvt_v2"]
+    PvtV2Config(**architecture.settings, architectures=[architecture.model]).save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    table = rows(capsys.readouterr().out)
+    heads = [line for name, line in table.items() if name.endswith(":heads")]
+    assert heads and all("the code fixes" in " ".join(line) for line in heads)
+    assert {line[-1] for name, line in table.items() if name.endswith("mlp:channels")} == {"yes"}
 
 
 def test_prune_and_keep_switch_families(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,9 +16,10 @@ from eval.results_file import Line, read_results, run_missing
 from eval.study_rules import kept_shares
 from eval.study_tasks import Lengths, Task, dense_model, training_arguments
 from eval.tables.rows import Row, Table, config_of
-from geta_hf import GETAError, GETATrainer, compress, measure_costs
+from geta_hf import GETAError, GETATrainer, compress, measure_costs, prepare_for_inference
 from geta_hf.config import CompressionConfig
 from geta_hf.methods import OneShotConfig
+from geta_hf.reporting.latency import measure_latency
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def train_cell(
         task: what to train.
         config: of the compression; None trains without.
         model: to start from.
-        work: a folder for the export, which is removed again.
+        work: holds the dense model in `dense`, and the export until it is scored.
         lengths: of the training.
         seed: of the order of the data and of dropout.
     """
@@ -176,6 +177,7 @@ def train_cell(
     if task.calibration:
         found["images"] = lengths.steps * lengths.batch_size
     found |= task.score(task.load(written))
+    found |= time_images(task, written, work / "dense", compressed=config is not None)
     shutil.rmtree(written)
     return found
 
@@ -190,6 +192,7 @@ def compress_cell(task: Task, folder: Path, config: OneShotConfig) -> Line:
     relative = measure_costs(model).bops_linear / measure_costs(dense, names=names).bops_linear
     found: Line = {"relative_bops": relative, "mean_bits": report.mean_bits, "tokens": 0}
     found |= {"bytes": stored_bytes(written), **task.score(model)}
+    found |= time_images(task, written, folder, compressed=True)
     shutil.rmtree(written)
     return found
 
@@ -197,3 +200,26 @@ def compress_cell(task: Task, folder: Path, config: OneShotConfig) -> Line:
 def stored_bytes(folder: Path) -> int:
     """Return the bytes of a folder's safetensors files."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def time_images(task: Task, folder: Path, dense: Path, *, compressed: bool) -> Line:
+    """Time a forward pass on one image, of the model in a folder and of the dense model in turns.
+
+    Args:
+        task: of images; there is nothing to time for another.
+        folder: the model.
+        dense: the folder of the dense model.
+        compressed: the folder is an export, whose layers take their fastest path first.
+
+    Returns:
+        Medians in milliseconds of the processor's time, summed over threads, which other programs on the machine change
+        little: `ms`, and `dense_ms` beside it. Empty for other tasks.
+    """
+    if not task.calibration:
+        return {}
+    models = {"ms": task.load(folder).eval(), "dense_ms": task.load(dense).eval()}
+    if compressed:
+        prepare_for_inference(models["ms"], batch=task.collator(task.calibration[:1]))
+    image = measure_costs(models["dense_ms"]).image
+    found = measure_latency(models, 0, image=image, clock=time.process_time)
+    return {name: round(value, 2) for name, value in found.items()}

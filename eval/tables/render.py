@@ -54,6 +54,8 @@ COSTS = (
     Cost("relative BOPs", "relative_bops", "{:.2%}".format),
     Cost("MB", "bytes", lambda value: f"{value / 1e6:.3g}" if value < 1e6 else f"{value / 1e6:.2f}"),
     Cost("mean bits", "mean_bits", "{:.2f}".format),
+    Cost("CPU ms an image", "ms", "{:.1f}".format),
+    Cost("dense, beside it", "dense_ms", "{:.1f}".format),
     Cost("M tokens", "tokens", lambda value: f"{value / 1e6:.1f}"),
 )
 

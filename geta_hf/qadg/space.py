@@ -101,6 +101,9 @@ class PruningSpace:
     ) -> PruningSpace:
         """Build the space of a model of which only the configuration is at hand: no weights are read or stored.
 
+        As `build_space` without `verify`, so families count as prunable whose sizes the model's own code fixes, such as
+        the heads of PVTv2. `geta-hf inspect` leaves them out, as the trainer does.
+
         Args:
             source: a Hub name, a local folder, a `config.json`, or a configuration.
             batch: what the model runs; made from the configuration when None.

@@ -416,7 +416,8 @@ class Rows(Dataset[dict[str, Any]]):
         for change in self.before:
             image = change(image)
         # A grayscale image has no dim of channels, which the processor can't tell from a size.
-        array = np.asarray(image)
+        # A copy: Pillow's own memory is read-only, of which torchvision's processors warn.
+        array = np.array(image)
         array = array[..., None] if array.ndim == 2 else array
         pixels: Tensor = self.processor(array, return_tensors="pt", input_data_format="channels_last")["pixel_values"][
             0

@@ -18,7 +18,10 @@ _ALIKE = 1.05
 
 
 def time_in_turns(
-    calls: Mapping[str, Callable[[], object]], repeats: int = 30, seconds: float = math.inf
+    calls: Mapping[str, Callable[[], object]],
+    repeats: int = 30,
+    seconds: float = math.inf,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Time calls that take turns, so that a change of the machine's load affects all alike.
 
@@ -26,6 +29,7 @@ def time_in_turns(
         calls: name -> what to time, which may run on an accelerator.
         repeats: turns that are timed, after three more to warm up. Default 30.
         seconds: after which no turn begins, once there were two; of few turns, half are to warm up. Default: no limit.
+        clock: returns seconds; `time.process_time` counts the processor's alone, on a CPU that others use too.
 
     Returns:
         Name -> median in milliseconds.
@@ -40,18 +44,23 @@ def time_in_turns(
         if turn >= 2 and time.perf_counter() - begin > seconds:
             break
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call()
             if torch.accelerator.is_available():
                 torch.accelerator.synchronize()
-            taken[name].append(time.perf_counter() - start)
+            taken[name].append(clock() - start)
     # The first turns allocate memory and choose kernels.
     return {name: 1000 * statistics.median(times[min(_WARM_UP, len(times) // 2) :]) for name, times in taken.items()}
 
 
 @torch.no_grad()
 def measure_latency(
-    models: Mapping[str, PreTrainedModel], tokens: int, repeats: int = 30, *, image: Image | None = None
+    models: Mapping[str, PreTrainedModel],
+    tokens: int,
+    repeats: int = 30,
+    *,
+    image: Image | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Measure a forward pass on one sequence, or on one image; see `time_in_turns`.
 
@@ -60,6 +69,7 @@ def measure_latency(
         tokens: length of the sequence.
         repeats: passes that are timed.
         image: channels, height and width of one image, which is run instead. Default None.
+        clock: as in `time_in_turns`.
 
     Returns:
         Name -> median in milliseconds.
@@ -69,7 +79,7 @@ def measure_latency(
         sample = one_sample(model, tokens, image)
         return lambda: model(**sample)
 
-    return time_in_turns({name: one_pass(model) for name, model in models.items()}, repeats)
+    return time_in_turns({name: one_pass(model) for name, model in models.items()}, repeats, clock=clock)
 
 
 def faster(dense: float, compressed: float) -> str:

@@ -37,7 +37,7 @@ def build_space(
         prune: kinds, couplings or name patterns to make prunable in addition to heads and channels; see `apply_policy`.
         keep: kinds, couplings or name patterns that must not be pruned.
         verify: whether to let the space pass all gates: `verify_space`, then, for a Hugging Face model with weights,
-            `verify_surgery`; families that the model's own code can't follow become unprunable.
+            `verify_surgery`; families that the model's own code can't follow become unprunable, on meta too.
 
     Returns:
         Every family found, those that the policy lets QASSO prune with `prunable` set and the others with the reason
@@ -82,8 +82,8 @@ def prepare_space(
     """Build a pruning space and make unprunable, by trial cuts, what the model's own code can't follow.
 
     Three recordings serve both: the batch (the space comes from it), the same batch again to see whether the forward
-    takes the same path, and all variations of the batch together. A model that surgery does not cut, because it is not
-    Hugging Face's or is on meta, is recorded twice, and nothing is cut in trial.
+    takes the same path, and all variations of the batch together. Of a model on meta the sizes alone are tried, and a
+    module that is not Hugging Face's is recorded twice, and nothing is tried.
 
     Args:
         model, batch, prune, keep: as in `build_space`; the model is unchanged afterwards.
@@ -100,7 +100,10 @@ def prepare_space(
     """
     if not _can_be_cut(model):
         space = qadg.build_space(model, batch, prune=prune, keep=keep, required=required)
-        return space if narrow is None else narrow(space), None
+        space = space if narrow is None else narrow(space)
+        if isinstance(model, PreTrainedModel):
+            space = try_cuts(model, space, batch, required=required)
+        return space, None
     first = record_batch(model, batch)
     check_same_path(model, batch, first.graph)
     space = qadg.build_space(model, batch, prune=prune, keep=keep, flow=first.flow, required=required)

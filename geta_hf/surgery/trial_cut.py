@@ -1,9 +1,13 @@
-"""Trial cuts before training: what a model's code cannot follow must be known before hours are spent on it."""
+"""Trial cuts before training: what a model's code cannot follow must be known before hours are spent on it.
+
+Of a model on meta, which has no weights to cut, only the sizes are solved for. That finds code that fixes a size.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,10 +17,31 @@ from transformers.utils import logging
 from geta_hf.errors import GETAError
 from geta_hf.qadg.group_types import Family
 from geta_hf.qadg.space import PruningSpace
-from geta_hf.surgery.record import Recordings
-from geta_hf.surgery.verify import SurgeryTrial
+from geta_hf.surgery.record import Recordings, record_sizes
+from geta_hf.surgery.verify import Removal, SurgeryTrial, unsolvable
 
 logger = logging.get_logger(__name__)
+
+
+class _Trial(Protocol):
+    """Says why groups cannot be cut away, or None where they can: by a cut, or by the sizes alone."""
+
+    def refusal(self, removal: Removal) -> str | None: ...
+
+    def unsolvable(self, removal: Removal) -> str | None: ...
+
+
+class _SizeTrial:
+    """A trial of a model without weights: sizes are solved for, and nothing is cut."""
+
+    def __init__(self, space: PruningSpace, recordings: Recordings) -> None:
+        self.space = space
+        self.recordings = recordings
+
+    def unsolvable(self, removal: Removal) -> str | None:
+        return unsolvable(self.space, self.recordings, removal)
+
+    refusal = unsolvable
 
 
 def try_cuts(
@@ -28,6 +53,8 @@ def try_cuts(
     required: bool = True,
 ) -> PruningSpace:
     """Cut a few groups of every prunable family away on a copy, both ends included, and compare with them zeroed.
+
+    Of a model on meta nothing is cut and compared; families are refused that need a size which the code fixes.
 
     Args:
         model: with or without quantizers; unchanged afterwards.
@@ -47,7 +74,7 @@ def try_cuts(
     # a refusal is worth the search for the families that cause it.
     if not space.prunable:
         return space
-    trial = SurgeryTrial(model, batch, space, recordings, labels)
+    trial = _trial(model, space, batch, recordings, labels)
     reason = _refusal(trial, space.prunable)
     if reason is None:
         return space
@@ -67,7 +94,19 @@ def try_cuts(
     return narrowed
 
 
-def _refusal(trial: SurgeryTrial, families: Iterable[Family]) -> str | None:
+def _trial(
+    model: PreTrainedModel,
+    space: PruningSpace,
+    batch: Mapping[str, Tensor],
+    recordings: Recordings | None,
+    labels: Mapping[str, Tensor] | None,
+) -> _Trial:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return _SizeTrial(space, record_sizes(model, batch) if recordings is None else recordings)
+    return SurgeryTrial(model, batch, space, recordings, labels)
+
+
+def _refusal(trial: _Trial, families: Iterable[Family]) -> str | None:
     """Return why these families cannot be cut away together, at either end or in the middle; None where they can."""
     families = [family for family in families if family.size > 1]
     reason = trial.refusal({family.name: _ends_and_middle(family, place) for place, family in enumerate(families)})
@@ -78,7 +117,7 @@ def _refusal(trial: SurgeryTrial, families: Iterable[Family]) -> str | None:
     return trial.unsolvable({family.name: _one_end(family, place) for place, family in enumerate(families)})
 
 
-def _refused(trial: SurgeryTrial, families: Iterable[Family]) -> dict[str, str]:
+def _refused(trial: _Trial, families: Iterable[Family]) -> dict[str, str]:
     """Return the families that cannot be cut away, with the reason.
 
     All families of a kind are tried together first; only where that fails is each of its families tried alone.

@@ -139,11 +139,7 @@ class SurgeryTrial:
 
     def unsolvable(self, removal: Removal) -> str | None:
         """Return why no attributes of the model make up for a cut of the groups, or None; nothing is cut."""
-        try:
-            solve(self.recordings.traces, kept_indices(self.space, removal))
-        except GETAError as error:
-            return str(error)
-        return None
+        return unsolvable(self.space, self.recordings, removal)
 
     def _check(self, removal: Removal, shown: Mapping[str, tuple[SizeTrace, ...]]) -> None:
         try:
@@ -180,6 +176,15 @@ class SurgeryTrial:
                 check_generation(self.model, compressed, batches[0])
             for path in self.paths:
                 compare_path(self.model, compressed, path, shown)
+
+
+def unsolvable(space: PruningSpace, recordings: Recordings, removal: Removal) -> str | None:
+    """Return why no attributes of a model make up for a cut of the groups, or None; its weights are not read."""
+    try:
+        solve(recordings.traces, kept_indices(space, removal))
+    except GETAError as error:
+        return str(error)
+    return None
 
 
 def solve_with_paths(

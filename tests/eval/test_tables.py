@@ -225,7 +225,10 @@ def test_a_table_of_images_from_training_to_the_rendered_rows(
     assert lines[UNTRAINED]["relative_bops"] <= lines[OURS]["relative_bops"]
     assert lines[OURS]["kept_channels"] == 0.5 and lines[OURS]["images"] == 80
     assert all(0 <= line["accuracy"] <= 100 and line["bytes"] > 0 for line in lines.values())
+    # The dense model is timed beside each compressed one, since machines differ.
+    assert all(line["ms"] > 0 and line["dense_ms"] > 0 for name, line in lines.items() if name != DENSE)
     shown = capsys.readouterr().out
+    assert "| CPU ms an image | dense, beside it |" in shown
     assert "of 4 images, of 16" in shown and "accuracy in percent on 16 images" in shown
     for options, message in (
         (["--architecture", *model, "--model", "x"], "give one of --model and --architecture"),

@@ -92,9 +92,9 @@ def test_architecture_passes_all_gates_but_for_known_refusals_with_the_families_
     assert RECORDS[name]["families"] == families_found(result.space)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "resnet", "mamba", "neomme"])
+@pytest.mark.parametrize("name", ["gpt2", "resnet", "mamba", "neomme", "segformer", "detr"])
 def test_architecture_trains_and_exports(name: str) -> None:
-    """All of them do in `make zoo`; these are attention, convolution, a state space, and layers that start at zero."""
+    """All do in `make zoo`; of these two end in heads of scenes, one is a state space, and one starts at zero."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = train_and_export(name)

@@ -261,6 +261,47 @@ def test_another_size_keeps_what_a_processor_crops_away() -> None:
     assert Rows(images, square, PLAIN, 3)[0]["pixel_values"].shape == (3, 8, 8)
 
 
+def test_a_processor_gets_memory_that_it_may_write_to() -> None:
+    """Those of torchvision make a tensor of it, and warn otherwise."""
+    seen = []
+
+    def note(array: Any, **_: Any) -> dict[str, list[Tensor]]:
+        seen.append(array)
+        return {"pixel_values": [torch.from_numpy(array).permute(2, 0, 1)]}
+
+    images = Images("one", ["a"], [0], ["x"], lambda _: picture(0, 1))
+    assert Rows(images, note, PLAIN, 3)[0]["pixel_values"].shape == (3, SIDE, SIDE)
+    assert seen[0].flags.writeable
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("changes", "changed"),
+    [
+        ({"augmentation": "resized_crop"}, True),
+        ({"augmentation": "randaugment"}, True),
+        ({"random_erasing": 1.0}, True),
+        ({"augmentation": "randaugment", "random_erasing": 0.5, "mixup": 0.2}, True),
+        ({}, False),
+    ],
+)
+def test_augmentations_of_torchvision(channels: int, changes: dict[str, Any], changed: bool) -> None:
+    pytest.importorskip("torchvision")
+    mode = "L" if channels == 1 else "RGB"
+    images = Images("two", ["a", "b"], [0, 1], CLASSES, lambda index: picture(index, 1).convert(mode))
+    data = replace(PLAIN, **changes)
+    rows, plain = (
+        Rows(images, processor(channels), data, channels, training=True),
+        Rows(images, processor(channels), data, channels),
+    )
+    torch.manual_seed(0)
+    seen = [rows[0]["pixel_values"] for _ in range(6)]
+    assert all(pixels.shape == (channels, SIDE, SIDE) and pixels.isfinite().all() for pixels in seen)
+    # Every time another image in training, always the same one in evaluation.
+    assert (len({pixels.numpy().tobytes() for pixels in seen}) > 3) == changed
+    assert torch.equal(plain[0]["pixel_values"], plain[0]["pixel_values"])
+
+
 def test_without_torchvision_its_augmentations_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torchvision.transforms", None)
     for data in (replace(PLAIN, augmentation="randaugment"), replace(PLAIN, random_erasing=0.1)):

@@ -19,6 +19,7 @@ from geta_hf.surgery.size_equations import RefusalError
 from geta_hf.surgery.slice import slice_model
 from geta_hf.surgery.solve_attributes import solve
 from geta_hf.surgery.trial_cut import _ends_and_middle, _one_end, try_cuts
+from tests.architectures import build
 from tests.export.tiny_encoders import some_batch, tiny_bloom, tiny_mixture, tiny_model
 from tests.spaces import build_space
 
@@ -41,6 +42,19 @@ def test_heads_whose_positions_are_computed_as_the_model_runs_are_frozen_before_
     assert {family.kind for family in space.prunable} == {"heads", "channels"}
     assert {family.kind for family in left.prunable} == {"channels"}
     assert all("does not follow" in f.reason and "arange" in f.reason for f in left.families if f.kind == "heads")
+
+
+def test_on_meta_the_sizes_alone_show_what_the_code_fixes() -> None:
+    """PVTv2 writes the joint width of its heads as that of the stage."""
+    model, batch = build("pvt_v2")
+    space = build_space(model, batch)
+    expected = try_cuts(model, space, batch)
+    found = try_cuts(model.to("meta"), space, batch)
+    assert {family.kind for family in space.prunable} == {"heads", "channels"}
+    assert {family.kind for family in found.prunable} == {"channels"}
+    assert [(f.name, f.prunable, f.reason) for f in found.families] == [
+        (f.name, f.prunable, f.reason) for f in expected.families
+    ]
 
 
 def test_one_family_that_fails_does_not_freeze_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
