@@ -182,7 +182,7 @@ def run(task: Task, work: Path, lengths: Lengths, cells: Sequence[Cell]) -> None
             return line | {**task.score(task.load(folder)), "bytes": stored_bytes(folder), "relative_bops": 1.0}
         size = bytes_at(finished, cell)
         begin = time.perf_counter()
-        measured = train_cell(task, config_of(cell, size), task.load(folder), work, lengths, cell.seed)
+        measured = train_cell(task, config_of(cell, size), task.load(folder), folder.parent, lengths, cell.seed)
         return line | {"target_bytes": size, "seconds": round(time.perf_counter() - begin, 1), **measured}
 
     run_missing(work, [(cell.key, cell) for cell in cells], finished, measure)
