@@ -21,7 +21,7 @@ def time_in_turns(
     calls: Mapping[str, Callable[[], object]],
     repeats: int = 30,
     seconds: float = math.inf,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, float]:
     """Time calls that take turns, so that a change of the machine's load affects all alike.
 
@@ -29,7 +29,8 @@ def time_in_turns(
         calls: name -> what to time, which may run on an accelerator.
         repeats: turns that are timed, after three more to warm up. Default 30.
         seconds: after which no turn begins, once there were two; of few turns, half are to warm up. Default: no limit.
-        clock: returns seconds; `time.process_time` counts the processor's alone, on a CPU that others use too.
+        clock: returns seconds; `time.process_time` counts the processor's alone, on a CPU that others use too. Default:
+            `time.perf_counter`.
 
     Returns:
         Name -> median in milliseconds.
@@ -38,6 +39,7 @@ def time_in_turns(
     >>> list(times)
     ['one', 'other']
     """
+    clock = time.perf_counter if clock is None else clock
     taken: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
     for turn in range(_WARM_UP + repeats):
@@ -60,7 +62,7 @@ def measure_latency(
     repeats: int = 30,
     *,
     image: Image | None = None,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, float]:
     """Measure a forward pass on one sequence, or on one image; see `time_in_turns`.
 

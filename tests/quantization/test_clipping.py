@@ -156,7 +156,8 @@ def test_rows_are_searched_as_if_each_were_alone() -> None:
     for row in range(len(rows)):
         error, clip = search_clipping(counts[row], [3, 5])
         torch.testing.assert_close(errors[row], error)
-        assert torch.equal(clips[row], clip)
+        # Not to the bit: how sums are vectorized depends on the shape and the processor.
+        torch.testing.assert_close(clips[row], clip)
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [(torch.float32, 1e-35), (torch.bfloat16, 1e-39), (torch.float16, 1e-6)])

@@ -191,6 +191,7 @@ def test_what_is_carried_imports_nothing_that_an_environment_may_lack(name: str)
         "re",
         "json",
         "collections",
+        "contextlib",
         "dataclasses",
         "functools",
         "itertools",
