@@ -35,7 +35,7 @@ from geta_hf.compress import CompressReport, bytes_of
 from geta_hf.config import read_config
 from geta_hf.evaluation.calibration_data import make_batches
 from geta_hf.export.formats import geta
-from geta_hf.methods import make_method
+from geta_hf.methods import OneShotMethod, make_method
 from geta_hf.methods.one_shot import method
 from geta_hf.quantization import quantized_layers
 from geta_hf.reporting.comparison import load_model
@@ -388,20 +388,34 @@ def test_recovery_keeps_what_was_decided(kind: str, tmp_path: Path):
 
 
 def test_recovery_starts_next_to_the_dense_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """At a learning rate of next to nothing the result is that of no recovery, from weights off the grid's middles."""
-    options = {"target_parameters": 0.3, "mean_bits": 3, **SMALL}
-    model, dense = tiny_llama(), tiny_llama()
-    plain = compress(model, [TEXT], byte_tokenizer(), out=tmp_path / "a", **options)
-    moved = tiny_llama()
-    compress(moved, [TEXT], byte_tokenizer(), out=tmp_path / "b", recover_steps=1, learning_rate=1e-12, **options)
-    for name, layer in quantized_layers(moved).items():
-        other = model.get_submodule(name)
-        assert torch.equal(layer.quantized_weight(), other.quantized_weight()), name
-        first = dense.get_submodule(name).weight
-        kept = other.weight != 0
-        assert ((layer.weight - first).abs() <= (other.weight - first).abs() + 1e-6)[kept].all(), name
-        assert (layer.weight - first).abs().sum() < (other.weight - first).abs().sum()
-    assert plain.removed_groups
+    """Where they are rounded as before, so that nothing changes until a step does."""
+    started: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+    original = OneShotMethod.leave_middles
+
+    def watched(self: OneShotMethod, first: nn.Module) -> None:
+        before = {name: layer.weight.clone() for name, layer in quantized_layers(model).items()}
+        original(self, first)
+        for name, layer in quantized_layers(model).items():
+            assert torch.equal(layer.quantized_weight(), before[name]), name
+            started[name] = before[name], layer.weight.clone(), first.get_submodule(name).weight.clone()
+
+    monkeypatch.setattr(OneShotMethod, "leave_middles", watched)
+    model = tiny_llama()
+    compress(
+        model,
+        [TEXT],
+        byte_tokenizer(),
+        out=tmp_path / "x",
+        target_parameters=0.3,
+        mean_bits=3,
+        recover_steps=1,
+        **SMALL,
+    )
+    for name, (rounded, moved, dense) in started.items():
+        kept = moved != 0
+        assert ((moved - dense).abs() <= (rounded - dense).abs() + 1e-6)[kept].all(), name
+        assert (moved - dense).abs().sum() < (rounded - dense).abs().sum()
+    assert started
 
 
 def test_a_failure_after_recovery_gives_every_parameter_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -138,6 +138,7 @@ class GETATrainer(PublishingTrainer):
     ) -> None:
         if model is None:
             raise GETAError("GETATrainer needs `model`; `model_init` would make models that no method has seen")
+        check_is_model(model)
         given = geta_config or GETAConfig()
         self.geta_config = self.run_config = limit_config(given, model, kwargs.get("processing_class"))
         self.method: Method = make_method(self.geta_config) if method is None else method
@@ -215,7 +216,6 @@ class GETATrainer(PublishingTrainer):
 
     def _check_model(self, model: nn.Module, peft_config: LoraConfig | None) -> LoraPlan | None:
         """Check what can be known before Trainer is set up; return what LoRA will train."""
-        check_is_model(model)
         check_plain(model)
         chosen = self._layers_to_quantize(model)  # nothing to quantize fails first
         check_model(model, chosen)
