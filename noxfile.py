@@ -23,7 +23,7 @@ def wheel(session: nox.Session) -> None:
     session.install(f"{built}[peft]", "pytest", "pillow", env={"PIP_NO_CACHE_DIR": "1"})
     away = Path(session.create_tmp()).resolve()
     # Without the package beside them, so that the tests import what was installed.
-    for name in ("tests", "docs"):
+    for name in ("tests", "docs", "benchmarks"):
         shutil.copytree(name, away / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("README.md", "pyproject.toml", "mkdocs.yml"):
         shutil.copy(name, away)
