@@ -37,7 +37,7 @@ from geta_hf import GETAError
 from geta_hf.evaluation import squad
 from geta_hf.evaluation.image_classification import accuracies, collate_images, predict_classes
 from geta_hf.evaluation.squad_features import Question, load_questions, sample, training_features
-from geta_hf.evaluation.texts import perplexity_of_rows
+from geta_hf.evaluation.texts import perplexity_of_rows, read_text
 from geta_hf.recipes.image_classification import ModelArguments, channels_of, load_model, load_processor, make_config
 from geta_hf.recipes.image_data import DataArguments, Rows, check_classes, load_images, usable
 
@@ -431,16 +431,18 @@ def _spread(blocks: Tensor, count: int) -> Tensor:
 
 
 def read_blocks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, block: int) -> Tensor:
-    """Read all texts in order, split into sequences: int64, shape (sequences, block). Drop the rest."""
+    """Read all texts in order, split into sequences: int64, shape (sequences, block). Drop the rest.
+
+    Raises:
+        GETAError: a file that is no text in UTF-8, plain or .gz.
+    """
     pieces = []
     for path in texts:
-        if not Path(path).is_file():
-            raise GETAError(f"{path}: no such file; give plain text files")
-        data = Path(path).read_bytes()
+        text = read_text(path)
         if tokenizer is None:
-            pieces.append(np.frombuffer(data, dtype=np.uint8).astype(np.int64))
+            pieces.append(np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64))
         else:
-            encoded = tokenizer(data.decode("utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+            encoded = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             pieces.append(np.array(encoded, dtype=np.int64))
     tokens = torch.from_numpy(np.concatenate(pieces or [np.zeros(0, dtype=np.int64)]))
     return tokens[: len(tokens) // block * block].view(-1, block)

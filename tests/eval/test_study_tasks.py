@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,12 @@ def test_blocks_are_the_texts_bytes_in_order(tmp_path: Path) -> None:
     blocks = study_tasks.read_blocks([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], None, 4)
     assert blocks.dtype == torch.int64
     assert ["".join(map(chr, row)) for row in blocks.tolist()] == ["abcd", "efgh"]
-    with pytest.raises(GETAError, match="no such file"):
+    (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"abcdefgh"))
+    assert study_tasks.read_blocks([str(tmp_path / "d.txt.gz")], None, 4).tolist() == [
+        [97, 98, 99, 100],
+        [101, 102, 103, 104],
+    ]
+    with pytest.raises(GETAError, match="c.txt can't be read as a text"):
         study_tasks.read_blocks([str(tmp_path / "c.txt")], None, 4)
 
 
