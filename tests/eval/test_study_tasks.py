@@ -36,7 +36,7 @@ def test_blocks_are_the_texts_bytes_in_order(tmp_path: Path) -> None:
         [97, 98, 99, 100],
         [101, 102, 103, 104],
     ]
-    with pytest.raises(GETAError, match="c.txt can't be read as a text"):
+    with pytest.raises(GETAError, match=r"c\.txt can't be read as a text"):
         study_tasks.read_blocks([str(tmp_path / "c.txt")], None, 4)
 
 
