@@ -25,8 +25,8 @@ def wheel(session: nox.Session) -> None:
     # Without the package beside them, so that the tests import what was installed.
     for name in ("tests", "docs", "benchmarks"):
         shutil.copytree(name, away / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("README.md", "pyproject.toml", "mkdocs.yml"):
-        shutil.copy(name, away)
+    for path in (*Path().glob("*.md"), Path("pyproject.toml"), Path("mkdocs.yml")):
+        shutil.copy(path, away)
     session.chdir(away)
     session.run("python", "-c", "import geta_hf, pathlib; print(pathlib.Path(geta_hf.__file__).parent)")
     session.run("geta-hf", "--help", silent=True)
