@@ -23,13 +23,11 @@ from geta_hf.config import CompressionConfig
 from geta_hf.costs.ledger import Ledger
 from geta_hf.errors import GETAError
 from geta_hf.methods import OneShotConfig, OneShotMethod
-from geta_hf.methods.compensation import Compensation
+from geta_hf.methods.compensation import Compensation, leave_middles
 from geta_hf.methods.one_shot.choice import Candidate
 from geta_hf.methods.qasso.slices import build_slices, zero_slices
 from geta_hf.qadg.group_labels import GroupLabels, family_of_group, family_starts, marked
 from geta_hf.qadg.group_types import Family
-from geta_hf.quantization import quantized_layers
-from geta_hf.quantization.error_compensation import within_bins
 from geta_hf.training.distillation import kl
 
 MOST_REMOVED = 0.5
@@ -262,17 +260,6 @@ def recover(job: Job, compressed: Compressed) -> None:
     zero()
     train(job, model, trained, teacher=teacher, after=zero)
     compressed.tokens += job.training_tokens()
-
-
-@torch.no_grad()
-def leave_middles(model: nn.Module, first: nn.Module) -> None:
-    """Move rounded weights as near to their first values as they are rounded alike, in place, as `compress` does."""
-    for name, layer in quantized_layers(model).items():
-        own = layer.weight_quantizer
-        wish = first.get_submodule(name).weight
-        layer.weight.copy_(
-            within_bins(wish, layer.weight, *own.broadcast_over(layer.weight), four_levels=own.four_levels)
-        )
 
 
 def train(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from geta_hf.qadg.group_labels import GroupLabels, marked
 from geta_hf.qadg.group_types import Family
+from geta_hf.quantization import quantized_layers
 from geta_hf.quantization.covariances import as_rows, covariance_bytes, like_weight, measure_covariances
 from geta_hf.quantization.error_compensation import (
     compensate_removed_inputs,
@@ -147,6 +148,24 @@ class Compensation:
         layer = self.model.get_submodule(path)
         supported = isinstance(layer, QuantizedLayer) or base_type(layer) is not None
         return layer if leaf == "weight" and supported else None
+
+
+@torch.no_grad()
+def leave_middles(model: nn.Module, first: nn.Module) -> None:
+    """Move weights from the middle of what is rounded alike to where they were, as near as it goes, in place.
+
+    What the model computes does not change, unless inputs or outputs are removed: what is zero there has to be set to
+    zero again.
+
+    Args:
+        model: with quantizers, its weights on their grids.
+        first: the dense model, on the same device.
+    """
+    for name, layer in quantized_layers(model).items():
+        own = layer.weight_quantizer
+        d, q_m = own.broadcast_over(layer.weight)
+        wish: Tensor = first.get_submodule(name).weight  # type: ignore[assignment]
+        layer.weight.copy_(within_bins(wish, layer.weight, d, q_m, four_levels=own.four_levels))
 
 
 def compensation_bytes(layers: Collection[nn.Module]) -> int:

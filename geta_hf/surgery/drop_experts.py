@@ -26,6 +26,7 @@ from geta_hf.qadg.tracing.dummy_inputs import build_empty
 from geta_hf.quantization.experts import UnstackedExperts, stacked_experts, unstacked_experts
 from geta_hf.surgery.compare_outputs import attention_outputs, comparison_mode, prove_equal
 from geta_hf.surgery.shorter_config import Change, differences, nested_configs
+from geta_hf.surgery.undo import Undoable
 from geta_hf.utils.model_io import Batch, to_device
 
 SCORES = ("routed_norm", "tokens", "magnitude")
@@ -36,7 +37,7 @@ _CASTS = ("to", "float", "type", "half", "bfloat16")
 
 
 @dataclass
-class DroppedExperts:
+class DroppedExperts(Undoable):
     """Which experts a model lost.
 
     Attributes:
@@ -54,7 +55,6 @@ class DroppedExperts:
     unreached: tuple[str, ...] = ()
     parameters: int = 0
     bytes: int = 0
-    _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     def __str__(self) -> str:
         count = sum(len(places) for places in self.kept.values()) + len(self.removed)
@@ -62,15 +62,6 @@ class DroppedExperts:
         if self.unreached:
             text += f"; no token of the calibration data reached {', '.join(self.unreached)}"
         return text
-
-    def restore(self) -> None:
-        """Give the model its experts back."""
-        while self._undo:
-            self._undo.pop()()
-
-    def release(self) -> None:
-        """Free the removed experts, which are held until then so that `restore` can put them back."""
-        self._undo.clear()
 
 
 def drop_experts(
@@ -349,7 +340,7 @@ def _cut(model: PreTrainedModel, plan: _Plan, dropped: DroppedExperts) -> None:
         holder: Any = model.get_submodule(change.module)
         for name in change.path:
             holder = getattr(holder, name)
-        _set(holder, change.name, change.value, dropped)
+        dropped.set(holder, change.name, change.value)
 
 
 def _cut_list(module: nn.Module, kept: Sequence[int], dropped: DroppedExperts) -> None:
@@ -358,7 +349,7 @@ def _cut_list(module: nn.Module, kept: Sequence[int], dropped: DroppedExperts) -
     def undo() -> None:
         module._modules = before
 
-    dropped._undo.append(undo)
+    dropped.later(undo)
     others = {name: child for name, child in before.items() if not name.isdecimal()}
     module._modules = {**others, **{str(place): before[str(old)] for place, old in enumerate(kept)}}
 
@@ -369,15 +360,9 @@ def _cut_tensor(model: nn.Module, name: str, dim: int, kept: Sequence[int], drop
     module = model.get_submodule(path)
     store: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
     before = store[leaf]
-    dropped._undo.append(lambda: store.update({leaf: before}))
+    dropped.later(lambda: store.update({leaf: before}))
     smaller = before.detach().index_select(dim, torch.tensor(kept, device=before.device))
     store[leaf] = nn.Parameter(smaller, before.requires_grad) if isinstance(before, nn.Parameter) else smaller
-
-
-def _set(holder: Any, name: str, value: Any, dropped: DroppedExperts) -> None:
-    before = getattr(holder, name)
-    dropped._undo.append(lambda: setattr(holder, name, before))
-    setattr(holder, name, value)
 
 
 # --- the proof ----------------------------------------------------------------------------------------------------

@@ -20,11 +20,12 @@ from geta_hf.qadg.residual_blocks import Block, find_blocks, residual_blocks, sk
 from geta_hf.surgery.compare_outputs import TOLERANCE, Outputs, attention_outputs, comparison_mode, prove_equal
 from geta_hf.surgery.record import stepping
 from geta_hf.surgery.shorter_config import shorter_changes
+from geta_hf.surgery.undo import Undoable
 from geta_hf.utils.model_io import Batch, loss_of, named_outputs, to_device
 
 
 @dataclass
-class DroppedLayers:
+class DroppedLayers(Undoable):
     """Which blocks a model lost.
 
     Attributes:
@@ -39,7 +40,6 @@ class DroppedLayers:
     kept: dict[str, tuple[int, ...]] = field(default_factory=dict)
     losses: tuple[float, ...] = ()
     work: float = 0.0
-    _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     def __str__(self) -> str:
         count = sum(len(places) for places in self.kept.values()) + len(self.removed)
@@ -47,15 +47,6 @@ class DroppedLayers:
         if self.losses:
             text += f"; calibration loss {self.losses[0]:.4g}, without them {self.losses[-1]:.4g}"
         return text
-
-    def restore(self) -> None:
-        """Give the model its blocks back."""
-        while self._undo:
-            self._undo.pop()()
-
-    def release(self) -> None:
-        """Free the removed blocks, which are held until then so that `restore` can put them back."""
-        self._undo.clear()
 
 
 def drop_layers(
@@ -245,7 +236,7 @@ def _shorten(model: PreTrainedModel, dropped: DroppedLayers) -> None:
         holder: Any = model.get_submodule(change.module)
         for name in change.path:
             holder = getattr(holder, name)
-        _set(holder, change.name, change.value, dropped)
+        dropped.set(holder, change.name, change.value)
 
 
 def _cut_list(blocks: nn.Module, kept: Sequence[int], dropped: DroppedLayers) -> None:
@@ -254,15 +245,9 @@ def _cut_list(blocks: nn.Module, kept: Sequence[int], dropped: DroppedLayers) ->
     def undo() -> None:
         blocks._modules = before
 
-    dropped._undo.append(undo)
+    dropped.later(undo)
     # A list names its items by place, so the remaining ones are counted again, as the shorter model names its own.
     blocks._modules = {str(place): before[str(old)] for place, old in enumerate(kept)}
-
-
-def _set(holder: Any, name: str, value: Any, dropped: DroppedLayers) -> None:
-    before = getattr(holder, name)
-    dropped._undo.append(lambda: setattr(holder, name, before))
-    setattr(holder, name, value)
 
 
 # --- the proof ----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch.nn.functional import log_softmax
 from geta_hf.costs.ledger import Ledger
 from geta_hf.errors import GETAError
 from geta_hf.methods.base import Batches, CompressionResult, Method, Run
-from geta_hf.methods.compensation import Kept, find_kept
+from geta_hf.methods.compensation import Kept, find_kept, leave_middles
 from geta_hf.methods.one_shot.choice import (
     Candidate,
     Losses,
@@ -41,7 +41,6 @@ from geta_hf.quantization import attach_quantizers, detach_quantizers, quantized
 from geta_hf.quantization.attach import layer_grid
 from geta_hf.quantization.by_block import Batch, BlockRunner, find_blocks, uncached
 from geta_hf.quantization.covariances import as_rows, collecting, has_covariance, measure_covariances
-from geta_hf.quantization.error_compensation import within_bins
 from geta_hf.quantization.quantizer import freeze_quantizers
 from geta_hf.utils.model_io import float_tensors, loss_of
 from geta_hf.utils.module_state import eval_mode
@@ -295,11 +294,7 @@ class OneShotMethod(Method):
         """
         if self._work is None or self._removed is None:
             raise GETAError("nothing is compressed, or the method has been released; call compress first")
-        for name, layer in quantized_layers(self._work.model).items():
-            own = layer.weight_quantizer
-            d, q_m = own.broadcast_over(layer.weight)
-            wish: Tensor = first.get_submodule(name).weight  # type: ignore[assignment]
-            layer.weight.copy_(within_bins(wish, layer.weight, d, q_m, four_levels=own.four_levels))
+        leave_middles(self._work.model, first)
         self._work.zero(self._removed)
 
     def undo(self) -> None:

@@ -147,7 +147,8 @@ def assign(
     if cost is not None:
         found = _assign_cost(families, limits, ledger, target, learned, rounding, choices, own, cost, rows)
     elif rows is not None:
-        found = _assign_rows(families, limits, ledger, target, learned, rounding, choices, own, rows)
+        steps = _steps_of_rows(families, limits, ledger, target, learned, rounding, choices, own, rows)
+        found = _with_rows(steps, ledger, rounding, choices, rows)
     else:
         found = _assign_sizes(families, limits, ledger, target, learned, rounding, choices, own)
     inputs = [round(width) for width in present.inputs.tolist()]
@@ -253,21 +254,6 @@ def _assign_sizes(
     own = errors if choices.needs_errors(target) else None
     bits = allocate_bits(present, own, weights, ledger, target, removed, choices)
     return Assignment(removed, bits)
-
-
-def _assign_rows(
-    families: Sequence[Family],
-    limits: Limits,
-    ledger: Ledger,
-    target: Target,
-    learned: Learned,
-    rounding: RoundingErrors,
-    choices: BitChoices,
-    present: LearnedBits,
-    rows: Rows,
-) -> Assignment:
-    found = _steps_of_rows(families, limits, ledger, target, learned, rounding, choices, present, rows)
-    return _with_rows(found, ledger, rounding, choices, rows)
 
 
 def _steps_of_rows(
