@@ -77,22 +77,34 @@ def input_rows(layer: nn.Module, x: Tensor) -> Tensor:
 class Covariance:
     """The sum of x xᵀ over what came into one layer.
 
+    Args:
+        dense: what came into it in the dense model, as `recording` gives it. Default None: not known.
+
     Attributes:
         total: fp32, shape (inputs, inputs); None before the first input.
         count: how many x were added up.
+        drift: the sum of (x' - x) xᵀ, with x' what came in in the dense model; None where that is not known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dense: Sequence[Tensor] | None = None) -> None:
         self.total: Tensor | None = None
         self.count = 0
+        self.drift: Tensor | None = None
+        self._dense = None if dense is None else iter(dense)
 
     def add(self, rows: Tensor) -> None:
         """Add inputs of shape (uses, inputs), in any dtype."""
         if self.total is None:
             self.total = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
-        for part in rows.split(max(1, _CHUNK // max(rows.shape[1], 1))):
+            self.drift = None if self._dense is None else torch.zeros_like(self.total)
+        size = max(1, _CHUNK // max(rows.shape[1], 1))
+        # Nothing to compare with: no split, since zip would end with the shorter.
+        dense = None if self._dense is None else next(self._dense).split(size)
+        for place, part in enumerate(rows.split(size)):
             part = part.float()
             self.total += part.t() @ part
+            if dense is not None and self.drift is not None:
+                self.drift += (dense[place].float() - part).t() @ part
         self.count += len(rows)
 
     def mean(self, name: str) -> Tensor | None:
@@ -113,10 +125,19 @@ class Covariance:
             )
         return self.total / self.count
 
+    def mean_drift(self) -> Tensor | None:
+        """Return E[(x' - x) xᵀ], fp32, or None where it is not known or not finite."""
+        if self.drift is None or not bool(torch.isfinite(self.drift).all()):
+            return None
+        return self.drift / self.count
+
 
 @contextmanager
 def collecting(
-    layers: Mapping[str, nn.Module], shared: Mapping[str, str], mask: Sequence[Tensor | None]
+    layers: Mapping[str, nn.Module],
+    shared: Mapping[str, str],
+    mask: Sequence[Tensor | None],
+    dense: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> Iterator[dict[str, Covariance]]:
     """Collect the covariances of layers' inputs while a model runs within the context.
 
@@ -124,27 +145,62 @@ def collecting(
         layers: by path.
         shared: path -> path of the layer whose inputs it shares, itself where it has its own.
         mask: one entry: which tokens of the present batch count, bool, shape (batch, tokens); None for all of them.
+        dense: path -> what came in in the dense model, on the same batches, of some of them; see `recording`.
 
     Returns:
         Path -> covariance, of the layers that `shared` names.
     """
+    known = dense or {}
     owners = {shared[name] for name in layers}
-    found = {name: Covariance() for name in owners}
+    found = {name: Covariance(known.get(name)) for name in owners}
+    with _watching({name: layers[name] for name in owners}, mask, lambda name, _, rows: found[name].add(rows)):
+        yield found
+
+
+@contextmanager
+def recording(layers: Mapping[str, nn.Module], mask: Sequence[Tensor | None]) -> Iterator[dict[str, list[Tensor]]]:
+    """Keep what comes into layers while a model runs within the context, to compare another run with it.
+
+    Layers that read a flat list of tokens are left out: in a mixture of experts, which tokens these are may differ
+    between two runs.
+
+    Args:
+        layers: by path.
+        mask: as in `collecting`.
+
+    Returns:
+        Path -> for each use of the layer its inputs, shape (uses, inputs), in their own dtype.
+    """
+    found: dict[str, list[Tensor]] = {}
+
+    def keep(name: str, x: Tensor, rows: Tensor) -> None:
+        if x.dim() > 2:
+            found.setdefault(name, []).append(rows)
+
+    with _watching(layers, mask, keep):
+        yield found
+
+
+@contextmanager
+def _watching(
+    layers: Mapping[str, nn.Module], mask: Sequence[Tensor | None], note: Callable[[str, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Call `note` with path, input and counted rows of the input, each time that one of the layers runs."""
 
     def watch(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
-        x = x.detach()
+        x = (args[0] if args else next(iter(kwargs.values()))).detach()
+        counted = x
         if mask[0] is not None and x.shape[:2] == mask[0].shape and not isinstance(layer, CONVOLUTIONS):
-            x = x[mask[0]]
-        found[name].add(input_rows(layer, x))
+            counted = x[mask[0]]
+        note(name, x, input_rows(layer, counted))
 
     with ExitStack() as stack:
-        for name in owners:
-            hook = layers[name].register_forward_pre_hook(
+        for name, layer in layers.items():
+            hook = layer.register_forward_pre_hook(
                 lambda layer, args, kwargs, name=name: watch(name, layer, args, kwargs), with_kwargs=True
             )
             stack.callback(hook.remove)
-        yield found
+        yield
 
 
 def measure_covariances(

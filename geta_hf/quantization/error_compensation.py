@@ -168,6 +168,34 @@ def _damped_cholesky(covariance: Tensor, damping: float) -> Tensor:
 
 
 @torch.no_grad()
+def follow_dense_inputs(
+    weight: Tensor, covariance: Tensor, drift: Tensor, *, share: float = 1.0, damping: float = DAMPING
+) -> Tensor:
+    """Return a weight whose outputs on the inputs x that it gets are nearer to those on what the dense model gives it.
+
+    W ← W + share · W E[(x' - x) xᵀ] (Σ + ε)^-1, with x' the inputs in the dense model. With a share of 1 this is the
+    least-squares fit of W x' by x. The aim, though not the way, is that of GPTAQ (https://arxiv.org/abs/2504.02692).
+
+    Args:
+        weight: shape (out, in).
+        covariance: Σ = E[x xᵀ], shape (in, in).
+        drift: E[(x' - x) xᵀ], shape (in, in).
+        share: how much of the way to go; the entire way fits the calibration data too closely. Default 1.
+        damping: share of the mean of Σ's diagonal that is added to it. Default 0.01.
+
+    Returns:
+        In the shape and dtype of `weight`.
+
+    Raises:
+        GETAError: Σ is not finite.
+    """
+    lower = _damped_cholesky(covariance, damping)
+    lost = weight.double() @ drift.double()
+    correction = torch.cholesky_solve(lost.t(), lower).t()
+    return (weight.double() + share * correction).to(weight.dtype)
+
+
+@torch.no_grad()
 def compensate_removed_inputs(
     weight: Tensor, covariance: Tensor, kept: Tensor, *, channel_dim: int = 0, damping: float = DAMPING
 ) -> Tensor:

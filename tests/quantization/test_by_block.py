@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -18,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from geta_hf.errors import GETAError
 from geta_hf.quantization import select_layers
 from geta_hf.quantization.by_block import BlockRunner, find_blocks
-from geta_hf.quantization.covariances import Covariance, as_rows, collecting, input_rows
+from geta_hf.quantization.covariances import Covariance, as_rows, collecting, input_rows, recording
 
 IDS = torch.randint(0, 30, (3, 2, 8), generator=torch.Generator().manual_seed(0))
 
@@ -85,6 +87,51 @@ def test_covariances_of_changed_blocks_are_those_of_full_runs(make):
                 for name in stage:
                     layers[name].weight.mul_(1.1)
         runner.finish(block)
+
+
+@pytest.mark.parametrize("make", [llama, albert])
+def test_drifts_are_those_of_two_models_side_by_side(make):
+    """A block is recorded while it is dense; a copy that stays dense must give the same."""
+    model = make()
+    copied = copy.deepcopy(model)
+    layers, others = select_layers(model), select_layers(copied)
+    data = batches(model)
+    dense, runner = BlockRunner(model, data), BlockRunner(model, data)
+    for block in find_blocks(model, layers, data[0]):
+        mask: list[torch.Tensor | None] = [None]
+        with recording({stage[0]: layers[stage[0]] for stage in block.stages}, mask) as inputs:
+            dense.finish(block, mask)
+        for stage in block.stages:
+            name = stage[0]
+            with collecting({name: layers[name]}, {name: name}, mask, inputs) as found:
+                runner.run(block, mask)
+            read = [rows_read(one, own[name], data) for one, own in ((copied, others), (model, layers))]
+            drift = (read[0] - read[1]).t() @ read[1] / len(read[1])
+            torch.testing.assert_close(found[name].mean_drift(), drift, rtol=1e-4, atol=1e-6)
+            with torch.no_grad():
+                for name in stage:
+                    layers[name].weight.mul_(1.1)
+        runner.finish(block)
+
+
+@torch.no_grad()
+def rows_read(model: nn.Module, layer: nn.Module, data: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """Return all that a layer reads, one row for each token."""
+    read: list[torch.Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, args: read.append(args[0].flatten(0, -2)))
+    for batch in data:
+        model(**batch)
+    hook.remove()
+    return torch.cat(read)
+
+
+def test_flat_lists_of_tokens_are_not_compared():
+    """Two runs of a mixture may send other tokens to an expert, so that its inputs are no pairs."""
+    model = Routed()
+    expert = model.layers[0][0]
+    with recording({"expert": expert}, [None]) as found:
+        expert(torch.ones(3, 4))
+    assert not found
 
 
 def test_finished_blocks_do_not_run_again():

@@ -9,6 +9,7 @@ from torch import Tensor
 from geta_hf.errors import GETAError
 from geta_hf.quantization.error_compensation import (
     compensate_removed_inputs,
+    follow_dense_inputs,
     output_error,
     round_compensated,
     within_bins,
@@ -218,3 +219,24 @@ def test_where_the_dtype_is_too_coarse_values_stay_on_the_grid():
     rounded = (torch.arange(-127, 128) * d).bfloat16()
     found = within_bins(rounded.float() + 0.9 * d, rounded, d, q_m)
     assert torch.equal(quantize(found, d, q_m), quantize(rounded, d, q_m))
+
+
+def test_following_the_dense_model_is_least_squares_of_its_outputs():
+    x = inputs(12)
+    dense = x + 0.3 * inputs(13)
+    weight, _, _ = layer(12, 4, True)
+    sigma = x.t() @ x / len(x)
+    drift = (dense - x).t() @ x / len(x)
+    # torch solves min |X B - Y| for B of shape (in, out).
+    expected = torch.linalg.lstsq(x, dense @ weight.double().t()).solution.t()
+    found = follow_dense_inputs(weight, sigma, drift, damping=1e-10)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    half = follow_dense_inputs(weight, sigma, drift, share=0.5, damping=1e-10)
+    torch.testing.assert_close(half, (weight + found) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_following_the_dense_model_changes_nothing_where_inputs_are_its_own():
+    x = inputs(14)
+    weight, _, _ = layer(14, 4, True)
+    sigma = x.t() @ x / len(x)
+    assert torch.equal(follow_dense_inputs(weight, sigma, torch.zeros_like(sigma)), weight)

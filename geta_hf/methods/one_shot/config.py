@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from geta_hf.config import FOUR_LEVELS_HELP, CompressionConfig, Pair, above, document_attributes, setting
+from geta_hf.config import FOUR_LEVELS_HELP, Check, CompressionConfig, Pair, above, document_attributes, setting
 from geta_hf.errors import GETAError
 
 
@@ -63,6 +63,14 @@ class OneShotConfig(CompressionConfig):
     by_block: bool = setting(
         True,
         "Calibrate each block on the outputs of the compressed ones before it; otherwise all on the dense model.",
+        section="Rules",
+    )
+    follow_dense: float = setting(
+        0.5,
+        "Change each layer, before it is rounded, so that on the inputs it gets from the compressed layers before it "
+        "its outputs come nearer to the dense model's: 0 not at all, 1 all the way, which fits the calibration data "
+        "too closely. Only with `by_block`; not with `saliency='activation'`, since it takes more memory.",
+        Check(lambda value: 0 <= value <= 1, "from 0 to 1"),
         section="Rules",
     )
 

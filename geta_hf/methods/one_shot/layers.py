@@ -13,7 +13,11 @@ from geta_hf.quantization.attach import layer_grid
 from geta_hf.quantization.blocks import block_of_input, half_steps, remaining_first, split_blocks
 from geta_hf.quantization.clipping import largest_magnitudes, search_elements, search_rows
 from geta_hf.quantization.covariances import as_rows
-from geta_hf.quantization.error_compensation import compensate_removed_inputs, round_compensated
+from geta_hf.quantization.error_compensation import (
+    compensate_removed_inputs,
+    follow_dense_inputs,
+    round_compensated,
+)
 from geta_hf.quantization.functional import quantize, quantize_four_levels, step_size
 from geta_hf.quantization.maths import FOUR_LEVEL_BITS, block_count, four_level_step, leave_zero
 
@@ -130,6 +134,8 @@ def compress_layer(
     by_activation: bool = True,
     compensate: bool = True,
     four_levels: bool = False,
+    drift: Tensor | None = None,
+    follow: float = 0.0,
 ) -> Grid:
     """Remove inputs of a layer and round it, in place, each with compensation on the covariance of its inputs.
 
@@ -144,6 +150,8 @@ def compress_layer(
         damping, by_activation: see `round_compensated`.
         compensate: False removes and rounds to nearest alone.
         four_levels: whether 2 bits have four levels. Default False.
+        drift: how its inputs differ from those in the dense model, E[(x' - x) xᵀ]; None where it is not known.
+        follow: the share of `follow_dense_inputs`, for which `drift` is needed. Default 0.
 
     Returns:
         The grid; channels that are to be removed have the mean of the others. Blocks are those of the inputs that
@@ -154,8 +162,10 @@ def compress_layer(
     if not compensate:
         covariance = None
     changed = rows
+    if covariance is not None and drift is not None and follow:
+        changed = follow_dense_inputs(rows, covariance, drift, share=follow, damping=damping)
     if covariance is not None and not bool(kept.columns.all()):
-        changed = compensate_removed_inputs(rows, covariance, kept.columns, damping=damping)
+        changed = compensate_removed_inputs(changed, covariance, kept.columns, damping=damping)
     inner = changed[kept.rows][:, kept.columns]
     sigma = None if covariance is None else covariance[kept.columns][:, kept.columns]
     own = layer_grid(layer, grid)

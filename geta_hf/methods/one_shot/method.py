@@ -39,8 +39,14 @@ from geta_hf.qadg.group_labels import GroupLabels, consumers, family_of_group, f
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.quantization import attach_quantizers, detach_quantizers, quantized_layers, select_layers
 from geta_hf.quantization.attach import layer_grid
-from geta_hf.quantization.by_block import Batch, BlockRunner, find_blocks, uncached
-from geta_hf.quantization.covariances import as_rows, collecting, has_covariance, measure_covariances
+from geta_hf.quantization.by_block import Batch, Block, BlockRunner, find_blocks, uncached
+from geta_hf.quantization.covariances import (
+    as_rows,
+    collecting,
+    has_covariance,
+    measure_covariances,
+    recording,
+)
 from geta_hf.quantization.quantizer import freeze_quantizers
 from geta_hf.utils.model_io import float_tensors, loss_of
 from geta_hf.utils.module_state import eval_mode
@@ -588,18 +594,23 @@ class _Work:
         batches = self.data.covariances
         blocks = find_blocks(self.model, self.layers, batches[0])
         runner = BlockRunner(self.model, batches)
+        dense = BlockRunner(self.model, batches) if self._follows else None
         for block in self.progress(blocks, "blocks", len(blocks)):
+            inputs = {} if dense is None else self._dense_inputs(dense, block)
             for stage in block.stages:
                 layers = self._with_covariance({name: self.layers[name] for name in stage})
                 shared = dict.fromkeys(layers, next(iter(layers), ""))
                 mask: list[Tensor | None] = [None]
-                with collecting(layers, shared, mask) as found:
+                with collecting(layers, shared, mask, inputs) as found:
                     if layers:
                         runner.run(block, mask)
                 for name in stage:
-                    covariance = found[shared[name]].mean(name) if name in layers else None
-                    grid = self._compress_layer(name, covariance, bits[name], candidate.removed)
+                    own = found[shared[name]] if name in layers else None
+                    covariance, drift = (None, None) if own is None else (own.mean(name), own.mean_drift())
+                    grid = self._compress_layer(name, covariance, bits[name], candidate.removed, drift)
                     grids[id(self.layers[name].weight)] = grid
+                for name in stage:
+                    inputs.pop(name, None)
             # Now that all that reads them is compensated by their values.
             self.zero(candidate.removed, f"{block.name}.")
             runner.finish(block)
@@ -608,7 +619,32 @@ class _Work:
         self.zero(candidate.removed)
         return grids
 
-    def _compress_layer(self, name: str, covariance: Tensor | None, bits: int, removed: Tensor) -> Grid:
+    @property
+    def _follows(self) -> bool:
+        """Whether the dense model runs beside the compressed one, which takes twice the activations."""
+        return self.config.compensation and self.config.follow_dense > 0 and not self.config.frugal
+
+    def _dense_inputs(self, dense: BlockRunner, block: Block) -> dict[str, list[Tensor]]:
+        """Return what comes into the first layer of each stage in the dense model, of a block that is still dense.
+
+        Args:
+            dense: has finished the blocks before it while these were dense.
+            block: that is next.
+        """
+        if not block.calls:
+            return {}
+        firsts = [
+            next(iter(self._with_covariance({name: self.layers[name] for name in stage})), None)
+            for stage in block.stages
+        ]
+        mask: list[Tensor | None] = [None]
+        with recording({name: self.layers[name] for name in firsts if name is not None}, mask) as found:
+            dense.finish(block, mask)
+        return found
+
+    def _compress_layer(
+        self, name: str, covariance: Tensor | None, bits: int, removed: Tensor, drift: Tensor | None = None
+    ) -> Grid:
         layer = self.layers[name]
         if covariance is None and has_covariance(layer):
             self.unreached.append(name)
@@ -622,6 +658,8 @@ class _Work:
             by_activation=self.config.by_activation,
             compensate=self.config.compensation,
             four_levels=self.config.four_levels,
+            drift=drift,
+            follow=self.config.follow_dense,
         )
 
     def _kept(self, layer: nn.Module, removed: Tensor) -> Kept:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -125,8 +127,9 @@ def test_layers_that_no_data_reaches_are_named_and_a_failure_restores_the_model(
     data = Calibration(batches[:3], batches[:4], batches[4:])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with monkeypatch.context() as patched:
-        # In the middle of the work: one block is compressed.
-        patched.setattr(BlockRunner, "finish", lambda *_: 1 / 0)
+        # In the middle of the work: one block is compressed, and the second one is run while it is dense.
+        finish = BlockRunner.finish
+        patched.setattr(BlockRunner, "finish", lambda *given: 1 / 0 if "layers.1" in given[1].name else finish(*given))
         with pytest.raises(ZeroDivisionError):
             method.compress(model, data, space, ledger)
     assert model.state_dict().keys() == before.keys() and not method.finished
@@ -174,3 +177,36 @@ def test_trials_that_share_rounded_weights_measure_the_same(grid: str, monkeypat
     assert [one.loss for one in together] == pytest.approx([one.loss for one in alone], rel=1e-5)
     # The last one is compressed once more, block by block.
     assert first == 5 * count if grid == "layer" else first < 4 * count
+
+
+def test_each_layer_follows_the_dense_model_on_the_inputs_that_it_gets(monkeypatch: pytest.MonkeyPatch):
+    ids = torch.randint(0, 257, (6, 2, 16), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": rows, "labels": rows} for rows in ids]
+    dense = tiny_llama()
+    space = build_space(dense, {"input_ids": ids[0]})
+    drifts: list[dict[str, float]] = []
+    original = one_shot.compress_layer
+
+    def note(layer: nn.Module, *args: Any, drift: torch.Tensor | None, **own: Any) -> Any:
+        name = next(name for name, module in model.named_modules() if module is layer)
+        drifts[-1][name] = 0.0 if drift is None else float(drift.abs().max())
+        return original(layer, *args, drift=drift, **own)
+
+    monkeypatch.setattr(one_shot, "compress_layer", note)
+    lost = []
+    for share in (0.0, 0.5):
+        model = tiny_llama()
+        drifts.append({})
+        method = OneShotMethod(OneShotConfig(mean_bits=3, bit_choices=[3], follow_dense=share))
+        empty = empty_copy(model)
+        method.attach(empty, None)
+        method.compress(model, Calibration(batches[:4], batches[:4], batches[4:]), space, make_ledger(empty, space))
+        with torch.no_grad():
+            lost.append(sum(float((model(**one).logits - dense(**one).logits).square().sum()) for one in batches[:4]))
+    assert not any(drifts[0].values())
+    # What the first layers read is not changed by any layer before them.
+    first = {name for name in drifts[1] if name.endswith(("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj"))}
+    assert len(first) == 2 and all(drifts[1][name] == 0 for name in first)
+    later = {name for name in drifts[1] if "layers.1" in name}
+    assert later and all(drifts[1][name] > 0 for name in later)
+    assert lost[1] < 0.9 * lost[0]
