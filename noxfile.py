@@ -20,7 +20,8 @@ TESTS = ("tests/test_readme.py", "tests/test_config.py", "tests/test_cli.py", "t
 def wheel(session: nox.Session) -> None:
     """Run a choice of the tests against the wheel alone, away from the checkout."""
     (built,) = Path("dist").glob("*.whl")
-    session.install(f"{built}[peft]", "pytest", "pillow", env={"PIP_NO_CACHE_DIR": "1"})
+    # The versions of `make test`; what is not built for one Python alone comes from pip's cache after the first.
+    session.install("--constraint", "constraints.txt", f"{built}[peft]", "pytest", "pillow")
     away = Path(session.create_tmp()).resolve()
     # Without the package beside them, so that the tests import what was installed.
     for name in ("tests", "docs", "benchmarks"):

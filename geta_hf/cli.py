@@ -34,6 +34,7 @@ from geta_hf.reporting.html_report import write_report
 from geta_hf.reporting.hub import files_to_push, push_to_hub
 from geta_hf.serialization.validate import check_headers, check_readable
 from geta_hf.surgery.trial_cut import try_cuts
+from geta_hf.training.recovery import RATES
 from geta_hf.utils.quiet import quiet
 from geta_hf.utils.version import __version__
 
@@ -124,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--recover-steps", type=int, default=0, metavar="N", help="training steps towards the dense model; default: 0"
     )
-    command.add_argument("--recover", default="full", choices=("full", "lora"), help="what they train; default: full")
+    command.add_argument("--recover", default="full", choices=tuple(RATES), help="what they train; default: full")
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it is the folder of a model")
     command.set_defaults(run=run_compress)
     _add_measure(commands)

@@ -48,7 +48,7 @@ from geta_hf.training.example_inputs import find_left_out, inputs_of
 from geta_hf.training.float_layers import exclude_raw_reads
 from geta_hf.training.plan import make_ledger
 from geta_hf.training.preparation import align_tokens, empty_copy
-from geta_hf.training.recovery import RATES
+from geta_hf.training.recovery import RATES, Trained
 from geta_hf.training.recovery import recover as train
 from geta_hf.utils.model_io import float_tensors, loss_of
 from geta_hf.utils.module_state import eval_mode
@@ -191,7 +191,7 @@ def compress(
     sequence_length: int | None = None,
     gradients: bool = True,
     recover_steps: int = 0,
-    recover: str = "full",
+    recover: Trained = "full",
     learning_rate: float | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -311,7 +311,7 @@ class _Recovery:
     """The training that follows: optimizer steps, what is trained, and the learning rate, None for the usual one."""
 
     steps: int
-    kind: str
+    kind: Trained
     learning_rate: float | None
 
 

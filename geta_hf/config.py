@@ -18,7 +18,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import yaml
 
@@ -39,6 +51,9 @@ Integers = list[int] | tuple[int, ...]
 Texts = list[str] | tuple[str, ...]
 """What YAML and JSON write as lists may be given as tuples too, and pairs as lists. The first of each is what a config
 holds: `_normalize` converts the others."""
+
+GridName = Literal["layer", "channel", "block32"]
+"""A field with a set of values names them in its annotation alone: checks, help and documentation read them there."""
 
 SECTIONS = {
     "Targets": "Set how much to prune with `target_sparsity` or `target_parameters`, the size of the model with "
@@ -99,20 +114,18 @@ def setting(
     check: Check | None = None,
     *,
     section: str,
-    choices: tuple[str, ...] = (),
     expected: str = "",
 ) -> Any:
-    """Declare one field of a config class; its type is the annotation of the field.
+    """Declare one field of a config class; its type is the annotation, and a `Literal` there lists the allowed strings.
 
     Args:
         default: the default value; a list is copied for every config.
         help: plain English for `--help` and the documentation.
         check: the range of values, if the type does not say it all. None as a value is never checked.
         section: one of `SECTIONS`, under which the field is documented.
-        choices: the allowed strings.
         expected: replaces the generated description of the type and range in messages and documentation.
     """
-    metadata = {"help": help, "check": check, "section": section, "choices": choices, "expected": expected}
+    metadata = {"help": help, "check": check, "section": section, "expected": expected}
     # dataclasses refuse a list as a default, which all configs would share.
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -127,7 +140,7 @@ class Setting:
         name: of the field.
         hint: its annotation, resolved.
         default: its default value in this class.
-        help, check, section, choices, expected: see `setting`.
+        help, check, section, expected: see `setting`.
     """
 
     name: str
@@ -136,16 +149,18 @@ class Setting:
     help: str = ""
     check: Check | None = None
     section: str = "Other"
-    choices: tuple[str, ...] = ()
     expected: str = ""
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The allowed strings, where the annotation lists them."""
+        return tuple(text for arm in _arms(self.hint) if get_origin(arm) is Literal for text in get_args(arm))
 
     @property
     def allowed(self) -> str:
         """The type and the range in words, without None."""
         if self.expected:
             return self.expected
-        if self.choices:
-            return f"one of {', '.join(self.choices)}"
         text = _type_name(self.hint)
         return text if self.check is None else f"{text} {self.check.text}"
 
@@ -153,7 +168,7 @@ class Setting:
         """Return whether the type and the value are allowed."""
         if value is None and NoneType in _arms(self.hint):
             return True
-        if not _has_type(value, self.hint) or (self.choices and value not in self.choices):
+        if not _has_type(value, self.hint):
             return False
         return self.check is None or self.check.holds(value)
 
@@ -191,6 +206,11 @@ def sections_of(kind: type[CompressionConfig]) -> dict[str, list[Setting]]:
     return found
 
 
+def introduction_of(section: str, kind: type[CompressionConfig]) -> str:
+    """Return what `SECTIONS` says of a section, with the numbers of a config class; nothing of a method's own."""
+    return SECTIONS.get(section, "").format(default_sparsity=kind.default_sparsity)
+
+
 _NAMES = {bool: ("a bool", "bools"), int: ("an integer", "integers"), float: ("a number", "numbers")}
 _NAMES |= {str: ("a string", "strings")}
 
@@ -207,6 +227,8 @@ def _has_type(value: Any, hint: Any) -> bool:
 
 def _has_one_type(value: Any, hint: Any) -> bool:
     origin, items = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return isinstance(value, str) and value in items
     if origin in (list, tuple):
         if not isinstance(value, list | tuple):
             return False
@@ -238,6 +260,8 @@ def _type_name(hint: Any) -> str:
 
 def _one_type_name(hint: Any) -> str:
     origin, items = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(items)}"
     if origin in (list, tuple):
         count = f"{len(items)} " if _has_length(hint) else ""
         return f"a list of {count}{_NAMES[items[0]][1]}"
@@ -316,7 +340,7 @@ def field_table(kind: type[CompressionConfig] | None = None) -> str:
     for section, settings in sections_of(kind).items():
         lines += ["", f"## {section}", ""]
         if section in SECTIONS:
-            lines += [SECTIONS[section].format(default_sparsity=kind.default_sparsity), ""]
+            lines += [introduction_of(section, kind), ""]
         lines += ["| field | default | value | meaning |", "|---|---|---|---|"]
         for one in settings:
             cells = (f"`{one.name}`", f"`{one.default!r}`", one.allowed, one.help)
@@ -328,9 +352,6 @@ def field_table(kind: type[CompressionConfig] | None = None) -> str:
 
 CONFIG_CLASSES: dict[str, type[CompressionConfig]] = {}
 """The name of a method -> its config class. A subclass that sets `method` enters by itself."""
-
-SERVERS = ("llama.cpp", "vllm")
-"""The programs that `serve` names."""
 
 _PRUNING = ("target_sparsity", "target_parameters")
 _SIZES = ("target_bops", "target_bytes")
@@ -474,13 +495,12 @@ class CompressionConfig:
         Check(lambda value: 2 <= value <= 8, "in 2..8"),
         section="Widths",
     )
-    grid: str | None = setting(
+    grid: GridName | None = setting(
         None,
         "What has a (d, q_m) of its own: each `layer`, each output `channel`, or, with `block32`, every 32 neighboring "
         "inputs of a channel, which costs half a bit for each weight. Blocks are formed over the inputs that remain; "
         "convolutions have channels in place of blocks. None is what `per_channel` says.",
         section="Quantizers",
-        choices=("layer", "channel", "block32"),
     )
     per_channel: bool = setting(
         False, "The former spelling of `grid`: True is `channel`, False is `layer`.", section="Quantizers"
@@ -511,20 +531,18 @@ class CompressionConfig:
         "fewer is removed.",
         section="Pruning limits",
     )
-    serve: str | None = setting(
+    serve: Literal["llama.cpp", "vllm"] | None = setting(
         None,
         "The program that the result has to run in without code of ours: `llama.cpp` (the format `gguf`) or `vllm`. "
         "Widths, multiples and families are limited to what it can hold: channels in multiples of 32 for llama.cpp's "
         "blocks; for vLLM equally many heads in all layers; for both, `uniform` where the architecture has one number "
         "for all layers. A model that it can't run is refused. None sets no limits.",
         section="Serving",
-        choices=SERVERS,
     )
-    clipping: str = setting(
+    clipping: Literal["mse", "max"] = setting(
         "mse",
         "Start value of q_m: `mse` has the least squared error at b_u bits, `max` is max|W|.",
         section="Quantizers",
-        choices=("mse", "max"),
     )
     distill_logits: float = setting(
         0.0, "Weight of the teacher's logits in the loss.", at_least(0), section="Distillation"
@@ -568,12 +586,11 @@ class CompressionConfig:
         section="Selection",
         expected="a number of experts, or a list of their paths",
     )
-    expert_score: str = setting(
+    expert_score: Literal["routed_norm", "tokens", "magnitude"] = setting(
         "routed_norm",
         "What `drop_experts` keeps experts for: router weight times norm of the output, summed over tokens "
         "(`routed_norm`), their number of tokens, or the norm of their weights.",
         section="Selection",
-        choices=("routed_norm", "tokens", "magnitude"),
     )
     prune: Texts = setting(
         [],
@@ -639,7 +656,7 @@ class CompressionConfig:
         changed = isinstance(grid, _Settled) and self.per_channel != (grid == "channel")
         if grid is None or changed:
             grid = "channel" if self.per_channel else "layer"
-        self.grid = _Settled(grid)
+        self.grid = cast(GridName, _Settled(grid))
         self.per_channel = grid == "channel"
 
     def check_widths(self) -> None:
@@ -849,15 +866,14 @@ class GETAConfig(CompressionConfig):
         at_least(0),
         section="Stages",
     )
-    saliency: str = setting(
+    saliency: Literal["fisher", "taylor", "hesso", "mask_fisher"] = setting(
         "fisher",
         "Score by which groups are removed: `fisher` is the moving average of <g, x>², `taylor` its root, `hesso` the "
         "score of the paper, `mask_fisher` the moving average of <g, x>² over the slices alone that read a group's "
         "output. All but `hesso` are taken per parameter removed, unless the target counts groups (`target_sparsity`).",
         section="Rules",
-        choices=("fisher", "taylor", "hesso", "mask_fisher"),
     )
-    split: str = setting(
+    split: Literal["even", "early", "late"] = setting(
         "even",
         "How a size alone is split between pruning and widths. `even` decides before training, as if all groups were "
         "alike: widths become narrower than the middle of `bits` only once half of the groups are removed. `early` "
@@ -866,16 +882,14 @@ class GETAConfig(CompressionConfig):
         "what is removed when each pruning period starts, and widths when the joint stage ends. With both, groups are "
         "scored as under `mask_fisher`.",
         section="Rules",
-        choices=("even", "early", "late"),
     )
-    forgetting: str = setting(
+    forgetting: Literal["uniform", "paper"] = setting(
         "uniform",
         "Rate at which redundant groups shrink: `uniform` is γ = 1 / (remaining steps of the period), `paper` is "
         "Eq. 13.",
         section="Rules",
-        choices=("uniform", "paper"),
     )
-    bit_rule: str = setting(
+    bit_rule: Literal["sensitivity", "ppsg", "paper"] = setting(
         "sensitivity",
         "How widths are chosen. `sensitivity` spends `mean_bits`, or the size target, where one more bit lowers the "
         "expected loss most, at the end of the joint stage. `ppsg` learns d under projection alone; in practice layers "
@@ -883,7 +897,6 @@ class GETAConfig(CompressionConfig):
         "b_l. With these two, `mean_bits` has no default; if a target requires other widths than those learned, all "
         "are moved together.",
         section="Rules",
-        choices=("sensitivity", "ppsg", "paper"),
     )
     compensate: bool = setting(
         False,
@@ -891,12 +904,11 @@ class GETAConfig(CompressionConfig):
         "it by least squares on `calibration_batches`; `forgetting` then has no part.",
         section="Rules",
     )
-    rounding: str = setting(
+    rounding: Literal["nearest", "compensated"] = setting(
         "nearest",
         "How weights are rounded to their final widths: `nearest`, or `compensated`, where the inputs that follow make "
         "up for the error of each (GPTQ), on `calibration_batches`. Training goes on from there.",
         section="Rules",
-        choices=("nearest", "compensated"),
     )
     four_levels: bool = setting(True, FOUR_LEVELS_HELP, section="Quantizers")
     learn_exponent: bool = setting(False, "Train t of weights; otherwise t = 1.", section="Quantizers")

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import UnionType
-from typing import ClassVar, Union, get_args, get_origin
+from typing import ClassVar, Literal, Union, get_args, get_origin
 
 import pytest
 
@@ -133,17 +133,49 @@ def test_tuples_and_numbers_written_as_text_are_taken() -> None:
 @pytest.mark.parametrize("kind", [CompressionConfig, *CONFIG_CLASSES.values()])
 def test_types_say_what_is_accepted(kind: type[CompressionConfig]) -> None:
     """Of values as YAML and Python write them, those and no others that the annotation allows; checks narrow it."""
-    samples = (None, True, 3, 0.5, "3", "name", [4, 8], (4, 8), ["name"], ("name",), [0.5], (0.5,), [None], {"a": 1})
+    samples = (
+        None,
+        True,
+        3,
+        0.5,
+        "3",
+        "name",
+        "layer",
+        "fisher",
+        ["layer"],
+        [4, 8],
+        (4, 8),
+        ["name"],
+        ("name",),
+        [0.5],
+        (0.5,),
+        [None],
+        {"a": 1},
+    )
     for name, one in settings_of(kind).items():
-        unchecked = replace(one, check=None, choices=())
+        unchecked = replace(one, check=None)
         accepted = [value for value in samples if unchecked.accepts(value)]
         assert accepted == [value for value in samples if allowed_by(one.hint, value)], name
+
+
+def test_a_field_of_text_lists_its_values_unless_it_may_be_any() -> None:
+    """So that editors and type checkers know them, and the checks read them from the annotation."""
+    free = {"latency_table", "warmup", "projection", "joint", "search"}
+    for kind in CONFIG_CLASSES.values():
+        for name, one in settings_of(kind).items():
+            arms = get_args(one.hint) if get_origin(one.hint) in (Union, UnionType) else (one.hint,)
+            assert str not in arms or name in free, name
+    assert settings_of(GETAConfig)["forgetting"].choices == ("uniform", "paper")
+    assert settings_of(GETAConfig)["serve"].choices == ("llama.cpp", "vllm")
+    assert settings_of(GETAConfig)["warmup"].choices == ()
 
 
 def allowed_by(hint: object, value: object) -> bool:
     """Read an annotation as a type checker does, by which every int is a float, and no bool a number."""
     if get_origin(hint) in (Union, UnionType):
         return any(allowed_by(arm, value) for arm in get_args(hint))
+    if get_origin(hint) is Literal:
+        return type(value) is str and value in get_args(hint)
     if get_origin(hint) is list:
         return isinstance(value, list) and all(allowed_by(get_args(hint)[0], item) for item in value)
     if get_origin(hint) is tuple:

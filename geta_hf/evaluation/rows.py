@@ -5,9 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from geta_hf.errors import GETAError
+
+SampleBy = Literal["paragraph", "line", "document"]
+"""What a document of a .txt file is."""
 
 _KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -19,7 +22,7 @@ def read_rows(
     split: str,
     *,
     streaming: bool = False,
-    sample_by: str = "paragraph",
+    sample_by: SampleBy = "paragraph",
 ) -> Any:
     """Return the rows of a local file, otherwise of a split: a Dataset, or with `streaming` an IterableDataset.
 
@@ -52,7 +55,7 @@ def read_rows(
         raise GETAError(f"{file or name} can't be read: {reason}") from error
 
 
-def _file(datasets: Any, file: str, streaming: bool, sample_by: str) -> Any:
+def _file(datasets: Any, file: str, streaming: bool, sample_by: SampleBy) -> Any:
     path = Path(file)
     plain = path.with_suffix("") if path.suffix == ".gz" else path
     if not path.is_file():

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from geta_hf.inference.layers import fits_integers, reserve_integers
-from geta_hf.inference.prepare import InferenceReport, check_compute, prepare_for_inference
+from geta_hf.inference.prepare import Compute, InferenceReport, check_compute, prepare_for_inference
 from geta_hf.serialization.hf_quantizer import QUANT_METHOD, GETAHfQuantizer, tied_weights
 from geta_hf.serialization.packed_layers import packed_layers
 from geta_hf.serialization.validate import check_readable
@@ -24,7 +24,7 @@ _LOADING = Lock()  # transformers looks the quantizer up in one table for all th
 def load_for_inference(
     model_class: Any,
     folder: str | os.PathLike[str],
-    compute: str = "auto",
+    compute: Compute = "auto",
     batch: Mapping[str, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, InferenceReport]:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from geta_hf.costs.hardware import LatencyTable, MeasuredShape
 from geta_hf.errors import GETAError
 from geta_hf.inference.layers import FLOAT, IntegerLayer, fits_integers, set_path
-from geta_hf.inference.prepare import check_compute, wanted_path
+from geta_hf.inference.prepare import Compute, check_compute, wanted_path
 from geta_hf.quantization import select_layers
 from geta_hf.quantization.fixed import FixedQuantizer
 from geta_hf.serialization.bitpack import largest_code
@@ -38,7 +38,7 @@ class Conditions:
     """
 
     tokens: int = 128
-    compute: str = "auto"
+    compute: Compute = "auto"
     activation_bits: int | None = None
     device: str = "cpu"
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ from geta_hf.utils.gpu import multiplies_bytes, runs_triton
 from geta_hf.utils.model_io import to_device
 from geta_hf.utils.tables import format_table
 
-COMPUTE = ("auto", "int8", "float")
+Compute = Literal["auto", "int8", "float"]
+COMPUTE: tuple[Compute, ...] = get_args(Compute)
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class InferenceReport:
 
 
 def prepare_for_inference(
-    model: PreTrainedModel, compute: str = "auto", batch: Mapping[str, Tensor] | None = None
+    model: PreTrainedModel, compute: Compute = "auto", batch: Mapping[str, Tensor] | None = None
 ) -> InferenceReport:
     """Give every packed layer the fastest path on its device, in place. Call it again after moving the model.
 

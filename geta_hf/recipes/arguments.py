@@ -8,14 +8,14 @@ import textwrap
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast, get_type_hints
 
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from geta_hf import config
-from geta_hf.config import SECTIONS, CompressionConfig, GETAConfig, Setting, sections_of, settings_of
+from geta_hf.config import CompressionConfig, GETAConfig, Setting, introduction_of, sections_of, settings_of
 from geta_hf.errors import GETAError
 from geta_hf.recipes import CONFIGS
 from geta_hf.utils.suggestions import did_you_mean
@@ -88,7 +88,7 @@ def describe_config() -> str:
         for section, settings in sections_of(kind).items():
             new = [setting for setting in settings if setting not in listed]
             if new:
-                lines += ["", f"{section}, {owner}:", *_wrapped(SECTIONS.get(section, ""), 2)]
+                lines += ["", f"{section}, {owner}:", *_wrapped(introduction_of(section, kind), 2)]
             for setting in new:
                 lines.append(f"  --geta.{setting.name} VALUE")
                 lines += _wrapped(f"{setting.help} ({setting.allowed}; default: {json.dumps(setting.default)})", 8)
@@ -137,6 +137,14 @@ def check_switches(parser: HfArgumentParser, values: dict[str, Any]) -> None:
             raise GETAError(f"{name} = {values[name]!r} must be true or false; a key=value after it needs --")
 
 
+def check_choices(section: Any) -> None:
+    """Raise GETAError where a field of a dataclass has a value that its `Literal` does not list."""
+    for name, hint in get_type_hints(type(section)).items():
+        one, value = Setting(name, hint, None), getattr(section, name)
+        if one.choices and not one.accepts(value):
+            raise GETAError(f"{name} = {value!r} must be {one.allowed}{', or null' if one.accepts(None) else ''}")
+
+
 def _without_negations(parser: HfArgumentParser, values: dict[str, Any]) -> dict[str, Any]:
     """Read `no_KEY: true`, which argparse offers for switches that are on by default, as `KEY: false`."""
     switches = {f"no_{field.name}": field.name for kind in parser.dataclass_types for field in fields(kind)}
@@ -182,7 +190,8 @@ def find_config(path: str) -> Path:
 def text_fields(parser: HfArgumentParser) -> set[str]:
     """Return the recipe's own fields that hold text and nothing else; Trainer's may take a section or true as well."""
     own = [field for kind in parser.dataclass_types if kind is not TrainingArguments for field in fields(kind)]
-    return {field.name for field in own if field.type is str or set(get_args(field.type)) == {str, type(None)}}
+    settings = [Setting(field.name, field.type, None) for field in own]
+    return {one.name for one in settings if one.choices or one.hint in (str, str | None)}
 
 
 def split_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:

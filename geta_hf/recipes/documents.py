@@ -12,6 +12,8 @@ import jinja2
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from geta_hf.errors import GETAError
+from geta_hf.evaluation.rows import SampleBy
+from geta_hf.recipes.arguments import check_choices
 from geta_hf.training.distillation import IGNORED
 
 Piece = tuple[str, bool]
@@ -41,8 +43,8 @@ class DataArguments:
         default=None,
         metadata={"help": "instead of prompt_column, such as 'Instruct: {instruction}\\nOutput: {output}'"},
     )
-    sample_by: str = field(
-        default="paragraph", metadata={"help": "a document of a .txt file: paragraph (blank lines), line or document"}
+    sample_by: SampleBy = field(
+        default="paragraph", metadata={"help": "a document of a .txt file: up to a blank line, a line, or all of it"}
     )
     block_size: int = field(default=1024, metadata={"help": "tokens of a row"})
     packing: bool | None = field(default=None, metadata={"help": "several documents in a row; default: for plain text"})
@@ -51,6 +53,7 @@ class DataArguments:
     max_eval_rows: int | None = field(default=None, metadata={"help": "use only the first rows"})
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.template is not None:
             self.template = self.template.replace("\\n", "\n")  # a shell passes the line break as two characters
 

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -19,13 +19,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from geta_hf import GETAError
+from geta_hf.recipes.arguments import check_choices
 
 if TYPE_CHECKING:
     from PIL import Image
 
 logger = logging.getLogger(__name__)
 
-AUGMENTATIONS = ("none", "shift_flip", "resized_crop", "randaugment")
+Augmentation = Literal["none", "shift_flip", "resized_crop", "randaugment"]
+ImageMode = Literal["RGB", "L"]
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _NAMED = 5  # corrupt images that a message names; further ones are only counted
 _SHIFT = 4  # pixels of padding for CIFAR's crops, at 32 pixels
@@ -48,16 +50,14 @@ class DataArguments:
     train_dir: str | None = field(default=None, metadata={"help": "folder with one folder of images for each class"})
     eval_dir: str | None = field(default=None, metadata={"help": "the same for evaluation, with the same classes"})
     idx_dir: str | None = field(default=None, metadata={"help": "folder with the four idx files of MNIST's names"})
-    image_mode: str | None = field(
+    image_mode: ImageMode | None = field(
         default=None,
-        metadata={"help": "RGB or L: convert every image; default: images must have the model's channels"},
+        metadata={"help": "convert every image to color or gray; default: images must have the model's channels"},
     )
     image_size: int | None = field(default=None, metadata={"help": "pixels of a side; default: the processor's"})
-    augmentation: str = field(
+    augmentation: Augmentation = field(
         default="none",
-        metadata={
-            "help": "none (the processor alone), shift_flip, or by torchvision resized_crop (with flips) or randaugment"
-        },
+        metadata={"help": "none is the processor alone; resized_crop (with flips) and randaugment are torchvision's"},
     )
     random_erasing: float = field(default=0.0, metadata={"help": "probability of erasing a rectangle; torchvision"})
     mixup: float = field(default=0.0, metadata={"help": "alpha of mixup's Beta distribution; 0 mixes nothing"})
@@ -70,10 +70,7 @@ class DataArguments:
     skip_corrupt: bool = field(default=False, metadata={"help": "leave corrupt images out, named and counted"})
 
     def __post_init__(self) -> None:
-        if self.augmentation not in AUGMENTATIONS:
-            raise GETAError(f"augmentation = {self.augmentation!r} must be one of {', '.join(AUGMENTATIONS)}")
-        if self.image_mode not in (None, "RGB", "L"):
-            raise GETAError(f"image_mode = {self.image_mode!r} must be RGB or L, or null for images as they are")
+        check_choices(self)
         if self.image_size is not None and self.image_size < 1:
             raise GETAError(f"image_size = {self.image_size} must be at least 1 pixel")
         if not 0 <= self.random_erasing <= 1:

@@ -17,7 +17,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -37,7 +37,7 @@ from geta_hf.evaluation.causal_lm import check_causal, check_vocabulary, positio
 from geta_hf.evaluation.texts import perplexity_of_rows
 from geta_hf.recipes import loading, text_data
 from geta_hf.recipes.arguments import ModelArguments as SharedModelArguments
-from geta_hf.recipes.arguments import make_parser, parse_sections, read_values
+from geta_hf.recipes.arguments import check_choices, make_parser, parse_sections, read_values
 from geta_hf.recipes.documents import prepare_tokenizer
 from geta_hf.recipes.run import Arguments as SharedArguments
 from geta_hf.recipes.run import (
@@ -66,7 +66,9 @@ _UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}
 class ModelArguments(SharedModelArguments):
     """Choose the model to start from, and the memory in which it has to fit."""
 
-    dtype: str = field(default="float32", metadata={"help": "dtype of the weights in training: float32 or bfloat16"})
+    dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "dtype of the weights in training"}
+    )
     plan_only: bool = field(
         default=False,
         metadata={"help": "only print plan and memory; no weights are read"},
@@ -75,6 +77,9 @@ class ModelArguments(SharedModelArguments):
         default=None,
         metadata={"help": "memory that must suffice, such as 80GB; default: what is free"},
     )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 @dataclass
@@ -112,8 +117,6 @@ def _parser() -> HfArgumentParser:
 def _check(arguments: Arguments) -> None:
     if arguments.data.streaming and arguments.training.max_steps <= 0:
         raise GETAError("streaming has no length: give max_steps, the number of updates")
-    if arguments.model.dtype not in ("float32", "bfloat16"):
-        raise GETAError(f"dtype = {arguments.model.dtype!r} must be float32 or bfloat16")
     if not (arguments.lora is None or isinstance(arguments.lora, dict)):
         raise GETAError(f"lora: {arguments.lora!r} is neither a section with the fields of LoraConfig nor null")
     if arguments.lora is not None and arguments.geta is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -26,7 +26,8 @@ from geta_hf.training.trainer import GETATrainer
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-RATES = {"full": 1e-4, "lora": 1e-3}
+Trained = Literal["full", "lora"]
+RATES: dict[Trained, float] = {"full": 1e-4, "lora": 1e-3}
 """What may be trained, and the learning rate at which it starts."""
 
 RANK = 16
@@ -58,7 +59,7 @@ def recover(
     batches: Sequence[Mapping[str, Any]],
     steps: int,
     *,
-    kind: str = "full",
+    kind: Trained = "full",
     learning_rate: float | None = None,
     progress: bool = True,
 ) -> None:

@@ -104,6 +104,7 @@ def test_help_lists_a_shared_setting_once_and_the_methods_own(monkeypatch: pytes
         multiple_of: int = 8
 
     text = describe_config()
+    assert "`target_sparsity` is 0.5." in " ".join(text.split()) and "{" not in text
     assert re.search(r"one of qasso, .*hunt \(default: qasso\)", text)
     assert text.count("--geta.target_sparsity ") == 1 == text.count("--geta.projection ")
     assert "Targets, every method:" in text and "Stages, method qasso:" in text and "Hunt, method hunt:" in text

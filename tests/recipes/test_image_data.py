@@ -176,7 +176,7 @@ def test_folders_that_hold_no_data(tmp_path: Path) -> None:
         ({"idx_dir": "a", "train_dir": "b"}, "give one source of images"),
         ({"train_dir": "b"}, "eval_dir is missing"),
         ({"augmentation": "mirror"}, "must be one of none, shift_flip"),
-        ({"image_mode": "CMYK"}, "must be RGB or L"),
+        ({"image_mode": "CMYK"}, "image_mode = 'CMYK' must be one of RGB, L, or null"),
         ({"image_size": 0}, "at least 1 pixel"),
         ({"random_erasing": 1.5}, "is a probability"),
         ({"mixup": -1.0}, "must be 0 or a positive number"),

@@ -71,7 +71,8 @@ def test_gradient_checkpointing_under_either_name(argv: list[str]) -> None:
     ("extra", "message"),
     [
         (["--streaming", "--max_steps", "-1"], "streaming has no length: give max_steps"),
-        (["--dtype", "float16"], "float32 or bfloat16"),
+        (["--sample_by", "sentence"], "sample_by = 'sentence' must be one of paragraph, line, document"),
+        (["--dtype", "float16"], "dtype = 'float16' must be one of float32, bfloat16$"),
         (["--device_memory", "much"], "80GB"),
         (["--lora.r", "4"], "lora without geta"),
         (["--lora", "yes"], "neither a section"),

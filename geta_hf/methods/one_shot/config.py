@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from geta_hf.config import FOUR_LEVELS_HELP, Check, CompressionConfig, Pair, above, document_attributes, setting
 from geta_hf.errors import GETAError
@@ -33,14 +33,13 @@ class OneShotConfig(CompressionConfig):
 
     bits: Pair = (2, 8)
     per_channel: bool = True
-    saliency: str = setting(
+    saliency: Literal["mask_fisher", "magnitude", "activation"] = setting(
         "mask_fisher",
         "What removing and rounding are expected to cost: `mask_fisher` is the mean of <g, change>² by gradients, over "
         "the slices alone that read a group's output; `magnitude` is the squared change, without gradients; "
         "`activation` is the share of a layer's output that is lost, by the mean squares of its inputs, for models "
         "whose gradients do not fit: one block at a time is in memory on top of the weights.",
         section="Rules",
-        choices=("mask_fisher", "magnitude", "activation"),
     )
     compensation: bool = setting(
         True,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from geta_hf.costs.quantizer_table import Quantizers
 from geta_hf.qadg.group_labels import find_group_labels
 from geta_hf.qadg.group_types import Family
 
-GRANULARITIES = ("layer", "group", "row")
+Granularity = Literal["layer", "group", "row"]
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 
 
 @dataclass
@@ -43,7 +45,7 @@ class WidthChoices:
     by_group: bool = False
 
     @classmethod
-    def of(cls, granularity: str, quantizers: Quantizers, ledger: Ledger) -> WidthChoices:
+    def of(cls, granularity: Granularity, quantizers: Quantizers, ledger: Ledger) -> WidthChoices:
         """List the choices of a granularity, one of GRANULARITIES.
 
         A group's choice comes after those of the layers, which rows and columns of no group follow.

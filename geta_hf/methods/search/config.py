@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from geta_hf.config import (
     Check,
@@ -21,10 +21,10 @@ from geta_hf.config import (
 )
 from geta_hf.costs.hardware import MPIC_MACS
 from geta_hf.errors import GETAError
-from geta_hf.methods.search.choices import GRANULARITIES
-from geta_hf.methods.search.sampling import SAMPLING
+from geta_hf.methods.search.choices import Granularity
+from geta_hf.methods.search.sampling import Sampling
 
-COSTS = ("none", "size", "bitops", "mpic_cycles", "mpic_energy", "ne16_cycles", "latency")
+Cost = Literal["none", "size", "bitops", "mpic_cycles", "mpic_energy", "ne16_cycles", "latency"]
 """The hardware costs of `costs.hardware` that may be added to the loss."""
 
 _DURATION = "steps, a share of training, or text such as '1.5 epochs'; not negative, and a share below 1"
@@ -71,12 +71,11 @@ class SearchConfig(CompressionConfig):
         section="Stages",
         expected=_DURATION,
     )
-    granularity: str = setting(
+    granularity: Granularity = setting(
         "layer",
         "What has a width of its own: each `layer`; each `group`, with all of its rows and columns (in a layer whose "
         "columns alone belong to groups, a step size belongs to a column); or each output `row`.",
         section="Search",
-        choices=GRANULARITIES,
     )
     activation_choices: Integers | None = setting(
         None,
@@ -90,12 +89,11 @@ class SearchConfig(CompressionConfig):
         "as many others, as in PACT; what is negative later becomes 0.",
         section="Quantizers",
     )
-    sampling: str = setting(
+    sampling: Sampling = setting(
         "softmax",
         "How shares are computed from logits: `softmax`; `hard`, its argmax with the gradient of the softmax; `gumbel` "
         "and `gumbel_hard`, both with noise; `annealed`, a softmax that is clipped to exactly 0 and 1.",
         section="Search",
-        choices=SAMPLING,
     )
     temperature: float = setting(1.0, "τ in the first step of the search.", inside(1e-30, 1e30), section="Search")
     final_temperature: float = setting(
@@ -130,12 +128,11 @@ class SearchConfig(CompressionConfig):
         above(0),
         section="Search",
     )
-    cost: str = setting(
+    cost: Cost = setting(
         "none",
         "A hardware cost that is added to the loss: `size`, `bitops`, cycles or energy on MPIC, cycles on NE16, or a "
         "measured `latency`.",
         section="Search",
-        choices=COSTS,
     )
     cost_weight: float = setting(
         1.0,

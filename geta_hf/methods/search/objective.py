@@ -203,7 +203,7 @@ class Objective:
 
 
 def layer_cost(name: str, input_bits: float, table: LatencyTable | None = None) -> LayerCost:
-    """Return the cost of a name in `config.COSTS` other than none.
+    """Return the cost of a name in `config.Cost` other than none.
 
     Args:
         name: of the cost.

@@ -6,18 +6,22 @@ logit, so that no temperature overflows.
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
-SAMPLING = ("softmax", "hard", "gumbel", "gumbel_hard", "annealed")
+Sampling = Literal["softmax", "hard", "gumbel", "gumbel_hard", "annealed"]
 """`softmax`: softmax(a / τ). `hard`: its argmax alone, with the gradient of the softmax. `gumbel`, `gumbel_hard`: these
 two with new Gumbel noise on the logits in every pass. `annealed`: a softmax without noise that is stretched by a tenth
 to both sides and clipped, so that it becomes exactly 0 or 1 before τ is 0."""
 
+SAMPLING: tuple[Sampling, ...] = get_args(Sampling)
+
 _STRETCH = 0.1
 
 
-def sample(logits: Tensor, temperature: float, sampling: str = "softmax") -> Tensor:
+def sample(logits: Tensor, temperature: float, sampling: Sampling = "softmax") -> Tensor:
     """Return the share of each option, which add up to 1 along the last dim; differentiable in the logits.
 
     Args:
