@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import html
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,9 @@ from geta_hf.evaluation.image_classification import accuracies, collate_images
 from geta_hf.recipes import image_classification as recipe
 from geta_hf.recipes.averages import Averages, averaged
 from geta_hf.recipes.cifar_models import CifarResNetConfig, CifarResNetForImageClassification
+from geta_hf.reporting.comparison import compare
+from geta_hf.reporting.folder_summary import read_summary
+from geta_hf.reporting.html_report import write_report
 from geta_hf.reporting.results import read_results
 from geta_hf.serialization.packed_layers import packed_layers
 from tests.recipes.pictures import CLASSES, SIDE, picture, write_folder, write_idx
@@ -55,6 +59,22 @@ def test_a_compressed_run_from_end_to_end(compressed: tuple[dict[str, Any], Path
     assert "pipeline_tag: image-classification" in card and "accuracy" in card
     structure = json.loads((output / "export" / "geta_structure.json").read_text())
     assert structure
+
+
+def test_card_and_report_speak_of_images(compressed: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    folder = compressed[1] / "export"
+    card, summary = (folder / "README.md").read_text(), read_summary(folder)
+    page = html.unescape(write_report(folder, tmp_path / "report.html").read_text())
+    for text in (card, page):
+        assert f"MACs, image of 3 · {SIDE} · {SIDE}" in text and "relative BOPs, paper (quantized layers)" in text
+        assert "the full count every convolution and matrix product" in text
+        assert "linear layers" not in text and "tokens" not in text
+        assert "AutoModelForImageClassification.from_pretrained" in text
+    assert summary.task == "image-classification" and "classifier.1" in summary.float_layers
+    # A dense folder is measured beside it, though transformers lacks the class.
+    dense = CifarResNetForImageClassification.from_pretrained(folder).dequantize()
+    dense.save_pretrained(tmp_path / "dense")
+    assert "image of" in compare(tmp_path / "dense", folder, latency=False)
 
 
 def test_the_export_runs_in_a_pipeline(compressed: tuple[dict[str, Any], Path]) -> None:
