@@ -134,7 +134,12 @@ def measure(name: str, chosen: argparse.Namespace) -> str:
         far = {
             path: distance(sessions[path], models[folder], make_batch(name, 3)) for path, (folder, _) in PATHS.items()
         }
-    header = (f"{name}, {MODELS[name]} pixels", *(f"{rows} images" for rows in chosen.batch), "difference", "MB")
+    header = (
+        f"{name}, {MODELS[name]} pixels",
+        *(f"{rows} image" + "s" * (rows > 1) for rows in chosen.batch),
+        "difference",
+        "MB",
+    )
     table = []
     for path in (*PATHS, *TORCH):
         cells = (f"{1e3 * times[path][0]:.1f} ms ({times[path][1]:.2f}x)" for times in columns)

@@ -38,7 +38,14 @@ from geta_hf.evaluation import squad
 from geta_hf.evaluation.image_classification import accuracies, collate_images, predict_classes
 from geta_hf.evaluation.squad_features import Question, load_questions, sample, training_features
 from geta_hf.evaluation.texts import perplexity_of_rows, read_text
-from geta_hf.recipes.image_classification import ModelArguments, channels_of, load_model, load_processor, make_config
+from geta_hf.recipes.image_classification import (
+    ModelArguments,
+    channels_of,
+    load_model,
+    load_processor,
+    make_config,
+    set_momentum,
+)
 from geta_hf.recipes.image_data import DataArguments, Rows, check_classes, load_images, usable
 
 HEAD_DIM = 32
@@ -262,18 +269,25 @@ class ImageOptions:
         data: fields of the recipe's `DataArguments`: the source, samples, sizes and augmentation.
         arguments: further `TrainingArguments` of all runs.
         calibration: images of training that compression without training sees.
+        batch_norm_momentum: share of a new batch in the running statistics; the model's own by default.
     """
 
     model: str | Mapping[str, Any]
     data: Mapping[str, Any]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     calibration: int = 256
+    batch_norm_momentum: float | None = None
 
 
 def image_task(options: ImageOptions, dense: Lengths, name: str) -> Task:
     """Make the task of image classification; the score is the accuracy in percent."""
     from_name = isinstance(options.model, str)
-    choice = ModelArguments(options.model, new_head=True) if from_name else ModelArguments(None, dict(options.model))
+    choice = ModelArguments(
+        model_name_or_path=str(options.model) if from_name else None,
+        architecture=None if from_name else dict(options.model),
+        new_head=from_name,
+        batch_norm_momentum=options.batch_norm_momentum,
+    )
     data = DataArguments(**options.data)
     every_image, images = load_images(data, "eval"), load_images(data, "train")
     check_classes(images, every_image)
@@ -288,22 +302,27 @@ def image_task(options: ImageOptions, dense: Lengths, name: str) -> Task:
     plain = Rows(known, processor, data, channels)
     calibration = [plain[index] for index in range(min(options.calibration, len(plain)))]
 
+    def load(folder: Path) -> PreTrainedModel:
+        return set_momentum(AutoModelForImageClassification.from_pretrained(folder), choice)
+
     def score(model: PreTrainedModel) -> dict[str, float]:
         found, labels = predict_classes(model, test, collate_images, batch_size=100)
         scores = accuracies(found, labels)
         return {"accuracy": scores["accuracy"], "accuracy_stderr": scores["accuracy_stderr"]}
 
+    # Lines of earlier runs, without the option, keep their settings.
+    momentum = {} if choice.batch_norm_momentum is None else {"batch_norm_momentum": choice.batch_norm_momentum}
     return Task(
         name=name,
         metrics=("accuracy",),
         larger_is_better=True,
         start=lambda: load_model(choice, config)[0],
-        load=AutoModelForImageClassification.from_pretrained,
+        load=load,
         features=features,
         collator=collate_images,
         score=score,
         dense=dense,
-        settings={"model": options.model, "images": len(known), **options.data, **options.arguments},
+        settings={"model": options.model, "images": len(known), **options.data, **options.arguments, **momentum},
         scored={"images": len(held_out)},
         tokenizer=processor,
         arguments={"remove_unused_columns": False, **options.arguments},

@@ -27,6 +27,7 @@ from geta_hf.methods.qasso.schedule import Schedule
 from geta_hf.methods.search.config import SearchConfig
 from geta_hf.qadg import PruningSpace, apply_policy, verify_space
 from geta_hf.quantization import attach_input_quantizers, attach_quantizers, detach_quantizers
+from geta_hf.recipes import cifar_models  # noqa: F401 - registers models that its folders may hold
 from geta_hf.reporting.html_report import write_report
 from geta_hf.reporting.hub import push_to_hub
 from geta_hf.reporting.model_card import write_card

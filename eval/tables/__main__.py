@@ -62,6 +62,7 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
     add("--model", help="folder or Hub name to train first")
     add("--architecture", nargs="+", metavar="KEY=VALUE", help="instead: model_type=T and fields of its config")
     add("--data", nargs="+", metavar="KEY=VALUE", required=True, help="fields of the recipe's DataArguments")
+    add("--batch_norm_momentum", type=float, help="of all runs; by default the model's own")
     add("--training", nargs="+", metavar="KEY=VALUE", default=[], help="fields of TrainingArguments, for all runs")
     add("--steps", type=int, default=10000, help="of every cell")
     add("--batch_size", type=int, default=64)
@@ -109,7 +110,12 @@ def _image_options(args: argparse.Namespace) -> ImageOptions:
     if (args.model is None) == (args.architecture is None):
         raise GETAError("give one of --model and --architecture")
     model = args.model or pairs(args.architecture, "--architecture")
-    return ImageOptions(model, pairs(args.data, "--data"), pairs(args.training, "--training"))
+    return ImageOptions(
+        model,
+        pairs(args.data, "--data"),
+        pairs(args.training, "--training"),
+        batch_norm_momentum=args.batch_norm_momentum,
+    )
 
 
 def pairs(texts: Sequence[str], option: str) -> dict[str, Any]:

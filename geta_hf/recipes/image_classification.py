@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -64,6 +65,10 @@ class ModelArguments:
     new_head: bool = field(
         default=False, metadata={"help": "replace a head of another number of labels by a random one"}
     )
+    batch_norm_momentum: float | None = field(
+        default=None,
+        metadata={"help": "share of a new batch in the running statistics of batch norm; the model's own by default"},
+    )
     ema_decay: float | None = field(
         default=None, metadata={"help": "end with a moving average of the weights of this decay, such as 0.999"}
     )
@@ -74,6 +79,8 @@ class ModelArguments:
             raise GETAError("give one of model_name_or_path (a trained model) and architecture (random weights)")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise GETAError(f"ema_decay = {self.ema_decay} must lie between 0 and 1, such as 0.999")
+        if self.batch_norm_momentum is not None and not 0 < self.batch_norm_momentum <= 1:
+            raise GETAError(f"batch_norm_momentum = {self.batch_norm_momentum} must lie in (0, 1], such as 0.1")
 
 
 # -------------------------------------------------------------------------------------------------------- arguments
@@ -119,7 +126,10 @@ def make_config(arguments: ModelArguments, classes: Sequence[str]) -> PreTrained
         if kind is None:
             raise GETAError("architecture needs model_type, such as {model_type: resnet, depths: [3, 3, 3]}")
         with one_line_errors(f"architecture: no config of model type {kind!r}"):
-            return AutoConfig.for_model(kind, **values, **labels)
+            config = AutoConfig.for_model(kind, **values, **labels)
+        # Of several classes, as DeiT has, transformers reads this for the one to take; None would be an error.
+        config.architectures = config.architectures or []
+        return config
     config = load_config(str(arguments.model_name_or_path))
     trained = any("ForImageClassification" in name for name in config.architectures or ())
     if trained and config.num_labels != len(classes) and not arguments.new_head:
@@ -141,13 +151,26 @@ def load_model(arguments: ModelArguments, config: PreTrainedConfig) -> tuple[Pre
     """
     if arguments.architecture is not None:
         with one_line_errors(f"no image classification model of type {config.model_type!r} can be made"):
-            return AutoModelForImageClassification.from_config(config), False
+            return set_momentum(AutoModelForImageClassification.from_config(config), arguments), False
     name = str(arguments.model_name_or_path)
     with one_line_errors(f"the model {name} can't be loaded"):
         model, found = AutoModelForImageClassification.from_pretrained(
             name, config=config, ignore_mismatched_sizes=arguments.new_head, output_loading_info=True
         )
-    return model, not found["missing_keys"] and not found["mismatched_keys"]
+    return set_momentum(model, arguments), not found["missing_keys"] and not found["mismatched_keys"]
+
+
+def set_momentum(model: PreTrainedModel, arguments: ModelArguments) -> PreTrainedModel:
+    """Set the momentum of all batch norms in place where the arguments name one, and return the model.
+
+    No config holds it. MobileNetV1 and V2 of transformers have TensorFlow's 0.997, which in PyTorch is the share of the
+    new batch: a model in evaluation would run on the statistics of the last batch alone.
+    """
+    if arguments.batch_norm_momentum is not None:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.momentum = arguments.batch_norm_momentum
+    return model
 
 
 def load_processor(arguments: ModelArguments, data: DataArguments, config: PreTrainedConfig) -> Any:

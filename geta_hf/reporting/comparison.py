@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from geta_hf.config import CONFIG_NAME, CompressionConfig, GETAConfig, read_config
@@ -22,6 +21,7 @@ from geta_hf.reporting.latency import measure_latency
 from geta_hf.serialization.hf_quantizer import QUANT_METHOD
 from geta_hf.serialization.loader import check_blocks, check_widths
 from geta_hf.serialization.validate import check_readable, read_json
+from geta_hf.utils.model_classes import find_model_class
 from geta_hf.utils.tables import format_table
 
 _MANY_GROUPS = 2**40
@@ -153,7 +153,7 @@ def load_model(folder: str | os.PathLike[str]) -> PreTrainedModel:
 
 
 def _model_class(folder: Path) -> Any:
-    """Return the class in transformers of the model in a local folder or on the Hub."""
+    """Return the class of the model in a local folder or on the Hub, of those that need none of its code."""
     try:
         config, _ = PreTrainedConfig.get_config_dict(folder)
     except (OSError, ValueError) as error:
@@ -166,8 +166,8 @@ def _model_class(folder: Path) -> Any:
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise GETAError(f"{folder}/config.json names no architecture; save the model with save_pretrained")
     # The class that saved it: an auto class of another task would drop the head, or make a new one.
-    found = getattr(transformers, names[0], None)
-    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+    found = find_model_class(names[0])
+    if found is not None:
         return found
     if "auto_map" in config:
         raise GETAError(

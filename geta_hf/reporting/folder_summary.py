@@ -30,6 +30,7 @@ from geta_hf.serialization.hf_quantizer import GETAQuantizationConfig, apply_fix
 from geta_hf.serialization.packed_layers import BLOCKS, INPUT_SCALE, WEIGHT_SCALE
 from geta_hf.serialization.sizes import tensor_sizes
 from geta_hf.serialization.validate import check_headers, check_readable, read_json
+from geta_hf.utils.model_classes import find_model_class, registered_classes
 from geta_hf.utils.plain_yaml import load_plain_yaml
 from geta_hf.utils.version import __version__
 
@@ -291,18 +292,12 @@ def empty_model_of(folder: Path) -> PreTrainedModel | None:
             model.
     """
     config = read_json(folder / "config.json")
-    if config.get("model_type") not in CONFIG_MAPPING or not _has_class(config):
+    if config.get("model_type") not in CONFIG_MAPPING or find_model_class(_architecture(config)) is None:
         return None
     model: PreTrainedModel = empty_model(str(folder)).to("meta")  # type: ignore[arg-type]
     vars(model.config).pop("quantization_config", None)
     check_headers(model, folder)
     return model
-
-
-def _has_class(config: Mapping[str, Any]) -> bool:
-    """Return whether transformers has the class that saved the folder and all that it needs."""
-    found = getattr(transformers, _architecture(config), None)
-    return found is not None and not getattr(found, "is_dummy", False)
 
 
 def _costs(dense: PreTrainedModel, folder: Path, structure: Structure) -> dict[str, Costs]:
@@ -378,7 +373,7 @@ def _class_names(auto: Any) -> set[str]:
             names.add(entry)
         else:
             names.update(entry)
-    return names
+    return names | {kind.__name__ for kind in registered_classes(auto)}
 
 
 def _versions(config: Mapping[str, Any]) -> dict[str, str]:

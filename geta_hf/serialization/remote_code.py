@@ -1,7 +1,8 @@
 """Write the code that a folder carries, so that it loads where geta_hf is not installed: `trust_remote_code=True`.
 
 The modules that read a folder are copied unchanged but for their imports of each other, which are made relative.
-`modeling_geta.py` next to them names the model's classes for transformers' `auto_map`.
+`modeling_geta.py` next to them names the model's classes for transformers' `auto_map`. A model whose class is this
+package's own, as the recipes' ResNet-20 is, has the module of its class copied as well.
 
 The copies are flat, all in the folder itself as `geta_<leaf of the module's name>.py`: transformers' download of remote
 code follows relative imports between files of one folder and knows no packages. So the leaves in `CARRIED` must differ.
@@ -46,22 +47,29 @@ CARRIED = (
 
 MODELING = "modeling_geta"
 
+_PACKAGE = __name__.partition(".")[0]
+
 _OWN_IMPORT = re.compile(r"^(\s*from )(geta_hf[\w.]*)( import)", re.MULTILINE)
 
 
 def save_compressed(model: PreTrainedModel, folder: Path, **kwargs: Any) -> None:
     """Save a compressed model with the code that loads it where geta_hf is not installed.
 
-    A model whose class is not transformers' own gets no code, with a warning: such a folder needs geta_hf.
+    A model whose class is neither transformers' nor this package's gets no code, with a warning: such a folder needs
+    geta_hf, and the module that defines the class.
 
     Args:
         model: one with packed layers or a fix list, so that its `save_pretrained` writes geta_hf's format.
         folder: where it is saved; created if it does not exist.
         kwargs: for `save_pretrained`.
     """
-    own = _library_class(type(model))
+    own = _known_class(type(model))
     if own is None:
-        logger.warning("%s is not a class of transformers; its folder loads only with geta_hf", type(model).__name__)
+        logger.warning(
+            "%s is not a class of transformers; its folder loads only with geta_hf, where the module of the class is "
+            "imported too",
+            type(model).__name__,
+        )
         model.save_pretrained(folder, **kwargs)
         return
     # Only while it is saved: a later save_pretrained of this model alone would name code that its folder lacks.
@@ -81,7 +89,7 @@ def auto_map(model: PreTrainedModel, own: type[PreTrainedModel]) -> dict[str, st
 
     Args:
         model: the model that is saved.
-        own: its class in transformers.
+        own: its class in transformers or in this package.
     """
     found = {"AutoConfig": f"{MODELING}.{type(model.config).__name__}"}
     for auto, classes in _auto_classes(model.config):
@@ -100,9 +108,16 @@ def _auto_classes(config: Any) -> Iterator[tuple[str, tuple[type, ...]]]:
             yield name, classes if isinstance(classes, tuple) else (classes,)
 
 
-def _library_class(kind: type) -> Any:
-    """Return the first of a model's classes that transformers defines for an architecture; None if there is none."""
-    return next((base for base in kind.__mro__ if base.__module__.startswith("transformers.models.")), None)
+def _known_class(kind: type) -> Any:
+    """Return the class of transformers or of this package that computes what a model's class does; None if none does.
+
+    A subclass that is made on the fly, as FSDP makes one, leaves the constructor and the forward as they are. One that
+    changes them is another architecture, which a folder's code could not build.
+    """
+    places = ("transformers.models.", f"{_PACKAGE}.")
+    found: Any = next((base for base in kind.__mro__ if base.__module__.startswith(places)), None)
+    same = found is not None and all(getattr(kind, name) is getattr(found, name) for name in ("__init__", "forward"))
+    return found if same else None
 
 
 def _base_class(own: type[PreTrainedModel]) -> Any:
@@ -114,7 +129,8 @@ def _base_class(own: type[PreTrainedModel]) -> Any:
 
 def code_files(model: PreTrainedModel, own: type[PreTrainedModel]) -> dict[str, str]:
     """Return the files of code that a folder of this model carries: name -> text."""
-    files = {f"{_flat(name)}.py": _relative(importlib.import_module(name)) for name in CARRIED}
+    names = [*CARRIED, *sorted({kind.__module__ for kind in _classes(model, own) if _is_ours(kind)})]
+    files = {f"{_flat(name)}.py": _relative(importlib.import_module(name)) for name in names}
     return {**files, f"{MODELING}.py": _modeling(model, own)}
 
 
@@ -135,22 +151,35 @@ def _relative(module: ModuleType) -> str:
     return _OWN_IMPORT.sub(flat, inspect.getsource(module))
 
 
+def _classes(model: PreTrainedModel, own: type[PreTrainedModel]) -> list[type]:
+    """Return the classes that `modeling_geta.py` names: of the config, the model, and the model without its head.
+
+    AutoModel loads the last one from a folder that was saved with a head.
+    """
+    return list(dict.fromkeys([type(model.config), own, _base_class(own)]))
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.startswith(f"{_PACKAGE}.")
+
+
 def _modeling(model: PreTrainedModel, own: type[PreTrainedModel]) -> str:
     config = type(model.config)
-    # The base class as well: AutoModel loads it from a folder that was saved with a head.
-    classes = dict.fromkeys([config, own, _base_class(own)])
+    classes = _classes(model, own)
+    theirs = [kind for kind in classes if not _is_ours(kind)]
     lines = [
         f'"""{own.__name__} as geta_hf compressed it: `from_pretrained(FOLDER, trust_remote_code=True)`.',
         "",
-        "The classes are those of transformers; the import of the quantizer lets them read packed weights.",
+        "The import of the loader lets the classes read packed weights.",
         '"""',
         "",
-        *(f"import {module}" for module in sorted({kind.__module__ for kind in classes})),
+        *(f"import {module}" for module in sorted({kind.__module__ for kind in theirs})),
         "",
+        *(f"from .{_flat(kind.__module__)} import {kind.__name__}  # noqa: F401" for kind in classes if _is_ours(kind)),
         f"from .{_flat(CARRIED[-1])} import GETALoader  # noqa: F401",
         *_conversions(config.model_type),
     ]
-    for kind in classes:
+    for kind in theirs:
         body = "pass" if kind is config else f"config_class = {config.__name__}"
         lines += ["", "", f"class {kind.__name__}({kind.__module__}.{kind.__name__}):", f"    {body}"]
     return "\n".join(lines) + "\n"

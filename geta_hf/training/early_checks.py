@@ -9,12 +9,15 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.utils import logging
 
 from geta_hf.errors import GETAError
 from geta_hf.quantization.layers import check_parameter
 from geta_hf.serialization.packed_layers import packed_layers
 from geta_hf.surgery.rebuild import check_rebuilds
 from geta_hf.utils.model_io import Batch
+
+logger = logging.get_logger(__name__)
 
 
 def check_is_model(model: Any) -> None:
@@ -103,15 +106,18 @@ def check_length(args: TrainingArguments) -> None:
 def check_batch_norm(model: nn.Module, args: TrainingArguments, batch: Batch | None = None, rows: int = 0) -> None:
     """Raise GETAError where batch norm in training mode would see batches of one row, whose statistics say nothing.
 
+    Warn where its running statistics will be nearly those of the last batch alone.
+
     Args:
         model: any module.
         args: with the batch size.
         batch: one of those that the data gives, if known: a collator may make several rows of one.
         rows: of the data, if known: the last batch may have a single row.
     """
-    found = next((name for name, module in model.named_modules() if isinstance(module, _BatchNorm)), None)
-    if found is None:
+    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    if not norms:
         return
+    found, module = norms[0]
     size = args.train_batch_size
     several = any(isinstance(item, torch.Tensor) and item.shape[:1] > (1,) for item in (batch or {}).values())
     if size == 1 and not several:
@@ -123,4 +129,11 @@ def check_batch_norm(model: nn.Module, args: TrainingArguments, batch: Batch | N
         raise GETAError(
             f"batch norm ({found}) needs batches of 2 rows or more, and the last of {rows} rows in batches of {size} "
             f"has one; pass dataloader_drop_last, or choose another batch size"
+        )
+    if (module.momentum or 0) > 0.5:
+        # Once, since a recipe checks before the trainer does.
+        logger.warning_once(
+            f"batch norm ({found}) has momentum {module.momentum}: in evaluation the model runs on the statistics of "
+            f"little more than its last batch. In PyTorch momentum is the share of the new batch, in TensorFlow of the "
+            f"old ones; set module.momentum of all batch norms, in the recipe by --batch_norm_momentum 0.1"
         )

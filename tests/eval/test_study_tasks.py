@@ -10,9 +10,10 @@ import torch
 from transformers import BertTokenizer, LlamaForCausalLM
 
 from eval import study_tasks
-from eval.study_tasks import Lengths, QuestionOptions, TextOptions
+from eval.study_tasks import ImageOptions, Lengths, QuestionOptions, TextOptions
 from geta_hf import GETAError
 from geta_hf.recipes import demo_data
+from tests.recipes.pictures import write_idx
 
 DENSE = Lengths(2, 4, 1e-3)
 TINY = TextOptions(texts=[], layers=1, hidden=32, block=16, eval_blocks=4)
@@ -158,3 +159,16 @@ def test_a_pretrained_model_is_the_dense_one_where_it_takes_no_steps(text: TextO
     assert scores["other_nats"] == pytest.approx(
         study_tasks.nats_per_token(loaded, other[torch.arange(3) * len(other) // 3])
     )
+
+
+def test_every_run_on_images_takes_the_momentum_of_the_command(tmp_path: Path) -> None:
+    """It is no part of a saved model, so that it has to be set after each loading."""
+    architecture = {"model_type": "cifar_resnet", "num_channels": 1, "depths": [1], "hidden_sizes": [8]}
+    data = {"idx_dir": str(write_idx(tmp_path / "idx", 4))}
+    options = ImageOptions({**architecture, "embedding_size": 8}, data, batch_norm_momentum=0.2)
+    task = study_tasks.image_task(options, Lengths(0, 4, 1e-3), "images")
+    loaded = task.load(study_tasks.dense_model(task, tmp_path))
+    momenta = {module.momentum for module in loaded.modules() if isinstance(module, torch.nn.BatchNorm2d)}
+    assert momenta == {0.2} and task.settings["batch_norm_momentum"] == 0.2
+    plain = study_tasks.image_task(ImageOptions(options.model, data), Lengths(0, 4, 1e-3), "images")
+    assert "batch_norm_momentum" not in plain.settings  # as in results of before

@@ -219,11 +219,13 @@ def test_a_table_of_images_from_training_to_the_rendered_rows(
     model = ["model_type=cifar_resnet", "num_channels=1", "depths=[1]", "hidden_sizes=[8]", "embedding_size=8"]
     common = ["images", "--architecture", *model, "--data", f"idx_dir={data}", "--work", str(tmp_path / "work")]
     common += ["--steps", "20", "--dense_steps", "2", "--batch_size", "4", "--name", "tiny"]
+    common += ["--batch_norm_momentum", "0.2"]
     command.main([*common, "--rows", DENSE, OURS, UNTRAINED])
     lines = {line["row"]: line for line in read_results(tmp_path / "work")}
     assert set(lines) == {DENSE, OURS, UNTRAINED}
     assert lines[UNTRAINED]["relative_bops"] <= lines[OURS]["relative_bops"]
     assert lines[OURS]["kept_channels"] == 0.5 and lines[OURS]["images"] == 80
+    assert lines[OURS]["settings"]["dense"]["batch_norm_momentum"] == 0.2
     assert all(0 <= line["accuracy"] <= 100 and line["bytes"] > 0 for line in lines.values())
     # The dense model is timed beside each compressed one, since machines differ.
     assert all(line["ms"] > 0 and line["dense_ms"] > 0 for name, line in lines.items() if name != DENSE)

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from geta_hf.export import export
-from geta_hf.quantization import attach_input_quantizers, step_size
+from geta_hf.quantization import attach_input_quantizers, select_layers, step_size
 from geta_hf.serialization.packed_layers import packed_layers
 from tests.export.tiny_encoders import train_by_hand
 from tests.spaces import build_space
@@ -111,6 +111,32 @@ def test_masked_sliced_and_reloaded_give_the_same_logits(name: str, tmp_path: Pa
     depthwise = [m for m in small.modules() if isinstance(m, nn.Conv2d) and m.weight.shape[1] == 1 and m.groups > 1]
     assert all(layer.groups == layer.in_channels == layer.out_channels for layer in depthwise)
     assert bool(depthwise) == (name in ("mobilenet", "pvt"))
+
+
+@pytest.mark.parametrize(
+    ("make", "ends"),
+    [
+        (resnet, {"resnet.embedder.embedder.convolution", "classifier.1"}),
+        (
+            mobilenet,
+            {
+                "mobilenet_v2.conv_stem.first_conv.convolution",
+                "mobilenet_v2.conv_stem.conv_3x3.convolution",
+                "mobilenet_v2.conv_stem.reduce_1x1.convolution",
+                "mobilenet_v2.conv_1x1.convolution",
+                "classifier",
+            },
+        ),
+        (pvt, {"classifier"}),
+    ],
+)
+def test_first_and_last_layers_stay_float_unless_all_are_named(
+    make: Callable[[], PreTrainedModel], ends: set[str]
+) -> None:
+    model = make()
+    layers = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    assert set(select_layers(model, include=["."])) == layers
+    assert layers - set(select_layers(model)) == ends
 
 
 def test_residual_channels_of_a_resnet_are_removed_on_request(tmp_path: Path) -> None:

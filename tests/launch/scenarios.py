@@ -21,9 +21,12 @@ from transformers import (
 )
 
 from geta_hf import GETAConfig, GETAError, GETATrainer, SearchConfig
+from geta_hf.recipes import image_classification
 from geta_hf.utils.shards import from_first_process
 from tests.conftest import tiny_bert_config
+from tests.recipes.pictures import SIDE, write_folder
 
+CONFIGS = Path(image_classification.__file__).parent / "configs"
 STEPS, GLOBAL_BATCH = 24, 8
 SMALL = {"warmup": 2, "projection": 4, "joint": 12, "projection_periods": 2, "pruning_periods": 3}
 SEARCH = {
@@ -86,6 +89,30 @@ def classified_run(folder: Path, rules: str, processes: int, fsdp: bool = False)
     trainer = GETATrainer(model, args, geta_config=RULES[rules], train_dataset=data)
     trainer.train()
     return outcome(trainer)
+
+
+def pictured_run(folder: Path, rules: str, processes: int, fsdp: bool = False) -> dict[str, object]:
+    """Run the image recipe, whose command is the same under `accelerate launch`."""
+    home = folder / "pictures"
+    if PartialState().is_main_process:
+        write_folder(home, 16)
+    PartialState().wait_for_everyone()
+    words = [
+        str(CONFIGS / f"{rules}.yaml"),
+        "--dataset_name",
+        "null",
+        "--train_dir",
+        str(home),
+        "--eval_dir",
+        str(home),
+    ]
+    words += [
+        "--architecture",
+        f"{{model_type: cifar_resnet, image_size: {SIDE}, depths: [1, 1], hidden_sizes: [8, 16]}}",
+    ]
+    words += ["--output_dir", str(folder / "run"), "--max_steps", str(STEPS), "--dataloader_num_workers", "0"]
+    words += ["--per_device_train_batch_size", str(GLOBAL_BATCH // processes), "--measure_speed", "false"]
+    return image_classification.main([*words, "--use_cpu", "--disable_tqdm"])
 
 
 def outcome(trainer: GETATrainer) -> dict[str, object]:
@@ -169,7 +196,7 @@ def main(folder: Path, launch: str, names: list[str]) -> None:
     for name in names:
         kind, rules = name.split("-")
         kinds = {"classified": classified_run, "whole": whole_run, "stopped": stopped_run, "resumed": resumed_run}
-        run = (kinds | {"searched": searched_run})[kind]
+        run = (kinds | {"searched": searched_run, "pictured": pictured_run})[kind]
         found = run(folder / launch / name, rules, processes, fsdp)
         if state.process_index == 0:
             torch.save(found, folder / f"{launch}-{name}.pt")

@@ -3,18 +3,20 @@ also when they were interrupted in the joint stage."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from transformers import AutoModelForQuestionAnswering
+from transformers import AutoModelForImageClassification, AutoModelForQuestionAnswering
 
 from geta_hf import GETAConfig
 from geta_hf.errors import GETAError
+from geta_hf.serialization.packed_layers import packed_layers
 from geta_hf.training.checkpoints import check_checkpoint, write_notes
-from tests.launch.scenarios import RULES, SEARCH, classified_run, main, make, outcome, searched_run, whole_run
+from tests.launch.scenarios import RULES, SEARCH, STEPS, classified_run, main, make, outcome, searched_run, whole_run
 
 NAMES = ["resumed-default", "whole-paper"]
 # The loss does not depend on these: their gradients are rounding errors, of which Adam makes whole steps.
@@ -111,6 +113,18 @@ def test_a_classifier_takes_steps_of_the_same_size_in_two_processes(tmp_path) ->
     assert torch.equal(found["gone"], wanted["gone"]) and found["bits"] == pytest.approx(wanted["bits"], abs=1e-3)
     for name, weight in wanted["weights"].items():
         torch.testing.assert_close(found["weights"][name], weight, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_image_recipe_trains_and_exports_in_two_processes(tmp_path) -> None:
+    """Each process has batch norm's statistics of its own rows; the folder scores what the first one's model scored."""
+    launch(tmp_path, "ddp", "pictured-resnet20")
+    results = torch.load(tmp_path / "ddp-pictured-resnet20.pt")
+    folder = tmp_path / "ddp" / "pictured-resnet20" / "run"
+    assert results == json.loads((folder / "results.json").read_text())
+    assert results["steps"] == STEPS and results["accuracy"] == results["before_export"]["accuracy"] > 80
+    small = AutoModelForImageClassification.from_pretrained(folder / "export")
+    assert packed_layers(small)
 
 
 def test_a_changed_number_of_shards_is_refused(tmp_path) -> None:

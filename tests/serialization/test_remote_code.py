@@ -5,17 +5,29 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForQuestionAnswering
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForQuestionAnswering,
+    BertConfig,
+    BertForQuestionAnswering,
+    PreTrainedModel,
+)
 
+import geta_hf
 from geta_hf import export
 from geta_hf.quantization import attach_input_quantizers, quantized_layers, step_size
 from geta_hf.quantization.quantizer import Quantizer
-from geta_hf.serialization.remote_code import CARRIED
+from geta_hf.serialization.remote_code import CARRIED, save_compressed
 from geta_hf.surgery.trial_cut import try_cuts
 from tests.architectures import build
 from tests.elsewhere import run_elsewhere
@@ -167,6 +179,90 @@ def test_many_architectures(tmp_path: Path) -> None:
     for name in MANY:
         for key, value in load_file(tmp_path / f"{name}.found").items():
             assert torch.equal(value, expected[name][key]), (name, key)
+
+
+LOAD_RECIPES = """
+import sys
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageClassification
+for name in ("cifar_resnet", "vgg7"):
+    model = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=len(sys.argv) == 1 or None)
+    with torch.no_grad():
+        logits = model.eval()(**load_file("batch.safetensors")).logits
+    save_file({"logits": logits}, f"{name}.found")
+    print(type(model).__name__)
+"""
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, PreTrainedModel]]:
+    """Exports of the models that only the image recipe has, and what they are."""
+    home = tmp_path_factory.mktemp("recipes")
+    batch = {"pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
+    save_file(batch, home / "batch.safetensors")
+    sizes = {
+        "cifar_resnet": {"depths": [1, 1], "hidden_sizes": [8, 16], "embedding_size": 8},
+        "vgg7": {"hidden_sizes": [4, 8], "classifier_size": 16, "image_size": 8},
+    }
+    models = {}
+    for name, changes in sizes.items():
+        torch.manual_seed(0)
+        model = AutoModelForImageClassification.from_config(AutoConfig.for_model(name, **changes)).eval()
+        space = build_space(model, batch)
+        train_by_hand(model, space)
+        export(model, home / name, space=space, batch=batch)
+        models[name] = model
+    return home, models
+
+
+def check_outputs(home: Path, models: dict[str, PreTrainedModel]) -> None:
+    batch = load_file(home / "batch.safetensors")
+    for name, model in models.items():
+        with torch.no_grad():
+            expected = model(**batch).logits
+        torch.testing.assert_close(load_file(home / f"{name}.found")["logits"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_folders_of_the_recipes_models_carry_their_classes(recipes: tuple[Path, dict[str, PreTrainedModel]]) -> None:
+    home, models = recipes
+    names = run_elsewhere(LOAD_RECIPES, home).split()
+    assert names == [type(model).__name__ for model in models.values()]
+    check_outputs(home, models)
+
+
+@pytest.mark.slow
+def test_the_import_of_geta_hf_is_enough_for_them(recipes: tuple[Path, dict[str, PreTrainedModel]]) -> None:
+    home, models = recipes
+    environment = {**os.environ, "PYTHONPATH": str(Path(geta_hf.__file__).parent.parent)}
+    command = [sys.executable, "-c", f"import geta_hf\n{LOAD_RECIPES}", "with geta_hf"]
+    subprocess.run(command, cwd=home, env=environment, check=True, capture_output=True)
+    check_outputs(home, models)
+
+
+class Wider(BertForQuestionAnswering):
+    """A user's own: the folder's code can't build it from transformers' class."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.qa_outputs = torch.nn.Linear(config.hidden_size, 2, bias=False)
+
+
+class Renamed(BertForQuestionAnswering):
+    """As FSDP makes one: another class that computes the same."""
+
+
+def test_a_class_that_changes_what_transformers_computes_gets_no_code(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("geta_hf"), "propagate", True)
+    config = tiny_model().config
+    for kind in (Renamed, Wider):
+        save_compressed(kind(config), tmp_path / kind.__name__)
+    stored = {kind: json.loads((tmp_path / kind / "config.json").read_text()) for kind in ("Renamed", "Wider")}
+    assert stored["Renamed"]["auto_map"]["AutoModelForQuestionAnswering"] == "modeling_geta.BertForQuestionAnswering"
+    assert "auto_map" not in stored["Wider"] and not list((tmp_path / "Wider").glob("*.py"))
+    assert "Wider is not a class of transformers" in caplog.text and "Renamed" not in caplog.text
 
 
 def imported(path: Path, at_once: bool = False) -> set[str]:

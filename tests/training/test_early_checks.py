@@ -19,6 +19,7 @@ from transformers import BertConfig, BertForQuestionAnswering, LlamaConfig, Llam
 from geta_hf import GETAConfig, GETATrainer
 from geta_hf.errors import GETAError
 from geta_hf.export.export import export
+from geta_hf.recipes.cifar_models import CifarResNetConfig, CifarResNetForImageClassification
 from tests.conftest import tiny_bert_config
 from tests.tiny_tasks import byte_tokenizer
 from tests.training.test_trainer import SMALL, arguments, rows
@@ -215,3 +216,30 @@ def test_another_type_at_the_export_is_said(
     trained.export_model(tmp_path / "half")
     assert "parameters have another dtype than when training ended, such as bert.embeddings" in caplog.text
     assert "torch.bfloat16, trained in torch.float32" in caplog.text
+
+
+def convolutional(folder: Path, momentum: float, **changes: Any) -> GETATrainer:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"depths": [1], "hidden_sizes": [8], "embedding_size": 8}
+    model = CifarResNetForImageClassification(CifarResNetConfig(num_labels=2, **sizes))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
+    images = [{"pixel_values": torch.randn(3, 8, 8), "labels": row % 2} for row in range(8)]
+    values = arguments(folder, **changes)
+    return GETATrainer(model, values, geta_config=GETAConfig(**SMALL), train_dataset=images)  # type: ignore[arg-type]
+
+
+def test_batch_norm_needs_more_than_one_row(tmp_path: Path) -> None:
+    with pytest.raises(GETAError, match=r"batch norm \(\S+\) needs batches of 2 rows or more, and per_device"):
+        convolutional(tmp_path, 0.1, per_device_train_batch_size=1)
+
+
+def test_statistics_of_the_last_batch_alone_are_warned_of(tmp_path: Path, caplog: Any, monkeypatch: Any) -> None:
+    """MobileNetV2 of transformers has TensorFlow's momentum."""
+    monkeypatch.setattr(logging.getLogger("geta_hf"), "propagate", True)
+    convolutional(tmp_path, 0.1)
+    assert "momentum" not in caplog.text
+    convolutional(tmp_path, 0.997)
+    assert caplog.text.count("has momentum 0.997") == 1
+    assert "--batch_norm_momentum 0.1" in caplog.text

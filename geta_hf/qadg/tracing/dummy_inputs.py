@@ -27,6 +27,7 @@ from geta_hf.errors import GETAError
 from geta_hf.qadg.tracing.record_forward import record_forward
 from geta_hf.quantization.experts import is_unstacked, unstack_experts
 from geta_hf.utils.config_limits import check_counts
+from geta_hf.utils.model_classes import find_model_class
 from geta_hf.utils.process_state import exclusive
 
 # For a configuration that names no class of its own: the first task that knows it. Models of several modalities come
@@ -218,8 +219,8 @@ def _load_config(source: str) -> PreTrainedConfig:
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     # `architectures` names the class that was saved, hence the one with the head that was trained.
     for name in config.architectures or ():
-        found = getattr(transformers, name, None)
-        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        found = find_model_class(name)
+        if found is not None:
             return found
     for task in _TASKS:
         known: Any = task.get(type(config), ())
