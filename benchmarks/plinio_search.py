@@ -4,11 +4,11 @@
     PYTHONPATH=plinio python benchmarks/plinio_search.py W --name N --data idx_dir=fashion-mnist [--strengths 1 3 10]
 
 `W` and `N` are the work folder and the name of an `eval.searches images` run; each run starts from its dense model and
-takes its steps. PLiNIO is used as it is: channels choose among 0, 2, 4 and 8 bits, activations have 8 with a sign, as
-images have one, weights are trained by Adam and choices by SGD, the temperature falls to e^-22.5, and then the likeliest
-choice is fixed. Its own export fails for widths of channels, so the score is that of its model in evaluation mode, and
-the size is counted: the bits of the weights that remain, beside the bytes that the file of `w2a8` has for everything
-else. It needs tdigest, networkx and torchinfo.
+takes its steps. PLiNIO is used as it is: channels choose among 0, 2, 4 and 8 bits, activations have 8 and a sign,
+weights are trained by Adam and choices by SGD, the temperature falls to e^-22.5, and then the likeliest choice is
+fixed. Its own export fails for widths of channels, so the score is that of its model in evaluation mode, and the size
+is counted: the bits of the weights that remain, beside the bytes that the file of `w2a8` has for everything else. It
+needs tdigest, networkx and torchinfo.
 
 One line of `W/plinio.jsonl` for each strength, the weight of the expected size relative to 8 bits.
 """
