@@ -232,13 +232,14 @@ def _parser() -> argparse.ArgumentParser:
     defaults["text"] = (Lengths(4000, 16, 2e-3), Lengths(300, 16, 1e-3))
     for command, options in (("questions", QuestionOptions), ("text", TextOptions)):
         sub = commands.add_parser(command)
-        _add_fields(sub, options)
+        add_options(sub, options)
         _add_study(sub, command, *defaults[command])
     commands.add_parser("table").add_argument("--work", type=Path, required=True)
     return parser
 
 
-def _add_fields(parser: argparse.ArgumentParser, options: type) -> None:
+def add_options(parser: argparse.ArgumentParser, options: type) -> None:
+    """Add an argument for each field of a dataclass of options."""
     for option in fields(options):
         text = str(option.type)
         kind: Any = int if text.startswith("int") else str
@@ -268,7 +269,8 @@ def _add_study(parser: argparse.ArgumentParser, name: str, dense: Lengths, cell:
     add("--changes", type=json.loads, default={}, help="further fields of GETAConfig for all cells, as JSON")
 
 
-def _pick(kind: type, values: dict[str, Any], prefix: str = "") -> Any:
+def pick_options(kind: type, values: dict[str, Any], prefix: str = "") -> Any:
+    """Make options of the parsed arguments that bear the names of their fields, with a prefix."""
     return kind(**{item.name: values[prefix + item.name] for item in fields(kind)})
 
 
@@ -279,12 +281,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(tables(read_results(args.work)))
         return
     values = {**vars(args), "bits": tuple(args.bits)}
-    dense = _pick(Lengths, values, "dense_")
+    dense = pick_options(Lengths, values, "dense_")
     if args.command == "questions":
-        task = question_task(_pick(QuestionOptions, values), dense, args.name)
+        task = question_task(pick_options(QuestionOptions, values), dense, args.name)
     else:
-        task = text_task(_pick(TextOptions, values), dense, args.name)
-    run_study(task, args.work, _pick(Lengths, values), _pick(Limits, values), args.seeds, args.cells)
+        task = text_task(pick_options(TextOptions, values), dense, args.name)
+    run_study(task, args.work, pick_options(Lengths, values), pick_options(Limits, values), args.seeds, args.cells)
     print(tables([line for line in read_results(args.work) if line["study"] == args.name]))
 
 

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from geta_hf.errors import GETAError
+from geta_hf.quantization import quantized_layers
 from geta_hf.quantization.quantizer import Quantizer
+
+
+def weight_quantizers(model: nn.Module) -> dict[str, Quantizer]:
+    """Return prefix -> the quantizer of each weight."""
+    return {f"{name}.weight_quantizer": layer.weight_quantizer for name, layer in quantized_layers(model).items()}
 
 
 def quantizer_parameters(model: nn.Module, trained: bool = True) -> dict[str, nn.Parameter]:

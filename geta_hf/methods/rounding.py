@@ -65,23 +65,24 @@ def round_bits(
     )
     four_levels = None
     if choices.four_levels and FOUR_LEVEL_BITS in chosen.weight_bits:
-        chosen, four_levels = _fit_four_levels(quantizers, named, weight_of, chosen, choices.search_clipping)
+        chosen, four_levels = fit_four_levels(quantizers, named, weight_of, chosen, choices.search_clipping)
     chosen = _of_first_process(chosen)
     write_bits(quantizers, named, chosen, four_levels)
     return chosen
 
 
-def _fit_four_levels(
+def fit_four_levels(
     quantizers: Quantizers,
     named: Named,
     weight_of: Callable[[str], Tensor | None],
     chosen: BitAllocation,
     search: bool,
 ) -> tuple[BitAllocation, Tensor]:
-    """Find the layers of 2 bits that lose less on four levels than on three.
+    """Find the layers of 2 bits that lose less on four levels than on three; waits for the device.
 
     Args:
-        quantizers, named, weight_of, chosen: as in `round_bits`.
+        quantizers, named, weight_of: as in `round_bits`.
+        chosen: the widths. A layer whose rows or columns differ has whole steps.
         search: look for the clipping values of least error; otherwise the present ones are kept.
 
     Returns:
@@ -152,7 +153,8 @@ def write_bits(quantizers: Quantizers, named: Named, chosen: BitAllocation, four
 def _set_four_levels(quantizers: Quantizers, chosen: BitAllocation, wanted: Tensor | None) -> Tensor:
     """Let quantizers have four levels or whole steps; return which have four, bool, shape (quantizers,)."""
     found = torch.zeros(len(quantizers.prefixes), dtype=torch.bool)
-    if wanted is not None and chosen.entry_bits is None:
+    if wanted is not None:
+        # The widest of rows or columns, and so that of all of them.
         found[: len(wanted)] = wanted & (torch.tensor(chosen.weight_bits) == FOUR_LEVEL_BITS)
     # Layers with tied weights share one quantizer, which is named by the first of them.
     for prefix, four in zip(quantizers.prefixes, found.tolist(), strict=True):

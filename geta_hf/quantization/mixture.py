@@ -1,8 +1,8 @@
 """Compute a layer on a mixture of its weight at several bit widths: Σ_p θ_p Q_p(W), with gradients for W and θ.
 
 A search trains θ, the shares of the widths. Each width p has clipping values of its own, c_p, which are not trained
-here; its grid is symmetric and uniform, as that of every `Quantizer`, with d_p = c_p / (2^(p-1) - 1). The gradient of
-Q_p for W is 1 within c_p and 0 beyond it.
+here; its grid is symmetric and uniform, as that of every `Quantizer`, with d_p = c_p / (2^(p-1) - 1), or with the four
+levels ±c_p/3 and ±c_p at 2 bits. The gradient of Q_p for W is 1 within c_p and 0 beyond it.
 
 All widths are computed in one pass over W, and in one pass over W and its gradient, where kernels are compiled.
 """
@@ -22,6 +22,7 @@ from geta_hf.quantization.functional import EAGER
 from geta_hf.quantization.kernels import choose, must_stay_plain
 from geta_hf.quantization.kernels.blocked import BLOCK
 from geta_hf.quantization.kernels.compiled import Attempt
+from geta_hf.quantization.maths import FOUR_LEVEL_BITS
 
 Mix = Callable[..., Tensor]
 Gradients = Callable[..., tuple[Tensor, Tensor]]
@@ -34,7 +35,7 @@ class Mixture:
     Attributes:
         shares: θ, shape (widths, 1, 1), or (widths, rows, 1) with shares for each output channel.
         clips: c_p, in one of these shapes; where the weight is stored transposed, (widths, 1, rows).
-        levels: 2^(p-1) - 1 of each width, fp32, shape (widths,).
+        levels: of each width, as `levels_of` gives them, fp32, shape (widths,).
         inputs: what each input is multiplied by, shape (inputs,); None where nothing is.
         outputs: what each output is multiplied by, its bias included, shape (outputs,); None where nothing is.
     """
@@ -54,9 +55,21 @@ class Mixture:
         return _scaled(out, self.outputs, channel_dim)
 
 
-def levels_of(widths: Sequence[int], device: torch.device | None = None) -> Tensor:
-    """Return the largest code of each width, 2^(p-1) - 1, fp32, shape (widths,)."""
-    return torch.tensor([float(2 ** (width - 1) - 1) for width in widths], device=device)
+def levels_of(widths: Sequence[int], device: torch.device | None = None, four_levels: bool = False) -> Tensor:
+    """Return how many steps the clipping value of each width is away from zero, fp32, shape (widths,).
+
+    On a grid of whole steps that is the largest code, 2^(p-1) - 1. On one of four levels it is 1.5, and what is rounded
+    to are the middles between whole steps.
+
+    Args:
+        widths: integers of at least 2.
+        device: of the result. Default None: the CPU.
+        four_levels: whether 2 bits have four levels. Default False.
+    """
+    found = [float(2 ** (width - 1) - 1) for width in widths]
+    if four_levels:
+        found = [1.5 if width == FOUR_LEVEL_BITS else steps for width, steps in zip(widths, found, strict=True)]
+    return torch.tensor(found, device=device)
 
 
 # --- the pure functions -----------------------------------------------------------------------------------------------
@@ -100,7 +113,9 @@ def mix_gradients(grad: Tensor, weight: Tensor, shares: Tensor, clips: Tensor, l
 
 def _rounded(w: Tensor, clip: Tensor, levels: Tensor) -> Tensor:
     step = clip / levels
-    return torch.round(torch.clamp(w, -clip, clip) / step) * step
+    # Half a step where levels are the middles between steps, by arithmetic, so that one kernel serves every layer.
+    shift = levels - torch.floor(levels)
+    return (torch.round(torch.clamp(w, -clip, clip) / step - shift) + shift) * step
 
 
 # --- by which kernel --------------------------------------------------------------------------------------------------

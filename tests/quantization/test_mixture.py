@@ -92,6 +92,27 @@ def test_values_and_gradients_are_those_of_the_formula(kind: str, per_row: bool,
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kernel", ["eager", "blocked"])
+def test_two_bits_may_have_four_levels(kernel: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 5, bias=False)
+    model = nn.ModuleDict({"blocks": nn.ModuleList([layer])})
+    attach_quantizers(model)
+    shares = torch.tensor([0.7, 0.2, 0.1]).view(-1, 1, 1).requires_grad_()
+    clips = torch.rand(len(WIDTHS), 5, 1) * 0.3 + 0.1
+    own = Mixture(shares, clips, levels_of(WIDTHS, four_levels=True))
+    four = fake_quantize(layer.weight, clips[0], clips[0], four_levels=True)
+    others = [fake_quantize(layer.weight, clips[i] / (2 ** (WIDTHS[i] - 1) - 1), clips[i]) for i in (1, 2)]
+    wanted = sum(share * value for share, value in zip(shares, [four, *others], strict=True))
+    with using(kernel):
+        found = mixed_weight(layer.weight, own)
+    torch.testing.assert_close(found, wanted)
+    grad = torch.randn_like(wanted)
+    pairs = zip(*(torch.autograd.grad(out, [layer.weight, shares], grad) for out in (found, wanted)), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_blocks_of_rows_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("geta_hf.quantization.mixture.BLOCK", 12)
     test_values_and_gradients_are_those_of_the_formula("linear", True, "blocked")

@@ -13,7 +13,13 @@ from geta_hf.config import CompressionConfig, GETAConfig
 from geta_hf.errors import GETAError
 from geta_hf.methods.base import Batches, CompressionResult, Method, Run, StepMemory
 from geta_hf.methods.compensation import Compensation, compensation_bytes
-from geta_hf.methods.parameter_groups import add_frozen_group, add_quantizer_group, check_names, quantizer_parameters
+from geta_hf.methods.parameter_groups import (
+    add_frozen_group,
+    add_quantizer_group,
+    check_names,
+    quantizer_parameters,
+    weight_quantizers,
+)
 from geta_hf.methods.qasso.frozen import check_rules
 from geta_hf.methods.qasso.joint_step import needs_gradients
 from geta_hf.methods.qasso.metrics import compression_metrics
@@ -180,7 +186,7 @@ class QASSOMethod(Method):
             ledger=run.ledger,
             channel_dims=_channel_dims(model),
             blocks=_blocks(model),
-            modules=_weight_quantizers(model),
+            modules=weight_quantizers(model),
             frozen=run.frozen,
             target=run.target,
             compensation=self._compensation,
@@ -339,10 +345,5 @@ def _channel_dims(model: nn.Module) -> dict[str, int]:
 
 def _blocks(model: nn.Module) -> dict[str, Quantizer]:
     """Return prefix -> the quantizer, of each with a step size for each block of inputs."""
-    quantizers = _weight_quantizers(model)
+    quantizers = weight_quantizers(model)
     return {prefix: quantizer for prefix, quantizer in quantizers.items() if quantizer.order is not None}
-
-
-def _weight_quantizers(model: nn.Module) -> dict[str, Quantizer]:
-    """Return prefix -> the quantizer of each weight."""
-    return {f"{name}.weight_quantizer": layer.weight_quantizer for name, layer in quantized_layers(model).items()}

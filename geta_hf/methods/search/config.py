@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from geta_hf.config import (
+    FOUR_LEVELS_HELP,
     Check,
     CompressionConfig,
     Duration,
@@ -153,6 +154,7 @@ class SearchConfig(CompressionConfig):
         "Path of the table for `cost='latency'`, as `geta-hf measure` writes it.",
         section="Search",
     )
+    four_levels: bool = setting(True, FOUR_LEVELS_HELP, section="Quantizers")
     quantizer_learning_rate: float = setting(
         1e-3,
         "Relative step size of clipping values in fine-tuning, which follows the run's learning rate scheduler; 0 "

@@ -18,7 +18,12 @@ from geta_hf.costs.input_sensitivity import error_shares
 from geta_hf.costs.targets import BOPS
 from geta_hf.errors import GETAError
 from geta_hf.methods.base import Batches, CompressionResult, Method, Run, StepMemory
-from geta_hf.methods.parameter_groups import add_quantizer_group, check_names, quantizer_parameters
+from geta_hf.methods.parameter_groups import (
+    add_quantizer_group,
+    check_names,
+    quantizer_parameters,
+    weight_quantizers,
+)
 from geta_hf.methods.search.choices import find_by_input
 from geta_hf.methods.search.config import SearchConfig
 from geta_hf.methods.search.keep_factors import KeepFactor, Sides, place_factors
@@ -73,7 +78,8 @@ class SearchMethod(Method):
         self._input_levels: tuple[Tensor, Tensor] | None = None
         self._factors: list[KeepFactor] = []
         self._labels: list[Tensor] = []
-        self._levels: Tensor | None = None
+        # Of weights with whole steps, and of those with four levels at 2 bits.
+        self._levels: tuple[Tensor, Tensor] | None = None
         self._space: PruningSpace | None = None
         self._stage: str | None = None
 
@@ -230,6 +236,7 @@ class SearchMethod(Method):
             channel_dims,
             self._input_clips(model, inputs),
             [prefix for prefix in inputs if model.get_submodule(prefix).unsigned],
+            weight_quantizers(model),
         )
         self._stage = None
         self.optimizer.register_step_post_hook(lambda *_: self._show_likeliest())
@@ -324,8 +331,9 @@ class SearchMethod(Method):
         optimizer = self.optimizer
         assert optimizer is not None and optimizer.clips is not None
         device = shares.keep.device
-        if self._levels is None or self._levels.device != device:
-            self._levels = levels_of(self.config.widths, device)
+        if self._levels is None or self._levels[0].device != device:
+            whole, four = (levels_of(self.config.widths, device, four_levels) for four_levels in (False, True))
+            self._levels = (whole, four)
             self._labels = [factor.label.to(device) for factor in self._factors]
         if shares.inputs is not None:
             self._show_inputs(shares.inputs)
@@ -336,7 +344,8 @@ class SearchMethod(Method):
             factors[factor.weight, factor.outputs] = keep[label]
         table = optimizer.quantizers
         by_weight = _by_weight(shares, [table.spans[table.weights[weight]] for weight in table.own_weights])
-        for weight, own_shares in zip(table.own_weights, by_weight, strict=True):
+        rows = zip(table.own_weights, by_weight, optimizer.four_levels, strict=True)
+        for weight, own_shares, four_levels in rows:
             prefix = table.weights[weight]
             span = table.spans[prefix]
             areas = self._mixtures[weight][0].weight[0, 0].numel()
@@ -344,7 +353,7 @@ class SearchMethod(Method):
             mixture = Mixture(
                 own_shares.view(-1, 1, 1) if shares.entries is None else along(own_shares),
                 along(optimizer.clips[span]),
-                self._levels,
+                self._levels[four_levels],
                 factors.get((weight, False)),
                 factors.get((weight, True)),
             )

@@ -15,13 +15,13 @@ from geta_hf.costs.bit_allocation import BitChoices, LearnedBits
 from geta_hf.costs.ledger import Ledger
 from geta_hf.costs.quantizer_table import Quantizers
 from geta_hf.costs.selection import Limits
-from geta_hf.costs.sensitivity import measure_errors
+from geta_hf.costs.sensitivity import RoundingErrors, measure_errors
 from geta_hf.costs.targets import Target
 from geta_hf.errors import GETAError
 from geta_hf.methods.qasso.checks import check_base, check_covered
 from geta_hf.methods.qasso.equations import relative_step
 from geta_hf.methods.qasso.slices import Slice, build_slices, group_sums, zero_moments, zero_slices
-from geta_hf.methods.rounding import write_bits
+from geta_hf.methods.rounding import fit_four_levels, write_bits
 from geta_hf.methods.search.assign import Assignment, Learned, Rows, assign, likeliest_inputs
 from geta_hf.methods.search.choices import WidthChoices, sorted_weights
 from geta_hf.methods.search.config import SearchConfig
@@ -32,6 +32,8 @@ from geta_hf.methods.search.schedule import FINETUNING, SEARCH, SearchSchedule
 from geta_hf.qadg.group_labels import GroupLabels, family_of_group, family_starts
 from geta_hf.qadg.group_types import Family
 from geta_hf.quantization.functional import step_size
+from geta_hf.quantization.maths import FOUR_LEVEL_BITS, leave_zero
+from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.utils.shards import from_first_process, shard_of
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,7 @@ class Search(torch.optim.Optimizer):
         input_clips: clipping values of inputs at each width that they may have, relative to the present ones, shape
             (inputs, widths); None where all have one width.
         unsigned: prefixes of the quantizers of inputs without negative codes.
+        modules: prefix -> the quantizer of a weight itself, which may get four levels. Default None: none may.
 
     Attributes:
         removed: bool, shape (groups,), on CPU: groups that are exactly zero for good.
@@ -88,6 +91,8 @@ class Search(torch.optim.Optimizer):
         entry_bits: int64, shape (entries,), on CPU: the width of each row or column, where those of a weight differ.
         input_bits: the widths of the quantized inputs once they are chosen.
         clips: clipping values of each quantizer at each width, shape (entries, widths); None before the search.
+        four_levels: whether each weight has four levels at 2 bits; in the search those whose widths are of a layer, and
+            after it those that ended so.
 
     Raises:
         GETAError: a base optimizer or a parameter that can't be wrapped, or shards, as under FSDP.
@@ -109,6 +114,7 @@ class Search(torch.optim.Optimizer):
         channel_dims: Mapping[str, int] | None = None,
         input_clips: Tensor | None = None,
         unsigned: Collection[str] = (),
+        modules: Mapping[str, Quantizer] | None = None,
     ) -> None:
         super().__init__(base.param_groups, {})
         self.base = base
@@ -124,7 +130,9 @@ class Search(torch.optim.Optimizer):
         check_base(base, named)
         check_covered(named, self.families, quantizers, input_quantizers)
         self._check_complete(named)
-        self.quantizers = Quantizers(quantizers, input_quantizers, named, channel_dims, unsigned=unsigned)
+        self.quantizers = Quantizers(
+            quantizers, input_quantizers, named, channel_dims, unsigned=unsigned, modules=modules
+        )
         self.width_choices = WidthChoices.of(config.granularity, self.quantizers, ledger)
         device = next(iter(named.values())).device
         self.widths = list(config.widths)
@@ -155,6 +163,7 @@ class Search(torch.optim.Optimizer):
         # Until widths are chosen, the widest one, with which inputs are rounded in the warm-up.
         self.input_bits: list[int] = config.input_widths[-1:] * len(self.quantizers.input_prefixes)
         self.clips: Tensor | None = None
+        self.four_levels = [False] * self.quantizers.weight_layers
         self.shares: Shares | None = None
         self._outside = list(outside)
         self._family = family_of_group(self.families)
@@ -293,12 +302,17 @@ class Search(torch.optim.Optimizer):
         if self.clips is None:
             named = self._named()
             _, q_m, _ = self.quantizers.read(named)
-            factors = self._rounding_errors(named).clips.to(q_m.device)
+            # Rows of several widths have whole steps in the end, so they have them here as well.
+            found = self._rounding_errors(named, self.config.four_levels and self.width_choices.by_layer)
+            factors = found.clips.to(q_m.device)
             self.clips = q_m[: len(factors), None] * factors
+            if found.four_levels is not None:
+                self.four_levels = found.four_levels.tolist()
 
-    def _rounding_errors(self, named: Named) -> Any:
+    def _rounding_errors(self, named: Named, four_levels: bool = False) -> RoundingErrors:
         values = self.quantizers.read(named)
-        return measure_errors(self.quantizers, values, named.get, self.widths, self.config.clipping == "mse")
+        search = self.config.clipping == "mse"
+        return measure_errors(self.quantizers, values, named.get, self.widths, search, four_levels)
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
@@ -395,7 +409,14 @@ class Search(torch.optim.Optimizer):
         """Fix the choices within the targets, and make the model what they say; waits for the device."""
         self.check_finite()
         found = self._assignment(named)
-        write_bits(self.quantizers, named, found.bits)
+        chosen, four_levels = found.bits, None
+        if self.config.four_levels and FOUR_LEVEL_BITS in chosen.weight_bits:
+            chosen, four_levels = fit_four_levels(
+                self.quantizers, named, named.get, chosen, self.config.clipping == "mse"
+            )
+        write_bits(self.quantizers, named, chosen, four_levels)
+        self.four_levels = self._levels_of_quantizers()
+        self._leave_zero(named)
         self.weight_bits = list(found.bits.weight_bits)
         self.entry_bits = found.bits.entry_bits
         self.input_bits = list(found.bits.input_bits)
@@ -406,6 +427,17 @@ class Search(torch.optim.Optimizer):
         zero_moments(slices, named, self.state)
         self.clips = None
         logger.info("%d of %d groups are removed", int(self.removed.sum()), self.ledger.groups)
+
+    def _levels_of_quantizers(self) -> list[bool]:
+        modules = self.quantizers.modules
+        prefixes = self.quantizers.prefixes[: self.quantizers.weight_layers]
+        return [prefix in modules and modules[prefix].four_levels for prefix in prefixes]
+
+    def _leave_zero(self, named: Named) -> None:
+        """Move weights of four levels that are exactly zero off it, next to where they are: zero is none of these."""
+        for weight, four_levels in zip(self.quantizers.own_weights, self.four_levels, strict=True):
+            if four_levels and weight in named:
+                leave_zero(named[weight].detach())
 
     def _assignment(self, named: Named) -> Assignment:
         bits = self.quantizers.bits(named).cpu().double()
@@ -472,6 +504,9 @@ class Search(torch.optim.Optimizer):
         named = self._named()
         self._follow_device()
         zero_slices(self._removed_slices(named), named)
+        for prefix, four_levels in zip(self.quantizers.prefixes, self.four_levels, strict=False):
+            if prefix in self.quantizers.modules:
+                self.quantizers.modules[prefix].set_four_levels(four_levels)
         self._set_step_sizes(named)
 
     def masks(self) -> dict[str, Tensor]:
@@ -531,6 +566,7 @@ class Search(torch.optim.Optimizer):
             "weight_bits": list(self.weight_bits),
             "entry_bits": None if self.entry_bits is None else self.entry_bits.clone(),
             "clips": None if self.clips is None else self.clips.clone(),
+            "four_levels": list(self.four_levels),
         }
         return {**self.base.state_dict(), _KEY: own}
 
@@ -565,6 +601,7 @@ class Search(torch.optim.Optimizer):
         entries = own.get("entry_bits")  # checkpoints of before have none
         self.entry_bits = None if entries is None else entries.cpu()
         self._entry_bits = None
+        self.four_levels = list(own.get("four_levels", self.four_levels))
         clips = own["clips"]
         self.clips = None if clips is None else clips.to(self.width_logits.device)
         self.shares = None

@@ -320,6 +320,52 @@ def test_clipping_values_learn_and_widths_remain() -> None:
     assert ends == [True, False]
 
 
+@pytest.mark.parametrize("granularity", ["layer", "row"])
+def test_layers_of_two_bits_have_four_levels(granularity: str) -> None:
+    errors = {}
+    for four_levels in (True, False):
+        config = config_of(bits=(2, 2), mean_bits=2, granularity=granularity, four_levels=four_levels)
+        model, method, optimizer = prepare(config)
+        train(model, method, optimizer, steps=5)
+        layers = quantized_layers(model)
+        levels = {layer.mixture.levels[0].item() for layer in layers.values()}
+        assert levels == {1.5 if four_levels and granularity == "layer" else 1.0}
+        train(model, method, optimizer)
+        found = {name: layer.weight_quantizer.four_levels for name, layer in layers.items()}
+        assert set(found.values()) == {four_levels}
+        assert set(method.result().weight_bits.values()) == {2}
+        # Removed groups are zero on the grid without a zero too, and nothing else is.
+        assert_removed_are_zero(model, method.result().removed)
+        for layer in layers.values():
+            own = layer.quantized_weight()
+            if four_levels:
+                assert torch.equal(own == 0, layer.weight == 0)
+            layer.weight_quantizer.set_four_levels(not four_levels)
+        method.restore(model)
+        assert {layer.weight_quantizer.four_levels for layer in layers.values()} == {four_levels}
+        with torch.no_grad():
+            lost = [(layer.quantized_weight() - layer.weight).square().sum() for layer in layers.values()]
+        errors[four_levels] = float(sum(lost))
+    assert errors[True] < errors[False]
+
+
+def test_a_run_with_four_levels_is_resumed() -> None:
+    config = config_of(bits=(2, 3), mean_bits=2.5)
+    full, method, optimizer = prepare(config)
+    train(full, method, optimizer)
+    for stop in (6, 14):
+        model, method, optimizer = prepare(config)
+        train(model, method, optimizer, steps=stop)
+        state = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        fresh, method, optimizer = prepare(config)
+        fresh.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        train(fresh, method, optimizer)
+        assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), full.parameters(), strict=True))
+        levels = [[layer.weight_quantizer.four_levels for layer in quantized_layers(m).values()] for m in (fresh, full)]
+        assert levels[0] == levels[1] and any(levels[0])
+
+
 def test_what_was_changed_afterwards_is_restored() -> None:
     model, method, optimizer = prepare(config_of())
     with pytest.raises(GETAError, match="the search is at step 0, before its choices are fixed"):

@@ -1,13 +1,16 @@
-"""Trace accuracy over the size of a small convolutional network: uniform widths, searches, and QASSO.
+"""Trace a score over the size of a small network: uniform widths, searches, and QASSO.
 
-    python -m eval.cnn run --data idx_dir=fashion-mnist --work W
-    python -m eval.cnn render --work W [--curve F.svg]
+    python -m eval.searches images --data idx_dir=fashion-mnist --work W
+    python -m eval.searches questions --model M --train_file T --eval_file E --work W
+    python -m eval.searches text --model M --texts T --work W
+    python -m eval.searches render --work W [--curve F.svg]
 
-The network is ResNet-8 (16, 32 and 64 channels, one block each) unless `--architecture` names another. It is trained
-dense once and kept in `W`; every cell starts from there and takes the same number of steps, weights of all layers but
-the last and 8-bit inputs being quantized. The score is that of the exported folder. There are three kinds of rows:
+Of images the network is ResNet-8 (16, 32 and 64 channels, one block each) unless `--architecture` names another; of
+questions (SQuAD v1.1) and text it is `M`, a folder or a Hub name. It is trained dense once and kept in `W`; every cell
+starts from there and takes the same number of steps. The score is that of the exported folder. On images, weights of
+all layers but the last and 8-bit inputs are quantized, elsewhere weights alone. There are three kinds of rows:
 
-- `w8a8`, `w4a8`, `w3a8`, `w2a8`: one width for all weights from the first step on, nothing removed.
+- `w8a8`, `w4a8`, `w3a8`, `w2a8`, or `w8` to `w2`: one width for all weights from the first step on, nothing removed.
 - `search, λ`: the search with widths of rows out of 0, 2, 4 and 8 and λ times its relative size in the loss, as in the
   paper (arXiv 2407.01054): whatever size comes out.
 - `at the bytes of` a uniform row: the search with widths of layers, groups and rows, and QASSO, to that stated size.
@@ -23,7 +26,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -31,8 +34,19 @@ from typing import Any
 from transformers import set_seed
 
 from eval.results_file import Line, read_results, run_missing
+from eval.study_rules import add_options, pick_options
 from eval.study_table import spread
-from eval.study_tasks import ImageOptions, Lengths, Task, dense_model, image_task
+from eval.study_tasks import (
+    ImageOptions,
+    Lengths,
+    QuestionOptions,
+    Task,
+    TextOptions,
+    dense_model,
+    image_task,
+    question_task,
+    text_task,
+)
 from eval.tables.__main__ import pairs
 from eval.tables.cells import stored_bytes, train_cell
 from geta_hf import GETAConfig, GETAError, SearchConfig
@@ -41,24 +55,45 @@ from geta_hf.utils.tables import format_table
 
 RESNET_8: Mapping[str, Any] = {"model_type": "cifar_resnet", "depths": [1, 1, 1], "num_channels": 1, "image_size": 28}
 
-SHARED: Mapping[str, Any] = {
-    "per_channel": True,
-    "include": ["."],
-    "exclude": ["classifier"],
-    "activation_bits": (8, 8),
-}
-"""Of every compressed cell. As in the paper, the last layer is not quantized."""
-
 _AT_ONCE: Mapping[str, Any] = {"warmup": 0, "projection": 0, "joint": 0, "target_sparsity": 0.0}
-_SEARCH: Mapping[str, Any] = {"warmup": 0, "search": 0.66}
+_COUNTED = ("images", "questions", "blocks")
+_DIGITS = {"nats": 3}
 _WIDTHS = [0, 2, 3, 4, 6, 8]
 _PAPER_WIDTHS = [0, 2, 4, 8]
 
 DENSE, CONTROL = "dense", "dense, trained on"
 BY_WEIGHT, QASSO = "search, λ", "QASSO"
-UNIFORM = {8: "w8a8", 4: "w4a8", 3: "w3a8", 2: "w2a8"}
 SEARCHES = {f"search, {granularity}": granularity for granularity in ("layer", "group", "row")}
-ROWS = (DENSE, CONTROL, *UNIFORM.values(), BY_WEIGHT, *SEARCHES, QASSO)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What all cells of a kind of task have in common.
+
+    Attributes:
+        shared: fields of every compressed cell's config.
+        uniform: a width -> the name of the row in which all weights have it.
+        search: share of the steps in which a search is open; fine-tuning takes the others.
+    """
+
+    shared: Mapping[str, Any]
+    uniform: Mapping[int, str]
+    search: float = 0.66
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The names of all rows."""
+        return (DENSE, CONTROL, *self.uniform.values(), BY_WEIGHT, *SEARCHES, QASSO)
+
+
+IMAGES = Kind(
+    {"per_channel": True, "include": ["."], "exclude": ["classifier"], "activation_bits": (8, 8)},
+    {8: "w8a8", 4: "w4a8", 3: "w3a8", 2: "w2a8"},
+)
+"""As in the paper, the last layer is not quantized, and inputs have 8 bits."""
+
+WEIGHTS = Kind({"per_channel": True}, {8: "w8", 4: "w4", 3: "w3", 2: "w2"})
+"""Weights alone, of the layers that are quantized by default."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +101,7 @@ class Cell:
     """One figure.
 
     Attributes:
-        row: one of ROWS.
+        row: one of `Kind.rows`.
         weight: λ of a row that has no stated size; None otherwise.
         width: of the uniform row whose bytes are the target; None where none is stated.
         seed: of the order of the data and of the search's noise.
@@ -84,59 +119,66 @@ class Cell:
 
 
 def cells_of(
-    seeds: Sequence[int], weights: Sequence[float], widths: Sequence[int], names: Sequence[str] | None = None
+    kind: Kind,
+    seeds: Sequence[int],
+    weights: Sequence[float],
+    widths: Sequence[int],
+    names: Sequence[str] | None = None,
 ) -> list[Cell]:
     """Return all cells in the order in which they are run.
 
     Args:
+        kind: of the task.
         seeds: one run of every cell for each.
         weights: each λ of the sweep.
         widths: of uniform rows whose bytes the others are to meet.
-        names: some of ROWS; None for all.
+        names: some of the rows; None for all.
 
     Raises:
         GETAError: an unknown row, or a width that no uniform row has.
     """
-    unknown = sorted(set(names or ()) - set(ROWS))
+    unknown = sorted(set(names or ()) - set(kind.rows))
     if unknown:
-        raise GETAError(f"there are no rows {unknown}; there are {list(ROWS)}")
-    if unknown_widths := sorted(set(widths) - set(UNIFORM)):
-        raise GETAError(f"no uniform row has {unknown_widths[0]} bits; sizes are those of {list(UNIFORM)} bits")
+        raise GETAError(f"there are no rows {unknown}; there are {list(kind.rows)}")
+    if unknown_widths := sorted(set(widths) - set(kind.uniform)):
+        raise GETAError(f"no uniform row has {unknown_widths[0]} bits; sizes are those of {list(kind.uniform)} bits")
     found = []
     for seed in seeds:
         if seed == seeds[0]:
             # No seed changes the model that everything starts from.
             found.append(Cell(DENSE, None, None, seed))
-        found += [Cell(row, None, None, seed) for row in (CONTROL, *UNIFORM.values())]
+        found += [Cell(row, None, None, seed) for row in (CONTROL, *kind.uniform.values())]
         found += [Cell(BY_WEIGHT, weight, None, seed) for weight in weights]
         for width in widths:
             found += [Cell(row, None, width, seed) for row in (*SEARCHES, QASSO)]
     return [cell for cell in found if names is None or cell.row in names]
 
 
-def config_of(cell: Cell, size: int | None = None) -> CompressionConfig | None:
+def config_of(kind: Kind, cell: Cell, size: int | None = None) -> CompressionConfig | None:
     """Return the config of a cell; None for a model that is trained without compression.
 
     Args:
+        kind: of the task.
         cell: one that is trained.
         size: the bytes of its file where it has a stated size.
     """
     if cell.row in (DENSE, CONTROL):
         return None
-    for width, name in UNIFORM.items():
+    for width, name in kind.uniform.items():
         if cell.row == name:
-            return GETAConfig(**SHARED, **_AT_ONCE, bits=(width, width), initial_bits=8)
+            return GETAConfig(**kind.shared, **_AT_ONCE, bits=(width, width), initial_bits=8)
     if cell.row == QASSO:
-        return GETAConfig(**SHARED, bits=(2, 8), split="early", target_bytes=size)
+        return GETAConfig(**kind.shared, bits=(2, 8), split="early", target_bytes=size)
+    stages = {"warmup": 0, "search": kind.search}
     if cell.row == BY_WEIGHT:
         # λ alone decides: the limit is that of nearly the full model.
         limits: dict[str, Any] = {"cost": "size", "cost_weight": cell.weight, "target_cost": 0.999}
-        return SearchConfig(**SHARED, **_SEARCH, **limits, granularity="row", bit_choices=_PAPER_WIDTHS)
+        return SearchConfig(**kind.shared, **stages, **limits, granularity="row", bit_choices=_PAPER_WIDTHS)
     granularity = SEARCHES[cell.row]
-    return SearchConfig(**SHARED, **_SEARCH, granularity=granularity, bit_choices=_WIDTHS, target_bytes=size)
+    return SearchConfig(**kind.shared, **stages, granularity=granularity, bit_choices=_WIDTHS, target_bytes=size)
 
 
-def bytes_at(finished: Mapping[tuple[Any, ...], Line], cell: Cell) -> int | None:
+def bytes_at(kind: Kind, finished: Mapping[tuple[Any, ...], Line], cell: Cell) -> int | None:
     """Return the bytes that a cell is to meet; None where it has no stated size.
 
     Raises:
@@ -144,7 +186,7 @@ def bytes_at(finished: Mapping[tuple[Any, ...], Line], cell: Cell) -> int | None
     """
     if cell.width is None:
         return None
-    other = UNIFORM[cell.width]
+    other = kind.uniform[cell.width]
     line = finished.get((other, None, None, cell.seed))
     if line is None:
         raise GETAError(
@@ -154,11 +196,12 @@ def bytes_at(finished: Mapping[tuple[Any, ...], Line], cell: Cell) -> int | None
     return int(line["bytes"])
 
 
-def run(task: Task, work: Path, lengths: Lengths, cells: Sequence[Cell]) -> None:
+def run(task: Task, kind: Kind, work: Path, lengths: Lengths, cells: Sequence[Cell]) -> None:
     """Run the cells that `work/results.jsonl` lacks, and append each as it ends.
 
     Args:
-        task: the network, its images and the score.
+        task: the network, its data and the score.
+        kind: of the task.
         work: holds the dense model and the results.
         lengths: of every cell.
         cells: those to run.
@@ -167,7 +210,8 @@ def run(task: Task, work: Path, lengths: Lengths, cells: Sequence[Cell]) -> None
         GETAError: results under other settings.
     """
     dense = {**task.settings, **vars(task.dense)}
-    settings = json.loads(json.dumps({**vars(lengths), "dense": dense, "scored": task.scored}))
+    own = {**vars(lengths), "search": kind.search, "metric": task.metrics[0]}
+    settings = json.loads(json.dumps({**own, "dense": dense, "scored": task.scored}))
     done = read_results(work)
     if any(line["settings"] != settings for line in done):
         raise GETAError(f"{work} holds results under other settings; give another --work")
@@ -180,9 +224,9 @@ def run(task: Task, work: Path, lengths: Lengths, cells: Sequence[Cell]) -> None
         set_seed(cell.seed)
         if cell.row == DENSE:
             return line | {**task.score(task.load(folder)), "bytes": stored_bytes(folder), "relative_bops": 1.0}
-        size = bytes_at(finished, cell)
+        size = bytes_at(kind, finished, cell)
         begin = time.perf_counter()
-        measured = train_cell(task, config_of(cell, size), task.load(folder), folder.parent, lengths, cell.seed)
+        measured = train_cell(task, config_of(kind, cell, size), task.load(folder), folder.parent, lengths, cell.seed)
         return line | {"target_bytes": size, "seconds": round(time.perf_counter() - begin, 1), **measured}
 
     run_missing(work, [(cell.key, cell) for cell in cells], finished, measure)
@@ -193,12 +237,12 @@ def render(lines: Sequence[Line]) -> str:
     if not lines:
         return "no results"
     settings = lines[0]["settings"]
-    head = (
-        f"{settings['steps']:,} steps of {settings['batch_size']} images; accuracy in percent on "
-        f"{settings['scored']['images']:,} images. The dense model was trained for "
-        f"{settings['dense']['steps']:,} steps."
-    )
-    header = ("row", "at the bytes of", "seeds", "accuracy", "kB", "mean bits", "parameters kept", "relative BOPs")
+    metric = settings["metric"]
+    amounts = " and ".join(f"{value:,} {name}" for name, value in settings["scored"].items() if name in _COUNTED)
+    length = f"{settings['steps']:,} steps of batches of {settings['batch_size']}"
+    dense = f"The dense model was trained for {settings['dense']['steps']:,} steps."
+    head = f"{length}, of which a search takes {settings['search']:.0%}; {metric} on {amounts}. {dense}"
+    header = ("row", "at the bytes of", "seeds", metric, "kB", "mean bits", "parameters kept", "relative BOPs")
     keys = dict.fromkeys((line["row"], line["weight"], line["width"]) for line in lines)
     own = {key: [line for line in lines if (line["row"], line["weight"], line["width"]) == key] for key in keys}
     ordered = sorted(own.items(), key=lambda item: -mean(line["bytes"] for line in item[1]))
@@ -207,8 +251,9 @@ def render(lines: Sequence[Line]) -> str:
 
 def _figures(key: tuple[str, float | None, int | None], lines: Sequence[Line]) -> tuple[str, ...]:
     row, weight, width = key
-    texts = [row if weight is None else f"{row} = {weight:g}", "" if width is None else UNIFORM[width]]
-    texts += [str(len(lines)), spread([line["accuracy"] for line in lines], 2)]
+    settings = lines[0]["settings"]
+    texts = [row if weight is None else f"{row} = {weight:g}", "" if width is None else f"{width} bits"]
+    texts += [str(len(lines)), spread([line[settings["metric"]] for line in lines], _DIGITS.get(settings["metric"], 2))]
     texts.append(f"{mean(line['bytes'] for line in lines) / 1000:.1f}")
     for name, form in (("mean_bits", ".2f"), ("kept_parameters", ".1%"), ("relative_bops", ".2%")):
         values = [line[name] for line in lines if name in line]
@@ -217,7 +262,7 @@ def _figures(key: tuple[str, float | None, int | None], lines: Sequence[Line]) -
 
 
 def draw_curve(lines: Sequence[Line], path: Path) -> None:
-    """Draw accuracy over the size of the file: one curve for each kind of row, means over seeds.
+    """Draw the score over the size of the file: one curve for each kind of row, means over seeds.
 
     Args:
         lines: results of one work folder.
@@ -238,7 +283,7 @@ def draw_curve(lines: Sequence[Line], path: Path) -> None:
     for name, points in curves.items():
         axes.plot([size for size, _ in points], [score for _, score in points], marker="o", label=name)
     axes.set_xlabel("kB of weights")
-    axes.set_ylabel("accuracy, %")
+    axes.set_ylabel(lines[0]["settings"]["metric"])
     axes.set_xscale("log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
@@ -246,51 +291,76 @@ def draw_curve(lines: Sequence[Line], path: Path) -> None:
 
 
 def curve_points(lines: Sequence[Line]) -> dict[str, list[tuple[float, float]]]:
-    """Return (kB, accuracy) of each point of each curve by ascending size: means over seeds."""
+    """Return (kB, score) of each point of each curve by ascending size: means over seeds."""
     points: dict[str, dict[Any, list[Line]]] = {}
     for line in lines:
         if line["row"] in (DENSE, CONTROL):
             continue
-        uniform = line["row"] in UNIFORM.values()
+        uniform = line["row"] in (*IMAGES.uniform.values(), *WEIGHTS.uniform.values())
         place = line["row"] if uniform else (line["weight"], line["width"])
         points.setdefault("uniform" if uniform else line["row"], {}).setdefault(place, []).append(line)
     return {
         name: sorted(
-            (mean(line["bytes"] for line in cell) / 1000, mean(line["accuracy"] for line in cell))
+            (mean(line["bytes"] for line in cell) / 1000, mean(line[line["settings"]["metric"]] for line in cell))
             for cell in cells.values()
         )
         for name, cells in points.items()
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command that the module's docstring describes."""
-    parser = argparse.ArgumentParser(prog="python -m eval.cnn", description=(__doc__ or "").splitlines()[0])
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m eval.searches", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     printing = commands.add_parser("render", help="print the table as Markdown")
     printing.add_argument("--work", type=Path, required=True)
-    printing.add_argument("--curve", type=Path, help="write accuracy over size as a picture, .svg or .png")
-    add = commands.add_parser("run", help="measure what is missing").add_argument
+    printing.add_argument("--curve", type=Path, help="write the score over size as a picture, .svg or .png")
+    images = commands.add_parser("images", help="measure what is missing, on images")
+    images.add_argument("--data", nargs="+", metavar="KEY=VALUE", required=True, help="of the recipe's DataArguments")
+    images.add_argument("--architecture", nargs="+", metavar="KEY=VALUE", help="model_type=T and fields of its config")
+    _add_run(images, IMAGES, Lengths(4000, 64, 1e-3), 8000)
+    questions = commands.add_parser("questions", help="measure what is missing, on SQuAD v1.1")
+    add_options(questions, QuestionOptions)
+    _add_run(questions, WEIGHTS, Lengths(240, 16, 2e-4), 1500)
+    text = commands.add_parser("text", help="measure what is missing, on plain text")
+    add_options(text, TextOptions)
+    _add_run(text, WEIGHTS, Lengths(300, 16, 1e-3), 0)
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser, kind: Kind, lengths: Lengths, dense_steps: int) -> None:
+    add = parser.add_argument
     add("--work", type=Path, required=True, help="dense model and results.jsonl; a rerun continues there")
-    add("--name", default="ResNet-8", help="of the study, in the results")
-    add("--data", nargs="+", metavar="KEY=VALUE", required=True, help="fields of the recipe's DataArguments")
-    add("--architecture", nargs="+", metavar="KEY=VALUE", help="model_type=T and fields of its config")
+    add("--name", default=parser.prog.split()[-1], help="of the study, in the results")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--weights", type=float, nargs="+", default=[0.1, 0.3, 1.0, 3.0, 10.0], help="each λ of the sweep")
+    add("--weights", type=float, nargs="*", default=[0.1, 0.3, 1.0, 3.0, 10.0], help="each λ of the sweep")
     add("--widths", type=int, nargs="+", default=[4, 3, 2], help="sizes: the bytes of these uniform rows")
-    add("--rows", nargs="+", help=f"some of {', '.join(ROWS)}; all by default")
-    add("--steps", type=int, default=4000, help="of every cell")
-    add("--batch_size", type=int, default=64)
-    add("--learning_rate", type=float, default=1e-3)
-    add("--dense_steps", type=int, default=8000, help="of the first training")
-    args = parser.parse_args(argv)
-    if args.command == "run":
-        # Before the data is read and anything trained: a misspelled row costs nothing.
-        cells = cells_of(args.seeds, args.weights, args.widths, args.rows)
+    add("--rows", nargs="+", help=f"some of {', '.join(kind.rows)}; all by default")
+    add("--search", type=float, default=kind.search, help="share of the steps in which a search is open")
+    add("--steps", type=int, default=lengths.steps, help="of every cell")
+    add("--batch_size", type=int, default=lengths.batch_size)
+    add("--learning_rate", type=float, default=lengths.learning_rate)
+    add("--dense_steps", type=int, default=dense_steps, help="of the first training; 0 takes the model as it is")
+    parser.set_defaults(kind=kind)
+
+
+def _task(args: argparse.Namespace) -> Task:
+    dense = Lengths(args.dense_steps, args.batch_size, args.learning_rate)
+    if args.command == "images":
         model = RESNET_8 if args.architecture is None else pairs(args.architecture, "--architecture")
-        options = ImageOptions(model, pairs(args.data, "--data"))
-        task = image_task(options, Lengths(args.dense_steps, args.batch_size, args.learning_rate), args.name)
-        run(task, args.work, Lengths(args.steps, args.batch_size, args.learning_rate), cells)
+        return image_task(ImageOptions(model, pairs(args.data, "--data")), dense, args.name)
+    if args.command == "questions":
+        return question_task(pick_options(QuestionOptions, vars(args)), dense, args.name)
+    return text_task(pick_options(TextOptions, vars(args)), dense, args.name)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command that the module's docstring describes."""
+    args = _parser().parse_args(argv)
+    if args.command != "render":
+        kind = replace(args.kind, search=args.search)
+        # Before the data is read and anything trained: a misspelled row costs nothing.
+        cells = cells_of(kind, args.seeds, args.weights, args.widths, args.rows)
+        run(_task(args), kind, args.work, Lengths(args.steps, args.batch_size, args.learning_rate), cells)
     lines = read_results(args.work)
     print(render(lines))
     if args.command == "render" and args.curve is not None:
