@@ -180,7 +180,8 @@ def inspect(arguments: argparse.Namespace) -> None:
     batch = make_dummy_inputs(model)
     flow = record_and_propagate(model, batch)
     # As the trainer will: what the model's own code can't follow is not listed as prunable.
-    space = try_cuts(model, space_of(flow, arguments.prune, arguments.keep), batch, required=False)
+    given = space_of(flow, arguments.prune, arguments.keep)
+    space = try_cuts(model, given, batch, required=False, warn=False)
     seconds = time.perf_counter() - start
     sections = [_headline(model, batch, len(flow.graph.nodes)), family_table(space.families), *_remarks(model, space)]
     if raw := _read_raw(model, flow.graph):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, PvtV2Config
+from transformers import BertConfig, PvtV2Config, RwkvConfig
 
 from geta_hf import cli
 from geta_hf.cli import family_table, main
@@ -49,6 +49,16 @@ def test_inspect_prints_families_and_coverage(folder: Path, capsys: pytest.Captu
     assert "unsupported" not in out
     assert out.splitlines()[-2].startswith("next: geta-hf train CONFIG.yaml")
     assert "wrote" not in out
+
+
+def test_inspect_says_once_why_a_family_is_not_pruned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1}
+    RwkvConfig(**sizes, architectures=["RwkvForCausalLM"]).save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert (shown.out + shown.err + caplog.text).count("the model does not follow when channels are cut away") == 1
 
 
 def test_inspect_reads_a_config_file_and_writes_a_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ SECONDS = 900
 """The most that a cell may take. On two free cores a notebook takes a minute or two; machines may be busy."""
 
 
-_TIMES = re.compile(r" in \d+ s(?=;)|, \"train_seconds\": [\d.]+")
+_TIMES = re.compile(r" in \d+ s(?=;)|, \"train_seconds\": [\d.]+|, (?:[\d.]+x \w+|about as fast) \([^)]*ms\)")
 
 
 def execute(path: Path) -> nbformat.NotebookNode:

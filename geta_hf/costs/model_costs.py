@@ -159,7 +159,7 @@ def measure_costs(
 
     Args:
         model: a text or vision model, on the meta device too; it is not changed.
-        tokens: length of the sequence. Default 384.
+        tokens: length of the sequence; of both sequences of an encoder-decoder. Default 384.
         names: for a dense model, the layers that the paper's definition counts, such as `select_layers` gives.
         image: channels, height and width of one image, which is counted instead. Default None: `image_of` gives it for
             a model whose main input is `pixel_values`.
@@ -217,9 +217,16 @@ def image_of(model: nn.Module, size: int | None = None) -> Image | None:
 
 
 def one_sample(model: PreTrainedModel, tokens: int, image: Image | None) -> dict[str, Tensor]:
-    """Return the inputs of one sequence, or of one image where it is given, on the model's device."""
+    """Return the inputs of one sequence, or of one image where it is given, on the model's device.
+
+    An encoder-decoder reads one sequence and writes another of the same length.
+    """
     if image is None:
-        return {model.main_input_name: torch.zeros(1, tokens, dtype=torch.long, device=model.device)}
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+        sample = {model.main_input_name: ids}
+        if getattr(model.config, "is_encoder_decoder", False):
+            sample["decoder_input_ids"] = ids
+        return sample
     return {"pixel_values": torch.zeros(1, *image, dtype=model.dtype, device=model.device)}
 
 

@@ -121,7 +121,7 @@ class Images:
             reason = " ".join(str(error).split())[:200]
             raise GETAError(
                 f"{self.source}: image {self.names[index]} is corrupt ({type(error).__name__}: {reason}); remove it, "
-                f"or pass --skip_corrupt"
+                f"or pass --check_images true --skip_corrupt, which find and leave out such images before training"
             ) from error
         return image
 

@@ -51,6 +51,7 @@ def try_cuts(
     recordings: Recordings | None = None,
     labels: Mapping[str, Tensor] | None = None,
     required: bool = True,
+    warn: bool = True,
 ) -> PruningSpace:
     """Cut a few groups of every prunable family away on a copy, both ends included, and compare with them zeroed.
 
@@ -63,6 +64,7 @@ def try_cuts(
         recordings: of this very model on this batch, as `record_sizes` makes them; made here when None.
         labels: entries that only training passes, to compare in training mode as well.
         required: whether it is an error if no prunable family remains. Default True.
+        warn: log what is refused; False for a caller that lists the families with their reasons. Default True.
 
     Returns:
         The space; families that the model cannot follow are no longer prunable, with the reason.
@@ -89,7 +91,7 @@ def try_cuts(
         reason = _refusal(trial, narrowed.prunable)
     if reason is not None and (required or narrowed.prunable):
         raise GETAError(f"nothing in {type(model).__name__} can be cut away: {reason}")
-    for text in dict.fromkeys(refused.values()):
+    for text in dict.fromkeys(refused.values()) if warn else ():
         logger.warning("number of families that are not pruned: %d; %s", list(refused.values()).count(text), text)
     return narrowed
 

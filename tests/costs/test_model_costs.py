@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from transformers import AlbertConfig, AlbertForQuestionAnswering
+from transformers import AlbertConfig, AlbertForQuestionAnswering, T5Config, T5ForConditionalGeneration
 
 from geta_hf import attach_quantizers, measure_costs
 from geta_hf.costs.model_costs import LayerCost, bytes_on_disk, layer_costs, linear_bops, mean_bits
@@ -48,6 +48,14 @@ def test_inputs_of_few_bits_count(bert, batch) -> None:
     assert [layer.bits for layer in layers] == pytest.approx([8.0] * 12, abs=1e-4)
     assert [round(layer.input_bits) for layer in layers] == [32] * 6 + [6] * 6
     assert linear_bops(layers) == pytest.approx(LINEAR / 2 * 8 * (32 + 6), rel=1e-4)
+
+
+def test_an_encoder_decoder_reads_and_writes_as_many_tokens() -> None:
+    """T5 derives no inputs of its decoder by itself, as BART does."""
+    config = T5Config(d_model=16, d_ff=24, d_kv=4, num_heads=2, num_layers=1, vocab_size=30)
+    costs = measure_costs(T5ForConditionalGeneration(config), TOKENS)
+    attentions = 3 * (4 * 16 * 8 * TOKENS + 2 * TOKENS * TOKENS * 8)
+    assert costs.macs == attentions + 2 * TOKENS * 2 * 16 * 24 + TOKENS * 16 * 30
 
 
 def test_a_shared_layer_counts_each_time_it_runs() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from torch import nn
-from transformers import T5Config, ViTConfig
+from transformers import T5Config, ViTConfig, Wav2Vec2Config
 
 from geta_hf import export
 from geta_hf.costs.model_costs import measure_costs
@@ -93,20 +93,39 @@ def test_an_unknown_architecture_is_loaded_as_its_own_code_says(tmp_path: Path) 
     assert facts.costs == {} and facts.dense_bytes is None and facts.parts == {PACKED: 40, REST: 20}
 
 
+SMALL = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2}
+SOUND = Wav2Vec2Config(
+    **SMALL,
+    vocab_size=30,
+    conv_dim=(8,),
+    conv_stride=(5,),
+    conv_kernel=(10,),
+    num_conv_pos_embeddings=4,
+    num_conv_pos_embedding_groups=2,
+)
+
+
 @pytest.mark.parametrize(
-    ("config", "layer"),
+    ("config", "name", "layer", "counted"),
     [
-        (ViTConfig(num_hidden_layers=1, hidden_size=16, intermediate_size=8, num_attention_heads=2), "classifier"),
-        (T5Config(num_layers=1, d_model=16, d_ff=8, num_heads=2, d_kv=8, vocab_size=30), "lm_head"),
+        (ViTConfig(**SMALL), "ViTForImageClassification", "classifier", True),
+        (
+            T5Config(num_layers=1, d_model=16, d_ff=8, num_heads=2, d_kv=8, vocab_size=30),
+            "T5ForConditionalGeneration",
+            "lm_head",
+            True,
+        ),
+        (SOUND, "Wav2Vec2ForCTC", "lm_head", False),
     ],
 )
-def test_models_of_other_inputs_have_parameters_and_pictures_macs(tmp_path: Path, config, layer: str) -> None:
-    name = "ViTForImageClassification" if layer == "classifier" else "T5ForConditionalGeneration"
+def test_models_of_other_inputs_have_parameters_and_pictures_and_pairs_of_texts_macs(
+    tmp_path: Path, config, name: str, layer: str, counted: bool
+) -> None:
     values = {**config.to_dict(), "architectures": [name]}
     codes = 32 if layer == "classifier" else 480
     costs = read_summary(written(tmp_path / "m", {}, {layer: 4}, config=values, codes=codes)).costs
-    # One picture is measured; for what an encoder and a decoder read there is no such unit.
-    assert (costs["dense"].macs > 0) == (layer == "classifier")
+    # One picture is measured, or a text that is read with one that is written; for sound there is no such unit.
+    assert (costs["dense"].macs > 0) == counted
     assert costs["dense"].mean_bits == 32 and costs["compressed"].mean_bits == 4
     assert costs["dense"].parameters > 1000
 
