@@ -1,14 +1,15 @@
 """Run PLiNIO, the reference of the search (arXiv 2407.01054), on the network and images of `python -m eval.searches`.
 
     git clone https://github.com/eml-eda/plinio
-    PYTHONPATH=plinio python benchmarks/plinio_search.py W --name N --data idx_dir=fashion-mnist [--strengths 1 3 10]
+    PYTHONPATH=plinio python benchmarks/plinio_search.py W --name N --data idx_dir=fashion-mnist [--strengths 0.3 1 3]
 
 `W` and `N` are the work folder and the name of an `eval.searches images` run; each run starts from its dense model and
-takes its steps. PLiNIO is used as it is: channels choose among 0, 2, 4 and 8 bits, activations have 8 and a sign,
-weights are trained by Adam and choices by SGD, the temperature falls to e^-22.5, and then the likeliest choice is
-fixed. Its own export fails for widths of channels, so the score is that of its model in evaluation mode, and the size
-is counted: the bits of the weights that remain, beside the bytes that the file of `w2a8` has for everything else. It
-needs tdigest, networkx and torchinfo.
+takes its steps. The library is used as it is: its mixture of 0, 2, 4 and 8 bits for each channel, its sharing of
+choices, its quantizers and its size; activations have 8 bits and a sign. The training loop is the user's own there, and
+its authors' is for hundreds of epochs, so choices follow ours: Adam, the temperature from 1 to 0.05, λ that rises over
+half of the search, and then the likeliest choice is fixed. Its own export fails for widths of channels, so the score is
+that of its model in evaluation mode, and the size is counted: the bits of the weights that remain, beside the bytes
+that the file of `w2a8` has for everything else. It needs tdigest, networkx and torchinfo.
 
 One line of `W/plinio.jsonl` for each strength, the weight of the expected size relative to 8 bits.
 """
@@ -35,7 +36,8 @@ from eval.results_file import read_results
 from eval.searches import RESNET_8
 from eval.study_tasks import ImageOptions, Lengths, Task, image_task
 from eval.tables.__main__ import pairs
-from geta_hf import GETAError
+from geta_hf import GETAError, SearchConfig
+from geta_hf.methods.search.sampling import price_at, temperature_at
 
 WIDTHS = (0, 2, 4, 8)
 
@@ -144,8 +146,9 @@ def search(
     weights = torch.optim.Adam(
         list(dict(model.named_net_parameters()).values()), lr=lengths.learning_rate, weight_decay=1e-4
     )
-    choices = torch.optim.SGD(list(dict(model.named_nas_parameters()).values()), lr=1e-2, momentum=0.9)
     searched = round(share * lengths.steps)
+    rate = SearchConfig().choice_rate(searched)
+    choices = torch.optim.Adam(list(dict(model.named_nas_parameters()).values()), lr=rate)
     order = torch.Generator().manual_seed(seed)
     loader = DataLoader(
         task.features, lengths.batch_size, shuffle=True, drop_last=True, collate_fn=task.collator, generator=order
@@ -155,15 +158,11 @@ def search(
     spent = []
     for step, batch in enumerate(_endless(loader, lengths.steps)):
         open_choice = step < searched
-        model.update_softmax_options(
-            # To e^-22.5 over the search, as its scripts do over theirs.
-            temperature=math.exp(-22.5 * min(step / searched, 1)),
-            hard=not open_choice,
-        )
+        model.update_softmax_options(temperature=temperature_at(step, searched, 1.0, 0.05), hard=not open_choice)
         start = time.process_time()
         loss = nn.functional.cross_entropy(model(batch["pixel_values"]), batch["labels"])
         if open_choice:
-            loss = loss + strength * model.cost / full
+            loss = loss + price_at(step, searched, strength) * model.cost / full
         weights.zero_grad()
         choices.zero_grad()
         loss.backward()
@@ -216,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--name", required=True, help="of the study in the work folder")
     parser.add_argument("--data", nargs="+", metavar="KEY=VALUE", required=True, help="as of that study")
-    parser.add_argument("--strengths", type=float, nargs="+", default=[1.0, 3.0, 10.0])
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.3, 1.0, 3.0])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     line = next(

@@ -109,8 +109,10 @@ SEARCHES = (
     Row("search, group", {**_SEARCH, "granularity": "group"}, by_bops=True, search=True),
     Row("search, row", {**_SEARCH, "granularity": "row"}, by_bops=True, search=True),
     Row("search, a third of the steps", {**_SEARCH, "search": 0.33}, by_bops=True, search=True),
-    Row("search, a sixth of the steps", {**_SEARCH, "search": 0.16}, by_bops=True, search=True),
-    Row("search, hard", {**_SEARCH, "sampling": "hard"}, by_bops=True, search=True),
+    Row("search, three levels", {**_SEARCH, **_THREE_LEVELS}, by_bops=True, search=True),
+    Row("search, a third, three levels", {**_SEARCH, **_THREE_LEVELS, "search": 0.33}, by_bops=True, search=True),
+    Row("search, a sixth, three levels", {**_SEARCH, **_THREE_LEVELS, "search": 0.16}, by_bops=True, search=True),
+    Row("search, hard, three levels", {**_SEARCH, **_THREE_LEVELS, "sampling": "hard"}, by_bops=True, search=True),
     Row("search, widths 0 3 4", {**_SEARCH, "bit_choices": [0, 3, 4]}, by_bops=True, search=True),
     Row("search, widths 0 2 4 8", {**_SEARCH, "bit_choices": [0, 2, 4, 8]}, by_bops=True, search=True),
     Row(

@@ -78,7 +78,7 @@ class Kind:
 
     shared: Mapping[str, Any]
     uniform: Mapping[int, str]
-    search: float = 0.66
+    search: float = 0.33
 
     @property
     def rows(self) -> tuple[str, ...]:

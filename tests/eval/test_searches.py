@@ -69,7 +69,7 @@ def test_a_run_from_training_to_table_and_curve(tmp_path: Path, capsys: pytest.C
     assert lines["search, group"]["bytes"] <= lines["search, group"]["target_bytes"] == lines["w4a8"]["bytes"]
     shown = capsys.readouterr().out
     assert "| search, λ = 3 " in shown
-    assert "6 steps of batches of 4, of which a search takes 66%; accuracy on 16 images" in shown
+    assert "6 steps of batches of 4, of which a search takes 33%; accuracy on 16 images" in shown
     # A rerun measures nothing twice.
     searches.main([*common, "--rows", DENSE, "w4a8"])
     assert len(read_results(work)) == 4

@@ -66,7 +66,7 @@ class SearchConfig(CompressionConfig):
         expected=_DURATION,
     )
     search: Duration = setting(
-        0.4,
+        0.3,
         "Length of the search. Fine-tuning, with the choices fixed, takes the remaining steps.",
         Check(is_duration),
         section="Stages",
