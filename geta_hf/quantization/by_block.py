@@ -7,6 +7,7 @@ gave before, and the run ends with the block that is asked for.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -33,11 +34,14 @@ class Block:
         name: its path.
         stages: the layers to compress in it, in the order in which they run; those that read the same tensor together.
         calls: how often it runs in one forward of the model; 0 where the first batch does not reach it.
+        once: the layers that ran exactly once, and not on a flat list of tokens, as experts do, of which others may be
+            reached more often.
     """
 
     name: str
     stages: list[list[str]] = field(default_factory=list)
     calls: int = 0
+    once: set[str] = field(default_factory=set)
 
 
 def block_of(model: nn.Module, name: str) -> str:
@@ -74,20 +78,24 @@ def find_blocks(model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch)
     order: list[str] = []
     # The tensors themselves, since a freed one's address is used again.
     read: dict[str, Tensor] = {}
+    uses: Counter[str] = Counter()
     with ExitStack() as stack:
         for name in blocks:
             hook = model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: order.append(name))
             stack.callback(hook.remove)
         for name, layer in layers.items():
-            hook = layer.register_forward_pre_hook(_Reader(read, name), with_kwargs=True)
+            hook = layer.register_forward_pre_hook(_Reader(read, uses, name), with_kwargs=True)
             stack.callback(hook.remove)
         stack.enter_context(uncached(model))
         stack.enter_context(eval_mode(model))
         model(**batch)
     for name in order:
         blocks[name].calls += 1
-    for name in read:
-        _add_to_stage(blocks[block_of(model, name)], name, read)
+    for name, tensor in read.items():
+        block = blocks[block_of(model, name)]
+        _add_to_stage(block, name, read)
+        if uses[name] == 1 and tensor.dim() > 2:
+            block.once.add(name)
     for name in layers:
         # What this batch does not reach may be reached by others, as experts are.
         if name not in read:
@@ -97,12 +105,13 @@ def find_blocks(model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch)
 
 
 class _Reader:
-    """A hook that remembers what a layer reads first."""
+    """A hook that remembers what a layer reads first, and how often it runs."""
 
-    def __init__(self, read: dict[str, Tensor], name: str) -> None:
-        self.read, self.name = read, name
+    def __init__(self, read: dict[str, Tensor], uses: Counter[str], name: str) -> None:
+        self.read, self.uses, self.name = read, uses, name
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.uses[self.name] += 1
         self.read.setdefault(self.name, args[0] if args else next(iter(kwargs.values())))
 
 
@@ -136,14 +145,16 @@ class BlockRunner:
         # Path of a finished block -> for each batch what each of its calls gave.
         self._outputs: dict[str, list[list[Any]]] = {}
 
-    def run(self, block: Block, mask: list[Tensor | None]) -> None:
+    def run(self, block: Block, mask: list[Tensor | None], until: str | None = None) -> None:
         """Run every batch to the end of a block.
 
         Args:
             block: not finished yet; one without calls lets every batch run to its end.
             mask: its only entry is set to which tokens of the present batch count.
+            until: a layer of it, after whose inputs nothing is of interest: there a batch ends, if it runs only once.
+                Hooks on it have to be there already.
         """
-        for _ in self._each(block, mask):
+        for _ in self._each(block, mask, until if until in block.once else None):
             pass
 
     def finish(self, block: Block, mask: list[Tensor | None] | None = None) -> None:
@@ -191,8 +202,8 @@ class BlockRunner:
                 storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return sum(storages.values())
 
-    def _each(self, block: Block, mask: list[Tensor | None]) -> Iterator[list[Any]]:
-        """Run batch by batch; yield what each call of the block gave."""
+    def _each(self, block: Block, mask: list[Tensor | None], until: str | None = None) -> Iterator[list[Any]]:
+        """Run batch by batch; yield what each call of the block gave, or nothing before the end of the block."""
         place = [0]
         given: list[Any] = []
 
@@ -201,6 +212,9 @@ class BlockRunner:
             if len(given) == block.calls:
                 raise _BlockDone
 
+        def reached(*_: Any) -> None:
+            raise _BlockDone
+
         with ExitStack() as stack:
             stack.enter_context(uncached(self.model))
             stack.enter_context(eval_mode(self.model))
@@ -208,6 +222,8 @@ class BlockRunner:
                 stack.enter_context(_replaying(self.model.get_submodule(name), outputs, place))
             hook = self.model.get_submodule(block.name).register_forward_hook(ended)
             stack.callback(hook.remove)
+            if until is not None:
+                stack.callback(self.model.get_submodule(until).register_forward_pre_hook(reached).remove)
             for position, batch in enumerate(self.batches):
                 place[0] = position
                 mask[0] = counted_tokens(self.model, batch)

@@ -69,7 +69,7 @@ def test_covariances_of_changed_blocks_are_those_of_full_runs(make):
             mask: list[torch.Tensor | None] = [None]
             shared = dict.fromkeys(stage, stage[0])
             with collecting({name: layers[name] for name in stage}, shared, mask) as found:
-                runner.run(block, mask)
+                runner.run(block, mask, until=stage[0])
             own: dict[str, list[torch.Tensor]] = {name: [] for name in stage}
             hooks = [
                 layers[name].register_forward_pre_hook(lambda _, args, own=own[name]: own.append(args[0]))
@@ -132,6 +132,28 @@ def test_flat_lists_of_tokens_are_not_compared():
     with recording({"expert": expert}, [None]) as found:
         expert(torch.ones(3, 4))
     assert not found
+
+
+def test_a_batch_ends_with_the_layer_that_is_asked_for():
+    model = llama()
+    layers = select_layers(model)
+    block = find_blocks(model, layers, batches(model)[0])[0]
+    runner = BlockRunner(model, batches(model))
+    ran = []
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        model.model.layers[0].get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
+    gate = "model.layers.0.mlp.gate_proj"
+    with collecting({gate: layers[gate]}, {gate: gate}, [None]) as found:
+        runner.run(block, [None], until=gate)
+    assert found[gate].count == IDS.numel()
+    assert ran == ["self_attn.o_proj"] * len(IDS)
+
+
+def test_layers_that_run_several_times_end_no_batch():
+    """ALBERT's block runs three times, each time with the same layers, and all three count."""
+    model = albert()
+    (block,) = find_blocks(model, select_layers(model), batches(model)[0])
+    assert block.calls == 3 and not block.once
 
 
 def test_finished_blocks_do_not_run_again():

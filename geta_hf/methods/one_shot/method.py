@@ -603,7 +603,7 @@ class _Work:
                 mask: list[Tensor | None] = [None]
                 with collecting(layers, shared, mask, inputs) as found:
                     if layers:
-                        runner.run(block, mask)
+                        runner.run(block, mask, until=next(iter(layers)))
                 for name in stage:
                     own = found[shared[name]] if name in layers else None
                     covariance, drift = (None, None) if own is None else (own.mean(name), own.mean_drift())
