@@ -24,7 +24,7 @@ from transformers.utils import find_labels
 from geta_hf.costs.ledger import Ledger
 from geta_hf.costs.model_costs import forward_uses
 from geta_hf.errors import GETAError
-from geta_hf.evaluation.calibration_data import make_batches, predicts_next
+from geta_hf.evaluation.calibration_data import ROWS, Batch, first_sequences, make_batches, predicts_next
 from geta_hf.export import ExportReport, export
 from geta_hf.export.serving import limit_config, limit_families, serving_notes
 from geta_hf.export.uniform_counts import choose_counts
@@ -226,8 +226,9 @@ def compress(
         gradients: score by gradients. False scores by forward passes alone (`saliency="activation"` of the config),
             with one block at a time in memory on top of the weights: for models whose gradients do not fit. The dense
             weights are kept in a temporary folder meanwhile. Default True.
-        recover_steps: optimizer steps that follow, towards the outputs of the dense model, on the calibration data.
-            Groups and widths stay as they are. Default 0. The config's `distill_logits` and `distill_hidden` say what
+        recover_steps: optimizer steps that follow, towards the outputs of the dense model, on the calibration data and
+            further sequences of the same source: as many as give each step a batch of its own, if there are. Groups
+            and widths stay as they are. Default 0. The config's `distill_logits` and `distill_hidden` say what
             is compared; by default the logits, or the hidden states of a model without. The data needs labels.
         recover: `full` trains all parameters, `lora` two small matrices for each linear layer (peft). Default `full`.
         learning_rate: of these steps. Default 1e-4, and 1e-3 for LoRA.
@@ -284,7 +285,14 @@ def compress(
         with ExitStack() as stack:
             stack.enter_context(_tokens_restored(loaded, always=targets is not None))
             align_tokens(loaded, tokenizer)
-            batches = make_batches(calibration_data, loaded, tokenizer, sequences=sequences, length=sequence_length)
+            # A batch of its own for each step of recovery, as far as the data goes.
+            more = recover_steps * ROWS
+            batches, further = first_sequences(
+                make_batches(
+                    calibration_data, loaded, tokenizer, sequences=sequences, length=sequence_length, more=more
+                ),
+                sequences,
+            )
             dense_loss = measure(loaded, _split(batches).held_back)[0] if config.drop_experts else None
             dropped = stack.enter_context(_without_experts(loaded, config, batches, always=targets is not None))
             if dropped.removed:
@@ -292,7 +300,7 @@ def compress(
             recovery = None
             if recover_steps:
                 config = _with_distillation(config, loaded, batches[0])
-                recovery = _Recovery(recover_steps, recover, learning_rate)
+                recovery = _Recovery(recover_steps, recover, learning_rate, further)
             job = _Job.prepare(loaded, tokenizer, config, batches, progress)
             job.recovery, job.dropped, job.dense_loss = recovery, dropped, dense_loss
             job.measured.path = place.with_name(f"{place.name}.scores.safetensors")
@@ -308,11 +316,19 @@ def compress(
 
 @dataclasses.dataclass(frozen=True)
 class _Recovery:
-    """The training that follows: optimizer steps, what is trained, and the learning rate, None for the usual one."""
+    """The training that follows.
+
+    Attributes:
+        steps: of the optimizer.
+        kind: what is trained.
+        learning_rate: at the start; None for the usual one.
+        batches: in addition to those of the calibration.
+    """
 
     steps: int
     kind: Trained
     learning_rate: float | None
+    batches: Sequence[Batch] = ()
 
 
 @dataclasses.dataclass
@@ -435,7 +451,7 @@ class _Job:
             method,
             config,
             self.space,
-            self.data.covariances,
+            [*self.data.covariances, *recovery.batches],
             recovery.steps,
             kind=recovery.kind,
             learning_rate=recovery.learning_rate,

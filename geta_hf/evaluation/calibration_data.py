@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,14 @@ LENGTH = 256
 LEAST = 4
 """Sequences that are needed at least: some are held back."""
 
-_ROWS = 4
+ROWS = 4
 """Sequences of a batch that is made of text."""
 
 _PIECE = 20_000
 """Characters that are tokenized at once, since tokenizers take long over one text of megabytes."""
+
+_LONGEST_TOKEN = 8
+"""Characters of a token in the mean, at most: so many are read for each token of a sequence."""
 
 _LEAST_USED = 0.8
 """Share of the embedding's rows that a tokenizer uses at least: rows are often rounded up, but not by a quarter."""
@@ -46,12 +49,16 @@ def make_batches(
     *,
     sequences: int = 128,
     length: int | None = None,
+    more: int = 0,
 ) -> list[dict[str, Any]]:
     """Return calibration batches on the model's device.
 
-    Texts are tokenized, packed one after the other and cut into sequences of equal length. Causal language models get
-    the tokens as labels; encoder-decoders that generate get the first half of each sequence as input and the second as
-    labels; other models get no labels.
+    Texts are tokenized, packed one after the other and cut into sequences of equal length. They come from everywhere
+    in the data: of a long text each sequence is one passage, and rows of a list or a data set are taken evenly.
+    Tokenized batches are taken in their order.
+
+    Causal language models get the tokens as labels; encoder-decoders that generate get the first half of each sequence
+    as input and the second as labels; other models get no labels.
 
     Args:
         data: a list of texts; a `datasets.Dataset` with a column of texts or of tokens; the path of a text file (.gz
@@ -60,6 +67,7 @@ def make_batches(
         tokenizer: of the model; not needed for tokenized batches.
         sequences: how many at most. Default 128.
         length: tokens of each; by default 256, or what the model's positions allow.
+        more: how many further ones to return, as far as the data goes. Default 0.
 
     Raises:
         GETAError: too little text, no column of text, a tokenizer of another vocabulary, or none.
@@ -79,14 +87,27 @@ def make_batches(
             raise GETAError(f"{name} = {number!r} must be an integer")
     if sequences < LEAST:
         raise GETAError(f"sequences = {sequences}, but at least {LEAST} are needed, since some are held back")
-    first, items = _peek(_rows_of(data))
+    rows = _rows_of(data)
+    first, items = _peek(rows)
     if isinstance(first, Mapping) and any(isinstance(item, Tensor) and item.dim() > 1 for item in first.values()):
-        batches = _tokenized(items, model, sequences)
+        batches = _tokenized(items, model, sequences + more)
     else:
-        blocks = _blocks(_token_lists(first, items, tokenizer, model), model, sequences, length)
-        batches = [_of_block(part, model) for part in blocks.split(_ROWS)]
+        size = _checked_length(length, model)
+        tokens = _token_lists(first, _numbered(rows, items), tokenizer, model, sequences + more, size)
+        blocks = _blocks(tokens, model, sequences, size, more)
+        batches = [_of_block(part, model) for part in blocks.split(ROWS)]
     device = next(model.parameters()).device
     return [to_device(batch, device) for batch in batches]
+
+
+def first_sequences(batches: list[dict[str, Any]], count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the batches that hold the first `count` sequences, and the others."""
+    held = 0
+    for place, batch in enumerate(batches):
+        if held >= count:
+            return batches[:place], batches[place:]
+        held += _rows(batch)
+    return batches, []
 
 
 def _rows_of(data: Any) -> Iterable[Any]:
@@ -128,10 +149,52 @@ def _peek(items: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
     return first, itertools.chain([first], iterator)
 
 
-def _token_lists(first: Any, items: Iterator[Any], tokenizer: Any, model: PreTrainedModel) -> Iterator[list[int]]:
-    """Yield the tokens of each text."""
+def _numbered(rows: Iterable[Any], items: Iterator[Any]) -> Iterator[tuple[int, Any]]:
+    """Yield rows with their places: from everywhere in data that has a length, otherwise as they come."""
+    if isinstance(rows, Sized) and hasattr(rows, "__getitem__"):
+        return ((place, rows[place]) for place in spread(len(rows)))
+    return enumerate(items)
+
+
+def spread(count: int) -> Iterator[int]:
+    """Yield the numbers below `count`, each once, in an order of which any first part lies evenly among them.
+
+    >>> list(spread(8))
+    [0, 4, 2, 6, 1, 5, 3, 7]
+    """
+    digits = max(count - 1, 0).bit_length()
+    seen = set()
+    for place in range(1 << digits if count else 0):
+        # The digits backwards, as a fraction of the way through.
+        found = (int(f"{place:0{digits}b}"[::-1], 2) if digits else 0) * count >> digits
+        if found not in seen:
+            seen.add(found)
+            yield found
+
+
+def _pieces(text: str, sequences: int, length: int) -> Iterator[tuple[str, int | None]]:
+    """Yield parts of a text and how many tokens of each to take, None for all of them."""
+    size = _LONGEST_TOKEN * length
+    if len(text) < sequences * size:
+        yield from ((text[start : start + _PIECE], None) for start in range(0, len(text), _PIECE))
+        return
+    for place in spread(len(text) // size):
+        part = text[place * size : (place + 1) * size]
+        # From the start of a word, where there are words.
+        yield (part if place == 0 else part.partition(" ")[2] or part), length
+
+
+def _token_lists(
+    first: Any,
+    items: Iterator[tuple[int, Any]],
+    tokenizer: Any,
+    model: PreTrainedModel,
+    sequences: int,
+    length: int,
+) -> Iterator[list[int]]:
+    """Yield the tokens of each text, or of passages of it where it is long."""
     if isinstance(first, Mapping) and "input_ids" in first:
-        for place, row in enumerate(items):
+        for place, row in items:
             if not isinstance(row, Mapping) or row.get("input_ids") is None:
                 raise GETAError(f"row {place} of calibration_data has no 'input_ids', as the first has; remove the row")
             yield torch.as_tensor(row["input_ids"]).flatten().tolist()
@@ -150,15 +213,15 @@ def _token_lists(first: Any, items: Iterator[Any], tokenizer: Any, model: PreTra
         raise GETAError("texts need the model's tokenizer; pass tokenizer=AutoTokenizer.from_pretrained(...)")
     check_vocabulary(embedding_rows(model), tokenizer)
     _check_same_vocabulary(model, tokenizer)
-    for place, item in enumerate(items):
+    for place, item in items:
         text = item.get(column) if column is not None and isinstance(item, Mapping) else item
         if not isinstance(text, str):
             raise GETAError(
                 f"row {place} of calibration_data is a {type(text).__name__}, not a text as the first; remove the row"
             )
-        for start in range(0, len(text), _PIECE):
-            ids: list[int] = tokenizer(text[start : start + _PIECE], verbose=False)["input_ids"]
-            yield ids
+        for piece, most in _pieces(text, sequences, length):
+            ids: list[int] = tokenizer(piece, verbose=False)["input_ids"]
+            yield ids[:most]
 
 
 def _check_same_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -172,19 +235,24 @@ def _check_same_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenize
         )
 
 
-def _blocks(tokens: Iterator[list[int]], model: PreTrainedModel, sequences: int, length: int | None) -> Tensor:
-    """Pack tokens into sequences, int64, shape (sequences, length)."""
+def _checked_length(length: int | None, model: PreTrainedModel) -> int:
+    """Return the tokens of a sequence. Raise GETAError for more than the model has positions."""
     most = positions(model.config)
     if length is None:
         length = min(LENGTH, most or LENGTH)
     if length < 2 or (most is not None and length > most):
         raise GETAError(f"sequence_length = {length} must be between 2 and the {most or 'any number of'} positions")
+    return length
+
+
+def _blocks(tokens: Iterator[list[int]], model: PreTrainedModel, sequences: int, length: int, more: int) -> Tensor:
+    """Pack tokens into sequences, int64, shape (sequences, length), and as many more as there are, up to `more`."""
     packed: list[int] = []
     for ids in tokens:
         packed += ids
-        if len(packed) >= sequences * length:
+        if len(packed) >= (sequences + more) * length:
             break
-    count = min(len(packed) // length, sequences)
+    count = min(len(packed) // length, sequences + more)
     if count < LEAST:
         raise GETAError(
             f"calibration_data has {len(packed):,} tokens, which give {count} sequences of {length}, and at least "
