@@ -191,6 +191,7 @@ def summary(records: Sequence[Record]) -> str:
     return "\n".join(
         (
             f"{len(records)} architectures, of which",
+            "",
             f"- {passed} of {len(pruned)} with something to prune pass every gate",
             f"- {len(exported)} of {len(trained)} that were trained export, and load again with equal outputs",
             f"- {sum(bool(training['left_float']) for training in exported)} of them have layers that remain in "

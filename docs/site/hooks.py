@@ -67,6 +67,7 @@ def _output(output: dict[str, Any]) -> str:
     data = output.get("data", {})
     if "image/svg+xml" in data:
         # Blank lines would end the block of HTML.
-        return re.sub(r"\n\s*\n", "\n", "".join(data["image/svg+xml"]))
+        picture = re.sub(r"\n\s*\n", "\n", "".join(data["image/svg+xml"]))
+        return f'<div class="picture">\n{picture}\n</div>'
     shown = "".join(output.get("text", data.get("text/plain", [])))
     return f'```{{ .text .output title="Output" }}\n{shown.rstrip()}\n```' if shown.strip() else ""
