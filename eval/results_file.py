@@ -18,9 +18,14 @@ Line = dict[str, Any]
 Cell = TypeVar("Cell")
 
 
-def read_results(work: Path) -> list[Line]:
-    """Return all finished cells of a work folder, without a line that an interruption truncated."""
-    path = work / RESULTS
+def read_results(work: Path, name: str = RESULTS) -> list[Line]:
+    """Return all finished cells of a work folder, without a line that an interruption truncated.
+
+    Args:
+        work: the folder.
+        name: of the file with the lines.
+    """
+    path = work / name
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:

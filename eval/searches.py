@@ -261,23 +261,28 @@ def _figures(key: tuple[str, float | None, int | None], lines: Sequence[Line]) -
     return tuple(texts)
 
 
-def draw_curve(lines: Sequence[Line], path: Path) -> None:
+def draw_curve(lines: Sequence[Line], path: Path, reference: Sequence[Line] = ()) -> None:
     """Draw the score over the size of the file: one curve for each kind of row, means over seeds.
 
     Args:
         lines: results of one work folder.
         path: picture to write; its ending says the format.
+        reference: results of `benchmarks/plinio_search.py`. Default none.
 
     Raises:
         GETAError: matplotlib is missing, or there is nothing to draw.
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator, ScalarFormatter
     except ImportError as error:
         raise GETAError("a curve is drawn by matplotlib, which is missing; run `pip install matplotlib`") from error
     curves = curve_points(lines)
     if not curves:
         raise GETAError("there is no compressed result to draw yet")
+    if reference:
+        metric = lines[0]["settings"]["metric"]
+        curves["PLiNIO, λ"] = sorted((line["bytes"] / 1000, line[metric]) for line in reference)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, points in curves.items():
@@ -285,6 +290,10 @@ def draw_curve(lines: Sequence[Line], path: Path) -> None:
     axes.set_xlabel("kB of weights")
     axes.set_ylabel(lines[0]["settings"]["metric"])
     axes.set_xscale("log")
+    # Sizes lie within one or two factors of two, where powers of ten say little.
+    axes.xaxis.set_major_locator(MaxNLocator(8))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(MaxNLocator(1))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path)
@@ -364,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = read_results(args.work)
     print(render(lines))
     if args.command == "render" and args.curve is not None:
-        draw_curve(lines, args.curve)
+        draw_curve(lines, args.curve, read_results(args.work, "plinio.jsonl"))
 
 
 if __name__ == "__main__":

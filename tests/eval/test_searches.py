@@ -73,8 +73,10 @@ def test_a_run_from_training_to_table_and_curve(tmp_path: Path, capsys: pytest.C
     # A rerun measures nothing twice.
     searches.main([*common, "--rows", DENSE, "w4a8"])
     assert len(read_results(work)) == 4
+    (work / "plinio.jsonl").write_text('{"bytes": 4000, "accuracy": 50}')
     searches.main(["render", "--work", str(work), "--curve", str(tmp_path / "curve.svg")])
-    assert (tmp_path / "curve.svg").read_text().startswith("<?xml")
+    picture = (tmp_path / "curve.svg").read_text()
+    assert picture.startswith("<?xml") and "PLiNIO" in picture
     with pytest.raises(GETAError, match="holds results under other settings"):
         searches.main([*common, "--batch_size", "2", "--dense_steps", "2"])
 
