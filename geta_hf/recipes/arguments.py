@@ -184,7 +184,8 @@ def find_config(path: str) -> Path:
     shipped = {one.stem: one for one in sorted(CONFIGS.glob("*.yaml"))}
     if file.suffix in ("", ".yaml") and file.parent in (Path(), Path("recipes/configs")) and file.stem in shipped:
         return shipped[file.stem]
-    raise GETAError(f"{path}: no such config file; give a YAML file, or one of {', '.join(shipped)}")
+    hint = did_you_mean(file.stem, shipped)
+    raise GETAError(f"{path}: no such config file{hint}; give a YAML file, or one of {', '.join(shipped)}")
 
 
 def text_fields(parser: HfArgumentParser) -> set[str]:

@@ -251,7 +251,14 @@ def table_rows(
 def _metric_rows(metrics: Metrics) -> list[tuple[str, str, str]]:
     dense, compressed = metrics.get("dense", {}), metrics.get("compressed", {})
     names = [name for name in dict.fromkeys((*dense, *compressed)) if name in compressed]
-    return [(spelled(name), _score(dense[name]) if name in dense else "", _score(compressed[name])) for name in names]
+    rows = []
+    for name in names:
+        found = [side[name] for side in (dense, compressed) if name in side]
+        # Shares, such as an accuracy of 0.874, lose too much in two digits; a 0 beside a score in percent is no share.
+        digits = 4 if max(map(abs, found)) < 1 else 2
+        shown = [f"{value:.{digits}f}" for value in found]
+        rows.append((spelled(name), shown[0] if name in dense else "", shown[-1]))
+    return rows
 
 
 _SPELLINGS = {"em": "EM", "f1": "F1"}
@@ -260,11 +267,6 @@ _SPELLINGS = {"em": "EM", "f1": "F1"}
 def spelled(metric: str) -> str:
     """Return how people write the name that a metric has in files. Most are shown as they are named."""
     return _SPELLINGS.get(metric, metric)
-
-
-def _score(value: float) -> str:
-    # Shares, such as an accuracy of 0.874, lose too much in two digits.
-    return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
 
 
 def _kinds(structure: Structure) -> list[str]:

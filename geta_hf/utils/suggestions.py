@@ -15,9 +15,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     ' (did you mean learning_rate?)'
     >>> did_you_mean("bits", ["geta.bits", "seed"])
     ' (did you mean geta.bits?)'
-    >>> did_you_mean("xyz", ["seed"])
-    ''
+    >>> did_you_mean("xyz", ["seed"]), did_you_mean("", ["seed"])
+    ('', '')
     """
+    if not word:  # with which every name begins
+        return ""
     names = list(known)
     found = [name for name in names if name.endswith(f".{word}")]
     found += [name for name in names if name.startswith(word)]

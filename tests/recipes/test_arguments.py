@@ -132,7 +132,8 @@ def test_ready_made_configs_are_found_from_any_folder(
 
 @pytest.mark.parametrize("name", ["bert_squad.yml", "runs/bert_squad.yaml", "", "none"])
 def test_a_config_that_does_not_exist_lists_those_that_do(name: str) -> None:
-    with pytest.raises(GETAError, match=r"no such config file; give a YAML file, or one of bert_squad, .*qwen"):
+    hint = r" \(did you mean bert_squad\?\)" if "bert" in name else ""
+    with pytest.raises(GETAError, match=rf"no such config file{hint}; give a YAML file, or one of bert_squad, .*qwen"):
         find_config(name)
 
 

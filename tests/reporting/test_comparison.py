@@ -104,6 +104,8 @@ def test_what_was_not_measured_has_no_row() -> None:
     ]
     shares = {"dense": {"accuracy": 0.875}, "compressed": {"accuracy": 0.8594}}
     assert table_rows(structure, {}, {}, shares)[0] == ("accuracy", "0.8750", "0.8594")
+    percent = {"dense": {"em": 0.0, "f1": 0.5}, "compressed": {"em": 12.0}}
+    assert table_rows(structure, {}, {}, percent)[0] == ("EM", "0.00", "12.00")
     times = {"latency_ms": {"dense": 3.0, "compressed": 2.0}}
     by_layer = table_rows(structure, {}, {}, times, by_layer=True)
     assert by_layer[0] == ("heads a layer", "4 4", "3 1")
