@@ -50,7 +50,7 @@ class UnstackedExperts(nn.Module):
     routing: str | None
     config: Any
     has_gate: bool
-    has_post_expert_norm: bool
+    has_post_expert_norm: bool = False  # older transformers has neither such experts nor the attribute
     is_transposed: bool
     act_fn: Callable[[Tensor], Tensor]
     _apply_gate: Callable[[Tensor], Tensor]
@@ -164,7 +164,7 @@ def unstacked_experts(model: nn.Module) -> dict[str, UnstackedExperts]:
 
 def _up_name(module: nn.Module) -> str | None:
     """Return the name of a module's first stacked tensor; None for any other module."""
-    if not all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")):
+    if not all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed")):
         return None
     up, down = _UP[not module.has_gate], module._parameters.get(_DOWN)
     first = module._parameters.get(up)

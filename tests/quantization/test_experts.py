@@ -112,6 +112,17 @@ def test_experts_of_different_sizes_can_not_share_a_tensor() -> None:
     assert len(unstacked_experts(model)) == 2
 
 
+def test_experts_of_older_transformers_are_found() -> None:
+    """They say nothing of a norm behind each expert."""
+    model, batch = made("mixtral")
+    expected = model(**batch).logits
+    for module in stacked_experts(model).values():
+        vars(module).pop("has_post_expert_norm", None)
+    unstack_experts(model)
+    assert is_unstacked(model.config)
+    torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_after_a_failure_they_are_together_again() -> None:
     model, batch = made("gpt_oss")
     expected = model(**batch).logits
