@@ -39,6 +39,7 @@ from geta_hf.quantization.experts import experts_apart
 from geta_hf.reporting.comparison import load_model
 from geta_hf.reporting.model_card import write_card
 from geta_hf.serialization.atomic_folder import check_apart, check_target
+from geta_hf.serialization.embeddings import rounded_embedding
 from geta_hf.surgery.build_space import prepare_space
 from geta_hf.surgery.drop_experts import DroppedExperts, drop_experts
 from geta_hf.training.checkpoints import base_name
@@ -411,6 +412,7 @@ class _Job:
         try:
             if self.recovery is not None and teacher is not None:
                 outcome = self._recover(method, config, teacher, outcome, self.recovery)
+            outcome = self._with_rounded_embedding(config, outcome)
             written = export(
                 self.model,
                 place,
@@ -463,6 +465,14 @@ class _Job:
                 f"the loss on held-back data is {after} after {recovery.steps} steps of recovery; lower learning_rate"
             )
         return dataclasses.replace(outcome, loss=after, loss_before_recovery=outcome.loss)
+
+    def _with_rounded_embedding(self, config: OneShotConfig, outcome: Outcome) -> Outcome:
+        """Return the outcome with the loss that the folder has: the export alone rounds the embedding."""
+        if config.embedding_bits is None:
+            return outcome
+        with rounded_embedding(self.model, config.embedding_bits):
+            loss, _ = measure(self.model, self.data.held_back, self.measured.reference)
+        return dataclasses.replace(outcome, loss=loss)
 
     def _give_back(self, method: OneShotMethod, teacher: nn.Module | None) -> None:
         """Make the model dense again, with what recovery has changed, too."""

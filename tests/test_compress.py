@@ -31,7 +31,7 @@ from transformers import (
 
 from geta_hf import GETAConfig, GETAError, OneShotConfig, compress
 from geta_hf.cli import main
-from geta_hf.compress import CompressReport, bytes_of
+from geta_hf.compress import CompressReport, _split, bytes_of
 from geta_hf.config import read_config
 from geta_hf.evaluation.calibration_data import make_batches
 from geta_hf.export.formats import geta
@@ -533,6 +533,21 @@ def test_what_is_not_done_without_training_is_refused():
         OneShotConfig(target_bytes=1, activation_bits=(8, 8))
     with pytest.raises(GETAError, match="trains nothing"):
         make_method(OneShotConfig(target_bytes=1)).check(frozen_weights=False)
+
+
+def test_the_loss_that_is_reported_is_that_of_the_folder_with_its_rounded_embedding(tmp_path: Path):
+    losses = {}
+    for bits in (None, 2):
+        config = OneShotConfig(mean_bits=8, embedding_bits=bits)
+        out = tmp_path / str(bits)
+        sizes = {"sequences": 8, "sequence_length": 16}
+        report = compress(tiny_llama(), [TEXT], byte_tokenizer(), out=out, config=config, progress=False, **sizes)
+        losses[bits] = report.outcome.loss
+        small = load_model(out)
+        batches = make_batches([TEXT], small, byte_tokenizer(), sequences=8, length=16)
+        held_back = _split(batches).held_back
+        assert method.measure(small, held_back)[0] == pytest.approx(report.outcome.loss, rel=1e-4)
+    assert losses[2] != pytest.approx(losses[None], rel=1e-4)
 
 
 def test_text_is_packed_without_loss():
