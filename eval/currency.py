@@ -21,7 +21,6 @@ loop.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -32,7 +31,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
-from eval.results_file import Line, read_results, run_missing
+from eval.results_file import Line, read_results, read_under, run_missing
 from eval.study_tasks import Lengths, Task, TextOptions, text_task
 from eval.tables.cells import stored_bytes, train_cell
 from geta_hf import GETAConfig, GETAError, SearchConfig
@@ -218,10 +217,7 @@ def run(task: Task, folder: Path, work: Path, lengths: Lengths, cells: Sequence[
     Raises:
         GETAError: results under other settings.
     """
-    settings = json.loads(json.dumps({**vars(lengths), **task.settings, "scored": task.scored}))
-    done = read_results(work)
-    if any(line["settings"] != settings for line in done):
-        raise GETAError(f"{work} holds results under other settings; give another --work")
+    settings, done = read_under(work, {**vars(lengths), **task.settings, "scored": task.scored})
     finished = {(line["row"], line["bits"], line["seed"]): line for line in done}
 
     def measure(cell: Cell) -> Line:

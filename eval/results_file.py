@@ -35,6 +35,23 @@ def read_results(work: Path, name: str = RESULTS) -> list[Line]:
     return lines
 
 
+def read_under(work: Path, settings: Line) -> tuple[Line, list[Line]]:
+    """Return settings as a line holds them, and all finished cells of a work folder, which must have the same.
+
+    Args:
+        work: the folder.
+        settings: of the cells that are to follow; plain data but for tuples.
+
+    Raises:
+        GETAError: results under other settings.
+    """
+    stored: Line = json.loads(json.dumps(settings))
+    done = read_results(work)
+    if any(line["settings"] != stored for line in done):
+        raise GETAError(f"{work} holds results under other settings; give another --work")
+    return stored, done
+
+
 def append_result(work: Path, line: Line) -> None:
     """Add one finished cell, and return once it is on disk."""
     work.mkdir(parents=True, exist_ok=True)

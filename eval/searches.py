@@ -22,7 +22,6 @@ other `--rows` share a folder one after another. Seeds are the outer loop.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -33,7 +32,7 @@ from typing import Any
 
 from transformers import set_seed
 
-from eval.results_file import Line, read_results, run_missing
+from eval.results_file import Line, read_results, read_under, run_missing
 from eval.study_rules import add_options, pick_options
 from eval.study_table import spread
 from eval.study_tasks import (
@@ -211,10 +210,7 @@ def run(task: Task, kind: Kind, work: Path, lengths: Lengths, cells: Sequence[Ce
     """
     dense = {**task.settings, **vars(task.dense)}
     own = {**vars(lengths), "search": kind.search, "metric": task.metrics[0]}
-    settings = json.loads(json.dumps({**own, "dense": dense, "scored": task.scored}))
-    done = read_results(work)
-    if any(line["settings"] != settings for line in done):
-        raise GETAError(f"{work} holds results under other settings; give another --work")
+    settings, done = read_under(work, {**own, "dense": dense, "scored": task.scored})
     finished = {(line["row"], line["weight"], line["width"], line["seed"]): line for line in done}
     folder = dense_model(task, work)
 

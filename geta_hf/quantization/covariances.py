@@ -98,13 +98,15 @@ class Covariance:
             self.total = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
             self.drift = None if self._dense is None else torch.zeros_like(self.total)
         size = max(1, _CHUNK // max(rows.shape[1], 1))
-        # Nothing to compare with: no split, since zip would end with the shorter.
-        dense = None if self._dense is None else next(self._dense).split(size)
-        for place, part in enumerate(rows.split(size)):
+        parts = rows.split(size)
+        dense: Sequence[Tensor | None] = [None] * len(parts)
+        if self._dense is not None:
+            dense = next(self._dense).split(size)
+        for part, other in zip(parts, dense, strict=True):
             part = part.float()
             self.total += part.t() @ part
-            if dense is not None and self.drift is not None:
-                self.drift += (dense[place].float() - part).t() @ part
+            if other is not None and self.drift is not None:
+                self.drift += (other.float() - part).t() @ part
         self.count += len(rows)
 
     def mean(self, name: str) -> Tensor | None:

@@ -167,6 +167,17 @@ def _damped_cholesky(covariance: Tensor, damping: float) -> Tensor:
     raise GETAError("the covariance of a layer's inputs is not positive definite, even damped; calibrate on more data")
 
 
+def _made_up(lost: Tensor, covariance: Tensor, damping: float) -> Tensor:
+    """Return the change of a weight that makes up for lost outputs, E[y xᵀ] (Σ + ε)^-1, float64.
+
+    Args:
+        lost: E[y xᵀ] of the outputs y that are missing and the inputs x that are there, float64, shape (out, in).
+        covariance: Σ of these inputs.
+        damping: as in `round_compensated`.
+    """
+    return torch.cholesky_solve(lost.t(), _damped_cholesky(covariance, damping)).t()
+
+
 @torch.no_grad()
 def follow_dense_inputs(
     weight: Tensor, covariance: Tensor, drift: Tensor, *, share: float = 1.0, damping: float = DAMPING
@@ -189,9 +200,7 @@ def follow_dense_inputs(
     Raises:
         GETAError: Σ is not finite.
     """
-    lower = _damped_cholesky(covariance, damping)
-    lost = weight.double() @ drift.double()
-    correction = torch.cholesky_solve(lost.t(), lower).t()
+    correction = _made_up(weight.double() @ drift.double(), covariance, damping)
     return (weight.double() + share * correction).to(weight.dtype)
 
 
@@ -220,8 +229,7 @@ def compensate_removed_inputs(
     rows = weight if channel_dim == 0 else weight.t()
     changed = torch.zeros_like(rows)
     if bool(kept.any()):
-        lower = _damped_cholesky(covariance[kept][:, kept], damping)
         lost = rows[:, ~kept].double() @ covariance[~kept][:, kept].double()
-        correction = torch.cholesky_solve(lost.t(), lower).t()
+        correction = _made_up(lost, covariance[kept][:, kept], damping)
         changed[:, kept] = (rows[:, kept].double() + correction).to(rows.dtype)
     return changed if channel_dim == 0 else changed.t().contiguous()

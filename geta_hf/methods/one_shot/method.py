@@ -574,9 +574,9 @@ class _Work:
         if not self.measured.several:
             self.measured.covariances = None
 
-    @staticmethod
-    def _with_covariance(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-        return {name: layer for name, layer in layers.items() if has_covariance(layer)}
+    def _with_covariance(self, stage: Sequence[str]) -> dict[str, nn.Module]:
+        """Return the layers of a stage whose outputs all read the same inputs; the first of them owns these."""
+        return {name: self.layers[name] for name in stage if has_covariance(self.layers[name])}
 
     def _compress_at_once(self, candidate: Candidate, covariances: Mapping[str, Tensor | None]) -> dict[int, Grid]:
         bits = dict(zip(self.layers, candidate.weight_bits, strict=True))
@@ -598,19 +598,19 @@ class _Work:
         for block in self.progress(blocks, "blocks", len(blocks)):
             inputs = {} if dense is None else self._dense_inputs(dense, block)
             for stage in block.stages:
-                layers = self._with_covariance({name: self.layers[name] for name in stage})
-                shared = dict.fromkeys(layers, next(iter(layers), ""))
+                layers = self._with_covariance(stage)
+                owner = next(iter(layers), "")
+                shared = dict.fromkeys(layers, owner)
                 mask: list[Tensor | None] = [None]
                 with collecting(layers, shared, mask, inputs) as found:
                     if layers:
-                        runner.run(block, mask, until=next(iter(layers)))
+                        runner.run(block, mask, until=owner)
                 for name in stage:
-                    own = found[shared[name]] if name in layers else None
+                    own = found[owner] if name in layers else None
                     covariance, drift = (None, None) if own is None else (own.mean(name), own.mean_drift())
                     grid = self._compress_layer(name, covariance, bits[name], candidate.removed, drift)
                     grids[id(self.layers[name].weight)] = grid
-                for name in stage:
-                    inputs.pop(name, None)
+                inputs.pop(owner, None)
             # Now that all that reads them is compensated by their values.
             self.zero(candidate.removed, f"{block.name}.")
             runner.finish(block)
@@ -633,12 +633,9 @@ class _Work:
         """
         if not block.calls:
             return {}
-        firsts = [
-            next(iter(self._with_covariance({name: self.layers[name] for name in stage})), None)
-            for stage in block.stages
-        ]
+        owners = [next(iter(self._with_covariance(stage)), "") for stage in block.stages]
         mask: list[Tensor | None] = [None]
-        with recording({name: self.layers[name] for name in firsts if name is not None}, mask) as found:
+        with recording({name: self.layers[name] for name in owners if name}, mask) as found:
             dense.finish(block, mask)
         return found
 
