@@ -94,7 +94,7 @@ def make(dense: Path, out: Path, channels: tuple[int, int] | None, embedding_bit
             quantizer.set_order(remaining_first(removed))
         bits = 5.0 if channels is None and place % 3 == 0 else 4.0
         quantizer.d.copy_(step_size(bits, quantizer.q_m, quantizer.t))
-    with rounded_embedding(model, embedding_bits) as embedding:
+    with rounded_embedding(model, embedding_bits, "block32") as embedding:
         small = compress(model, space, removal, batch, embedding)
     out.mkdir(parents=True, exist_ok=True)
     save_compressed(small, out)

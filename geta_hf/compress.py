@@ -47,7 +47,7 @@ from geta_hf.training.distillation import dense_copy
 from geta_hf.training.early_checks import check_exports, check_is_model, check_model
 from geta_hf.training.example_inputs import find_left_out, inputs_of
 from geta_hf.training.float_layers import exclude_raw_reads
-from geta_hf.training.plan import make_ledger
+from geta_hf.training.plan import embedding_rows, make_ledger
 from geta_hf.training.preparation import align_tokens, empty_copy
 from geta_hf.training.recovery import RATES, Trained
 from geta_hf.training.recovery import recover as train
@@ -381,7 +381,7 @@ class _Job:
     @property
     def dense_bytes(self) -> int:
         """The size of model.safetensors if the dense model were saved."""
-        remaining = dataclasses.replace(self.ledger, layers=(), row_bits={}).stored_bytes(self.ledger.nothing, 0)
+        remaining = dataclasses.replace(self.ledger, layers=(), rounded={}).stored_bytes(self.ledger.nothing, 0)
         return remaining + self.dropped.bytes
 
     def with_bytes(self, amount: int | str | None) -> OneShotConfig:
@@ -422,6 +422,7 @@ class _Job:
                 processing_class=self.tokenizer,
                 result=method.result(),
                 embedding_bits=config.embedding_bits,
+                embedding_grid=config.embedding_grid,
                 finish=partial(write_card, base_model=base_name(self.model), repo_id=place.name),
                 overwrite=overwrite,
             )
@@ -470,7 +471,7 @@ class _Job:
         """Return the outcome with the loss that the folder has: the export alone rounds the embedding."""
         if config.embedding_bits is None:
             return outcome
-        with rounded_embedding(self.model, config.embedding_bits):
+        with rounded_embedding(self.model, config.embedding_bits, config.embedding_grid):
             loss, _ = measure(self.model, self.data.held_back, self.measured.reference)
         return dataclasses.replace(outcome, loss=loss)
 
@@ -682,7 +683,7 @@ def _measure_sizes(
     empty = empty_copy(model)
     OneShotMethod(config).attach(empty, None)
     return make_ledger(
-        empty, space, {name: (count or most) / most for name, count in counts.items()}, config.embedding_bits
+        empty, space, {name: (count or most) / most for name, count in counts.items()}, embedding_rows(config)
     )
 
 

@@ -53,6 +53,7 @@ Texts = list[str] | tuple[str, ...]
 holds: `_normalize` converts the others."""
 
 GridName = Literal["layer", "channel", "block32"]
+EmbeddingGrid = Literal["channel", "block32"]
 """A field with a set of values names them in its annotation alone: checks, help and documentation read them there."""
 
 SECTIONS = {
@@ -491,7 +492,8 @@ class CompressionConfig:
     )
     embedding_bits: int | None = setting(
         None,
-        "Width to which the vocabulary's embedding is rounded, row by row, at export. None does not round it.",
+        "Width to which the vocabulary's embedding is rounded at export, with a step size for each row or, where "
+        "`grid` is `block32`, for every 32 of its elements. None does not round it.",
         Check(lambda value: 2 <= value <= 8, "in 2..8"),
         section="Widths",
     )
@@ -698,6 +700,11 @@ class CompressionConfig:
         if self.bit_choices is not None:
             return list(self.bit_choices)
         return list(range(self.bits[0], self.bits[1] + 1))
+
+    @property
+    def embedding_grid(self) -> EmbeddingGrid:
+        """What has a step size in an embedding that `embedding_bits` rounds: a row, or 32 elements of one."""
+        return "block32" if self.grid == "block32" else "channel"
 
     @property
     def wanted_mean_bits(self) -> float | None:

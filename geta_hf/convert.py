@@ -121,6 +121,7 @@ def convert(
         # As noted at the time: fewer would mean that the weights are not those of that step.
         expected_zero_groups=removed,
         embedding_bits=config.embedding_bits if embedding_bits is None else embedding_bits,
+        embedding_grid=config.embedding_grid,
         format=format,
         max_shard_size=max_shard_size,
         finish=card if format == OWN else None,

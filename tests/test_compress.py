@@ -535,10 +535,11 @@ def test_what_is_not_done_without_training_is_refused():
         make_method(OneShotConfig(target_bytes=1)).check(frozen_weights=False)
 
 
-def test_the_loss_that_is_reported_is_that_of_the_folder_with_its_rounded_embedding(tmp_path: Path):
+@pytest.mark.parametrize("grid", ["channel", "block32"])
+def test_the_loss_that_is_reported_is_that_of_the_folder_with_its_rounded_embedding(tmp_path: Path, grid: str):
     losses = {}
     for bits in (None, 2):
-        config = OneShotConfig(mean_bits=8, embedding_bits=bits)
+        config = OneShotConfig(mean_bits=8, embedding_bits=bits, grid=grid)
         out = tmp_path / str(bits)
         sizes = {"sequences": 8, "sequence_length": 16}
         report = compress(tiny_llama(), [TEXT], byte_tokenizer(), out=out, config=config, progress=False, **sizes)

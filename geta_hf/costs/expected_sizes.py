@@ -77,13 +77,13 @@ class ExpectedSizes:
         item = torch.zeros(len(tensors))
         scales = torch.zeros(len(ledger.labels))
         scaled = [(layer.weight, layer.channel_dim) for layer in ledger.layers if layer.channel_dim is not None]
-        for name, dim in (*scaled, *((name, 0) for name in ledger.row_bits)):
+        for name, dim in (*scaled, *((name, 0) for name, rows in ledger.rounded.items() if not rows.blocks)):
             slot = self.slot_of.get((name, dim))
             if slot is not None:
                 scales[slot] += 4.0
         for position, name in enumerate(tensors):
-            if name in ledger.row_bits:
-                item[position] = ledger.row_bits[name] / 8
+            if name in ledger.rounded:
+                item[position] = ledger.rounded[name].element_bytes
             elif name not in packed:
                 item[position] = float(ledger.item_bytes.get(name, 0))
         self._item, self._scales = item, scales

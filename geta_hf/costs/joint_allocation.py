@@ -299,9 +299,9 @@ class _Problem:
         if self.unit == BYTES:
             self.option_cost = self.option_bits / 8
             for position, name in enumerate(self.tensors):
-                bits = ledger.row_bits.get(name)
-                self.unit_cost[position] = float(ledger.item_bytes[name]) if bits is None else bits / 8
-                if bits is not None:
+                rows = ledger.rounded.get(name)
+                self.unit_cost[position] = float(ledger.item_bytes[name]) if rows is None else rows.element_bytes
+                if rows is not None and not rows.blocks:
                     self._add_scales(name, 0)
             for layer in ledger.layers:
                 if layer.channel_dim is not None and not layer.blocks:

@@ -16,13 +16,16 @@ from torch import Tensor
 from geta_hf.qadg.group_labels import GroupLabels, find_group_labels, marked
 from geta_hf.qadg.group_types import Family
 from geta_hf.quantization.functional import FLOAT_BITS
-from geta_hf.quantization.maths import block_count
+from geta_hf.quantization.maths import BLOCK, block_count
 
 ROUNDING = 1e-9
 """A difference up to this share of an amount counts as rounding."""
 
 Entry = tuple[str, list[int], int]
 """A tensor in a file: its type, shape and bytes."""
+
+HALF_BYTES = 2
+"""Bytes of the step size of a block, which is stored in fp16."""
 
 _KINDS = ("F32", "F16", "I8", "U8")
 """Types of the tensors in a file in the order in which it holds them; unpacked ones count as F32."""
@@ -52,7 +55,29 @@ class LayerEntry:
         if not self.blocks:
             return "F32", [channels], 4 * channels
         blocks = block_count(shape[1 - self.channel_dim])
-        return "F16", [channels, blocks], 2 * channels * blocks
+        return "F16", [channels, blocks], HALF_BYTES * channels * blocks
+
+
+@dataclass(frozen=True)
+class RoundedRows:
+    """How an export rounds a tensor that no method quantizes, such as the vocabulary's embedding.
+
+    Attributes:
+        bits: width of its codes.
+        blocks: whether every 32 elements of a row have a step size of their own, and not each row.
+    """
+
+    bits: int
+    blocks: bool = False
+
+    def scales(self, shape: Sequence[int]) -> Entry:
+        """Return how a file holds the step sizes of a tensor of this shape."""
+        return LayerEntry("", channel_dim=0, blocks=self.blocks).scales(shape)
+
+    @property
+    def element_bytes(self) -> float:
+        """The bytes of an element, with its share of a block's step size."""
+        return self.bits / 8 + (HALF_BYTES / BLOCK if self.blocks else 0.0)
 
 
 @dataclass(frozen=True)
@@ -66,7 +91,7 @@ class Ledger:
         groups: number of groups.
         layers: the quantized weights.
         buffers: those of the tensors that are not parameters.
-        row_bits: width of every other tensor that an export rounds, with a step size for each row.
+        rounded: how every other tensor that an export rounds is stored.
         stored_as: names in a file, of tensors that transformers renames or splits as it saves them: name -> the names
             and shapes of its equal pieces before anything is cut.
         dropped: elements times uses of the quantized weights in blocks that were dropped before; BOPs are relative to
@@ -79,7 +104,7 @@ class Ledger:
     layers: Sequence[LayerEntry]
     item_bytes: Mapping[str, int] = field(default_factory=dict)
     buffers: Collection[str] = ()
-    row_bits: Mapping[str, int] = field(default_factory=dict)
+    rounded: Mapping[str, RoundedRows] = field(default_factory=dict)
     stored_as: Mapping[str, Sequence[tuple[str, tuple[int, ...]]]] = field(default_factory=dict)
     dropped: float = 0.0
 
@@ -91,12 +116,12 @@ class Ledger:
         layers: Sequence[LayerEntry],
         item_bytes: Mapping[str, int] | None = None,
         buffers: Collection[str] = (),
-        row_bits: Mapping[str, int] | None = None,
+        rounded: Mapping[str, RoundedRows] | None = None,
     ) -> Ledger:
         """Count the groups of these families over these tensors."""
         groups = sum(family.size for family in families)
         return cls(
-            shapes, find_group_labels(families, shapes), groups, layers, item_bytes or {}, buffers, row_bits or {}
+            shapes, find_group_labels(families, shapes), groups, layers, item_bytes or {}, buffers, rounded or {}
         )
 
     @classmethod
@@ -176,10 +201,10 @@ class Ledger:
         sizes: dict[str, Entry] = {}
         for name, full in self.shapes.items():
             shape = remaining.get(name, list(full))
-            if name in self.row_bits:
-                length = math.ceil(math.prod(shape) * self.row_bits[name] / 8)
+            if name in self.rounded:
+                length = math.ceil(math.prod(shape) * self.rounded[name].bits / 8)
                 sizes[name] = ("U8", [length], length)
-                sizes[f"{name}_scale"] = ("F32", shape[:1], 4 * shape[0])
+                sizes[f"{name}_scale"] = self.rounded[name].scales(shape)
                 continue
             if name not in packed:
                 sizes[name] = ("F32", shape, math.prod(shape) * self.item_bytes[name])

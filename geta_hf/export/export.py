@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from geta_hf.config import EmbeddingGrid
 from geta_hf.export.folder_files import (
     PICTURE_NAME,
     STRUCTURE_NAME,
@@ -97,6 +98,7 @@ def export(
     processing_class: SupportsSave | None = None,
     expected_zero_groups: int | None = None,
     embedding_bits: int | None = None,
+    embedding_grid: EmbeddingGrid = "channel",
     format: str = "geta",
     max_shard_size: int | str | None = None,
     finish: Callable[[Path], object] | None = None,
@@ -124,8 +126,10 @@ def export(
         config: saved next to the model as geta_config.json; what was kept is saved as geta_structure.json.
         processing_class: tokenizer or processor to save with the model.
         expected_zero_groups: how many groups training was to remove; fewer are an error.
-        embedding_bits: 2 to 8: the input embedding is rounded to it, with a step size for every row; the rounded model
-            is then the one that the proof starts from. By default it stays as it is.
+        embedding_bits: 2 to 8: the input embedding is rounded to it; the rounded model is then the one that the proof
+            starts from. By default it stays as it is.
+        embedding_grid: `channel`, a step size for every row of the embedding, or `block32`, one for every 32 elements
+            of a row.
         format: one of `geta_hf.export.formats.FORMATS`.
         max_shard_size: bytes, or a size such as `2GB`: weights beyond it are written in several files. For the format
             `geta` alone. By default that of `save_pretrained`, 50 GB.
@@ -175,7 +179,7 @@ def export(
     with parked(model):
         # The trained model is the reference of the proof, so its embedding is rounded for as long as the proof lasts.
         # Else the proof would find the rounding itself, and could not tell it from a fault of the cut.
-        with rounded_embedding(model, embedding_bits) as embedding:
+        with rounded_embedding(model, embedding_bits, embedding_grid, plan.kept) as embedding:
             plan, smaller = _cut(model, plan)
             compressed = fill(smaller, plan, embedding)
             proof = prove(model, compressed, plan)

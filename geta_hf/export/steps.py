@@ -34,9 +34,9 @@ from geta_hf.quantization import (
 from geta_hf.quantization.fixed import output_dim
 from geta_hf.serialization.atomic_folder import write_folder
 from geta_hf.serialization.embeddings import RoundedEmbedding
-from geta_hf.serialization.encode import activation_bits, pack_layer, weight_holders
+from geta_hf.serialization.encode import activation_bits, dense_weight, pack_layer, weight_holders
 from geta_hf.serialization.hf_quantizer import attach_quantizer
-from geta_hf.serialization.packed_layers import ChannelWidths
+from geta_hf.serialization.packed_layers import ChannelWidths, PackedRows, packed_layers
 from geta_hf.surgery.compare_outputs import Outputs, attention_outputs, prove_alike
 from geta_hf.surgery.fixes import Fixes
 from geta_hf.surgery.other_paths import compare_path, other_paths
@@ -247,7 +247,10 @@ def _compare(model: PreTrainedModel, compressed: PreTrainedModel, plan: ExportPl
         if plan.norms:
             # Norms are marked only where something is removed, and then the plan has recordings.
             assert plan.recordings is not None
-            difference = prove_replay(plan.recordings.traces[0], plan.kept, compressed, plan.batch, outputs)
+            # The embedding that is looked up row by row holds its codes.
+            layers = packed_layers(compressed).items()
+            decoded = {f"{name}.weight": dense_weight(layer) for name, layer in layers if isinstance(layer, PackedRows)}
+            difference = prove_replay(plan.recordings.traces[0], plan.kept, compressed, plan.batch, outputs, decoded)
         else:
             with float_inputs(model):
                 trained = attention_outputs(model, plan.batch, device=plan.device)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.utils import logging
 
@@ -274,7 +274,7 @@ class Decode(ConversionOps):
             layer.widths = self._widths(layer.widths, found["widths"])
         channels = layer.dense_shape[layer.scale_dim]
         blocks = None
-        if self.blocks and len(layer.dense_shape) == 2 and not isinstance(layer, nn.Embedding):
+        if self.blocks and len(layer.dense_shape) == 2:
             blocks = (channels, block_count(layer.dense_shape[1 - output_dim(layer)]))
         several = "each input channel" if layer.scales_inputs else "each output channel"
         check_scale(f"{self.name}.{WEIGHT_SCALE}", scale, several, channels, blocks)

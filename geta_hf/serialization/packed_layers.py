@@ -271,8 +271,8 @@ class PackedLayer(InputQuantizedLayer):
 
 
 def spread_blocks(step_size: Tensor, inputs: int) -> Tensor:
-    """Return the step size of each weight, fp32, shape (channels, inputs), from those of its blocks of 32 inputs."""
-    return step_size.float().repeat_interleave(BLOCK, dim=1)[:, :inputs]
+    """Return the step size of each weight, fp32, shape (..., inputs), from those of its blocks of 32 inputs."""
+    return step_size.float().repeat_interleave(BLOCK, dim=-1)[..., :inputs]
 
 
 class PackedLinear(PackedLayer, nn.Linear):
@@ -326,12 +326,15 @@ class PackedRows(PackedLayer, nn.Embedding):
     def finish_loading(self) -> None:
         device = torch.device("cpu") if self.weight.is_meta else self.weight.device
         self.register_buffer("like", torch.empty(0, dtype=self.__dict__.pop("_dtype"), device=device), persistent=False)
-        self.row_scale = _RowScale(self.step_size.to(device))
+        self.row_scale = _RowScale(self.step_size.to(device, torch.float32))
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the rows that `input`, integers of any shape, names; they make a new last dim."""
         scale = self.row_scale.value.to(self.weight.device)
-        scale = scale[input].unsqueeze(-1) if scale.numel() > 1 else scale
+        if self.in_blocks:
+            scale = spread_blocks(scale[input], self.dense_shape[1])
+        else:
+            scale = scale[input].unsqueeze(-1) if scale.numel() > 1 else scale
         # Multiplied in fp32 and then cast, as in a decoded embedding, so that both give the same bits.
         return (self.weight[input].to(torch.float32) * scale).to(self.like.dtype)
 

@@ -219,6 +219,7 @@ def prove_replay(
     compressed: PreTrainedModel,
     batch: Batch,
     outputs: Outputs | None = None,
+    decoded: Mapping[str, Tensor] | None = None,
 ) -> float:
     """Compare a cut model with the recorded graph on its tensors, whose norms and means run over what remains.
 
@@ -228,6 +229,7 @@ def prove_replay(
         compressed: the cut model.
         batch: what was recorded.
         outputs: of the cut model on the batch, where they are at hand.
+        decoded: the values of tensors that the cut model holds in another form, such as codes, by name.
 
     Returns:
         The largest absolute difference.
@@ -235,7 +237,7 @@ def prove_replay(
     Raises:
         GETAError: an output differs by more than the tolerance, or the graph does not run.
     """
-    tensors = dict(compressed.named_parameters()) | dict(compressed.named_buffers())
+    tensors = dict(compressed.named_parameters()) | dict(compressed.named_buffers()) | dict(decoded or {})
     # The graph is that of the model before the cut; on sliced tensors its means and norms divide by the new widths.
     values = [(place, v) for place, v in enumerate(trace.flow.graph.values) if v.role in ("parameter", "buffer")]
     weights = {place: partial(_wide, tensors[value.names[0]]) for place, value in values if trace.flow.known(place)}

@@ -41,7 +41,7 @@ from geta_hf.training.float_layers import exclude_layers, left_float
 from geta_hf.training.lora import attach_lora, find_frozen_weights, plan_lora
 from geta_hf.training.loss_terms import LossTerms, Scale
 from geta_hf.training.memory_report import PARTS, MemoryPlan, Moment
-from geta_hf.training.plan import Plan, make_ledger, make_plan
+from geta_hf.training.plan import Plan, embedding_rows, make_ledger, make_plan
 from geta_hf.training.preparation import empty_copy, without_untrained
 from geta_hf.utils.model_io import loss_of, map_tensors
 from geta_hf.utils.module_state import running
@@ -453,7 +453,7 @@ def dry_run(
     method = make_method(excluded)
     method.prepare(space)
     method.attach(empty, None)
-    ledger = make_ledger(empty, space, embedding_bits=config.embedding_bits)
+    ledger = make_ledger(empty, space, embedding=embedding_rows(config))
     plan = replace(make_plan(config, space, ledger, empty, left_float(config, excluded)), serving=serving)
     if peft_config is not None:
         attach_lora(empty, plan_lora(empty, peft_config, quantized_layers(empty)))

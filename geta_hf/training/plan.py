@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from geta_hf.config import CompressionConfig
-from geta_hf.costs.ledger import LayerEntry, Ledger
+from geta_hf.costs.ledger import LayerEntry, Ledger, RoundedRows
 from geta_hf.costs.model_costs import forward_uses
 from geta_hf.costs.selection import Limits
 from geta_hf.costs.targets import BYTES, GROUPS, SplitBounds, Target, even_removal, solve_target, split_bounds
@@ -257,7 +257,7 @@ def make_ledger(
     model: nn.Module,
     space: PruningSpace,
     uses: Mapping[str, float] | None = None,
-    embedding_bits: int | None = None,
+    embedding: RoundedRows | None = None,
     dropped: float = 0.0,
 ) -> Ledger:
     """Measure everything that an export would store of a model that is about to be trained.
@@ -266,7 +266,7 @@ def make_ledger(
         model: with its quantizers attached, complete in this process.
         space: its pruning space.
         uses: of `layer_uses`; by default every weight is used equally often.
-        embedding_bits: width of the input embedding in the export; None where it is not rounded.
+        embedding: how the export rounds the input embedding; None where it does not.
         dropped: of `geta_hf.surgery.drop_layers`, the work of layers that were removed before.
 
     Raises:
@@ -287,7 +287,7 @@ def make_ledger(
             blocks = quantizer.grid == "block32"
             layers.append(LayerEntry(f"{name}.weight", (uses or {}).get(name, 1.0), quantizer.channel_dim, blocks))
     # Groups are counted over parameters and buffers alike, since an export cuts both.
-    rounded = _embedding_weight(model, embedding_bits, shapes)
+    rounded = _embedding_weight(model, embedding, shapes)
     # What a constructor makes and no file holds, such as a vector of multipliers, is cut but costs nothing.
     families = [
         replace(family, members=tuple(member for member in family.members if member.tensor in shapes))
@@ -303,18 +303,25 @@ def _stored_names(model: nn.Module, ledger: Ledger) -> dict[str, list[tuple[str,
         return {}
     # A file's header holds the names, so their lengths count where the target is in bytes.
     packed = [layer.weight for layer in ledger.layers]
-    scales = [f"{name}_scale" for name in (*packed, *ledger.row_bits)]
+    scales = [f"{name}_scale" for name in (*packed, *ledger.rounded)]
     inputs = [f"{name.removesuffix('weight')}input_scale" for name in packed]
     return stored_names(model, {**ledger.shapes, **dict.fromkeys((*scales, *inputs), (1,))})
 
 
-def _embedding_weight(model: nn.Module, bits: int | None, shapes: Collection[str]) -> dict[str, int]:
-    """Map the name under which the input embedding's weight is stored, perhaps that of a tied tensor, to `bits`."""
-    if bits is None:
+def _embedding_weight(model: nn.Module, rows: RoundedRows | None, shapes: Collection[str]) -> dict[str, RoundedRows]:
+    """Map the name under which the input embedding's weight is stored, perhaps that of a tied tensor, to `rows`."""
+    if rows is None:
         return {}
-    _, layer = input_embedding(model, bits)
+    _, layer = input_embedding(model, rows.bits)
     names = [name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor is layer.weight]
-    return {name: bits for name in names if name in shapes}
+    return {name: rows for name in names if name in shapes}
+
+
+def embedding_rows(config: CompressionConfig) -> RoundedRows | None:
+    """Return how a config has the input embedding rounded; None where it does not."""
+    if config.embedding_bits is None:
+        return None
+    return RoundedRows(config.embedding_bits, config.embedding_grid == "block32")
 
 
 def layer_uses(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, float]:

@@ -51,7 +51,7 @@ from geta_hf.training.held_out import held_out_batches, split_rows
 from geta_hf.training.looked_at import keep_looked_at, looking_at
 from geta_hf.training.lora import LoraPlan, attach_lora, find_frozen_weights, merged, plan_lora
 from geta_hf.training.loss_terms import LossTerms, Scale
-from geta_hf.training.plan import Plan, layer_uses, make_ledger, make_plan
+from geta_hf.training.plan import Plan, embedding_rows, layer_uses, make_ledger, make_plan
 from geta_hf.training.preparation import (
     SeededByEpoch,
     align_tokens,
@@ -335,7 +335,7 @@ class GETATrainer(PublishingTrainer):
     def _measure_sizes(self, model: nn.Module) -> Ledger:
         """Measure everything that an export would store, by which targets are solved."""
         uses = layer_uses(model, self._batch)
-        return make_ledger(model, self.space, uses, self.geta_config.embedding_bits, self.dropped.work)
+        return make_ledger(model, self.space, uses, embedding_rows(self.geta_config), self.dropped.work)
 
     def _sample_batches(self, count: int) -> list[dict[str, Any]]:
         """Return the first batches without labels, on the model's device; random states are left as they were."""
@@ -670,6 +670,7 @@ class GETATrainer(PublishingTrainer):
                     processing_class=self.processing_class,
                     result=result,
                     embedding_bits=self.geta_config.embedding_bits,
+                    embedding_grid=self.geta_config.embedding_grid,
                     finish=card,
                     overwrite=overwrite,
                 )

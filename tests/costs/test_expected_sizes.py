@@ -9,7 +9,7 @@ import torch
 
 from geta_hf.costs.expected_sizes import ExpectedSizes
 from geta_hf.costs.hardware import LayerShape, size_bits
-from geta_hf.costs.ledger import LayerEntry, Ledger
+from geta_hf.costs.ledger import LayerEntry, Ledger, RoundedRows
 from geta_hf.costs.targets import BOPS, BYTES, GROUPS, MEAN_BITS, PARAMETERS, Target
 from geta_hf.qadg.group_types import Family, Member
 
@@ -40,7 +40,7 @@ def sizes(request: pytest.FixtureRequest) -> ExpectedSizes:
     families = (channels("heads", "a", "b", 4, 3), channels("inner", "b", "c", 6))
     dim = 0 if request.param else None
     layers = [LayerEntry(f"{name}.weight", uses, dim) for name, uses in (("a", 1.0), ("b", 0.5), ("c", 1.0))]
-    ledger = Ledger.of(families, shapes, layers, dict.fromkeys(shapes, 4), row_bits={"e": 4})
+    ledger = Ledger.of(families, shapes, layers, dict.fromkeys(shapes, 4), rounded={"e": RoundedRows(4)})
     return ExpectedSizes(families, replace(ledger, dropped=100.0))
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import BertForQuestionAnswering, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from geta_hf import GETAConfig
+from geta_hf.costs.ledger import RoundedRows
 from geta_hf.errors import GETAError
 from geta_hf.methods.qasso.method import _channel_dims as channel_dims
 from geta_hf.qadg.group_labels import family_starts
@@ -183,7 +184,7 @@ def test_the_plan_says_what_the_embedding_would_save(bert, batch, tmp_path) -> N
     made = make_plan(GETAConfig(), space, make_ledger(bert, space), bert)
     assert made.embedding == (4 * rows * columns, rows * (columns + 4))
     assert f"{4 * rows * columns / 1e6:,.2f} MB are the vocabulary's embedding; embedding_bits=8 stores" in str(made)
-    rounded = make_plan(GETAConfig(embedding_bits=8), space, make_ledger(bert, space, embedding_bits=8), bert)
+    rounded = make_plan(GETAConfig(embedding_bits=8), space, make_ledger(bert, space, embedding=RoundedRows(8)), bert)
     assert rounded.embedding is None and "embedding_bits" not in str(rounded)
     saved = made.embedding[0] - made.embedding[1]
     # The file's header names the step sizes and differs by a few bytes.

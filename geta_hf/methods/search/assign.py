@@ -413,7 +413,7 @@ def _assign_jointly(
     # The cost of a bit of an element of each layer, and of an element of any other tensor, in the target's unit.
     of_bit = torch.ones(len(ledger.layers), dtype=torch.float64)
     of_others = {name: 8.0 * size for name, size in ledger.item_bytes.items()}
-    of_others |= {name: float(bits) for name, bits in ledger.row_bits.items()}
+    of_others |= {name: 8 * rows.element_bytes for name, rows in ledger.rounded.items()}
     if target.unit == BOPS:
         of_bit = torch.tensor([layer.uses for layer in ledger.layers], dtype=torch.float64)
         of_others = {}
