@@ -106,8 +106,10 @@ _STAGES = {"hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "deit": {"model_type": "deit", "patch_size": 4, **_ENCODER},
     "mobilenet_v2": {"model_type": "mobilenet_v2", "depth_multiplier": 0.1, "tf_padding": False},
+    # Its convolutions see 2 · 2 pixels and more: of a single one, torch's gradient in bf16 is NaN on some processors.
     "pvt_v2": {
         "model_type": "pvt_v2",
+        "strides": [2, 2, 2, 1],
         "hidden_sizes": [8, 8, 16, 16],
         "depths": [1] * 4,
         "num_attention_heads": [1, 2, 2, 2],
