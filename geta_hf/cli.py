@@ -64,7 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         >>> code
         0
     """
-    arguments = _parser().parse_args(argv)
+    arguments, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        # The main parser would print its own usage, which has no options of the command.
+        arguments.fail(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         with quiet():
             arguments.run(arguments)
@@ -96,14 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("words", nargs=argparse.REMAINDER)
     command.set_defaults(run=run_train)
-    command = commands.add_parser("export", help="write a run or an exported folder in a format")
-    command.add_argument("source", metavar="SOURCE", help="a run, a checkpoint, or an exported folder")
-    command.add_argument("target", metavar="OUT", help="the folder to write")
-    command.add_argument("--format", default="geta", choices=tuple(FORMATS), help="default: geta")
-    command.add_argument("--embedding-bits", type=int, metavar="N", help="bits of the vocabulary's embedding, 2 to 8")
-    command.add_argument("--max-shard-size", metavar="SIZE", help="largest file of weights, such as 2GB (geta format)")
-    command.add_argument("--overwrite", action="store_true", help="replace OUT if it is the folder of a model")
-    command.set_defaults(run=run_export)
+    _add_export(commands)
     command = commands.add_parser("compress", help="compress a model without training, in minutes")
     command.add_argument("model", metavar="MODEL", help="the folder of a model, or a Hub name")
     command.add_argument("out", metavar="OUT", help="the folder to write")
@@ -141,7 +137,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dry-run", action="store_true", help="list what would be uploaded, and send nothing")
     command.add_argument("--private", action="store_true", help="make the repository private")
     command.set_defaults(run=run_push)
+    for command in commands.choices.values():
+        command.set_defaults(fail=command.error)
     return parser
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("export", help="write a run or an exported folder in a format")
+    command.add_argument("source", metavar="SOURCE", help="a run, a checkpoint, or an exported folder")
+    command.add_argument("target", metavar="OUT", help="the folder to write")
+    command.add_argument("--format", default="geta", choices=tuple(FORMATS), help="default: geta")
+    command.add_argument("--embedding-bits", type=int, metavar="N", help="bits of the vocabulary's embedding, 2 to 8")
+    command.add_argument("--max-shard-size", metavar="SIZE", help="largest file of weights, such as 2GB (geta format)")
+    command.add_argument("--overwrite", action="store_true", help="replace OUT if it is the folder of a model")
+    command.set_defaults(run=run_export)
 
 
 def _add_measure(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

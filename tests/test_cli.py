@@ -104,6 +104,18 @@ def test_usage_errors_are_argparse_s(capsys: pytest.CaptureFixture[str]) -> None
     assert "COMMAND" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [["eval", "m", "d"], ["inspect", "m"]])
+def test_an_unknown_option_shows_the_usage_of_its_command(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--no-such-option", "3"])
+    assert stopped.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"usage: geta-hf {command[0]} ")
+    assert "unrecognized arguments: --no-such-option" in shown
+
+
 def test_frozen_and_untouched_are_reported_by_layer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

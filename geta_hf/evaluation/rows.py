@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,7 +65,20 @@ def _file(datasets: Any, file: str, streaming: bool, sample_by: SampleBy) -> Any
         raise GETAError(f"{path}: files are read as {', '.join(_KINDS)}, all but parquet also with .gz")
     kind = _KINDS[plain.suffix]
     options = {"sample_by": sample_by} if kind == "text" else {}
-    return datasets.load_dataset(kind, data_files=str(path), split="train", streaming=streaming, **options)
+    with _without_bars(datasets):  # a file of this machine is read in no time
+        return datasets.load_dataset(kind, data_files=str(path), split="train", streaming=streaming, **options)
+
+
+@contextmanager
+def _without_bars(datasets: Any) -> Iterator[None]:
+    """Turn off the bars of datasets within the context."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _split(datasets: Any, name: str, config: str | None, split: str, streaming: bool) -> Any:

@@ -17,7 +17,7 @@ from geta_hf.errors import GETAError
 from geta_hf.export.export import STRUCTURE_NAME
 from geta_hf.quantization import select_layers
 from geta_hf.quantization.experts import apart_class
-from geta_hf.reporting.latency import measure_latency
+from geta_hf.reporting.latency import faster, measure_latency
 from geta_hf.serialization.hf_quantizer import QUANT_METHOD
 from geta_hf.serialization.loader import check_blocks, check_widths
 from geta_hf.serialization.validate import check_readable, read_json
@@ -242,8 +242,7 @@ def table_rows(
     if "compressed" in sizes:
         rows.append(_share(size_name, sizes["compressed"], sizes.get("dense")))
     if times := metrics.get("latency_ms"):
-        ratio = times["dense"] / times["compressed"]
-        words = f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
+        words = faster(times["dense"], times["compressed"])
         rows.append(("CPU latency, ms", f"{times['dense']:.2f}", f"{times['compressed']:.2f} ({words})"))
     return rows
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
@@ -153,7 +153,7 @@ class GETATrainer(PublishingTrainer):
             self.train_dataset, self._held_out = split_rows(self.train_dataset, share, self.args.seed)
             align_tokens(model, self.processing_class)
             launch = Launch.of(self.accelerator, self.model)
-            check_length(self.args)
+            _settle_arguments(self.args)
             check_follows(self.method, launch)
             check_options(self.args, launch, self.optimizer, self.lr_scheduler, lora=self.lora is not None)
             # Kept, since later on not every process may draw from the loader, which all of them share.
@@ -700,3 +700,11 @@ class GETATrainer(PublishingTrainer):
         if self.is_world_process_zero():
             self._skeleton.load_state_dict(state, assign=True)
         return self._skeleton
+
+
+def _settle_arguments(args: TrainingArguments) -> None:
+    """Check the length of the run, and leave out what its device has no use for."""
+    check_length(args)
+    if args.device.type == "cpu":
+        # Pinned memory is for copies to an accelerator; without one torch warns at every loader.
+        args.dataloader_pin_memory = False

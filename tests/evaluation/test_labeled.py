@@ -23,6 +23,7 @@ from transformers import (
 from geta_hf import attach_quantizers, export
 from geta_hf.cli import main
 from geta_hf.evaluation import squad
+from geta_hf.evaluation.rows import read_rows
 from geta_hf.evaluation.squad_features import load_questions, sample
 from geta_hf.qadg import PruningSpace
 from geta_hf.recipes import demo_data
@@ -133,3 +134,11 @@ def test_models_that_can_not_be_scored(
     assert "models of several kinds can't be compared" in capsys.readouterr().err
     assert main(["eval", str(questions / "model"), "--glue", "sst2"]) == 2
     assert "GLUE is for text classification, and the model is for question answering" in capsys.readouterr().err
+
+
+def test_a_local_file_is_read_without_a_bar(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    datasets.enable_progress_bars()
+    assert len(read_rows(str(tmp_path / "rows.jsonl"), None, None, "train")) == 1
+    assert "Generating" not in capfd.readouterr().err
+    assert not datasets.are_progress_bars_disabled()

@@ -109,6 +109,6 @@ def test_what_was_not_measured_has_no_row() -> None:
     times = {"latency_ms": {"dense": 3.0, "compressed": 2.0}}
     by_layer = table_rows(structure, {}, {}, times, by_layer=True)
     assert by_layer[0] == ("heads a layer", "4 4", "3 1")
-    assert by_layer[-1] == ("CPU latency, ms", "3.00", "2.00 (1.50x faster)")
+    assert by_layer[-1] == ("CPU latency, ms", "3.00", "2.00 (1.5x faster)")
     times = {"latency_ms": {"dense": 1.0, "compressed": 4.0}}
-    assert table_rows(structure, {}, {}, times)[-1][2] == "4.00 (4.00x slower)"
+    assert table_rows(structure, {}, {}, times)[-1][2] == "4.00 (4.0x slower)"

@@ -85,7 +85,7 @@ def test_a_dense_folder_is_measured_beside_it(folder: Path, tmp_path: Path) -> N
     dense = folder.parent / "dense"
     load_model(dense).bfloat16().save_pretrained(dense)
     page = Page(write_report(folder, tmp_path / "report.html", dense=dense))
-    assert any(re.fullmatch(r"\d+\.\d\d \(\d+\.\d\dx faster\)", words) for words in page.words)
+    assert any(re.fullmatch(r"\d+\.\d\d \(\d+\.\dx faster\)", words) for words in page.words)
     assert f"{tensor_bytes(dense):,}" in page.words and tensor_bytes(dense) == read_summary(folder).dense_bytes // 2
 
 

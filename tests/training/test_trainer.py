@@ -65,6 +65,11 @@ def trained(tmp_path_factory) -> GETATrainer:
     return made
 
 
+def test_memory_is_not_pinned_without_an_accelerator(trained) -> None:
+    """It would be for nothing, and torch warns of it."""
+    assert trained.args.device.type == "cpu" and not trained.args.dataloader_pin_memory
+
+
 def test_the_target_is_met_exactly_and_bits_are_whole(trained) -> None:
     zero = zero_groups(trained.model, trained.space)
     assert trained.space.num_groups == 2 * (4 + 48)
