@@ -29,7 +29,7 @@ from geta_hf.export import ExportReport, export
 from geta_hf.export.serving import limit_config, limit_families, serving_notes
 from geta_hf.export.uniform_counts import choose_counts
 from geta_hf.methods import OneShotConfig, OneShotMethod
-from geta_hf.methods.one_shot import Calibration, Measured, Outcome
+from geta_hf.methods.one_shot import Calibration, Measured, Outcome, Trial
 from geta_hf.methods.one_shot.choice import check_budget
 from geta_hf.methods.one_shot.gradients import sequences as rows_of
 from geta_hf.methods.one_shot.method import measure
@@ -118,7 +118,7 @@ class CompressReport:
         if not self.removed_groups:
             lines.append("no group was removed: the budget is met by rounding alone")
         if len(self.outcome.trials) > 1:
-            tried = ", ".join(f"{one.share:.0%} removed: {one.loss:.4f}" for one in self.outcome.trials)
+            tried = ", ".join(map(_tried, self.outcome.trials))
             lines.append(f"splits of the budget tried, by their loss on held-back data: {tried}")
         if self.outcome.loss_before_recovery is not None:
             before = self.outcome.loss_before_recovery
@@ -736,6 +736,11 @@ def _report(
         next_command=command,
         serving=serving,
     )
+
+
+def _tried(trial: Trial) -> str:
+    in_full = "" if trial.loss_in_full is None else f" (layer after layer {trial.loss_in_full:.4f})"
+    return f"{trial.share:.0%} removed: {trial.loss:.4f}{in_full}"
 
 
 def _exp(loss: float) -> float:

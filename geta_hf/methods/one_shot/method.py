@@ -90,12 +90,14 @@ class Trial:
         groups: how many groups are removed.
         mean_bits: mean width over the remaining weights.
         loss: on the held-back data; None where nothing was to be compared.
+        loss_in_full: the same with the layers compressed one after the other; None where that was not done.
     """
 
     share: float
     groups: int
     mean_bits: float
     loss: float | None
+    loss_in_full: float | None = None
 
 
 @dataclass(frozen=True)
@@ -329,6 +331,10 @@ def _write_grids(model: nn.Module, grids: Mapping[str, Grid]) -> None:
         layer.weight_quantizer.set_four_levels(grid.four_levels)
 
 
+_LESS = 0.7
+"""A split that removes at most this share of what another removes is worth a comparison with all that is done."""
+
+
 def _same(one: Candidate, other: Candidate) -> bool:
     return torch.equal(one.removed, other.removed)
 
@@ -366,7 +372,8 @@ class _Work:
         self.every = every
         changed = {id(p): p for p in (self.named[cut.tensor] for cut in ledger.labels if cut.tensor in self.named)}
         changed |= {id(layer.weight): layer.weight for layer in self.layers.values()}  # type: ignore[misc]
-        self._originals = FirstWeights(changed.values(), on_disk=config.frugal)
+        self._changed = list(changed.values())
+        self._originals = FirstWeights(self._changed, on_disk=config.frugal)
         self.unreached: list[str] = []
         # Path and width of a weight -> its codes and grid, a byte for each weight, while trials last.
         self._rounded: dict[tuple[str, int], tuple[Tensor, Grid]] = {}
@@ -391,8 +398,9 @@ class _Work:
             candidates, trials = [*candidates, *single], [*trials, *self._measured_trials(single, reference)]
             chosen = _best(trials)
         self._rounded.clear()
-        grids = self._compress(candidates[chosen])
-        after, _ = measure(self.model, self.data.held_back, reference)
+        chosen, grids = self._compress_best(candidates, trials, chosen, reference)
+        after = trials[chosen].loss_in_full
+        assert after is not None
         removed = candidates[chosen].removed
         bits = dict(zip(self.layers, candidates[chosen].weight_bits, strict=True))
         result = CompressionResult(
@@ -547,6 +555,41 @@ class _Work:
         return Trial(candidate.share, int(candidate.removed.sum()), mean, loss)
 
     # --- compression --------------------------------------------------------------------------------------------------
+
+    def _compress_best(
+        self, candidates: Sequence[Candidate], trials: list[Trial], chosen: int, reference: Any
+    ) -> tuple[int, dict[int, Grid]]:
+        """Compress by the best split, and then by those that remove less, as long as that is better.
+
+        Trials round all layers at once. Layers that follow the dense model make up for much of what rounding loses, and
+        for less of what removing does, so that trials alone would remove too much.
+
+        Returns:
+            The position of the split that was kept, and the grid of each weight by its id. `trials` gets the losses.
+        """
+        grids = self._compress(candidates[chosen])
+        least = self._note_in_full(trials, chosen, reference)
+        while self._follows and self.config.by_block:
+            limit = _LESS * trials[chosen].share
+            smaller = [place for place, trial in enumerate(trials) if trial.share <= limit < trials[chosen].share]
+            if not smaller:
+                break
+            other = min(smaller, key=lambda place: trials[place].loss or 0.0)
+            best = FirstWeights(self._changed)
+            self.restore()
+            found = self._compress(candidates[other])
+            loss = self._note_in_full(trials, other, reference)
+            if not loss < least:
+                best.restore()
+                break
+            chosen, grids, least = other, found, loss
+        return chosen, grids
+
+    def _note_in_full(self, trials: list[Trial], place: int, reference: Any) -> float:
+        """Measure the model as it is now, and return its loss."""
+        loss, _ = measure(self.model, self.data.held_back, reference)
+        trials[place] = dataclasses.replace(trials[place], loss_in_full=loss)
+        return loss
 
     def _compress(self, candidate: Candidate) -> dict[int, Grid]:
         if self.config.by_block:

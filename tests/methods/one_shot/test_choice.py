@@ -148,7 +148,8 @@ def test_trials_that_share_rounded_weights_measure_the_same(grid: str, monkeypat
     ids = torch.randint(0, 257, (6, 2, 8), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": rows, "labels": rows} for rows in ids]
     space = build_space(model, {"input_ids": ids[0]})
-    method = OneShotMethod(OneShotConfig(target_bytes=1, grid=grid, bits=(2, 16)))
+    # Otherwise some are compressed once more.
+    method = OneShotMethod(OneShotConfig(target_bytes=1, grid=grid, bits=(2, 16), follow_dense=0))
     empty = empty_copy(model)
     method.attach(empty, None)
     ledger = make_ledger(empty, space)
@@ -210,3 +211,40 @@ def test_each_layer_follows_the_dense_model_on_the_inputs_that_it_gets(monkeypat
     later = {name for name in drifts[1] if "layers.1" in name}
     assert later and all(drifts[1][name] > 0 for name in later)
     assert lost[1] < 0.9 * lost[0]
+
+
+@pytest.mark.parametrize(("in_full", "kept"), [((3.0, 2.9, 2.95), 1), ((3.0, 3.1), 0), ((3.0, 2.9, 2.8), 2)])
+def test_splits_that_remove_less_are_compared_with_all_that_is_done(
+    in_full: tuple[float, ...], kept: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Trials are in favour of removing: after the best of them, those that remove less have a turn while that helps."""
+    model = tiny_llama()
+    ids = torch.randint(0, 257, (6, 2, 8), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": rows, "labels": rows} for rows in ids]
+    space = build_space(model, {"input_ids": ids[0]})
+    method = OneShotMethod(OneShotConfig(target_bytes=1))
+    empty = empty_copy(model)
+    method.attach(empty, None)
+    ledger = make_ledger(empty, space)
+    data = Calibration(batches[:3], batches[:4], batches[4:])
+    count = len(ledger.layers)
+    places = torch.cat([torch.arange(family.size) for family in space.trainable])
+    masks = {0.5: places % 2 == 1, 0.4: places % 3 == 1, 0.2: places % 4 == 1, 0.0: places < 0}
+    # 0.4 is too near to 0.5 to be worth a comparison.
+    tried = [Candidate(share, masks[share], [4] * count) for share in (0.5, 0.2, 0.0, 0.4)]
+    alone = []
+    for candidate in tried:
+        method.compress(model, data, space, ledger, candidates=[candidate])
+        alone.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        method.undo()
+    losses = iter([5.0, 4.0, 4.2, 4.4, 4.1, *in_full])
+    monkeypatch.setattr(one_shot, "measure", lambda *_: (next(losses), None))
+    outcome = method.compress(model, data, space, ledger, candidates=tried)
+    assert next(losses, None) is None
+    assert outcome.chosen == kept and outcome.loss == min(in_full)
+    assert [trial.loss for trial in outcome.trials] == [4.0, 4.2, 4.4, 4.1]
+    measured = [*in_full, *[None] * (3 - len(in_full))]
+    assert [trial.loss_in_full for trial in outcome.trials] == [*measured, None]
+    found = model.state_dict()
+    assert found.keys() == alone[kept].keys()
+    assert all(torch.equal(tensor, alone[kept][name]) for name, tensor in found.items())
