@@ -410,9 +410,10 @@ class _Job:
         teacher = None if self.recovery is None else dense_copy(self.model)
         outcome = method.compress(self.model, self.data, self.space, self.ledger, bar, self.measured)
         try:
+            if config.embedding_bits is not None:
+                outcome = dataclasses.replace(outcome, loss=self._loss_of_folder(config))
             if self.recovery is not None and teacher is not None:
                 outcome = self._recover(method, config, teacher, outcome, self.recovery)
-            outcome = self._with_rounded_embedding(config, outcome)
             written = export(
                 self.model,
                 place,
@@ -460,20 +461,18 @@ class _Job:
             learning_rate=recovery.learning_rate,
             progress=self.progress,
         )
-        after, _ = measure(self.model, self.data.held_back)
+        after = self._loss_of_folder(config)
         if not math.isfinite(after):
             raise GETAError(
                 f"the loss on held-back data is {after} after {recovery.steps} steps of recovery; lower learning_rate"
             )
         return dataclasses.replace(outcome, loss=after, loss_before_recovery=outcome.loss)
 
-    def _with_rounded_embedding(self, config: OneShotConfig, outcome: Outcome) -> Outcome:
-        """Return the outcome with the loss that the folder has: the export alone rounds the embedding."""
-        if config.embedding_bits is None:
-            return outcome
+    def _loss_of_folder(self, config: OneShotConfig) -> float:
+        """Return the held-back loss that the folder will have: the export alone rounds the embedding."""
         with rounded_embedding(self.model, config.embedding_bits, config.embedding_grid):
             loss, _ = measure(self.model, self.data.held_back, self.measured.reference)
-        return dataclasses.replace(outcome, loss=loss)
+        return loss
 
     def _give_back(self, method: OneShotMethod, teacher: nn.Module | None) -> None:
         """Make the model dense again, with what recovery has changed, too."""

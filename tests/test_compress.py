@@ -551,6 +551,26 @@ def test_the_loss_that_is_reported_is_that_of_the_folder_with_its_rounded_embedd
     assert losses[2] != pytest.approx(losses[None], rel=1e-4)
 
 
+def test_the_loss_before_recovery_is_that_of_a_folder_without_it(tmp_path: Path):
+    config = OneShotConfig(mean_bits=8, embedding_bits=3)
+    sizes = {"sequences": 8, "sequence_length": 16, "progress": False}
+    reports = [
+        compress(
+            tiny_llama(),
+            [TEXT],
+            byte_tokenizer(),
+            out=tmp_path / str(steps),
+            config=config,
+            recover_steps=steps,
+            **sizes,
+        )
+        for steps in (0, 1)
+    ]
+    assert reports[1].outcome.loss_before_recovery == pytest.approx(reports[0].outcome.loss, rel=1e-5)
+    held_back = _split(make_batches([TEXT], tiny_llama(), byte_tokenizer(), sequences=8, length=16)).held_back
+    assert method.measure(load_model(tmp_path / "1"), held_back)[0] == pytest.approx(reports[1].outcome.loss, rel=1e-4)
+
+
 def test_text_is_packed_without_loss():
     model = tiny_llama()
     batches = make_batches([TEXT[:100], TEXT[100:300]], model, byte_tokenizer(), sequences=4, length=16)
