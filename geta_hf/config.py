@@ -56,6 +56,10 @@ GridName = Literal["layer", "channel", "block32"]
 EmbeddingGrid = Literal["channel", "block32"]
 """A field with a set of values names them in its annotation alone: checks, help and documentation read them there."""
 
+LENGTHS = (
+    "A length is a number of steps (an integer), a share of training (a float below 1), or text with a unit, such as "
+    "'1.5 epochs' or '200 steps'."
+)
 SECTIONS = {
     "Targets": "Set how much to prune with `target_sparsity` or `target_parameters`, the size of the model with "
     "`target_bops` or `target_bytes`, and the mean width with `mean_bits`: at most two of these three. The others are "
@@ -67,8 +71,7 @@ SECTIONS = {
     "Distillation": "A teacher adds terms to the loss. By default it is the model as it was before training.",
     "Selection": "The parts of the model that are quantized, pruned or removed.",
     "Stages": "Training starts with warm-up, followed by projection and the joint stage; cool-down takes the remaining "
-    "steps. A length is a number of steps (an integer), a share of training (a float below 1), or text with a unit, "
-    "such as '1.5 epochs' or '200 steps'.",
+    f"steps. {LENGTHS}",
     "Rules": "The defaults are the rules that measured best. `GETAConfig.paper()` selects those of the paper.",
 }
 """The sections of the documentation -> their introduction. A method may name others, which then have none."""
@@ -208,8 +211,8 @@ def sections_of(kind: type[CompressionConfig]) -> dict[str, list[Setting]]:
 
 
 def introduction_of(section: str, kind: type[CompressionConfig]) -> str:
-    """Return what `SECTIONS` says of a section, with the numbers of a config class; nothing of a method's own."""
-    return SECTIONS.get(section, "").format(default_sparsity=kind.default_sparsity)
+    """Return what a config class or `SECTIONS` says of a section, with the numbers of the class."""
+    return {**SECTIONS, **kind.introductions}.get(section, "").format(default_sparsity=kind.default_sparsity)
 
 
 _NAMES = {bool: ("a bool", "bools"), int: ("an integer", "integers"), float: ("a number", "numbers")}
@@ -340,8 +343,9 @@ def field_table(kind: type[CompressionConfig] | None = None) -> str:
     ]
     for section, settings in sections_of(kind).items():
         lines += ["", f"## {section}", ""]
-        if section in SECTIONS:
-            lines += [introduction_of(section, kind), ""]
+        introduction = introduction_of(section, kind)
+        if introduction:
+            lines += [introduction, ""]
         lines += ["| field | default | value | meaning |", "|---|---|---|---|"]
         for one in settings:
             cells = (f"`{one.name}`", f"`{one.default!r}`", one.allowed, one.help)
@@ -444,6 +448,9 @@ class CompressionConfig:
 
     default_sparsity: ClassVar[float] = 0.5
     """What `target_sparsity` is where neither pruning nor a size has a target."""
+
+    introductions: ClassVar[Mapping[str, str]] = {}
+    """Sections of the documentation -> their introduction, where it is not that of `SECTIONS`."""
 
     target_sparsity: float | None = setting(
         None,

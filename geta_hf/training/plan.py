@@ -55,7 +55,7 @@ class Plan:
 
     Attributes:
         rows: the prunable families. Training chooses which of them lose more and which less.
-        target: the goals as amounts.
+        target: the targets as amounts.
         removed_groups: K where the target counts groups, otherwise as if all families lost the same share.
         exact: whether training removes just that many: K without `uniform`, `multiple_of` or `serve`, under which up to
             one chunk fewer may go.

@@ -125,6 +125,9 @@ class GETATrainer(PublishingTrainer):
         >>> folder.cleanup()
     """
 
+    dropped: DroppedLayers
+    dropped_experts: DroppedExperts
+
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -30,6 +31,7 @@ class OneShotConfig(CompressionConfig):
 
     method: ClassVar[str] = "one-shot"
     default_sparsity: ClassVar[float] = 0.0
+    introductions: ClassVar[Mapping[str, str]] = {"Rules": "The defaults are the rules that measured best."}
 
     bits: Pair = (2, 8)
     per_channel: bool = True

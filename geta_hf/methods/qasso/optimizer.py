@@ -725,7 +725,7 @@ class QASSO(torch.optim.Optimizer):
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Set the removed groups to zero again, and d, q_m and t to (d*, q_m*, t*) of line 22.
+        """Set the removed groups to zero again, and d, q_m and t to `(d*, q_m*, t*)` of line 22.
 
         For weights that were averaged, or otherwise changed, after the joint stage.
         """

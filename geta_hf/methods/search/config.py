@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from geta_hf.config import (
     FOUR_LEVELS_HELP,
+    LENGTHS,
     Check,
     CompressionConfig,
     Duration,
@@ -52,6 +54,11 @@ class SearchConfig(CompressionConfig):
     """
 
     method: ClassVar[str] = "search"
+    introductions: ClassVar[Mapping[str, str]] = {
+        "Stages": "Training starts with warm-up, followed by the search; fine-tuning takes the remaining steps. "
+        f"{LENGTHS}",
+        "Search": "The choices, the loss that trains them, and the cost that the loss charges.",
+    }
 
     wants_removal = False  # no annotation, so that it is no field
     """Whether 0 is among `bit_choices`; of an instance, and not saved."""
