@@ -31,7 +31,11 @@ class OneShotConfig(CompressionConfig):
 
     method: ClassVar[str] = "one-shot"
     default_sparsity: ClassVar[float] = 0.0
-    introductions: ClassVar[Mapping[str, str]] = {"Rules": "The defaults are the rules that measured best."}
+    introductions: ClassVar[Mapping[str, str]] = {
+        "Rules": "The defaults are the rules that measured best.",
+        "Widths": "A width is the number of bits of each value; b_l and b_u are the lower and the upper bound. "
+        "`activation_bits` has to stay None: inputs are not rounded without training.",
+    }
 
     bits: Pair = (2, 8)
     per_channel: bool = True
