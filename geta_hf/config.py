@@ -53,8 +53,10 @@ Texts = list[str] | tuple[str, ...]
 holds: `_normalize` converts the others."""
 
 GridName = Literal["layer", "channel", "block32"]
-EmbeddingGrid = Literal["channel", "block32"]
 """A field with a set of values names them in its annotation alone: checks, help and documentation read them there."""
+
+EmbeddingGrid = Literal["channel", "block32"]
+"""The values of `GridName` that an embedding may have: a step size for each row, or for every 32 elements of one."""
 
 LENGTHS = (
     "A length is a number of steps (an integer), a share of training (a float below 1), or text with a unit, such as "
@@ -74,7 +76,7 @@ SECTIONS = {
     f"steps. {LENGTHS}",
     "Rules": "The defaults are the rules that measured best. `GETAConfig.paper()` selects those of the paper.",
 }
-"""The sections of the documentation -> their introduction. A method may name others, which then have none."""
+"""The sections of the documentation -> their introduction. A method may name others, and introduce any by itself."""
 
 
 # -------------------------------------------------------------------------------------------- how a setting is declared
@@ -710,7 +712,7 @@ class CompressionConfig:
 
     @property
     def embedding_grid(self) -> EmbeddingGrid:
-        """What has a step size in an embedding that `embedding_bits` rounds: a row, or 32 elements of one."""
+        """Return what has a step size in an embedding that `embedding_bits` rounds: a row, or 32 elements of one."""
         return "block32" if self.grid == "block32" else "channel"
 
     @property

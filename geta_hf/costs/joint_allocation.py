@@ -23,14 +23,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geta_hf.costs.ledger import ROUNDING, Ledger
+from geta_hf.costs.ledger import BLOCK_BYTES, ROUNDING, Ledger
 from geta_hf.costs.selection import Limits, find_ladders
 from geta_hf.costs.targets import BOPS, BYTES, PARAMETERS
 from geta_hf.errors import GETAError
 from geta_hf.qadg.group_labels import family_of_group
 from geta_hf.qadg.group_types import Family
 from geta_hf.quantization.functional import FLOAT_BITS
-from geta_hf.quantization.maths import BLOCK
 
 _BISECTIONS = 80
 _NEARBY = (0.5, 0.8, 1.25, 2.0)
@@ -307,7 +306,7 @@ class _Problem:
                 if layer.channel_dim is not None and not layer.blocks:
                     self._add_scales(layer.weight, layer.channel_dim)
             # Two bytes for each block of 32; that the last block of a row is full price is left to the exact count.
-            block = torch.tensor([2.0 / BLOCK if layer.blocks else 0.0 for layer in ledger.layers], dtype=torch.float64)
+            block = torch.tensor([BLOCK_BYTES if layer.blocks else 0.0 for layer in ledger.layers], dtype=torch.float64)
             self.option_cost = self.option_cost + block[:, None]
         elif self.unit == BOPS:
             uses = torch.tensor([layer.uses for layer in ledger.layers], dtype=torch.float64)

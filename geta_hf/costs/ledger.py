@@ -24,8 +24,9 @@ ROUNDING = 1e-9
 Entry = tuple[str, list[int], int]
 """A tensor in a file: its type, shape and bytes."""
 
-HALF_BYTES = 2
-"""Bytes of the step size of a block, which is stored in fp16."""
+_HALF_BYTES = 2
+BLOCK_BYTES = _HALF_BYTES / BLOCK
+"""Bytes that an element adds where each block of 32 has a step size, in fp16."""
 
 _KINDS = ("F32", "F16", "I8", "U8")
 """Types of the tensors in a file in the order in which it holds them; unpacked ones count as F32."""
@@ -51,16 +52,12 @@ class LayerEntry:
         """Return how a file holds the step sizes of a weight of this shape."""
         if self.channel_dim is None:
             return "F32", [1], 4
-        channels = shape[self.channel_dim]
-        if not self.blocks:
-            return "F32", [channels], 4 * channels
-        blocks = block_count(shape[1 - self.channel_dim])
-        return "F16", [channels, blocks], HALF_BYTES * channels * blocks
+        return _channel_scales(shape, self.channel_dim, self.blocks)
 
 
 @dataclass(frozen=True)
 class RoundedRows:
-    """How an export rounds a tensor that no method quantizes, such as the vocabulary's embedding.
+    """Say how an export rounds a tensor that no method quantizes, such as the vocabulary's embedding.
 
     Attributes:
         bits: width of its codes.
@@ -72,12 +69,21 @@ class RoundedRows:
 
     def scales(self, shape: Sequence[int]) -> Entry:
         """Return how a file holds the step sizes of a tensor of this shape."""
-        return LayerEntry("", channel_dim=0, blocks=self.blocks).scales(shape)
+        return _channel_scales(shape, 0, self.blocks)
 
     @property
     def element_bytes(self) -> float:
         """The bytes of an element, with its share of a block's step size."""
-        return self.bits / 8 + (HALF_BYTES / BLOCK if self.blocks else 0.0)
+        return self.bits / 8 + (BLOCK_BYTES if self.blocks else 0.0)
+
+
+def _channel_scales(shape: Sequence[int], dim: int, in_blocks: bool) -> Entry:
+    """Return how a file holds a step size for each index of a dimension, or for every 32 elements of each."""
+    channels = shape[dim]
+    if not in_blocks:
+        return "F32", [channels], 4 * channels
+    blocks = block_count(shape[1 - dim])
+    return "F16", [channels, blocks], _HALF_BYTES * channels * blocks
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,8 @@ class RoundedEmbedding:
                 f"embedding_bits"
             )
         # The weight is d * n rounded to its dtype, and bf16 moves an n of at most 127 by no more than a quarter.
-        return torch.round(weight.float() / _of_elements(self.step_size.to(weight.device), weight.shape[1])).to(
-            torch.int32
-        )
+        steps = _of_elements(self.step_size.to(weight.device), weight.shape[1])
+        return torch.round(weight.float() / steps).to(torch.int32)
 
 
 @contextmanager
@@ -114,9 +113,13 @@ def _of_elements(values: Tensor, columns: int) -> Tensor:
 
 def _kept_columns(model: nn.Module, layer: nn.Embedding, kept: Kept) -> Tensor | None:
     """Return the columns of the embedding that a cut will leave; None for all."""
-    names = [name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor is layer.weight]
-    found = next((kept[name][1] for name in names if 1 in kept.get(name, {})), None)
+    found = next((kept[name][1] for name in weight_names(model, layer) if 1 in kept.get(name, {})), None)
     return None if found is None else found.to(layer.weight.device)
+
+
+def weight_names(model: nn.Module, layer: nn.Embedding) -> list[str]:
+    """Return all names of an embedding's weight: those of layers that are tied to it, too."""
+    return [name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor is layer.weight]
 
 
 def input_embedding(model: Any, bits: int) -> tuple[str, nn.Embedding]:

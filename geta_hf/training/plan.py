@@ -24,7 +24,7 @@ from geta_hf.quantization import quantized_layers
 from geta_hf.quantization.quantizer import BY_INPUT, UNSIGNED, Quantizer
 from geta_hf.reporting.graph_page import gather
 from geta_hf.serialization.bitpack import BYTE_BITS
-from geta_hf.serialization.embeddings import input_embedding
+from geta_hf.serialization.embeddings import input_embedding, weight_names
 from geta_hf.serialization.sizes import stored_names
 from geta_hf.utils.tables import format_table
 
@@ -313,8 +313,7 @@ def _embedding_weight(model: nn.Module, rows: RoundedRows | None, shapes: Collec
     if rows is None:
         return {}
     _, layer = input_embedding(model, rows.bits)
-    names = [name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor is layer.weight]
-    return {name: rows for name in names if name in shapes}
+    return {name: rows for name in weight_names(model, layer) if name in shapes}
 
 
 def embedding_rows(config: CompressionConfig) -> RoundedRows | None:

@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from geta_hf.config import FOUR_LEVELS_HELP, Check, CompressionConfig, Pair, above, document_attributes, setting
+from geta_hf.config import (
+    FOUR_LEVELS_HELP,
+    SECTIONS,
+    Check,
+    CompressionConfig,
+    Pair,
+    above,
+    document_attributes,
+    setting,
+)
 from geta_hf.errors import GETAError
 
 
@@ -33,8 +42,7 @@ class OneShotConfig(CompressionConfig):
     default_sparsity: ClassVar[float] = 0.0
     introductions: ClassVar[Mapping[str, str]] = {
         "Rules": "The defaults are the rules that measured best.",
-        "Widths": "A width is the number of bits of each value; b_l and b_u are the lower and the upper bound. "
-        "`activation_bits` has to stay None: inputs are not rounded without training.",
+        "Widths": f"{SECTIONS['Widths']} `activation_bits` has to stay None: inputs are not rounded without training.",
     }
 
     bits: Pair = (2, 8)

@@ -19,15 +19,18 @@ class FirstWeights:
     Args:
         parameters: each once.
         on_disk: in a temporary folder, which takes no memory, and is deleted with this object. Default False.
+
+    Attributes:
+        parameters: those that are copied.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], on_disk: bool = False) -> None:
-        self._parameters = list(parameters)
+        self.parameters = list(parameters)
         self._folder = Path(tempfile.mkdtemp(prefix="geta_weights_")) if on_disk else None
         if self._folder is not None:
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._copies = []
-        for place, parameter in enumerate(self._parameters):
+        for place, parameter in enumerate(self.parameters):
             if self._folder is None:
                 self._copies.append(parameter.detach().clone())
             else:  # a file each, since a file of several is made in memory first
@@ -40,5 +43,5 @@ class FirstWeights:
     @torch.no_grad()
     def restore(self) -> None:
         """Copy the first values into the parameters."""
-        for place, parameter in enumerate(self._parameters):
+        for place, parameter in enumerate(self.parameters):
             parameter.copy_(self._copies[place] if self._folder is None else load_file(self._file(place))["x"])

@@ -372,8 +372,7 @@ class _Work:
         self.every = every
         changed = {id(p): p for p in (self.named[cut.tensor] for cut in ledger.labels if cut.tensor in self.named)}
         changed |= {id(layer.weight): layer.weight for layer in self.layers.values()}  # type: ignore[misc]
-        self._changed = list(changed.values())
-        self._originals = FirstWeights(self._changed, on_disk=config.frugal)
+        self._originals = FirstWeights(changed.values(), on_disk=config.frugal)
         self.unreached: list[str] = []
         # Path and width of a weight -> its codes and grid, a byte for each weight, while trials last.
         self._rounded: dict[tuple[str, int], tuple[Tensor, Grid]] = {}
@@ -398,9 +397,7 @@ class _Work:
             candidates, trials = [*candidates, *single], [*trials, *self._measured_trials(single, reference)]
             chosen = _best(trials)
         self._rounded.clear()
-        chosen, grids = self._compress_best(candidates, trials, chosen, reference)
-        after = trials[chosen].loss_in_full
-        assert after is not None
+        chosen, grids, after = self._compress_best(candidates, trials, chosen, reference)
         removed = candidates[chosen].removed
         bits = dict(zip(self.layers, candidates[chosen].weight_bits, strict=True))
         result = CompressionResult(
@@ -558,14 +555,15 @@ class _Work:
 
     def _compress_best(
         self, candidates: Sequence[Candidate], trials: list[Trial], chosen: int, reference: Any
-    ) -> tuple[int, dict[int, Grid]]:
+    ) -> tuple[int, dict[int, Grid], float]:
         """Compress by the best split, and then by those that remove less, as long as that is better.
 
         Trials round all layers at once. Layers that follow the dense model make up for much of what rounding loses, and
         for less of what removing does, so that trials alone would remove too much.
 
         Returns:
-            The position of the split that was kept, and the grid of each weight by its id. `trials` gets the losses.
+            The position of the split that was kept, the grid of each weight by its id, and the loss on held-back data.
+            `trials` gets all losses.
         """
         grids = self._compress(candidates[chosen])
         least = self._note_in_full(trials, chosen, reference)
@@ -575,7 +573,7 @@ class _Work:
             if not smaller:
                 break
             other = min(smaller, key=lambda place: trials[place].loss or 0.0)
-            best = FirstWeights(self._changed)
+            best = FirstWeights(self._originals.parameters)
             self.restore()
             found = self._compress(candidates[other])
             loss = self._note_in_full(trials, other, reference)
@@ -583,7 +581,7 @@ class _Work:
                 best.restore()
                 break
             chosen, grids, least = other, found, loss
-        return chosen, grids
+        return chosen, grids, least
 
     def _note_in_full(self, trials: list[Trial], place: int, reference: Any) -> float:
         """Measure the model as it is now, and return its loss."""

@@ -15,7 +15,7 @@ from geta_hf.methods import OneShotConfig, OneShotMethod
 from geta_hf.methods.one_shot import Calibration
 from geta_hf.methods.one_shot import method as one_shot
 from geta_hf.methods.one_shot.choice import Candidate, Losses, bits_per_weight, find_candidates, find_single_kinds
-from geta_hf.qadg import build_space
+from geta_hf.qadg import PruningSpace, build_space
 from geta_hf.qadg.group_types import Family, Member
 from geta_hf.quantization import quantized_layers
 from geta_hf.quantization.by_block import BlockRunner
@@ -112,19 +112,24 @@ def test_a_target_of_pruning_is_met_exactly():
     assert found.share == pytest.approx(0.5)
 
 
-def test_layers_that_no_data_reaches_are_named_and_a_failure_restores_the_model(monkeypatch: pytest.MonkeyPatch):
-    model = tiny_llama()
-    model.model.layers[0].spare = nn.Linear(32, 8)
+def prepared(model: Any, config: OneShotConfig) -> tuple[OneShotMethod, Calibration, PruningSpace, Ledger]:
+    """Return what `compress` takes for a model of 257 tokens: four batches to calibrate on, and two held back."""
     ids = torch.randint(0, 257, (6, 2, 8), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": rows, "labels": rows} for rows in ids]
     space = build_space(model, {"input_ids": ids[0]})
-    method = OneShotMethod(OneShotConfig(target_parameters=0.2, mean_bits=4))
+    method = OneShotMethod(config)
     empty = empty_copy(model)
     method.attach(empty, None)
     ledger = make_ledger(empty, space)
+    return method, Calibration(batches[:3], batches[:4], batches[4:]), space, ledger
+
+
+def test_layers_that_no_data_reaches_are_named_and_a_failure_restores_the_model(monkeypatch: pytest.MonkeyPatch):
+    model = tiny_llama()
+    model.model.layers[0].spare = nn.Linear(32, 8)
+    method, data, space, ledger = prepared(model, OneShotConfig(target_parameters=0.2, mean_bits=4))
     with pytest.raises(GETAError, match="nothing is compressed yet"):
         method.result()
-    data = Calibration(batches[:3], batches[:4], batches[4:])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with monkeypatch.context() as patched:
         # In the middle of the work: one block is compressed, and the second one is run while it is dense.
@@ -145,14 +150,9 @@ def test_layers_that_no_data_reaches_are_named_and_a_failure_restores_the_model(
 def test_trials_that_share_rounded_weights_measure_the_same(grid: str, monkeypatch: pytest.MonkeyPatch):
     """Against every trial by itself; widths of 2 have four levels, and 9 to 16 are not kept."""
     model = tiny_llama()
-    ids = torch.randint(0, 257, (6, 2, 8), generator=torch.Generator().manual_seed(0))
-    batches = [{"input_ids": rows, "labels": rows} for rows in ids]
-    space = build_space(model, {"input_ids": ids[0]})
     # Otherwise some are compressed once more.
-    method = OneShotMethod(OneShotConfig(target_bytes=1, grid=grid, bits=(2, 16), follow_dense=0))
-    empty = empty_copy(model)
-    method.attach(empty, None)
-    ledger = make_ledger(empty, space)
+    config = OneShotConfig(target_bytes=1, grid=grid, bits=(2, 16), follow_dense=0)
+    method, data, space, ledger = prepared(model, config)
     places = torch.cat([torch.arange(family.size) for family in space.trainable])
     removed, other = (places % 3 == 1), (places % 3 == 2)
     count = len(ledger.layers)
@@ -166,7 +166,6 @@ def test_trials_that_share_rounded_weights_measure_the_same(grid: str, monkeypat
     rounded = []
     original = one_shot.compress_layer
     monkeypatch.setattr(one_shot, "compress_layer", lambda *args, **own: (rounded.append(1), original(*args, **own))[1])
-    data = Calibration(batches[:3], batches[:4], batches[4:])
     together = method.compress(model, data, space, ledger, candidates=tried).trials
     first = len(rounded)
     method.undo()
@@ -219,14 +218,7 @@ def test_splits_that_remove_less_are_compared_with_all_that_is_done(
 ):
     """Trials are in favour of removing: after the best of them, those that remove less have a turn while that helps."""
     model = tiny_llama()
-    ids = torch.randint(0, 257, (6, 2, 8), generator=torch.Generator().manual_seed(0))
-    batches = [{"input_ids": rows, "labels": rows} for rows in ids]
-    space = build_space(model, {"input_ids": ids[0]})
-    method = OneShotMethod(OneShotConfig(target_bytes=1))
-    empty = empty_copy(model)
-    method.attach(empty, None)
-    ledger = make_ledger(empty, space)
-    data = Calibration(batches[:3], batches[:4], batches[4:])
+    method, data, space, ledger = prepared(model, OneShotConfig(target_bytes=1))
     count = len(ledger.layers)
     places = torch.cat([torch.arange(family.size) for family in space.trainable])
     masks = {0.5: places % 2 == 1, 0.4: places % 3 == 1, 0.2: places % 4 == 1, 0.0: places < 0}
