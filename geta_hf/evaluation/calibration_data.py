@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from geta_hf.errors import GETAError
 from geta_hf.evaluation.causal_lm import check_causal, check_vocabulary, embedding_rows, positions
+from geta_hf.evaluation.rows import is_table, read_rows
 from geta_hf.evaluation.texts import read_text
 from geta_hf.utils.model_io import to_device
 
@@ -114,9 +115,9 @@ def _rows_of(data: Any) -> Iterable[Any]:
     """Return what data consists of: texts, rows or batches."""
     if isinstance(data, str | Path):
         path = Path(data)
-        if path.is_file() and path.suffix not in (".json", ".jsonl", ".csv", ".parquet"):
-            return [read_text(path)]
-        return _load(str(data), path)
+        if not path.is_file():
+            return _data_set(str(data))
+        return read_rows(str(path), None, None, "train") if is_table(path) else [read_text(path)]
     if not isinstance(data, Iterable):
         raise GETAError(
             f"calibration_data is a {type(data).__name__}; pass a list of texts, a data set, the path of a text file, "
@@ -125,20 +126,12 @@ def _rows_of(data: Any) -> Iterable[Any]:
     return data
 
 
-def _load(name: str, path: Path) -> Iterable[Any]:
+def _data_set(name: str) -> Iterable[Any]:
     try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise GETAError(f"{name} is no text file, and data sets need `pip install datasets`") from error
-    try:
-        if path.is_file():
-            kind = "json" if path.suffix == ".jsonl" else path.suffix[1:]
-            return load_dataset(kind, data_files=name, split="train")
-        return load_dataset(name, split="train")
-    # Each kind of data set has its own ways to fail.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise GETAError(f"{name} is neither a text file nor a data set that can be loaded ({reason})") from error
+        rows: Iterable[Any] = read_rows(None, name, None, "train")
+    except GETAError as error:
+        raise GETAError(f"{name} is neither a text file nor a data set that can be loaded ({error})") from error
+    return rows
 
 
 def _peek(items: Iterable[Any]) -> tuple[Any, Iterator[Any]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from geta_hf.errors import GETAError
+from geta_hf.utils.quiet import without_dataset_bars
 
 SampleBy = Literal["paragraph", "line", "document"]
 """What a document of a .txt file is."""
@@ -56,29 +56,30 @@ def read_rows(
         raise GETAError(f"{file or name} can't be read: {reason}") from error
 
 
+def is_table(path: Path) -> bool:
+    """Return whether a file holds rows with columns rather than plain text, by its ending.
+
+    >>> is_table(Path("rows.jsonl.gz")), is_table(Path("story.txt"))
+    (True, False)
+    """
+    return _KINDS.get(_plain_suffix(path), "text") != "text"
+
+
+def _plain_suffix(path: Path) -> str:
+    """Return the ending of a file, that of the file within for .gz."""
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+
+
 def _file(datasets: Any, file: str, streaming: bool, sample_by: SampleBy) -> Any:
     path = Path(file)
-    plain = path.with_suffix("") if path.suffix == ".gz" else path
     if not path.is_file():
         raise GETAError(f"{path}: no such file")
-    if plain.suffix not in _KINDS:
+    kind = _KINDS.get(_plain_suffix(path))
+    if kind is None:
         raise GETAError(f"{path}: files are read as {', '.join(_KINDS)}, all but parquet also with .gz")
-    kind = _KINDS[plain.suffix]
     options = {"sample_by": sample_by} if kind == "text" else {}
-    with _without_bars(datasets):  # a file of this machine is read in no time
+    with without_dataset_bars():  # a file of this machine is read in no time
         return datasets.load_dataset(kind, data_files=str(path), split="train", streaming=streaming, **options)
-
-
-@contextmanager
-def _without_bars(datasets: Any) -> Iterator[None]:
-    """Turn off the bars of datasets within the context."""
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
 
 
 def _split(datasets: Any, name: str, config: str | None, split: str, streaming: bool) -> Any:

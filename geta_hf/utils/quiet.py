@@ -38,6 +38,20 @@ def without_bars() -> Iterator[None]:
 
 
 @contextmanager
+def without_dataset_bars() -> Iterator[None]:
+    """Turn off the bars of `datasets`, which has to be installed, within the context."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
     """Turn off bars, and warnings of libraries about their own future, which a user of a command can't act on."""
     with without_bars(), warnings.catch_warnings():

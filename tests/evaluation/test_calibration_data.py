@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +42,18 @@ def test_rows_are_taken_from_all_of_a_list():
     texts = [f" {place:05d}" * 8 for place in range(64)]
     found = ids_of(make_batches(texts, tiny_llama(), byte_tokenizer(), sequences=8, length=48))
     assert sorted(number_in(row) // 8 for row in found) == list(range(8))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.csv"])
+def test_files_of_rows_give_their_texts_alone(name: str, tmp_path: Path):
+    texts = [f" {place:05d}" * 8 for place in range(64)]
+    path = tmp_path / name
+    lines = ["text", *texts] if name.endswith(".csv") else [json.dumps({"text": text}) for text in texts]
+    content = "\n".join(lines).encode()
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    expected = ids_of(make_batches(texts, model, tokenizer, sequences=8, length=48))
+    assert torch.equal(ids_of(make_batches(str(path), model, tokenizer, sequences=8, length=48)), expected)
 
 
 def number_in(row: torch.Tensor) -> int:
