@@ -60,7 +60,7 @@ def alone(folder: Path, turns: int) -> list[tuple[str, ...]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; see this file's head."""
+    """Run the command; see this file's head."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=6, help="of BERT-base's size")
     parser.add_argument("--bits", type=int, default=4, help="of all quantized layers")

@@ -27,13 +27,13 @@ NOTHING = PruningSpace(())
 
 
 def resident_bytes(model: PreTrainedModel) -> int:
-    """Bytes of a loaded model's tensors, each once."""
+    """Return the bytes of a loaded model's tensors, each once."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; see this file's head."""
+    """Run the command; see this file's head."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True, help="a fine-tuned question answering model")
     parser.add_argument("--data", required=True, help="SQuAD v1.1 file, .json or .json.gz")

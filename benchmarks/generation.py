@@ -29,7 +29,7 @@ from geta_hf.utils.tables import format_table
 
 
 def ways_of(folder: str, device: str) -> dict[str, Any]:
-    """The models that a folder gives, by what to call them."""
+    """Return the models that a folder gives, by what to call them."""
     plain: Any = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
     if getattr(plain.config, "quantization_config", None) is None:
         return {folder: plain}
@@ -38,7 +38,7 @@ def ways_of(folder: str, device: str) -> dict[str, Any]:
 
 
 def seconds(call: Callable[[], Tensor], tokens: int) -> float:
-    """Of one generation. A model that stops early would be timed on less work."""
+    """Time one generation. A model that stops early would be timed on less work."""
     start = time.perf_counter()
     if call().shape[1] != tokens:
         raise RuntimeError("generation stopped early")
@@ -48,7 +48,7 @@ def seconds(call: Callable[[], Tensor], tokens: int) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; see this file's head."""
+    """Run the command; see this file's head."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", help="the first is what the others are compared with")
     parser.add_argument("--batch", type=int, default=1)

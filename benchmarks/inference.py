@@ -84,7 +84,7 @@ def make_dense(size: str, **changes: int) -> PreTrainedModel:
 
 @torch.no_grad()
 def make_small(dense: PreTrainedModel) -> PreTrainedModel:
-    """The dense model (which is changed) without half of its groups, and with weights of 4 to 8 bits."""
+    """Return the dense model (which is changed) without half of its groups, and with weights of 4 to 8 bits."""
     batch = {"input_ids": torch.randint(3, dense.config.vocab_size, (1, 16))}
     space = build_space(dense, batch)
     zero_half(dense, space)
@@ -97,7 +97,7 @@ def make_small(dense: PreTrainedModel) -> PreTrainedModel:
 
 
 def zero_half(model: nn.Module, space: PruningSpace) -> None:
-    """40 to 60 % of the groups of each family, half of all."""
+    """Set 40 to 60 % of the groups of each family to zero, half of all."""
     tensors = model.state_dict()
     for place, family in enumerate(space.prunable):
         share = 0.4 + 0.1 * (place // 2 % 3)
@@ -113,7 +113,7 @@ def make_folders(size: str, home: Path, **changes: int) -> None:
 
 
 def load(way: str, home: Path, device: str = "cpu") -> PreTrainedModel:
-    """`dense`, or the small one by `float`, `auto` or `int8`; in bfloat16 where the way ends in `bf16`."""
+    """Load `dense`, or the small one by `float`, `auto` or `int8`; in bfloat16 where the way ends in `bf16`."""
     model_class: Any = PhiForCausalLM if "phi" in home.name else AutoModel
     kind, _, half = way.partition(" ")
     dtype: dict[str, Any] = {"dtype": torch.bfloat16 if half else "auto"}
@@ -154,7 +154,7 @@ def ratio(times: dict[str, list[float]], over: str, way: str) -> str:
 
 
 def closeness(found: Tensor | None, expected: Tensor | None) -> tuple[str, str]:
-    """Relative error and cosine; nothing to say of a model of other weights."""
+    """Return the relative error and the cosine; nothing to say of a model of other weights."""
     if found is None or expected is None:
         return "", ""
     a, b = found.double().flatten(), expected.double().flatten()
@@ -195,7 +195,7 @@ def encoder_rows(
 
 @torch.no_grad()
 def generation_rows(name: str, home: Path, batch: int, chosen: argparse.Namespace) -> list[Row]:
-    """Tokens per second of greedy generation, 64 tokens after 64."""
+    """Measure tokens per second of greedy generation, 64 tokens after 64."""
     models: dict[str, Any] = {way: load(way, home, chosen.device) for way in ("dense", "float", "auto", "int8")}
     inputs = {"input_ids": torch.randint(3, 30000, (batch, 64), device=chosen.device)}
     logits = {way: model(**inputs).logits for way, model in models.items()}
@@ -216,7 +216,7 @@ def generation_rows(name: str, home: Path, batch: int, chosen: argparse.Namespac
 
 
 def run_alone(way: str, homes: Sequence[Path], device: str) -> int:
-    """Peak bytes of loading the last model and running one batch of it in this process, above what preceded that."""
+    """Return the peak bytes of loading the last model and running a batch in this process, above what preceded that."""
     import torch._dynamo
 
     for home in homes:
@@ -228,7 +228,7 @@ def run_alone(way: str, homes: Sequence[Path], device: str) -> int:
 
 
 def memory_rows(size: str, home: Path, device: str, threads: int) -> list[Row]:
-    """Above the imports; and above a tiny model's run, whose code and libraries any model of that way takes as well."""
+    """Measure memory above the imports, and above a tiny model's run, whose code and libraries every size takes."""
     tiny = home.with_name(f"{home.name}-tiny")
     make_folders(size, tiny, **TINY)
     peaks: dict[str, list[int]] = {}

@@ -69,7 +69,7 @@ def tokens_of(chosen: argparse.Namespace, paths: list[Path]) -> torch.Tensor:
 
 
 def synthetic_tokens(count: int) -> torch.Tensor:
-    """Every token is followed by one of four, so that there is something to learn."""
+    """Make tokens each of which is followed by one of four, so that there is something to learn."""
     generator = torch.Generator().manual_seed(0)
     next_tokens = torch.randint(0, VOCABULARY, (VOCABULARY, 4), generator=generator)
     choice, token, found = torch.randint(0, 4, (count,), generator=generator).tolist(), 0, []
@@ -80,7 +80,7 @@ def synthetic_tokens(count: int) -> torch.Tensor:
 
 
 def make_rows(chosen: argparse.Namespace) -> tuple[Rows, Rows]:
-    """Blocks to train on, as many as are used, and up to 256 that are held out."""
+    """Return blocks to train on, as many as are used, and up to 256 that are held out."""
     ids = synthetic_tokens(chosen.length * 2000) if chosen.texts is None else tokens_of(chosen, chosen.texts)
     end = len(ids) if chosen.held_out else len(ids) * 9 // 10
     held_out = tokens_of(chosen, chosen.held_out) if chosen.held_out else ids[end:]
@@ -90,7 +90,7 @@ def make_rows(chosen: argparse.Namespace) -> tuple[Rows, Rows]:
 
 
 def run_alone(chosen: argparse.Namespace, folder: str) -> dict[str, float]:
-    """One compression in this process."""
+    """Run one compression in this process."""
     before, lora = peak_bytes(chosen.device), chosen.alone == "lora"
     model, (rows, held_out) = make_model(chosen), make_rows(chosen)
     arguments = TrainingArguments(

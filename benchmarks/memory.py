@@ -8,7 +8,7 @@ import torch
 
 
 def peak_bytes(device: str) -> int:
-    """Highest level of this process so far: of its memory on Linux, or of what torch allocated on a GPU."""
+    """Return the highest level of this process so far: of its memory on Linux, or of what torch allocated on a GPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     # Not getrusage: on Linux it starts with the highest level of the process that this one was started from.

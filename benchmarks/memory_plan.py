@@ -45,7 +45,7 @@ HEADER = ("setting", "training, MB", "foreseen", "ratio", "before, MB", "foresee
 
 
 def model_config(hidden: int, layers: int, vocabulary: int, dtype: str) -> PhiConfig:
-    """Phi's proportions at another size."""
+    """Return Phi's proportions at another size."""
     return PhiConfig(
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -58,7 +58,7 @@ def model_config(hidden: int, layers: int, vocabulary: int, dtype: str) -> PhiCo
 
 
 def make_trainer(config: PhiConfig, rows: int, length: int, setting: dict[str, Any], out: str) -> GETATrainer:
-    """A run of one step each of warm-up, projection and cool-down, and four of the joint stage."""
+    """Prepare a run of one step each of warm-up, projection and cool-down, and four of the joint stage."""
     torch.manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (7 * setting.get("accumulate", 1) * rows, length))
     checkpointing = {name: setting.get("checkpointing", False) for name in (checkpointing_field(),)}
@@ -93,7 +93,7 @@ def make_trainer(config: PhiConfig, rows: int, length: int, setting: dict[str, A
 
 
 def checkpointing_field() -> str:
-    """Trainer's name for activation checkpointing, which has changed."""
+    """Return Trainer's name for activation checkpointing, which has changed."""
     known = TrainingArguments.__dataclass_fields__
     return "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
 
@@ -125,7 +125,7 @@ def measure(options: argparse.Namespace, setting: dict[str, Any]) -> dict[str, i
 
 
 def level(device: str) -> int:
-    """Bytes that this process holds now, once all that is free was given back."""
+    """Return the bytes that this process holds now, once all that is free was given back."""
     gc.collect()
     if device == "cuda":
         return torch.cuda.memory_allocated()
@@ -144,7 +144,7 @@ def restart_peak(device: str) -> None:
 
 
 def in_child(options: argparse.Namespace, name: str) -> dict[str, int]:
-    """`measure` in a process of its own."""
+    """Run `measure` in a process of its own."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": str(1 << 16)}
     sizes = ("device", "hidden", "layers", "vocabulary", "rows", "length")
     arguments = [word for size in sizes for word in (f"--{size}", str(getattr(options, size)))]
@@ -154,7 +154,7 @@ def in_child(options: argparse.Namespace, name: str) -> dict[str, int]:
 
 
 def beside(found: dict[str, int], measured: str, foreseen: str) -> tuple[str, ...]:
-    """Cells: measured, foreseen, and their ratio."""
+    """Return the cells: measured, foreseen, and their ratio."""
     sizes = found[measured], found[foreseen]
     return (*(f"{size / 1e6:,.0f}" for size in sizes), f"{sizes[1] / sizes[0]:.3f}")
 

@@ -62,7 +62,7 @@ def make_batch(name: str, rows: int) -> Batch:
 
 @torch.no_grad()
 def make_dense(name: str) -> PreTrainedModel:
-    """A model whose batch norm has seen data."""
+    """Return a model whose batch norm has seen data."""
     torch.manual_seed(0)
     if name == "resnet20":
         model: PreTrainedModel = CifarResNetForImageClassification(CifarResNetConfig(num_labels=10))
@@ -79,7 +79,7 @@ def make_dense(name: str) -> PreTrainedModel:
 
 @torch.no_grad()
 def make_compressed(name: str, folder: Path, inputs: bool) -> PreTrainedModel:
-    """The model as it comes out of training at 50 % and 8 bits, exported and loaded; with `inputs` those too."""
+    """Return the model as it comes out of training at 50 % and 8 bits, exported and loaded; with `inputs` those too."""
     model, sample = make_dense(name), make_batch(name, 2)
     space = build_space(model, sample)
     removal = {family.name: torch.arange(family.size) % 2 == 1 for family in space.prunable}

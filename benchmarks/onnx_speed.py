@@ -63,7 +63,7 @@ def make_batch(rows: int, length: int) -> Batch:
 
 @torch.no_grad()
 def halved(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model as it comes out of training at 50 % and 8 bits, exported and loaded."""
+    """Return the model as it comes out of training at 50 % and 8 bits, exported and loaded."""
     sample = make_batch(2, 16)
     space = build_space(model, sample)
     for family in space.prunable:
@@ -126,7 +126,7 @@ def medians(
 
 @torch.no_grad()
 def distances(sessions: dict[str, onnxruntime.InferenceSession], batch: Batch, model: PreTrainedModel) -> list[str]:
-    """Of every path but the dense one's, which is another model."""
+    """Return the distance of every path but the dense one's, which is another model."""
     feeds, expected = {name: tensor.numpy() for name, tensor in batch.items()}, model(**batch).start_logits
     found = {name: torch.from_numpy(session.run(["start_logits"], feeds)[0]) for name, session in sessions.items()}
     shares = {name: float((logits - expected).abs().max() / expected.abs().max()) for name, logits in found.items()}

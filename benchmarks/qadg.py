@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def print_steps(models: Sequence[str], repeats: int, threads: int) -> None:
-    """Every model in a fresh process, of which the peak of memory tells about this model alone."""
+    """Run every model in a fresh process, of which the peak of memory tells about this model alone."""
     rows = []
     context = multiprocessing.get_context("spawn")
     for name in models:
@@ -130,7 +130,7 @@ def memory(field: str) -> float:
 
 
 def time_steps(config: PreTrainedConfig, timings: Timings) -> torch.nn.Module:
-    """Each step of `build_space` for itself, which records once where that records twice, and then both in all."""
+    """Time each step of `build_space` for itself, which records once where that records twice, and then both in all."""
     model = timed(timings["empty_model"], empty_model, config)
     batch = make_dummy_inputs(model)
     graph = timed(timings["record"], record_forward, model, batch)
@@ -150,7 +150,7 @@ def timed(times: list[float], run: Callable[..., T], *args: Any) -> T:
 
 
 def print_growth(repeats: int) -> None:
-    """`build_space` on the phi-2 shape with ever more layers, taking turns."""
+    """Time `build_space` on the phi-2 shape with ever more layers, taking turns."""
     models = {layers: empty_model(shallow(CONFIGS["phi-2"], layers)) for layers in LAYERS}
     seconds: defaultdict[int, list[float]] = defaultdict(list)
     build_space(models[LAYERS[0]], make_dummy_inputs(models[LAYERS[0]]))
@@ -163,7 +163,7 @@ def print_growth(repeats: int) -> None:
 
 
 def print_against_torch_pruning(repeats: int) -> None:
-    """Both on bert-base with a head for questions, taking turns.
+    """Run both on bert-base with a head for questions, taking turns.
 
     One group of Torch-Pruning is a layer's channels in all. What corresponds to our groups, each of which says what
     leaves with it, is to ask for them one by one, so there is a row for that as well, measured once.
@@ -204,13 +204,13 @@ def print_against_torch_pruning(repeats: int) -> None:
 
 
 def heads(space: PruningSpace) -> str:
-    """In how many attentions heads were found, and how many each has."""
+    """Return in how many attentions heads were found, and how many each has."""
     sizes = [family.size for family in space.prunable if family.kind == "heads"]
     return f"{len(sizes)} of {'/'.join(map(str, sorted(set(sizes))))}"
 
 
 def cuts_attention(group: Any) -> bool:
-    """Whether query, key and value leave together; where one head ends is for Torch-Pruning to be told."""
+    """Return whether query, key and value leave together; where one head ends is for Torch-Pruning to be told."""
     cut = [item.dep.target.name for item in group.items if item.dep.handler.__name__ == "prune_out_channels"]
     return all(any(f"self.{layer} " in name for name in cut) for layer in ("query", "key", "value"))
 

@@ -130,7 +130,7 @@ def plain_optimizer(parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer
 
 
 def geta_optimizer(model: nn.Module, batch: Batch, steps: int, paper: bool) -> QASSO:
-    """Quantizers on the model, and QASSO with as many steps in every stage."""
+    """Put quantizers on the model, and QASSO around AdamW with as many steps in every stage."""
     stages = {"warmup": steps, "projection": steps, "joint": steps}
     config = (GETAConfig.paper if paper else GETAConfig)(**stages)
     space = build_space(model, {"input_ids": batch["input_ids"][:2, :128].cpu()})
@@ -143,7 +143,7 @@ def geta_optimizer(model: nn.Module, batch: Batch, steps: int, paper: bool) -> Q
 def search_optimizer(
     model: nn.Module, batch: Batch, steps: int, granularity: str = "layer"
 ) -> tuple[torch.optim.Optimizer, Method]:
-    """The search around AdamW, with as many steps in every stage."""
+    """Put the search around AdamW, with as many steps in every stage."""
     space = build_space(model, {"input_ids": batch["input_ids"][:2, :128].cpu()})
     stages = {"warmup": steps, "search": steps}
     config = SearchConfig(bit_choices=[0, 2, 3, 4, 6], target_bops=3 / 32, granularity=granularity, **stages)
@@ -159,7 +159,7 @@ def search_optimizer(
 def our_optimizer(
     model: nn.Module, batch: Batch, steps: int, chosen: argparse.Namespace
 ) -> tuple[torch.optim.Optimizer, Method | None]:
-    """The optimizer of the chosen method, and the method where it takes part in the forward pass."""
+    """Return the optimizer of the chosen method, and the method where it takes part in the forward pass."""
     if chosen.method == "search":
         return search_optimizer(model, batch, steps, chosen.granularity)
     return geta_optimizer(model, batch, steps, chosen.paper), None
@@ -193,7 +193,7 @@ def timed_step(
 
 
 def time_both(size: Size, chosen: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
-    """Seconds (plain, GETA) of every step by stage, without the first step of each stage."""
+    """Return the seconds (plain, GETA) of every step by stage, without the first step of each stage."""
     plain, batch = make_model(size), make_batch(size, chosen.device)
     geta = copy.deepcopy(plain).to(chosen.device)
     plain.to(chosen.device)
@@ -249,7 +249,7 @@ def _reads_of_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Ba
 
 
 def run_alone(size: Size, chosen: argparse.Namespace) -> int:
-    """Peak bytes of a few steps of one method in this process, above what the imports took."""
+    """Return the peak bytes of a few steps of one method in this process, above what the imports took."""
     before = peak_bytes(chosen.device)
     model, batch = make_model(size).to(chosen.device), make_batch(size, chosen.device)
     plain = chosen.alone == "plain"

@@ -149,7 +149,7 @@ def gate_record(result: Result) -> Record:
 
 
 def families_found(space: PruningSpace) -> str:
-    """Kinds with how many of their families are prunable, and how many there are."""
+    """Return the kinds with how many of their families are prunable, and how many there are."""
     found = Counter(family.kind for family in space.families)
     prunable = Counter(family.kind for family in space.prunable)
     return ", ".join(f"{kind} {prunable[kind]} / {count}" for kind, count in sorted(found.items()))

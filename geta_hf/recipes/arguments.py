@@ -257,7 +257,7 @@ def _value(key: str, text: str, literal: bool) -> Any:
 
 
 def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads `5e-5`, without a dot, as text."""
+    """Turn text that is a number into one: YAML 1.1 reads `5e-5`, without a dot, as text."""
     if isinstance(value, dict):
         return {key: _numbers(item) for key, item in value.items()}
     if isinstance(value, list):
