@@ -112,22 +112,11 @@ class Assignment:
     bits: BitAllocation
 
 
-def assign(
-    families: Sequence[Family],
-    limits: Limits,
-    ledger: Ledger,
-    target: Target,
-    learned: Learned,
-    rounding: RoundingErrors,
-    choices: BitChoices,
-    present: LearnedBits,
-    input_factors: Tensor,
-    cost: CostTarget | None = None,
-    rows: Rows | None = None,
-) -> Assignment:
-    """Choose groups and widths by what was learned, exactly within the targets.
+@dataclass(frozen=True)
+class Problem:
+    """What is to be chosen, from what, and within what.
 
-    Args:
+    Attributes:
         families: those that may lose groups.
         limits: what they keep.
         ledger: sizes of the model.
@@ -136,22 +125,49 @@ def assign(
         rounding: its clipping values at each of `choices.weights`; its errors have no part in the choice.
         choices: allowed widths.
         present: the present widths of weights, and the chosen ones of inputs.
-        input_factors: what each input's q_m is to be multiplied by, shape (inputs,).
-        cost: what a hardware cost allows on top of the target; None where nothing limits it.
-        rows: where a choice is that of a group or a row; None where it is that of a layer.
+        rows: where a choice is that of a group or a row. Default None: it is that of a layer.
     """
-    own = present
-    if BOPS in (target.unit, *target.budgets):
-        ledger, target = _with_inputs(ledger, target, present)
-        own = LearnedBits(present.weights, torch.zeros(0, dtype=torch.float64), [-1] * len(ledger.layers))
+
+    families: Sequence[Family]
+    limits: Limits
+    ledger: Ledger
+    target: Target
+    learned: Learned
+    rounding: RoundingErrors
+    choices: BitChoices
+    present: LearnedBits
+    rows: Rows | None = None
+
+    @property
+    def widths(self) -> Tensor:
+        """The allowed widths of weights, float64, ascending."""
+        return torch.tensor([float(width) for width in self.choices.weights], dtype=torch.float64)
+
+    def with_inputs(self) -> Problem:
+        """Return the problem as of float inputs, in which a layer counts for less where its input is narrow."""
+        ledger, target = _with_inputs(self.ledger, self.target, self.present)
+        no_inputs = torch.zeros(0, dtype=torch.float64)
+        present = LearnedBits(self.present.weights, no_inputs, [-1] * len(ledger.layers))
+        return replace(self, ledger=ledger, target=target, present=present)
+
+
+def assign(problem: Problem, input_factors: Tensor, cost: CostTarget | None = None) -> Assignment:
+    """Choose groups and widths by what was learned, exactly within the targets.
+
+    Args:
+        problem: what is to be chosen.
+        input_factors: what each input's q_m is to be multiplied by, shape (inputs,).
+        cost: what a hardware cost allows on top of the target. Default None: nothing limits it.
+    """
+    target = problem.target
+    own = problem.with_inputs() if BOPS in (target.unit, *target.budgets) else problem
     if cost is not None:
-        found = _assign_cost(families, limits, ledger, target, learned, rounding, choices, own, cost, rows)
-    elif rows is not None:
-        steps = _steps_of_rows(families, limits, ledger, target, learned, rounding, choices, own, rows)
-        found = _with_rows(steps, ledger, rounding, choices, rows)
+        found = _assign_cost(own, cost)
+    elif own.rows is not None:
+        found = _with_rows(own, own.rows, _steps_of_rows(own, own.rows))
     else:
-        found = _assign_sizes(families, limits, ledger, target, learned, rounding, choices, own)
-    inputs = [round(width) for width in present.inputs.tolist()]
+        found = _assign_sizes(own)
+    inputs = [round(width) for width in problem.present.inputs.tolist()]
     return replace(found, bits=replace(found.bits, input_bits=inputs, input_clip_factors=input_factors))
 
 
@@ -196,31 +212,18 @@ def likeliest_inputs(logits: Tensor, widths: Sequence[int], mean: float) -> Tens
     return values[torch.tensor(steps, dtype=torch.int64)]
 
 
-def _assign_cost(
-    families: Sequence[Family],
-    limits: Limits,
-    ledger: Ledger,
-    target: Target,
-    learned: Learned,
-    rounding: RoundingErrors,
-    choices: BitChoices,
-    present: LearnedBits,
-    cost: CostTarget,
-    rows: Rows | None,
-) -> Assignment:
+def _assign_cost(problem: Problem, cost: CostTarget) -> Assignment:
     """Move the likeliest choice that other targets allow to one that a hardware cost allows."""
+    ledger, target, rows, learned = problem.ledger, problem.target, problem.rows, problem.learned
     if target.budgets and rows is not None:
-        sized = (families, limits, ledger, target, learned, rounding, choices, present, rows)
-        start = _steps_of_rows(*sized)
+        start = _steps_of_rows(problem, rows)
         if BYTES in target.budgets and not cost.allows(start):
             # Narrower rows of a weight that has one width so far bring a table of widths with them.
-            start = _steps_of_rows(*sized, reserve=rows.overhead(ledger, len(choices.weights)))
+            start = _steps_of_rows(problem, rows, reserve=rows.overhead(ledger, len(problem.widths)))
     elif target.budgets:
-        by_size = _assign_sizes(families, limits, ledger, target, learned, rounding, choices, present)
-        steps = torch.tensor([list(choices.weights).index(bits) for bits in by_size.bits.weight_bits])
-        start = Steps(by_size.removed, steps)
+        start = _steps_of(problem, _assign_sizes(problem))
     else:
-        chunks = find_chunks(families, learned.keep, ledger.nothing, limits)
+        chunks = find_chunks(problem.families, learned.keep, ledger.nothing, problem.limits)
         removed = ledger.nothing
         removed[chunks.first(int((chunks.scores < 0).sum()))] = True
         start = Steps(removed, learned.widths.argmax(1))
@@ -228,101 +231,80 @@ def _assign_cost(
     weights = ledger.weights(start.removed) if rows is None else rows.of_choices(ledger, start.removed)
     unlikely = _unlikeliness(learned.widths) * weights[:, None]
     found = cost.meet(start, unlikely, elements * learned.keep, narrower=bool(target.budgets))
-    if rows is not None:
-        return _with_rows(found, ledger, rounding, choices, rows)
-    bits = [int(choices.weights[step]) for step in found.steps.tolist()]
-    return Assignment(found.removed, BitAllocation(bits, rounding.clips_at(found.steps.tolist()), [], torch.ones(0)))
+    return _with_layers(problem, found) if rows is None else _with_rows(problem, rows, found)
 
 
-def _assign_sizes(
-    families: Sequence[Family],
-    limits: Limits,
-    ledger: Ledger,
-    target: Target,
-    learned: Learned,
-    rounding: RoundingErrors,
-    choices: BitChoices,
-    present: LearnedBits,
-) -> Assignment:
+def _steps_of(problem: Problem, found: Assignment) -> Steps:
+    """Return a choice of widths of layers as positions among the allowed ones."""
+    steps = [list(problem.choices.weights).index(bits) for bits in found.bits.weight_bits]
+    return Steps(found.removed, torch.tensor(steps))
+
+
+def _with_layers(problem: Problem, found: Steps) -> Assignment:
+    """Return what a choice of groups and of widths of layers says."""
+    steps = found.steps.tolist()
+    bits = [int(problem.choices.weights[step]) for step in steps]
+    return Assignment(found.removed, BitAllocation(bits, problem.rounding.clips_at(steps), [], torch.ones(0)))
+
+
+def _assign_sizes(problem: Problem) -> Assignment:
+    """Choose groups, and a width for each layer."""
+    ledger, target, choices = problem.ledger, problem.target, problem.choices
     if target.unit in (BYTES, BOPS) and MEAN_BITS not in target.budgets:
-        return _assign_jointly(families, limits, ledger, target, learned, rounding, choices, present)
-    removed = _choose_groups(families, limits, ledger, target, learned.keep, float(choices.weights[0]))
+        return _assign_jointly(problem)
+    removed = _choose_groups(problem)
     weights = ledger.weights(removed)
-    unlikely = _unlikeliness(learned.widths) * weights[:, None]
+    unlikely = _unlikeliness(problem.learned.widths) * weights[:, None]
     # Every element counts alike, so that the mean square of `allocate_bits` is 1.
-    errors = replace(rounding, errors=unlikely, known=torch.ones(len(weights), dtype=torch.bool))
+    errors = replace(problem.rounding, errors=unlikely, known=torch.ones(len(weights), dtype=torch.bool))
     own = errors if choices.needs_errors(target) else None
-    bits = allocate_bits(present, own, weights, ledger, target, removed, choices)
+    bits = allocate_bits(problem.present, own, weights, ledger, target, removed, choices)
     return Assignment(removed, bits)
 
 
-def _steps_of_rows(
-    families: Sequence[Family],
-    limits: Limits,
-    ledger: Ledger,
-    target: Target,
-    learned: Learned,
-    rounding: RoundingErrors,
-    choices: BitChoices,
-    present: LearnedBits,
-    rows: Rows,
-    reserve: int = 0,
-) -> Steps:
+def _steps_of_rows(problem: Problem, rows: Rows, reserve: int = 0) -> Steps:
     """Choose groups as if each layer had the mean choice of its rows, then a width for each choice.
 
     Args:
-        families, limits, ledger, target, learned, rounding, choices, present, rows: as in `assign`.
+        problem: what is to be chosen.
+        rows: those of the problem.
         reserve: bytes of a budget that widths must not spend. Default 0.
     """
     table = rows.choices
-    unlikely = _unlikeliness(learned.widths)
-    counts = torch.bincount(table.layer, minlength=len(ledger.layers)).double()
-    sums = torch.zeros(len(ledger.layers), unlikely.shape[1], dtype=torch.float64)
+    layers = len(problem.ledger.layers)
+    unlikely = _unlikeliness(problem.learned.widths)
+    counts = torch.bincount(table.layer, minlength=layers).double()
+    sums = torch.zeros(layers, unlikely.shape[1], dtype=torch.float64)
     of_layers = sums.index_add_(0, table.layer, unlikely[table.of_entry]) / counts[:, None]
-    by_layer = Learned(-of_layers, learned.keep)
-    sized = _assign_sizes(families, limits, ledger, target, by_layer, rounding, choices, present)
-    removed = sized.removed
-    worth = _worth_of_a_bit(learned, _tensor(choices))
-    steps = _spend(ledger, target, removed, unlikely, worth, choices, rows, reserve)
-    return Steps(removed, steps)
+    by_layer = replace(problem, learned=Learned(-of_layers, problem.learned.keep))
+    removed = _assign_sizes(by_layer).removed
+    return Steps(removed, _spend(problem, rows, removed, reserve))
 
 
-def _with_rows(found: Steps, ledger: Ledger, rounding: RoundingErrors, choices: BitChoices, rows: Rows) -> Assignment:
+def _with_rows(problem: Problem, rows: Rows, found: Steps) -> Assignment:
     """Return what a choice of groups and rows says of each entry."""
     table = rows.choices
     removed = found.removed
     of_entry = found.steps[table.of_entry]
     # What is removed is zero at every width.
-    of_entry[rows.remaining(ledger, removed) == 0] = 0
-    bits = torch.tensor(list(choices.weights), dtype=torch.int64)[of_entry]
-    widest = torch.zeros(len(ledger.layers), dtype=torch.int64).scatter_reduce_(0, table.layer, bits, "amax")
-    clips = rounding.clips[torch.arange(len(of_entry)), of_entry]
+    of_entry[rows.remaining(problem.ledger, removed) == 0] = 0
+    bits = problem.widths.long()[of_entry]
+    widest = torch.zeros(len(problem.ledger.layers), dtype=torch.int64)
+    widest.scatter_reduce_(0, table.layer, bits, "amax")
+    clips = problem.rounding.clips[torch.arange(len(of_entry)), of_entry]
     return Assignment(removed, BitAllocation(widest.tolist(), clips, [], torch.ones(0), bits))
 
 
-def _tensor(choices: BitChoices) -> Tensor:
-    return torch.tensor([float(width) for width in choices.weights], dtype=torch.float64)
-
-
-def _spend(
-    ledger: Ledger,
-    target: Target,
-    removed: Tensor,
-    unlikely: Tensor,
-    worth: float,
-    choices: BitChoices,
-    rows: Rows,
-    reserve: int = 0,
-) -> Tensor:
+def _spend(problem: Problem, rows: Rows, removed: Tensor, reserve: int) -> Tensor:
     """Return the position of the width of each choice, int64, shape (choices,), which together spend the budgets.
 
     Args:
-        ledger, target, removed, choices, rows, reserve: as in `_steps_of_rows`.
-        unlikely: nats that each width is less likely than the best one, shape (choices, widths).
-        worth: of a bit of an element, in nats; so high that the widest model would be the best of all.
+        problem, rows, reserve: as in `_steps_of_rows`.
+        removed: bool, shape (groups,).
     """
-    table = rows.choices
-    widths = _tensor(choices)
+    ledger, target, table, widths = problem.ledger, problem.target, rows.choices, problem.widths
+    # So high that the widest model would be the best of all.
+    worth = _worth_of_a_bit(problem.learned, widths)
     elements = rows.remaining(ledger, removed)
     weights = ledger.weights(removed)
     uses = torch.tensor([layer.uses for layer in ledger.layers], dtype=torch.float64)
@@ -343,6 +325,7 @@ def _spend(
         per_bit.append(cost.index_add_(0, table.of_entry, elements * of_layer[table.layer])[used])
         room.append(budget - lowest)
     costs = torch.stack(per_bit)[..., None] * widths.diff()
+    unlikely = _unlikeliness(problem.learned.widths)
     losses = (unlikely[used] + worth * (widths[-1] - widths)) * of_choice[used, None]
     priority = by_sensitivity(losses, torch.ones(len(used), dtype=torch.float64), costs[0])
 
@@ -376,15 +359,16 @@ def _unlikeliness(logits: Tensor) -> Tensor:
     return logits.amax(-1, keepdim=True) - logits
 
 
-def _choose_groups(
-    families: Sequence[Family], limits: Limits, ledger: Ledger, target: Target, keep: Tensor, narrowest: float
-) -> Tensor:
+def _choose_groups(problem: Problem) -> Tensor:
     """Return the groups to remove under a target for pruning, those that remain with the least probability first."""
+    ledger, target, keep = problem.ledger, problem.target, problem.learned.keep
+    narrowest = float(problem.widths[0])
     removed = ledger.nothing
 
     def taken(scores: Tensor) -> Tensor:
         mask = removed.clone()
-        mask[take_due(target, ledger, find_chunks(families, scores, removed, limits), removed, 1, 1)] = True
+        chunks = find_chunks(problem.families, scores, removed, problem.limits)
+        mask[take_due(target, ledger, chunks, removed, 1, 1)] = True
         return mask
 
     sizes = {unit: budget for unit, budget in target.budgets.items() if unit != MEAN_BITS}
@@ -398,17 +382,9 @@ def _choose_groups(
     return found
 
 
-def _assign_jointly(
-    families: Sequence[Family],
-    limits: Limits,
-    ledger: Ledger,
-    target: Target,
-    learned: Learned,
-    rounding: RoundingErrors,
-    choices: BitChoices,
-    present: LearnedBits,
-) -> Assignment:
-    widths = torch.tensor(list(choices.weights), dtype=torch.float64)
+def _assign_jointly(problem: Problem) -> Assignment:
+    """Let removal and widths compete for a size, or for BOPs."""
+    ledger, target, learned, widths = problem.ledger, problem.target, problem.learned, problem.widths
     weights = ledger.weights(ledger.nothing)
     # The cost of a bit of an element of each layer, and of an element of any other tensor, in the target's unit.
     of_bit = torch.ones(len(ledger.layers), dtype=torch.float64)
@@ -425,16 +401,16 @@ def _assign_jointly(
     losses = ExpectedLosses(
         removal + worth * _of_groups(ledger, {**of_others, **own}),
         per_element * weights[:, None],
-        list(choices.weights),
+        list(problem.choices.weights),
     )
     # Widths of inputs are fixed, and are a factor of all BOPs.
     amount = target.amount if target.unit == BYTES else target.amount * 32 / target.input_bits
-    quantized_inputs = len(present.inputs) > 0
-    found = allocate_jointly(families, limits, ledger, losses, target.unit, amount, quantized_inputs=quantized_inputs)
-    steps = [list(choices.weights).index(bits) for bits in found.weight_bits]
-    inputs = [round(bits) for bits in present.inputs.tolist()]
-    clips = rounding.clips_at(steps)
-    return Assignment(found.removed, BitAllocation(found.weight_bits, clips, inputs, torch.ones(len(inputs))))
+    quantized_inputs = len(problem.present.inputs) > 0
+    found = allocate_jointly(
+        problem.families, problem.limits, ledger, losses, target.unit, amount, quantized_inputs=quantized_inputs
+    )
+    clips = problem.rounding.clips_at([list(problem.choices.weights).index(bits) for bits in found.weight_bits])
+    return Assignment(found.removed, BitAllocation(found.weight_bits, clips, [], torch.ones(0)))
 
 
 def _of_groups(ledger: Ledger, of_element: Mapping[str, float]) -> Tensor:

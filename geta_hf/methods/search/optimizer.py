@@ -22,7 +22,7 @@ from geta_hf.methods.qasso.checks import check_base, check_covered
 from geta_hf.methods.qasso.equations import relative_step
 from geta_hf.methods.qasso.slices import Slice, build_slices, group_sums, zero_moments, zero_slices
 from geta_hf.methods.rounding import fit_four_levels, write_bits
-from geta_hf.methods.search.assign import Assignment, Learned, Rows, assign, likeliest_inputs
+from geta_hf.methods.search.assign import Assignment, Learned, Problem, Rows, assign, likeliest_inputs
 from geta_hf.methods.search.choices import WidthChoices, sorted_weights
 from geta_hf.methods.search.config import SearchConfig
 from geta_hf.methods.search.cost_target import CostTarget
@@ -443,7 +443,7 @@ class Search(torch.optim.Optimizer):
         bits = self.quantizers.bits(named).cpu().double()
         count = self.quantizers.weight_layers
         inputs = self._chosen_inputs(bits[count:])
-        return assign(
+        problem = Problem(
             self.families,
             Limits.of(self.config),
             self.ledger,
@@ -452,10 +452,9 @@ class Search(torch.optim.Optimizer):
             self._rounding_errors(named),
             BitChoices(self.widths, self.config.input_widths or self.widths),
             LearnedBits(bits[:count], inputs, self.quantizers.input_positions()),
-            self._input_factors(inputs),
-            self._cost_target(),
             self._rows(),
         )
+        return assign(problem, self._input_factors(inputs), self._cost_target())
 
     def _rows(self) -> Rows | None:
         """Return what is needed to choose a width for each row or column; None where each layer has one choice."""

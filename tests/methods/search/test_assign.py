@@ -13,7 +13,7 @@ from geta_hf.costs.ledger import LayerEntry, Ledger
 from geta_hf.costs.selection import Limits
 from geta_hf.costs.sensitivity import RoundingErrors
 from geta_hf.costs.targets import solve_target
-from geta_hf.methods.search.assign import Assignment, Learned, assign
+from geta_hf.methods.search.assign import Assignment, Learned, Problem, assign
 from tests.methods.qasso.toy import Toy, toy_space
 
 WIDTHS = [2, 3, 6]
@@ -36,7 +36,8 @@ def choose(found: Learned, **targets: object) -> Assignment:
     rounding = RoundingErrors(torch.zeros(4, 3, dtype=torch.float64), torch.arange(12.0).view(4, 3), torch.ones(4) > 0)
     present = LearnedBits(torch.full((4,), 16.0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64), [-1] * 4)
     choices = BitChoices(WIDTHS, WIDTHS)
-    return assign(FAMILIES, Limits(), LEDGER, target, found, rounding, choices, present, torch.ones(0))
+    problem = Problem(FAMILIES, Limits(), LEDGER, target, found, rounding, choices, present)
+    return assign(problem, torch.ones(0))
 
 
 def elements_of(removed: torch.Tensor) -> int:
