@@ -6,7 +6,7 @@ stage ends, and a method that rounds after training when training ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import torch
@@ -19,8 +19,8 @@ from geta_hf.costs.quantizer_table import Named, Quantizers
 from geta_hf.costs.sensitivity import measure_errors
 from geta_hf.costs.targets import Target
 from geta_hf.quantization.blocks import half_steps
-from geta_hf.quantization.maths import FOUR_LEVEL_BITS
-from geta_hf.utils.shards import from_first_process
+from geta_hf.quantization.maths import FOUR_LEVEL_BITS, leave_zero
+from geta_hf.utils.shards import from_first_process, local
 
 
 def round_bits(
@@ -148,6 +148,20 @@ def write_bits(quantizers: Quantizers, named: Named, chosen: BitAllocation, four
     q_m = (d * levels) ** (1 / t)
     quantizers.write_clipping(q_m, named)
     quantizers.write_step_sizes(d, named)
+
+
+def keep_off_zero(quantizers: Quantizers, named: Named, frozen: Collection[str] = ()) -> None:
+    """Move weights of four levels that are exactly zero off it, next to where they are: zero is none of these.
+
+    Args:
+        quantizers: all of the model.
+        named: parameters by name.
+        frozen: names of weights that nothing may change. Default: none.
+    """
+    for prefix, weight in zip(quantizers.prefixes, quantizers.own_weights, strict=False):
+        own = quantizers.modules.get(prefix)
+        if own is not None and own.four_levels and weight in named and weight not in frozen:
+            leave_zero(local(named[weight].detach()))
 
 
 def _set_four_levels(quantizers: Quantizers, chosen: BitAllocation, wanted: Tensor | None) -> Tensor:

@@ -333,25 +333,10 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _cut(model: PreTrainedModel, plan: _Plan, dropped: DroppedExperts) -> None:
     for path, places in dropped.kept.items():
-        _cut_list(model.get_submodule(path), places, dropped)
+        dropped.cut_list(model.get_submodule(path), places)
     for name, (owner, dim) in plan.dims.items():
         _cut_tensor(model, name, dim, dropped.kept[owner], dropped)
-    for change in plan.changes:
-        holder: Any = model.get_submodule(change.module)
-        for name in change.path:
-            holder = getattr(holder, name)
-        dropped.set(holder, change.name, change.value)
-
-
-def _cut_list(module: nn.Module, kept: Sequence[int], dropped: DroppedExperts) -> None:
-    before = dict(module._modules)
-
-    def undo() -> None:
-        module._modules = before
-
-    dropped.later(undo)
-    others = {name: child for name, child in before.items() if not name.isdecimal()}
-    module._modules = {**others, **{str(place): before[str(old)] for place, old in enumerate(kept)}}
+    dropped.apply(plan.changes, model)
 
 
 @torch.no_grad()

@@ -231,23 +231,8 @@ def _shorten(model: PreTrainedModel, dropped: DroppedLayers) -> None:
     """Remove the blocks; attributes and configurations become what the shorter configuration builds."""
     changes = shorter_changes(model, dropped.kept)
     for series, kept in dropped.kept.items():
-        _cut_list(model.get_submodule(series), kept, dropped)
-    for change in changes:
-        holder: Any = model.get_submodule(change.module)
-        for name in change.path:
-            holder = getattr(holder, name)
-        dropped.set(holder, change.name, change.value)
-
-
-def _cut_list(blocks: nn.Module, kept: Sequence[int], dropped: DroppedLayers) -> None:
-    before = dict(blocks._modules)
-
-    def undo() -> None:
-        blocks._modules = before
-
-    dropped.later(undo)
-    # A list names its items by place, so the remaining ones are counted again, as the shorter model names its own.
-    blocks._modules = {str(place): before[str(old)] for place, old in enumerate(kept)}
+        dropped.cut_list(model.get_submodule(series), kept)
+    dropped.apply(changes, model)
 
 
 # --- the proof ----------------------------------------------------------------------------------------------------

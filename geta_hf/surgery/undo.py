@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import nn
+
+from geta_hf.surgery.shorter_config import Change
 
 
 @dataclass
@@ -31,3 +35,21 @@ class Undoable:
         before = getattr(holder, name)
         self.later(lambda: setattr(holder, name, before))
         setattr(holder, name, value)
+
+    def apply(self, changes: Iterable[Change], model: nn.Module) -> None:
+        """Give attributes of modules and of their configurations the values of a smaller model."""
+        for change in changes:
+            holder: Any = model.get_submodule(change.module)
+            for name in change.path:
+                holder = getattr(holder, name)
+            self.set(holder, change.name, change.value)
+
+    def cut_list(self, module: nn.Module, kept: Sequence[int]) -> None:
+        """Keep some of the modules that are named by their places, in order; others of a module remain.
+
+        The remaining ones are counted again, as the smaller model names its own.
+        """
+        before = module._modules
+        self.later(lambda: setattr(module, "_modules", before))
+        others = {name: child for name, child in before.items() if not name.isdecimal()}
+        module._modules = {**others, **{str(place): before[str(old)] for place, old in enumerate(kept)}}

@@ -158,8 +158,8 @@ def test_a_wrong_shorter_model_is_caught(monkeypatch: pytest.MonkeyPatch) -> Non
         dropped(model, ["model.layers.0"], batch)
     assert len(model.model.layers) == LAYERS
     monkeypatch.undo()
-    cut = module._cut_list
-    monkeypatch.setattr(module, "_cut_list", lambda blocks, kept, depth: cut(blocks, [0, 1, 2, 3], depth))
+    cut = module.DroppedLayers.cut_list
+    monkeypatch.setattr(module.DroppedLayers, "cut_list", lambda own, blocks, _: cut(own, blocks, [0, 1, 2, 3]))
     with pytest.raises(GETAError, match=r"the shortened model's logits .* differs"):
         dropped(model, ["model.layers.0"], batch)
 

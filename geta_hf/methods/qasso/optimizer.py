@@ -52,7 +52,7 @@ from geta_hf.methods.qasso.silent_gradients import check_learned
 from geta_hf.methods.qasso.slices import Product, Slice, build_slices, group_sums, zero_moments, zero_slices
 from geta_hf.methods.qasso.split import Averages, decide_split
 from geta_hf.methods.qasso.state import REDUNDANT, REMOVED, QASSOState, restore_vectors, store_vectors
-from geta_hf.methods.rounding import entry_factors, round_bits
+from geta_hf.methods.rounding import entry_factors, keep_off_zero, round_bits
 from geta_hf.qadg.group_labels import (
     GroupLabels,
     consumers,
@@ -65,7 +65,6 @@ from geta_hf.qadg.group_types import Family
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.quantization.clipping import Histogram
 from geta_hf.quantization.functional import FLOAT_BITS
-from geta_hf.quantization.maths import leave_zero
 from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.utils.shards import from_first_process, local
 
@@ -367,7 +366,7 @@ class QASSO(torch.optim.Optimizer):
         for parameter in self._trained_quantizers(named):
             parameter.grad = None  # a base optimizer skips what has no gradient
         self.base.step()
-        self._leave_zero(named)
+        keep_off_zero(self.quantizers, named, self.frozen.names)
         zero_slices(self._removed, named)
 
     # --- lines 6, 7, 14 and 15: the base step, and Algorithm 3 --------------------------------------------------------
@@ -684,19 +683,12 @@ class QASSO(torch.optim.Optimizer):
             choices,
             inputs,
         )
-        self._leave_zero(named)
+        keep_off_zero(self.quantizers, named, self.frozen.names)
         self._index_slices(named)  # lists the removed ones, which are to remain zero
         zero_slices(self._removed, named)
         if self._compensation is not None and (rounding or self.config.rounding) == "compensated":
             self._compensation.round(self.quantizers.own_weights, self.ledger.labels, self.removed_mask)
         self._note_final_quantizers(named)
-
-    def _leave_zero(self, named: Named) -> None:
-        """Move weights of four levels that are exactly zero off it, next to where they are: zero is none of these."""
-        for prefix, weight in zip(self.quantizers.prefixes, self.quantizers.own_weights, strict=False):
-            own = self.quantizers.modules.get(prefix)
-            if own is not None and own.four_levels and weight in named and weight not in self.frozen.names:
-                leave_zero(local(named[weight].detach()))
 
     def _form_blocks(self, named: Named) -> None:
         """Form blocks of 32 over the inputs that remain of each weight; nothing changes where they are so already."""

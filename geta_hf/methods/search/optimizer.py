@@ -21,7 +21,7 @@ from geta_hf.errors import GETAError
 from geta_hf.methods.qasso.checks import check_base, check_covered
 from geta_hf.methods.qasso.equations import relative_step
 from geta_hf.methods.qasso.slices import Slice, build_slices, group_sums, zero_moments, zero_slices
-from geta_hf.methods.rounding import fit_four_levels, write_bits
+from geta_hf.methods.rounding import fit_four_levels, keep_off_zero, write_bits
 from geta_hf.methods.search.assign import Assignment, Learned, Problem, Rows, assign, likeliest_inputs
 from geta_hf.methods.search.choices import WidthChoices, sorted_weights
 from geta_hf.methods.search.config import SearchConfig
@@ -32,7 +32,7 @@ from geta_hf.methods.search.schedule import FINETUNING, SEARCH, SearchSchedule
 from geta_hf.qadg.group_labels import GroupLabels, family_of_group, family_starts
 from geta_hf.qadg.group_types import Family
 from geta_hf.quantization.functional import step_size
-from geta_hf.quantization.maths import FOUR_LEVEL_BITS, leave_zero
+from geta_hf.quantization.maths import FOUR_LEVEL_BITS
 from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.utils.shards import from_first_process, shard_of
 
@@ -416,7 +416,7 @@ class Search(torch.optim.Optimizer):
             )
         write_bits(self.quantizers, named, chosen, four_levels)
         self.four_levels = self._levels_of_quantizers()
-        self._leave_zero(named)
+        keep_off_zero(self.quantizers, named)
         self.weight_bits = list(found.bits.weight_bits)
         self.entry_bits = found.bits.entry_bits
         self.input_bits = list(found.bits.input_bits)
@@ -432,12 +432,6 @@ class Search(torch.optim.Optimizer):
         modules = self.quantizers.modules
         prefixes = self.quantizers.prefixes[: self.quantizers.weight_layers]
         return [prefix in modules and modules[prefix].four_levels for prefix in prefixes]
-
-    def _leave_zero(self, named: Named) -> None:
-        """Move weights of four levels that are exactly zero off it, next to where they are: zero is none of these."""
-        for weight, four_levels in zip(self.quantizers.own_weights, self.four_levels, strict=True):
-            if four_levels and weight in named:
-                leave_zero(named[weight].detach())
 
     def _assignment(self, named: Named) -> Assignment:
         bits = self.quantizers.bits(named).cpu().double()
