@@ -79,9 +79,9 @@ class Quantizers:
         return self.prefixes[self.weight_layers :]
 
     def may_have_four_levels(self, prefix: str) -> bool:
-        """Return whether a quantizer may get four levels: one of a weight that is known, without sizes of inputs."""
+        """Return whether a quantizer may get four levels: one of a weight that is known."""
         own = self.modules.get(prefix)
-        return own is not None and not own.scales_inputs and not own.unsigned
+        return own is not None and not own.unsigned
 
     def position(self, weight: str) -> int:
         """Return the position in `prefixes` of a weight's quantizer; -1 where it has none."""

@@ -32,6 +32,7 @@ from geta_hf.quantization import (
     without_quantizers,
 )
 from geta_hf.quantization.fixed import output_dim
+from geta_hf.quantization.maths import FOUR_LEVEL_BITS
 from geta_hf.serialization.atomic_folder import write_folder
 from geta_hf.serialization.embeddings import RoundedEmbedding
 from geta_hf.serialization.encode import activation_bits, dense_weight, pack_layer, weight_holders
@@ -196,15 +197,25 @@ def _packed(
     codes = weight.codes(layer.get_parameter("weight"))
     widths = _channel_widths(name, layer, weight)
     bits = result.weight_bits[name] if widths is None else int(widths.bits.max())
-    four_levels = weight.four_levels
-    if four_levels and not bool(codes.all()):
+    four_levels = weight.four_levels or weight.some_four_levels
+    if not four_levels:
+        return _Part(codes, bits, weight.step, fixed, widths)
+    zeros = codes == 0
+    if weight.some_four_levels:
+        zeros &= weight.over(codes, weight.levels.bool())
+    if bool(zeros.any()):
         # Three bits hold 0 as well as -3, -1, 1 and 3, so that the folder computes what was trained.
         logger.warning(
             "%s has %d weights of exactly 0, which is none of its four levels; it is stored at 3 bits in place of 2",
             name,
-            int((codes == 0).sum()),
+            int(zeros.sum()),
         )
-        bits, four_levels = bits + 1, False
+        four_levels = False
+        if widths is None:
+            bits += 1
+        else:
+            wider = widths.bits.masked_fill(widths.bits == FOUR_LEVEL_BITS, FOUR_LEVEL_BITS + 1)
+            widths, bits = ChannelWidths(widths.dim, wider), int(wider.max())
     return _Part(codes, bits, weight.step, fixed, widths, four_levels)
 
 

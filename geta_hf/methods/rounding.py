@@ -6,7 +6,7 @@ stage ends, and a method that rounds after training when training ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -78,19 +78,22 @@ def fit_four_levels(
     chosen: BitAllocation,
     search: bool,
 ) -> tuple[BitAllocation, Tensor]:
-    """Find the layers of 2 bits that lose less on four levels than on three; waits for the device.
+    """Find the layers that lose less where their rows of 2 bits have four levels, not three; waits for the device.
 
     Args:
         quantizers, named, weight_of: as in `round_bits`.
-        chosen: the widths. A layer whose rows or columns differ has whole steps.
+        chosen: the widths of layers, or of rows or columns.
         search: look for the clipping values of least error; otherwise the present ones are kept.
 
     Returns:
-        The choice, with clipping values for the grid that each such layer gets, and which layers get four levels, bool,
+        The choice, with clipping values for the grid that each such row gets, and which layers get four levels, bool,
         shape (weight layers,).
     """
-    pairs = zip(quantizers.own_weights, chosen.weight_bits, strict=True)
-    wanted = {name for name, bits in pairs if bits == FOUR_LEVEL_BITS}
+    layer = _layers_of_weights(quantizers)
+    narrow = _bits_of(quantizers, chosen)[: len(layer)] == FOUR_LEVEL_BITS
+    some = torch.zeros(quantizers.weight_layers, dtype=torch.bool)
+    some[layer[narrow]] = True
+    wanted = {name for name, own in zip(quantizers.own_weights, some.tolist(), strict=True) if own}
     values = quantizers.read(named)
     found = measure_errors(
         quantizers, values, lambda name: weight_of(name) if name in wanted else None, [FOUR_LEVEL_BITS], search, True
@@ -102,8 +105,33 @@ def fit_four_levels(
     before = chosen.clip_factors
     if len(before) != len(found.layer):
         before = before[found.layer]
-    factors = torch.where(found.known[found.layer], found.clips[:, 0], before)
+    factors = torch.where(found.known[found.layer] & narrow, found.clips[:, 0], before)
     return replace(chosen, clip_factors=factors), four_levels
+
+
+def _layers_of_weights(quantizers: Quantizers) -> Tensor:
+    """Return the layer of each entry of weights' quantizers, int64, on CPU; these come before those of inputs."""
+    return quantizers.layer[quantizers.layer < quantizers.weight_layers].cpu()
+
+
+def bits_of_entries(
+    quantizers: Quantizers, weight_bits: Sequence[int], input_bits: Sequence[int], entry_bits: Tensor | None = None
+) -> Tensor:
+    """Return the width of each entry of all quantizers, fp32, shape (entries,), on CPU.
+
+    Args:
+        quantizers: all of the model.
+        weight_bits, input_bits: of layers.
+        entry_bits: of rows or columns, shape (entries of weights,). Default None: they are those of their layer.
+    """
+    bits = torch.tensor([*weight_bits, *input_bits], dtype=torch.float32)[quantizers.layer.cpu()]
+    if entry_bits is not None:
+        bits[: len(entry_bits)] = entry_bits.to(bits)
+    return bits
+
+
+def _bits_of(quantizers: Quantizers, chosen: BitAllocation) -> Tensor:
+    return bits_of_entries(quantizers, chosen.weight_bits, chosen.input_bits, chosen.entry_bits)
 
 
 def _learned_bits(quantizers: Quantizers, named: Named) -> LearnedBits:
@@ -127,20 +155,17 @@ def _of_first_process(chosen: BitAllocation) -> BitAllocation:
 def write_bits(quantizers: Quantizers, named: Named, chosen: BitAllocation, four_levels: Tensor | None = None) -> None:
     """Scale each q_m by its factor, then set d to the step size of the chosen width, in place.
 
-    Weights of 2 bits get four levels where `four_levels`, bool, shape (weight layers,), says so; all others have whole
-    steps.
+    Weights of 2 bits, or their rows or columns of 2 bits, get four levels where `four_levels`, bool, shape (weight
+    layers,), says so; all others have whole steps.
 
     Step sizes of weights are put on the grid of fp16, so that formats with such scales hold the very same values.
     """
     _, q_m, t = quantizers.read(named)
     device = q_m.device
-    bits = torch.tensor([*chosen.weight_bits, *chosen.input_bits], dtype=torch.float32, device=device)
     q_m = q_m * entry_factors(quantizers, chosen).to(device)
-    of_entry = bits[quantizers.layer]
-    if chosen.entry_bits is not None:
-        of_entry[: len(chosen.entry_bits)] = chosen.entry_bits.to(of_entry)
-    levels = 2.0 ** (of_entry + quantizers.extra.to(device) - 1) - 1
-    four = _set_four_levels(quantizers, chosen, four_levels).to(device)[quantizers.layer]
+    bits = _bits_of(quantizers, chosen)
+    levels = 2.0 ** (bits.to(device) + quantizers.extra.to(device) - 1) - 1
+    four = set_four_levels(quantizers, bits, four_levels).to(device)
     # With four levels the step that is stored is a third of d.
     parts = torch.where(four, 3.0, 1.0)
     d = _half_steps(quantizers, q_m**t / (levels * parts)) * parts
@@ -164,16 +189,22 @@ def keep_off_zero(quantizers: Quantizers, named: Named, frozen: Collection[str] 
             leave_zero(local(named[weight].detach()))
 
 
-def _set_four_levels(quantizers: Quantizers, chosen: BitAllocation, wanted: Tensor | None) -> Tensor:
-    """Let quantizers have four levels or whole steps; return which have four, bool, shape (quantizers,)."""
-    found = torch.zeros(len(quantizers.prefixes), dtype=torch.bool)
+def set_four_levels(quantizers: Quantizers, bits: Tensor, wanted: Tensor | None) -> Tensor:
+    """Let quantizers have four levels or whole steps; return which entries have four, bool, shape (entries,), on CPU.
+
+    Args:
+        quantizers: all of the model.
+        bits: as `bits_of_entries` returns them, on CPU.
+        wanted: bool, shape (weight layers,): whose entries of 2 bits have four levels; None for none.
+    """
+    found = torch.zeros(len(bits), dtype=torch.bool)
     if wanted is not None:
-        # The widest of rows or columns, and so that of all of them.
-        found[: len(wanted)] = wanted & (torch.tensor(chosen.weight_bits) == FOUR_LEVEL_BITS)
+        layer = _layers_of_weights(quantizers)
+        found[: len(layer)] = wanted.cpu()[layer] & (bits[: len(layer)] == FOUR_LEVEL_BITS)
     # Layers with tied weights share one quantizer, which is named by the first of them.
-    for prefix, four in zip(quantizers.prefixes, found.tolist(), strict=True):
+    for prefix, span in quantizers.spans.items():
         if prefix in quantizers.modules:
-            quantizers.modules[prefix].set_four_levels(four)
+            quantizers.modules[prefix].set_four_levels(found[span])
     return found
 
 

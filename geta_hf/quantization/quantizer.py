@@ -38,6 +38,7 @@ class Quantizer(SinglePrecision):
         order: int64, shape (inputs,), where there are blocks: the inputs in the order of their blocks; else None.
         four_levels: whether x^Q is one of -q_m, -q_m/3, q_m/3 and q_m (each to the power of t), which is the grid of a
             weight whose final width is 2; see `quantization.maths`. False at first; in checkpoints.
+        levels: the same as a buffer, shape (1,), or (channels,) where only some channels have this grid.
         frozen: whether (d, q_m, t) get no update, so that no gradient is computed for them; False at first.
         histogram: of the magnitudes that calibration met, relative to q_m at that time; None where it was not run.
 
@@ -80,6 +81,7 @@ class Quantizer(SinglePrecision):
         self.register_buffer("levels", torch.zeros(1, dtype=torch.uint8, device=start.device))
         self._natural = True
         self._four_levels = False
+        self._some_four_levels = False
         self.scales_inputs = by_input
         if by_input:
             # In checkpoints, where the shape of d tells nothing of a square weight.
@@ -100,18 +102,37 @@ class Quantizer(SinglePrecision):
 
     @property
     def four_levels(self) -> bool:
-        """Whether the grid has four levels."""
+        """Whether the grid of all channels has four levels."""
         # Known without a look at the device.
         return self._four_levels
 
-    def set_four_levels(self, four_levels: bool = True) -> None:
-        """Let the grid have four levels, or whole steps of d again; d and q_m must be those of 2 bits."""
-        self.levels.fill_(int(four_levels))
-        self._four_levels = four_levels
+    @property
+    def some_four_levels(self) -> bool:
+        """Whether the grid has four levels in some channels, and in others not; `levels` tells which."""
+        return self._some_four_levels
+
+    def set_four_levels(self, four_levels: bool | Tensor = True) -> None:
+        """Let the grid have four levels, or whole steps of d again; d and q_m must be those of 2 bits.
+
+        Args:
+            four_levels: for all channels, or bool, shape (channels,). Default True.
+        """
+        chosen = torch.as_tensor(four_levels).reshape(-1)
+        # One entry says it of all channels, as in checkpoints of before there were several.
+        alike = bool((chosen == chosen[0]).all())
+        self.levels = (chosen[:1] if alike else chosen).to(self.levels)
+        self._note_levels()
+
+    def _note_levels(self) -> None:
+        if not self.levels.is_meta:
+            self._some_four_levels = len(self.levels) > 1
+            self._four_levels = not self._some_four_levels and bool(self.levels)
 
     @property
     def step(self) -> Tensor:
         """What `codes` are multiplied by, in the shape of d: d itself, or a third of it where there are four levels."""
+        if self._some_four_levels:
+            return torch.where(self.levels.bool(), functional.four_level_step(self.d), self.d)
         return functional.four_level_step(self.d) if self._four_levels else self.d
 
     @property
@@ -131,10 +152,10 @@ class Quantizer(SinglePrecision):
         """Return x^Q with straight-through gradients; shape and dtype of x."""
         if self.unsigned:
             x = F.relu(x)
+        if self._some_four_levels:
+            return self._where_four_levels(x, *(self._fake_quantize(x, four_levels) for four_levels in (True, False)))
         if self.order is None:
-            return functional.fake_quantize(
-                x, *self.broadcast_over(x), self.exponent, self.frozen, four_levels=self._four_levels
-            )
+            return self._fake_quantize(x, self._four_levels)
         rows = functional.fake_quantize(
             self._rows(x),
             self.d,
@@ -146,6 +167,14 @@ class Quantizer(SinglePrecision):
             four_levels=self._four_levels,
         )
         return self._rows(rows)
+
+    def _fake_quantize(self, x: Tensor, four_levels: bool) -> Tensor:
+        """Return x^Q without blocks, on one grid."""
+        return functional.fake_quantize(x, *self.broadcast_over(x), self.exponent, self.frozen, four_levels=four_levels)
+
+    def _where_four_levels(self, x: Tensor, four: Tensor, whole: Tensor) -> Tensor:
+        """Return of two tensors of x's shape the first in channels that have four levels, else the second."""
+        return torch.where(self.over(x, self.levels.bool()), four, whole)
 
     def _rows(self, x: Tensor) -> Tensor:
         """Return a matrix as (out, in), or the reverse."""
@@ -164,6 +193,13 @@ class Quantizer(SinglePrecision):
         if self.order is None and self.channel_dim is not None:
             shape = (1, -1) if self.scales_inputs else (-1, 1)
             d, q_m = d.view(shape), q_m.view(shape)
+            if self._some_four_levels:
+                assert low_rank is None, "only a search gives channels different grids, and it trains no adapters"
+                four, whole = (
+                    functional.fake_quantize(weight, d, q_m, self.exponent, self.frozen, four_levels=own)
+                    for own in (True, False)
+                )
+                return F.linear(x, torch.where(self.levels.bool().view(shape), four, whole), bias)
         return quantized_linear(
             x,
             weight,
@@ -187,6 +223,9 @@ class Quantizer(SinglePrecision):
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """Return the integers n with x^Q = step · n, int32, in the shape of x; see `step`."""
+        if self._some_four_levels:
+            pair = (functional.four_level_codes, functional.integer_codes)
+            return self._where_four_levels(x, *(own(x, *self.broadcast_over(x), self.exponent) for own in pair))
         codes_of = functional.four_level_codes if self._four_levels else functional.integer_codes
         if self.order is None:
             return codes_of(x, *self.broadcast_over(x), self.exponent)
@@ -203,9 +242,14 @@ class Quantizer(SinglePrecision):
             return self._rows(self.d[:, block]), self._rows(self.q_m[:, block])
         if self.channel_dim is None:
             return self.d, self.q_m
+        return self.over(x, self.d), self.over(x, self.q_m)
+
+    def over(self, x: Tensor, values: Tensor) -> Tensor:
+        """Return values of channels in a shape that broadcasts over x."""
+        assert self.channel_dim is not None
         shape = [1] * x.dim()
         shape[self.channel_dim] = -1
-        return self.d.view(shape), self.q_m.view(shape)
+        return values.view(shape)
 
     def set_order(self, order: Tensor) -> None:
         """Set the order of the inputs in their blocks, int64, shape (inputs,), in place; d and q_m do not follow it."""
@@ -219,11 +263,13 @@ class Quantizer(SinglePrecision):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # Checkpoints of before there were four levels.
-        state_dict.setdefault(f"{prefix}levels", torch.zeros_like(self.levels))
+        levels = state_dict.setdefault(f"{prefix}levels", torch.zeros_like(self.levels))
+        if self.channel_dim is not None and len(levels) in (1, len(self.d)) and len(levels) != len(self.levels):
+            # Whether channels have one grid or several is decided in training.
+            self.levels = self.levels.new_zeros(len(levels))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._note_order()
-        if not self.levels.is_meta:
-            self._four_levels = bool(self.levels)
+        self._note_levels()
 
     def keep_inputs(self, index: Tensor) -> None:
         """Keep only the inputs of `index`, int64, ascending, shape (kept,), in place; their blocks must be formed.
@@ -252,6 +298,8 @@ class Quantizer(SinglePrecision):
         d and q_m become new parameters, so an optimizer that holds the old ones must be made again.
         """
         self._keep(0, index)
+        if self._some_four_levels:
+            self.set_four_levels(self.levels.bool()[index.to(self.levels.device)])
 
     def _keep(self, dim: int, index: Tensor) -> None:
         for leaf in ("d", "q_m"):
@@ -262,7 +310,7 @@ class Quantizer(SinglePrecision):
     def extra_repr(self) -> str:
         channels = "" if self.channel_dim is None else f", channels={self.d.shape[0]}"
         blocks = "" if self.order is None else f", blocks={self.d.shape[1]}"
-        levels = ", four levels" if self._four_levels else ""
+        levels = ", four levels" if self._four_levels else ", four levels in some" if self._some_four_levels else ""
         return f"learn_t={self.learn_t}{channels}{blocks}{levels}"
 
 

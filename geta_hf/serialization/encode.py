@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from geta_hf.errors import GETAError
 from geta_hf.quantization.blocks import is_half
 from geta_hf.quantization.fixed import FixedQuantizer
+from geta_hf.quantization.maths import FOUR_LEVEL_BITS
 from geta_hf.serialization.bitpack import MAX_BITS, MIN_BITS, ROWS_AT_ONCE, columns, largest_code, stream_length
 from geta_hf.serialization.packed_layers import (
     BLOCKS,
@@ -102,9 +103,10 @@ def pack_weight(codes: Tensor, bits: int, widths: ChannelWidths | None = None, f
     """
     if widths is None:
         return pack(codes, bits, four_levels)
-    parts = [
-        pack(codes.index_select(widths.dim, widths.index(width).to(codes.device)), width) for width in widths.counts
-    ]
+    parts = []
+    for width in widths.counts:
+        own = codes.index_select(widths.dim, widths.index(width).to(codes.device))
+        parts.append(pack(own, width, four_levels and width == FOUR_LEVEL_BITS))
     return torch.cat(parts)
 
 
@@ -112,19 +114,20 @@ def _misfit(
     codes: Tensor, bits: int, widths: ChannelWidths | None, four_levels: bool = False
 ) -> tuple[int, int] | None:
     """Return a code that does not fit its width, with this width; None where all fit."""
-    if four_levels:
-        if (even := _first_even(codes)) is not None:
+    if widths is None:
+        if four_levels and (even := _first_even(codes)) is not None:
             return even, bits
         largest = _largest(codes)
         return (largest, bits) if largest > largest_code(bits, four_levels) else None
-    if widths is None:
-        largest = _largest(codes)
-        return (largest, bits) if largest > largest_code(bits) else None
     others = [dim for dim in range(codes.dim()) if dim != widths.dim]
     most = torch.maximum(-codes.amin(others).long(), codes.amax(others).long()).cpu()
     for width in widths.counts:
-        largest = int(most[widths.index(width)].max())
-        if largest > largest_code(width):
+        four = four_levels and width == FOUR_LEVEL_BITS
+        index = widths.index(width)
+        if four and (even := _first_even(codes.index_select(widths.dim, index.to(codes.device)))) is not None:
+            return even, width
+        largest = int(most[index].max())
+        if largest > largest_code(width, four):
             return largest, width
     return None
 
@@ -153,7 +156,7 @@ def pack_layer(
     """
     if (misfit := _misfit(codes, bits, widths, four_levels)) is not None:
         largest, width = misfit
-        most = largest_code(width, four_levels)
+        most = largest_code(width, four_levels and width == FOUR_LEVEL_BITS)
         raise GETAError(
             f"{name}: code {largest} does not fit in {width} bits, the largest is {most}; its clipping value, step "
             f"size and bit width disagree, so set the step size again or give it more bits"

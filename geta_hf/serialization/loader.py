@@ -91,8 +91,8 @@ class GETAQuantizationConfig(QuantizationConfigMixin):
             and config.json has no such key.
         unsigned_inputs: modules whose rounded inputs have no negative codes. Default None: no module does, and
             config.json has no such key.
-        four_levels: paths of the packed layers of 2 bits whose weight has four levels. Default None: none has, and
-            config.json has no such key.
+        four_levels: paths of the packed layers in which what has 2 bits, the weight or some of its rows or columns, has
+            four levels. Default None: none has, and config.json has no such key.
 
     Raises:
         GETAError: an unknown version or key, or a value that no export writes.
@@ -171,10 +171,11 @@ def _check_four_levels(layers: Any, bits: Mapping[str, int], blocks: Mapping[str
     if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
         raise GETAError(f"{_WHERE} four_levels must be a list of module names, not {str(layers)[:80]!r}")
     for name in layers:
-        if bits.get(name) != FOUR_LEVEL_BITS or name in blocks:
+        widths = blocks[name]["widths"] if name in blocks else [bits.get(name)]
+        if FOUR_LEVEL_BITS not in widths:
             raise GETAError(
-                f"{_WHERE} four_levels names {name[:80]!r}, whose width in bits is {bits.get(name)}; only a layer with "
-                f"{FOUR_LEVEL_BITS} bits throughout has four levels, so copy or export the folder again"
+                f"{_WHERE} four_levels names {name[:80]!r}, whose width in bits is {', '.join(map(str, widths))}; only "
+                f"what has {FOUR_LEVEL_BITS} bits has four levels, so copy or export the folder again"
             )
 
 
@@ -235,10 +236,11 @@ class GETALoader(HfQuantizer):
     """Shrink and prepare a freshly built model, then verify and decode what was loaded."""
 
     requires_calibration = True  # a dense model cannot be loaded into this format, only exported
-    revision = 7
+    revision = 8
     """Rises when folders get what earlier code refuses: 2 since they have checksums, 3 since these have 16 digits, 4
     since there may be step sizes for blocks of inputs, 5 since a layer may have several widths,
-    6 since there may be four levels at 2 bits, 7 since each expert of a mixture may have layers of its own."""
+    6 since there may be four levels at 2 bits, 7 since each expert of a mixture may have layers of its own, 8 since
+    some rows or columns of a layer may have four levels."""
 
     quantization_config: GETAQuantizationConfig
 

@@ -88,8 +88,14 @@ class ChannelWidths:
         others = math.prod(shape) // max(shape[self.dim], 1)
         return sum(stream_length(count * others, width) for width, count in self.counts.items())
 
-    def unpack(self, stream: Tensor, shape: Sequence[int]) -> Tensor:
-        """Decode a stream into codes, int8 or int16, of a shape; raise GETAError as `bitpack.unpack` does."""
+    def unpack(self, stream: Tensor, shape: Sequence[int], four_levels: bool = False) -> Tensor:
+        """Decode a stream into codes, int8 or int16, of a shape; raise GETAError as `bitpack.unpack` does.
+
+        Args:
+            stream: uint8, one-dimensional.
+            shape: of the weight.
+            four_levels: whether what has 2 bits has four levels. Default False.
+        """
         if stream.dtype != torch.uint8 or tuple(stream.shape) != (self.length(shape),):
             raise GETAError(
                 f"codes of {', '.join(map(str, self.counts))} bits in a weight of shape {tuple(shape)} are a uint8 "
@@ -101,7 +107,8 @@ class ChannelWidths:
         for width, count in self.counts.items():
             part = [count if dim == self.dim else size for dim, size in enumerate(shape)]
             end = start + stream_length(math.prod(part), width)
-            block = unpack(stream[start:end], width, math.prod(part)).view(part).to(codes.dtype)
+            four = four_levels and width == FOUR_LEVEL_BITS
+            block = unpack(stream[start:end], width, math.prod(part), four).view(part).to(codes.dtype)
             codes.index_copy_(self.dim, self.index(width).to(stream.device), block)
             start = end
         return codes
@@ -117,7 +124,7 @@ class PackedLayer(InputQuantizedLayer):
     Attributes:
         bits: bit width of each code, or the widest of several.
         widths: where rows or columns have a width and a step size each; None where the layer has one width.
-        four_levels: whether the codes are -3, -1, 1 and 3, of 2 bits each.
+        four_levels: whether codes of 2 bits are -3, -1, 1 and 3.
         step_size: what codes are multiplied by, fp32, shape (1,) or (channels,), or as stored, shape (channels,
             blocks); on CPU. A plain attribute and no buffer, so that no cast of the layer reaches it.
         input_quantizer: rounds the input as in training; None where the input stays in floating point.
@@ -147,8 +154,8 @@ class PackedLayer(InputQuantizedLayer):
 
     @property
     def integer_bits(self) -> int:
-        """Bit width of the smallest symmetric integer that holds the codes: 3 for those of four levels, else `bits`."""
-        return self.bits + 1 if self.four_levels else self.bits
+        """Bit width of the smallest symmetric integer that holds the codes: `bits`, or 3 for four levels throughout."""
+        return self.bits + 1 if self.four_levels and self.bits == FOUR_LEVEL_BITS else self.bits
 
     @property
     def dense_shape(self) -> tuple[int, ...]:
@@ -189,7 +196,7 @@ class PackedLayer(InputQuantizedLayer):
     def unpacked(self, stream: Tensor) -> Tensor:
         """Decode the weight's stream into codes of its shape; raise GETAError as `bitpack.unpack` does."""
         if self.widths is not None:
-            return self.widths.unpack(stream, self.dense_shape)
+            return self.widths.unpack(stream, self.dense_shape, self.four_levels)
         return unpack(stream, self.bits, math.prod(self.dense_shape), self.four_levels).view(self.dense_shape)
 
     def scale(self, device: torch.device) -> Tensor:
@@ -381,12 +388,12 @@ def become_packed(
         bits: 2 to 16.
         tied: whether another layer has the same weight, so that an embedding must decode all of it. Default False.
         widths: where rows or columns differ in width; `bits` is then the widest. Default None.
-        four_levels: whether its codes are -3, -1, 1 and 3, at 2 bits. Default False.
+        four_levels: whether its codes of 2 bits are -3, -1, 1 and 3. Default False.
 
     Raises:
         GETAError: the layer's class has no packed counterpart.
     """
-    assert not four_levels or (bits == FOUR_LEVEL_BITS and widths is None)
+    assert not four_levels or widths is not None or bits == FOUR_LEVEL_BITS
     original: Any = type(layer)
     plain: Any = next((plain for plain in _PACKED if isinstance(layer, plain)), None)
     if isinstance(layer, PackedLayer) or plain is None:

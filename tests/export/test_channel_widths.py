@@ -23,7 +23,8 @@ from geta_hf.reporting.comparison import read_structure
 from geta_hf.reporting.folder_summary import read_summary
 from geta_hf.reporting.model_card import describe_folder
 from geta_hf.reporting.structure_svg import layer_grid
-from geta_hf.serialization.encode import pack, pack_weight
+from geta_hf.serialization.encode import pack, pack_layer, pack_weight
+from geta_hf.serialization.loader import GETAQuantizationConfig
 from geta_hf.serialization.packed_layers import ChannelWidths, packed_layers
 from geta_hf.surgery.compare_outputs import attention_outputs
 from tests.export.tiny_encoders import some_batch, tiny_model
@@ -39,8 +40,11 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 
 @torch.no_grad()
-def set_widths(model: PreTrainedModel, space: PruningSpace, remove: bool = True) -> None:
-    """Give the groups of each family widths in turn, and all else 4 bits; of each family remove the first group."""
+def set_widths(model: PreTrainedModel, space: PruningSpace, remove: bool = True, four_levels: bool = False) -> None:
+    """Give the groups of each family widths in turn, and all else 4 bits; of each family remove the first group.
+
+    With `four_levels` those of 2 bits have these.
+    """
     widths = (2, 3, 5, 8)
     bits = {name: torch.full_like(own.weight_quantizer.d, 4) for name, own in quantized_layers(model).items()}
     tensors = model.state_dict()
@@ -55,9 +59,12 @@ def set_widths(model: PreTrainedModel, space: PruningSpace, remove: bool = True)
                 bits[member.tensor.removesuffix(".weight")][index] = widths[group % len(widths)]
     for name, own in quantized_layers(model).items():
         own.weight_quantizer.d.copy_(step_size(bits[name], own.weight_quantizer.q_m, own.weight_quantizer.t))
+        own.weight_quantizer.set_four_levels((bits[name] == 2) & four_levels)
 
 
-def trained(inputs: bool = False, remove: bool = True) -> tuple[PreTrainedModel, PruningSpace]:
+def trained(
+    inputs: bool = False, remove: bool = True, four_levels: bool = False
+) -> tuple[PreTrainedModel, PruningSpace]:
     model = tiny_model()
     space = build_space(model, some_batch())
     ends = [f"bert.encoder.layer.{n}.{end}" for n in range(2) for end in ("output.dense", "attention.output.dense")]
@@ -67,13 +74,13 @@ def trained(inputs: bool = False, remove: bool = True) -> tuple[PreTrainedModel,
         for layer in quantized_layers(model).values():
             own = layer.input_quantizer
             own.d.data.copy_(step_size(8.0, own.q_m, own.t))
-    set_widths(model, space, remove)
+    set_widths(model, space, remove, four_levels)
     return model, space
 
 
-@pytest.fixture(scope="module")
-def original() -> tuple[PreTrainedModel, PruningSpace]:
-    return trained()
+@pytest.fixture(scope="module", params=[False, True], ids=["three levels", "four levels"])
+def original(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, PruningSpace]:
+    return trained(four_levels=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +137,9 @@ def test_reports_count_every_width(folder: Path) -> None:
     assert f"{MLP}: 2 to 8, 4.5 on average bits (2 bits: 15, 3 bits: 16, 5 bits: 16, 8 bits: 16)" in titles
 
 
-def test_integers_compute_the_same(tmp_path: Path) -> None:
-    model, space = trained(inputs=True)
+@pytest.mark.parametrize("four_levels", [False, True])
+def test_integers_compute_the_same(four_levels: bool, tmp_path: Path) -> None:
+    model, space = trained(inputs=True, four_levels=four_levels)
     export(model, tmp_path / "out", space=space, batch=some_batch())
     reloaded = BertForQuestionAnswering.from_pretrained(tmp_path / "out")
     before = logits(reloaded)
@@ -155,12 +163,14 @@ def test_integers_compute_the_same(tmp_path: Path) -> None:
     assert torch.equal(logits(reloaded), before)
 
 
-def test_widths_that_do_not_ascend_are_stored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("four_levels", [False, True])
+def test_widths_that_do_not_ascend_are_stored(four_levels: bool, tmp_path: Path) -> None:
     """Rows of one channel differ between layers, so that no order of channels suits all."""
-    model, space = trained()
+    model, space = trained(four_levels=four_levels)
     quantizer = quantized_layers(model)[MLP].weight_quantizer
     bits = torch.arange(64) % 5 + 2.0
     quantizer.d.data.copy_(step_size(bits, quantizer.q_m, quantizer.t))
+    quantizer.set_four_levels((bits == 2) & four_levels)
     export(model, tmp_path / "out", space=space, batch=some_batch())
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(tensors[f"{MLP}.weight_widths"], bits[1:].to(torch.int8))
@@ -226,22 +236,24 @@ def test_versions_are_refused(folder: Path, tmp_path: Path, key: str, value: obj
         BertForQuestionAnswering.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("four_levels", [False, True])
 @pytest.mark.parametrize("format", ["vanilla", "compressed-tensors", pytest.param("onnx", marks=pytest.mark.slow)])
-def test_other_formats_hold_the_same_values(format: str, tmp_path: Path) -> None:
+def test_other_formats_hold_the_same_values(format: str, four_levels: bool, tmp_path: Path) -> None:
     if format != "vanilla":
         pytest.importorskip({"compressed-tensors": "compressed_tensors", "onnx": "onnxscript"}[format])
-    model, space = trained(remove=False)  # which BertConfig could not say of heads
+    model, space = trained(remove=False, four_levels=four_levels)  # which BertConfig could not say of heads
     # Its proof compares the outputs of what is written with those of the model.
     export(model, tmp_path / "out", space=space, batch=some_batch(), format=format)
 
 
-def test_a_conv1d_has_widths_along_both_dims(tmp_path: Path) -> None:
+@pytest.mark.parametrize("four_levels", [False, True])
+def test_a_conv1d_has_widths_along_both_dims(four_levels: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=20, n_positions=16)).eval()
     batch = {"input_ids": torch.arange(8)[None]}
     space = build_space(model, batch)
     attach_quantizers(model, initial_bits=4, grid="channel", by_input=["transformer.h.0.mlp.c_proj"])
-    set_widths(model, space)
+    set_widths(model, space, four_levels=four_levels)
     export(model, tmp_path / "out", space=space, batch=batch)
     reloaded = GPT2LMHeadModel.from_pretrained(tmp_path / "out")
     blocks = reloaded.config.quantization_config.blocks
@@ -266,6 +278,58 @@ def test_the_stream_is_one_width_after_the_other() -> None:
         with pytest.raises(GETAError, match="codes of 2, 3, 8, 9 bits in a weight of shape"):
             widths.unpack(stream[1:], shape)
     assert widths.entry() == {"dim": 1, "widths": [2, 3, 8, 9], "counts": [2, 1, 1, 1]} and not widths.is_sorted
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_what_has_two_bits_may_have_four_levels(dim: int) -> None:
+    bits = torch.tensor([8, 2, 2, 3, 2], dtype=torch.int8)
+    widths = ChannelWidths(dim, bits)
+    generator = torch.Generator().manual_seed(0)
+    shape = (5, 7) if dim == 0 else (7, 5)
+    odd = 2 * torch.randint(-2, 2, shape, generator=generator) + 1
+    narrow = widths.index(2)
+    codes = torch.randint(-3, 4, shape, generator=generator).index_copy(dim, narrow, odd.index_select(dim, narrow))
+    stream = pack_weight(codes, 8, widths, four_levels=True)
+    assert len(stream) == widths.length(shape)
+    assert torch.equal(widths.unpack(stream, shape, four_levels=True).long(), codes)
+    layer = torch.nn.Linear(shape[1], shape[0])
+    for value, message in (
+        (0, "code 0 does not fit in 2 bits, the largest is 3"),
+        (5, "code 5 does not fit in 2 bits"),
+    ):
+        wrong = codes.index_fill(dim, narrow[:1], value)
+        with pytest.raises(GETAError, match=message):
+            pack_layer("a.layer", layer, wrong, 8, torch.ones(5), widths=widths, four_levels=True)
+    # The others still have theirs.
+    wrong = codes.index_fill(dim, widths.index(3), 4)
+    with pytest.raises(GETAError, match="code 4 does not fit in 3 bits, the largest is 3"):
+        pack_layer("a.layer", layer, wrong, 8, torch.ones(5), widths=widths, four_levels=True)
+
+
+@pytest.mark.parametrize("name", [MLP, DOWN])
+def test_a_zero_among_four_levels_takes_a_third_bit(name: str, tmp_path: Path) -> None:
+    model, space = trained(four_levels=True)
+    layer = quantized_layers(model)[name]
+    group = 8  # of 2 bits, and not removed
+    with torch.no_grad():
+        layer.weight[(group, 3) if name == MLP else (3, group)] = 0.0
+    export(model, tmp_path / "out", space=space, batch=some_batch())
+    entry = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert name not in entry["four_levels"] and len(entry["four_levels"]) > 1
+    assert entry["blocks"][name]["widths"] == [3, 5, 8]
+    reloaded = BertForQuestionAnswering.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(reloaded), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_four_levels_need_two_bits(original: tuple[PreTrainedModel, PruningSpace], folder: Path) -> None:
+    entry = json.loads((folder / "config.json").read_text())["quantization_config"]
+    some = {name for name, layer in quantized_layers(original[0]).items() if layer.weight_quantizer.some_four_levels}
+    # Of the attention, all heads of 2 bits are gone.
+    remain = [name for name, block in entry["blocks"].items() if 2 in block["widths"]] if some else []
+    assert entry.get("four_levels", []) == remain and set(remain) <= some and bool(remain) == bool(some)
+    plain = {"bits": {"a": 5}, "blocks": {"a": {"dim": 0, "widths": [3, 5], "counts": [1, 1]}}}
+    with pytest.raises(GETAError, match="four_levels names 'a', whose width in bits is 3, 5; only what has 2 bits"):
+        GETAQuantizationConfig(**plain, four_levels=["a"])
 
 
 def test_a_result_says_where_widths_are(original: tuple[PreTrainedModel, PruningSpace], tmp_path: Path) -> None:

@@ -116,6 +116,8 @@ CONFIGS = {
     "after training": (PostTrainingConfig, {"grid": "channel", "mean_bits": 2.0, "bits": (2, 4)}),
     "search": (SearchConfig, {"mean_bits": 2.2, "bits": (2, 4)}),
     "search by row": (SearchConfig, {"mean_bits": 2.0, "bits": (2, 4), "granularity": "row"}),
+    "search by row, some rows": (SearchConfig, {"mean_bits": 2.6, "bits": (2, 4), "granularity": "row"}),
+    "search by group, some columns": (SearchConfig, {"mean_bits": 2.6, "bits": (2, 4), "granularity": "group"}),
 }
 SEARCH = {"warmup": 2, "search": 8}
 
@@ -126,8 +128,10 @@ def test_masked_and_reloaded_models_agree(name: str, tmp_path: Path) -> None:
     stages = SEARCH if kind is SearchConfig else SMALL
     run = Run(tmp_path / "run", kind(**{**stages, "target_sparsity": 0.4, **changes}))
     two = [path for path, bits in run.trainer.method.result().weight_bits.items() if bits == 2]
-    four = [path for path, layer in run.layers.items() if layer.weight_quantizer.four_levels]
-    assert four and set(four) <= set(two)
+    some = [path for path, layer in run.layers.items() if layer.weight_quantizer.some_four_levels]
+    four = [path for path, layer in run.layers.items() if layer.weight_quantizer.four_levels or path in some]
+    assert four and set(four) - set(some) <= set(two)
+    assert bool(some) == ("some" in name)
     # A search lets clipping values, and steps with them, learn once widths are fixed.
     for path in four if kind is not SearchConfig else ():
         step = run.layers[path].weight_quantizer.step
@@ -142,9 +146,10 @@ def test_masked_and_reloaded_models_agree(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     # What changes the state afterwards is undone.
     own = run.layers[four[0]].weight_quantizer
+    before = own.levels
     own.set_four_levels(False)
     run.trainer.restore_compression()
-    assert own.four_levels
+    assert bool(before.any()) and torch.equal(own.levels, before)
 
 
 def test_three_levels_where_they_are_asked_for(tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from geta_hf.quantization import attach_quantizers
 from geta_hf.quantization.functional import (
     EAGER_FOUR_LEVELS,
     four_level_gradients,
     quantize_four_levels,
+    step_size,
 )
 from geta_hf.quantization.kernels import choose, using
 from geta_hf.quantization.quantizer import Quantizer
@@ -138,3 +140,69 @@ def test_the_state_is_in_checkpoints_and_copies() -> None:
     fresh.load_state_dict(former)
     assert not fresh[0].weight_quantizer.four_levels
     assert not torch.equal(fresh(x), model(x))
+
+
+MIXED = torch.tensor([True, False, False, True, False, True])
+
+
+@pytest.mark.parametrize("by_input", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_some_channels_have_four_levels(by_input: bool, transposed: bool) -> None:
+    """Each channel computes, learns and is stored as one of a quantizer whose channels are all of its kind."""
+    torch.manual_seed(2)
+    model = nn.Sequential(Conv1D(6, 6) if transposed else nn.Linear(6, 6))
+    attach_quantizers(model, include=[""], initial_bits=2, grid="channel")
+    layer = model[0]
+    along = int(transposed) ^ int(by_input)
+    bits = torch.where(MIXED, 2.0, 4.0)
+    own = Quantizer(1.2 + torch.rand(6), 2, channel_dim=along, by_input=by_input)
+    with torch.no_grad():
+        own.d.copy_(step_size(bits, own.q_m, own.t))
+    own.set_four_levels(MIXED)
+    assert own.some_four_levels and not own.four_levels
+    alike = {four: copy.deepcopy(own) for four in (True, False)}
+    for four, quantizer in alike.items():
+        quantizer.set_four_levels(four)
+        assert quantizer.four_levels is four and not quantizer.some_four_levels and len(quantizer.levels) == 1
+    with torch.no_grad():
+        layer.weight.normal_(0, 1.5)
+    w = layer.weight.detach()
+    mask = own.over(w, MIXED).expand_as(w)
+    assert torch.equal(own(w), torch.where(mask, alike[True](w), alike[False](w)))
+    assert torch.equal(own.codes(w) * own.over(w, own.step), own(w))
+    assert own.codes(w)[mask].abs().max() == 3 and own.codes(w)[~mask].abs().max() > 3
+    # The layer, and the gradients of all that learns.
+    layer.weight_quantizer = own
+    x, grad = torch.randn(5, 6), torch.randn(5, 6)
+    out = layer(x)
+    rounded = own(w)
+    assert torch.allclose(out, x @ (rounded if transposed else rounded.t()) + layer.bias)
+    out.backward(grad)
+    of_weight = x.t() @ grad if transposed else grad.t() @ x
+    for four, quantizer in alike.items():
+        own_weight = w.clone().requires_grad_()
+        quantizer(own_weight).backward(of_weight)
+        kind = MIXED if four else ~MIXED
+        assert torch.allclose(layer.weight.grad[mask == four], own_weight.grad[mask == four])
+        for leaf in ("d", "q_m"):
+            found, wanted = (getattr(one, leaf).grad[kind] for one in (own, quantizer))
+            assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_channels_of_two_kinds_are_loaded_and_cut() -> None:
+    own = Quantizer(torch.rand(6) + 1, 2, channel_dim=0)
+    own.set_four_levels(MIXED)
+    fresh = Quantizer(torch.rand(6) + 1, 2, channel_dim=0)
+    fresh.load_state_dict(own.state_dict())
+    w = torch.randn(6, 4)
+    assert fresh.some_four_levels and torch.equal(fresh(w), own(w))
+    # And back, where one grid is that of all.
+    fresh.load_state_dict(Quantizer(torch.rand(6) + 1, 2, channel_dim=0).state_dict())
+    assert not fresh.some_four_levels and not fresh.four_levels and len(fresh.levels) == 1
+    for index, some, four in (([0, 1], True, False), ([0, 3, 5], False, True), ([1, 2], False, False)):
+        cut = copy.deepcopy(own)
+        cut.keep_channels(torch.tensor(index))
+        assert (cut.some_four_levels, cut.four_levels) == (some, four)
+        assert torch.equal(cut(w[index]), own(w)[index])
+    with pytest.raises(RuntimeError, match="size mismatch for levels"):
+        fresh.load_state_dict({**own.state_dict(), "levels": torch.ones(3, dtype=torch.uint8)})

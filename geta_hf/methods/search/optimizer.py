@@ -21,7 +21,7 @@ from geta_hf.errors import GETAError
 from geta_hf.methods.qasso.checks import check_base, check_covered
 from geta_hf.methods.qasso.equations import relative_step
 from geta_hf.methods.qasso.slices import Slice, build_slices, group_sums, zero_moments, zero_slices
-from geta_hf.methods.rounding import fit_four_levels, keep_off_zero, write_bits
+from geta_hf.methods.rounding import bits_of_entries, fit_four_levels, keep_off_zero, set_four_levels, write_bits
 from geta_hf.methods.search.assign import Assignment, Learned, Problem, Rows, assign, likeliest_inputs
 from geta_hf.methods.search.choices import WidthChoices, sorted_weights
 from geta_hf.methods.search.config import SearchConfig
@@ -91,7 +91,7 @@ class Search(torch.optim.Optimizer):
         entry_bits: int64, shape (entries,), on CPU: the width of each row or column, where those of a weight differ.
         input_bits: the widths of the quantized inputs once they are chosen.
         clips: clipping values of each quantizer at each width, shape (entries, widths); None before the search.
-        four_levels: whether each weight has four levels at 2 bits; in the search those whose widths are of a layer, and
+        four_levels: whether each weight has four levels at 2 bits; in the search those that lose less on them, and
             after it those that ended so.
 
     Raises:
@@ -302,8 +302,7 @@ class Search(torch.optim.Optimizer):
         if self.clips is None:
             named = self._named()
             _, q_m, _ = self.quantizers.read(named)
-            # Rows of several widths have whole steps in the end, so they have them here as well.
-            found = self._rounding_errors(named, self.config.four_levels and self.width_choices.by_layer)
+            found = self._rounding_errors(named, self.config.four_levels)
             factors = found.clips.to(q_m.device)
             self.clips = q_m[: len(factors), None] * factors
             if found.four_levels is not None:
@@ -394,10 +393,8 @@ class Search(torch.optim.Optimizer):
         """Set each d to the step size of its width."""
         _, q_m, t = self.quantizers.read(named)
         if self._entry_bits is None or self._entry_bits.device != q_m.device:
-            bits = torch.tensor([*map(float, self.weight_bits), *map(float, self.input_bits)], device=q_m.device)
-            self._entry_bits = bits[self.quantizers.layer]
-            if self.entry_bits is not None:
-                self._entry_bits[: len(self.entry_bits)] = self.entry_bits.to(self._entry_bits)
+            bits = bits_of_entries(self.quantizers, self.weight_bits, self.input_bits, self.entry_bits)
+            self._entry_bits = bits.to(q_m.device)
         self.quantizers.write_step_sizes(step_size(self._entry_bits + self.quantizers.extra, q_m, t), named)
 
     def _quantizer_names(self, named: Named) -> list[str]:
@@ -410,7 +407,7 @@ class Search(torch.optim.Optimizer):
         self.check_finite()
         found = self._assignment(named)
         chosen, four_levels = found.bits, None
-        if self.config.four_levels and FOUR_LEVEL_BITS in chosen.weight_bits:
+        if self.config.four_levels and FOUR_LEVEL_BITS in self.widths:
             chosen, four_levels = fit_four_levels(
                 self.quantizers, named, named.get, chosen, self.config.clipping == "mse"
             )
@@ -431,7 +428,8 @@ class Search(torch.optim.Optimizer):
     def _levels_of_quantizers(self) -> list[bool]:
         modules = self.quantizers.modules
         prefixes = self.quantizers.prefixes[: self.quantizers.weight_layers]
-        return [prefix in modules and modules[prefix].four_levels for prefix in prefixes]
+        found = [modules.get(prefix) for prefix in prefixes]
+        return [own is not None and (own.four_levels or own.some_four_levels) for own in found]
 
     def _assignment(self, named: Named) -> Assignment:
         bits = self.quantizers.bits(named).cpu().double()
@@ -497,9 +495,8 @@ class Search(torch.optim.Optimizer):
         named = self._named()
         self._follow_device()
         zero_slices(self._removed_slices(named), named)
-        for prefix, four_levels in zip(self.quantizers.prefixes, self.four_levels, strict=False):
-            if prefix in self.quantizers.modules:
-                self.quantizers.modules[prefix].set_four_levels(four_levels)
+        bits = bits_of_entries(self.quantizers, self.weight_bits, self.input_bits, self.entry_bits)
+        set_four_levels(self.quantizers, bits, torch.tensor(self.four_levels))
         self._set_step_sizes(named)
 
     def masks(self) -> dict[str, Tensor]:

@@ -264,7 +264,9 @@ def _values(tensor: Tensor, packed: tuple[str, PackedLayer] | None) -> Values:
     floats = layer.decoded(codes)
     if layer.bits > BYTE_BITS or layer.scales_inputs:
         return Values(floats)  # a block of the file has its step size for 32 inputs of one row
-    return Values(floats, codes.to(torch.int8), layer.step_size.float(), layer.bits, layer.four_levels)
+    # Rows of four levels next to wider ones have the codes of 3 bits, as all types of the file but the narrowest hold.
+    four_levels = layer.four_levels and layer.widths is None
+    return Values(floats, codes.to(torch.int8), layer.step_size.float(), layer.bits, four_levels)
 
 
 def _ordered(name: str, values: Values, layout: Layout) -> Values:
