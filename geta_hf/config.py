@@ -810,8 +810,8 @@ class CompressionConfig:
 
 
 FOUR_LEVELS_HELP = (
-    "Give a weight whose final width is 2 bits the four levels -q, -q/3, q/3 and q (SEQ, arXiv 2502.02631) in place of "
-    "-q, 0 and q, where it loses less on them."
+    "Give what ends at 2 bits, a weight or some of its rows, the four levels -q, -q/3, q/3 and q (SEQ, arXiv "
+    "2502.02631) in place of -q, 0 and q, where it loses less on them."
 )
 """What the field `four_levels` means, in every method that has it."""
 
