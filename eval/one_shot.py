@@ -99,6 +99,13 @@ def loss_of_each(model: PreTrainedModel, blocks: Tensor) -> Tensor:
     ).double()
 
 
+def ledger_of(model: PreTrainedModel, space: PruningSpace, grid: str) -> Ledger:
+    """Return the sizes of a dense model with quantizers on a grid."""
+    empty = empty_copy(model)
+    make_method(OneShotConfig(target_bytes=1, grid=grid)).attach(empty, None)
+    return make_ledger(empty, space)
+
+
 def bytes_for(ledger: Ledger, bits: float) -> int:
     """Return the size of a file that stores `bits` for each weight of the original blocks, step sizes counted."""
     weights = float(ledger.weights(ledger.nothing).sum())
@@ -169,9 +176,7 @@ def run(name: str, bits: float, draw: int, study: Study) -> dict[str, Any]:
     chosen = study.blocks[torch.randperm(len(study.blocks), generator=generator)[: arguments.blocks]]
     start = time.perf_counter()
     settings = {"grid": arguments.grid, **METHODS[name]}
-    empty = empty_copy(model)
-    make_method(OneShotConfig(target_bytes=1, grid=arguments.grid)).attach(empty, None)
-    ledger = make_ledger(empty, study.space)
+    ledger = ledger_of(model, study.space, arguments.grid)
     config = OneShotConfig(target_bytes=bytes_for(ledger, bits), **settings)
     # The last quarter is held back, of the same blocks for every method; gradients take half of the others.
     split = 3 * len(chosen) // 4
