@@ -123,10 +123,34 @@ EAGER = Kernel("eager", quantize, gradients, straight_through)
 EAGER_FOUR_LEVELS = Kernel("eager", quantize_four_levels, four_level_gradients, straight_through, four_levels=True)
 
 
-def choose_kernel(x: Tensor, blocks: bool, order: Tensor | None, four_levels: bool = False) -> Kernel:
+def choose_kernel(x: Tensor, blocks: bool, order: Tensor | None, four_levels: bool | Tensor = False) -> Kernel:
     """Return the fastest kernel for x; where `blocks` holds, for the grid `block32` with the inputs in this order."""
+    if isinstance(four_levels, Tensor):
+        return _by_channel(choose(x, EAGER_FOUR_LEVELS), choose(x, EAGER), four_levels)
     kernel = choose(x, EAGER_FOUR_LEVELS if four_levels else EAGER)
     return in_blocks(kernel, order) if blocks else kernel
+
+
+def _by_channel(four: Kernel, whole: Kernel, four_levels: Tensor) -> Kernel:
+    """Return the kernel of a grid that has four levels in some channels, and whole steps in the others.
+
+    Args:
+        four, whole: the kernels of the two.
+        four_levels: which channels, bool, broadcastable against what is rounded.
+    """
+
+    def quantize_each(x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None) -> Tensor:
+        return torch.where(four_levels, four.quantize(x, d, q_m, t), whole.quantize(x, d, q_m, t))
+
+    def gradients_of_each(
+        grad: Tensor, x: Tensor, d: Tensor, q_m: Tensor, t: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        of_four = four.gradients(torch.where(four_levels, grad, 0.0), x, d, q_m, t)
+        of_whole = whole.gradients(torch.where(four_levels, 0.0, grad), x, d, q_m, t)
+        first, second, third = (one + other for one, other in zip(of_four[:3], of_whole[:3], strict=True))
+        return first, second, third, None if of_four[3] is None or of_whole[3] is None else of_four[3] + of_whole[3]
+
+    return Kernel(whole.name, quantize_each, gradients_of_each, whole.straight_through)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -142,7 +166,7 @@ class _FakeQuantize(torch.autograd.Function):
         frozen: bool,
         blocks: bool,
         order: Tensor | None,
-        four_levels: bool,
+        four_levels: bool | Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, d, q_m, t)
         # Chosen once: backward must use the kernel of its forward, even after a `using` around the forward has ended.
@@ -167,7 +191,7 @@ def fake_quantize(
     *,
     blocks: bool = False,
     order: Tensor | None = None,
-    four_levels: bool = False,
+    four_levels: bool | Tensor = False,
 ) -> Tensor:
     """Return `quantize(x, d, q_m, t)` with the straight-through gradients of `gradients`.
 
@@ -178,7 +202,8 @@ def fake_quantize(
         frozen: d, q_m and t get no update (cool-down): their gradients are zeros and cost nothing. Default False.
         blocks: x is a weight of shape (out, in) on the grid `block32`, and d and q_m are (out, blocks). Default False.
         order: of the inputs in these blocks, int64, shape (in,). Default None: the natural one.
-        four_levels: round as `quantize_four_levels` does, at 2 bits. Default False.
+        four_levels: round as `quantize_four_levels` does, at 2 bits; or for which channels, bool, broadcastable against
+            x, without blocks. Default False.
 
     Returns:
         x^Q, shape and dtype of x.

@@ -35,7 +35,7 @@ class _QuantizedLinear(torch.autograd.Function):
         scale: float,
         blocks: bool,
         order: Tensor | None,
-        four_levels: bool,
+        four_levels: bool | Tensor,
     ) -> Tensor:
         # Chosen once, so that backward recomputes the very values of forward.
         kernel = choose_kernel(weight, blocks, order, four_levels)
@@ -87,7 +87,7 @@ def quantized_linear(
     *,
     blocks: bool = False,
     order: Tensor | None = None,
-    four_levels: bool = False,
+    four_levels: bool | Tensor = False,
 ) -> Tensor:
     """Return F.linear(x, fake_quantize(weight, d, q_m, t, frozen), bias), recomputing x^Q in backward.
 

@@ -152,10 +152,9 @@ class Quantizer(SinglePrecision):
         """Return x^Q with straight-through gradients; shape and dtype of x."""
         if self.unsigned:
             x = F.relu(x)
-        if self._some_four_levels:
-            return self._where_four_levels(x, *(self._fake_quantize(x, four_levels) for four_levels in (True, False)))
         if self.order is None:
-            return self._fake_quantize(x, self._four_levels)
+            levels = self.over(x, self.levels.bool()) if self._some_four_levels else self._four_levels
+            return functional.fake_quantize(x, *self.broadcast_over(x), self.exponent, self.frozen, four_levels=levels)
         rows = functional.fake_quantize(
             self._rows(x),
             self.d,
@@ -167,14 +166,6 @@ class Quantizer(SinglePrecision):
             four_levels=self._four_levels,
         )
         return self._rows(rows)
-
-    def _fake_quantize(self, x: Tensor, four_levels: bool) -> Tensor:
-        """Return x^Q without blocks, on one grid."""
-        return functional.fake_quantize(x, *self.broadcast_over(x), self.exponent, self.frozen, four_levels=four_levels)
-
-    def _where_four_levels(self, x: Tensor, four: Tensor, whole: Tensor) -> Tensor:
-        """Return of two tensors of x's shape the first in channels that have four levels, else the second."""
-        return torch.where(self.over(x, self.levels.bool()), four, whole)
 
     def _rows(self, x: Tensor) -> Tensor:
         """Return a matrix as (out, in), or the reverse."""
@@ -190,16 +181,12 @@ class Quantizer(SinglePrecision):
         """
         d: Tensor = self.d
         q_m: Tensor = self.q_m
+        levels: bool | Tensor = self._four_levels
         if self.order is None and self.channel_dim is not None:
             shape = (1, -1) if self.scales_inputs else (-1, 1)
             d, q_m = d.view(shape), q_m.view(shape)
             if self._some_four_levels:
-                assert low_rank is None, "only a search gives channels different grids, and it trains no adapters"
-                four, whole = (
-                    functional.fake_quantize(weight, d, q_m, self.exponent, self.frozen, four_levels=own)
-                    for own in (True, False)
-                )
-                return F.linear(x, torch.where(self.levels.bool().view(shape), four, whole), bias)
+                levels = self.levels.bool().view(shape)
         return quantized_linear(
             x,
             weight,
@@ -211,7 +198,7 @@ class Quantizer(SinglePrecision):
             low_rank,
             blocks=self.order is not None,
             order=self.block_order,
-            four_levels=self._four_levels,
+            four_levels=levels,
         )
 
     @torch.no_grad()
@@ -225,7 +212,8 @@ class Quantizer(SinglePrecision):
         """Return the integers n with x^Q = step · n, int32, in the shape of x; see `step`."""
         if self._some_four_levels:
             pair = (functional.four_level_codes, functional.integer_codes)
-            return self._where_four_levels(x, *(own(x, *self.broadcast_over(x), self.exponent) for own in pair))
+            four, whole = (own(x, *self.broadcast_over(x), self.exponent) for own in pair)
+            return torch.where(self.over(x, self.levels.bool()), four, whole)
         codes_of = functional.four_level_codes if self._four_levels else functional.integer_codes
         if self.order is None:
             return codes_of(x, *self.broadcast_over(x), self.exponent)
