@@ -278,7 +278,13 @@ def draw_curve(lines: Sequence[Line], path: Path, reference: Sequence[Line] = ()
         raise GETAError("there is no compressed result to draw yet")
     if reference:
         metric = lines[0]["settings"]["metric"]
-        curves["PLiNIO, λ"] = sorted((line["bytes"] / 1000, line[metric]) for line in reference)
+        by_strength: dict[float, list[Line]] = {}
+        for line in reference:
+            by_strength.setdefault(line["strength"], []).append(line)
+        curves["PLiNIO, λ"] = sorted(
+            (mean(line["bytes"] for line in own) / 1000, mean(line[metric] for line in own))
+            for own in by_strength.values()
+        )
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, points in curves.items():
