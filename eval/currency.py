@@ -108,6 +108,8 @@ SEARCHES = (
     Row("search, group", {**_SEARCH, "granularity": "group"}, by_bops=True, search=True),
     Row("search, row", {**_SEARCH, "granularity": "row"}, by_bops=True, search=True),
     Row("search, a third of the steps", {**_SEARCH, "search": 0.33}, by_bops=True, search=True),
+    Row("search, a third, group", {**_SEARCH, "granularity": "group", "search": 0.33}, by_bops=True, search=True),
+    Row("search, a third, row", {**_SEARCH, "granularity": "row", "search": 0.33}, by_bops=True, search=True),
     Row("search, three levels", {**_SEARCH, **_THREE_LEVELS}, by_bops=True, search=True),
     Row("search, a third, three levels", {**_SEARCH, **_THREE_LEVELS, "search": 0.33}, by_bops=True, search=True),
     Row("search, a sixth, three levels", {**_SEARCH, **_THREE_LEVELS, "search": 0.16}, by_bops=True, search=True),

@@ -130,7 +130,7 @@ class SearchConfig(CompressionConfig):
         section="Search",
     )
     strength: float = setting(
-        3.0,
+        5.0,
         "λ of the hinge to the targets: what is added to the loss where a target is exceeded by 100 %. It rises over "
         "the first half of the search.",
         above(0),
