@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,8 @@ def test_a_run_from_training_to_table_and_curve(tmp_path: Path, capsys: pytest.C
     # A rerun measures nothing twice.
     searches.main([*common, "--rows", DENSE, "w4a8"])
     assert len(read_results(work)) == 4
-    (work / "plinio.jsonl").write_text('{"bytes": 4000, "accuracy": 50}')
+    seeds = [{"strength": 1, "seed": seed, "bytes": 4000, "accuracy": 50 + seed} for seed in (0, 1)]
+    (work / "plinio.jsonl").write_text("\n".join(map(json.dumps, seeds)))
     searches.main(["render", "--work", str(work), "--curve", str(tmp_path / "curve.svg")])
     picture = (tmp_path / "curve.svg").read_text()
     assert picture.startswith("<?xml") and "PLiNIO" in picture
