@@ -18,7 +18,7 @@ from torch import Tensor
 
 from geta_hf.errors import GETAError
 from geta_hf.quantization.blocks import LARGEST_HALF, split_blocks
-from geta_hf.quantization.maths import FOUR_LEVEL_BITS, quantize_four_levels
+from geta_hf.quantization.maths import FOUR_LEVEL_BITS, four_level_step
 from geta_hf.utils.process_state import full_precision
 
 METHODS = ("mse", "max")
@@ -332,7 +332,11 @@ def element_errors(
         four_levels: whether 2 bits have four levels, of which an exact zero has none and costs nothing. Default False.
     """
     if four_levels and bits == FOUR_LEVEL_BITS:
-        return _sum_squares(quantize_four_levels(magnitude, clip, clip).sub_(magnitude), weights)
+        step = four_level_step(clip)
+        # By arithmetic on magnitudes, which have two levels: comparisons take a processor ten times as long.
+        upper = torch.minimum(magnitude, clip).div_(2 * step).floor_()
+        change = upper.mul_(2 * step).add_(step).sub_(magnitude)
+        return _sum_squares(change.mul_(magnitude.sign()), weights)
     step = clip / (2.0 ** (bits - 1) - 1)
     rounded = torch.minimum(magnitude, clip).div_(step).round_().mul_(step)
     return _sum_squares(rounded.sub_(magnitude), weights)

@@ -44,7 +44,7 @@ def round_compensated(
     channel_dim: int = 0,
     by_activation: bool = True,
     damping: float = DAMPING,
-    block: int = 128,
+    block: int = 64,
     four_levels: bool = False,
 ) -> Tensor:
     """Return a weight on its grid, rounded with compensation of errors.
@@ -61,7 +61,7 @@ def round_compensated(
         channel_dim: the dim of `weight` that output channels run along. Default 0.
         by_activation: round the inputs of the largest mean square first; otherwise in their natural order.
         damping: share of the mean of Σ's diagonal that is added to it. Default 0.01.
-        block: columns whose errors are spread over all later blocks at once; changes speed only. Default 128.
+        block: columns whose errors are spread over all later blocks at once; changes speed only. Default 64.
         four_levels: round to four levels, of which an exact zero of the weight has none. Default False.
 
     Returns:
@@ -78,9 +78,8 @@ def round_compensated(
     order = torch.argsort(covariance.diagonal(), descending=True, stable=True) if by_activation else natural
     factor = _inverse_factor(covariance[order][:, order], damping).to(original)
     rounded = torch.empty_like(original)
-    rounded[:, order] = _round_columns(
-        original[:, order].clone(), factor, _columns(d, order), _columns(q_m, order), block, to_grid
-    )
+    steps, ends = (_columns(value, order) for value in (d, q_m))
+    rounded[:, order] = _round_columns(original[:, order], factor, steps, ends, block, to_grid)
     nearest = to_grid(original, d, q_m)
     sigma = covariance.to(original)
     better = output_error(original - nearest, sigma) < output_error(original - rounded, sigma)
@@ -115,27 +114,28 @@ def within_bins(wish: Tensor, rounded: Tensor, d: Tensor, q_m: Tensor, *, four_l
 
 
 def _round_columns(
-    work: Tensor, factor: Tensor, d: Tensor, q_m: Tensor, block: int, to_grid: Callable[..., Tensor]
+    weight: Tensor, factor: Tensor, d: Tensor, q_m: Tensor, block: int, to_grid: Callable[..., Tensor]
 ) -> Tensor:
-    """Round the columns of `work` in their order; changes it. `factor` is the upper factor of Σ^-1."""
+    """Return a weight rounded column after column, in their order. `factor` is the upper factor of Σ^-1."""
+    # Transposed: an input's weights next to each other in memory take a third of the time.
+    work = weight.t().contiguous()
+    d, q_m = (value.t().contiguous().expand_as(work) for value in (d, q_m))
     rounded = torch.empty_like(work)
-    columns = work.shape[1]
-    for start in range(0, columns, block):
-        end = min(start + block, columns)
-        errors = torch.empty_like(work[:, start:end])
-        for column in range(start, end):
-            value = work[:, column : column + 1]
-            here = slice(column, column + 1)
-            rounded[:, here] = to_grid(value, _columns(d, here), _columns(q_m, here))
-            error = (value - rounded[:, here]) / factor[column, column]
-            work[:, column:end] -= error @ factor[here, column:end]
-            errors[:, column - start : column - start + 1] = error
-        # Later blocks are changed once per block: that is one product, in place of one for each column.
-        work[:, end:] -= errors @ factor[start:end, end:]
-    return rounded
+    inputs = len(work)
+    for start in range(0, inputs, block):
+        end = min(start + block, inputs)
+        errors = torch.empty_like(work[start:end])
+        for place in range(start, end):
+            rounded[place] = to_grid(work[place], d[place], q_m[place])
+            error = errors[place - start]
+            torch.div(work[place] - rounded[place], factor[place, place], out=error)
+            work[place + 1 : end].addr_(factor[place, place + 1 : end], error, alpha=-1)
+        # Later blocks are changed once per block: that is one product, in place of one for each input.
+        work[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+    return rounded.t()
 
 
-def _columns(values: Tensor, index: Tensor | slice) -> Tensor:
+def _columns(values: Tensor, index: Tensor) -> Tensor:
     """Return some columns of values for each weight; those for each row serve all columns."""
     return values if values.shape[1] == 1 else values[:, index]
 

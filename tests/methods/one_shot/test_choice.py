@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,7 +15,14 @@ from geta_hf.errors import GETAError
 from geta_hf.methods import OneShotConfig, OneShotMethod
 from geta_hf.methods.one_shot import Calibration
 from geta_hf.methods.one_shot import method as one_shot
-from geta_hf.methods.one_shot.choice import Candidate, Losses, bits_per_weight, find_candidates, find_single_kinds
+from geta_hf.methods.one_shot.choice import (
+    NEAR,
+    Candidate,
+    Losses,
+    bits_per_weight,
+    find_candidates,
+    find_single_kinds,
+)
 from geta_hf.qadg import PruningSpace, build_space
 from geta_hf.qadg.group_types import Family, Member
 from geta_hf.quantization import quantized_layers
@@ -56,12 +64,16 @@ def test_step_sizes_do_not_count_as_bits_of_weights():
     assert len(find_candidates(config, (ROWS,), ledger, LOSSES)) > 1
 
 
-def test_every_split_of_a_small_budget_is_within_it():
-    budget = bytes_at(2.8)
+@pytest.mark.parametrize("bits", [2.8, 3.2])  # at 3.2 a rate and a share lead to the same tenth
+def test_every_split_of_a_small_budget_is_within_it(bits: float):
+    budget = bytes_at(bits)
     found = candidates(target_bytes=budget)
     assert not found[0].removed.any()
     shares = [one.share for one in found]
     assert len(set(shares)) == len(shares) > 3 and max(shares) >= 0.3
+    # Shares next to each other say nothing new of how much to remove.
+    ordered = sorted(shares)
+    assert min(more - less for less, more in pairwise(ordered)) > NEAR
     for one in found:
         assert LEDGER.stored_bytes(one.removed, torch.tensor(one.weight_bits)) <= budget
         # Of one family the groups of the least loss.
