@@ -361,6 +361,8 @@ CONFIG_CLASSES: dict[str, type[CompressionConfig]] = {}
 """The name of a method -> its config class. A subclass that sets `method` enters by itself."""
 
 _PRUNING = ("target_sparsity", "target_parameters")
+_COMPARES_LOSSES = {"saliency": ("fisher", "mask_fisher"), "bit_rule": ("sensitivity",)}
+"""Rule -> its values under which pruning and widths can compete for a size."""
 _SIZES = ("target_bops", "target_bytes")
 _PAIR = "a pair (b_l, b_u) of integers in 2..16, b_l <= b_u"
 
@@ -889,14 +891,15 @@ class GETAConfig(CompressionConfig):
         "output. All but `hesso` are taken per parameter removed, unless the target counts groups (`target_sparsity`).",
         section="Rules",
     )
-    split: Literal["even", "early", "late"] = setting(
-        "even",
+    split: Literal["even", "early", "late"] | None = setting(
+        None,
         "How a size alone is split between pruning and widths. `even` decides before training, as if all groups were "
         "alike: widths become narrower than the middle of `bits` only once half of the groups are removed. `early` "
         "decides when the joint stage starts, by the expected losses of removing each group and of rounding each "
         "weight, which compete for the size; from then on the run is trained at these widths. `late` decides by them "
         "what is removed when each pruning period starts, and widths when the joint stage ends. With both, groups are "
-        "scored as under `mask_fisher`.",
+        "scored as under `mask_fisher`. None is `early` for a size alone whose rules compare expected losses, and "
+        "`even` elsewhere.",
         section="Rules",
     )
     forgetting: Literal["uniform", "paper"] = setting(
@@ -970,21 +973,38 @@ class GETAConfig(CompressionConfig):
     def check_targets(self) -> None:
         """Raise GETAError for contradicting targets, or for a rule by which a size can't be split."""
         super().check_targets()
-        if self.split == "even":
+        if self.split in (None, "even"):
             return
-        alone = self.target_bops is not None or self.target_bytes is not None
-        given = [name for name in (*_PRUNING, "mean_bits") if getattr(self, name) is not None]
+        alone, given = self._size_alone()
         if not alone or given:
             raise GETAError(
                 f"split = {self.split!r} splits a size between pruning and widths; give target_bytes or target_bops "
                 f"alone, {f'without {given[0]}' if alone else 'not a target for pruning'}, or split='even'"
             )
-        for name, choices in (("saliency", ("fisher", "mask_fisher")), ("bit_rule", ("sensitivity",))):
+        for name, choices in _COMPARES_LOSSES.items():
             if getattr(self, name) not in choices:
                 raise GETAError(
                     f"split = {self.split!r} compares expected losses, which {name} = {getattr(self, name)!r} is not "
                     f"about; choose {name}={choices[-1]!r}, or split='even'"
                 )
+
+    def _size_alone(self) -> tuple[bool, list[str]]:
+        """Return whether a size is given, and the names of the targets that decide with it."""
+        sized = self.target_bops is not None or self.target_bytes is not None
+        return sized, [name for name in (*_PRUNING, "mean_bits") if getattr(self, name) is not None]
+
+    @property
+    def split_rule(self) -> Literal["even", "early", "late"]:
+        """`split`, or what stands for None: `early` for a size alone whose rules compare expected losses, else `even`.
+
+        >>> GETAConfig(target_bops=0.1).split_rule, GETAConfig.paper(target_bops=0.1).split_rule
+        ('early', 'even')
+        """
+        if self.split is not None:
+            return self.split
+        sized, given = self._size_alone()
+        compares = all(getattr(self, name) in choices for name, choices in _COMPARES_LOSSES.items())
+        return "early" if sized and not given and compares else "even"
 
     def _check_reduction(self) -> None:
         lower, upper = self.bits
@@ -1011,7 +1031,7 @@ class GETAConfig(CompressionConfig):
     @property
     def splits_in_training(self) -> bool:
         """Whether training decides how a size is split between pruning and widths."""
-        return self.split != "even"
+        return self.split_rule != "even"
 
     @property
     def compensates(self) -> bool:

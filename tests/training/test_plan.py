@@ -112,7 +112,7 @@ def test_a_plan_for_bytes_is_that_size(made) -> None:
 def test_a_size_that_training_splits_is_planned_by_its_bounds(made) -> None:
     _, space, ledger = made
     plan = make_plan(GETAConfig(target_bytes=24_000, bits=(2, 8), split="early"), space, ledger)
-    even = make_plan(GETAConfig(target_bytes=24_000, bits=(2, 8)), space, ledger)
+    even = make_plan(GETAConfig(target_bytes=24_000, bits=(2, 8), split="even"), space, ledger)
     ends = plan.bounds
     assert ends is not None and even.bounds is None and plan.removed_groups == even.removed_groups
     assert ends.fewest <= plan.removed_groups <= ends.most == plan.most_removed_groups and ends.fewest < ends.most

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from geta_hf.config import GETAConfig
 from geta_hf.errors import GETAError
@@ -27,5 +27,10 @@ class PostTrainingConfig(GETAConfig):
     def check_targets(self) -> None:
         """Raise GETAError for contradicting targets, or for widths that training decides."""
         super().check_targets()
-        if self.split != "even":
+        if self.split not in (None, "even"):
             raise GETAError(f"split = {self.split!r} decides widths in training, but they follow it here; use 'even'")
+
+    @property
+    def split_rule(self) -> Literal["even", "early", "late"]:
+        """`even`: training decides no widths."""
+        return "even"

@@ -210,7 +210,7 @@ class QASSO(torch.optim.Optimizer):
         """Return the slices over which ⟨g, x⟩ of a group is taken."""
         # What is compared with rounding must be an expected loss; over all slices it counts one derivative several
         # times.
-        if self.config.saliency != "mask_fisher" and self.config.split == "even":
+        if self.config.saliency != "mask_fisher" and self.config.split_rule == "even":
             return self.ledger.labels
         # With y = W (m ∘ a), ∂f/∂m of a mask m = 1 on a group's output a is ⟨g, W⟩ over the columns that read it.
         without = [family.name for family in self.families if not any(member.consumer for member in family.members)]
@@ -478,7 +478,7 @@ class QASSO(torch.optim.Optimizer):
             # ⟨g, x⟩ of all slices together is the first-order change in loss, so opposite signs cancel before squaring.
             inner = group_sums(trained, named, self.ledger.groups, torch.mul) + of_groups
             state.mean_square.mul_(decay).add_(inner**2, alpha=1 - decay)
-        of_widths = in_last_period or self.config.split != "even"
+        of_widths = in_last_period or self.config.split_rule != "even"
         if of_widths and self.config.bit_rule == "sensitivity" and self.quantizers.prefixes:
             squares = squared_gradients(self.quantizers, named) + of_layers
             state.curvature.mul_(decay).add_(squares, alpha=1 - decay)
@@ -528,7 +528,7 @@ class QASSO(torch.optim.Optimizer):
             )
         # Removed groups are out; all others compete again, whatever an earlier period scored them.
         removed = self.removed_mask
-        if self.config.split == "even":
+        if self.config.split_rule == "even":
             chunks = find_chunks(self.families, scores, removed, Limits.of(self.config))
             if self.target.unit == GROUPS and self._misses_size(chunks, removed):
                 # The K groups of least loss are too small for the size that is wanted too.
@@ -567,7 +567,7 @@ class QASSO(torch.optim.Optimizer):
             periods: of the run.
         """
         first = done == 1
-        if first or self.config.split == "late":
+        if first or self.config.split_rule == "late":
             self._decide_split(named, removed)
         wanted = self.qasso_state.decided
         due = math.ceil(int(wanted.sum()) * done / periods) - int(removed.sum())
@@ -601,7 +601,7 @@ class QASSO(torch.optim.Optimizer):
         state.decided = split.removed
         count = int(split.removed.sum())
         logger.info("%d of %d groups are to be removed", count, self.ledger.groups)
-        if self.config.split != "early":
+        if self.config.split_rule != "early":
             return
         # Inputs of which only the mean is limited are decided when the joint stage ends, as ever.
         inputs = split.bits.input_bits or [0] * len(self.quantizers.input_prefixes)

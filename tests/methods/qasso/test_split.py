@@ -175,6 +175,25 @@ def test_what_cannot_be_split_is_refused(changes: dict, message: str) -> None:
         GETAConfig(split="early", **changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"target_bytes": 10**6}, "early"),
+        ({"target_bops": 0.1}, "early"),
+        ({"target_bops": 0.1, "split": "even"}, "even"),
+        ({"target_bops": 0.1, "target_parameters": 0.5}, "even"),
+        ({"target_bops": 0.1, "mean_bits": 5}, "even"),
+        ({"target_bops": 0.1, "saliency": "taylor"}, "even"),
+        ({"target_bops": 0.1, "bit_rule": "paper"}, "even"),
+        ({}, "even"),
+    ],
+)
+def test_a_size_alone_is_split_early_where_the_rules_allow_it(changes: dict, rule: str) -> None:
+    config = GETAConfig(**changes)
+    assert config.split_rule == rule and config.splits_in_training is (rule == "early")
+
+
 def test_widths_that_follow_training_are_not_split_in_it() -> None:
     with pytest.raises(GETAError, match="they follow it here"):
         PostTrainingConfig(split="early", target_bytes=10**6)
+    assert not PostTrainingConfig(target_bytes=10**6).splits_in_training
