@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from geta_hf.config import CONFIG_NAME, CompressionConfig, read_config
+from geta_hf.config import CONFIG_NAME, CompressionConfig, GETAConfig, read_config
 from geta_hf.errors import GETAError
 from geta_hf.serialization.atomic_folder import PROGRESS_NAME, WORLD_NAME
 from geta_hf.serialization.decode import Header, read_headers
@@ -190,13 +190,16 @@ def _check_world(folder: Path, processes: int, sharded: bool) -> None:
 
 
 def _check_config(folder: Path, config: CompressionConfig) -> None:
-    theirs, ours = read_config(folder / CONFIG_NAME).to_dict(), config.to_dict()
+    written = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    theirs, ours = (_comparable(one) for one in (read_config(folder / CONFIG_NAME), config))
+    if "split" in theirs and "split" not in written:
+        theirs["split"] = "even"  # the only way before there was a choice
     # Another method has other settings by nature; its name says it all.
     names = ["method"] if theirs["method"] != ours["method"] else list(dict.fromkeys((*ours, *theirs)))
     if theirs.get("activation_bits") is None and ours.get("activation_bits") is None:
         # It says nothing where inputs are not quantized, and the paper's rules set it only since this version.
         names = [name for name in names if name != "learn_activation_exponent"]
-    if "four_levels" not in json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")):
+    if "four_levels" not in written:
         # Written before there was a choice, so what this run says holds from now on.
         names = [name for name in names if name != "four_levels"]
     # Of both configs: an older checkpoint lacks settings that are new, and the other way round.
@@ -204,6 +207,14 @@ def _check_config(folder: Path, config: CompressionConfig) -> None:
     if changed:
         text = ", ".join(f"{name}: {old!r} there, {new!r} here" for name, (old, new) in changed.items())
         raise GETAError(f"{folder} was written under another {type(config).__name__} ({text}); resume with the same")
+
+
+def _comparable(config: CompressionConfig) -> dict[str, Any]:
+    """Return a config as plain data, with what a default amounts to where that depends on other settings."""
+    values = config.to_dict()
+    if isinstance(config, GETAConfig):
+        values["split"] = config.split_rule
+    return values
 
 
 def _check_shapes(folder: Path, model: nn.Module) -> None:

@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback
 
-from geta_hf import GETAConfig, PruningSpace, build_space, convert, perplexity, prepare_for_inference
+from geta_hf import GETAConfig, GETAError, PruningSpace, build_space, convert, perplexity, prepare_for_inference
 from geta_hf.cli import main
 from tests.compatibility import runs
 from tests.elsewhere import run_elsewhere
@@ -313,6 +313,16 @@ def test_checkpoints_resume_to_the_same_weights(name: str, step: int, tmp_path: 
     assert config.pop("rounding") == "nearest"  # likewise
     assert config.pop("four_levels") is not name.endswith("paper")  # likewise, and not of the paper
     assert config == json.loads((stored / "geta_config.json").read_text())
+
+
+def test_a_size_alone_goes_on_as_it_was_split_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before there was a choice, the split was even; the default is another one since."""
+    before = runs.RUNS["convnext"]
+    now = dataclasses.replace(before, config=lambda: dataclasses.replace(before.config(), split=None))
+    monkeypatch.setitem(runs.RUNS, "now", now)
+    trainer = runs.make_trainer("now", tmp_path / "run")
+    with pytest.raises(GETAError, match="split: 'even' there, 'early' here"):
+        trainer.train(resume_from_checkpoint=str(runs.CHECKPOINTS / "convnext" / f"checkpoint-{runs.JOINT}"))
 
 
 def test_a_checkpoint_from_cool_down_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
