@@ -238,18 +238,23 @@ def render(lines: Sequence[Line]) -> str:
     length = f"{settings['steps']:,} steps of batches of {settings['batch_size']}"
     dense = f"The dense model was trained for {settings['dense']['steps']:,} steps."
     head = f"{length}, of which a search takes {settings['search']:.0%}; {metric} on {amounts}. {dense}"
-    header = ("row", "at the bytes of", "seeds", metric, "kB", "mean bits", "parameters kept", "relative BOPs")
+    other = f"other_{metric}"
+    scores = [metric] if any(other not in line for line in lines) else [metric, other]
+    named = (metric, f"{metric}, other text")[: len(scores)]
+    header = ("row", "at the bytes of", "seeds", *named, "kB", "mean bits", "parameters kept", "relative BOPs")
     keys = dict.fromkeys((line["row"], line["weight"], line["width"]) for line in lines)
     own = {key: [line for line in lines if (line["row"], line["weight"], line["width"]) == key] for key in keys}
     ordered = sorted(own.items(), key=lambda item: -mean(line["bytes"] for line in item[1]))
-    return f"{head}\n\n{format_table(header, [_figures(key, cell) for key, cell in ordered])}"
+    return f"{head}\n\n{format_table(header, [_figures(key, cell, scores) for key, cell in ordered])}"
 
 
-def _figures(key: tuple[str, float | None, int | None], lines: Sequence[Line]) -> tuple[str, ...]:
+def _figures(
+    key: tuple[str, float | None, int | None], lines: Sequence[Line], scores: Sequence[str]
+) -> tuple[str, ...]:
     row, weight, width = key
-    settings = lines[0]["settings"]
     texts = [row if weight is None else f"{row} = {weight:g}", "" if width is None else f"{width} bits"]
-    texts += [str(len(lines)), spread([line[settings["metric"]] for line in lines], _DIGITS.get(settings["metric"], 2))]
+    texts.append(str(len(lines)))
+    texts += [spread([line[score] for line in lines], _DIGITS.get(scores[0], 2)) for score in scores]
     texts.append(f"{mean(line['bytes'] for line in lines) / 1000:.1f}")
     for name, form in (("mean_bits", ".2f"), ("kept_parameters", ".1%"), ("relative_bops", ".2%")):
         values = [line[name] for line in lines if name in line]

@@ -181,7 +181,7 @@ def round_with(
         removed=removed,
         result=outcome.result,
         config=config,
-        trials=[(one.share, one.mean_bits, one.loss) for one in outcome.trials],
+        trials=[(one.share, one.mean_bits, one.loss, one.loss_in_full) for one in outcome.trials],
     )
 
 

@@ -94,6 +94,14 @@ def test_means_over_seeds_are_drawn_by_size() -> None:
     assert render([]) == "no results"
 
 
+def test_a_score_on_other_text_has_a_column() -> None:
+    settings = {"metric": "nats", "steps": 1, "batch_size": 2, "search": 0.3, "dense": {"steps": 0}, "scored": {}}
+    line = {"row": DENSE, "weight": None, "width": None, "seed": 0, "bytes": 1000, "nats": 2.0, "settings": settings}
+    assert "other" not in render([line])
+    table = render([{**line, "other_nats": 3.25}])
+    assert "| nats, other text |" in table and "| 3.250 " in table
+
+
 def test_weights_alone_are_quantized_on_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 40)

@@ -32,9 +32,6 @@ Compensation lowers both, by how much cannot be told before, so several rates ar
 SHARES = (0.1, 0.2, 0.3)
 """Shares of the prunable parameters whose removal is tried, too: what groups lose together is not what each loses."""
 
-NEAR = 0.03
-"""Shares that lie no further apart lose alike, so that one of them is tried."""
-
 NO_PRUNING_FROM = 4.0
 """Bits for each weight, step sizes not counted, from which on nothing is pruned.
 
@@ -126,8 +123,6 @@ def find_candidates(
             found.append(Candidate(_share_of(joint.removed, ledger), joint.removed, joint.weight_bits))
     dense = ledger.prunable_parameters(ledger.nothing)
     for share in SHARES:
-        if any(abs(other.share - share) <= NEAR for other in found):
-            continue
         removed = _removed(Target(PARAMETERS, (1 - share) * dense, lowest), config, families, ledger, losses)
         if _spent(removed, unit, lowest, ledger) + size_reserve(unit, ledger) <= amount * (1 + ROUNDING):
             found.append(_at(removed, unit, amount, config, ledger, losses))

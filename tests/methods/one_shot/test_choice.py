@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -15,14 +14,7 @@ from geta_hf.errors import GETAError
 from geta_hf.methods import OneShotConfig, OneShotMethod
 from geta_hf.methods.one_shot import Calibration
 from geta_hf.methods.one_shot import method as one_shot
-from geta_hf.methods.one_shot.choice import (
-    NEAR,
-    Candidate,
-    Losses,
-    bits_per_weight,
-    find_candidates,
-    find_single_kinds,
-)
+from geta_hf.methods.one_shot.choice import Candidate, Losses, bits_per_weight, find_candidates, find_single_kinds
 from geta_hf.qadg import PruningSpace, build_space
 from geta_hf.qadg.group_types import Family, Member
 from geta_hf.quantization import quantized_layers
@@ -64,16 +56,12 @@ def test_step_sizes_do_not_count_as_bits_of_weights():
     assert len(find_candidates(config, (ROWS,), ledger, LOSSES)) > 1
 
 
-@pytest.mark.parametrize("bits", [2.8, 3.2])  # at 3.2 a rate and a share lead to the same tenth
-def test_every_split_of_a_small_budget_is_within_it(bits: float):
-    budget = bytes_at(bits)
+def test_every_split_of_a_small_budget_is_within_it():
+    budget = bytes_at(2.8)
     found = candidates(target_bytes=budget)
     assert not found[0].removed.any()
     shares = [one.share for one in found]
     assert len(set(shares)) == len(shares) > 3 and max(shares) >= 0.3
-    # Shares next to each other say nothing new of how much to remove.
-    ordered = sorted(shares)
-    assert min(more - less for less, more in pairwise(ordered)) > NEAR
     for one in found:
         assert LEDGER.stored_bytes(one.removed, torch.tensor(one.weight_bits)) <= budget
         # Of one family the groups of the least loss.
@@ -224,9 +212,18 @@ def test_each_layer_follows_the_dense_model_on_the_inputs_that_it_gets(monkeypat
     assert lost[1] < 0.9 * lost[0]
 
 
-@pytest.mark.parametrize(("in_full", "kept"), [((3.0, 2.9, 2.95), 1), ((3.0, 3.1), 0), ((3.0, 2.9, 2.8), 2)])
+@pytest.mark.parametrize(
+    ("least_removed", "in_full", "kept"),
+    [
+        (4.3, (3.0, 2.9, 2.95), 1),
+        (4.3, (3.0, 3.1), 0),
+        (4.3, (3.0, 2.9, 2.8), 2),
+        # The first two trials were 1.0 and 1.3 too high, so this one is expected to be 1.5 too high, and to end at 3.0.
+        (4.5, (3.0, 2.9), 1),
+    ],
+)
 def test_splits_that_remove_less_are_compared_with_all_that_is_done(
-    in_full: tuple[float, ...], kept: int, monkeypatch: pytest.MonkeyPatch
+    least_removed: float, in_full: tuple[float, ...], kept: int, monkeypatch: pytest.MonkeyPatch
 ):
     """Trials are in favour of removing: after the best of them, those that remove less have a turn while that helps."""
     model = tiny_llama()
@@ -241,12 +238,12 @@ def test_splits_that_remove_less_are_compared_with_all_that_is_done(
         method.compress(model, data, space, ledger, candidates=[candidate])
         alone.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
         method.undo()
-    losses = iter([5.0, 4.0, 4.2, 4.4, 4.1, *in_full])
+    losses = iter([5.0, 4.0, 4.2, least_removed, 4.1, *in_full])
     monkeypatch.setattr(one_shot, "measure", lambda *_: (next(losses), None))
     outcome = method.compress(model, data, space, ledger, candidates=tried)
     assert next(losses, None) is None
     assert outcome.chosen == kept and outcome.loss == min(in_full)
-    assert [trial.loss for trial in outcome.trials] == [4.0, 4.2, 4.4, 4.1]
+    assert [trial.loss for trial in outcome.trials] == [4.0, 4.2, least_removed, 4.1]
     measured = [*in_full, *[None] * (3 - len(in_full))]
     assert [trial.loss_in_full for trial in outcome.trials] == [*measured, None]
     found = model.state_dict()
