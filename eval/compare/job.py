@@ -145,5 +145,6 @@ def loss_of_each(model: PreTrainedModel, blocks: Tensor, rows: int = 4) -> Tenso
 
 
 Line = Mapping[str, Any]
-Trials = Sequence[tuple[float, float, float | None]]
-"""Pairs that were tried: share of the prunable parameters removed, mean bits, and loss on the held-back data."""
+Trials = Sequence[tuple[float | None, ...]]
+"""Pairs that were tried: share of the prunable parameters removed, mean bits, and loss on the held-back data; of our
+method also the loss with all that is done, where that was measured."""
