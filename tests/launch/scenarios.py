@@ -33,7 +33,11 @@ SEARCH = {
     "layer": SearchConfig(target_sparsity=0.5, mean_bits=5, bits=(3, 8), warmup=2, search=12, activation_bits=(4, 8)),
     "group": SearchConfig(target_bops=0.06, bits=(2, 6), warmup=2, search=12, granularity="group"),
 }
-RULES = {"default": GETAConfig(**SMALL), "paper": GETAConfig.paper(**SMALL)}
+RULES = {
+    "default": GETAConfig(**SMALL),
+    "paper": GETAConfig.paper(**SMALL),
+    "size": GETAConfig(**SMALL, target_bops=0.08, bits=(2, 8)),
+}
 
 
 class Stop(TrainerCallback):

@@ -18,7 +18,7 @@ from geta_hf.serialization.packed_layers import packed_layers
 from geta_hf.training.checkpoints import check_checkpoint, write_notes
 from tests.launch.scenarios import RULES, SEARCH, STEPS, classified_run, main, make, outcome, searched_run, whole_run
 
-NAMES = ["resumed-default", "whole-paper"]
+NAMES = ["resumed-default", "whole-paper", "resumed-size"]
 # The loss does not depend on these: their gradients are rounding errors, of which Adam makes whole steps.
 IDLE = ("key.bias", "layer.1.output.LayerNorm.bias", "qa_outputs.bias")
 
@@ -55,7 +55,9 @@ def differences(found: dict, wanted: dict) -> float:
 def test_two_processes_end_like_one(launched, alone, name: str) -> None:
     how, folder = launched
     found, wanted = torch.load(folder / f"{how}-{name}.pt"), alone[name.split("-")[1]]
-    assert torch.equal(found["gone"], wanted["gone"]) and int(found["gone"].sum()) == 52
+    assert torch.equal(found["gone"], wanted["gone"])
+    removed = int(found["gone"].sum())
+    assert removed == 52 or (name == "resumed-size" and removed > 0)
     assert found["bits"] == pytest.approx(wanted["bits"], abs=1e-3)
     assert differences(found, wanted) < 1e-4
 
