@@ -9,8 +9,8 @@
 The first form asks questions about text (SQuAD), the second predicts the next token of plain text. `M` is a folder or a
 Hub name, such as `bert-base-uncased`. The dense model is fine-tuned from it once and kept in `W`; every cell starts
 from there and takes the same number of steps; `--dense_steps 0` starts from `M` itself. A finished cell is one line of
-`W/results.jsonl`; an interrupted command goes on where it stopped, and several commands with other `--rows` share a
-folder one after another.
+`W/results.jsonl`; an interrupted command goes on where it stopped. Once there is a dense model, several commands with
+other rows or tables may share a folder, also at once.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -146,21 +146,34 @@ def train_cell(
         task: what to train.
         config: of the compression; None trains without.
         model: to start from.
-        work: holds the dense model in `dense`, and the export until it is scored.
+        work: holds the dense model in `dense`, and the export, in a folder of its own, until it is scored.
         lengths: of the training.
         seed: of the order of the data and of dropout.
     """
+    with tempfile.TemporaryDirectory(dir=work, prefix="cell-") as home:
+        return _train_cell(task, config, model, Path(home), lengths, seed, work / "dense")
+
+
+def _train_cell(
+    task: Task,
+    config: CompressionConfig | None,
+    model: PreTrainedModel,
+    home: Path,
+    lengths: Lengths,
+    seed: int,
+    dense: Path,
+) -> Line:
+    """Do as `train_cell` does, in a folder that no other cell has."""
     # Of images, rows are counted: they have no tokens.
     seen = "no" if task.calibration else "non_padding"
-    arguments = training_arguments(task, work / "cell", lengths, seed, include_num_input_tokens_seen=seen)
+    arguments = training_arguments(task, home / "run", lengths, seed, include_num_input_tokens_seen=seen)
     common: dict[str, Any] = {
         "model": model,
         "args": arguments,
         "train_dataset": task.features,
         "data_collator": task.collator,
     }
-    written = work / "cell_exported"
-    shutil.rmtree(written, ignore_errors=True)
+    written = home / "exported"
     found: Line = {"relative_bops": 1.0}
     if config is None:
         trainer = Trainer(**common)
@@ -177,24 +190,22 @@ def train_cell(
     if task.calibration:
         found["images"] = lengths.steps * lengths.batch_size
     found |= task.score(task.load(written))
-    found |= time_images(task, written, work / "dense", compressed=config is not None)
-    shutil.rmtree(written)
+    found |= time_images(task, written, dense, compressed=config is not None)
     return found
 
 
 def compress_cell(task: Task, folder: Path, config: OneShotConfig) -> Line:
     """Compress the dense model in a folder without training, and score the exported folder."""
-    written = folder.parent / "cell_exported"
     batches = [task.collator(task.calibration[start : start + 8]) for start in range(0, len(task.calibration), 8)]
-    report = compress(task.load(folder), batches, out=written, config=config, overwrite=True, progress=False)
-    model, dense = task.load(written), task.load(folder)
-    names = list(report.outcome.result.weight_bits)
-    relative = measure_costs(model).bops_linear / measure_costs(dense, names=names).bops_linear
-    found: Line = {"relative_bops": relative, "mean_bits": report.mean_bits, "tokens": 0}
-    found |= {"bytes": stored_bytes(written), **task.score(model)}
-    found |= time_images(task, written, folder, compressed=True)
-    shutil.rmtree(written)
-    return found
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="cell-") as home:
+        written = Path(home) / "exported"
+        report = compress(task.load(folder), batches, out=written, config=config, progress=False)
+        model, dense = task.load(written), task.load(folder)
+        names = list(report.outcome.result.weight_bits)
+        relative = measure_costs(model).bops_linear / measure_costs(dense, names=names).bops_linear
+        found: Line = {"relative_bops": relative, "mean_bits": report.mean_bits, "tokens": 0}
+        found |= {"bytes": stored_bytes(written), **task.score(model)}
+        return found | time_images(task, written, folder, compressed=True)
 
 
 def stored_bytes(folder: Path) -> int:

@@ -209,7 +209,19 @@ def test_a_cell_scores_the_folder_that_was_exported(task: Task, tmp_path: Path) 
     assert paper["bytes"] < dense["bytes"] / 2
     # Every real token of 20 batches of 4 windows, and no padding: windows are longer than a question, shorter than 192.
     assert 20 * 4 * 10 < paper["tokens"] < 20 * 4 * 192
-    assert not (tmp_path / "tiny" / "cell_exported").exists()
+    assert not list((tmp_path / "tiny").glob("cell*"))
+
+
+def test_cells_that_run_at_once_do_not_meet(task: Task, tmp_path: Path) -> None:
+    """A second one starts and ends while the first one is being scored, as in another process."""
+    (tmp_path / "dense").mkdir()
+    plain = replace(task, score=lambda model: {"parameters": model.num_parameters()})
+
+    def score(model: Any) -> Line:
+        return cells.train_cell(plain, None, plain.start(), tmp_path, Lengths(1, 2, 1e-3), seed=1)
+
+    found = cells.train_cell(replace(task, score=score), None, task.start(), tmp_path, Lengths(1, 2, 1e-3), seed=0)
+    assert found["parameters"] and [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
 def test_a_table_of_images_from_training_to_the_rendered_rows(
