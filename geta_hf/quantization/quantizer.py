@@ -207,9 +207,24 @@ class Quantizer(SinglePrecision):
         # Without a sign, a grid of as many steps takes a bit less.
         return functional.bit_width(self.d, self.q_m, self.t) - int(self.unsigned)
 
+    def _codes_of_power(self, x: Tensor) -> Tensor:
+        """Return `codes` where t is learned.
+
+        Kernels differ in the last digit of a power, and training leaves weights next to where their code changes. So
+        the codes are those of the very kernel that training rounds with.
+        """
+        d, _ = self.broadcast_over(x)
+        if self._some_four_levels:
+            d = torch.where(self.over(x, self.levels.bool()), functional.four_level_step(d), d)
+        elif self._four_levels:
+            d = functional.four_level_step(d)
+        return torch.round(self(x.float()) / d).to(torch.int32)
+
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """Return the integers n with x^Q = step · n, int32, in the shape of x; see `step`."""
+        if self.exponent is not None:
+            return self._codes_of_power(x)
         if self._some_four_levels:
             pair = (functional.four_level_codes, functional.integer_codes)
             four, whole = (own(x, *self.broadcast_over(x), self.exponent) for own in pair)

@@ -95,3 +95,22 @@ def test_channels_that_leave_take_their_scales_along() -> None:
     quantizer.keep_channels(torch.tensor([0, 2]))
     assert torch.equal(quantizer.q_m, torch.tensor([1.0, 3.0])) and torch.equal(quantizer.d, old[[0, 2]])
     assert quantizer.d.requires_grad and not quantizer.q_m.requires_grad
+
+
+@pytest.mark.parametrize(("channel_dim", "bits"), [(None, 4), (0, 4), (1, 3), (None, 2)])
+def test_codes_are_those_that_training_rounds_to_where_an_exponent_is_learned(
+    channel_dim: int | None, bits: int
+) -> None:
+    """Next to where a code changes, as trained weights are, the last digit of a power decides."""
+    generator = torch.Generator().manual_seed(0)
+    size = 512  # as large as those that compiled kernels take
+    q_m = 0.2 if channel_dim is None else torch.full((size,), 0.2)
+    quantizer = Quantizer(q_m, bits, channel_dim=channel_dim, learn_t=True)
+    with torch.no_grad():
+        quantizer.t.fill_(0.97)
+        quantizer.d.fill_(0.2**0.97 / (2 ** (bits - 1) - 1))
+    lower = torch.randint(0, 2 ** (bits - 1) - 1, (size, size), generator=generator).double()
+    edges = ((lower + 0.5) * quantizer.d.detach().flatten()[0].double()) ** (1 / 0.97)
+    weight = edges.float() * (torch.randint(0, 2, (size, size), generator=generator) * 2 - 1)
+    step, _ = quantizer.broadcast_over(weight)
+    assert torch.equal(quantizer.codes(weight) * step, quantizer(weight))
