@@ -720,10 +720,18 @@ class CompressionConfig:
     @property
     def wanted_mean_bits(self) -> float | None:
         """`mean_bits`, or the middle of the widths if there is no size target; None if the size alone decides."""
-        sized = self.target_bops is not None or self.target_bytes is not None
-        if self.mean_bits is not None or sized:
+        if self.mean_bits is not None or self._sized:
             return self.mean_bits
         return (self.widths[0] + self.widths[-1]) / 2
+
+    @property
+    def _sized(self) -> bool:
+        return any(getattr(self, name) is not None for name in _SIZES)
+
+    @property
+    def size_alone(self) -> bool:
+        """Whether a size is given, and no target for pruning or `mean_bits` with it."""
+        return self._sized and all(getattr(self, name) is None for name in (*_PRUNING, "mean_bits"))
 
     @property
     def splits_in_training(self) -> bool:
@@ -975,11 +983,11 @@ class GETAConfig(CompressionConfig):
         super().check_targets()
         if self.split in (None, "even"):
             return
-        alone, given = self._size_alone()
-        if not alone or given:
+        if not self.size_alone:
+            given = [name for name in (*_PRUNING, "mean_bits") if getattr(self, name) is not None]
             raise GETAError(
                 f"split = {self.split!r} splits a size between pruning and widths; give target_bytes or target_bops "
-                f"alone, {f'without {given[0]}' if alone else 'not a target for pruning'}, or split='even'"
+                f"alone, {f'without {given[0]}' if self._sized else 'not a target for pruning'}, or split='even'"
             )
         for name, choices in _COMPARES_LOSSES.items():
             if getattr(self, name) not in choices:
@@ -987,11 +995,6 @@ class GETAConfig(CompressionConfig):
                     f"split = {self.split!r} compares expected losses, which {name} = {getattr(self, name)!r} is not "
                     f"about; choose {name}={choices[-1]!r}, or split='even'"
                 )
-
-    def _size_alone(self) -> tuple[bool, list[str]]:
-        """Return whether a size is given, and the names of the targets that decide with it."""
-        sized = self.target_bops is not None or self.target_bytes is not None
-        return sized, [name for name in (*_PRUNING, "mean_bits") if getattr(self, name) is not None]
 
     @property
     def split_rule(self) -> Literal["even", "early", "late"]:
@@ -1002,9 +1005,8 @@ class GETAConfig(CompressionConfig):
         """
         if self.split is not None:
             return self.split
-        sized, given = self._size_alone()
         compares = all(getattr(self, name) in choices for name, choices in _COMPARES_LOSSES.items())
-        return "early" if sized and not given and compares else "even"
+        return "early" if self.size_alone and compares else "even"
 
     def _check_reduction(self) -> None:
         lower, upper = self.bits

@@ -227,15 +227,13 @@ class Quantizer(SinglePrecision):
             return self._codes_of_power(x)
         if self._some_four_levels:
             pair = (functional.four_level_codes, functional.integer_codes)
-            four, whole = (own(x, *self.broadcast_over(x), self.exponent) for own in pair)
+            four, whole = (own(x, *self.broadcast_over(x)) for own in pair)
             return torch.where(self.over(x, self.levels.bool()), four, whole)
         codes_of = functional.four_level_codes if self._four_levels else functional.integer_codes
         if self.order is None:
-            return codes_of(x, *self.broadcast_over(x), self.exponent)
+            return codes_of(x, *self.broadcast_over(x))
         rows = self._rows(x)
-        codes = codes_of(
-            split_blocks(rows, self.block_order), self.d.reshape(-1, 1), self.q_m.reshape(-1, 1), self.exponent
-        )
+        codes = codes_of(split_blocks(rows, self.block_order), self.d.reshape(-1, 1), self.q_m.reshape(-1, 1))
         return self._rows(join_blocks(codes, rows.shape[1], self.block_order)).contiguous()
 
     def broadcast_over(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -190,8 +190,10 @@ def _check_world(folder: Path, processes: int, sharded: bool) -> None:
 
 
 def _check_config(folder: Path, config: CompressionConfig) -> None:
+    # First, since it says of a broken file what is wrong.
+    stored = read_config(folder / CONFIG_NAME)
     written = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    theirs, ours = (_comparable(one) for one in (read_config(folder / CONFIG_NAME), config))
+    theirs, ours = _comparable(stored), _comparable(config)
     if "split" in theirs and "split" not in written:
         theirs["split"] = "even"  # the only way before there was a choice
     # Another method has other settings by nature; its name says it all.

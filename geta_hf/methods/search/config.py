@@ -255,6 +255,4 @@ class SearchConfig(CompressionConfig):
     @property
     def splits_in_training(self) -> bool:
         """Whether a size alone is given, of which the search decides the split between pruning and widths."""
-        pruning = self.target_sparsity is not None or self.target_parameters is not None
-        sized = self.target_bops is not None or self.target_bytes is not None
-        return sized and not pruning and self.mean_bits is None
+        return self.size_alone
