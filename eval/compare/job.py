@@ -86,6 +86,7 @@ class Job:
         learning_rate: its peak.
         grid: what has a step size of its own.
         tokenizer: of the model, for packages that ask for one.
+        bf16: whether steps of training compute in bfloat16 (autocast); weights and optimizer stay in float32.
         seed: of everything random.
         memory: what methods keep from one budget to the next, such as scores, which do not depend on it.
     """
@@ -101,6 +102,7 @@ class Job:
     learning_rate: float = 1e-4
     grid: str = "channel"
     tokenizer: Any = None
+    bf16: bool = False
     seed: int = 0
     memory: dict[str, Any] = field(default_factory=dict)
 
@@ -109,6 +111,10 @@ class Job:
         if name not in self.memory:
             self.memory[name] = make()
         return self.memory[name]
+
+    def precision(self) -> torch.autocast:
+        """Return the context for the forward passes of training."""
+        return torch.autocast(self.training.device.type, torch.bfloat16, enabled=self.bf16)
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """Return the batch of a training step, the same for every method."""

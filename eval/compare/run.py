@@ -25,6 +25,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 
@@ -109,6 +110,7 @@ class Study:
                 learning_rate=self.options.learning_rate,
                 grid=grid,
                 tokenizer=self.tokenizer,
+                bf16=self.options.bf16,
                 seed=draw,
             )
         return self.jobs[draw, grid]
@@ -231,7 +233,9 @@ def settings_of(options: argparse.Namespace) -> Line:
     # Without folders: results are compared by what was read, wherever it lies.
     own["text"] = [Path(path).name for path in own["text"]]
     own["scored"] = [f"{name}={Path(path).name}" for name, _, path in (item.partition("=") for item in own["scored"])]
-    return {**own, "model": Path(options.model).name}
+    # Named only where it is set, since results from before there was a choice are without it.
+    precision = {"bf16": True} if options.bf16 else {}
+    return {**own, "model": Path(options.model).name, **precision}
 
 
 def write(job: Job, compressed: Compressed) -> Line:
@@ -273,6 +277,10 @@ def score(study: Study, model: PreTrainedModel) -> Line:
         # Of each block, so that errors can be paired between any two rows.
         found[name] = {"dense": float(dense[name].mean()), "above": [round(value, 5) for value in change.tolist()]}
     if study.options.tasks:
+        if study.options.bf16:
+            # Not by a context around all of it: lm-eval turns autocast off.
+            forward = torch.autocast(model.device.type, torch.bfloat16)(model.forward)
+            model.forward = convert_outputs_to_fp32(forward)
         result = evaluate(
             model,
             study.options.tasks,
@@ -343,6 +351,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tasks", help="of lm-eval, such as commonsense")
     add("--data_dir", help="rows of these tasks as local files")
     add("--limit", type=int, help="questions of each task, from the first on; all by default")
+    add("--bf16", action="store_true", help="train and answer tasks in bfloat16 (autocast); losses stay in float32")
     add("--device", default=default_device(), help="where models run; by default an accelerator if there is one")
     add("--no_export", action="store_true", help="take the foreseen bytes, without writing and proving a folder")
     return made

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -292,12 +292,8 @@ def train(
     model.eval()  # without dropout, as the teacher
     for step in range(job.steps):
         batch = job.batch(step)
-        if teacher is None:
-            loss = model(**batch, use_cache=False).loss
-        else:
-            with torch.no_grad():
-                expected = teacher(input_ids=batch["input_ids"], use_cache=False).logits
-            loss = kl(model(input_ids=batch["input_ids"], use_cache=False).logits, expected, None, 1.0)
+        with job.precision():
+            loss = _loss(model, batch, teacher)
         loss.backward()
         watch(step)
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -307,6 +303,16 @@ def train(
         after()
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Any], teacher: nn.Module | None) -> Tensor:
+    """Return the loss of the next token, or the divergence from a teacher's predictions."""
+    if teacher is None:
+        loss: Tensor = model(**batch, use_cache=False).loss
+        return loss
+    with torch.no_grad():
+        expected = teacher(input_ids=batch["input_ids"], use_cache=False).logits
+    return kl(model(input_ids=batch["input_ids"], use_cache=False).logits, expected, None, 1.0)
 
 
 def _rate(step: int, steps: int) -> float:
@@ -417,6 +423,7 @@ def train_by_trainer(job: Job, config: CompressionConfig) -> Compressed:
             report_to="none",
             disable_tqdm=True,
             use_cpu=not torch.accelerator.is_available(),
+            bf16=job.bf16,
             seed=job.seed,
         )
         trainer = GETATrainer(

@@ -165,6 +165,39 @@ def test_recovery_keeps_groups_and_grids_and_learns(job: Job) -> None:
     assert not quantized_layers(plain) and quantized_layers(model)
 
 
+def test_training_in_bf16_multiplies_in_bf16_and_keeps_weights_in_fp32(job: Job) -> None:
+    dtypes: dict[bool, set[torch.dtype]] = {}
+    weights = {}
+    for bf16 in (False, True):
+        model = job.load()
+        seen = dtypes.setdefault(bf16, set())
+        model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda _, __, out, seen=seen: seen.add(out.dtype))
+        own = replace(job, steps=2, bf16=bf16)
+        shared.train(own, model, list(model.parameters()))
+        weights[bf16] = model.get_parameter("model.layers.0.mlp.gate_proj.weight")
+    assert dtypes == {False: {torch.float32}, True: {torch.bfloat16}}
+    assert weights[True].dtype == torch.float32 and not torch.equal(weights[True], weights[False])
+    torch.testing.assert_close(weights[True], weights[False], rtol=0, atol=4 * job.learning_rate)
+
+
+def test_tasks_are_answered_in_bf16_only_where_asked(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+
+    def watched(model: PreTrainedModel, *_: Any, **__: Any) -> Any:
+        hook = model.lm_head.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+        with torch.autocast("cpu", enabled=False):  # as lm-eval does
+            seen.append(model(input_ids=job.training[:1]).logits.dtype)
+        hook.remove()
+        return argparse.Namespace(scores={})
+
+    monkeypatch.setattr(compare, "evaluate", watched)
+    for arguments in ((), ("--bf16",)):
+        asked = options(tmp_path, tmp_path, "--tasks", "piqa", *arguments)
+        compare.score(compare.Study(asked, None, job.training, job.training, {}, {"known": torch.ones(1)}), job.load())
+        assert ("bf16" in compare.settings_of(asked)) == bool(arguments)
+    assert seen == [torch.float32, torch.float32, torch.bfloat16, torch.float32]
+
+
 def test_low_rank_training_changes_only_what_remains(job: Job) -> None:
     removed = shared.remove_lowest(job.space.trainable, torch.arange(job.ledger.groups).float(), 0.3, ALIKE)
     model = job.load()

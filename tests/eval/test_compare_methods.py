@@ -163,7 +163,7 @@ def test_a_pruned_model_is_refitted(job: Job) -> None:
 
 # Between rotations SliceGPT stores matrices, which are large beside these layers.
 SIZES = {"SliceGPT + GPTQ": 12.0}
-BY_TRAINER = ("HESSO, then GPTQ", "ours, trained (QASSO)")
+BY_TRAINER = ("HESSO, then GPTQ", "ours, trained (QASSO)", "Bayesian Bits", "CoFi, one width")
 # Other scores go the same way as these.
 ALIKE = ("ours", "same, unpruned", "Taylor (LLM-Pruner) + GPTQ", "Wanda-sp + GPTQ", "activations (Minitron) + GPTQ")
 INSTALLED = [

@@ -100,7 +100,8 @@ class SearchConfig(CompressionConfig):
     sampling: Sampling = setting(
         "softmax",
         "How shares are computed from logits: `softmax`; `hard`, its argmax with the gradient of the softmax; `gumbel` "
-        "and `gumbel_hard`, both with noise; `annealed`, a softmax that is clipped to exactly 0 and 1.",
+        "and `gumbel_hard`, both with noise; `annealed`, a softmax that is clipped to exactly 0 and 1; "
+        "`hard_concrete`, clipped gates with noise from each width to the next, best at a constant τ of 0.67.",
         section="Search",
     )
     temperature: float = setting(1.0, "τ in the first step of the search.", inside(1e-30, 1e30), section="Search")

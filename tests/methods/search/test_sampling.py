@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -44,6 +45,49 @@ def test_annealed_shares_become_exactly_one_choice_before_the_end() -> None:
     wanted = [share / sum(stretched) for share in stretched]
     assert sample(values, 1.0, "annealed")[0].tolist() == pytest.approx(wanted)
     assert sample(values, 0.3, "annealed").tolist() == [[0.0, 0.0, 1.0]]
+
+
+def test_hard_concrete_gates_open_one_option_after_the_other() -> None:
+    values, weight = logits(), torch.randn(5, 4)
+    torch.manual_seed(3)
+    found = sample(values, 2 / 3, "hard_concrete")
+    (grad,) = torch.autograd.grad((found * weight).sum(), values)
+    torch.manual_seed(3)
+    noise = [-torch.empty(5, 3).exponential_().log() for _ in range(2)]
+    chances = torch.softmax(values, -1)
+    wanted = torch.zeros(5, 4)
+    for row in range(5):
+        reached = torch.ones(())
+        for option in range(4):
+            gate = torch.zeros(())
+            if option < 3:
+                # Of those options that are left, all but this one.
+                odds = chances[row, option + 1 :].sum() / chances[row, option]
+                u = torch.sigmoid(noise[0][row, option] - noise[1][row, option])  # uniform
+                concrete = torch.sigmoid((torch.log(u / (1 - u)) + torch.log(odds)) / (2 / 3))
+                gate = (concrete * 1.2 - 0.1).clamp(0, 1)
+            wanted[row, option] = reached * (1 - gate)
+            reached = reached * gate
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(grad, torch.autograd.grad((wanted * weight).sum(), values)[0])
+
+
+def test_hard_concrete_shares_are_the_residuals_of_bayesian_bits() -> None:
+    values = logits()
+    shares = sample(values, 2 / 3, "hard_concrete").detach()
+    x2, x4, x8 = torch.randn(3)
+    z2, z4, z8 = (shares[:, k:].sum(-1) / shares[:, k - 1 :].sum(-1).clamp_min(1e-30) for k in (1, 2, 3))
+    nested = z2 * (x2 + z4 * ((x4 - x2) + z8 * (x8 - x4)))
+    torch.testing.assert_close(shares @ torch.stack([torch.zeros(()), x2, x4, x8]), nested)
+
+
+def test_hard_concrete_is_exactly_one_choice_as_often_as_its_formula_says() -> None:
+    torch.manual_seed(0)
+    share = sample(torch.tensor([[0.0, 0.5]]).expand(20_000, 2), 2 / 3, "hard_concrete")[:, 1]
+    # P(z = 0) = sigmoid(τ log(γ / ζ) - log α), with the ends -γ = 0.1 and ζ = 1.1 of the stretched interval.
+    closed, opened = (torch.sigmoid(torch.tensor(2 / 3 * math.log(0.1 / 1.1) + sign * 0.5)) for sign in (-1, 1))
+    assert float((share == 0).float().mean()) == pytest.approx(float(closed), abs=0.01)
+    assert float((share == 1).float().mean()) == pytest.approx(float(opened), abs=0.01)
 
 
 @pytest.mark.parametrize("sampling", SAMPLING)
