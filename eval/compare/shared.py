@@ -69,17 +69,19 @@ def remove_lowest(families: Sequence[Family], scores: Tensor, fraction: float, c
     """
     removed = torch.zeros(len(scores), dtype=torch.bool)
     spared = spared_blocks(families, choice.spared)
-    order: list[tuple[float, int]] = []
+    candidates = []
     for start, family in zip(family_starts(families), families, strict=True):
         if family.kind not in choice.kinds or block_of(family) in spared:
             continue
         own = torch.sort(scores[start : start + family.size], stable=True).indices[: family.size - 1] + start
         if choice.alike:
             removed[own[: math.floor(fraction * family.size + 1e-9)]] = True
-        order += [(float(scores[place]), int(place)) for place in own]
-    if not choice.alike:
-        order.sort()
-        removed[[place for _, place in order[: math.floor(fraction * len(order) + 1e-9)]]] = True
+        candidates.append(own)
+    if not choice.alike and candidates:
+        # In ascending order, of which the first of equals are taken.
+        places = torch.cat(candidates).sort().values
+        order = places[torch.sort(scores[places], stable=True).indices]
+        removed[order[: math.floor(fraction * len(order) + 1e-9)]] = True
     return removed
 
 

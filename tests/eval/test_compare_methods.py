@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eval.compare.job import Budget, Job, batches_of, bytes_for
+from eval.compare.job import Budget, Job, batches_of, bytes_after, bytes_for, read_budget
 from eval.compare.method import Method, load_methods, missing_packages
 from eval.compare.methods import lora_prune, slicegpt
 from eval.compare.methods import torch_pruning as adapter
 from eval.compare.shared import pruned_model, remaining_elements
+from geta_hf.errors import GETAError
 from geta_hf.methods import OneShotConfig, OneShotMethod
 from geta_hf.methods.one_shot import Calibration
 from geta_hf.training.plan import make_ledger
@@ -165,12 +166,29 @@ def test_a_pruned_model_is_refitted(job: Job) -> None:
 SIZES = {"SliceGPT + GPTQ": 12.0}
 BY_TRAINER = ("HESSO, then GPTQ", "ours, trained (QASSO)", "Bayesian Bits", "CoFi, one width")
 # Other scores go the same way as these.
-ALIKE = ("ours", "same, unpruned", "Taylor (LLM-Pruner) + GPTQ", "Wanda-sp + GPTQ", "activations (Minitron) + GPTQ")
+ALIKE = (
+    "ours",
+    "ours, one width",
+    "same, unpruned",
+    "Taylor (LLM-Pruner) + GPTQ",
+    "Wanda-sp + GPTQ",
+    "activations (Minitron) + GPTQ",
+)
 INSTALLED = [
     pytest.param(name, marks=pytest.mark.slow if name in BY_TRAINER else ())
     for name, method in METHODS.items()
     if name not in ALIKE and not missing_packages(method)
 ]
+
+
+def test_ours_at_one_width_removes_what_the_budget_says(job: Job) -> None:
+    method = METHODS["ours, one width"]
+    compressed = method.run(replace(job, budget=read_budget("30%@4", job.ledger)))
+    assert set(compressed.result.weight_bits.values()) == {4}
+    assert compressed.bytes <= bytes_after(job.ledger, 0.3, 4)
+    assert compressed.share == pytest.approx(0.3, abs=0.05)
+    with pytest.raises(GETAError, match="budget B=5 names no width"):
+        method.run(job)
 
 
 @pytest.mark.parametrize("name", INSTALLED)

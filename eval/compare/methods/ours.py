@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from eval.compare.job import Job
 from eval.compare.method import Compressed
 from eval.compare.shared import round_with
+from geta_hf.errors import GETAError
 
 
 @dataclass(frozen=True)
@@ -34,4 +35,17 @@ class Unpruned(Ours):
         return round_with(job, None, target_sparsity=0.0)
 
 
-METHODS = (Ours(), Unpruned())
+@dataclass(frozen=True)
+class OneWidth(Ours):
+    """Remove as much as the budget says, and keep its width for all weights, as the other methods must."""
+
+    name: str = "ours, one width"
+
+    def run(self, job: Job) -> Compressed:
+        """Compress. Raise GETAError for a budget that names no width."""
+        if job.budget.bits is None:
+            raise GETAError(f"budget {job.budget.name} names no width; give one such as 30%@8")
+        return round_with(job, None, bits=(job.budget.bits, job.budget.bits))
+
+
+METHODS = (Ours(), OneWidth(), Unpruned())
