@@ -34,6 +34,8 @@ from benchmarks.gpu import seven_tasks
 from benchmarks.gpu.figures import Figure
 from eval.compare import run as compare
 from eval.compare.table import texts_of
+from eval.results_file import read_results
+from eval.tables import __main__ as tables
 from geta_hf.export.export import compress
 from geta_hf.export.formats.vllm import write_vllm
 from geta_hf.qadg import build_space
@@ -274,6 +276,46 @@ def _smoke_questions(home: Path) -> dict[str, Any]:
     return {**files, **short, "max_steps": 12, "per_device_train_batch_size": 2, "save_steps": 6}
 
 
+def run_table5(setup: Setup) -> list[Figure]:
+    """Run Table 5's protocol on the model in MINILM, such as BERT-base: `eval.tables table5`.
+
+    The dense model and finished cells are kept in OUT/table5: the part goes on from there, however often it is stopped.
+
+    Args:
+        setup: its paths DATA (with squad/, and squad_other/ for text of another kind) and MINILM.
+    """
+    home = setup.out / "table5"
+    tables.main(["table5", "--work", str(home), *(_smoke_table5(setup.out) if setup.smoke else _table5(setup))])
+    figures = []
+    for line in read_results(home):
+        share = "" if line["sparsity"] is None else f", {line['sparsity']:.0%}"
+        note = f"{line['relative_bops']:.2%} of the BOPs"
+        figures.append(Figure(f"{line['row']}{share}, seed {line['seed']}: F1", line["f1"], note=note))
+    return figures
+
+
+def _table5(setup: Setup) -> list[str]:
+    data = setup.paths["DATA"]
+    argv = ["--model", str(setup.paths["MINILM"]), "--train_file", str(data / "squad/train-v1.1.json.gz")]
+    argv += ["--eval_file", str(data / "squad/dev-v1.1.json.gz"), "--bf16"]
+    other = data / "squad_other/amazon_reviews_v1.0.json.gz"
+    if other.is_file():
+        argv += ["--other_file", str(other)]
+    # Two epochs for the dense model and one for each cell.
+    argv += ["--batch_size", "32", "--dense_steps", "5500", "--steps", "2750"]
+    return [*argv, "--learning_rate", "1e-4", "--dense_learning_rate", "1e-4"]
+
+
+def _smoke_table5(out: Path) -> list[str]:
+    data = out / "table5_data"
+    if not (data / "dev.json").exists():
+        demo_data.write(data, train_questions=60, eval_questions=10, layers=1)
+    argv = ["--model", str(data / "model"), "--train_file", str(data / "train.json")]
+    argv += ["--eval_file", str(data / "dev.json"), "--max_length", "128", "--doc_stride", "32", "--sparsity", "0.5"]
+    argv += ["--rows", "dense", "the paper's rules", "defaults, at the BOPs of the paper's rules"]
+    return [*argv, "--batch_size", "2", "--dense_steps", "2", "--steps", "12"]
+
+
 # --- language models --------------------------------------------------------------------------------------------------
 
 
@@ -397,7 +439,7 @@ def _comparison(setup: Setup) -> list[str]:
     argv = ["--model", str(setup.paths["LM"]).split(os.pathsep)[0]]
     argv += ["--text", str(data / "lm/wikitext-2/valid.txt.gz")]
     argv += ["--scored", *(f"{name}={path}" for name, path in texts.items())]
-    argv += ["--budgets", "30%@8", "30%@4", "--steps", "0", "100", "--blocks", "128", "--scored_blocks", "100"]
+    argv += ["--budgets", "30%@8", "30%@4", "--steps", "0", "100", "--blocks", "128", "--scored_blocks", "100", "--bf16"]
     if importlib.util.find_spec("lm_eval") is not None:
         argv += ["--tasks", "commonsense", "--data_dir", str(data / "lmeval"), "--limit", "1000"]
     return argv
@@ -484,6 +526,7 @@ PARTS: dict[str, Part] = {
     "vllm": Part(run_vllm),
     "squad_minilm": Part(partial(run_squad, model="minilm"), ("DATA", "MINILM")),
     "squad_bert": Part(partial(run_squad, model="bert"), ("DATA", "MINILM")),
+    "table5": Part(run_table5, ("DATA", "MINILM")),
     "seven_tasks": Part(run_seven_tasks, ("DATA", "LM")),
     "compare": Part(run_compare, ("DATA", "LM")),
 }
