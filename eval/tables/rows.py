@@ -182,6 +182,12 @@ TABLES = {
                 Row(SEQUENTIAL, "sequential"),
                 Row(f"{SEQUENTIAL}, clipping values of least error", "sequential", {"clipping": "mse"}),
                 Row(GPTQ, "sequential", {"clipping": "mse", "rounding": "compensated"}),
+                # As fair to rounding afterwards as a teacher is to ours.
+                Row(
+                    f"{GPTQ}, with a teacher",
+                    "sequential",
+                    {"clipping": "mse", "rounding": "compensated", "distill_logits": 1.0},
+                ),
                 Row(PAPER, "paper"),
                 Row(f"{OURS}, at the BOPs of the paper's rules", "ours", {}, ("target_bops", PAPER)),
                 Row(f"{OURS}, at 8 bits", "ours", {"bits": (8, 8)}),
