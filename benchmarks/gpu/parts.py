@@ -439,7 +439,19 @@ def _comparison(setup: Setup) -> list[str]:
     argv = ["--model", str(setup.paths["LM"]).split(os.pathsep)[0]]
     argv += ["--text", str(data / "lm/wikitext-2/valid.txt.gz")]
     argv += ["--scored", *(f"{name}={path}" for name, path in texts.items())]
-    argv += ["--budgets", "30%@8", "30%@4", "--steps", "0", "100", "--blocks", "128", "--scored_blocks", "100", "--bf16"]
+    argv += [
+        "--budgets",
+        "30%@8",
+        "30%@4",
+        "--steps",
+        "0",
+        "100",
+        "--blocks",
+        "128",
+        "--scored_blocks",
+        "100",
+        "--bf16",
+    ]
     if importlib.util.find_spec("lm_eval") is not None:
         argv += ["--tasks", "commonsense", "--data_dir", str(data / "lmeval"), "--limit", "1000"]
     return argv

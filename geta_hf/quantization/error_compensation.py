@@ -144,24 +144,26 @@ def _inverse_factor(covariance: Tensor, damping: float) -> Tensor:
     """Return the upper triangular U with Uᵀ U = (Σ + damping)^-1, float64."""
     lower = _damped_cholesky(covariance, damping)
     inverse = torch.cholesky_inverse(lower)
+    del lower
     return torch.linalg.cholesky(inverse, upper=True)
 
 
 def _damped_cholesky(covariance: Tensor, damping: float) -> Tensor:
     """Return the lower factor of Σ with more on its diagonal, float64; more damping where that is not enough."""
-    sigma = covariance.double()
-    if not bool(torch.isfinite(sigma).all()):
+    if not bool(torch.isfinite(covariance.sum(dtype=torch.float64))):
         raise GETAError(
             "the covariance of a layer's inputs is not finite, since activations overflow; load the model in float32 "
             "or bfloat16, or leave the layer out by exclude"
         )
-    diagonal = sigma.diagonal()
+    # Changed in place, since each copy of a wide layer's Σ takes a gigabyte.
+    sigma = covariance.to(torch.float64, copy=True)
+    diagonal = sigma.diagonal().clone()
     mean = float(diagonal.mean())
     # An input that is always zero has no say; any positive number makes its row of the factor harmless.
     unit = mean if mean > 0 else 1.0
     for attempt in range(_ATTEMPTS):
-        more = torch.full_like(diagonal, max(damping, 1e-10) * 10**attempt * unit)
-        factor, failed = torch.linalg.cholesky_ex(sigma + torch.diag(more))
+        sigma.diagonal().copy_(diagonal + max(damping, 1e-10) * 10**attempt * unit)
+        factor, failed = torch.linalg.cholesky_ex(sigma)
         if not int(failed):
             return factor
     raise GETAError("the covariance of a layer's inputs is not positive definite, even damped; calibrate on more data")

@@ -186,6 +186,17 @@ def test_a_covariance_of_low_rank_is_damped_until_it_can_be_used():
     assert bool(torch.isfinite(found).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_covariances_stay_as_they_are(dtype: torch.dtype):
+    sigma = inputs(7).t().to(dtype) @ inputs(7).to(dtype)
+    before = sigma.clone()
+    weight, d, q_m = layer(7, 4, False)
+    round_compensated(weight, sigma, d, q_m)
+    follow_dense_inputs(weight, sigma, sigma / 10)
+    compensate_removed_inputs(weight, sigma, torch.arange(COLUMNS) > 0)
+    assert torch.equal(sigma, before)
+
+
 @pytest.mark.parametrize("four_levels", [False, True])
 def test_values_within_bins_are_the_nearest_that_are_rounded_alike(four_levels: bool):
     """Against a search over a fine line of candidates."""

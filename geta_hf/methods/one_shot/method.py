@@ -48,6 +48,7 @@ from geta_hf.quantization.covariances import (
     recording,
 )
 from geta_hf.quantization.quantizer import freeze_quantizers
+from geta_hf.utils.free_memory import give_back
 from geta_hf.utils.model_io import float_tensors, loss_of
 from geta_hf.utils.module_state import eval_mode
 
@@ -406,6 +407,7 @@ class _Work:
     def run(self, candidates: Sequence[Candidate] | None = None) -> tuple[Outcome, dict[int, Grid], Tensor]:
         """Compress; return what was done, the grid of each weight by its id, and the removed groups."""
         if self.config.frugal:
+            give_back()
             check_memory(foresee_memory(self.model, self.layers, self.data.covariances), self._device)
         before, reference = self._dense_loss()
         found = candidates is None
@@ -680,6 +682,7 @@ class _Work:
             runner.finish(block)
             if self.config.frugal:
                 runner.forget(block)
+                give_back()
         self.zero(candidate.removed)
         return grids
 
