@@ -151,9 +151,10 @@ def test_gradients_of_choices_are_those_of_finite_differences(granularity: str) 
         assert float(grad[tuple(place)]) == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=0.03, abs=1e-4)
 
 
+@pytest.mark.parametrize("sampling", ["gumbel", "hard_concrete"])
 @pytest.mark.parametrize("granularity", ["group", "row"])
-def test_a_resumed_loop_ends_the_same(granularity: str) -> None:
-    config = config_of(granularity, sampling="gumbel")
+def test_a_resumed_loop_ends_the_same(granularity: str, sampling: str) -> None:
+    config = config_of(granularity, sampling=sampling)
     torch.manual_seed(1)
     full, method, optimizer = prepare(config)
     scatter(optimizer)
