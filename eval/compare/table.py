@@ -16,8 +16,8 @@ from eval.results_file import Line, read_results
 from geta_hf.utils.tables import format_table
 
 DENSE = "dense"
-REFERENCE = "ours"
-"""The method that every other one is compared with, question by question and block by block."""
+REFERENCES = ("ours, one width", "ours")
+"""What every other method is compared with, question by question and block by block: the first that a budget has."""
 
 
 def render(lines: Sequence[Line]) -> str:
@@ -28,7 +28,7 @@ def render(lines: Sequence[Line]) -> str:
     for budget, grid in dict.fromkeys((line["budget"], line["grid"]) for line in lines if line["method"] != DENSE):
         own = [line for line in lines if (line["budget"], line["grid"]) == (budget, grid)]
         parts.append(f"**{budget}, a step size for each {grid}**")
-        parts.append(_table(own, dense))
+        parts += [_table(own, dense), _by_task(own, dense)]
         skipped = {line["method"]: line["skipped"] for line in own if "skipped" in line}
         parts += [f"Skipped: {name} ({why})." for name, why in skipped.items()]
     parts += [_over_bytes(lines), _over_tokens(lines)]
@@ -74,7 +74,8 @@ def _settings(lines: Sequence[Line]) -> str:
 def _table(lines: Sequence[Line], dense: Line | None) -> str:
     texts = texts_of(lines)
     with_tasks = any("answers" in line for line in lines)
-    header = ["method", "steps", *texts, *(f"{name}, behind ours" for name in texts[:1])]
+    reference = _reference(lines)
+    header = ["method", "steps", *texts, *(f"{name}, behind {reference}" for name in texts[:1])]
     if with_tasks:
         header += ["accuracy", "against dense"]
     header += ["MB", "removed", "mean bits", "k tokens", "needs", "seconds"]
@@ -84,9 +85,9 @@ def _table(lines: Sequence[Line], dense: Line | None) -> str:
         if any("reason" in line for line in cell):
             rows.append((method, str(steps), "out of reach", *[""] * (len(header) - 3)))
             continue
-        others = [line for line in lines if (line["method"], line["steps"]) == (REFERENCE, steps)]
+        others = [line for line in lines if (line["method"], line["steps"]) == (reference, steps)]
         row = [method + _marks(cell), str(steps), *(_loss(cell, name) for name in texts)]
-        row += [_behind(cell, others, name) for name in texts[:1]]
+        row += [_behind(cell, others, name) if method != reference else "" for name in texts[:1]]
         if with_tasks:
             row += [_accuracy(cell), _accuracy_lost(cell, dense)]
         row += [
@@ -99,6 +100,26 @@ def _table(lines: Sequence[Line], dense: Line | None) -> str:
         ]
         rows.append(tuple(row))
     return format_table(tuple(header), rows)
+
+
+def _reference(lines: Sequence[Line]) -> str:
+    """Return the name of the method that the others of a budget are compared with."""
+    measured = {line["method"] for line in lines if texts_of([line])}
+    return next((name for name in REFERENCES if name in measured), REFERENCES[-1])
+
+
+def _by_task(lines: Sequence[Line], dense: Line | None) -> str:
+    """Return the accuracy on every task in percent, the dense model's first; nothing where no task was asked."""
+    answered = [line for line in lines if "answers" in line]
+    if not answered:
+        return ""
+    tasks = list(answered[0]["answers"])
+    rows = []
+    for line in [*([dense] if dense is not None and "answers" in dense else []), *answered]:
+        right = [100 * _right(line["answers"][task]) for task in tasks]
+        draw = f", draw {line['draw']}" if line["draw"] else ""
+        rows.append((line["method"] + draw, str(line["steps"]), *(f"{value:.1f}" for value in (*right, fmean(right)))))
+    return f"Accuracy by task, in percent:\n\n{format_table(('method', 'steps', *tasks, 'mean'), rows)}"
 
 
 def _marks(cell: Sequence[Line]) -> str:
@@ -133,7 +154,7 @@ def _behind(cell: Sequence[Line], others: Sequence[Line], name: str) -> str:
         for line in cell
         if line["draw"] in ours
     ]
-    if not differences or cell[0]["method"] == REFERENCE:
+    if not differences:
         return ""
     # Draws share their blocks, so their mean is taken first.
     return _with_error([fmean(values) for values in zip(*differences, strict=True)])

@@ -270,7 +270,7 @@ LINES = [
 
 def test_tables_pair_errors_and_name_what_is_missing() -> None:
     text = render(LINES)
-    (row,) = [line for line in text.splitlines() if line.startswith("| other")]
+    row, by_task = (line for line in text.splitlines() if line.startswith("| other"))
     # Behind ours by 0.2 and 0.4; a half of PIQA's four answers is lost, none of BoolQ's.
     assert "0.500 ± 0.200" in row and "0.300 ± 0.100" in row
     assert "| 75.00 " in row and "-25.00 ± 14.43" in row
@@ -278,6 +278,21 @@ def test_tables_pair_errors_and_name_what_is_missing() -> None:
     assert "Skipped: gone (spam not installed)." in text
     (far,) = [line for line in text.splitlines() if line.startswith("| far")]
     assert "out of reach" in far
+    assert [cell.strip() for cell in by_task.split("|")[2:-1]] == ["0", "50.0", "100.0", "75.0"]
+    silent = [{name: value for name, value in line.items() if name != "answers"} for line in LINES]
+    assert "Accuracy by task" not in render(silent)
+
+
+def test_methods_of_one_width_are_compared_with_ours_of_one_width() -> None:
+    ours = next(line for line in LINES if line["method"] == "ours")
+    text = render([*LINES, {**ours, "method": "ours, one width", "a": {"above": [0.2, 0.6]}}])
+    assert "a, behind ours, one width" in text
+    rows = {line.split("|")[1].strip(): line.split("|") for line in reversed(text.splitlines()) if "|" in line}
+    assert [rows[name][4].strip() for name in ("other", "ours", "ours, one width")] == [
+        "0.100 ± 0.000",
+        "-0.200 ± 0.100",
+        "",
+    ]
 
 
 def test_losses_are_shown_over_bytes_and_over_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
