@@ -816,7 +816,7 @@ class CompressionConfig:
         Raises:
             GETAError: a file that is not a mapping of the fields of this class, or one of another method.
         """
-        return cls.from_dict(_read_mapping(path))
+        return cls.from_dict(read_mapping(path))
 
 
 FOUR_LEVELS_HELP = (
@@ -1131,7 +1131,7 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Compressi
     >>> type(read_config({"bits": [4, 8]})).__name__
     'GETAConfig'
     """
-    values = source if isinstance(source, Mapping) else _read_mapping(source)
+    values = source if isinstance(source, Mapping) else read_mapping(source)
     method = values.get("method", GETAConfig.method)
     if not isinstance(method, str) or method not in CONFIG_CLASSES:
         known = sorted(CONFIG_CLASSES)
@@ -1140,7 +1140,8 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any]) -> Compressi
     return CONFIG_CLASSES[method].from_dict(values)
 
 
-def _read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the fields of a config as a JSON or YAML file has them. Raise GETAError for an unreadable file."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         # JSON is not left to YAML, which reads `1e-8` as text.

@@ -269,11 +269,21 @@ def _all_questions(setup: Setup, home: Path, model: str) -> dict[str, Any]:
 
 
 def _smoke_questions(home: Path) -> dict[str, Any]:
+    short = {"max_length": 128, "eval_max_length": 128, "doc_stride": 32, "bf16": False}
+    return {
+        **_smoke_files(home, "model_name_or_path"),
+        **short,
+        "max_steps": 12,
+        "per_device_train_batch_size": 2,
+        "save_steps": 6,
+    }
+
+
+def _smoke_files(home: Path, model: str) -> dict[str, Path]:
+    """Return generated questions and a model as options; `model` is the name of the model's. Written once."""
     if not (home / "dev.json").exists():
         demo_data.write(home, train_questions=60, eval_questions=10, layers=1)
-    short = {"max_length": 128, "eval_max_length": 128, "doc_stride": 32, "bf16": False}
-    files = {"train_file": home / "train.json", "eval_file": home / "dev.json", "model_name_or_path": home / "model"}
-    return {**files, **short, "max_steps": 12, "per_device_train_batch_size": 2, "save_steps": 6}
+    return {"train_file": home / "train.json", "eval_file": home / "dev.json", model: home / "model"}
 
 
 def run_table5(setup: Setup) -> list[Figure]:
@@ -307,11 +317,10 @@ def _table5(setup: Setup) -> list[str]:
 
 
 def _smoke_table5(out: Path) -> list[str]:
-    data = out / "table5_data"
-    if not (data / "dev.json").exists():
-        demo_data.write(data, train_questions=60, eval_questions=10, layers=1)
-    argv = ["--model", str(data / "model"), "--train_file", str(data / "train.json")]
-    argv += ["--eval_file", str(data / "dev.json"), "--max_length", "128", "--doc_stride", "32", "--sparsity", "0.5"]
+    argv = [
+        word for name, path in _smoke_files(out / "table5_data", "model").items() for word in (f"--{name}", str(path))
+    ]
+    argv += ["--max_length", "128", "--doc_stride", "32", "--sparsity", "0.5"]
     argv += ["--rows", "dense", "the paper's rules", "defaults, at the BOPs of the paper's rules"]
     return [*argv, "--batch_size", "2", "--dense_steps", "2", "--steps", "12"]
 
@@ -439,19 +448,8 @@ def _comparison(setup: Setup) -> list[str]:
     argv = ["--model", str(setup.paths["LM"]).split(os.pathsep)[0]]
     argv += ["--text", str(data / "lm/wikitext-2/valid.txt.gz")]
     argv += ["--scored", *(f"{name}={path}" for name, path in texts.items())]
-    argv += [
-        "--budgets",
-        "30%@8",
-        "30%@4",
-        "--steps",
-        "0",
-        "100",
-        "--blocks",
-        "128",
-        "--scored_blocks",
-        "100",
-        "--bf16",
-    ]
+    argv += ["--budgets", "30%@8", "30%@4", "--steps", "0", "100", "--bf16"]
+    argv += ["--blocks", "128", "--scored_blocks", "100"]
     if importlib.util.find_spec("lm_eval") is not None:
         argv += ["--tasks", "commonsense", "--data_dir", str(data / "lmeval"), "--limit", "1000"]
     return argv

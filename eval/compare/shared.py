@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -401,6 +402,25 @@ class Blocks(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, place: int) -> dict[str, Tensor]:
         return {"input_ids": self.rows[place], "labels": self.rows[place]}
+
+
+@dataclass(frozen=True)
+class ByTrainer:
+    """A method that trains with `GETATrainer`, and is all said by a config.
+
+    Attributes:
+        config: from a job to the config, with the budget in it.
+    """
+
+    name: str
+    config: Callable[[Job], CompressionConfig]
+    needs: str = "training"
+    packages: tuple[str, ...] = ()
+    recovers: bool = True
+
+    def run(self, job: Job) -> Compressed:
+        """Compress."""
+        return train_by_trainer(job, self.config(job))
 
 
 def train_by_trainer(job: Job, config: CompressionConfig) -> Compressed:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from geta_hf.utils.free_memory import give_back
 from geta_hf.utils.model_io import config_value, float_tensors
 from geta_hf.utils.module_state import eval_mode, running
 
@@ -173,11 +174,14 @@ class BlockRunner:
     def forget(self, block: Block) -> None:
         """Forget what the block before a finished one gave, unless it is still read, at the price of a forward.
 
+        Memory that is free by now goes back to the system.
+
         Call it after `finish`, once no hook collects anything any more.
         """
         if self._last is not None and not self._is_read(self._last):
             self._outputs[self._last] = [[_filled(given) for given in calls] for calls in self._outputs[self._last]]
         self._last = block.name if block.calls else self._last
+        give_back()
 
     def _is_read(self, name: str) -> bool:
         """Return whether what a finished block gave still has an effect on the model's outputs, by the first batch."""

@@ -213,12 +213,7 @@ class Quantizer(SinglePrecision):
         Kernels differ in the last digit of a power, and training leaves weights next to where their code changes. So
         the codes are those of the very kernel that training rounds with.
         """
-        d, _ = self.broadcast_over(x)
-        if self._some_four_levels:
-            d = torch.where(self.over(x, self.levels.bool()), functional.four_level_step(d), d)
-        elif self._four_levels:
-            d = functional.four_level_step(d)
-        return torch.round(self(x.float()) / d).to(torch.int32)
+        return torch.round(self(x.float()) / self.over(x, self.step)).to(torch.int32)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
@@ -238,16 +233,15 @@ class Quantizer(SinglePrecision):
 
     def broadcast_over(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return d and q_m in shapes that broadcast over x; with blocks these are copies of the shape of x."""
-        if self.order is not None:
-            block = block_of_input(len(self.order), self.block_order, self.d.device)
-            return self._rows(self.d[:, block]), self._rows(self.q_m[:, block])
-        if self.channel_dim is None:
-            return self.d, self.q_m
         return self.over(x, self.d), self.over(x, self.q_m)
 
     def over(self, x: Tensor, values: Tensor) -> Tensor:
-        """Return values of channels in a shape that broadcasts over x."""
-        assert self.channel_dim is not None
+        """Return values in the shape of d in a shape that broadcasts over x; with blocks a copy of the shape of x."""
+        if self.order is not None:
+            block = block_of_input(len(self.order), self.block_order, self.d.device)
+            return self._rows(values[:, block])
+        if self.channel_dim is None:
+            return values
         shape = [1] * x.dim()
         shape[self.channel_dim] = -1
         return values.view(shape)

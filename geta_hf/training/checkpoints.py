@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from geta_hf.config import CONFIG_NAME, CompressionConfig, GETAConfig, read_config
+from geta_hf.config import CONFIG_NAME, CompressionConfig, GETAConfig, read_config, read_mapping
 from geta_hf.errors import GETAError
 from geta_hf.serialization.atomic_folder import PROGRESS_NAME, WORLD_NAME
 from geta_hf.serialization.decode import Header, read_headers
@@ -190,10 +190,8 @@ def _check_world(folder: Path, processes: int, sharded: bool) -> None:
 
 
 def _check_config(folder: Path, config: CompressionConfig) -> None:
-    # First, since it says of a broken file what is wrong.
-    stored = read_config(folder / CONFIG_NAME)
-    written = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    theirs, ours = _comparable(stored), _comparable(config)
+    written = read_mapping(folder / CONFIG_NAME)
+    theirs, ours = _comparable(read_config(written)), _comparable(config)
     if "split" in theirs and "split" not in written:
         theirs["split"] = "even"  # the only way before there was a choice
     # Another method has other settings by nature; its name says it all.

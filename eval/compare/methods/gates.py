@@ -9,12 +9,10 @@ are left out, since they change what a folder's config can say.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from eval.compare.job import Job
-from eval.compare.method import Compressed
-from eval.compare.shared import best_pair, train_by_trainer
+from eval.compare.shared import ByTrainer, best_pair
 from geta_hf.methods import SearchConfig
 
 GATES: Mapping[str, Any] = {
@@ -28,45 +26,25 @@ GATES: Mapping[str, Any] = {
 """Settings of both; half of the run remains for fine-tuning, as it does after QASSO's stages."""
 
 
-@dataclass(frozen=True)
-class BayesianBits:
+def bayesian_bits(job: Job) -> SearchConfig:
     """Learn removal and widths of 2, 4 or 8 bits by nested gates (arXiv 2005.07093); loss of the next token."""
-
-    name: str = "Bayesian Bits"
-    needs: str = "training"
-    packages: tuple[str, ...] = ()
-    recovers: bool = True
-
-    def run(self, job: Job) -> Compressed:
-        """Compress."""
-        config = SearchConfig(**GATES, bit_choices=[0, 2, 4, 8], target_bytes=job.budget.bytes, grid=job.grid)
-        return train_by_trainer(job, config)
+    return SearchConfig(**GATES, bit_choices=[0, 2, 4, 8], target_bytes=job.budget.bytes, grid=job.grid)
 
 
-@dataclass(frozen=True)
-class CoFi:
+def cofi(job: Job) -> SearchConfig:
     """Learn by a gate on each head and channel what goes (arXiv 2204.00408), taught by predictions and hidden states.
 
     All weights have the width of the best pair that was found without training.
     """
-
-    name: str = "CoFi, one width"
-    needs: str = "training"
-    packages: tuple[str, ...] = ()
-    recovers: bool = True
-
-    def run(self, job: Job) -> Compressed:
-        """Compress."""
-        bits = best_pair(job, "taylor").weight_bits[0]
-        config = SearchConfig(
-            **GATES,
-            bits=(bits, bits),
-            target_bytes=job.budget.bytes,
-            distill_logits=1.0,
-            distill_hidden=1.0,
-            grid=job.grid,
-        )
-        return train_by_trainer(job, config)
+    bits = best_pair(job, "taylor").weight_bits[0]
+    return SearchConfig(
+        **GATES,
+        bits=(bits, bits),
+        target_bytes=job.budget.bytes,
+        distill_logits=1.0,
+        distill_hidden=1.0,
+        grid=job.grid,
+    )
 
 
-METHODS = (BayesianBits(), CoFi())
+METHODS = (ByTrainer("Bayesian Bits", bayesian_bits), ByTrainer("CoFi, one width", cofi))

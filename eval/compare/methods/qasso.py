@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from eval.compare.job import Job
-from eval.compare.method import Compressed
-from eval.compare.shared import best_pair, train_by_trainer
+from eval.compare.shared import ByTrainer, best_pair
 from geta_hf import GETAConfig
 from geta_hf.methods import PostTrainingConfig
 
@@ -16,53 +14,39 @@ SCHEDULE: Mapping[str, Any] = {"warmup": 0.1, "projection": 0.1, "joint": 0.3, "
 """Half of the run in cool-down, as in the paper's runs; fewer periods, since these runs are short."""
 
 
-@dataclass(frozen=True)
-class Hesso:
-    """Remove groups by HESSO's score while float weights train, then round to one width by GPTQ."""
+def hesso(job: Job) -> PostTrainingConfig:
+    """Remove groups by HESSO's score while float weights train, then round to one width by GPTQ.
 
-    name: str = "HESSO, then GPTQ"
-    needs: str = "training"
-    packages: tuple[str, ...] = ()
-    recovers: bool = True
-
-    def run(self, job: Job) -> Compressed:
-        """Compress, at the width of the best pair that was found without training."""
-        bits = best_pair(job, "taylor").weight_bits[0]
-        config = PostTrainingConfig(
-            **SCHEDULE,
-            target_bytes=job.budget.bytes,
-            bits=(bits, bits),
-            saliency="hesso",
-            clipping="mse",
-            rounding="compensated",
-            grid=job.grid,
-        )
-        return train_by_trainer(job, config)
+    The width is that of the best pair that was found without training.
+    """
+    bits = best_pair(job, "taylor").weight_bits[0]
+    return PostTrainingConfig(
+        **SCHEDULE,
+        target_bytes=job.budget.bytes,
+        bits=(bits, bits),
+        saliency="hesso",
+        clipping="mse",
+        rounding="compensated",
+        grid=job.grid,
+    )
 
 
-@dataclass(frozen=True)
-class Joint:
-    """Learn groups and widths together (QASSO), taught by the dense model, with both compensations."""
+def joint(job: Job) -> GETAConfig:
+    """Learn groups and widths together (QASSO), taught by the dense model, with both compensations.
 
-    name: str = "ours, trained (QASSO)"
-    needs: str = "training"
-    packages: tuple[str, ...] = ()
-    recovers: bool = True
-
-    def run(self, job: Job) -> Compressed:
-        """Compress; the size is split between pruning and widths by what both are expected to cost."""
-        config = GETAConfig(
-            **SCHEDULE,
-            target_bytes=job.budget.bytes,
-            bits=(2, 8),
-            split="early",
-            saliency="mask_fisher",
-            distill_logits=1.0,
-            compensate=True,
-            rounding="compensated",
-            grid=job.grid,
-        )
-        return train_by_trainer(job, config)
+    The size is split between pruning and widths by what both are expected to cost.
+    """
+    return GETAConfig(
+        **SCHEDULE,
+        target_bytes=job.budget.bytes,
+        bits=(2, 8),
+        split="early",
+        saliency="mask_fisher",
+        distill_logits=1.0,
+        compensate=True,
+        rounding="compensated",
+        grid=job.grid,
+    )
 
 
-METHODS = (Hesso(), Joint())
+METHODS = (ByTrainer("HESSO, then GPTQ", hesso), ByTrainer("ours, trained (QASSO)", joint))

@@ -20,7 +20,6 @@ from geta_hf.methods.qasso.slices import sum_others
 from geta_hf.qadg.group_labels import GroupLabels
 from geta_hf.quantization.by_block import Batch, BlockRunner, find_blocks
 from geta_hf.quantization.covariances import as_rows, collecting, has_covariance, like_weight
-from geta_hf.utils.free_memory import give_back
 
 
 @torch.no_grad()
@@ -67,7 +66,6 @@ def measure_forward(
         with collecting(own, {name: _owner(shared[name], name, own) for name in own}, mask) as found:
             runner.finish(block, mask)
         runner.forget(block)
-        give_back()
         for name in names:
             layer = layers[name]
             covariance = found[_owner(shared[name], name, own)].mean(name) if name in own else None

@@ -682,7 +682,6 @@ class _Work:
             runner.finish(block)
             if self.config.frugal:
                 runner.forget(block)
-                give_back()
         self.zero(candidate.removed)
         return grids
 
