@@ -910,6 +910,14 @@ class GETAConfig(CompressionConfig):
         "`even` elsewhere.",
         section="Rules",
     )
+    exchange_rate: float = setting(
+        2.0,
+        "What the expected loss of removing a group is multiplied by before it competes with that of rounding, where "
+        "`split` is `early` or `late`. A higher rate removes less and leaves fewer bits: training makes up for more of "
+        "what rounding costs.",
+        above(0),
+        section="Rules",
+    )
     forgetting: Literal["uniform", "paper"] = setting(
         "uniform",
         "Rate at which redundant groups shrink: `uniform` is γ = 1 / (remaining steps of the period), `paper` is "

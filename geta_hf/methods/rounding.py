@@ -33,6 +33,7 @@ def round_bits(
     removed: Tensor,
     choices: BitChoices,
     inputs: InputErrors | None = None,
+    levels_decided: bool = False,
 ) -> BitAllocation:
     """Choose integer widths and set (d, q_m) to them, in place; waits for the device.
 
@@ -46,6 +47,7 @@ def round_bits(
         removed: bool, shape (groups,): groups that are zero for good.
         choices: allowed widths, and the rules.
         inputs: what rounding inputs costs; None where their widths are decided already.
+        levels_decided: keep the grids of 2 bits as they are, since weights were trained on them. Default False.
     """
     values = quantizers.read(named)
     rounding = None  # a pass over all weights, which is saved where nothing depends on it
@@ -63,12 +65,41 @@ def round_bits(
         choices,
         inputs,
     )
+    if levels_decided:
+        chosen = _of_first_process(chosen)
+        write_bits(quantizers, named, chosen, _present_four_levels(quantizers))
+        return chosen
+    return settle_bits(quantizers, named, weight_of, chosen, choices)
+
+
+def settle_bits(
+    quantizers: Quantizers,
+    named: Named,
+    weight_of: Callable[[str], Tensor | None],
+    chosen: BitAllocation,
+    choices: BitChoices,
+) -> BitAllocation:
+    """Set (d, q_m) to chosen widths, in place, and choose between three and four levels at 2 bits.
+
+    Args:
+        quantizers, named, weight_of, choices: as in `round_bits`.
+        chosen: the widths, and factors of clipping values. An input of width 0 remains as it is.
+
+    Returns:
+        What was written, the same on every process.
+    """
     four_levels = None
     if choices.four_levels and FOUR_LEVEL_BITS in chosen.weight_bits:
         chosen, four_levels = fit_four_levels(quantizers, named, weight_of, chosen, choices.search_clipping)
     chosen = _of_first_process(chosen)
     write_bits(quantizers, named, chosen, four_levels)
     return chosen
+
+
+def _present_four_levels(quantizers: Quantizers) -> Tensor:
+    """Return which layers have four levels, bool, shape (weight layers,)."""
+    present = {prefix for prefix, own in quantizers.modules.items() if own.four_levels}
+    return torch.tensor([prefix in present for prefix in quantizers.prefixes[: quantizers.weight_layers]])
 
 
 def fit_four_levels(
@@ -159,10 +190,11 @@ def write_bits(quantizers: Quantizers, named: Named, chosen: BitAllocation, four
     layers,), says so; all others have whole steps.
 
     Step sizes of weights are put on the grid of fp16, so that formats with such scales hold the very same values.
+    Entries of width 0 remain as they are.
     """
-    _, q_m, t = quantizers.read(named)
-    device = q_m.device
-    q_m = q_m * entry_factors(quantizers, chosen).to(device)
+    present_d, present_q_m, t = quantizers.read(named)
+    device = t.device
+    q_m = present_q_m * entry_factors(quantizers, chosen).to(device)
     bits = _bits_of(quantizers, chosen)
     levels = 2.0 ** (bits.to(device) + quantizers.extra.to(device) - 1) - 1
     four = set_four_levels(quantizers, bits, four_levels).to(device)
@@ -171,8 +203,9 @@ def write_bits(quantizers: Quantizers, named: Named, chosen: BitAllocation, four
     d = _half_steps(quantizers, q_m**t / (levels * parts)) * parts
     # q_m follows d, so that the width remains an integer.
     q_m = (d * levels) ** (1 / t)
-    quantizers.write_clipping(q_m, named)
-    quantizers.write_step_sizes(d, named)
+    given = (bits > 0).to(device)
+    quantizers.write_clipping(torch.where(given, q_m, present_q_m), named)
+    quantizers.write_step_sizes(torch.where(given, d, present_d), named)
 
 
 def keep_off_zero(quantizers: Quantizers, named: Named, frozen: Collection[str] = ()) -> None:

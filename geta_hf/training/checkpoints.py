@@ -194,11 +194,16 @@ def _check_config(folder: Path, config: CompressionConfig) -> None:
     theirs, ours = _comparable(read_config(written)), _comparable(config)
     if "split" in theirs and "split" not in written:
         theirs["split"] = "even"  # the only way before there was a choice
+    if "exchange_rate" in theirs and "exchange_rate" not in written:
+        theirs["exchange_rate"] = 1.0  # as above
     # Another method has other settings by nature; its name says it all.
     names = ["method"] if theirs["method"] != ours["method"] else list(dict.fromkeys((*ours, *theirs)))
     if theirs.get("activation_bits") is None and ours.get("activation_bits") is None:
         # It says nothing where inputs are not quantized, and the paper's rules set it only since this version.
         names = [name for name in names if name != "learn_activation_exponent"]
+    if theirs.get("split") == ours.get("split") == "even":
+        # Nothing competes, whatever the rate.
+        names = [name for name in names if name != "exchange_rate"]
     if "four_levels" not in written:
         # Written before there was a choice, so what this run says holds from now on.
         names = [name for name in names if name != "four_levels"]

@@ -309,6 +309,7 @@ def test_checkpoints_resume_to_the_same_weights(name: str, step: int, tmp_path: 
     config = json.loads((written / "geta_config.json").read_text())
     assert config.pop("method") == "qasso"  # noted since there are several methods
     assert config.pop("split") == trainer.geta_config.split  # a choice since
+    assert config.pop("exchange_rate") == GETAConfig().exchange_rate  # likewise
     assert config.pop("compensate") is False  # likewise
     assert config.pop("rounding") == "nearest"  # likewise
     assert config.pop("four_levels") is not name.endswith("paper")  # likewise, and not of the paper

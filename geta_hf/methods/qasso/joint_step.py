@@ -16,6 +16,7 @@ from geta_hf.costs.quantizer_table import Quantizers, Values
 from geta_hf.methods.qasso.equations import forgetting_rate, joint_step_size, rounding_residue
 from geta_hf.methods.qasso.slices import Named, Slice, remember, sum_others
 from geta_hf.quantization.functional import clip_power, step_size
+from geta_hf.quantization.maths import quantize_four_levels
 from geta_hf.utils.shards import add_up, local
 from geta_hf.utils.upload import upload
 
@@ -110,6 +111,7 @@ class SliceStep:
         layer: position of the weight's quantizer; -1 where nothing is quantized.
         d: its step size, broadcastable against the slice.
         res: the rounding residue (Eq. 11); None where nothing is quantized or no rule asks for it.
+        four_levels: whether the grid has four levels, so that x^Q is never 0 where x is not.
         grad, step: g and u; None where no rule asks for them.
     """
 
@@ -119,6 +121,7 @@ class SliceStep:
     layer: int = -1
     d: Tensor | None = None
     res: Tensor | None = None
+    four_levels: bool = False
     grad: Tensor | None = None
     step: Tensor | None = None
 
@@ -131,6 +134,8 @@ class SliceStep:
             return self.clip
         if size is not None and self.res is not None:
             return self.clip + size * self.res
+        if self.four_levels:
+            return quantize_four_levels(self.clip, self.d, self.d)
         return (self.clip / self.d).round_().mul_(self.d)
 
 
@@ -156,6 +161,8 @@ def measure_slice(piece: Slice, named: Named, quantizers: Quantizers, values: Va
         step.clip = clip_power(x, q_m, exponent)
         step.layer = quantizers.position(piece.tensor)
         step.d = d
+        own = quantizers.modules.get(prefix)
+        step.four_levels = own is not None and own.four_levels
         # Only Eqs. 13 and 14 read it, and it is as large as the slice.
         step.res = rounding_residue(step.clip, d) if descent else None
     if descent:

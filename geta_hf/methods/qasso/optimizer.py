@@ -52,7 +52,7 @@ from geta_hf.methods.qasso.silent_gradients import check_learned
 from geta_hf.methods.qasso.slices import Product, Slice, build_slices, group_sums, zero_moments, zero_slices
 from geta_hf.methods.qasso.split import Averages, decide_split
 from geta_hf.methods.qasso.state import REDUNDANT, REMOVED, QASSOState, restore_vectors, store_vectors
-from geta_hf.methods.rounding import entry_factors, keep_off_zero, round_bits
+from geta_hf.methods.rounding import keep_off_zero, round_bits, settle_bits
 from geta_hf.qadg.group_labels import (
     GroupLabels,
     consumers,
@@ -401,6 +401,7 @@ class QASSO(torch.optim.Optimizer):
         # In every stage, warm-up too, where the bounds are [b_l, initial bits]. d alone is projected: the paper reports
         # that projecting q_m or t makes training unstable (Sec. 5.1).
         self._project_step_sizes(named)
+        keep_off_zero(self.quantizers, named, self.frozen.names)
 
     def _project_step_sizes(self, named: Named) -> None:
         d, q_m, t = self.quantizers.read(named)
@@ -581,7 +582,7 @@ class QASSO(torch.optim.Optimizer):
         rounding = measure_errors(
             self.quantizers,
             self.quantizers.read(named),
-            lambda name: self.frozen.merged(name, named) if name in named else None,
+            self._weight_of(named),
             choices.weights,
             choices.search_clipping,
             choices.four_levels,
@@ -597,6 +598,7 @@ class QASSO(torch.optim.Optimizer):
             self._input_errors(named, choices),
             self.quantizers.input_positions(),
             removed,
+            self.config.exchange_rate,
         )
         state.decided = split.removed
         count = int(split.removed.sum())
@@ -607,10 +609,9 @@ class QASSO(torch.optim.Optimizer):
         inputs = split.bits.input_bits or [0] * len(self.quantizers.input_prefixes)
         device = self.quantizers.layer.device
         state.decided_bits = torch.tensor([*split.bits.weight_bits, *inputs], dtype=torch.float32, device=device)
-        _, q_m, _ = self.quantizers.read(named)
-        factors = from_first_process(entry_factors(self.quantizers, split.bits)).to(device)
-        self.quantizers.write_clipping(q_m * factors, named)
-        self._project_step_sizes(named)
+        # At once the grids of the end, too: what is trained on three levels has to start anew on four.
+        bits = dataclasses.replace(split.bits, input_bits=inputs)
+        settle_bits(self.quantizers, named, self._weight_of(named), bits, choices)
 
     # --- lines 16 to 19: forgetting -----------------------------------------------------------------------------------
 
@@ -667,7 +668,8 @@ class QASSO(torch.optim.Optimizer):
         inputs = self._input_errors(named, choices) if choose_inputs else None
         target = self.target
         decided = self.qasso_state.decided_bits
-        if bool((decided > 0).any()):
+        trained_at = bool((decided > 0).any())
+        if trained_at:
             # The run was trained at these widths, so that each is the nearest to the present one.
             target = dataclasses.replace(target, budgets={})
             if bool((decided > 0).all()):
@@ -675,13 +677,14 @@ class QASSO(torch.optim.Optimizer):
         round_bits(
             self.quantizers,
             named,
-            lambda name: self.frozen.merged(name, named) if name in named else None,
+            self._weight_of(named),
             self.curvature,
             self.ledger,
             target,
             self.removed_mask,
             choices,
             inputs,
+            levels_decided=trained_at,
         )
         keep_off_zero(self.quantizers, named, self.frozen.names)
         self._index_slices(named)  # lists the removed ones, which are to remain zero
@@ -689,6 +692,10 @@ class QASSO(torch.optim.Optimizer):
         if self._compensation is not None and (rounding or self.config.rounding) == "compensated":
             self._compensation.round(self.quantizers.own_weights, self.ledger.labels, self.removed_mask)
         self._note_final_quantizers(named)
+
+    def _weight_of(self, named: Named) -> Callable[[str], Tensor | None]:
+        """Return what gives a weight by name as the model computes with it; None for one that is not trained."""
+        return lambda name: self.frozen.merged(name, named) if name in named else None
 
     def _form_blocks(self, named: Named) -> None:
         """Form blocks of 32 over the inputs that remain of each weight; nothing changes where they are so already."""

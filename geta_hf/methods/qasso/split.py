@@ -78,6 +78,7 @@ def decide_split(
     inputs: InputErrors | None,
     input_of: Sequence[int],
     removed: Tensor,
+    exchange_rate: float,
 ) -> Split:
     """Decide which groups are removed and the width of every weight, and of every input under a budget of BOPs.
 
@@ -92,6 +93,7 @@ def decide_split(
         inputs: expected losses at each of `choices.inputs`; None where inputs are float.
         input_of: for each layer the position of its input; -1 where it is float.
         removed: bool, shape (groups,): groups that are removed already.
+        exchange_rate: what the expected loss of a removal is multiplied by.
 
     Raises:
         GETAError: no gradient was seen, or the size can no longer be reached.
@@ -106,7 +108,7 @@ def decide_split(
     if inputs is not None and count:
         of_inputs = 0.5 * from_first_process(inputs.losses)
     losses = ExpectedLosses(
-        0.5 * groups,
+        0.5 * exchange_rate * groups,
         rounding_losses(same, layers, ledger.weights(ledger.nothing)),
         choices.weights,
         of_inputs,
