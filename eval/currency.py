@@ -94,6 +94,9 @@ _SEARCH = {**_BY_ROW, "warmup": 0, "search": 0.66, "bit_choices": [0, 2, 3, 4, 6
 
 _AT_ONCE = {"warmup": 0, "projection": 0, "joint": 0, "target_sparsity": 0.0}
 
+_AT_START = {"warmup": 2, "projection": 0, "joint": 0.3}
+"""Decided after as few steps as give an average of gradients."""
+
 _THREE_LEVELS = {"four_levels": False}
 """At 2 bits."""
 
@@ -104,6 +107,7 @@ SEARCHES = (
     Row("early, by row, rate 1", {**_BY_ROW, "split": "early", "exchange_rate": 1.0}, by_bops=True),
     Row("early, by row, rate 4", {**_BY_ROW, "split": "early", "exchange_rate": 4.0}, by_bops=True),
     Row("early, by row, rate 8", {**_BY_ROW, "split": "early", "exchange_rate": 8.0}, by_bops=True),
+    Row("at the start, by row", {**_BY_ROW, **_AT_START, "split": "early"}, by_bops=True),
     Row("uniform, three levels, by row", {**_BY_ROW, **_AT_ONCE, **_THREE_LEVELS}, uniform=True),
     Row("widths alone, three levels, by row", {**_BY_ROW, **_THREE_LEVELS, "target_sparsity": 0.0}, by_bops=True),
     Row("early, three levels, by row", {**_BY_ROW, **_THREE_LEVELS, "split": "early"}, by_bops=True),
