@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from geta_hf.config import GETAConfig
-from geta_hf.costs.bit_allocation import BitChoices
+from geta_hf.costs.bit_allocation import BitAllocation, BitChoices
 from geta_hf.costs.input_sensitivity import InputErrors, input_errors
 from geta_hf.costs.ledger import Ledger
 from geta_hf.costs.quantizer_table import Quantizers
@@ -65,6 +65,7 @@ from geta_hf.qadg.group_types import Family
 from geta_hf.qadg.space import PruningSpace
 from geta_hf.quantization.clipping import Histogram
 from geta_hf.quantization.functional import FLOAT_BITS
+from geta_hf.quantization.maths import FOUR_LEVEL_BITS
 from geta_hf.quantization.quantizer import Quantizer
 from geta_hf.utils.shards import from_first_process, local
 
@@ -335,6 +336,8 @@ class QASSO(torch.optim.Optimizer):
         """
         self._average_gradients(phase, named)
         if phase.starts:
+            if phase.period == 0:
+                self._settle_two_bits(named)
             self._partition(named, phase.period + 1, self.schedule.pruning_periods)  # 11, 12
             if self._removes_at_once:
                 self._base_step(named)
@@ -607,10 +610,22 @@ class QASSO(torch.optim.Optimizer):
             return
         # Inputs of which only the mean is limited are decided when the joint stage ends, as ever.
         inputs = split.bits.input_bits or [0] * len(self.quantizers.input_prefixes)
-        device = self.quantizers.layer.device
-        state.decided_bits = torch.tensor([*split.bits.weight_bits, *inputs], dtype=torch.float32, device=device)
-        # At once the grids of the end, too: what is trained on three levels has to start anew on four.
-        bits = dataclasses.replace(split.bits, input_bits=inputs)
+        self._train_at(dataclasses.replace(split.bits, input_bits=inputs), named, choices)
+
+    def _settle_two_bits(self, named: Named) -> None:
+        """Train on the four levels of the end from now on, where weights of 2 bits are all that is allowed."""
+        choices = bit_choices(self.config)
+        if list(choices.weights) != [FOUR_LEVEL_BITS] or not choices.four_levels or not self.quantizers.prefixes:
+            return
+        layers, inputs = self.quantizers.weight_layers, len(self.quantizers.input_prefixes)
+        bits = BitAllocation([FOUR_LEVEL_BITS] * layers, torch.ones(layers), [0] * inputs, torch.ones(inputs))
+        self._train_at(bits, named, choices)
+
+    def _train_at(self, bits: BitAllocation, named: Named, choices: BitChoices) -> None:
+        """Train at these widths from now on, 0 standing for an input whose width is decided in the end."""
+        decided = torch.tensor([*bits.weight_bits, *bits.input_bits], dtype=torch.float32)
+        self.qasso_state.decided_bits = decided.to(self.quantizers.layer.device)
+        # At once on the levels of the end, too: what is trained on three has to start anew on four.
         settle_bits(self.quantizers, named, self._weight_of(named), bits, choices)
 
     # --- lines 16 to 19: forgetting -----------------------------------------------------------------------------------

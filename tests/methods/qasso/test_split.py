@@ -116,6 +116,18 @@ def test_two_bits_are_trained_on_the_levels_of_the_end(monkeypatch: pytest.Monke
     assert fitted == [STAGES["warmup"] + STAGES["projection"]]
 
 
+@pytest.mark.parametrize("four_levels", [True, False])
+def test_two_bits_alone_are_trained_on_the_levels_of_the_end_too(four_levels: bool) -> None:
+    config = GETAConfig(**STAGES, bits=(2, 2), target_sparsity=0.5, per_channel=True, four_levels=four_levels)
+    model, method, optimizer = prepare(config)
+    assert isinstance(optimizer, QASSO)
+    history = []
+    train(model, method, optimizer, watch=lambda step: history.append((optimizer.phase.stage, levels_of(model))))
+    joint = [levels for stage, levels in history if stage == JOINT][1:]
+    assert joint and all(levels == levels_of(model) for levels in joint)
+    assert any(levels_of(model)) == four_levels
+
+
 def levels_of(model: torch.nn.Module) -> list[bool]:
     return [layer.weight_quantizer.four_levels for layer in quantized_layers(model).values()]
 
