@@ -62,6 +62,9 @@ _PAPER_WIDTHS = [0, 2, 4, 8]
 
 DENSE, CONTROL = "dense", "dense, trained on"
 BY_WEIGHT, QASSO = "search, λ", "QASSO"
+RATES: Mapping[str, float] = {f"{QASSO}, rate {rate:g}": rate for rate in (1.0, 2.0, 4.0)}
+"""Row -> `exchange_rate`; run where they are named."""
+
 SEARCHES = {f"search, {granularity}": granularity for granularity in ("layer", "group", "row")}
 
 
@@ -82,7 +85,7 @@ class Kind:
     @property
     def rows(self) -> tuple[str, ...]:
         """The names of all rows."""
-        return (DENSE, CONTROL, *self.uniform.values(), BY_WEIGHT, *SEARCHES, QASSO)
+        return (DENSE, CONTROL, *self.uniform.values(), BY_WEIGHT, *SEARCHES, QASSO, *RATES)
 
 
 IMAGES = Kind(
@@ -150,6 +153,7 @@ def cells_of(
         found += [Cell(BY_WEIGHT, weight, None, seed) for weight in weights]
         for width in widths:
             found += [Cell(row, None, width, seed) for row in (*SEARCHES, QASSO)]
+            found += [Cell(row, None, width, seed) for row in RATES if row in (names or ())]
     return [cell for cell in found if names is None or cell.row in names]
 
 
@@ -166,8 +170,9 @@ def config_of(kind: Kind, cell: Cell, size: int | None = None) -> CompressionCon
     for width, name in kind.uniform.items():
         if cell.row == name:
             return GETAConfig(**kind.shared, **_AT_ONCE, bits=(width, width), initial_bits=8)
-    if cell.row == QASSO:
-        return GETAConfig(**kind.shared, bits=(2, 8), split="early", target_bytes=size)
+    if cell.row == QASSO or cell.row in RATES:
+        rate = {"exchange_rate": RATES[cell.row]} if cell.row in RATES else {}
+        return GETAConfig(**kind.shared, **rate, bits=(2, 8), split="early", target_bytes=size)
     stages = {"warmup": 0, "search": kind.search}
     if cell.row == BY_WEIGHT:
         # λ alone decides: the limit is that of nearly the full model.

@@ -32,6 +32,9 @@ def test_cells_take_their_sizes_from_uniform_rows_that_stand_before_them() -> No
     assert len({cell.key for cell in cells}) == len(cells) == 1 + 2 * (1 + 4 + 2 + 2 * 4)
     assert [cell.row for cell in cells[:4]] == [DENSE, CONTROL, "w8a8", "w4a8"]
     assert [cell.row for cell in cells_of(IMAGES, [3], [1.0], [3], [QASSO, BY_WEIGHT])] == [BY_WEIGHT, QASSO]
+    # Rates of exchange are rows of their own, and nobody's default.
+    named = cells_of(IMAGES, [3], [], [3], [QASSO, "QASSO, rate 1"])
+    assert [(cell.row, cell.width) for cell in named] == [(QASSO, 3), ("QASSO, rate 1", 3)]
     finished = {("w2a8", None, None, 1): {"bytes": 7.0}}
     assert bytes_at(IMAGES, finished, Cell(QASSO, None, 2, 1)) == 7
     assert bytes_at(IMAGES, finished, Cell("w2a8", None, None, 1)) is None
@@ -55,6 +58,8 @@ def test_configs_are_those_of_the_rows() -> None:
         found = config_of(IMAGES, Cell(row, None, 2, 0), 5000)
         assert found is not None and found.target_bytes == 5000
         assert isinstance(found, GETAConfig) == (row == QASSO)
+    rated = config_of(IMAGES, Cell("QASSO, rate 1", None, 2, 0), 5000)
+    assert isinstance(rated, GETAConfig) and rated.exchange_rate == 1.0
 
 
 def test_a_run_from_training_to_table_and_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
