@@ -4,7 +4,7 @@
     python -m eval.tables table5 --model M --texts T --eval_texts E --other_texts O --work W
     python -m eval.tables images --architecture cifar_resnet --data idx_dir=fashion-mnist --work W
     python -m eval.tables table4 --model microsoft/resnet-50 --data dataset_name=ILSVRC/imagenet-1k --work W
-    python -m eval.tables render --work W [--curve F1.svg]
+    python -m eval.tables render --work W [--study NAME] [--curve F1.svg]
 
 The first form asks questions about text (SQuAD), the second predicts the next token of plain text. `M` is a folder or a
 Hub name, such as `bert-base-uncased`. The dense model is fine-tuned from it once and kept in `W`; every cell starts
@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     printing = commands.add_parser("render", help="print the tables as Markdown")
     printing.add_argument("--work", type=Path, required=True)
+    printing.add_argument("--study", help="the name of one alone; all by default")
     printing.add_argument("--curve", type=Path, help="write joint against sequential as a picture, .svg or .png")
     for table in TABLES.values():
         added = commands.add_parser(table.name, help=table.title)
@@ -167,9 +168,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command that the module's docstring describes."""
     args = _parser().parse_args(argv)
     if args.command == "render":
-        print(render(read_results(args.work)))
+        lines = [line for line in read_results(args.work) if args.study in (None, line["study"])]
+        print(render(lines))
         if args.curve is not None:
-            draw_curve(read_results(args.work), args.curve)
+            draw_curve(lines, args.curve)
         return
     table = TABLES[args.command]
     # Before the data is read and anything trained: a misspelled row costs nothing.

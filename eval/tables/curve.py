@@ -24,7 +24,7 @@ def draw_curve(lines: Sequence[Line], path: Path, table: str = "table5") -> None
         table: which table's lines to draw.
 
     Raises:
-        GETAError: matplotlib is missing, or there is no compressed result of the table.
+        GETAError: matplotlib is missing, there is no compressed result of the table, or several studies have some.
     """
     try:
         from matplotlib.figure import Figure
@@ -34,6 +34,9 @@ def draw_curve(lines: Sequence[Line], path: Path, table: str = "table5") -> None
     cut = [line for line in own if line["sparsity"] is not None]
     if not cut:
         raise GETAError(f"there is no compressed result of {table} to draw yet")
+    studies = sorted({line["study"] for line in cut})
+    if len(studies) > 1:
+        raise GETAError(f"{table} has results of {studies}, whose costs and scores can't share axes; name one study")
     score = next(score for score in SCORES if score.key in cut[0])
     plain = [line for line in own if line["sparsity"] is None]
     figure = Figure(figsize=(11, 4.5), layout="constrained")

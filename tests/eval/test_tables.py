@@ -187,6 +187,11 @@ def test_a_curve_has_a_point_for_each_sparsity_and_is_drawn(tmp_path: Path, caps
     assert PAPER.encode() in (tmp_path / "curve.svg").read_bytes()
     with pytest.raises(GETAError, match="no compressed result of table5"):
         draw_curve(plain, tmp_path / "none.svg")
+    append_result(tmp_path, {**cut[0], "study": "other", "relative_bops": 9.0})
+    with pytest.raises(GETAError, match=r"results of \['other', 'stories'\].*name one study"):
+        command.main(["render", "--work", str(tmp_path), "--curve", str(tmp_path / "both.svg")])
+    command.main(["render", "--work", str(tmp_path), "--study", "stories", "--curve", str(tmp_path / "one.svg")])
+    assert (tmp_path / "one.svg").is_file() and not (tmp_path / "both.svg").exists()
 
 
 @pytest.mark.parametrize(
