@@ -104,9 +104,10 @@ SEARCHES = (
     Row("uniform, by row", {**_BY_ROW, **_AT_ONCE}, uniform=True),
     Row("widths alone, by row", {**_BY_ROW, "target_sparsity": 0.0}, by_bops=True),
     Row("early, by row", {**_BY_ROW, "split": "early"}, by_bops=True),
-    Row("early, by row, rate 1", {**_BY_ROW, "split": "early", "exchange_rate": 1.0}, by_bops=True),
-    Row("early, by row, rate 4", {**_BY_ROW, "split": "early", "exchange_rate": 4.0}, by_bops=True),
-    Row("early, by row, rate 8", {**_BY_ROW, "split": "early", "exchange_rate": 8.0}, by_bops=True),
+    *(
+        Row(f"early, by row, rate {rate:g}", {**_BY_ROW, "split": "early", "exchange_rate": rate}, by_bops=True)
+        for rate in (1.0, 4.0, 8.0)
+    ),
     Row("at the start, by row", {**_BY_ROW, **_AT_START, "split": "early"}, by_bops=True),
     Row("uniform, three levels, by row", {**_BY_ROW, **_AT_ONCE, **_THREE_LEVELS}, uniform=True),
     Row("widths alone, three levels, by row", {**_BY_ROW, **_THREE_LEVELS, "target_sparsity": 0.0}, by_bops=True),

@@ -170,9 +170,9 @@ def config_of(kind: Kind, cell: Cell, size: int | None = None) -> CompressionCon
     for width, name in kind.uniform.items():
         if cell.row == name:
             return GETAConfig(**kind.shared, **_AT_ONCE, bits=(width, width), initial_bits=8)
-    if cell.row == QASSO or cell.row in RATES:
-        rate = {"exchange_rate": RATES[cell.row]} if cell.row in RATES else {}
-        return GETAConfig(**kind.shared, **rate, bits=(2, 8), split="early", target_bytes=size)
+    if cell.row in (QASSO, *RATES):
+        rate = RATES.get(cell.row, GETAConfig.exchange_rate)
+        return GETAConfig(**kind.shared, bits=(2, 8), split="early", exchange_rate=rate, target_bytes=size)
     stages = {"warmup": 0, "search": kind.search}
     if cell.row == BY_WEIGHT:
         # λ alone decides: the limit is that of nearly the full model.

@@ -78,6 +78,11 @@ class Quantizers:
         """The prefixes of the quantizers of layers' inputs."""
         return self.prefixes[self.weight_layers :]
 
+    def has_four_levels(self, prefix: str) -> bool:
+        """Return whether the grid of all entries of a quantizer has four levels now."""
+        own = self.modules.get(prefix)
+        return own is not None and own.four_levels
+
     def may_have_four_levels(self, prefix: str) -> bool:
         """Return whether a quantizer may get four levels: one of a weight that is known."""
         own = self.modules.get(prefix)

@@ -65,11 +65,7 @@ def round_bits(
         choices,
         inputs,
     )
-    if levels_decided:
-        chosen = _of_first_process(chosen)
-        write_bits(quantizers, named, chosen, _present_four_levels(quantizers))
-        return chosen
-    return settle_bits(quantizers, named, weight_of, chosen, choices)
+    return settle_bits(quantizers, named, weight_of, chosen, choices, levels_decided)
 
 
 def settle_bits(
@@ -78,28 +74,26 @@ def settle_bits(
     weight_of: Callable[[str], Tensor | None],
     chosen: BitAllocation,
     choices: BitChoices,
+    levels_decided: bool = False,
 ) -> BitAllocation:
     """Set (d, q_m) to chosen widths, in place, and choose between three and four levels at 2 bits.
 
     Args:
-        quantizers, named, weight_of, choices: as in `round_bits`.
+        quantizers, named, weight_of, choices, levels_decided: as in `round_bits`.
         chosen: the widths, and factors of clipping values. An input of width 0 remains as it is.
 
     Returns:
         What was written, the same on every process.
     """
     four_levels = None
-    if choices.four_levels and FOUR_LEVEL_BITS in chosen.weight_bits:
+    if levels_decided:
+        prefixes = quantizers.prefixes[: quantizers.weight_layers]
+        four_levels = torch.tensor([quantizers.has_four_levels(prefix) for prefix in prefixes])
+    elif choices.four_levels and FOUR_LEVEL_BITS in chosen.weight_bits:
         chosen, four_levels = fit_four_levels(quantizers, named, weight_of, chosen, choices.search_clipping)
     chosen = _of_first_process(chosen)
     write_bits(quantizers, named, chosen, four_levels)
     return chosen
-
-
-def _present_four_levels(quantizers: Quantizers) -> Tensor:
-    """Return which layers have four levels, bool, shape (weight layers,)."""
-    present = {prefix for prefix, own in quantizers.modules.items() if own.four_levels}
-    return torch.tensor([prefix in present for prefix in quantizers.prefixes[: quantizers.weight_layers]])
 
 
 def fit_four_levels(
@@ -194,7 +188,7 @@ def write_bits(quantizers: Quantizers, named: Named, chosen: BitAllocation, four
     """
     present_d, present_q_m, t = quantizers.read(named)
     device = t.device
-    q_m = present_q_m * entry_factors(quantizers, chosen).to(device)
+    q_m = present_q_m * _entry_factors(quantizers, chosen).to(device)
     bits = _bits_of(quantizers, chosen)
     levels = 2.0 ** (bits.to(device) + quantizers.extra.to(device) - 1) - 1
     four = set_four_levels(quantizers, bits, four_levels).to(device)
@@ -217,8 +211,7 @@ def keep_off_zero(quantizers: Quantizers, named: Named, frozen: Collection[str] 
         frozen: names of weights that nothing may change. Default: none.
     """
     for prefix, weight in zip(quantizers.prefixes, quantizers.own_weights, strict=False):
-        own = quantizers.modules.get(prefix)
-        if own is not None and own.four_levels and weight in named and weight not in frozen:
+        if quantizers.has_four_levels(prefix) and weight in named and weight not in frozen:
             leave_zero(local(named[weight].detach()))
 
 
@@ -250,7 +243,7 @@ def _half_steps(quantizers: Quantizers, d: Tensor) -> Tensor:
     return d
 
 
-def entry_factors(quantizers: Quantizers, chosen: BitAllocation) -> Tensor:
+def _entry_factors(quantizers: Quantizers, chosen: BitAllocation) -> Tensor:
     """Return what each entry of the flat q_m is to be multiplied by, shape (entries,)."""
     factors = torch.cat([chosen.clip_factors, chosen.input_clip_factors])
     if len(factors) == len(quantizers.layer):

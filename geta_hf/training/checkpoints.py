@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,9 @@ from geta_hf.utils.files import write_whole
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+_ONLY_ONES: Mapping[str, Any] = {"split": "even", "exchange_rate": 1.0}
+"""Field of the config -> its value in checkpoints of before there was a choice."""
 
 
 @dataclass(frozen=True)
@@ -192,10 +195,7 @@ def _check_world(folder: Path, processes: int, sharded: bool) -> None:
 def _check_config(folder: Path, config: CompressionConfig) -> None:
     written = read_mapping(folder / CONFIG_NAME)
     theirs, ours = _comparable(read_config(written)), _comparable(config)
-    if "split" in theirs and "split" not in written:
-        theirs["split"] = "even"  # the only way before there was a choice
-    if "exchange_rate" in theirs and "exchange_rate" not in written:
-        theirs["exchange_rate"] = 1.0  # as above
+    theirs |= {name: value for name, value in _ONLY_ONES.items() if name in theirs and name not in written}
     # Another method has other settings by nature; its name says it all.
     names = ["method"] if theirs["method"] != ours["method"] else list(dict.fromkeys((*ours, *theirs)))
     if theirs.get("activation_bits") is None and ours.get("activation_bits") is None:

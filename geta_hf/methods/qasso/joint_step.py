@@ -161,8 +161,7 @@ def measure_slice(piece: Slice, named: Named, quantizers: Quantizers, values: Va
         step.clip = clip_power(x, q_m, exponent)
         step.layer = quantizers.position(piece.tensor)
         step.d = d
-        own = quantizers.modules.get(prefix)
-        step.four_levels = own is not None and own.four_levels
+        step.four_levels = quantizers.has_four_levels(prefix)
         # Only Eqs. 13 and 14 read it, and it is as large as the slice.
         step.res = rounding_residue(step.clip, d) if descent else None
     if descent:
